@@ -1,0 +1,93 @@
+"""Camera conventions, fixed here and nowhere else.
+
+`camera_to_worlds` [..., 3, 4] is OpenGL (nerfstudio): x right, y up, z towards the viewer.
+`viewmats` [..., 4, 4] is world-to-camera in OpenCV (gsplat): x right, y down, z into the scene.
+`Ks` [..., 3, 3] are in pixels; the centre of the top left pixel is (0.5, 0.5), so resizing scales both rows as they are.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def viewmats_from_camera_to_worlds(camera_to_worlds: Float[Tensor, "*batch 3 4"]) -> Float[Tensor, "*batch 4 4"]:
+    """World-to-camera matrices of OpenGL camera poses. Differentiable; the rotation part must be orthonormal."""
+    flip = camera_to_worlds.new_tensor([1.0, -1.0, -1.0])
+    rotation = (camera_to_worlds[..., :3, :3] * flip).transpose(-1, -2)
+    translation = -(rotation @ camera_to_worlds[..., :3, 3:])
+    return _homogeneous(torch.cat([rotation, translation], dim=-1))
+
+
+def camera_to_worlds_from_viewmats(viewmats: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 3 4"]:
+    """The inverse of `viewmats_from_camera_to_worlds`."""
+    flip = viewmats.new_tensor([1.0, -1.0, -1.0])
+    rotation = viewmats[..., :3, :3].transpose(-1, -2)
+    translation = -(rotation @ viewmats[..., :3, 3:])
+    return torch.cat([rotation * flip, translation], dim=-1)
+
+
+def create_K(fx: float, fy: float, cx: float, cy: float) -> Float[Tensor, "3 3"]:
+    """Intrinsics matrix in pixels, float32."""
+    return torch.tensor([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
+
+
+def resize_Ks(
+    Ks: Float[Tensor, "*batch 3 3"], size: tuple[int, int], new_size: tuple[int, int]
+) -> Float[Tensor, "*batch 3 3"]:
+    """Intrinsics after the image was resized from `size` to `new_size`, both (width, height) in pixels."""
+    scale = Ks.new_tensor([new_size[0] / size[0], new_size[1] / size[1], 1.0])
+    return Ks * scale[:, None]
+
+
+def crop_Ks(Ks: Float[Tensor, "*batch 3 3"], left: float, top: float) -> Float[Tensor, "*batch 3 3"]:
+    """Intrinsics after `left` columns and `top` rows of pixels were cut off."""
+    shift = torch.zeros_like(Ks)
+    shift[..., 0, 2] = left
+    shift[..., 1, 2] = top
+    return Ks - shift
+
+
+def project_points(
+    points: Float[Tensor, "points 3"], viewmat: Float[Tensor, "4 4"], K: Float[Tensor, "3 3"]
+) -> tuple[Float[Tensor, "points 2"], Float[Tensor, " points"]]:
+    """Pixel coordinates (x, y) and z-depth of world points; only depth > 0 is in front of the camera."""
+    in_camera = points @ viewmat[:3, :3].T + viewmat[:3, 3]
+    projected = in_camera @ K.T
+    return projected[:, :2] / projected[:, 2:], in_camera[:, 2]
+
+
+def unproject_depth(
+    depth: Float[Tensor, "height width"], camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"]
+) -> Float[Tensor, "height width 3"]:
+    """World point seen at each pixel centre at z-depth `depth`."""
+    height, width = depth.shape
+    rows = torch.arange(height, device=depth.device, dtype=depth.dtype) + 0.5
+    columns = torch.arange(width, device=depth.device, dtype=depth.dtype) + 0.5
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    rays = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)], dim=-1)
+    # OpenCV camera axes to OpenGL ones, then into the world.
+    points = rays * depth[..., None] * rays.new_tensor([1.0, -1.0, -1.0])
+    return points @ camera_to_world[:, :3].T + camera_to_world[:, 3]
+
+
+def transform_camera_to_worlds(
+    camera_to_worlds: Float[Tensor, "*batch 3 4"], transform: Float[Tensor, "3 4"], scale: float
+) -> Float[Tensor, "*batch 3 4"]:
+    """Poses in a world that was first moved by the rigid `transform` and then multiplied by `scale`.
+
+    This is the order of nerfstudio's `dataparser_transform` and `dataparser_scale`.
+    """
+    moved = _homogeneous(transform) @ _homogeneous(camera_to_worlds)
+    return torch.cat([moved[..., :3, :3], moved[..., :3, 3:] * scale], dim=-1)
+
+
+def transform_points(
+    points: Float[Tensor, "points 3"], transform: Float[Tensor, "3 4"], scale: float
+) -> Float[Tensor, "points 3"]:
+    """World points under the same change of world as `transform_camera_to_worlds`."""
+    return (points @ transform[:, :3].T + transform[:, 3]) * scale
+
+
+def _homogeneous(matrices: Float[Tensor, "*batch 3 4"]) -> Float[Tensor, "*batch 4 4"]:
+    bottom = matrices.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*matrices.shape[:-2], 1, 4)
+    return torch.cat([matrices, bottom], dim=-2)

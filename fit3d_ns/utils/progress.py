@@ -1,0 +1,89 @@
+"""What a user sees while something takes long: one progress bar, notices, and the time of each phase."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+
+def notice(message: str) -> None:
+    """Prints one line to standard error, so that standard output stays free for results."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+
+
+def create_progress() -> Progress:
+    """The bar that every command shows: what, how far, how long, how much longer; silent where there is no terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterates with a progress bar; where standard error is no terminal, one notice at the start and one at the end.
+
+    Args:
+        items: What to go through.
+        description: What is being done, for example "Extracting features".
+        total: Number of items, if `len(items)` does not tell.
+    """
+    if total is None:
+        try:
+            total = len(items)  # type: ignore[arg-type]
+        except TypeError:
+            total = None
+    start = time.perf_counter()
+    with create_progress() as progress:
+        if progress.disable:
+            notice(f"{description} ({total if total is not None else '?'})")
+        task = progress.add_task(description, total=total, note="")
+        for item in items:
+            yield item
+            progress.advance(task)
+    if progress.disable:
+        notice(f"{description}: done in {time.perf_counter() - start:.1f} s")
+
+
+@dataclass
+class PhaseTimer:
+    """Adds up wall-clock seconds by phase name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times the block and adds it to `seconds[name]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def measure_peak_memory_mb() -> float:
+    """Peak resident memory of this process so far, in 1e6 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

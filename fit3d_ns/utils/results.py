@@ -1,0 +1,62 @@
+"""`ResultRecord`: one measured result, with everything needed to trust it or to make it again."""
+
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fit3d_ns.utils.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ResultRecord:
+    """Figures of one run of one command."""
+
+    kind: str
+    """What was measured, for example `stage1`, `finetune`, `probe/depth`."""
+    metrics: dict[str, Any]
+    """Metric name to value; names are the field's (`psnr`, `miou`, `rmse`), units SI."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the figures depend on: data, backbone, options."""
+    is_random: bool = False
+    """True if a random-weight backbone took part: such figures say nothing about quality."""
+    versions: dict[str, str] = field(default_factory=lambda: collect_versions())
+    """Versions of the packages that computed the figures."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this record's layout."""
+
+
+def save_result(record: ResultRecord, path: Path) -> None:
+    """Writes a record as JSON, atomically."""
+    write_json(path, asdict(record))
+
+
+def load_result(path: Path) -> ResultRecord:
+    """Reads a record.
+
+    Raises:
+        ValueError: The file is no record, or one of a newer version.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or "kind" not in content or "metrics" not in content:
+        raise ValueError(f"{path} is not a result file: it has no `kind` and `metrics`.")
+    if content.get("schema_version", 1) > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has result schema {content['schema_version']}, newer than {SCHEMA_VERSION}; update fit3d-ns."
+        )
+    known = {key: content[key] for key in ResultRecord.__dataclass_fields__ if key in content}
+    return ResultRecord(**known)
+
+
+def collect_versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose numerics matter; absent packages are left out."""
+    versions = {"python": platform.python_version()}
+    for package in ("fit3d-ns", "torch", "torchvision", "timm", "numba", "gsplat", "nerfstudio", "accelerate"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
