@@ -2,7 +2,7 @@
 
 `camera_to_worlds` [..., 3, 4] is OpenGL (nerfstudio): x right, y up, z towards the viewer.
 `viewmats` [..., 4, 4] is world-to-camera in OpenCV (gsplat): x right, y down, z into the scene.
-`Ks` [..., 3, 3] are in pixels; the centre of the top left pixel is (0.5, 0.5), so resizing scales both rows as they are.
+`Ks` [..., 3, 3] are in pixels; the centre of the top left pixel is (0.5, 0.5), so resizing scales both rows.
 """
 
 import torch
