@@ -1,0 +1,84 @@
+"""`run_command`: what all `fit3d-*` commands share: parsing, errors in one sentence, exit codes."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from fit3d_ns.utils.files import is_disk_full
+
+Config = TypeVar("Config")
+
+EXIT_USER_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+def run_command(
+    config_class: type[Config],
+    function: Callable[[Config], None],
+    *,
+    prog: str,
+    description: str,
+    args: Sequence[str] | None = None,
+) -> None:
+    """Parses the command line into `config_class`, runs `function` on it and leaves the process with its exit code.
+
+    A `ValueError` (and a missing, unreadable or unwritable file) is the user's to mend: it becomes one sentence on
+    standard error and exit code 1. Ctrl-C becomes exit code 130. Everything else is our fault and shows its traceback.
+    `--debug`, or `FIT3D_DEBUG=1` in the environment, shows the traceback always.
+
+    Args:
+        config_class: Frozen dataclass whose field docstrings are the help.
+        function: The command.
+        prog: Name of the command as the user types it.
+        description: What it does, the first paragraph of `--help`.
+        args: Arguments without the program's name; `sys.argv` by default.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = os.environ.get("FIT3D_DEBUG", "") not in ("", "0")
+    parsed: Any = tyro.cli(
+        _command_line_class(config_class),
+        prog=prog,
+        description=description,
+        args=arguments,
+    )
+    debug = debug or parsed.debug
+    try:
+        function(parsed.config)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{prog}: error: {describe_error(error)}", file=sys.stderr)
+        if not debug:
+            print("FIT3D_DEBUG=1 shows the traceback.", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def describe_error(error: BaseException) -> str:
+    """An error as one sentence a user can act on."""
+    if is_disk_full(error):
+        return "the disk is full; free some space or choose another folder, then run the same command again."
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"no such file or folder: {error.filename}."
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"no permission for {error.filename}; check its owner or choose another place."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _command_line_class(config_class: type) -> type:
+    """A dataclass of the command's own flags and `--debug`, both without a prefix."""
+
+    @dataclass(frozen=True)
+    class CommandLine:
+        config: Annotated[config_class, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Show the traceback of an error (also: FIT3D_DEBUG=1)."""
+
+    return CommandLine
