@@ -1,0 +1,144 @@
+"""`FeatureDecoder`: the 3x3 convolution from rendered low-dimensional features to the backbone's (paper, section 3.1).
+
+`F_high = conv(F_low) + bias * alpha` with zero padding: an empty pixel decodes to zero. Maps are channels-last
+[..., H, W, D], as the rasterizer returns them. Convolution and interpolation are both linear and act alike at every
+pixel, so decoding at full resolution and reading at the token grid equals reading nine shifted low-dimensional maps at
+the token grid and multiplying each token's 9 D numbers with one E x 9 D matrix.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fit3d_ns.scene.token_reading import TokenReader, TokenReadingRule, create_token_reader
+
+KERNEL_SIZE = 3
+NUM_TAPS = KERNEL_SIZE * KERNEL_SIZE
+
+
+class FeatureDecoder(nn.Module):
+    """One 3x3 convolution, zero padding 1, with a bias that is weighted by the accumulated opacity."""
+
+    def __init__(self, feature_dim: int, embed_dim: int, bias: bool = False):
+        """Starts from PyTorch's default convolution weights, as the public code does; `from_pca` is the other start.
+
+        Args:
+            feature_dim: D, channels of the rendered features, at least 1.
+            embed_dim: E, width of the backbone's tokens, at least 1.
+            bias: Adds `bias * alpha`; the paper's code has none.
+
+        Raises:
+            ValueError: A dimension is below 1.
+        """
+        super().__init__()
+        if feature_dim < 1 or embed_dim < 1:
+            raise ValueError(f"Decoder from {feature_dim} to {embed_dim} channels: both must be at least 1.")
+        convolution = nn.Conv2d(feature_dim, embed_dim, KERNEL_SIZE, padding=1, bias=bias)
+        self.weight = nn.Parameter(convolution.weight.detach().clone())
+        self.bias = nn.Parameter(torch.zeros(embed_dim)) if bias else None
+
+    @classmethod
+    def from_weights(
+        cls, weight: Float[Tensor, "embed dim 3 3"], bias: Float[Tensor, " embed"] | None = None
+    ) -> "FeatureDecoder":
+        """A decoder with given weights (copied), on their device and in their dtype."""
+        decoder = cls.__new__(cls)
+        nn.Module.__init__(decoder)
+        decoder.weight = nn.Parameter(weight.detach().clone())
+        decoder.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        return decoder
+
+    @classmethod
+    def from_matrix(
+        cls, matrix: Float[Tensor, "taps_dim embed"], bias: Float[Tensor, " embed"] | None = None
+    ) -> "FeatureDecoder":
+        """A decoder from the solution of a regression on `read_neighbourhoods` (its last two axes flattened)."""
+        # (9*d, e) -> (3, 3, d, e) -> (e, d, 3, 3)
+        weight = matrix.reshape(KERNEL_SIZE, KERNEL_SIZE, -1, matrix.shape[1]).permute(3, 2, 0, 1)
+        return cls.from_weights(weight.contiguous(), bias)
+
+    @classmethod
+    def from_pca(cls, components: Float[Tensor, "dim embed"], mean: Float[Tensor, " embed"]) -> "FeatureDecoder":
+        """Decodes PCA coefficients: centre tap = components, bias = mean, all other taps zero."""
+        weight = components.new_zeros(components.shape[1], components.shape[0], KERNEL_SIZE, KERNEL_SIZE)
+        weight[:, :, 1, 1] = components.T
+        return cls.from_weights(weight, mean)
+
+    @property
+    def feature_dim(self) -> int:
+        """D, channels that go in."""
+        return self.weight.shape[1]
+
+    @property
+    def embed_dim(self) -> int:
+        """E, channels that come out."""
+        return self.weight.shape[0]
+
+    @property
+    def matrix(self) -> Float[Tensor, "taps_dim embed"]:
+        """The weights as the matrix that multiplies a token's flattened neighbourhood; differentiable."""
+        return self.weight.permute(2, 3, 1, 0).reshape(NUM_TAPS * self.feature_dim, self.embed_dim)
+
+    def forward(
+        self,
+        features_low: Float[Tensor, "*batch height width dim"],
+        alphas: Float[Tensor, "*batch height width"] | None = None,
+    ) -> Float[Tensor, "*batch height width embed"]:
+        """Decodes full maps.
+
+        Args:
+            features_low: Blended features, without division by alpha.
+            alphas: Accumulated opacity in [0, 1] that weights the bias; needed where there is a bias.
+        """
+        self._check(features_low.shape[-1], alphas)
+        batch = features_low.shape[:-3]
+        # (*b, h, w, d) -> (b, d, h, w)
+        maps = features_low.reshape(-1, *features_low.shape[-3:]).permute(0, 3, 1, 2)
+        decoded = F.conv2d(maps, self.weight, padding=1).permute(0, 2, 3, 1)
+        decoded = decoded.reshape(*batch, *decoded.shape[1:])
+        if self.bias is not None and alphas is not None:
+            decoded = decoded + alphas[..., None] * self.bias
+        return decoded
+
+    def decode_at_tokens(
+        self,
+        features_low: Float[Tensor, "*batch height width dim"],
+        alphas: Float[Tensor, "*batch height width"] | None,
+        size: tuple[int, int],
+        token_reading: TokenReadingRule = "bilinear",
+    ) -> Float[Tensor, "*batch h w embed"]:
+        """What `forward` followed by reading at the token grid `size` gives, at a fraction of the cost."""
+        self._check(features_low.shape[-1], alphas)
+        reader = create_token_reader(features_low.shape[-2], features_low.shape[-3], size, token_reading)
+        gathered_alphas = None if alphas is None else reader.gather(alphas[..., None])[..., 0]
+        return self.decode_pixels(reader.gather(features_low), gathered_alphas, reader)
+
+    def decode_pixels(
+        self,
+        features_low: Float[Tensor, "*batch pixels dim"],
+        alphas: Float[Tensor, "*batch pixels"] | None,
+        reader: TokenReader,
+    ) -> Float[Tensor, "*batch h w embed"]:
+        """As `decode_at_tokens`, for features blended only at `reader.pixels`."""
+        self._check(features_low.shape[-1], alphas)
+        decoded = reader.read_neighbourhoods(features_low).flatten(-2, -1) @ self.matrix
+        if self.bias is not None and alphas is not None:
+            decoded = decoded + reader.read(alphas[..., None]) * self.bias
+        return decoded
+
+    def project(self, components: Float[Tensor, "components embed"], mean: Float[Tensor, " embed"]) -> "FeatureDecoder":
+        """The decoder of `(F_high - alpha * mean) @ components.T`: a few channels, without ever decoding all E.
+
+        Projection after a convolution is a convolution. The mean is weighted by alpha, so an empty pixel stays zero;
+        where alpha is 1 this is the plain projection.
+        """
+        weight = torch.einsum("ce,edyx->cdyx", components, self.weight)
+        bias = -mean if self.bias is None else self.bias - mean
+        return FeatureDecoder.from_weights(weight, components @ bias)
+
+    def _check(self, channels: int, alphas: Tensor | None) -> None:
+        if channels != self.feature_dim:
+            raise ValueError(f"The decoder takes {self.feature_dim} channels, the features have {channels}.")
+        if self.bias is not None and alphas is None:
+            raise ValueError("This decoder has a bias, which is weighted by alpha: give `alphas` too.")
