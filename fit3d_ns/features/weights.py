@@ -1,0 +1,176 @@
+"""Reads the weights of a vision transformer from the files in which people publish them.
+
+Understood: safetensors; timm checkpoints; FiT3D's `{"model": ...}` and bare state dicts; Splat-and-Distill's, which
+keep DINOv2's own key names with LoRA merged; DINOv2's, DINOv3's and MAE's original files. All may be half precision,
+wrapped in `state_dict`, `model`, `teacher` and the like, or prefixed by DDP, torch.compile or a surrounding module.
+timm's own filters rename keys and resample position embeddings to the model's grid; here the result is compared with
+the model key by key, so that nothing is left untrained in silence.
+"""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+"""Where checkpoints keep the weights, best first: averaged weights are what their authors evaluate."""
+_UNUSED_PREFIXES = (
+    "head.",
+    "head_dist.",
+    "fc_norm.",
+    "lm_head.",
+    "mask_token",
+    "decoder_",
+    "projectors.",
+    "pre_logits.",
+)
+"""Parts of published checkpoints that no token passes through: classifiers and what pretraining alone needs."""
+_EMBEDDING = "patch_embed.proj.weight"
+_MAX_NAMED = 3
+
+
+def load_weights(model: nn.Module, path: Path | str) -> None:
+    """Loads a file into a timm vision transformer; every parameter of the model must be in it.
+
+    Args:
+        model: A `VisionTransformer` or `Eva`, changed in place.
+        path: A file of one of the kinds above.
+
+    Raises:
+        ValueError: Missing or unreadable file, or weights of another architecture: the first keys that differ are
+            named with both shapes.
+    """
+    path = Path(path)
+    state_dict = select_backbone(read_state_dict(path), path)
+    _check_patch_size(state_dict, model, path)
+    converted = _convert(state_dict, model, path)
+    _check_keys(converted, model, path)
+    targets = model.state_dict()
+    model.load_state_dict({key: converted[key].to(target.dtype) for key, target in targets.items()})
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"Weights file {path} holds NaN or infinite values in `{key}`; get the file again.")
+
+
+def read_state_dict(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint without running code from it, and takes the weights out of its wrappers.
+
+    Raises:
+        ValueError: The file is missing, damaged, holds code, or holds no weights.
+    """
+    if not path.is_file():
+        raise ValueError(f"No such weights file: {path}; give the path of a .safetensors or .pth file.")
+    content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"Weights file {path} holds no tensors by name; give a state dict of a vision transformer.")
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def select_backbone(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Drops the prefix (`module.`, `backbone.`, ...) under which a checkpoint keeps the vision transformer.
+
+    Raises:
+        ValueError: The file holds two transformers, or LoRA matrices that are not merged.
+    """
+    if any(".lora_A." in key or ".lora_B." in key for key in state_dict):
+        raise ValueError(
+            f"Weights file {path} holds unmerged LoRA matrices; merge them (peft: merge_and_unload) first."
+        )
+    prefixes = [key.removesuffix(_EMBEDDING) for key in state_dict if key.endswith(_EMBEDDING)]
+    prefixes = [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
+    if not prefixes or "" in prefixes:
+        return state_dict
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"Weights file {path} holds several backbones ({', '.join(sorted(prefixes))}); save the one you mean alone."
+        )
+    prefix = prefixes[0]
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"Weights file {path} cannot be read ({error}); get the file again.") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # Training scripts put their command line beside the weights; a Namespace is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"Weights file {path} is no plain checkpoint (damaged, or with Python objects that loading would run); "
+            "save its state dict as .safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"Weights file {path} cannot be read ({reason}); get the file again.") from error
+
+
+def _check_patch_size(state_dict: dict[str, Tensor], model: Any, path: Path) -> None:
+    # timm would resample the kernel to any size: a backbone of another patch size is another backbone.
+    kernel = state_dict.get(_EMBEDDING)
+    expected = model.patch_embed.proj.weight
+    if kernel is not None and kernel.ndim == 4 and kernel.shape != expected.shape:
+        raise ValueError(_describe_mismatch(path, model, [_name_shapes(_EMBEDDING, kernel, expected)]))
+
+
+def _convert(state_dict: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
+    from timm.models import eva, vision_transformer
+
+    state_dict = dict(state_dict)
+    if "register_tokens" in state_dict and "mask_token" not in state_dict:
+        # timm knows DINOv2's own naming by the mask token, which some drop from their files.
+        state_dict["mask_token"] = torch.zeros(1)
+    try:
+        if isinstance(model, eva.Eva):
+            converted = eva.checkpoint_filter_fn(state_dict, model)
+        else:
+            converted = vision_transformer.checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
+    except (RuntimeError, KeyError, ValueError, AttributeError):
+        # The filter stumbles over weights of another architecture; the comparison says over which.
+        converted = state_dict
+    targets = model.state_dict()
+    return {key: tensor for key, tensor in converted.items() if key in targets or not key.startswith(_UNUSED_PREFIXES)}
+
+
+def _check_keys(converted: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    targets = model.state_dict()
+    mismatches = [
+        _name_shapes(key, converted.get(key), target)
+        for key, target in targets.items()
+        if key not in converted or converted[key].shape != target.shape
+    ]
+    mismatches += [_name_shapes(key, tensor, None) for key, tensor in converted.items() if key not in targets]
+    if mismatches:
+        raise ValueError(_describe_mismatch(path, model, mismatches))
+
+
+def _name_shapes(key: str, in_file: Tensor | None, in_model: Tensor | None) -> str:
+    file_shape = f"{list(in_file.shape)} in the file" if in_file is not None else "missing in the file"
+    model_shape = f"{list(in_model.shape)} in the model" if in_model is not None else "absent from the model"
+    return f"`{key}` is {file_shape}, {model_shape}"
+
+
+def _describe_mismatch(path: Path, model: Any, mismatches: list[str]) -> str:
+    name = model.pretrained_cfg.get("architecture", type(model).__name__)
+    named = "; ".join(mismatches[:_MAX_NAMED])
+    more = f"; and {len(mismatches) - _MAX_NAMED} more" if len(mismatches) > _MAX_NAMED else ""
+    return (
+        f"Weights file {path} does not fit backbone {name}: {named}{more}; give the backbone these weights belong to."
+    )
