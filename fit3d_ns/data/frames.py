@@ -64,3 +64,5 @@ class CaptureFiles:
     """True where the dataset's world is in metres (ScanNet++)."""
     scene_id: str = field(default="")
     """Name of the scene, the folder's name by default."""
+    colmap_to_world: Float[Tensor, "3 4"] | None = None
+    """Moves points of the capture's COLMAP world into the dataset's world; None where no COLMAP world is known."""

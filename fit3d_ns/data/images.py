@@ -1,0 +1,131 @@
+"""Photographs, masks and depth maps as they lie on disk; every error names the file.
+
+EXIF orientation is ignored on purpose: cameras are given for the pixels as stored, and nerfstudio reads them so too.
+Reading a header (`read_image_header`) is cheap and finds wrong sizes early; damage further on shows when loading.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+MILLIMETRES_PER_METRE = 1000.0
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What the first bytes of an image file tell."""
+
+    width: int
+    """Width in pixels, as stored."""
+    height: int
+    """Height in pixels, as stored."""
+    mode: str
+    """Pillow's name of the pixel format, for example `RGB`, `L` or `I;16`."""
+
+
+def read_image_header(path: Path, what: str = "Image") -> ImageHeader:
+    """Reads size and pixel format without decoding.
+
+    Args:
+        path: The file.
+        what: How the file is called in errors, for example "Mask".
+
+    Raises:
+        ValueError: The file is missing, empty or no image.
+    """
+    with _open_image(path, what) as image:
+        return ImageHeader(image.width, image.height, image.mode)
+
+
+def load_image(path: Path) -> UInt8[Tensor, "height width 3"]:
+    """Loads an 8-bit photograph as RGB; grey becomes three equal channels, an alpha channel is dropped.
+
+    Raises:
+        ValueError: The file is missing, empty, truncated, or has more than 8 bits a channel.
+    """
+    with _open_image(path, "Image") as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"Image {path} has pixel format {image.mode}; convert it to 8 bits a channel.")
+        return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.uint8))
+
+
+def load_mask(path: Path) -> Bool[Tensor, "height width"]:
+    """Loads a mask; True (255 in the file) = use. Every lower value means the pixel is not used (paper's preparation).
+
+    Raises:
+        ValueError: The file is missing, empty, truncated, or holds values but never 255.
+    """
+    with _open_image(path, "Mask") as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"Mask {path} has pixel format {image.mode}; save it with 8 bits, 255 where pixels count.")
+        values = np.array(image.convert("L"), dtype=np.uint8)
+    if values.any() and values.max() < 255:
+        raise ValueError(f"Mask {path} has values up to {values.max()}; write 255 where pixels count and 0 elsewhere.")
+    return torch.from_numpy(values == 255)
+
+
+def load_depth(path: Path) -> Float[Tensor, "height width"]:
+    """Loads z-depth in metres from a 16-bit PNG in millimetres; 0 = no measurement.
+
+    Raises:
+        ValueError: The file is missing, empty, truncated, or not a 16-bit grey image.
+    """
+    with _open_image(path, "Depth map") as image:
+        check_depth_mode(path, image.mode)
+        values = np.array(image, dtype=np.float32)
+    return torch.from_numpy(values / MILLIMETRES_PER_METRE)
+
+
+def check_depth_mode(path: Path, mode: str) -> None:
+    """Raises ValueError if Pillow's `mode` of the file is no 16-bit grey (or, as older Pillows open it, 32-bit)."""
+    if not mode.startswith("I"):
+        raise ValueError(f"Depth map {path} has pixel format {mode}; write 16-bit grey PNGs in millimetres.")
+
+
+def save_image(image: UInt8[Tensor, "height width 3"], path: Path, quality: int = 95) -> None:
+    """Writes an RGB picture; the suffix chooses the format, `quality` is JPEG's (without colour subsampling)."""
+    Image.fromarray(image.numpy()).save(path, **_save_options(path, quality))
+
+
+def save_index_map(indices: UInt8[Tensor, "height width"], path: Path) -> None:
+    """Writes an 8-bit grey PNG: a mask or a map of class indices."""
+    Image.fromarray(indices.numpy()).save(path)
+
+
+def save_depth(depth: Float[Tensor, "height width"], path: Path) -> None:
+    """Writes z-depth in metres as 16-bit PNG in millimetres; depths beyond 65.535 m become 0, no measurement."""
+    millimetres = (depth.double() * MILLIMETRES_PER_METRE).round()
+    millimetres = torch.where(millimetres <= 65535, millimetres, 0.0)
+    Image.fromarray(millimetres.numpy().astype(np.uint16)).save(path)
+
+
+@contextmanager
+def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
+    """Opens an image; everything Pillow dislikes about the file becomes one sentence."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{what} {path} is missing; restore the file or take its frame out of the camera file.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{what} {path} is empty; copy the file again.")
+    try:
+        with warnings.catch_warnings():
+            # Large photographs are no decompression bombs here: the user named them.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
+
+
+def _save_options(path: Path, quality: int) -> dict[str, Any]:
+    is_jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
+    return {"quality": quality, "subsampling": 0} if is_jpeg else {}

@@ -1,0 +1,61 @@
+"""`read_capture`: looks at a folder, takes the layout it finds and reads it."""
+
+from pathlib import Path
+from typing import Literal
+
+from fit3d_ns.data.colmap import find_colmap_model, read_colmap
+from fit3d_ns.data.frames import CaptureFiles, Layout
+from fit3d_ns.data.scannetpp import read_scannetpp
+from fit3d_ns.data.transforms import read_transforms
+
+_READERS = {"scannetpp": read_scannetpp, "nerfstudio": read_transforms, "colmap": read_colmap}
+
+
+def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto") -> CaptureFiles:
+    """Reads a scene from disk; headers of all files are checked, no picture is decoded.
+
+    Args:
+        path: The scene folder, the `dslr` folder of a ScanNet++ scene, or a camera file (`*.json`).
+        layout: `auto` looks in this order: `dslr/` is ScanNet++, `transforms.json` nerfstudio's layout,
+            `sparse/` or `colmap/` COLMAP.
+
+    Raises:
+        ValueError: There is no such scene, no known layout, or something in it is wrong; the message names the piece.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"No such scene: {path}; check the path given as --data.")
+    chosen = find_layout(path) if layout == "auto" else layout
+    capture = _READERS[chosen](path)
+    if not any(frame.split == "train" and not frame.is_bad for frame in capture.frames):
+        raise ValueError(f"{path} has no usable train frame; all are bad or held out.")
+    return capture
+
+
+def find_layout(path: Path) -> Layout:
+    """The layout of an existing folder or camera file.
+
+    Raises:
+        ValueError: None is known; where the folder holds several scenes, the message names some of them.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix == ".json":
+            return "nerfstudio"
+        raise ValueError(f"{path} is a file; give the scene's folder or its transforms.json.")
+    if (path / "dslr").is_dir() or (path / "nerfstudio").is_dir():
+        return "scannetpp"
+    if (path / "transforms.json").is_file():
+        return "nerfstudio"
+    if find_colmap_model(path) is not None:
+        return "colmap"
+    scenes = sorted(child.name for child in path.iterdir() if (child / "dslr").is_dir())
+    if scenes:
+        raise ValueError(
+            f"{path} holds {len(scenes)} ScanNet++ scenes ({', '.join(scenes[:5])}); "
+            f"give one, such as {path / scenes[0]}."
+        )
+    raise ValueError(
+        f"{path} holds no scene: there is no dslr/ (ScanNet++), no transforms.json (nerfstudio), no sparse/0 (COLMAP); "
+        "check the path given as --data."
+    )

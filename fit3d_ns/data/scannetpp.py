@@ -1,0 +1,197 @@
+"""Reads the DSLR part of a ScanNet++ scene.
+
+    <scene>/dslr/
+      nerfstudio/transforms_undistorted.json   with undistorted_images/, undistorted_anon_masks/
+      nerfstudio/transforms.json               with resized_images/, resized_anon_masks/ (fisheye)
+      train_test_lists.json                    {"train": [...], "test": [...]}
+      colmap/points3D.txt or .bin              in COLMAP's world
+      render_depth/*.png                       16-bit millimetres, aligned with resized_images
+
+A COLMAP point (x, y, z) is (y, x, -z) in the world of the transforms files. Both worlds are in metres.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.data.camera_entries import (
+    check_frame_files,
+    check_unique,
+    count_splits,
+    list_entries,
+    parse_camera_to_world,
+    parse_lens,
+    resolve_inside,
+)
+from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud, Split
+from fit3d_ns.data.points import find_colmap_points, move_points, read_colmap_points
+from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.utils.files import read_json
+
+Variant = Literal["undistorted", "fisheye"]
+
+
+@dataclass(frozen=True)
+class _VariantFiles:
+    transforms: str
+    images: str
+    masks: str
+
+
+_VARIANTS: dict[Variant, _VariantFiles] = {
+    "undistorted": _VariantFiles("transforms_undistorted.json", "undistorted_images", "undistorted_anon_masks"),
+    "fisheye": _VariantFiles("transforms.json", "resized_images", "resized_anon_masks"),
+}
+
+
+def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> CaptureFiles:
+    """Reads a ScanNet++ scene folder, or its `dslr` folder.
+
+    Args:
+        path: The scene folder; its name may hold underscores, it may be a symbolic link.
+        variant: Which pictures to take; `auto` takes the undistorted ones if all of them are there.
+
+    Raises:
+        ValueError: A piece is missing or wrong; the message names it.
+    """
+    path = Path(path)
+    dslr = path / "dslr" if (path / "dslr").is_dir() else path
+    if not (dslr / "nerfstudio").is_dir():
+        raise ValueError(f"{path} is no ScanNet++ scene: there is no dslr/nerfstudio folder with the camera files.")
+    reason = ""
+    if variant == "auto":
+        missing = _find_missing_piece(dslr, "undistorted")
+        variant = "fisheye" if missing else "undistorted"
+        reason = f" because {missing} is missing" if missing else ""
+    files = _VARIANTS[variant]
+    transforms = dslr / "nerfstudio" / files.transforms
+    if not transforms.is_file():
+        raise ValueError(f"No camera file {transforms}; download the scene's dslr/nerfstudio folder.")
+    frames, num_without_camera = _read_frames(dslr, variant, read_json(transforms))
+    points = _read_points(dslr)
+    skipped = f"; {num_without_camera} listed train frames have no camera" if num_without_camera else ""
+    return CaptureFiles(
+        root=path,
+        layout="scannetpp",
+        description=(
+            f"ScanNet++ scene {path}: {files.transforms} with {files.images}{reason}, "
+            f"{count_splits(frames)}, {len(points.xyz) if points else 'no'} COLMAP points{skipped}."
+        ),
+        frames=frames,
+        points=points,
+        is_metric=True,
+        scene_id=dslr.absolute().parent.name if dslr.name == "dslr" else path.absolute().name,
+        colmap_to_world=_colmap_to_world(),
+    )
+
+
+def _find_missing_piece(dslr: Path, variant: Variant) -> str | None:
+    """The first thing that keeps a variant from being complete, or None."""
+    files = _VARIANTS[variant]
+    transforms = dslr / "nerfstudio" / files.transforms
+    if not transforms.is_file():
+        return str(transforms.relative_to(dslr))
+    meta = read_json(transforms)
+    entries = _list_entries(meta, transforms)
+    for folder in (files.images, files.masks) if meta.get("has_mask", True) else (files.images,):
+        if not (dslr / folder).is_dir():
+            return f"{folder}/"
+    for entry in entries:
+        if entry.get("is_bad", False):
+            continue
+        image = resolve_inside(dslr / files.images, entry["file_path"], str(transforms))
+        if not image.is_file():
+            return str(image.relative_to(dslr))
+        mask = _find_mask(dslr, files, meta, entry)
+        if mask is not None and not mask.is_file():
+            return str(mask.relative_to(dslr))
+    return None
+
+
+def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple[list[Frame], int]:
+    """All frames, and how many names of the train list have no camera."""
+    files = _VARIANTS[variant]
+    transforms = dslr / "nerfstudio" / files.transforms
+    entries = _list_entries(meta, transforms)
+    names = [entry["file_path"] for entry in entries]
+    check_unique(names, transforms)
+    listed, num_without_camera = _read_split_lists(dslr, set(names))
+    num_train = len(list_entries(meta, "frames", transforms))
+    depth_lens = _read_depth_lens(dslr)
+    frames = []
+    for index, (name, entry) in enumerate(zip(names, entries, strict=True)):
+        source = f"Frame {name} in {transforms}"
+        lens = parse_lens({**meta, **entry}, source)
+        image_path = resolve_inside(dslr / files.images, name, source)
+        depth_path = dslr / "render_depth" / f"{Path(name).stem}.png"
+        frame = Frame(
+            image_path=image_path,
+            lens=lens,
+            camera_to_world=parse_camera_to_world(entry, source),
+            split=listed.get(name, "train" if index < num_train else "test"),
+            mask_path=_find_mask(dslr, files, meta, entry),
+            depth_path=depth_path if lens == depth_lens and depth_path.is_file() else None,
+            is_bad=bool(entry.get("is_bad", False)),
+        )
+        if not frame.is_bad:
+            check_frame_files(frame)
+        frames.append(frame)
+    return frames, num_without_camera
+
+
+def _list_entries(meta: Mapping[str, Any], transforms: Path) -> list[dict[str, Any]]:
+    entries = [*list_entries(meta, "frames", transforms), *list_entries(meta, "test_frames", transforms)]
+    if not entries:
+        raise ValueError(f"{transforms} lists no frames; restore the file.")
+    return entries
+
+
+def _read_split_lists(dslr: Path, names: set[str]) -> tuple[dict[str, Split], int]:
+    """Split of each listed frame (test wins), and the number of train names without a camera."""
+    path = dslr / "train_test_lists.json"
+    if not path.is_file():
+        return {}, 0
+    lists = read_json(path)
+    if not isinstance(lists, dict) or not isinstance(lists.get("train"), list):
+        raise ValueError(f"{path} has no list `train`; restore the file.")
+    test = lists.get("test") or []
+    absent = [name for name in test if name not in names]
+    if absent:
+        raise ValueError(
+            f"{path} names {len(absent)} test frames without a camera ({', '.join(map(str, absent[:3]))}); "
+            "remove them from the list or restore the camera file."
+        )
+    splits: dict[str, Split] = {name: "train" for name in lists["train"] if name in names}
+    splits.update({name: "test" for name in test})
+    return splits, sum(name not in names for name in lists["train"])
+
+
+def _find_mask(dslr: Path, files: _VariantFiles, meta: Mapping[str, Any], entry: Mapping[str, Any]) -> Path | None:
+    if not meta.get("has_mask", True) or not entry.get("mask_path"):
+        return None
+    return resolve_inside(dslr / files.masks, entry["mask_path"], f"Frame {entry.get('file_path')} in {dslr}")
+
+
+def _read_depth_lens(dslr: Path) -> Lens | None:
+    """The lens that render_depth was made with, that of `transforms.json`; None if it cannot be known."""
+    transforms = dslr / "nerfstudio" / _VARIANTS["fisheye"].transforms
+    if not transforms.is_file() or not (dslr / "render_depth").is_dir():
+        return None
+    return parse_lens(read_json(transforms), str(transforms))
+
+
+def _read_points(dslr: Path) -> PointCloud | None:
+    found = find_colmap_points(dslr / "colmap")
+    if found is None:
+        return None
+    points = read_colmap_points(found)
+    return move_points(points, _colmap_to_world()) if len(points.xyz) else None
+
+
+def _colmap_to_world() -> Float[Tensor, "3 4"]:
+    return torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]])

@@ -1,0 +1,145 @@
+"""Reads nerfstudio's layout: a `transforms.json` beside the pictures it names.
+
+Intrinsics stand once for all frames or with each frame. Seed points come from `ply_file_path`, which is in the world
+of the poses, else from `colmap/sparse/0` moved by `applied_transform`. Frames that `train_filenames`,
+`val_filenames` and `test_filenames` leave out are left out here too; without these lists every 8th frame is test.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.data.camera_entries import (
+    FRAMES_PER_TEST_FRAME,
+    check_frame_files,
+    check_unique,
+    choose_splits,
+    count_splits,
+    list_entries,
+    parse_camera_to_world,
+    parse_lens,
+    resolve_inside,
+)
+from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud, Split
+from fit3d_ns.data.points import find_colmap_points, move_points, read_colmap_points, read_ply_points
+from fit3d_ns.utils.files import read_json
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG")
+
+
+def read_transforms(path: Path) -> CaptureFiles:
+    """Reads a folder with a `transforms.json`, or such a file of any name.
+
+    Raises:
+        ValueError: A piece is missing or wrong; the message names it.
+    """
+    path = Path(path)
+    transforms = path if path.suffix == ".json" else path / "transforms.json"
+    root = transforms.parent
+    meta = read_json(transforms)
+    entries = list_entries(meta, "frames", transforms)
+    if not entries:
+        raise ValueError(f"{transforms} lists no frames; it must hold a list `frames` with one entry per image.")
+    names = [entry["file_path"] for entry in entries]
+    check_unique(names, transforms)
+    splits, how = _read_splits(meta, names, transforms)
+    frames: list[Frame] = []
+    for name, entry, split in zip(names, entries, splits, strict=True):
+        if split is None:
+            continue
+        frame = _read_frame(root, meta, entry, split, f"Frame {name} in {transforms}")
+        if not frame.is_bad:
+            check_frame_files(frame)
+        frames.append(frame)
+    points, origin = _read_points(root, meta, transforms)
+    return CaptureFiles(
+        root=path,
+        layout="nerfstudio",
+        description=f"nerfstudio capture {transforms}: {count_splits(frames)} ({how}), {origin}.",
+        frames=frames,
+        points=points,
+        scene_id=root.absolute().name,
+        colmap_to_world=_read_colmap_to_world(root, meta, transforms),
+    )
+
+
+def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], split: Split, source: str) -> Frame:
+    optional = {
+        key: resolve_inside(root, entry[key], source) for key in ("mask_path", "depth_file_path") if entry.get(key)
+    }
+    return Frame(
+        image_path=_find_image(resolve_inside(root, entry["file_path"], source)),
+        lens=parse_lens({**meta, **entry}, source),
+        camera_to_world=parse_camera_to_world(entry, source),
+        split=split,
+        mask_path=optional.get("mask_path"),
+        depth_path=optional.get("depth_file_path"),
+        is_bad=bool(entry.get("is_bad", False)),
+    )
+
+
+def _find_image(path: Path) -> Path:
+    """The path, with the suffix that older files leave away."""
+    if path.suffix or path.is_file():
+        return path
+    candidates = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
+    return next((candidate for candidate in candidates if candidate.is_file()), path)
+
+
+def _read_splits(meta: Mapping[str, Any], names: list[str], transforms: Path) -> tuple[list[Split | None], str]:
+    """Split of each frame, None for those to leave out, and a word on where the splits come from."""
+    lists = {split: meta[f"{split}_filenames"] for split in ("train", "val", "test") if f"{split}_filenames" in meta}
+    if not lists:
+        chosen: list[Split | None] = list(choose_splits(names))
+        return chosen, f"every {FRAMES_PER_TEST_FRAME}th is test"
+    # Names are compared as paths: "./images/a.png" and "images/a.png" are one file.
+    positions = {Path(name): index for index, name in enumerate(names)}
+    splits: list[Split | None] = [None] * len(names)
+    # Later lists win: what tests must never train.
+    for split, listed in lists.items():
+        absent = [name for name in listed if Path(name) not in positions]
+        if absent:
+            raise ValueError(
+                f"{transforms} names {len(absent)} {split} frames in {split}_filenames that are not in its frames "
+                f"({', '.join(map(str, absent[:3]))}); remove them or add their frames."
+            )
+        for name in listed:
+            splits[positions[Path(name)]] = split  # type: ignore[call-overload]
+    if not any(splits):
+        raise ValueError(f"{transforms} has file lists that name no frame; fill train_filenames and test_filenames.")
+    num_left_out = sum(split is None for split in splits)
+    return splits, "split by its lists" + (f", {num_left_out} in none of them" if num_left_out else "")
+
+
+def _read_points(root: Path, meta: Mapping[str, Any], transforms: Path) -> tuple[PointCloud | None, str]:
+    if meta.get("ply_file_path"):
+        path = resolve_inside(root, meta["ply_file_path"], str(transforms))
+        points = read_ply_points(path)
+    else:
+        found = find_colmap_points(root / "colmap" / "sparse" / "0")
+        if found is None:
+            return None, "no points"
+        path = found
+        colmap_to_world = _read_colmap_to_world(root, meta, transforms)
+        assert colmap_to_world is not None
+        points = move_points(read_colmap_points(path), colmap_to_world)
+    if not len(points.xyz):
+        return None, "no points"
+    return points, f"{len(points.xyz)} points of {path.relative_to(root)}"
+
+
+def _read_colmap_to_world(root: Path, meta: Mapping[str, Any], transforms: Path) -> Float[Tensor, "3 4"] | None:
+    """`applied_transform`; captures older than that key were moved by a fixed one, as nerfstudio knows."""
+    if "applied_transform" in meta:
+        matrix = np.array(meta["applied_transform"], dtype=np.float64)
+        if matrix.shape not in ((3, 4), (4, 4)) or not np.isfinite(matrix).all():
+            raise ValueError(f"{transforms} has an applied_transform that is no finite 3x4 matrix; correct it.")
+        return torch.from_numpy(matrix[:3]).float() * float(meta.get("applied_scale", 1.0))
+    if (root / "colmap" / "sparse" / "0").is_dir():
+        return torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]])
+    return None

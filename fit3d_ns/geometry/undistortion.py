@@ -1,0 +1,225 @@
+"""`Undistortion`: the pinhole camera that replaces a distorted lens, and how pictures are moved into it.
+
+One implementation for the whole product, so that every stage sees the same pixels.
+Our pixel centres are at +0.5, OpenCV's at integers: only this file converts between the two.
+
+The pinhole camera has the photograph's size, and its whole picture was seen by the lens:
+
+- `opencv` lenses: the largest rectangle of the undistorted picture without a border, stretched to the image size
+  (`cv2.getOptimalNewCameraMatrix` at alpha 0, as nerfstudio takes it).
+- `fisheye` lenses: `cv2.fisheye.estimateNewCameraMatrixForUndistortRectify` at balance 0, as the paper's
+  preparation of ScanNet++ does, but with the principal point where it comes out.
+
+Where OpenCV's choice still looks past the picture's edge, the focal lengths grow until it does not.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from fit3d_ns.geometry.lenses import Lens
+
+
+@dataclass(frozen=True)
+class Undistortion:
+    """A pinhole lens and, for each of its pixels, where the photograph shows the same ray."""
+
+    lens: Lens
+    """The pinhole lens after undistortion; the given lens itself where that has no distortion."""
+    columns: Float[Tensor, "height width"] | None = None
+    """Column in the photograph, pixel centres at +0.5; None where nothing needs to be moved."""
+    rows: Float[Tensor, "height width"] | None = None
+    """Row in the photograph, pixel centres at +0.5; None where nothing needs to be moved."""
+
+    def apply_to_image(self, image: Shaped[Tensor, "height width 3"]) -> Shaped[Tensor, "height width 3"]:
+        """Moves a picture, uint8 or float32, bilinearly; beyond the edge it is mirrored (paper's preparation).
+
+        Raises:
+            ValueError: The image has another size than the lens.
+        """
+        self._check_size(image)
+        if self.columns is None or self.rows is None:
+            return image
+        moved = self._remap(image.numpy(), cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101)
+        return torch.from_numpy(moved)
+
+    def apply_to_mask(self, valid_mask: Bool[Tensor, "height width"]) -> Bool[Tensor, "height width"]:
+        """Moves a mask (True = use); a pixel stays valid if all that it mixes is valid and inside the photograph.
+
+        Raises:
+            ValueError: The mask has another size than the lens.
+        """
+        self._check_size(valid_mask)
+        if self.columns is None or self.rows is None:
+            return valid_mask
+        moved = self._remap(valid_mask.numpy().astype(np.uint8) * 255, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
+        return torch.from_numpy(moved == 255) & self.inside
+
+    def apply_to_depth(self, depth: Float[Tensor, "height width"]) -> Float[Tensor, "height width"]:
+        """Moves a z-depth map by nearest neighbour; 0 beyond the edge. Undistorting does not change z.
+
+        Raises:
+            ValueError: The depth map has another size than the lens.
+        """
+        self._check_size(depth)
+        if self.columns is None or self.rows is None:
+            return depth
+        moved = torch.from_numpy(self._remap(depth.float().numpy(), cv2.INTER_NEAREST, cv2.BORDER_REPLICATE))
+        return torch.where(self.inside, moved, 0.0)
+
+    @property
+    def inside(self) -> Bool[Tensor, "height width"]:
+        """True where the photograph covers the pinhole camera's pixel centre; everywhere, for sane lenses."""
+        if self.columns is None or self.rows is None:
+            return torch.ones(self.lens.height, self.lens.width, dtype=torch.bool)
+        # The maps are float32: a pixel on the very edge must not fall out by rounding.
+        slack = 0.01
+        inside_columns = (self.columns > -slack) & (self.columns < self.lens.width + slack)
+        return inside_columns & (self.rows > -slack) & (self.rows < self.lens.height + slack)
+
+    def _remap(self, picture: np.ndarray, interpolation: int, border: int) -> np.ndarray:
+        assert self.columns is not None and self.rows is not None
+        columns, rows = self.columns.numpy() - 0.5, self.rows.numpy() - 0.5
+        return cv2.remap(np.ascontiguousarray(picture), columns, rows, interpolation, borderMode=border)
+
+    def _check_size(self, picture: Shaped[Tensor, "height width *channels"]) -> None:
+        height, width = picture.shape[:2]
+        if (width, height) != (self.lens.width, self.lens.height):
+            raise ValueError(
+                f"The picture is {width}x{height}, its camera says {self.lens.width}x{self.lens.height}; "
+                "correct the camera file or resize the pictures."
+            )
+
+
+@lru_cache(maxsize=8)
+def compute_undistortion(lens: Lens) -> Undistortion:
+    """The undistortion of a lens; the last few are kept, as most captures have one lens.
+
+    Raises:
+        ValueError: The distortion cannot be undone: the coefficients are no description of a real lens.
+    """
+    if not lens.is_distorted:
+        return Undistortion(replace(lens, model="pinhole", distortion=()))
+    pinhole = _grow_focal_lengths(lens, _choose_pinhole(lens))
+    distortion = _opencv_coefficients(lens)
+    matrices = _opencv_K(lens), _opencv_K(pinhole)
+    size = (lens.width, lens.height)
+    if lens.model == "fisheye":
+        columns, rows = cv2.fisheye.initUndistortRectifyMap(
+            matrices[0], distortion, np.eye(3), matrices[1], size, cv2.CV_32FC1
+        )
+    else:
+        columns, rows = cv2.initUndistortRectifyMap(matrices[0], distortion, np.eye(3), matrices[1], size, cv2.CV_32FC1)
+    return Undistortion(pinhole, torch.from_numpy(columns + 0.5), torch.from_numpy(rows + 0.5))
+
+
+def distort_points(lens: Lens, points: Float[np.ndarray, "points 2"]) -> Float[np.ndarray, "points 2"]:
+    """Pixels (column, row; centres at +0.5) at which a lens shows the rays (x, y, 1), in float64.
+
+    The formulas are those of OpenCV's calib3d documentation (`projectPoints`, `fisheye`).
+    """
+    x, y = points[:, 0].astype(np.float64), points[:, 1].astype(np.float64)
+    if lens.model == "fisheye":
+        k1, k2, k3, k4 = _opencv_coefficients(lens)
+        radius = np.hypot(x, y)
+        theta = np.arctan(radius)
+        bent = theta * (1 + k1 * theta**2 + k2 * theta**4 + k3 * theta**6 + k4 * theta**8)
+        scale = np.where(radius > 1e-12, bent / np.maximum(radius, 1e-12), 1.0)
+        x, y = x * scale, y * scale
+    elif lens.model == "opencv":
+        k1, k2, p1, p2, k3, k4, k5, k6 = _opencv_coefficients(lens)
+        squared = x**2 + y**2
+        radial = (1 + k1 * squared + k2 * squared**2 + k3 * squared**3) / (
+            1 + k4 * squared + k5 * squared**2 + k6 * squared**3
+        )
+        x, y = (
+            x * radial + 2 * p1 * x * y + p2 * (squared + 2 * x**2),
+            y * radial + p1 * (squared + 2 * y**2) + 2 * p2 * x * y,
+        )
+    return np.stack([lens.fx * x + lens.cx, lens.fy * y + lens.cy], axis=-1)
+
+
+def resize_lens(lens: Lens, width: int, height: int) -> Lens:
+    """The lens after its photograph was resized to `width` x `height`; distortion does not depend on size."""
+    scale_x, scale_y = width / lens.width, height / lens.height
+    return replace(
+        lens,
+        fx=lens.fx * scale_x,
+        fy=lens.fy * scale_y,
+        cx=lens.cx * scale_x,
+        cy=lens.cy * scale_y,
+        width=width,
+        height=height,
+    )
+
+
+def _choose_pinhole(lens: Lens) -> Lens:
+    distortion, size = _opencv_coefficients(lens), (lens.width, lens.height)
+    if lens.model == "fisheye":
+        K = cv2.fisheye.estimateNewCameraMatrixForUndistortRectify(
+            _opencv_K(lens), distortion, size, np.eye(3), balance=0.0
+        )
+    else:
+        K, _ = cv2.getOptimalNewCameraMatrix(_opencv_K(lens), distortion, size, 0)
+    K = np.asarray(K, dtype=np.float64)
+    ratios = K[0, 0] / lens.fx, K[1, 1] / lens.fy
+    if not np.isfinite(K).all() or not all(0.05 < ratio < 20.0 for ratio in ratios):
+        raise ValueError(
+            f"The {lens.model} distortion {lens.distortion} of a {lens.width}x{lens.height} camera cannot be undone; "
+            "check the coefficients and their order in the camera file."
+        )
+    return Lens(
+        fx=float(K[0, 0]),
+        fy=float(K[1, 1]),
+        cx=float(K[0, 2]) + 0.5,
+        cy=float(K[1, 2]) + 0.5,
+        width=lens.width,
+        height=lens.height,
+    )
+
+
+def _grow_focal_lengths(lens: Lens, pinhole: Lens) -> Lens:
+    """Narrows the view in steps of 0.2 % until the frame of the pinhole picture lies inside the photograph."""
+    step, max_steps = 1.002, 1000
+    for _ in range(max_steps):
+        if _frame_is_inside(lens, pinhole):
+            return pinhole
+        pinhole = replace(pinhole, fx=pinhole.fx * step, fy=pinhole.fy * step)
+    raise ValueError(
+        f"The {lens.model} distortion {lens.distortion} leaves no part of the {lens.width}x{lens.height} picture "
+        "without a border; check the coefficients and the principal point in the camera file."
+    )
+
+
+def _frame_is_inside(lens: Lens, pinhole: Lens) -> bool:
+    """Whether the outermost pixel centres of the pinhole picture are seen by the lens."""
+    columns = np.arange(pinhole.width) + 0.5
+    rows = np.arange(pinhole.height) + 0.5
+    frame = np.concatenate(
+        [
+            np.stack([columns, np.full_like(columns, 0.5)], axis=-1),
+            np.stack([columns, np.full_like(columns, pinhole.height - 0.5)], axis=-1),
+            np.stack([np.full_like(rows, 0.5), rows], axis=-1),
+            np.stack([np.full_like(rows, pinhole.width - 0.5), rows], axis=-1),
+        ]
+    )
+    rays = (frame - [pinhole.cx, pinhole.cy]) / [pinhole.fx, pinhole.fy]
+    seen = distort_points(lens, rays)
+    return bool((seen >= 0.0).all() and (seen <= [lens.width, lens.height]).all())
+
+
+def _opencv_K(lens: Lens) -> Float[np.ndarray, "3 3"]:
+    return np.array([[lens.fx, 0.0, lens.cx - 0.5], [0.0, lens.fy, lens.cy - 0.5], [0.0, 0.0, 1.0]])
+
+
+def _opencv_coefficients(lens: Lens) -> Float[np.ndarray, " coefficients"]:
+    """All coefficients that the model has, those not given being zero."""
+    size = 4 if lens.model == "fisheye" else 8
+    if len(lens.distortion) > size:
+        raise ValueError(f"{len(lens.distortion)} distortion coefficients given, {lens.model} has at most {size}.")
+    return np.array([*lens.distortion, *[0.0] * (size - len(lens.distortion))])
