@@ -1,0 +1,172 @@
+"""Checks of what callers of the rasterizer pass in: one sentence for each thing that can be wrong."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fit3d_ns.rasterization.spherical_harmonics import MAX_SH_DEGREE
+
+RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
+RasterizeMode = Literal["classic", "antialiased"]
+
+_FIXED: dict[str, tuple[Any, str]] = {
+    "packed": (False, "the projection is always kept as [C, N]"),
+    "sparse_grad": (False, "gradients are always dense"),
+    "tile_size": (16, "tiles are always 16 pixels wide"),
+    "camera_model": ("pinhole", "undistort the images first"),
+    "distributed": (False, "each process renders its own Gaussians"),
+    "covars": (None, "pass `quats` and `scales`"),
+}
+
+
+def check_fixed_options(**options: Any) -> None:
+    """Refuses values of gsplat's options that this rasterizer does not offer.
+
+    Raises:
+        ValueError: An option has another value than the one that is built in.
+    """
+    for name, value in options.items():
+        expected, advice = _FIXED[name]
+        if value is not expected and value != expected:
+            shown = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"Rasterization takes `{name}={expected!r}` only, not {shown}: {advice}.")
+
+
+def check_modes(render_mode: str, rasterize_mode: str) -> None:
+    """Refuses unknown modes.
+
+    Raises:
+        ValueError: A mode has no such name.
+    """
+    if render_mode not in get_args(RenderMode):
+        raise ValueError(f"Unknown `render_mode` {render_mode!r}; choose one of {', '.join(get_args(RenderMode))}.")
+    if rasterize_mode not in get_args(RasterizeMode):
+        raise ValueError(
+            f"Unknown `rasterize_mode` {rasterize_mode!r}; choose one of {', '.join(get_args(RasterizeMode))}."
+        )
+
+
+def check_geometry(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+) -> None:
+    """Compares the shapes, dtypes and devices of Gaussians and cameras.
+
+    Raises:
+        ValueError: A tensor does not fit the others, or the image is empty.
+    """
+    num_gaussians, num_cameras = means.shape[0], viewmats.shape[0]
+    expected = {
+        "means": (means, (num_gaussians, 3)),
+        "quats": (quats, (num_gaussians, 4)),
+        "scales": (scales, (num_gaussians, 3)),
+        "opacities": (opacities, (num_gaussians,)),
+        "viewmats": (viewmats, (num_cameras, 4, 4)),
+        "Ks": (Ks, (num_cameras, 3, 3)),
+    }
+    for name, (tensor, shape) in expected.items():
+        _check_shape(name, tensor, shape)
+        _check_like(name, tensor, "means", means)
+    if num_cameras == 0:
+        raise ValueError("`viewmats` holds no camera; pass at least one.")
+    if width < 1 or height < 1:
+        raise ValueError(f"An image of {width} x {height} pixels cannot be rendered; pass a positive width and height.")
+
+
+def check_colors(
+    colors: Tensor, backgrounds: Tensor | None, sh_degree: int | None, means: Tensor, num_cameras: int
+) -> None:
+    """Checks colours or harmonics coefficients, and backgrounds, against Gaussians and cameras.
+
+    Raises:
+        ValueError: A shape, dtype, device or the degree does not fit.
+    """
+    num_gaussians = means.shape[0]
+    _check_like("colors", colors, "means", means)
+    shared, per_camera = (num_gaussians,), (num_cameras, num_gaussians)
+    trailing = 1 if sh_degree is None else 2
+    if tuple(colors.shape[:-trailing]) not in (shared, per_camera) or (sh_degree is not None and colors.shape[-1] != 3):
+        layout = "[N, D] or [C, N, D]" if sh_degree is None else "[N, K, 3] or [C, N, K, 3]"
+        raise ValueError(
+            f"`colors` has shape {list(colors.shape)}, expected {layout} with N={num_gaussians}, C={num_cameras}"
+            f" for sh_degree={sh_degree}."
+        )
+    if sh_degree is not None and not 0 <= sh_degree <= MAX_SH_DEGREE:
+        raise ValueError(f"`sh_degree` is {sh_degree}; choose 0 to {MAX_SH_DEGREE}.")
+    if sh_degree is not None and (sh_degree + 1) ** 2 > colors.shape[-2]:
+        raise ValueError(
+            f"`sh_degree` {sh_degree} needs {(sh_degree + 1) ** 2} coefficients, but `colors` holds"
+            f" {colors.shape[-2]}; lower the degree."
+        )
+    if backgrounds is not None:
+        channels = colors.shape[-1]
+        _check_shape("backgrounds", backgrounds, (num_cameras, channels))
+        _check_like("backgrounds", backgrounds, "means", means)
+
+
+def check_features(features: Tensor, num_gaussians: int, like: Tensor) -> None:
+    """Checks per-Gaussian features against the Gaussians of an `info`.
+
+    Raises:
+        ValueError: Shape, dtype or device differ.
+    """
+    if features.ndim != 2 or features.shape[0] != num_gaussians or features.shape[1] == 0:
+        raise ValueError(
+            f"`features` has shape {list(features.shape)}, expected [N, D] with N={num_gaussians} (the Gaussians that"
+            " `info` was made from) and D at least 1."
+        )
+    _check_like("features", features, "the rendered Gaussians", like)
+
+
+def check_pixels(pixels: Tensor, width: int, height: int) -> None:
+    """Checks a list of (row, column) positions.
+
+    Raises:
+        ValueError: It is no integer tensor [P, 2], or a position lies outside the image.
+    """
+    if pixels.ndim != 2 or pixels.shape[1] != 2 or pixels.is_floating_point() or pixels.dtype == torch.bool:
+        raise ValueError(
+            f"`pixels` is a {pixels.dtype} tensor of shape {list(pixels.shape)}; pass integers [P, 2] as (row, column)."
+        )
+    if len(pixels) == 0:
+        return
+    lowest, highest = pixels.amin(dim=0).tolist(), pixels.amax(dim=0).tolist()
+    if min(lowest) < 0 or highest[0] >= height or highest[1] >= width:
+        raise ValueError(
+            f"`pixels` spans rows {lowest[0]}..{highest[0]} and columns {lowest[1]}..{highest[1]}, outside the image of"
+            f" {height} rows and {width} columns."
+        )
+
+
+def check_feature_maps(feature_maps: Tensor, num_cameras: int, width: int, height: int, like: Tensor) -> None:
+    """Checks per-pixel maps against the images of an `info`.
+
+    Raises:
+        ValueError: Shape, dtype or device differ.
+    """
+    if feature_maps.ndim != 4 or tuple(feature_maps.shape[:3]) != (num_cameras, height, width):
+        raise ValueError(
+            f"`feature_maps` has shape {list(feature_maps.shape)}, expected [{num_cameras}, {height}, {width}, D];"
+            " resize the maps to the rendered image first."
+        )
+    _check_like("feature_maps", feature_maps, "the rendered Gaussians", like)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` has shape {list(tensor.shape)}, expected {list(shape)}.")
+
+
+def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype or tensor.device != other.device:
+        raise ValueError(
+            f"`{name}` is {tensor.dtype} on {tensor.device}, but {other_name} is {other.dtype} on {other.device};"
+            " convert one of them."
+        )

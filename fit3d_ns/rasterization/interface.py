@@ -1,0 +1,245 @@
+"""The public functions of the rasterizer: colour, features through the same projection, and the features' adjoint.
+
+`rasterization` is a drop-in for `gsplat.rendering.rasterization` 1.4 with pinhole cameras. Frames: `means` in the
+world, `viewmats` world-to-camera in OpenCV axes, `Ks` and all image coordinates in pixels with centres at +0.5.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fit3d_ns.rasterization import arguments
+from fit3d_ns.rasterization.arguments import RasterizeMode, RenderMode
+from fit3d_ns.rasterization.backends import Backend, BackendName, load_backend, resolve_backend
+from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectionSettings
+from fit3d_ns.rasterization.tile_lists import BlendGeometry
+
+MIN_DEPTH_ALPHA = 1e-10
+"""Expected depth is divided by at least this alpha, as in gsplat."""
+
+
+def rasterization(
+    means: Float[Tensor, "num_gaussians 3"],
+    quats: Float[Tensor, "num_gaussians 4"],
+    scales: Float[Tensor, "num_gaussians 3"],
+    opacities: Float[Tensor, " num_gaussians"],
+    colors: Float[Tensor, "*colors"],
+    viewmats: Float[Tensor, "num_cameras 4 4"],
+    Ks: Float[Tensor, "num_cameras 3 3"],
+    width: int,
+    height: int,
+    near_plane: float = 0.01,
+    far_plane: float = 1e10,
+    radius_clip: float = 0.0,
+    eps2d: float = 0.3,
+    sh_degree: int | None = None,
+    packed: bool = False,
+    tile_size: int = TILE_SIZE,
+    backgrounds: Float[Tensor, "num_cameras channels"] | None = None,
+    render_mode: RenderMode = "RGB",
+    sparse_grad: bool = False,
+    absgrad: bool = False,
+    rasterize_mode: RasterizeMode = "classic",
+    channel_chunk: int = 32,
+    distributed: bool = False,
+    camera_model: str = "pinhole",
+    covars: Tensor | None = None,
+    *,
+    backend: BackendName = "auto",
+) -> tuple[
+    Float[Tensor, "num_cameras height width rendered"], Float[Tensor, "num_cameras height width 1"], dict[str, Any]
+]:
+    """Renders Gaussians into cameras.
+
+    Args:
+        quats: wxyz, of any length but zero.
+        scales: Standard deviations along the three axes, in world units.
+        opacities: In [0, 1].
+        colors: [N, D] or [C, N, D]; with `sh_degree`, coefficients [N, K, 3] or [C, N, K, 3].
+        near_plane: z-depth below which a Gaussian's centre is dropped; `far_plane` likewise above.
+        radius_clip: Gaussians of at most this radius in pixels are dropped.
+        eps2d: Blur added to the projected covariances, px^2.
+        sh_degree: Highest degree of the harmonics that takes part, 0 to 4; None if `colors` are colours.
+        backgrounds: What shows through where alpha is below 1; black if None. Depth has no background.
+        render_mode: `D` is sum(w z), `ED` the same divided by alpha; `RGB+` puts it after the colours.
+        absgrad: Whether backward leaves the sums of absolute gradients in `info["means2d"].absgrad`.
+        rasterize_mode: `antialiased` scales the opacities by the loss of area that the blur would cause.
+        channel_chunk: Taken for compatibility; the backends choose chunks by themselves.
+        backend: `auto` follows the device of `means`.
+
+    Returns:
+        Images [C, H, W, X], accumulated alphas [C, H, W, 1], and `info`: gsplat's keys (`radii`, `means2d`, `depths`,
+        `conics`, `opacities` with the compensation, `tiles_per_gauss`, `flatten_ids`, ...) and `backend`. `means2d`
+        takes part in the graph. `packed`, `sparse_grad`, `tile_size`, `distributed`, `camera_model` and `covars` are
+        accepted at the default alone.
+
+    Raises:
+        ValueError: An argument is unknown, not offered, or does not fit the others.
+    """
+    arguments.check_modes(render_mode, rasterize_mode)
+    arguments.check_fixed_options(
+        packed=packed,
+        sparse_grad=sparse_grad,
+        tile_size=tile_size,
+        distributed=distributed,
+        camera_model=camera_model,
+        covars=covars,
+    )
+    arguments.check_geometry(means, quats, scales, opacities, viewmats, Ks, width, height)
+    uses_colors = render_mode not in ("D", "ED")
+    if uses_colors:
+        arguments.check_colors(colors, backgrounds, sh_degree, means, len(viewmats))
+    settings = ProjectionSettings(
+        width, height, near_plane, far_plane, radius_clip, eps2d, antialiased=rasterize_mode == "antialiased"
+    )
+    name = resolve_backend(backend, means)
+    engine = load_backend(name)
+    info = _project(engine, name, means, quats, scales, opacities, viewmats, Ks, settings)
+    geometry: BlendGeometry = info["blend_geometry"]
+
+    channels = []
+    if uses_colors:
+        if sh_degree is not None:
+            is_drawn = info["radii"].reshape(*info["depths"].shape, -1).amin(dim=-1) > 0
+            colors = engine.evaluate_harmonics(sh_degree, means, viewmats, colors, is_drawn)
+        channels.append(colors.expand(len(viewmats), -1, -1))
+    if render_mode != "RGB":
+        channels.append(info["depths"][..., None])
+        if backgrounds is not None:
+            nothing = backgrounds.new_zeros(len(viewmats), 1)
+            backgrounds = torch.cat([backgrounds, nothing], dim=-1) if uses_colors else nothing
+    blended = channels[0] if len(channels) == 1 else torch.cat(channels, dim=-1)
+    images, alphas = engine.blend(
+        geometry, info["means2d"], info["conics"], info["opacities"], blended, backgrounds, absgrad
+    )
+    if render_mode in ("ED", "RGB+ED"):
+        expected = images[..., -1:] / alphas.clamp(min=MIN_DEPTH_ALPHA)
+        images = torch.cat([images[..., :-1], expected], dim=-1)
+    return images, alphas, info
+
+
+@torch.no_grad()
+def project(
+    means: Float[Tensor, "num_gaussians 3"],
+    quats: Float[Tensor, "num_gaussians 4"],
+    scales: Float[Tensor, "num_gaussians 3"],
+    opacities: Float[Tensor, " num_gaussians"],
+    viewmats: Float[Tensor, "num_cameras 4 4"],
+    Ks: Float[Tensor, "num_cameras 3 3"],
+    width: int,
+    height: int,
+    *,
+    near_plane: float = 0.01,
+    far_plane: float = 1e10,
+    radius_clip: float = 0.0,
+    eps2d: float = 0.3,
+    rasterize_mode: RasterizeMode = "classic",
+    backend: BackendName = "auto",
+) -> dict[str, Any]:
+    """The `info` of `rasterization` without drawing anything and without gradients: for features alone.
+
+    Arguments, keys and errors are those of `rasterization`.
+    """
+    arguments.check_modes("RGB", rasterize_mode)
+    arguments.check_geometry(means, quats, scales, opacities, viewmats, Ks, width, height)
+    settings = ProjectionSettings(
+        width, height, near_plane, far_plane, radius_clip, eps2d, antialiased=rasterize_mode == "antialiased"
+    )
+    name = resolve_backend(backend, means)
+    return _project(load_backend(name), name, means, quats, scales, opacities, viewmats, Ks, settings)
+
+
+def rasterize_features(
+    features: Float[Tensor, "num_gaussians channels"],
+    info: dict[str, Any],
+    pixels: Int[Tensor, "num_pixels 2"] | None = None,
+) -> Float[Tensor, "num_cameras *pixels channels"]:
+    """Blends per-Gaussian features through the projection of an earlier call, with the weights that colour had.
+
+    Differentiable by `features` alone: the geometry in `info` was detached, `info["means2d"]` is never touched.
+
+    Args:
+        features: One row for each Gaussian that `info` was made from; any number of channels.
+        info: What `rasterization` or `project` returned.
+        pixels: Positions (row, column) to render in every camera; None renders all. Repeats are allowed.
+
+    Returns:
+        [C, H, W, D], or [C, P, D] with `pixels`. Nothing is added where alpha is below 1.
+
+    Raises:
+        ValueError: The features or pixels do not fit `info`.
+    """
+    geometry = _geometry_of(info)
+    arguments.check_features(features, geometry.num_gaussians, geometry.means2d)
+    if pixels is not None:
+        arguments.check_pixels(pixels, geometry.settings.width, geometry.settings.height)
+    return load_backend(info["backend"]).blend_features(features, geometry, pixels)
+
+
+@torch.no_grad()
+def backproject_features(
+    feature_maps: Float[Tensor, "num_cameras height width channels"], info: dict[str, Any]
+) -> tuple[Float[Tensor, "num_gaussians channels"], Float[Tensor, " num_gaussians"]]:
+    """The adjoint of `rasterize_features`: sums the maps' pixels into the Gaussians, by blend weight.
+
+    Returns:
+        Sums over all cameras and pixels of weight times pixel, [N, D], and of the weights alone, [N]. Their quotient is
+        the weighted mean of what each Gaussian was seen as.
+
+    Raises:
+        ValueError: The maps do not fit `info`.
+    """
+    geometry = _geometry_of(info)
+    settings = geometry.settings
+    arguments.check_feature_maps(feature_maps, geometry.num_cameras, settings.width, settings.height, geometry.means2d)
+    return load_backend(info["backend"]).backproject(feature_maps, geometry)
+
+
+def _project(
+    engine: Backend,
+    name: str,
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    settings: ProjectionSettings,
+) -> dict[str, Any]:
+    projected = engine.project_gaussians(means, quats, scales, viewmats, Ks, settings)
+    opacities = opacities.expand(len(viewmats), -1)
+    if projected.compensations is not None:
+        opacities = opacities * projected.compensations
+    geometry = engine.build_geometry(projected, opacities, settings)
+    return {
+        "camera_ids": None,
+        "gaussian_ids": None,
+        "radii": projected.radii,
+        "means2d": projected.means2d,
+        "depths": projected.depths,
+        "conics": projected.conics,
+        "opacities": opacities,
+        "tile_width": settings.tile_width,
+        "tile_height": settings.tile_height,
+        "tiles_per_gauss": geometry.tiles.tiles_per_gauss,
+        "isect_ids": geometry.tiles.isect_ids,
+        "flatten_ids": geometry.tiles.flatten_ids,
+        "isect_offsets": geometry.tiles.isect_offsets,
+        "width": settings.width,
+        "height": settings.height,
+        "tile_size": TILE_SIZE,
+        "n_cameras": len(viewmats),
+        "backend": name,
+        "blend_geometry": geometry,
+    }
+
+
+def _geometry_of(info: dict[str, Any]) -> BlendGeometry:
+    geometry = info.get("blend_geometry")
+    if not isinstance(geometry, BlendGeometry):
+        raise ValueError(
+            "`info` was not made by `fit3d_ns.rasterization`; pass the third value that `rasterization` returned."
+        )
+    return geometry

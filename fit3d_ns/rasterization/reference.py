@@ -1,0 +1,158 @@
+"""The reference backend: blending of Gaussians in plain PyTorch, dense within each tile, float32 or float64.
+
+It is the definition that the fast backends are tested against, so it is written to be read; gradients are autograd's.
+At a pixel, with the Gaussians of its tile in front-to-back order (Kerbl et al. 2023, Eq. 3):
+
+    alpha_i = min(0.999, opacity_i * exp(-sigma_i)),  0 where it is below 1/255 or sigma_i is negative
+    T_i = prod_{j < i} (1 - alpha_j),  stopping before the Gaussian after which T would be at most 1e-4
+    value = sum_i alpha_i T_i value_i + T_final * background,   alpha = 1 - T_final
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectedGaussians, ProjectionSettings, project_gaussians
+from fit3d_ns.rasterization.spherical_harmonics import evaluate_harmonics
+from fit3d_ns.rasterization.tile_lists import BlendGeometry, list_tiles
+
+MAX_ALPHA = 0.999
+"""No Gaussian is more opaque than this."""
+MIN_ALPHA = 1.0 / 255.0
+"""Fainter contributions are skipped."""
+MIN_TRANSMITTANCE = 1e-4
+"""A pixel is finished before the Gaussian that would bring its transmittance down to this."""
+
+__all__ = ["backproject", "blend", "blend_features", "build_geometry", "evaluate_harmonics", "project_gaussians"]
+
+
+def build_geometry(
+    projected: ProjectedGaussians, opacities: Float[Tensor, "num_cameras num_gaussians"], settings: ProjectionSettings
+) -> BlendGeometry:
+    """Sorts the projected Gaussians into tiles and detaches all."""
+    return BlendGeometry(
+        means2d=projected.means2d.detach(),
+        conics=projected.conics.detach(),
+        opacities=opacities.detach(),
+        tiles=list_tiles(projected, settings),
+        settings=settings,
+    )
+
+
+def blend(
+    geometry: BlendGeometry,
+    means2d: Float[Tensor, "num_cameras num_gaussians 2"],
+    conics: Float[Tensor, "num_cameras num_gaussians 3"],
+    opacities: Float[Tensor, "num_cameras num_gaussians"],
+    colors: Float[Tensor, "num_cameras num_gaussians channels"],
+    backgrounds: Float[Tensor, "num_cameras channels"] | None,
+    absgrad: bool,
+) -> tuple[Float[Tensor, "num_cameras height width channels"], Float[Tensor, "num_cameras height width 1"]]:
+    """Images and accumulated alphas, differentiable with respect to all tensors.
+
+    With `absgrad`, backward leaves the sum over pixels of the absolute gradient in `means2d.absgrad`.
+    """
+    settings = geometry.settings
+    absolute = torch.zeros_like(means2d, requires_grad=False) if absgrad and means2d.requires_grad else None
+    if absolute is not None:
+        means2d.absgrad = absolute  # type: ignore[attr-defined]
+    cameras = []
+    for camera in range(geometry.num_cameras):
+        pixels, values, transmittances = [], [], []
+        for tile_pixels, ids in _iterate_tiles(geometry, camera):
+            centres = means2d[camera, ids].expand(len(tile_pixels), -1, -1)
+            if absolute is not None and len(ids):
+                centres.register_hook(_absolute_sum_hook(absolute[camera], ids))
+            weights, transmittance = _blend_weights(tile_pixels, centres, conics[camera, ids], opacities[camera, ids])
+            pixels.append(tile_pixels)
+            values.append(weights @ colors[camera, ids])
+            transmittances.append(transmittance)
+        # The tiles cover each pixel once; this brings the pixels from tile order into rows.
+        rows = torch.cat(pixels)
+        order = torch.argsort(rows[:, 0] * settings.width + rows[:, 1])
+        image, transmittance = torch.cat(values)[order], torch.cat(transmittances)[order]
+        if backgrounds is not None:
+            image = image + transmittance[:, None] * backgrounds[camera]
+        cameras.append(torch.cat([image, 1.0 - transmittance[:, None]], dim=-1))
+    stacked = torch.stack(cameras).reshape(geometry.num_cameras, settings.height, settings.width, -1)
+    return stacked[..., :-1], stacked[..., -1:]
+
+
+def blend_features(
+    features: Float[Tensor, "num_gaussians channels"],
+    geometry: BlendGeometry,
+    pixels: Int[Tensor, "num_pixels 2"] | None,
+) -> Float[Tensor, "num_cameras *pixels channels"]:
+    """Blended features, [C, H, W, D] or at pixels (row, column) [C, P, D]; differentiable by the features alone."""
+    settings = geometry.settings
+    colors = features.expand(geometry.num_cameras, -1, -1)
+    image, _ = blend(geometry, geometry.means2d, geometry.conics, geometry.opacities, colors, None, absgrad=False)
+    if pixels is None:
+        return image
+    return image.reshape(geometry.num_cameras, settings.height * settings.width, -1)[
+        :, pixels[:, 0].long() * settings.width + pixels[:, 1].long()
+    ]
+
+
+@torch.no_grad()
+def backproject(
+    feature_maps: Float[Tensor, "num_cameras height width channels"], geometry: BlendGeometry
+) -> tuple[Float[Tensor, "num_gaussians channels"], Float[Tensor, " num_gaussians"]]:
+    """Sums of the maps' pixels by blend weight, and the sums of the blend weights, for each Gaussian."""
+    sums = feature_maps.new_zeros(geometry.num_gaussians, feature_maps.shape[-1])
+    totals = feature_maps.new_zeros(geometry.num_gaussians)
+    for camera in range(geometry.num_cameras):
+        for pixels, ids in _iterate_tiles(geometry, camera):
+            centres = geometry.means2d[camera, ids].expand(len(pixels), -1, -1)
+            weights, _ = _blend_weights(pixels, centres, geometry.conics[camera, ids], geometry.opacities[camera, ids])
+            sums.index_add_(0, ids, weights.T @ feature_maps[camera, pixels[:, 0], pixels[:, 1]])
+            totals.index_add_(0, ids, weights.sum(dim=0))
+    return sums, totals
+
+
+def _blend_weights(
+    pixels: Int[Tensor, "pixels 2"],
+    centres: Float[Tensor, "pixels entries 2"],
+    conics: Float[Tensor, "entries 3"],
+    opacities: Float[Tensor, " entries"],
+) -> tuple[Float[Tensor, "pixels entries"], Float[Tensor, " pixels"]]:
+    """The weight alpha_i T_i of each Gaussian at each pixel, and the transmittance that is left."""
+    dx = centres[..., 0] - (pixels[:, 1, None] + 0.5)
+    dy = centres[..., 1] - (pixels[:, 0, None] + 0.5)
+    sigmas = 0.5 * (conics[:, 0] * dx * dx + conics[:, 2] * dy * dy) + conics[:, 1] * dx * dy
+    alphas = (opacities * torch.exp(-sigmas)).clamp(max=MAX_ALPHA)
+    alphas = torch.where(is_visible(sigmas, alphas), alphas, 0.0)
+    after = torch.cumprod(1.0 - alphas, dim=-1)
+    before = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], dim=-1)
+    # `after` never rises, so this mask is True up to the last Gaussian that is blended.
+    alphas = torch.where(after > MIN_TRANSMITTANCE, alphas, 0.0)
+    return alphas * before, torch.prod(1.0 - alphas, dim=-1)
+
+
+def is_visible(sigmas: Float[Tensor, "*batch"], alphas: Float[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
+    """Whether a contribution counts."""
+    return (sigmas >= 0) & (alphas >= MIN_ALPHA)
+
+
+def _iterate_tiles(geometry: BlendGeometry, camera: int) -> Iterator[tuple[Int[Tensor, "p 2"], Int[Tensor, " n"]]]:
+    """Pixels (row, column) and Gaussians, front to back, of every tile of one camera."""
+    settings, tiles = geometry.settings, geometry.tiles
+    starts = tiles.isect_offsets.flatten().tolist() + [len(tiles.flatten_ids)]
+    for tile in range(settings.tile_width * settings.tile_height):
+        top, left = tile // settings.tile_width * TILE_SIZE, tile % settings.tile_width * TILE_SIZE
+        rows = torch.arange(top, min(top + TILE_SIZE, settings.height), device=geometry.means2d.device)
+        columns = torch.arange(left, min(left + TILE_SIZE, settings.width), device=geometry.means2d.device)
+        entry = camera * settings.tile_width * settings.tile_height + tile
+        ids = tiles.flatten_ids[starts[entry] : starts[entry + 1]].long() - camera * geometry.num_gaussians
+        yield torch.cartesian_prod(rows, columns), ids
+
+
+def _absolute_sum_hook(absolute: Tensor, ids: Tensor):
+    """A hook on per-pixel centres that adds the absolute values of their gradients up."""
+
+    def add(gradient: Tensor) -> None:
+        absolute.index_add_(0, ids, gradient.abs().sum(dim=0))
+
+    return add
