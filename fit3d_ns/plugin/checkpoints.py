@@ -1,0 +1,145 @@
+"""Checkpoints that survive: written whole or not at all, holding everything a run needs to go on as if never stopped.
+
+Besides nerfstudio's keys (`step pipeline optimizers schedulers scalers`) a checkpoint has `fit3d`: random states, the
+order of the data, the strategy's statistics and the lift's by-products. Only tensors, ints, floats, strings and
+containers of them, because `torch.load` refuses everything else.
+"""
+
+import os
+import random
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fit3d_ns.utils.files import is_disk_full
+from fit3d_ns.utils.progress import notice
+
+CHECKPOINT_PATTERN = re.compile(r"step-(\d{9})\.ckpt")
+
+
+def save_checkpoint_file(state: dict[str, Any], path: Path, keep_older: bool = False) -> None:
+    """Writes a checkpoint under a temporary name in the folder above, flushes it to disk and renames it.
+
+    nerfstudio reads a step number out of every name in the checkpoint folder, so nothing else may ever lie there.
+
+    Args:
+        state: Tensors and plain values only.
+        path: `.../step-000000123.ckpt`.
+        keep_older: False deletes the other checkpoints once this one is safe.
+
+    Raises:
+        ValueError: The disk is full; the previous checkpoint stays whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise ValueError(
+                f"No space left for checkpoint {path}; the previous one is whole. Free some space and resume with "
+                f"--load-dir {path.parent}."
+            ) from error
+        raise
+    if not keep_older:
+        for other in path.parent.iterdir():
+            if other != path and CHECKPOINT_PATTERN.fullmatch(other.name):
+                other.unlink()
+
+
+def load_checkpoint_file(path: Path) -> dict[str, Any]:
+    """Reads one checkpoint.
+
+    Raises:
+        ValueError: The file is missing, cut short, or no checkpoint.
+    """
+    if not path.is_file():
+        raise ValueError(f"No checkpoint {path}; check --load-dir, --load-step and --load-checkpoint.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"Checkpoint {path} cannot be read ({_first_line(error)}); it may be cut short.") from error
+    missing = [key for key in ("step", "pipeline", "optimizers") if key not in state]
+    if missing:
+        raise ValueError(f"{path} is no nerfstudio checkpoint: it has no {', '.join(missing)}.")
+    return state
+
+
+def load_latest_checkpoint(folder: Path, step: int | None = None) -> tuple[dict[str, Any], Path]:
+    """Reads the checkpoint of `step`, or the newest one that is whole; damaged newer ones are named and passed over.
+
+    Args:
+        folder: A checkpoint folder (`nerfstudio_models`) or the run folder above it.
+        step: The step to load, or None for the newest.
+
+    Raises:
+        ValueError: There is no readable checkpoint.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"No checkpoint folder {folder}; --load-dir takes a run's `nerfstudio_models` folder.")
+    if not _list_checkpoints(folder) and (folder / "nerfstudio_models").is_dir():
+        folder = folder / "nerfstudio_models"
+    if step is not None:
+        path = folder / f"step-{step:09d}.ckpt"
+        return load_checkpoint_file(path), path
+    for path in _list_checkpoints(folder):
+        try:
+            return load_checkpoint_file(path), path
+        except ValueError as error:
+            notice(f"{error} Trying the one before.")
+    raise ValueError(f"No readable checkpoint in {folder}; start the run anew without --load-dir.")
+
+
+def capture_random_states() -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's generators as tensors and plain values."""
+    version, keys, gauss = random.getstate()
+    _, numpy_keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - nerfstudio's own.
+    states: dict[str, Any] = {
+        "python": [version, list(keys), gauss],
+        "numpy": [torch.from_numpy(numpy_keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Puts back what `capture_random_states` took."""
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    numpy_keys, position, has_gauss, cached = states["numpy"]
+    state = ("MT19937", numpy_keys.numpy().astype(np.uint32), position, has_gauss, cached)
+    np.random.set_state(state)  # noqa: NPY002 - nerfstudio draws from the legacy generator.
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def make_plain(value: Any) -> Any:
+    """Numpy scalars become Python's, everywhere inside dicts, lists and tuples; tensors stay."""
+    if isinstance(value, dict):
+        return {key: make_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(make_plain(item) for item in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def _list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints by falling step."""
+    return sorted((path for path in folder.iterdir() if CHECKPOINT_PATTERN.fullmatch(path.name)), reverse=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

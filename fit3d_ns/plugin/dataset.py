@@ -1,0 +1,125 @@
+"""`UndistortedDataset`: nerfstudio's view of a capture in which every camera is a pinhole camera already.
+
+Pixels come from `PosedCapture`, the one place that loads and undistorts them for every stage. nerfstudio's own
+datamanager undistorts while caching and rewrites cameras as it goes, so what they say depends on when one asks.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from torch import Tensor
+
+from fit3d_ns.data.frames import Frame, Split
+from fit3d_ns.geometry.cameras import transform_camera_to_worlds
+from fit3d_ns.geometry.undistortion import compute_undistortion, resize_lens
+from fit3d_ns.plugin.dataparser import create_cameras, read_lens
+from fit3d_ns.scene.posed_capture import PosedCapture, View
+
+
+class UndistortedDataset(InputDataset):
+    """Photographs and masks of one split, undistorted, with pinhole cameras that never change afterwards."""
+
+    def __init__(self, outputs: DataparserOutputs, scale_factor: float, root: Path, split: Split) -> None:
+        """Reads lenses and poses; no image is opened.
+
+        Args:
+            outputs: Frames of any dataparser, distorted or not.
+            scale_factor: Photographs are resized by this factor before they are undistorted, in (0, 1].
+            root: The scene folder that was given as `--data`.
+            split: What these frames are for.
+
+        Raises:
+            ValueError: The factor is out of range, or a camera model cannot be undistorted.
+        """
+        super().__init__(outputs, scale_factor=1.0)
+        if not 0.0 < scale_factor <= 1.0:
+            raise ValueError(f"camera_res_scale_factor must be in (0, 1], not {scale_factor}.")
+        self.capture = _create_capture(outputs, scale_factor, root, split)
+        lenses = [compute_undistortion(view.lens).lens for view in self.capture.views]
+        self.cameras = create_cameras(lenses, outputs.cameras.camera_to_worlds)
+
+    def get_numpy_image(self, image_idx: int) -> np.ndarray:
+        """The undistorted photograph [H, W, 3], uint8."""
+        return self.get_image_uint8(image_idx).numpy()
+
+    def get_image_uint8(self, image_idx: int) -> UInt8[Tensor, "height width 3"]:
+        """The undistorted photograph.
+
+        Raises:
+            ValueError: The file is missing, damaged, or of another size than its camera says.
+        """
+        return self.capture.load_image(self.capture.views[image_idx])
+
+    def get_image_float32(self, image_idx: int) -> Float[Tensor, "height width 3"]:
+        """The undistorted photograph in [0, 1]."""
+        return self.get_image_uint8(image_idx).float() / 255.0
+
+    def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
+        """One frame: `image` [H, W, 3], `image_idx`, and `mask` [H, W, 1] where some pixels may not be used."""
+        image = self.get_image_uint8(image_idx) if image_type == "uint8" else self.get_image_float32(image_idx)
+        data: dict[str, Any] = {"image_idx": image_idx, "image": image}
+        valid_mask = self.capture.load_valid_mask(self.capture.views[image_idx])
+        if not bool(valid_mask.all()):
+            data["mask"] = valid_mask[..., None].float()
+        return data
+
+
+def _create_capture(outputs: DataparserOutputs, scale_factor: float, root: Path, split: Split) -> PosedCapture:
+    masks, depths = _collect_paths(outputs, "mask"), _collect_paths(outputs, "depth")
+    transform, scale = outputs.dataparser_transform, float(outputs.dataparser_scale)
+    views = []
+    for index, path in enumerate(outputs.image_filenames):
+        lens = read_lens(outputs.cameras, index)
+        pose = outputs.cameras.camera_to_worlds[index]
+        frame = Frame(
+            image_path=Path(path),
+            lens=lens,
+            camera_to_world=_undo_transform(pose, transform, scale),
+            split=split,
+            mask_path=masks[index],
+            depth_path=depths[index],
+        )
+        width, height = _scale_size(lens.width, scale_factor), _scale_size(lens.height, scale_factor)
+        view = View(_name(Path(path), root), pose, lens.K, width, height, split, frame)
+        views.append(replace(view, K=compute_undistortion(resize_lens(lens, width, height)).lens.K))
+    return PosedCapture(
+        root=root,
+        views=views,
+        dataparser_transform=transform[:3, :4].float(),
+        dataparser_scale=scale,
+        metric_scale=outputs.metadata.get("metric_scale"),
+        scene_id=outputs.metadata.get("scene_id", root.name),
+    )
+
+
+def _scale_size(pixels: int, scale_factor: float) -> int:
+    return max(round(pixels * scale_factor), 1)
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def _undo_transform(pose: Float[Tensor, "3 4"], transform: Float[Tensor, "3 4"], scale: float) -> Float[Tensor, "3 4"]:
+    """The pose in the dataset's own world: first the scale is taken back, then the rigid motion."""
+    unscaled = pose.clone()
+    unscaled[:, 3] /= scale
+    rotation = transform[:3, :3].T
+    inverse = rotation.new_zeros(3, 4)
+    inverse[:, :3] = rotation
+    inverse[:, 3] = -rotation @ transform[:3, 3]
+    return transform_camera_to_worlds(unscaled, inverse, 1.0)
+
+
+def _collect_paths(outputs: DataparserOutputs, kind: Literal["mask", "depth"]) -> list[Path | None]:
+    """Ours name masks and depths frame by frame; nerfstudio's parsers name all or none."""
+    if f"{kind}_paths" in outputs.metadata:
+        return list(outputs.metadata[f"{kind}_paths"])
+    if kind == "mask" and outputs.mask_filenames is not None:
+        return [Path(path) for path in outputs.mask_filenames]
+    return [None] * len(outputs.image_filenames)

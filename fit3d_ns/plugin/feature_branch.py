@@ -1,0 +1,202 @@
+"""`FeatureBranch`: everything of the model that knows about features: decoder, loss, figures and pictures.
+
+It reads the render that the colour branch made and gives nothing back to it: its random numbers come from its own
+generator, and the features are blended through a detached projection.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fit3d_ns.lifting.losses import FeatureLoss, FeatureLossConfig
+from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
+from fit3d_ns.rasterization import rasterize_features
+from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.token_reading import TokenReader, create_token_reader, read_at_tokens
+from fit3d_ns.utils.seeds import create_generator
+
+FEATURE_SEED = 0
+"""Seed of the feature branch's own random numbers."""
+
+INITIAL_FEATURE_SCALE = 0.01
+"""Standard deviation of `feature_init="random"`; the paper's text gives none."""
+
+COVERED_ALPHA = 0.5
+"""Tokens with less rendered opacity, or less valid area, are not compared in evaluation."""
+
+
+class FeatureBranch(nn.Module):
+    """The decoder (E x D x 3 x 3), and the fixed PCA basis that colours the pictures."""
+
+    pca_mean: Tensor
+    pca_components: Tensor
+    pca_low: Tensor
+    pca_high: Tensor
+    is_solved: Tensor
+
+    def __init__(self, config: FeatureSplatfactoModelConfig, metadata: dict[str, Any]) -> None:
+        """Args: options of the model, and the dataset's metadata with `embed_dim` where features are on."""
+        super().__init__()
+        self.config = config
+        self.embed_dim = int(metadata.get("embed_dim", 1))
+        self.decoder = _create_decoder(config, self.embed_dim)
+        self.register_buffer("pca_mean", torch.zeros(self.embed_dim))
+        self.register_buffer("pca_components", torch.zeros(3, self.embed_dim))
+        self.register_buffer("pca_low", torch.zeros(3))
+        self.register_buffer("pca_high", torch.ones(3))
+        self.register_buffer("is_solved", torch.zeros((), dtype=torch.bool))
+        self.load_tokens: Callable[[Cameras], Tensor | None] | None = None
+        self._losses: dict[tuple[int, int, tuple[int, int]], FeatureLoss] = {}
+        self._render: tuple[Tensor, dict[str, Any], Tensor] | None = None
+
+    @staticmethod
+    def create_features(config: FeatureSplatfactoModelConfig, num_gaussians: int) -> Float[Tensor, "num_gaussians dim"]:
+        """Initial features; never drawn from the global generator."""
+        if config.feature_init == "zeros":
+            return torch.zeros(num_gaussians, config.feature_dim)
+        generator = create_generator(FEATURE_SEED, "features")
+        return torch.randn(num_gaussians, config.feature_dim, generator=generator) * INITIAL_FEATURE_SCALE
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are features at all."""
+        return self.config.feature_loss_weight > 0
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether features and decoder take gradient steps beside the colours."""
+        return self.is_on and self.config.feature_schedule == "joint"
+
+    def remember_render(
+        self, features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], alpha: Float[Tensor, "height width 1"]
+    ) -> None:
+        """Keeps what the loss of this step needs."""
+        self._render = (features, info, alpha[..., 0].detach()) if self.is_joint else None
+
+    def compute_loss(self, batch: dict[str, Any]) -> Float[Tensor, ""]:
+        """L1 between decoded features and the backbone's tokens (paper, equation 3, L_f).
+
+        Weighted by the valid mask and, unless switched off, by the detached opacity. Taken at `feature_grid_multiple`
+        times the token grid, or at image size, where the target is the bilinearly upsampled token map (paper).
+        """
+        assert self._render is not None, "a render comes before its loss"
+        features, info, alpha = self._render
+        self._render = None
+        height, width = alpha.shape
+        tokens = batch["patch_tokens"].to(alpha.device).float()
+        loss = self._create_loss(width, height, (tokens.shape[0], tokens.shape[1]))
+        pixels = None if loss.pixels is None else loss.pixels.to(alpha.device)
+        features_low = rasterize_features(features, info, pixels=pixels)[0]
+        mask = _resize_mask(batch["mask"].to(alpha.device), height, width) if "mask" in batch else None
+        return loss.compute(features_low, alpha, self.decoder, tokens, mask)
+
+    @torch.no_grad()
+    def compute_metrics(
+        self, features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], batch: dict[str, Any]
+    ) -> dict[str, float]:
+        """`feature_l1` and `feature_cosine` over covered, valid tokens; and the cosine of the mean token beside it."""
+        if not self.is_on:
+            return {}
+        tokens = batch["patch_tokens"].to(features.device).float()
+        size = (tokens.shape[0], tokens.shape[1])
+        width, height = int(info["width"]), int(info["height"])
+        reader = create_token_reader(width, height, size, self.config.lift.token_reading)
+        low, alpha = _render_pixels(features, info, reader)
+        decoded = self.decoder.decode_pixels(low, alpha, reader)
+        alpha_at_tokens = reader.read(alpha[:, None])[..., 0]
+        valid = torch.ones(size, device=features.device)
+        if "mask" in batch:
+            mask = _resize_mask(batch["mask"].to(features.device), height, width)
+            valid = read_at_tokens(mask[..., None], size)[..., 0]
+        covered = (alpha_at_tokens > COVERED_ALPHA) & (valid > COVERED_ALPHA)
+        if not bool(covered.any()):
+            return {"feature_l1": float("nan"), "feature_cosine": float("nan"), "feature_coverage": 0.0}
+        prediction, truth = decoded[covered], tokens[covered]
+        return {
+            "feature_l1": float((prediction - truth).abs().mean()),
+            "feature_cosine": float(F.cosine_similarity(prediction, truth, dim=-1).mean()),
+            "feature_cosine_mean_token": float(F.cosine_similarity(self.pca_mean[None], truth, dim=-1).mean()),
+            "feature_coverage": float(covered.float().mean()),
+        }
+
+    @torch.no_grad()
+    def render_pictures(
+        self,
+        features: Float[Tensor, "num_gaussians dim"],
+        info: dict[str, Any],
+        alpha: Float[Tensor, "height width 1"],
+        camera: Cameras,
+    ) -> dict[str, Float[Tensor, "height width 3"]]:
+        """`features_pca`, and `features_pca_original` where the camera is a captured one (black elsewhere)."""
+        height, width = alpha.shape[:2]
+        black = alpha.new_zeros(height, width, 3)
+        has_basis = self.is_on and bool(self.pca_components.any())
+        if not has_basis:
+            return {"features_pca": black, "features_pca_original": black.clone()}
+        # Projecting after decoding is a convolution to 3 channels: the 384 are never made.
+        projection = self.decoder.project(self.pca_components, self.pca_mean)
+        rendered = projection(rasterize_features(features, info)[0], alpha[..., 0])
+        spread = self.pca_high - self.pca_low
+        pictures = {"features_pca": ((rendered - alpha * self.pca_low) / spread).clamp(0, 1)}
+        tokens = None if self.load_tokens is None else self.load_tokens(camera)
+        if tokens is None:
+            return pictures | {"features_pca_original": black}
+        coefficients = (tokens.to(alpha.device).float() - self.pca_mean) @ self.pca_components.T
+        colors = ((coefficients - self.pca_low) / spread).clamp(0, 1)
+        upsampled = F.interpolate(colors.permute(2, 0, 1)[None], size=(height, width), mode="nearest")
+        return pictures | {"features_pca_original": upsampled[0].permute(1, 2, 0)}
+
+    def set_decoder(self, decoder: FeatureDecoder) -> None:
+        """Takes over the weights of a solved decoder, in place: the optimizer keeps its parameters.
+
+        A solved decoder without a bias leaves a zero bias.
+        """
+        with torch.no_grad():
+            self.decoder.weight.copy_(decoder.weight)
+            if self.decoder.bias is not None:
+                self.decoder.bias.copy_(torch.zeros_like(self.decoder.bias) if decoder.bias is None else decoder.bias)
+        self.is_solved.fill_(True)
+
+    def set_picture_basis(self, mean: Tensor, components: Tensor, low: Tensor, high: Tensor) -> None:
+        """Fixes the colours: mean [E], three components [3, E], and the coefficients shown as 0 and 1."""
+        with torch.no_grad():
+            self.pca_mean.copy_(mean)
+            self.pca_components.copy_(components)
+            self.pca_low.copy_(low)
+            self.pca_high.copy_(torch.maximum(high, low + 1e-6))
+
+    def _create_loss(self, width: int, height: int, patch_grid: tuple[int, int]) -> FeatureLoss:
+        key = (width, height, patch_grid)
+        if key not in self._losses:
+            config = FeatureLossConfig(
+                multiple=self.config.feature_grid_multiple, accumulation_aware=self.config.accumulation_weighting
+            )
+            self._losses[key] = FeatureLoss(width, height, patch_grid, config)
+        return self._losses[key]
+
+
+def _create_decoder(config: FeatureSplatfactoModelConfig, embed_dim: int) -> FeatureDecoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(FEATURE_SEED)
+        return FeatureDecoder(config.feature_dim, embed_dim, bias=config.decoder_bias)
+
+
+def _render_pixels(
+    features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], reader: TokenReader
+) -> tuple[Float[Tensor, "pixels dim"], Float[Tensor, " pixels"]]:
+    """Blended features and opacity at the pixels a reader reads; opacity is the blend of ones."""
+    with_ones = torch.cat([features, features.new_ones(len(features), 1)], dim=-1)
+    rendered = rasterize_features(with_ones, info, pixels=reader.pixels.to(features.device))[0]
+    return rendered[:, :-1], rendered[:, -1]
+
+
+def _resize_mask(mask: Float[Tensor, "rows columns 1"], height: int, width: int) -> Float[Tensor, "height width"]:
+    """The valid mask at the size of a render, which early in training is a fraction of the image's."""
+    if tuple(mask.shape[:2]) == (height, width):
+        return mask[..., 0].float()
+    return F.interpolate(mask.float().permute(2, 0, 1)[None], size=(height, width), mode="area")[0, 0]

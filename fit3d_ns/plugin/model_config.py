@@ -1,0 +1,96 @@
+"""Options of the `fit3d-features` model: splatfacto's, with open step counts, and the feature branch's."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from nerfstudio.models.splatfacto import SplatfactoModelConfig
+
+from fit3d_ns.lifting.config import LiftConfig
+
+
+def _load_model_class() -> Any:
+    """The model's class, imported when a config is made and not when this module is."""
+    from fit3d_ns.plugin.model import FeatureSplatfactoModel
+
+    return FeatureSplatfactoModel
+
+
+@dataclass
+class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
+    """Splatfacto with one feature vector per Gaussian and a 3x3 convolution that decodes rendered features."""
+
+    _target: type = field(default_factory=_load_model_class)
+    """The model's class."""
+    feature_dim: int = 64
+    """Channels per Gaussian, D in the paper (section 3.1); 32 to 128 are usual, at least 1."""
+    feature_loss_weight: float = 1.0
+    """Weight of the feature loss; 0 switches the whole feature branch off. Geometry and colour never see this loss."""
+    feature_schedule: Literal["solve", "joint"] = "solve"
+    """`solve`: colour alone first, then features by least squares; `joint`: gradient steps from step 0 (paper)."""
+    feature_grid_multiple: int = 1
+    """The feature loss of `joint` is taken at this multiple of the token grid; 0 takes it at image size (paper)."""
+    accumulation_weighting: bool = True
+    """Weight the feature loss at a pixel by its rendered opacity; False weights all valid pixels alike (paper)."""
+    feature_init: Literal["zeros", "random"] = "zeros"
+    """Initial features: `zeros` as the authors' code, or `random` (standard normal times 0.01) as their text."""
+    decoder_bias: bool = True
+    """Give the decoder a bias, scaled by rendered opacity; the paper's code has none."""
+    solve_share: float = 0.15
+    """Largest share of the colour steps' cost that may be spent on solving features, in (0, 1]."""
+    early_solve_at: int | None = None
+    """Step of the first quick solve, for the viewer; 1/20 of the run by default."""
+    lift: LiftConfig = field(default_factory=LiftConfig)
+    """How features are solved."""
+    strategy: Literal["default", "mcmc"] = "default"
+    """Densification: splatfacto's, or 3D Gaussian splatting as Markov chain Monte Carlo."""
+    mcmc_cap: int = 200_000
+    """Largest number of Gaussians of the `mcmc` strategy."""
+    mcmc_noise_lr: float = 5e5
+    """Scale of the position noise of the `mcmc` strategy."""
+    mcmc_min_opacity: float = 0.005
+    """Gaussians below this opacity are moved to better places by the `mcmc` strategy."""
+    mcmc_opacity_regularization: float = 0.01
+    """Weight of the mean opacity in the loss of the `mcmc` strategy."""
+    mcmc_scale_regularization: float = 0.01
+    """Weight of the mean scale in the loss of the `mcmc` strategy."""
+    lpips: Literal["auto", "off"] = "auto"
+    """`auto` reports LPIPS where AlexNet's weights are already in torch's hub cache; nothing is ever downloaded."""
+    warmup_length: int | None = None  # type: ignore[assignment]
+    """Steps before the first densification; 1/60 of the run by default."""
+    refine_every: int | None = None  # type: ignore[assignment]
+    """Steps between densifications; 1/300 of the run by default, between 25 and 100."""
+    resolution_schedule: int | None = None  # type: ignore[assignment]
+    """Steps after which the training resolution doubles; 1/10 of the run by default."""
+    reset_alpha_every: int | None = None  # type: ignore[assignment]
+    """Densifications between opacity resets; 1/10 of the run by default, none in runs under 15,000 steps."""
+    sh_degree_interval: int | None = None  # type: ignore[assignment]
+    """Steps after which the next degree of spherical harmonics is used; 1/30 of the run by default."""
+    stop_screen_size_at: int | None = None  # type: ignore[assignment]
+    """Step after which size on screen no longer counts; 2/15 of the run by default."""
+    stop_split_at: int | None = None  # type: ignore[assignment]
+    """Step at which densification ends; half the run by default."""
+
+    def resolve_features(self) -> None:
+        """Writes the options that stand in two places into both, so that config.yml tells the truth.
+
+        Raises:
+            ValueError: A feature option is out of range.
+        """
+        if self.feature_dim < 1:
+            raise ValueError(f"--pipeline.model.feature-dim is {self.feature_dim}; it must be at least 1.")
+        if self.feature_loss_weight < 0:
+            raise ValueError(
+                f"--pipeline.model.feature-loss-weight is {self.feature_loss_weight}; it must be 0 or above."
+            )
+        if self.feature_grid_multiple < 0:
+            raise ValueError(
+                f"--pipeline.model.feature-grid-multiple is {self.feature_grid_multiple}; 0 is image size."
+            )
+        if not 0 < self.solve_share <= 1:
+            raise ValueError(f"--pipeline.model.solve-share is {self.solve_share}; it must be in (0, 1].")
+        self.lift = replace(
+            self.lift,
+            feature_dim=self.feature_dim,
+            decoder_bias=self.decoder_bias,
+            accumulation_aware=self.accumulation_weighting,
+        )

@@ -1,0 +1,145 @@
+"""`FeaturePipeline`: where captured tokens meet the Gaussians: solving features, figures, what a resume needs."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from torch import Tensor
+
+from fit3d_ns.analysis.pca import fit_pca
+from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.plugin.datamanager import FeatureDatamanager
+from fit3d_ns.plugin.errors import install_error_sentences
+from fit3d_ns.plugin.model import FeatureSplatfactoModel
+from fit3d_ns.plugin.schedule import compute_pass_budget
+from fit3d_ns.utils.progress import notice
+
+MAX_PICTURE_TOKENS = 50_000
+"""Tokens on which the colours of feature pictures are fitted."""
+
+
+@dataclass
+class FeaturePipelineConfig(VanillaPipelineConfig):
+    """nerfstudio's pipeline options."""
+
+    _target: type = field(default_factory=lambda: FeaturePipeline)
+    """The pipeline's class."""
+
+
+class FeaturePipeline(VanillaPipeline):
+    """Datamanager and model, and the closed-form lift that needs both."""
+
+    datamanager: FeatureDatamanager
+    model: FeatureSplatfactoModel
+
+    def __init__(self, config: FeaturePipelineConfig, device: str, *args: Any, **kwargs: Any) -> None:
+        # `ns-eval` and its siblings come here without passing our trainer config.
+        install_error_sentences()
+        config.datamanager.with_features = config.model.feature_loss_weight > 0
+        super().__init__(config, device, *args, **kwargs)
+        self.passes_spent = 0
+        self.lift_state: dict[str, Tensor] = {}
+        if self.branch.is_on:
+            self.branch.load_tokens = self.datamanager.load_tokens_of_camera
+
+    @property
+    def branch(self) -> Any:
+        """The model's feature branch."""
+        return self.model.feature_branch
+
+    def prepare_features(self) -> None:
+        """Extracts missing tokens and fixes the colours of the pictures; does nothing where features are off."""
+        if not self.branch.is_on:
+            return
+        self.datamanager.extract_missing_tokens()
+        if not bool(self.branch.pca_components.any()):
+            self.fit_picture_basis()
+
+    def fit_picture_basis(self) -> None:
+        """Fixes the three directions and the ranges that colour feature pictures, from all training views' tokens."""
+        tokens = list(self.datamanager.iterate_train_tokens())
+        # Every n-th token of every view: colours need no more, and memory stays small.
+        stride = max(sum(item.shape[0] * item.shape[1] for item in tokens) // MAX_PICTURE_TOKENS, 1)
+        rows = torch.cat([item.flatten(0, 1)[::stride].float() for item in tokens])
+        basis = fit_pca(rows, 3).to(self.model.device)
+        self.branch.set_picture_basis(basis.mean, basis.components, basis.colour_low, basis.colour_high)
+
+    def solve_features_if_due(self, step: int, max_num_iterations: int) -> None:
+        """Solves features early (one pass), when densification ends (one pass), and at the end (what is left)."""
+        config = self.model.config
+        if not self.branch.is_on or config.feature_schedule != "solve":
+            return
+        done = step + 1
+        if done == max_num_iterations:
+            self.solve_features(done, is_final=True)
+        elif done in (config.early_solve_at, config.stop_split_at):
+            # Only where the budget leaves room: the last solve is the one that counts.
+            budget = compute_pass_budget(done, self._num_views, config.feature_dim, config.solve_share)
+            if self.passes_spent + 1 < budget:
+                self.solve_features(done, is_final=False)
+
+    def solve_features(self, num_steps: int, is_final: bool) -> None:
+        """Lifts the captured tokens onto the Gaussians as they are now, by least squares (`fit3d_ns.lifting`).
+
+        Args:
+            num_steps: Colour steps so far; they set how many passes over the views may be spent.
+            is_final: Spend what is left of the budget; otherwise only the weighted sum is made.
+        """
+        config = self.model.config
+        budget = compute_pass_budget(num_steps, self._num_views, config.feature_dim, config.solve_share)
+        left = max(budget - self.passes_spent, 1)
+        passes = min(config.lift.max_passes, max(left - 2, 0)) if is_final else 0
+        lift = replace(config.lift, max_passes=passes)
+        result = solve_features(self.model.get_lift_gaussians(), self.datamanager.create_lift_views(), lift)
+        with torch.no_grad():
+            self.model.features.copy_(result.features)
+        self.branch.set_decoder(result.decoder)
+        self.passes_spent += passes + 2
+        self.lift_state = {
+            "blend_weight": result.blend_weight,
+            "num_views": result.num_views,
+            "feature_variance": result.feature_variance,
+        }
+        if is_final:
+            notice(f"Features solved in {passes + 2} passes over {self._num_views} views.")
+
+    def get_average_eval_image_metrics(
+        self, step: int | None = None, output_path: Path | None = None, get_std: bool = False
+    ) -> dict[str, float]:
+        """Means (and standard deviations) over the held-out frames; frames without a covered token do not count."""
+        with torch.no_grad():
+            return super().get_average_eval_image_metrics(step, output_path, get_std)
+
+    def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
+        """Loads a checkpoint, strictly: a missing key is an error and never a random feature."""
+        state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
+        self.model.update_to_step(step)
+        prefix = "_model."
+        self.model.load_state_dict(
+            {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        )
+
+    def capture_run_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside parameters and optimizers."""
+        return {
+            "datamanager": self.datamanager.capture_order(),
+            "strategy": {key: value for key, value in self.model.strategy_state.items()},
+            "passes_spent": self.passes_spent,
+            "lift": self.lift_state,
+        }
+
+    def restore_run_state(self, state: dict[str, Any]) -> None:
+        """Puts back what `capture_run_state` took."""
+        self.datamanager.restore_order(state["datamanager"])
+        device = self.model.device
+        self.model.strategy_state = {
+            key: value.to(device) if isinstance(value, Tensor) else value for key, value in state["strategy"].items()
+        }
+        self.passes_spent = int(state["passes_spent"])
+        self.lift_state = state["lift"]
+
+    @property
+    def _num_views(self) -> int:
+        return len(self.datamanager.train_dataset)

@@ -1,0 +1,46 @@
+"""Learning-rate decay over the length of the run, whatever that is."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nerfstudio.engine.schedulers import ExponentialDecayScheduler, ExponentialDecaySchedulerConfig
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass
+class RunLengthDecaySchedulerConfig(ExponentialDecaySchedulerConfig):
+    """nerfstudio's exponential decay whose length is the run's unless one is given."""
+
+    _target: type = field(default_factory=lambda: RunLengthDecayScheduler)
+    """The scheduler's class."""
+    max_steps: int | None = None  # type: ignore[assignment]
+    """Steps after which the final rate is reached; the whole run by default."""
+    warmup_share: float = 0.0
+    """Share of `max_steps` over which the rate first rises, in [0, 1)."""
+
+
+class RunLengthDecayScheduler(ExponentialDecayScheduler):
+    """As nerfstudio's, with plain floats: numpy's would make the checkpoint unreadable for `torch.load`."""
+
+    config: RunLengthDecaySchedulerConfig
+
+    def get_scheduler(self, optimizer: Optimizer, lr_init: float) -> Any:
+        """The torch scheduler.
+
+        Raises:
+            ValueError: The length was never resolved.
+        """
+        if self.config.max_steps is None:
+            raise ValueError(
+                "The scheduler's max_steps is open; `FeatureTrainerConfig.resolve` fills it before set-up."
+            )
+        if self.config.warmup_share > 0:
+            self.config.warmup_steps = round(self.config.warmup_share * self.config.max_steps)
+        scheduler = super().get_scheduler(optimizer, lr_init)
+        factor = scheduler.lr_lambdas[0]
+        # A LambdaLR sets the rate when it is made; start again from the initial one.
+        for group in optimizer.param_groups:
+            group.pop("initial_lr", None)
+            group["lr"] = lr_init
+        return LambdaLR(optimizer, lr_lambda=lambda step: float(factor(step)))

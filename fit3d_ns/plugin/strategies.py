@@ -1,0 +1,119 @@
+"""Densification strategies of gsplat, made from the model's options; MCMC's relocation also without CUDA."""
+
+from typing import Any
+
+import torch
+from gsplat.strategy import DefaultStrategy, MCMCStrategy
+from gsplat.strategy.ops import _multinomial_sample, _update_param_with_optimizer
+from torch import Tensor
+
+from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
+from fit3d_ns.rasterization import compute_relocation
+
+
+def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> DefaultStrategy | MCMCStrategy:
+    """The strategy the options ask for; all step counts must be resolved.
+
+    Args:
+        config: Options of the model.
+        num_views: Training views; refinement pauses for about one epoch after an opacity reset.
+    """
+    assert config.refine_every is not None and config.reset_alpha_every is not None
+    if config.strategy == "mcmc":
+        return PortableMCMCStrategy(
+            cap_max=config.mcmc_cap,
+            noise_lr=config.mcmc_noise_lr,
+            refine_start_iter=config.warmup_length,
+            refine_stop_iter=config.stop_split_at,
+            refine_every=config.refine_every,
+            min_opacity=config.mcmc_min_opacity,
+            verbose=False,
+        )
+    return DefaultStrategy(
+        prune_opa=config.cull_alpha_thresh,
+        grow_grad2d=config.densify_grad_thresh,
+        grow_scale3d=config.densify_size_thresh,
+        grow_scale2d=config.split_screen_size,
+        prune_scale3d=config.cull_scale_thresh,
+        prune_scale2d=config.cull_screen_size,
+        refine_scale2d_stop_iter=config.stop_screen_size_at,
+        refine_start_iter=config.warmup_length,
+        refine_stop_iter=config.stop_split_at,
+        reset_every=config.reset_alpha_every * config.refine_every,
+        refine_every=config.refine_every,
+        pause_refine_after_reset=num_views + config.refine_every,
+        absgrad=config.use_absgrad,
+        revised_opacity=False,
+        verbose=False,
+    )
+
+
+class PortableMCMCStrategy(MCMCStrategy):
+    """gsplat's MCMC strategy with a relocation that runs on any device (gsplat's is a CUDA kernel).
+
+    "3D Gaussian Splatting as Markov Chain Monte Carlo" (Kheradmand et al., 2024), equation 9.
+    """
+
+    @torch.no_grad()
+    def _relocate_gs(self, params: Any, optimizers: Any, binoms: Tensor) -> int:
+        opacities = torch.sigmoid(params["opacities"].flatten())
+        dead = opacities <= self.min_opacity
+        num_dead = int(dead.sum())
+        if num_dead == 0 or num_dead == len(dead):
+            return 0
+        alive_indices = torch.where(~dead)[0]
+        dead_indices = torch.where(dead)[0]
+        chosen = alive_indices[_multinomial_sample(opacities[alive_indices], num_dead, replacement=True)]
+        opacity_logits, log_scales = self._share(params, chosen, binoms)
+
+        def update(name: str, value: Tensor) -> torch.nn.Parameter:
+            value = value.detach().clone()
+            if name == "opacities":
+                value[chosen] = opacity_logits
+            elif name == "scales":
+                value[chosen] = log_scales
+            value[dead_indices] = value[chosen]
+            return torch.nn.Parameter(value)
+
+        def forget(key: str, state: Tensor) -> Tensor:
+            state[chosen] = 0
+            return state
+
+        _update_param_with_optimizer(update, forget, params, optimizers)
+        return num_dead
+
+    @torch.no_grad()
+    def _add_new_gs(self, params: Any, optimizers: Any, binoms: Tensor) -> int:
+        current = len(params["means"])
+        num_new = max(0, min(self.cap_max, int(1.05 * current)) - current)
+        if num_new == 0:
+            return 0
+        opacities = torch.sigmoid(params["opacities"].flatten())
+        chosen = _multinomial_sample(opacities, num_new, replacement=True)
+        opacity_logits, log_scales = self._share(params, chosen, binoms)
+
+        def update(name: str, value: Tensor) -> torch.nn.Parameter:
+            value = value.detach().clone()
+            if name == "opacities":
+                value[chosen] = opacity_logits
+            elif name == "scales":
+                value[chosen] = log_scales
+            return torch.nn.Parameter(torch.cat([value, value[chosen]]))
+
+        def extend(key: str, state: Tensor) -> Tensor:
+            return torch.cat([state, state.new_zeros((num_new, *state.shape[1:]))])
+
+        _update_param_with_optimizer(update, extend, params, optimizers)
+        return num_new
+
+    def _share(self, params: Any, chosen: Tensor, binoms: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw opacities and scales with which the copies of each chosen Gaussian together look like one."""
+        new_opacities, new_scales = compute_relocation(
+            opacities=torch.sigmoid(params["opacities"].flatten())[chosen],
+            scales=torch.exp(params["scales"])[chosen],
+            ratios=torch.bincount(chosen)[chosen] + 1,
+            binoms=binoms,
+        )
+        limit = 1.0 - torch.finfo(torch.float32).eps
+        new_opacities = new_opacities.clamp(min=self.min_opacity, max=limit)
+        return torch.logit(new_opacities)[:, None], torch.log(new_scales)

@@ -1,0 +1,267 @@
+"""`FeatureTrainer`: nerfstudio's trainer with a resume that continues the run it resumes.
+
+Differences, each with its reason in DESIGN: `--max-num-iterations` is the total; optimizers hold the loaded
+parameters; random states, data order and strategy are restored; checkpoints are whole; Ctrl-C saves and exits 130;
+step counts that were left open are resolved before set-up and written to config.yml; a run ends with its figures.
+"""
+
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from nerfstudio.engine.callbacks import TrainingCallbackLocation
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.utils import writer
+from nerfstudio.utils.misc import step_check
+from nerfstudio.utils.writer import EventName, TimeWriter
+
+from fit3d_ns.plugin.checkpoints import (
+    capture_random_states,
+    load_checkpoint_file,
+    load_latest_checkpoint,
+    make_plain,
+    restore_random_states,
+    save_checkpoint_file,
+)
+from fit3d_ns.plugin.errors import install_error_sentences
+from fit3d_ns.plugin.schedule import resolve_model_steps
+from fit3d_ns.plugin.summary import write_run_summary
+from fit3d_ns.utils.progress import PhaseTimer, notice
+
+EXIT_INTERRUPTED = 130
+
+
+@dataclass
+class FeatureTrainerConfig(TrainerConfig):
+    """nerfstudio's trainer options; `--max-num-iterations` is the total, also after a resume."""
+
+    _target: type = field(default_factory=lambda: FeatureTrainer)
+    """The trainer's class."""
+    steps_per_save: int | None = None  # type: ignore[assignment]
+    """Steps between checkpoints; a tenth of the run by default."""
+    steps_per_eval_image: int | None = None  # type: ignore[assignment]
+    """Steps between evaluations of one held-out image; a tenth of the run by default, 0 for never."""
+
+    def set_timestamp(self) -> None:
+        """nerfstudio's first call on the parsed config: the open step counts are filled here, before it is saved."""
+        super().set_timestamp()
+        install_error_sentences()
+        self.resolve()
+
+    def set_experiment_name(self) -> None:
+        """The scene folder's whole name, dots and all; `--data .` takes the name of the folder that is."""
+        data = self.pipeline.datamanager.data
+        if self.experiment_name is None and data is not None and not Path(data).is_file():
+            self.experiment_name = Path(data).resolve().name
+        super().set_experiment_name()
+
+    def resolve(self) -> None:
+        """Fills every step count that was left open and checks what can be checked before anything is built.
+
+        Raises:
+            ValueError: An option cannot be honoured here; the sentence says which.
+        """
+        if self.machine.device_type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "--machine.device-type is cuda and no CUDA device was found; use --machine.device-type cpu."
+            )
+        resolve_model_steps(self.pipeline.model, self.max_num_iterations)
+        self.pipeline.model.resolve_features()
+        tenth = max(self.max_num_iterations // 10, 1)
+        if self.steps_per_save is None:
+            self.steps_per_save = tenth
+        if self.steps_per_eval_image is None:
+            self.steps_per_eval_image = tenth
+        for group in self.optimizers.values():
+            scheduler = group["scheduler"]
+            if scheduler is not None and getattr(scheduler, "max_steps", 0) is None:
+                scheduler.max_steps = self.max_num_iterations
+        if self.machine.device_type == "cpu":
+            self.mixed_precision = False
+            self.pipeline.datamanager.cache_images = "cpu"
+
+
+class FeatureTrainer(Trainer):
+    """Trains colour, lifts features, and leaves a checkpoint, figures and a config behind."""
+
+    config: FeatureTrainerConfig
+
+    def __init__(self, config: FeatureTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
+        config.resolve()
+        super().__init__(config, local_rank, world_size)
+        self.timer = PhaseTimer()
+        self._interrupted = False
+
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        """Builds everything; features are extracted here, so that what can fail fails before training."""
+        with self.timer.phase("setup"):
+            super().setup(test_mode)
+        with self.timer.phase("features"):
+            self.pipeline.prepare_features()
+
+    def train(self) -> None:
+        """Runs the steps up to `max_num_iterations`; an interrupt ends it at the next step boundary."""
+        datamanager = self.pipeline.datamanager
+        datamanager.train_dataparser_outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
+        self._init_viewer_state()
+        self.stop_training = False
+        previous = self._listen_for_interrupts()
+        try:
+            with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
+                for step in range(self._start_step, self.config.max_num_iterations):
+                    self._wait_while_paused()
+                    if self.stop_training or self._interrupted:
+                        break
+                    self.step = step
+                    self._run_step(step)
+        except KeyboardInterrupt:
+            # A second Ctrl-C, in the middle of a step: nothing consistent is left to save.
+            notice(f"Stopped at once; the last checkpoint is in {self.checkpoint_dir}.")
+            sys.exit(EXIT_INTERRUPTED)
+        finally:
+            self._stop_listening(previous)
+        if self._interrupted:
+            self._leave_interrupted()
+        if self._start_step >= self.config.max_num_iterations:
+            notice(
+                f"The checkpoint is at step {self._start_step} of {self.config.max_num_iterations}: nothing to train."
+            )
+            self.step = self._start_step - 1
+        self._finish()
+
+    def save_checkpoint(self, step: int) -> None:
+        """Saves everything after step `step` was taken, atomically."""
+        if self.local_rank != 0:
+            return
+        path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
+        state = {
+            "step": step,
+            "pipeline": self.pipeline.state_dict(),
+            "optimizers": {name: item.state_dict() for name, item in self.optimizers.optimizers.items()},
+            "schedulers": {name: item.state_dict() for name, item in self.optimizers.schedulers.items()},
+            "scalers": self.grad_scaler.state_dict(),
+            "fit3d": {
+                "random": capture_random_states(),
+                "run": self.pipeline.capture_run_state(),
+                "seconds": dict(self.timer.seconds),
+            },
+        }
+        save_checkpoint_file(make_plain(state), path, keep_older=not self.config.save_only_latest_checkpoint)
+
+    def _load_checkpoint(self) -> None:
+        if self.config.load_checkpoint is not None:
+            state, path = load_checkpoint_file(self.config.load_checkpoint), self.config.load_checkpoint
+        elif self.config.load_dir is not None:
+            state, path = load_latest_checkpoint(self.config.load_dir, self.config.load_step)
+        else:
+            return
+        self._start_step = state["step"] + 1
+        self.step = state["step"]
+        self.pipeline.load_pipeline(state["pipeline"], state["step"])
+        self._point_optimizers_at_parameters()
+        self.optimizers.load_optimizers(state["optimizers"])
+        if "schedulers" in state and self.config.load_scheduler:
+            self.optimizers.load_schedulers(state["schedulers"])
+        self.grad_scaler.load_state_dict(state["scalers"])
+        if "fit3d" in state:
+            self.pipeline.restore_run_state(state["fit3d"]["run"])
+            self._random_states = state["fit3d"]["random"]
+            self.timer.seconds.update(state["fit3d"].get("seconds", {}))
+        notice(f"Resumed from {path}, step {self._start_step} of {self.config.max_num_iterations}.")
+
+    def _point_optimizers_at_parameters(self) -> None:
+        """Loading replaced every Gaussian parameter; Adam would go on updating the ones from before."""
+        for name, parameters in self.pipeline.get_param_groups().items():
+            optimizer = self.optimizers.optimizers[name]
+            optimizer.state.clear()
+            optimizer.param_groups[0]["params"] = list(parameters)
+            self.optimizers.parameters[name] = list(parameters)
+
+    def _run_step(self, step: int) -> None:
+        # Set-up, the viewer and feature extraction may draw random numbers; the run goes on from where it was saved.
+        if hasattr(self, "_random_states"):
+            restore_random_states(self._random_states)
+            del self._random_states
+        with self.train_lock, TimeWriter(writer, EventName.ITER_TRAIN_TIME, step=step) as duration:
+            with self.timer.phase("colour"):
+                self.pipeline.train()
+                self._run_callbacks(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+                loss, loss_dict, metrics_dict = self.train_iteration(step)
+                self._run_callbacks(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+            with self.timer.phase("solve"):
+                self.pipeline.solve_features_if_due(step, self.config.max_num_iterations)
+        self._log(step, duration, loss, loss_dict, metrics_dict)
+        with self.timer.phase("viewer"):
+            self._update_viewer_state(step)
+        if self.pipeline.datamanager.eval_dataset and step + 1 < self.config.max_num_iterations:
+            with self.train_lock, self.timer.phase("evaluation"):
+                self.eval_iteration(step)
+        if step_check(step, self.config.steps_per_save) and step + 1 < self.config.max_num_iterations:
+            with self.timer.phase("saving"):
+                self.save_checkpoint(step)
+        writer.write_out_storage()
+
+    def _log(
+        self, step: int, duration: Any, loss: Any, loss_dict: dict[str, Any], metrics_dict: dict[str, Any]
+    ) -> None:
+        if step > self._start_step + 1:
+            pixels = self.pipeline.datamanager.get_train_rays_per_batch()
+            writer.put_time(
+                name=EventName.TRAIN_RAYS_PER_SEC,
+                duration=pixels / max(1e-3, duration.duration),
+                step=step,
+                avg_over_steps=True,
+            )
+        if step_check(step, self.config.logging.steps_per_log, run_at_zero=True):
+            writer.put_scalar(name="Train Loss", scalar=loss, step=step)
+            writer.put_dict(name="Train Loss Dict", scalar_dict=loss_dict, step=step)
+            writer.put_dict(name="Train Metrics Dict", scalar_dict=metrics_dict, step=step)
+
+    def _run_callbacks(self, step: int, location: TrainingCallbackLocation) -> None:
+        for callback in self.callbacks:
+            callback.run_callback_at_location(step, location=location)
+
+    def _wait_while_paused(self) -> None:
+        while self.training_state == "paused" and not (self.stop_training or self._interrupted):
+            time.sleep(0.01)
+
+    def _finish(self) -> None:
+        """Saves, evaluates all held-out frames, writes the figures, and says where everything is."""
+        self.training_state = "completed"
+        with self.timer.phase("saving"):
+            self.save_checkpoint(self.step)
+        writer.write_out_storage()
+        self._run_callbacks(self.step, TrainingCallbackLocation.AFTER_TRAIN)
+        with self.train_lock, self.timer.phase("evaluation"):
+            figures = self.pipeline.get_average_eval_image_metrics(get_std=True)
+        write_run_summary(self, figures)
+        if not self.config.viewer.quit_on_train_completion:
+            self._train_complete_viewer()
+
+    def _leave_interrupted(self) -> None:
+        if self.step >= self._start_step:
+            self.save_checkpoint(self.step)
+        resume = f"--load-dir {self.checkpoint_dir}"
+        notice(f"Interrupted after step {self.step}; go on with the same command and {resume}.")
+        sys.exit(EXIT_INTERRUPTED)
+
+    def _listen_for_interrupts(self) -> dict[int, Any]:
+        """Ctrl-C and a polite kill end the run between two steps; a second Ctrl-C ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def stop(signum: int, frame: Any) -> None:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+
+        return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _stop_listening(self, previous: dict[int, Any]) -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
