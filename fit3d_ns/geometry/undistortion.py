@@ -115,6 +115,8 @@ def compute_undistortion(lens: Lens) -> Undistortion:
         )
     else:
         columns, rows = cv2.initUndistortRectifyMap(matrices[0], distortion, np.eye(3), matrices[1], size, cv2.CV_32FC1)
+    if _folds(columns, rows):
+        raise ValueError(_describe_failure(lens))
     return Undistortion(pinhole, torch.from_numpy(columns + 0.5), torch.from_numpy(rows + 0.5))
 
 
@@ -169,10 +171,7 @@ def _choose_pinhole(lens: Lens) -> Lens:
     K = np.asarray(K, dtype=np.float64)
     ratios = K[0, 0] / lens.fx, K[1, 1] / lens.fy
     if not np.isfinite(K).all() or not all(0.05 < ratio < 20.0 for ratio in ratios):
-        raise ValueError(
-            f"The {lens.model} distortion {lens.distortion} of a {lens.width}x{lens.height} camera cannot be undone; "
-            "check the coefficients and their order in the camera file."
-        )
+        raise ValueError(_describe_failure(lens))
     return Lens(
         fx=float(K[0, 0]),
         fy=float(K[1, 1]),
@@ -190,9 +189,20 @@ def _grow_focal_lengths(lens: Lens, pinhole: Lens) -> Lens:
         if _frame_is_inside(lens, pinhole):
             return pinhole
         pinhole = replace(pinhole, fx=pinhole.fx * step, fy=pinhole.fy * step)
-    raise ValueError(
-        f"The {lens.model} distortion {lens.distortion} leaves no part of the {lens.width}x{lens.height} picture "
-        "without a border; check the coefficients and the principal point in the camera file."
+    raise ValueError(_describe_failure(lens))
+
+
+def _folds(columns: Float[np.ndarray, "height width"], rows: Float[np.ndarray, "height width"]) -> bool:
+    """Whether the photograph would be shown twice or mirrored somewhere: the maps' Jacobian is not positive."""
+    to_right = np.diff(columns, axis=1)[:-1], np.diff(rows, axis=1)[:-1]
+    to_below = np.diff(columns, axis=0)[:, :-1], np.diff(rows, axis=0)[:, :-1]
+    return bool((to_right[0] * to_below[1] <= to_right[1] * to_below[0]).any())
+
+
+def _describe_failure(lens: Lens) -> str:
+    return (
+        f"The {lens.model} distortion {lens.distortion} of a {lens.width}x{lens.height} camera with focal length "
+        f"{lens.fx:g} cannot be undone; check the coefficients, their order and the principal point in the camera file."
     )
 
 

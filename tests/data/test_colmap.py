@@ -1,0 +1,133 @@
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from miniature_captures import HEIGHT, WIDTH, write_picture
+
+from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
+
+pytest.importorskip("pycolmap")
+
+NAMES = [f"{index}.png" for index in range(9)] + ["upper/9.png"]
+
+
+def write_model(folder: Path, camera: str = f"PINHOLE {WIDTH} {HEIGHT} 10 11 5.5 4.25", points: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cameras.txt").write_text(f"# comment\n1 {camera}\n")
+    lines = []
+    for index, name in enumerate(NAMES):
+        # A turn by 90 degrees about z, quaternion wxyz, and a translation that names the image.
+        half = math.sqrt(0.5)
+        lines += [f"{index + 1} {half:.17g} 0 0 {half:.17g} {index} 0 5 1 {name}", ""]
+    (folder / "images.txt").write_text("\n".join(lines) + "\n")
+    (folder / "points3D.txt").write_text("".join(f"{index + 1} {index} 2 3 9 8 7 0\n" for index in range(points)))
+
+
+@pytest.fixture
+def colmap_scene(tmp_path: Path) -> Path:
+    scene = tmp_path / "colmap_scene"
+    for name in NAMES:
+        write_picture(scene / "images" / name)
+    write_model(scene / "sparse" / "0")
+    return scene
+
+
+def test_read_colmap__poses_see_points_where_colmap_does(colmap_scene: Path) -> None:
+    capture = read_capture(colmap_scene)
+    assert capture.layout == "colmap" and not capture.is_metric
+    assert [frame.image_path.name for frame in capture.frames] == [*(f"{index}.png" for index in range(9)), "9.png"]
+    assert [index for index, frame in enumerate(capture.frames) if frame.split == "test"] == [0, 8]
+    assert capture.points is not None and capture.points.xyz.tolist() == [[0.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    frame = capture.frames[4]
+    assert frame.lens.model == "pinhole"
+    pixels, depth = project_points(
+        torch.tensor([[1.0, 2.0, 3.0]]), viewmats_from_camera_to_worlds(frame.camera_to_world), frame.lens.K
+    )
+    # R turns (x, y) into (-y, x): camera coordinates are (-2 + 4, 1, 3 + 5).
+    torch.testing.assert_close(depth, torch.tensor([8.0]))
+    torch.testing.assert_close(pixels, torch.tensor([[5.5 + 10 * 2 / 8, 4.25 + 11 * 1 / 8]]))
+
+
+@pytest.mark.parametrize(
+    ("camera", "model", "distortion"),
+    [
+        ("SIMPLE_PINHOLE 12 8 10 6 4", "pinhole", ()),
+        ("SIMPLE_RADIAL 12 8 10 6 4 0.1", "opencv", (0.1,)),
+        ("RADIAL 12 8 10 6 4 0.1 0.2", "opencv", (0.1, 0.2)),
+        ("OPENCV 12 8 10 10 6 4 0.1 0.2 0.3 0.4", "opencv", (0.1, 0.2, 0.3, 0.4)),
+        ("OPENCV_FISHEYE 12 8 10 10 6 4 0.1 0.2 0.3 0.4", "fisheye", (0.1, 0.2, 0.3, 0.4)),
+        ("SIMPLE_RADIAL_FISHEYE 12 8 10 6 4 0.1", "fisheye", (0.1,)),
+    ],
+)
+def test_read_colmap__camera_models(colmap_scene: Path, camera: str, model: str, distortion: tuple[float, ...]) -> None:
+    write_model(colmap_scene / "sparse" / "0", camera)
+    lens = read_capture(colmap_scene).frames[0].lens
+    assert (lens.model, lens.distortion) == (model, distortion)
+    assert (lens.fx, lens.fy, lens.cx, lens.cy) == (10.0, 10.0, 6.0, 4.0)
+
+
+def test_read_colmap__binary_model_under_colmap(colmap_scene: Path) -> None:
+    import pycolmap
+
+    text = colmap_scene / "sparse" / "0"
+    expected = read_capture(colmap_scene)
+    binary = colmap_scene / "colmap" / "sparse" / "0"
+    binary.mkdir(parents=True)
+    pycolmap.Reconstruction(str(text)).write_binary(str(binary))
+    for file in text.iterdir():
+        file.unlink()
+    capture = read_capture(colmap_scene)
+    assert "colmap/sparse/0" in capture.description
+    for ours, theirs in zip(capture.frames, expected.frames, strict=True):
+        assert ours.image_path == theirs.image_path
+        torch.testing.assert_close(ours.camera_to_world, theirs.camera_to_world)
+    assert capture.points is not None and expected.points is not None
+    # COLMAP may write points in any order.
+    assert sorted(capture.points.xyz.tolist()) == sorted(expected.points.xyz.tolist())
+    (binary / "points3D.bin").write_bytes(struct.pack("<Q", 0))
+    assert read_capture(colmap_scene).points is None
+
+
+def test_read_colmap__masks_by_name_or_stem(colmap_scene: Path) -> None:
+    write_picture(colmap_scene / "masks" / "0.png.png", 255, mode="L")
+    write_picture(colmap_scene / "masks" / "upper" / "9.png", 255, mode="L")
+    frames = read_capture(colmap_scene).frames
+    assert frames[0].mask_path == colmap_scene / "masks" / "0.png.png"
+    assert frames[1].mask_path is None
+    assert frames[9].mask_path == colmap_scene / "masks" / "upper" / "9.png"
+
+
+def test_read_colmap__refuses_what_is_wrong(colmap_scene: Path) -> None:
+    model = colmap_scene / "sparse" / "0"
+    write_model(model, "FOV 12 8 10 10 6 4 0.9")
+    with pytest.raises(ValueError, match="camera model FOV; known are SIMPLE_PINHOLE"):
+        read_capture(colmap_scene)
+    write_model(model, "PINHOLE 13 8 10 10 6 4")
+    with pytest.raises(ValueError, match="is 12x8, its camera says 13x8"):
+        read_capture(colmap_scene)
+    write_model(model)
+    (colmap_scene / "images" / "3.png").unlink()
+    with pytest.raises(ValueError, match="Image .*3.png is missing"):
+        read_capture(colmap_scene)
+    (model / "images.txt").write_text("# none\n")
+    with pytest.raises(ValueError, match="no registered images"):
+        read_capture(colmap_scene)
+    (model / "images.txt").unlink()
+    with pytest.raises(ValueError, match="has no images.txt"):
+        read_capture(colmap_scene)
+
+
+def test_read_colmap__refuses_a_model_without_an_image_folder(tmp_path: Path) -> None:
+    write_model(tmp_path / "scene" / "sparse" / "0")
+    with pytest.raises(ValueError, match="no folder `images`"):
+        read_capture(tmp_path / "scene")
+
+
+def test_read_colmap__names_that_leave_the_folder_are_refused(colmap_scene: Path) -> None:
+    images = colmap_scene / "sparse" / "0" / "images.txt"
+    images.write_text(images.read_text().replace(" 0.png", " ../0.png"))
+    with pytest.raises(ValueError, match="climbs out of"):
+        read_capture(colmap_scene)

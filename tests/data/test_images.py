@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from miniature_captures import write_picture
+from PIL import Image
+
+from fit3d_ns.data.images import (
+    load_depth,
+    load_image,
+    load_mask,
+    read_image_header,
+    save_depth,
+    save_image,
+    save_index_map,
+)
+
+
+def random_picture(height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+
+
+def test_load_image__returns_rows_columns_and_channels(tmp_path: Path) -> None:
+    picture = np.zeros((2, 3, 3), np.uint8)
+    picture[1, 2] = [10, 20, 30]
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png")
+    assert loaded.shape == (2, 3, 3) and loaded.dtype == torch.uint8
+    assert loaded[1, 2].tolist() == [10, 20, 30]
+    assert int(loaded.sum()) == 60
+
+
+def test_save_image__png_is_exact_and_jpeg_is_close(tmp_path: Path) -> None:
+    picture = random_picture(5, 7)
+    save_image(picture, tmp_path / "a.png")
+    assert torch.equal(load_image(tmp_path / "a.png"), picture)
+    grey = torch.full((16, 16, 3), 130, dtype=torch.uint8)
+    save_image(grey, tmp_path / "b.JPG")
+    assert (load_image(tmp_path / "b.JPG").int() - 130).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "value"), [("L", 9), ("RGBA", (9, 9, 9, 3)), ("P", 9)])
+def test_load_image__makes_rgb_of_other_formats(tmp_path: Path, mode: str, value: int | tuple[int, ...]) -> None:
+    image = Image.new(mode, (3, 2), value)
+    if mode == "P":
+        image.putpalette([channel for index in range(256) for channel in (index, index, index)])
+    image.save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").unique().tolist() == [9]
+
+
+def test_load_image__ignores_the_orientation_mark(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "Rotate by 90 degrees"
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").shape == (4, 6, 3)
+    header = read_image_header(tmp_path / "a.jpg")
+    assert (header.width, header.height) == (6, 4)
+
+
+def test_load_image__a_truncated_jpeg_passes_the_header_and_fails_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    save_image(random_picture(64, 64), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert read_image_header(path).width == 64
+    with pytest.raises(ValueError, match=r"Image .*cut.jpg is truncated or damaged"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("content", [b"no picture at all", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
+def test_load_image__damage_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match="a.png is truncated or damaged"):
+        load_image(tmp_path / "a.png")
+
+
+def test_load_image__refuses_missing_empty_and_deep_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Image .*none.png is missing"):
+        load_image(tmp_path / "none.png")
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ValueError, match="Image .*empty.png is empty"):
+        load_image(tmp_path / "empty.png")
+    write_picture(tmp_path / "deep.png", 3000, mode="I;16")
+    with pytest.raises(ValueError, match="pixel format I;16"):
+        load_image(tmp_path / "deep.png")
+
+
+def test_load_mask__only_255_counts(tmp_path: Path) -> None:
+    save_index_map(torch.tensor([[255, 254, 0, 128]], dtype=torch.uint8), tmp_path / "m.png")
+    assert load_mask(tmp_path / "m.png").tolist() == [[True, False, False, False]]
+
+
+def test_load_mask__one_bit_and_empty_masks_are_fine_others_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bit.png")
+    assert load_mask(tmp_path / "bit.png").tolist() == [[True, False]]
+    write_picture(tmp_path / "nothing.png", 0, mode="L")
+    assert not load_mask(tmp_path / "nothing.png").any()
+    write_picture(tmp_path / "ones.png", 1, mode="L")
+    with pytest.raises(ValueError, match="values up to 1; write 255"):
+        load_mask(tmp_path / "ones.png")
+
+
+def test_load_depth__millimetres_become_metres(tmp_path: Path) -> None:
+    values = np.array([[0, 1, 1000], [2345, 40000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "d.png")
+    depth = load_depth(tmp_path / "d.png")
+    assert depth.dtype == torch.float32
+    torch.testing.assert_close(depth, torch.tensor([[0.0, 0.001, 1.0], [2.345, 40.0, 65.535]]))
+
+
+def test_save_depth__rounds_and_drops_what_does_not_fit(tmp_path: Path) -> None:
+    save_depth(torch.tensor([[1.2344, 1.2346, 70.0, 0.0]]), tmp_path / "d.png")
+    torch.testing.assert_close(load_depth(tmp_path / "d.png"), torch.tensor([[1.234, 1.235, 0.0, 0.0]]))
+
+
+def test_load_depth__refuses_eight_bits(tmp_path: Path) -> None:
+    write_picture(tmp_path / "d.png", 30, mode="L")
+    with pytest.raises(ValueError, match="pixel format L; write 16-bit grey PNGs in millimetres"):
+        load_depth(tmp_path / "d.png")
