@@ -1,0 +1,29 @@
+"""What a capture and a lifted scene are: `PosedCapture`, `FeatureScene`, `FeatureDecoder`, and their files."""
+
+from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_features
+from fit3d_ns.scene.gaussians import FeatureGaussians, create_gaussians, find_invalid
+from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture
+from fit3d_ns.scene.scene_backbone import SceneBackbone
+from fit3d_ns.scene.scene_file import load_scene, save_scene
+from fit3d_ns.scene.token_reading import TokenReader, TokenReadingRule, create_token_reader, read_at_tokens
+
+__all__ = [
+    "FeatureDecoder",
+    "FeatureGaussians",
+    "FeatureScene",
+    "PosedCapture",
+    "RenderedFeatures",
+    "SceneBackbone",
+    "TokenReader",
+    "TokenReadingRule",
+    "View",
+    "colour_features",
+    "create_gaussians",
+    "create_posed_capture",
+    "create_token_reader",
+    "find_invalid",
+    "load_scene",
+    "read_at_tokens",
+    "save_scene",
+]

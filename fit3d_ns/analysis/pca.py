@@ -1,0 +1,248 @@
+"""Principal components of feature maps: exact, over any number of batches, with colours that never flicker.
+
+Moments are summed in float64; with centred weighted covariance `C = V diag(variance) V^T`, `components` are the rows of
+`V^T` by falling variance, each with the sign that makes its entry of largest magnitude positive. Coefficients are
+`(x - mean) @ components.T`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+NUM_COLOURS = 3
+
+
+@dataclass(frozen=True)
+class PcaBasis:
+    """An orthonormal basis around a mean, and the coefficient ranges that become black and white in pictures."""
+
+    mean: Float[Tensor, " embed"]
+    """Weighted mean of the features."""
+    components: Float[Tensor, "components embed"]
+    """Orthonormal rows by falling explained variance."""
+    explained_variance: Float[Tensor, " components"]
+    """Variance along each component."""
+    total_variance: float
+    """Variance over all directions, kept or not."""
+    colour_low: Float[Tensor, " 3"]
+    """Coefficients of the first three components that are drawn as 0."""
+    colour_high: Float[Tensor, " 3"]
+    """Coefficients that are drawn as 1; above `colour_low`."""
+
+    @property
+    def explained_share(self) -> float:
+        """Share of the total variance that the components keep, in [0, 1]."""
+        return float(self.explained_variance.sum()) / max(self.total_variance, 1e-30)
+
+    def truncate(self, num_components: int) -> "PcaBasis":
+        """The first components only."""
+        return replace(
+            self,
+            components=self.components[:num_components],
+            explained_variance=self.explained_variance[:num_components],
+        )
+
+    def to(self, device: torch.device | str) -> "PcaBasis":
+        """The same basis on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSOR_NAMES})
+
+
+class PcaAccumulator:
+    """Sums the moments of weighted features; batches, views and processes may come in any order.
+
+    `sum_weights`, `sum_features` and `sum_products` are float64 tensors on the given device: a process group adds them
+    up, a checkpoint stores them.
+    """
+
+    def __init__(self, embed_dim: int, device: torch.device | str = "cpu"):
+        self.sum_weights = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum_features = torch.zeros(embed_dim, dtype=torch.float64, device=device)
+        self.sum_products = torch.zeros(embed_dim, embed_dim, dtype=torch.float64, device=device)
+
+    def add(self, features: Float[Tensor, "*batch embed"], weights: Float[Tensor, "*batch"] | None = None) -> None:
+        """Adds a batch; `weights` are at least 0, and all 1 by default."""
+        # (*b, e) -> (n, e)
+        rows = features.detach().reshape(-1, features.shape[-1]).double()
+        flat = rows.new_ones(rows.shape[0]) if weights is None else weights.detach().reshape(-1).double()
+        weighted = rows * flat[:, None]
+        self.sum_weights += flat.sum()
+        self.sum_features += weighted.sum(dim=0)
+        self.sum_products += weighted.T @ rows
+
+    def compute_covariance(self) -> tuple[Float[Tensor, " embed"], Float[Tensor, "embed embed"]]:
+        """Mean and centred covariance, float64.
+
+        Raises:
+            ValueError: Nothing with a positive weight was added.
+        """
+        if not self.sum_weights > 0:
+            raise ValueError("No features to analyse: all weights are zero; check masks and coverage.")
+        mean = self.sum_features / self.sum_weights
+        return mean, self.sum_products / self.sum_weights - torch.outer(mean, mean)
+
+    def finish(self, num_components: int) -> PcaBasis:
+        """The basis of what was added; colour ranges reach two standard deviations until `fit_colours` sets them.
+
+        Raises:
+            ValueError: Nothing was added, or more components than dimensions are asked for.
+        """
+        mean, covariance = self.compute_covariance()
+        if not 1 <= num_components <= mean.shape[0]:
+            raise ValueError(f"{num_components} components of {mean.shape[0]}-dimensional features; take 1 to all.")
+        variance, directions = _decompose(covariance)
+        return _create_basis(mean, directions[:num_components], variance[:num_components], float(variance.sum()))
+
+
+def fit_pca(
+    features: Float[Tensor, "*batch embed"], num_components: int, weights: Float[Tensor, "*batch"] | None = None
+) -> PcaBasis:
+    """PCA of features that fit into memory, with percentile colour ranges.
+
+    Args:
+        features: Rows to analyse.
+        num_components: How many to keep, at most `embed`.
+        weights: Importance of each row, at least 0.
+
+    Raises:
+        ValueError: All weights are zero, or too many components are asked for.
+    """
+    accumulator = PcaAccumulator(features.shape[-1], features.device)
+    accumulator.add(features, weights)
+    return fit_colours(accumulator.finish(num_components), features, weights)
+
+
+def fit_mapped_pca(
+    features_low: Float[Tensor, "n dim"],
+    matrix: Float[Tensor, "embed dim"],
+    offset: Float[Tensor, " embed"] | None,
+    num_components: int,
+    weights: Float[Tensor, " n"] | None = None,
+) -> PcaBasis:
+    """PCA of `features_low @ matrix.T + offset` without forming it: the eigenproblem stays D x D.
+
+    With `matrix` the sum of a decoder's taps this is the basis of the decoded features of a smooth map.
+
+    Raises:
+        ValueError: All weights are zero, or more components than D are asked for.
+    """
+    accumulator = PcaAccumulator(features_low.shape[1], features_low.device)
+    accumulator.add(features_low, weights)
+    mean_low, covariance_low = accumulator.compute_covariance()
+    if not 1 <= num_components <= min(matrix.shape):
+        raise ValueError(f"{num_components} components of features of rank {min(matrix.shape)}; take fewer.")
+    orthonormal, triangular = torch.linalg.qr(matrix.double())
+    variance, directions = _decompose(triangular @ covariance_low @ triangular.T)
+    mean = matrix.double() @ mean_low
+    if offset is not None:
+        mean = mean + offset.double()
+    # The sign rule holds for the mapped directions, not for those inside the D-dimensional space.
+    mapped = _fix_signs(directions[:num_components] @ orthonormal.T)
+    return _create_basis(mean, mapped, variance[:num_components], float(variance.sum()))
+
+
+def fit_colours(
+    basis: PcaBasis,
+    features: Float[Tensor, "*batch embed"],
+    weights: Float[Tensor, "*batch"] | None = None,
+    percentiles: tuple[float, float] = (1.0, 99.0),
+) -> PcaBasis:
+    """Fixes the colour ranges at percentiles of a sample, so that outliers do not darken every picture.
+
+    Args:
+        basis: The basis whose first three components become red, green and blue.
+        features: A sample in the same space as `basis.mean`.
+        weights: Rows of weight zero are left out; other weights count alike.
+        percentiles: Drawn as 0 and as 1.
+    """
+    rows = features.detach().reshape(-1, features.shape[-1])
+    if weights is not None:
+        rows = rows[weights.reshape(-1) > 0]
+    if rows.shape[0] == 0:
+        return basis
+    ranks = torch.tensor(percentiles, dtype=torch.float64, device=rows.device) / 100.0 * (rows.shape[0] - 1)
+    # Sorting has no limit on the number of rows, which `torch.quantile` has.
+    ordered = _first_three(apply_pca(rows, basis)).sort(dim=0).values
+    low, high = ordered[int(ranks[0].floor())], ordered[int(ranks[1].ceil())]
+    return replace(basis, colour_low=low.to(basis.mean), colour_high=_above(low, high).to(basis.mean))
+
+
+def apply_pca(features: Float[Tensor, "*batch embed"], basis: PcaBasis) -> Float[Tensor, "*batch components"]:
+    """Coefficients of features in the basis."""
+    return (features - basis.mean.to(features)) @ basis.components.to(features).T
+
+
+def invert_pca(coefficients: Float[Tensor, "*batch components"], basis: PcaBasis) -> Float[Tensor, "*batch embed"]:
+    """Features that the coefficients stand for."""
+    return coefficients @ basis.components.to(coefficients) + basis.mean.to(coefficients)
+
+
+def map_to_colours(coefficients: Float[Tensor, "*batch components"], basis: PcaBasis) -> Float[Tensor, "*batch 3"]:
+    """Colours in [0, 1] of coefficients, always by the basis' fixed ranges; missing components are drawn as 0."""
+    low, high = basis.colour_low.to(coefficients), basis.colour_high.to(coefficients)
+    colours = ((_first_three(coefficients) - low) / (high - low)).clamp(0.0, 1.0)
+    if coefficients.shape[-1] < NUM_COLOURS:
+        colours[..., coefficients.shape[-1] :] = 0.0
+    return colours
+
+
+def compute_effective_rank(
+    features: Float[Tensor, "*batch embed"] | Sequence[Float[Tensor, "..."]],
+    weights: Float[Tensor, "*batch"] | None = None,
+) -> float:
+    """Exponential of the entropy of the normalised singular values of the centred features (Roy & Vetterli, 2007).
+
+    Between 1 (all features on a line) and `embed` (a ball). A falling value beside a rising cosine is collapse.
+
+    Args:
+        features: One tensor, or several of the same width (a list of token maps of any sizes; `weights` is then None).
+        weights: Importance of each row, at least 0.
+    """
+    batches = [features] if isinstance(features, Tensor) else list(features)
+    accumulator = PcaAccumulator(batches[0].shape[-1], batches[0].device)
+    for batch in batches:
+        accumulator.add(batch, weights)
+    variance, _ = _decompose(accumulator.compute_covariance()[1])
+    singular_values = variance.sqrt()
+    shares = singular_values / singular_values.sum().clamp_min(1e-300)
+    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+
+_TENSOR_NAMES = ("mean", "components", "explained_variance", "colour_low", "colour_high")
+
+
+def _create_basis(mean: Tensor, components: Tensor, variance: Tensor, total: float) -> PcaBasis:
+    reach = 2.0 * _first_three(variance).sqrt()
+    low = -reach
+    return PcaBasis(
+        mean=mean.float(),
+        components=components.float().contiguous(),
+        explained_variance=variance.float(),
+        total_variance=total,
+        colour_low=low.float(),
+        colour_high=_above(low, reach).float(),
+    )
+
+
+def _decompose(covariance: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Variances by falling size, never negative, and their directions as rows."""
+    variance, directions = torch.linalg.eigh((covariance + covariance.T) / 2)
+    return variance.flip(0).clamp_min(0.0), _fix_signs(directions.T.flip(0))
+
+
+def _fix_signs(directions: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    largest = directions.abs().argmax(dim=1, keepdim=True)
+    return directions * torch.where(directions.gather(1, largest) < 0, -1.0, 1.0)
+
+
+def _first_three(coefficients: Float[Tensor, "*batch components"]) -> Float[Tensor, "*batch 3"]:
+    """The first three, zeros where there are fewer."""
+    missing = NUM_COLOURS - coefficients.shape[-1]
+    return coefficients[..., :NUM_COLOURS] if missing <= 0 else torch.nn.functional.pad(coefficients, (0, missing))
+
+
+def _above(low: Tensor, high: Tensor) -> Tensor:
+    """`high`, or a range of one where nothing varies."""
+    return torch.where(high > low, high, low + 1.0)

@@ -1,0 +1,276 @@
+"""`FeatureScene`: a lifted scene that renders colour, depth and backbone features from any camera.
+
+Cameras are `camera_to_world` [3, 4], OpenGL, in the scene's frame (the training frame), and pinhole `K` [3, 3] in px.
+Nothing here needs nerfstudio or the ViT. Rendering takes no gradients: a scene is a teacher.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.analysis.pca import PcaBasis, map_to_colours
+from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
+from fit3d_ns.rasterization import project, rasterization, rasterize_features
+from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.gaussians import ActivatedGaussians, FeatureGaussians, activate
+from fit3d_ns.scene.posed_capture import PosedCapture
+from fit3d_ns.scene.scene_backbone import SceneBackbone
+from fit3d_ns.scene.token_reading import TokenReadingRule, create_token_reader
+
+RasterizeMode = Literal["classic", "antialiased"]
+
+
+@dataclass(frozen=True)
+class RenderedFeatures:
+    """Features of one view at a token grid, and how much of each token is covered."""
+
+    features: Float[Tensor, "h w embed"]
+    """Decoded features; where nothing is, zero."""
+    alphas: Float[Tensor, "h w"]
+    """Accumulated opacity in [0, 1], read by the same rule as the features."""
+
+
+@dataclass(frozen=True)
+class FeatureScene:
+    """Feature Gaussians, their decoder, and the captured views they came from."""
+
+    gaussians: FeatureGaussians
+    """The Gaussians, as stored."""
+    decoder: FeatureDecoder
+    """From the Gaussians' D channels to the backbone's E."""
+    posed_capture: PosedCapture
+    """The captured views as recorded; `capture` finds their photographs."""
+    backbone: SceneBackbone
+    """What the features are features of."""
+    pca: PcaBasis | None = None
+    """Basis of the decoded features with fixed colours, if one was fitted."""
+    token_reading: TokenReadingRule = "bilinear"
+    """How the lift read the map at tokens; the default of every reading."""
+    rasterize_mode: RasterizeMode = "classic"
+    """Mode the Gaussians were trained in; rendering in another one changes their size."""
+    eps2d: float = 0.3
+    """Blur of projected Gaussians in squared pixels, as trained."""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """Figures of the run that made the scene, plain JSON values."""
+
+    def __post_init__(self) -> None:
+        if self.decoder.feature_dim != self.gaussians.feature_dim:
+            raise ValueError(
+                f"The decoder takes {self.decoder.feature_dim} channels, the Gaussians carry "
+                f"{self.gaussians.feature_dim}; lift and decode with the same dimension."
+            )
+        if self.decoder.embed_dim != self.backbone.embed_dim:
+            raise ValueError(
+                f"The decoder gives {self.decoder.embed_dim} channels, {self.backbone.backbone} has "
+                f"{self.backbone.embed_dim}; the decoder belongs to another backbone."
+            )
+        if self.pca is not None and self.pca.mean.shape[0] != self.decoder.embed_dim:
+            raise ValueError(
+                f"The PCA basis is {self.pca.mean.shape[0]} wide, the decoded features {self.decoder.embed_dim}."
+            )
+
+    @property
+    def scene_id(self) -> str:
+        """Name of the scene."""
+        return self.posed_capture.scene_id
+
+    @property
+    def metric_scale(self) -> float | None:
+        """Units of the frame per metre, or None; figures in metres divide by it."""
+        return self.posed_capture.metric_scale
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the scene holds on its device when it is ready to render: stored and activated tensors."""
+        stored = self.gaussians.bytes_per_gaussian * self.gaussians.num_gaussians
+        activated = 4 * (12 + self.gaussians.feature_dim) * self.gaussians.num_gaussians
+        return int(stored + activated + 4 * self.decoder.weight.numel())
+
+    @cached_property
+    def activated(self) -> ActivatedGaussians:
+        """The Gaussians as the rasterizer takes them; made at the first rendering and kept while the scene lives."""
+        return activate(self.gaussians)
+
+    def to(self, device: torch.device | str) -> "FeatureScene":
+        """The same scene on another device."""
+        decoder = FeatureDecoder.from_weights(
+            self.decoder.weight.to(device), None if self.decoder.bias is None else self.decoder.bias.to(device)
+        )
+        pca = None if self.pca is None else self.pca.to(device)
+        return replace(self, gaussians=self.gaussians.to(device), decoder=decoder, pca=pca)
+
+    @torch.no_grad()
+    def render_rgb(
+        self, camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"], width: int, height: int
+    ) -> Float[Tensor, "height width 3"]:
+        """Colour in [0, 1] before a black background; without stored SH it does not depend on the direction."""
+        gaussians = self.gaussians
+        colours = gaussians.sh_dc[:, None].float()
+        if gaussians.sh_rest is not None:
+            colours = torch.cat([colours, gaussians.sh_rest.float()], dim=1)
+        renders, _, _ = self._rasterize(colours, gaussians.sh_degree, "RGB", camera_to_world, K, width, height)
+        return renders[0].clamp(0.0, 1.0)
+
+    @torch.no_grad()
+    def render_depth(
+        self, camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"], width: int, height: int
+    ) -> tuple[Float[Tensor, "height width"], Float[Tensor, "height width"]]:
+        """Expected z-depth in units of the frame, 0 where nothing is, and accumulated opacity."""
+        nothing = self.gaussians.means.new_zeros(self.gaussians.num_gaussians, 1)
+        renders, alphas, _ = self._rasterize(nothing, None, "ED", camera_to_world, K, width, height)
+        return torch.where(alphas[0, ..., 0] > 0, renders[0, ..., 0], 0.0), alphas[0, ..., 0]
+
+    def render_features(
+        self,
+        camera_to_world: Float[Tensor, "3 4"],
+        K: Float[Tensor, "3 3"],
+        width: int,
+        height: int,
+        size: tuple[int, int],
+        token_reading: TokenReadingRule | None = None,
+    ) -> Float[Tensor, "h w embed"]:
+        """Backbone features at the token grid: what rendering at full size, decoding and resizing gives.
+
+        Args:
+            camera_to_world: OpenGL pose in the scene's frame.
+            K: Intrinsics for a picture of `width` x `height` pixels.
+            width: Width of the picture that is read.
+            height: Height of the picture that is read.
+            size: Token grid (h, w).
+            token_reading: How a token reads the picture; the lift's own rule by default.
+        """
+        return self.render_features_with_alpha(camera_to_world, K, width, height, size, token_reading).features
+
+    @torch.no_grad()
+    def render_features_with_alpha(
+        self,
+        camera_to_world: Float[Tensor, "3 4"],
+        K: Float[Tensor, "3 3"],
+        width: int,
+        height: int,
+        size: tuple[int, int],
+        token_reading: TokenReadingRule | None = None,
+    ) -> RenderedFeatures:
+        """As `render_features`, with the accumulated opacity of each token."""
+        size = (int(size[0]), int(size[1]))
+        reader = create_token_reader(width, height, size, token_reading or self.token_reading)
+        low, alphas = self._blend_features(camera_to_world, K, width, height, reader.pixels)
+        features = self.decoder.decode_pixels(low[None], alphas[None], reader)[0]
+        return RenderedFeatures(features, reader.read(alphas[:, None])[..., 0])
+
+    @torch.no_grad()
+    def render_features_low(
+        self, camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"], width: int, height: int
+    ) -> tuple[Float[Tensor, "height width dim"], Float[Tensor, "height width"]]:
+        """The blended features before the decoder at every pixel, and accumulated opacity."""
+        low, alphas = self._blend_features(camera_to_world, K, width, height, None)
+        return low.reshape(height, width, -1), alphas.reshape(height, width)
+
+    @torch.no_grad()
+    def render_features_pca(
+        self,
+        camera_to_world: Float[Tensor, "3 4"],
+        K: Float[Tensor, "3 3"],
+        width: int,
+        height: int,
+        basis: PcaBasis | None = None,
+    ) -> Float[Tensor, "height width 3"]:
+        """A picture of the decoded features by the scene's fixed basis (or a given one), fading to black with opacity.
+
+        Raises:
+            ValueError: The scene has no basis and none is given.
+        """
+        basis = basis or self.pca
+        if basis is None:
+            raise ValueError(f"Scene {self.scene_id} has no PCA basis; fit one and pass it as `basis`.")
+        basis = basis.truncate(3).to(self.gaussians.means.device)
+        low, alphas = self.render_features_low(camera_to_world, K, width, height)
+        return colour_features(low, alphas, self.decoder.project(basis.components, basis.mean), basis)
+
+    def capture(self, data_root: Path | None = None) -> PosedCapture:
+        """The captured views with paths that exist.
+
+        Args:
+            data_root: Where the photographs lie now, if the capture was moved since.
+
+        Raises:
+            ValueError: None of the photographs is there.
+        """
+        capture = self.posed_capture if data_root is None else self.posed_capture.move(Path(data_root))
+        missing = [view.frame.image_path for view in capture.views if not view.frame.image_path.is_file()]
+        # Single photographs that are gone are the caller's to skip or refuse.
+        if len(missing) == len(capture.views) > 0:
+            raise ValueError(
+                f"The photographs of scene {self.scene_id} are not in {capture.root} (looked for {missing[0]}); "
+                "say where they are now with --data-root."
+            )
+        return capture
+
+    def _blend_features(
+        self, camera_to_world: Tensor, K: Tensor, width: int, height: int, pixels: Tensor | None
+    ) -> tuple[Float[Tensor, "pixels dim"], Float[Tensor, " pixels"]]:
+        features = self.activated.features_and_one
+        info = self._project(camera_to_world, K, width, height)
+        blended = rasterize_features(features, info, pixels=None if pixels is None else pixels.to(features.device))
+        # (1, h, w, d+1) or (1, p, d+1) -> (p, d+1)
+        blended = blended.reshape(-1, blended.shape[-1])
+        return blended[:, :-1], blended[:, -1]
+
+    def _project(self, camera_to_world: Tensor, K: Tensor, width: int, height: int) -> dict[str, Any]:
+        return project(
+            *self._geometry,
+            *_camera(camera_to_world, K, self.activated.means),
+            width,
+            height,
+            rasterize_mode=self.rasterize_mode,
+            eps2d=self.eps2d,
+        )
+
+    def _rasterize(
+        self,
+        colours: Tensor,
+        sh_degree: int | None,
+        render_mode: Literal["RGB", "ED"],
+        camera_to_world: Tensor,
+        K: Tensor,
+        width: int,
+        height: int,
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        return rasterization(
+            *self._geometry,
+            colours,
+            *_camera(camera_to_world, K, self.activated.means),
+            width,
+            height,
+            sh_degree=sh_degree,
+            render_mode=render_mode,
+            rasterize_mode=self.rasterize_mode,
+            eps2d=self.eps2d,
+        )
+
+    @property
+    def _geometry(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gaussians = self.activated
+        return gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities
+
+
+def colour_features(
+    features_low: Float[Tensor, "height width dim"],
+    alphas: Float[Tensor, "height width"],
+    projection: FeatureDecoder,
+    basis: PcaBasis,
+) -> Float[Tensor, "height width 3"]:
+    """PCA colours of rendered features, by a decoder projected to the basis; black where nothing is."""
+    coefficients = projection(features_low, alphas)
+    return map_to_colours(coefficients, basis) * alphas[..., None].clamp(0.0, 1.0)
+
+
+def _camera(camera_to_world: Tensor, K: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Batches of one view matrix and one intrinsics matrix, on the Gaussians' device and in their type."""
+    return viewmats_from_camera_to_worlds(camera_to_world.to(like))[None], K.to(like)[None]

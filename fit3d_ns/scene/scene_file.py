@@ -1,0 +1,146 @@
+"""The scene file: one `.safetensors` that holds a `FeatureScene`, memory-mapped when read, without pickle.
+
+Tensors: the fields of `FeatureGaussians` in their stored types, `decoder.weight` [E, D, 3, 3], `decoder.bias` [E] if
+there is one, and `pca.*` if there is a basis. Everything else is JSON in the header under `fit3d_scene`.
+"""
+
+import json
+import struct
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fit3d_ns.analysis.pca import PcaBasis
+from fit3d_ns.scene.capture_record import parse_capture, record_capture
+from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.feature_scene import FeatureScene
+from fit3d_ns.scene.gaussians import STORED_DTYPES, FeatureGaussians
+from fit3d_ns.scene.scene_backbone import SceneBackbone
+from fit3d_ns.utils.files import write_atomically
+
+SCHEMA_VERSION = 1
+HEADER_KEY = "fit3d_scene"
+_PCA_TENSORS = ("mean", "components", "explained_variance", "colour_low", "colour_high")
+
+
+def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> None:
+    """Writes a scene file, atomically.
+
+    Args:
+        scene: The scene, on any device.
+        path: The file; `.safetensors` is the customary suffix.
+        include_sh: Also store the colour's dependence on the direction (twice the size at degree 3 and D = 64).
+
+    Raises:
+        ValueError: The disk is full, or a mask lies outside the capture's root; nothing is written.
+    """
+    gaussians = scene.gaussians if include_sh else replace(scene.gaussians, sh_rest=None)
+    tensors = gaussians.tensors()
+    tensors["decoder.weight"] = scene.decoder.weight.detach().float()
+    if scene.decoder.bias is not None:
+        tensors["decoder.bias"] = scene.decoder.bias.detach().float()
+    if scene.pca is not None:
+        tensors.update({f"pca.{name}": getattr(scene.pca, name).float() for name in _PCA_TENSORS})
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "capture": record_capture(scene.posed_capture),
+        "backbone": scene.backbone.to_metadata(),
+        "token_reading": scene.token_reading,
+        "rasterize_mode": scene.rasterize_mode,
+        "eps2d": scene.eps2d,
+        "pca_total_variance": None if scene.pca is None else scene.pca.total_variance,
+        "bytes_per_gaussian": gaussians.bytes_per_gaussian,
+        "figures": dict(scene.figures),
+    }
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with write_atomically(Path(path)) as temporary:
+        save_file(on_cpu, temporary, metadata={HEADER_KEY: json.dumps(header)})
+
+
+def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureScene:
+    """Opens a scene file. On the CPU its tensors stay on disk until they are read.
+
+    Raises:
+        ValueError: The file is missing, cut short, no scene file, or one of a newer schema.
+    """
+    path = Path(path)
+    header, tensors = _read_file(path)
+    try:
+        gaussians = FeatureGaussians(
+            **{field.name: tensors[field.name] for field in fields(FeatureGaussians) if field.name in tensors}
+        )
+        scene = FeatureScene(
+            gaussians=gaussians,
+            decoder=FeatureDecoder.from_weights(tensors["decoder.weight"], tensors.get("decoder.bias")),
+            posed_capture=parse_capture(header["capture"]),
+            backbone=SceneBackbone.from_metadata(header["backbone"]),
+            pca=_parse_pca(tensors, header),
+            token_reading=header["token_reading"],
+            rasterize_mode=header["rasterize_mode"],
+            eps2d=float(header["eps2d"]),
+            figures=header["figures"],
+        )
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole scene file ({error!r}); export the scene anew.") from error
+    return scene if torch.device(device).type == "cpu" else scene.to(device)
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a scene file; give the .safetensors file.")
+    if not path.is_file():
+        raise ValueError(f"No such scene file: {path}.")
+    _check_length(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(HEADER_KEY)
+            if text is None:
+                raise ValueError(
+                    f"{path} holds tensors but no scene; make scene files with fit3d-export or fit3d-lift."
+                )
+            header = json.loads(text)
+            version = header.get("schema_version", 0)
+            if version > SCHEMA_VERSION:
+                raise ValueError(
+                    f"{path} has scene schema {version}, this version reads up to {SCHEMA_VERSION}; update fit3d-ns."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable scene file ({error}); copy or export it anew.") from error
+    for name, dtype in STORED_DTYPES.items():
+        if name in tensors and tensors[name].dtype != dtype:
+            raise ValueError(f"{path} stores `{name}` as {tensors[name].dtype}, expected {dtype}; export it anew.")
+    return header, tensors
+
+
+def _check_length(path: Path) -> None:
+    """Tells a file that was cut from one that never was a scene; safetensors' own words for both are obscure."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if len(start) == 8 and file.read(1) != b"{":
+            raise ValueError(f"{path} is not a scene file; give a .safetensors made by fit3d-export or fit3d-lift.")
+        if size < 8 + length or len(start) < 8:
+            raise ValueError(f"{path} is cut short ({size} bytes); copy or export it anew.")
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} has a damaged header; copy or export it anew.") from error
+    if size < 8 + length + end:
+        raise ValueError(f"{path} is cut short: {size} of {8 + length + end} bytes; copy or export it anew.")
+
+
+def _parse_pca(tensors: dict[str, Tensor], header: dict[str, Any]) -> PcaBasis | None:
+    if "pca.mean" not in tensors:
+        return None
+    return PcaBasis(
+        **{name: tensors[f"pca.{name}"] for name in _PCA_TENSORS}, total_variance=float(header["pca_total_variance"])
+    )
