@@ -1,0 +1,31 @@
+"""The closed-form lift: features solved, not trained, onto any Gaussians that already exist."""
+
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
+from fit3d_ns.lifting.evaluation import FeatureMetrics, evaluate_features
+from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
+from fit3d_ns.lifting.leave_one_out import compute_leave_one_out
+from fit3d_ns.lifting.losses import FeatureLoss, FeatureLossConfig, compute_masked_l1
+from fit3d_ns.lifting.result import LiftResult
+from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.token_basis import TokenBasis, TokenStatistics, fit_token_basis, merge_statistics
+
+__all__ = [
+    "DecoderStatistics",
+    "FeatureLoss",
+    "FeatureLossConfig",
+    "FeatureMetrics",
+    "LiftConfig",
+    "LiftGaussians",
+    "LiftResult",
+    "LiftView",
+    "TokenBasis",
+    "TokenStatistics",
+    "compute_leave_one_out",
+    "compute_masked_l1",
+    "evaluate_features",
+    "fit_decoder",
+    "fit_token_basis",
+    "merge_statistics",
+    "solve_features",
+]

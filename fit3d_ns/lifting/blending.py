@@ -1,0 +1,159 @@
+"""Blending as a linear operator: `R` takes features [N, D] to a view's pixels, its adjoint takes pixels back.
+
+Symbols: `W` weights per pixel (mask, times alpha if accumulation-aware), `t` targets per pixel, `P` the mean over each
+token's cell for the rule `area` and nothing otherwise. A lift minimises the sum over views of W |t - P R f|^2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
+from fit3d_ns.lifting.token_basis import TokenBasis
+from fit3d_ns.lifting.token_grid import average_over_cells, spread_tokens
+from fit3d_ns.rasterization import backproject_features, project, rasterize_features
+
+
+@dataclass(frozen=True)
+class PreparedView:
+    """One view, projected: everything about it that does not depend on the features."""
+
+    info: dict[str, Any]
+    """The rasterizer's projection and tile lists, for `rasterize_features` and `backproject_features`."""
+    alphas: Float[Tensor, "height width"]
+    """Rendered opacity, 0 to 1."""
+    mask: Float[Tensor, "height width"]
+    """Weights from the valid mask, ones where there is none."""
+    tokens: Float[Tensor, "h w embed"]
+    """The original backbone's patch tokens, float32."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token grid (h, w)."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that keeping this view takes."""
+        tensors = [*_collect_tensors(self.info), self.alphas, self.mask, self.tokens]
+        # `info` shares storage between its entries; each storage counts once.
+        return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@dataclass(frozen=True)
+class ViewSums:
+    """A view's part of the weighted sum (`numerator / denominator`)."""
+
+    numerator: Float[Tensor, "num_gaussians dim"]
+    """R^T W t."""
+    denominator: Float[Tensor, " num_gaussians"]
+    """R^T W 1."""
+    blend_weight: Float[Tensor, " num_gaussians"]
+    """R^T 1: how much of the picture each Gaussian makes up, in pixels, masked pixels included."""
+
+
+class ViewBlender:
+    """Prepares views and applies the operator to them; keeps projections between passes within a memory budget."""
+
+    def __init__(self, gaussians: LiftGaussians, views: Sequence[LiftView], config: LiftConfig):
+        self.gaussians = gaussians
+        self.views = views
+        self.config = config
+        self._kept: dict[int, PreparedView] = {}
+        self._bytes_left = int(config.cache_memory_mb * 1e6)
+
+    def prepare(self, index: int) -> PreparedView:
+        """Projects a view and reads its tokens, or takes it from the kept ones.
+
+        The first views that fit stay for good: passes go round in one order, where dropping the least recently used
+        would always drop the one that is needed next.
+        """
+        if index in self._kept:
+            return self._kept[index]
+        prepared = prepare_view(self.gaussians, self.views[index])
+        if prepared.num_bytes <= self._bytes_left:
+            self._bytes_left -= prepared.num_bytes
+            self._kept[index] = prepared
+        return prepared
+
+    def backproject_targets(self, index: int, basis: TokenBasis) -> ViewSums:
+        """The view's part of the weighted sum."""
+        return backproject_targets(self.prepare(index), basis, self.config)
+
+    def apply_normal(
+        self, index: int, features: Float[Tensor, "num_gaussians dim"]
+    ) -> Float[Tensor, "num_gaussians dim"]:
+        """R^T W P R f for one view."""
+        view = self.prepare(index)
+        weights = compute_weights(view, self.config)
+        features_low = rasterize_features(features, view.info)[0]
+        if self.config.token_to_pixel == "area":
+            features_low = average_over_cells(features_low, weights, view.grid)
+        return backproject_features((features_low * weights[..., None])[None], view.info)[0]
+
+
+@torch.no_grad()
+def prepare_view(gaussians: LiftGaussians, view: LiftView) -> PreparedView:
+    """Projects the Gaussians into a view; its tokens and mask are read.
+
+    Raises:
+        ValueError: The tokens or the mask do not fit, see `LiftView`.
+    """
+    device = gaussians.means.device
+    tokens = view.read_tokens(device)
+    mask = view.read_mask(device)
+    info = project(
+        gaussians.means,
+        gaussians.quats,
+        gaussians.scales,
+        gaussians.opacities,
+        view.viewmat[None].to(device, torch.float32),
+        view.K[None].to(device, torch.float32),
+        view.width,
+        view.height,
+        near_plane=gaussians.near_plane,
+        far_plane=gaussians.far_plane,
+        eps2d=gaussians.eps2d,
+        rasterize_mode=gaussians.rasterize_mode,
+        backend=gaussians.backend,
+    )
+    # Blending ones gives alpha.
+    alphas = rasterize_features(gaussians.means.new_ones(len(gaussians), 1), info)[0, ..., 0]
+    return PreparedView(info=info, alphas=alphas, mask=mask, tokens=tokens)
+
+
+def compute_weights(view: PreparedView, config: LiftConfig) -> Float[Tensor, "height width"]:
+    """W: how much each pixel counts."""
+    return view.mask * view.alphas if config.accumulation_aware else view.mask
+
+
+@torch.no_grad()
+def backproject_targets(view: PreparedView, basis: TokenBasis, config: LiftConfig) -> ViewSums:
+    """One view's part of the weighted sum: a single adjoint pass, weights riding along as one more channel."""
+    height, width = view.alphas.shape
+    weights = compute_weights(view, config)[..., None]
+    targets = compute_targets(view, basis, config)
+    sums, blend_weight = backproject_features(torch.cat([targets * weights, weights], dim=-1)[None], view.info)
+    return ViewSums(numerator=sums[:, :-1], denominator=sums[:, -1], blend_weight=blend_weight)
+
+
+def compute_targets(view: PreparedView, basis: TokenBasis, config: LiftConfig) -> Float[Tensor, "height width dim"]:
+    """t: the low-dimensional value each pixel should show."""
+    height, width = view.alphas.shape
+    return spread_tokens(basis.project(view.tokens), width, height, config.token_to_pixel)
+
+
+def _collect_tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested dictionaries and dataclasses."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _collect_tensors(item)]
+    if is_dataclass(value):
+        return [tensor for item in fields(value) for tensor in _collect_tensors(getattr(value, item.name))]
+    return []

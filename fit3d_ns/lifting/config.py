@@ -1,0 +1,58 @@
+"""`LiftConfig`: every choice of the closed-form lift, with the reason for its default."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SpreadingRule = Literal["bilinear", "nearest", "area"]
+ReadingRule = Literal["bilinear", "area"]
+
+
+@dataclass(frozen=True)
+class LiftConfig:
+    """How patch tokens are lifted onto fixed Gaussians."""
+
+    feature_dim: int = 64
+    """Numbers per Gaussian (paper section 3.1: 64); at least 1 and at most the backbone's embedding size."""
+    token_to_pixel: SpreadingRule = "nearest"
+    """How a token is compared with pixels: `bilinear` upsamples the tokens (paper section 3.1), `nearest` holds each
+    constant over its patch, `area` compares it with the mean of the rendered features over its patch."""
+    token_reading: ReadingRule = "bilinear"
+    """How tokens are read off a rendered map: `bilinear` samples it at the token centres (paper's stage II), `area`
+    averages it over each patch."""
+    max_passes: int = 6
+    """Most passes over all views after the weighted sum; each renders every view once and projects it back. 0 keeps
+    the weighted sum."""
+    tolerance: float = 1e-3
+    """Conjugate gradients stop when the true residual falls below this fraction of the right-hand side's norm."""
+    steps_per_true_residual: int = 8
+    """The residual is computed anew, at the cost of one pass, after this many passes; 0 only once it seems small."""
+    regularization: float = 0.01
+    """Weight of the pull towards the weighted sum, as a fraction of the mean blend weight of a seen Gaussian; 0 or
+    above."""
+    accumulation_aware: bool = True
+    """Weight each pixel by its rendered alpha, so that empty pixels teach nothing."""
+    decoder_bias: bool = True
+    """Give the decoder a bias, multiplied by alpha; False fits an uncentred basis as the paper's bias-free decoder
+    needs."""
+    decoder_ridge: float = 0.01
+    """Pull of the decoder fit towards the PCA decoder, as a fraction of the mean squared regressor; 0 or above.
+    Infinity keeps the PCA decoder."""
+    polish_steps: int = 0
+    """Gradient steps on the L1 loss after the solve, one view each; 0 for none."""
+    polish_learning_rate: float = 1e-2
+    """Adam's step for the features during the polish, as a fraction of their root mean square."""
+    cache_memory_mb: float = 1024.0
+    """Projections of views are kept between passes up to this many 1e6 bytes; the others are made again each time."""
+    seconds_per_checkpoint: float = 60.0
+    """Time between two writes of the state file, in seconds, where one is asked for."""
+
+    def __post_init__(self) -> None:
+        if self.feature_dim < 1:
+            raise ValueError(f"feature_dim is {self.feature_dim}; it must be at least 1.")
+        if self.max_passes < 0 or self.polish_steps < 0 or self.steps_per_true_residual < 0:
+            raise ValueError("max_passes, polish_steps and steps_per_true_residual must be 0 or above.")
+        if not self.regularization >= 0 or not self.decoder_ridge >= 0:
+            raise ValueError(
+                f"regularization is {self.regularization} and decoder_ridge {self.decoder_ridge}; "
+                "both must be 0 or above."
+            )

@@ -1,0 +1,165 @@
+"""Preconditioned conjugate gradients on the lift's normal equations, one column per feature dimension.
+
+Solved is (A + L) f = b + L f0 with A = sum over views of R^T W P R, b = sum of R^T W t, f0 the weighted sum and L the
+Tikhonov weight. The preconditioner is M = d + L with d = sum of R^T W 1: the row sums of A where alpha is 1, so that
+the first direction from zero is the weighted sum itself. All columns share the passes over the views; each has its own
+step.
+"""
+
+import time
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.lifting.blending import ViewBlender
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.reduction import is_any
+from fit3d_ns.lifting.view_passes import ViewPasses
+
+
+class ConjugateGradients:
+    """The solver; its vectors live in the passes' state, so that it can stop and go on between any two views.
+
+    It stops on the true residual, which is computed anew every few passes because gsplat's adjoint, with its atomic
+    additions and fast exponentials, is not exact to the bit and the running residual drifts away from the truth.
+    """
+
+    def __init__(self, blender: ViewBlender, passes: ViewPasses, config: LiftConfig, deadline: float | None = None):
+        """Args:
+        blender: The operator.
+        passes: Whose state holds `numerator` [N, D] and `denominator` [N], the weighted sum's parts.
+        deadline: No pass is begun that would end after this time of `time.perf_counter`.
+        """
+        self.blender = blender
+        self.passes = passes
+        self.config = config
+        self.deadline = deadline
+        self._tensors = passes.state.tensors
+        self._numbers = passes.state.numbers
+        self._penalty = compute_penalty(self._tensors["denominator"], config.regularization)
+        self._diagonal = (self._tensors["denominator"] + self._penalty)[:, None]
+        self._right_side = self._tensors["numerator"] + self._penalty * compute_weighted_sum(
+            self._tensors["numerator"], self._tensors["denominator"]
+        )
+
+    def solve(
+        self, initial: Float[Tensor, "num_gaussians dim"] | None, seconds_per_pass: float
+    ) -> Float[Tensor, "num_gaussians dim"]:
+        """Runs until the true residual is small, or passes or time are used up.
+
+        Args:
+            initial: Where to start; None starts at zero, whose residual is known without a pass and whose first
+                direction is the weighted sum.
+            seconds_per_pass: How long the first pass is expected to take.
+        """
+        if "solution" not in self._tensors:
+            self._start(initial)
+        seconds = seconds_per_pass
+        while not self._numbers["is_solved"] and self._may_go_on(seconds):
+            self.passes.save_between_passes()
+            start = time.perf_counter()
+            if self._is_residual_due():
+                self._compute_true_residual()
+            else:
+                self._step()
+            seconds = time.perf_counter() - start
+        # A lift that is resumed later, in the decoder's pass, must not solve on.
+        self._numbers["is_solved"] = 1
+        if self._numbers["passes"] == 0 and initial is None:
+            # No time for a single pass: the start of a solve from zero is the weighted sum, not zero.
+            return compute_weighted_sum(self._tensors["numerator"], self._tensors["denominator"])
+        return self._tensors["solution"]
+
+    def _start(self, initial: Float[Tensor, "num_gaussians dim"] | None) -> None:
+        tensors, numbers = self._tensors, self._numbers
+        tensors["solution"] = torch.zeros_like(self._right_side) if initial is None else initial.clone()
+        tensors["residual"] = self._right_side.clone()
+        tensors["direction"] = torch.zeros_like(self._right_side)
+        tensors["residual_products"] = self._right_side.new_zeros(self._right_side.shape[1])
+        numbers["passes"] = numbers["is_solved"] = 0
+        numbers["relative_residual"] = 1.0
+        # From zero the residual is the right-hand side; from elsewhere it takes a pass.
+        numbers["steps_since_truth"] = 0 if initial is None else -1
+
+    def _may_go_on(self, seconds_per_pass: float) -> bool:
+        if self.passes.state.current_pass:
+            return True
+        if self._numbers["passes"] >= self.config.max_passes:
+            return False
+        if self._is_small() and self._numbers["steps_since_truth"] == 0:
+            return False
+        is_late = self.deadline is not None and time.perf_counter() + seconds_per_pass > self.deadline
+        return not is_any(is_late, self._right_side.device, self.passes.group)
+
+    def _is_small(self) -> bool:
+        return self._numbers["relative_residual"] <= self.config.tolerance
+
+    def _is_residual_due(self) -> bool:
+        steps = self._numbers["steps_since_truth"]
+        interval = self.config.steps_per_true_residual
+        return steps < 0 or (steps > 0 and (self._is_small() or (interval > 0 and steps >= interval)))
+
+    def _step(self) -> None:
+        tensors, name = self._tensors, f"solve {int(self._numbers['passes']) + 1}"
+        if not self.passes.is_under_way(name):
+            preconditioned = self._precondition(tensors["residual"])
+            products = (tensors["residual"] * preconditioned).sum(dim=0)
+            # The first direction is the preconditioned residual: its old products are zero.
+            conjugation = _divide(products, tensors["residual_products"])
+            tensors["direction"].mul_(conjugation).add_(preconditioned)
+            tensors["residual_products"] = products
+            del preconditioned
+        self._apply_to(name, "direction")
+        image = tensors["image"].add_(tensors["direction"], alpha=self._penalty)
+        length = _divide(tensors["residual_products"], (tensors["direction"] * image).sum(dim=0))
+        tensors["solution"].add_(tensors["direction"] * length)
+        tensors["residual"].sub_(image * length)
+        self._finish_pass(steps_since_truth=int(self._numbers["steps_since_truth"]) + 1)
+
+    def _compute_true_residual(self) -> None:
+        tensors = self._tensors
+        self._apply_to(f"residual {int(self._numbers['passes']) + 1}", "solution")
+        image = tensors["image"].add_(tensors["solution"], alpha=self._penalty)
+        tensors["residual"] = self._right_side - image
+        self._finish_pass(steps_since_truth=0)
+
+    def _apply_to(self, name: str, vector: str) -> None:
+        tensors = self._tensors
+
+        def add(index: int) -> None:
+            tensors["image"] += self.blender.apply_normal(index, tensors[vector])
+
+        self.passes.run(name, {"image": torch.zeros_like(tensors[vector])}, add)
+
+    def _finish_pass(self, steps_since_truth: int) -> None:
+        del self._tensors["image"]
+        residual, right_side = self._tensors["residual"], self._right_side
+        norm = (right_side * self._precondition(right_side)).sum().sqrt()
+        relative = float(_divide((residual * self._precondition(residual)).sum().sqrt(), norm))
+        self._numbers["relative_residual"] = relative
+        self._numbers["steps_since_truth"] = steps_since_truth
+        self._numbers["passes"] += 1
+        self.passes.state.residuals.append(relative)
+
+    def _precondition(self, vector: Float[Tensor, "num_gaussians dim"]) -> Float[Tensor, "num_gaussians dim"]:
+        # A Gaussian without any weight has a zero residual, whatever it is divided by.
+        return vector / self._diagonal.clamp(min=1e-12)
+
+
+def compute_weighted_sum(
+    numerator: Float[Tensor, "num_gaussians dim"], denominator: Float[Tensor, " num_gaussians"]
+) -> Float[Tensor, "num_gaussians dim"]:
+    """The normalised weighted sum; zero for Gaussians without weight."""
+    return torch.where(denominator[:, None] > 0, numerator / denominator[:, None].clamp(min=1e-12), 0.0)
+
+
+def compute_penalty(denominator: Float[Tensor, " num_gaussians"], regularization: float) -> float:
+    """The Tikhonov weight L: `regularization` times the mean weight of the Gaussians that have any."""
+    seen = denominator[denominator > 0]
+    return regularization * float(seen.mean()) if len(seen) else 0.0
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    # A column that is solved exactly has zero products; it then stays where it is.
+    return torch.where(denominator > 0, numerator / denominator.clamp(min=1e-30), 0.0)

@@ -1,0 +1,124 @@
+"""Fitting the 3x3 decoder in closed form: ridge regression of tokens on the neighbourhoods of rendered features.
+
+Each token t [E] is explained by x [9 D (+ 1)], the nine shifted rendered maps read at the token (`scene.TokenReader`)
+and, with a bias, the alpha read there: what `FeatureDecoder.decode_at_tokens` multiplies. The sums of x x^T and x t^T
+are all that a fit needs, so those of several scenes add up to one decoder for all of them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.lifting.token_basis import TokenBasis
+from fit3d_ns.scene.feature_decoder import NUM_TAPS, FeatureDecoder
+
+# Neighbouring pixels are nearly collinear, and the sums carry float32 rounding: below this the fit is not definite.
+_SMALLEST_RIDGE = 1e-6
+
+
+@dataclass
+class DecoderStatistics:
+    """Normal equations of the decoder fit, float64."""
+
+    regressors: Float[Tensor, "inputs inputs"]
+    """Sum of w x x^T."""
+    products: Float[Tensor, "inputs embed"]
+    """Sum of w x t^T."""
+
+    @classmethod
+    def create(
+        cls, feature_dim: int, embed_dim: int, *, bias: bool, device: torch.device | str = "cpu"
+    ) -> "DecoderStatistics":
+        """Normal equations of no token."""
+        num_inputs = NUM_TAPS * feature_dim + int(bias)
+        return cls(
+            torch.zeros(num_inputs, num_inputs, dtype=torch.float64, device=device),
+            torch.zeros(num_inputs, embed_dim, dtype=torch.float64, device=device),
+        )
+
+    def add(
+        self,
+        neighbourhoods: Float[Tensor, "h w 9 dim"],
+        alphas: Float[Tensor, "h w"],
+        tokens: Float[Tensor, "h w embed"],
+        weights: Float[Tensor, "h w"],
+    ) -> None:
+        """Counts one view's tokens.
+
+        Args:
+            neighbourhoods: Rendered features read with the nine taps' shifts.
+            alphas: Rendered opacity read at the tokens.
+            weights: How much each token counts, 0 or above.
+        """
+        # (h, w, 9, d) -> (h*w, 9*d)
+        inputs = neighbourhoods.flatten(0, 1).flatten(1)
+        if self.regressors.shape[0] > inputs.shape[1]:
+            inputs = torch.cat([inputs, alphas.reshape(-1, 1)], dim=1)
+        weighted = inputs * weights.reshape(-1, 1)
+        # Products in float32, sums over views in float64: one view adds few terms.
+        self.regressors += weighted.T @ inputs
+        self.products += weighted.T @ tokens.flatten(0, 1)
+
+    def merge(self, other: "DecoderStatistics") -> "DecoderStatistics":
+        """Normal equations of both sets of tokens together."""
+        return DecoderStatistics(self.regressors + other.regressors, self.products + other.products)
+
+
+def fit_decoder(
+    statistics: DecoderStatistics | Sequence[DecoderStatistics], basis: TokenBasis, ridge: float
+) -> FeatureDecoder:
+    """The decoder of least squared error, pulled towards the PCA decoder.
+
+    Args:
+        statistics: Of one scene, or of several that were lifted on the same `basis` and shall share a decoder.
+        ridge: Pull as a fraction of the mean squared regressor, 0 or above; below 1e-6 it
+            acts as 1e-6, and infinity gives the PCA decoder.
+
+    Raises:
+        ValueError: The statistics do not belong to this basis.
+    """
+    given = [statistics] if isinstance(statistics, DecoderStatistics) else list(statistics)
+    if not given:
+        raise ValueError("No scene was given to fit a decoder to.")
+    total = given[0]
+    for other in given[1:]:
+        if other.products.shape != total.products.shape:
+            raise ValueError("The scenes' decoder statistics differ in size; lift them on one shared basis.")
+        total = total.merge(other)
+    num_inputs, embed_dim = total.products.shape
+    num_weights = NUM_TAPS * basis.feature_dim
+    if embed_dim != basis.embed_dim or num_inputs not in (num_weights, num_weights + 1):
+        raise ValueError(
+            f"Decoder statistics of {num_inputs} inputs and width {embed_dim} do not belong to a basis of "
+            f"{basis.feature_dim} dimensions and width {basis.embed_dim}."
+        )
+    has_bias = num_inputs == num_weights + 1
+    start = _create_pca_matrix(basis, num_inputs).to(total.products)
+    if math.isinf(ridge):
+        solution = start
+    else:
+        diagonal = total.regressors.diagonal()
+        penalty = torch.full_like(diagonal, float(diagonal[:num_weights].mean()))
+        # The bias multiplies alpha, whose scale has nothing to do with the features'.
+        penalty[num_weights:] = diagonal[num_weights:]
+        matrix = total.regressors + torch.diag(max(ridge, _SMALLEST_RIDGE) * penalty.clamp(min=1e-12))
+        change = torch.cholesky_solve(total.products - total.regressors @ start, torch.linalg.cholesky(matrix))
+        solution = start + change
+    bias = solution[-1].float() if has_bias else None
+    return FeatureDecoder.from_matrix(solution[:num_weights].float(), bias)
+
+
+def create_pca_decoder(basis: TokenBasis, *, bias: bool) -> FeatureDecoder:
+    """The decoder that reads the basis back: centre tap = components, bias = mean."""
+    decoder = FeatureDecoder.from_pca(basis.components, basis.mean)
+    return decoder if bias else FeatureDecoder.from_weights(decoder.weight, None)
+
+
+def _create_pca_matrix(basis: TokenBasis, num_inputs: int) -> Float[Tensor, "inputs embed"]:
+    matrix = create_pca_decoder(basis, bias=False).matrix.detach()
+    has_bias = num_inputs == matrix.shape[0] + 1
+    return torch.cat([matrix, basis.mean[None]]) if has_bias else matrix

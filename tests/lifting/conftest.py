@@ -1,0 +1,14 @@
+import pytest
+from lifting_scene import create_gaussians, create_views
+
+from fit3d_ns.lifting import LiftGaussians, LiftView
+
+
+@pytest.fixture
+def gaussians() -> LiftGaussians:
+    return create_gaussians()
+
+
+@pytest.fixture
+def views() -> list[LiftView]:
+    return create_views()

@@ -1,0 +1,85 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fit3d_ns.lifting import LiftConfig, solve_features
+
+CONFIG = LiftConfig(feature_dim=3, max_passes=4, steps_per_true_residual=2, seconds_per_checkpoint=0.0, polish_steps=2)
+
+
+class Interrupt(Exception):
+    pass
+
+
+def interrupt_after(num_calls):
+    calls = []
+
+    def progress(name, done, total):
+        calls.append(name)
+        if len(calls) > num_calls:
+            raise Interrupt
+
+    return progress
+
+
+def count_calls(gaussians, views):
+    calls = []
+    solve_features(gaussians, views, CONFIG, progress=lambda name, done, total: calls.append(name))
+    return len(calls)
+
+
+def test_solve_features__resumed_equals_uninterrupted(gaussians, views, tmp_path):
+    expected = solve_features(gaussians, views, CONFIG)
+    state_path = tmp_path / "lift.state"
+    # In the middle of each phase: basis, weighted sum, solver's steps, its true residual, decoder.
+    for num_calls in range(1, count_calls(gaussians, views), 3):
+        with pytest.raises(Interrupt):
+            solve_features(gaussians, views, CONFIG, state_path=state_path, progress=interrupt_after(num_calls))
+        resumed = solve_features(gaussians, views, CONFIG, state_path=state_path)
+        assert torch.equal(resumed.features, expected.features), num_calls
+        assert torch.equal(resumed.decoder.weight, expected.decoder.weight)
+        assert torch.equal(resumed.feature_variance, expected.feature_variance)
+        assert resumed.residuals == expected.residuals and resumed.num_passes == expected.num_passes
+        assert not state_path.exists()
+
+
+def test_solve_features__resume_does_only_what_is_left(gaussians, views, tmp_path):
+    state_path = tmp_path / "lift.state"
+    total = count_calls(gaussians, views)
+    with pytest.raises(Interrupt):
+        solve_features(gaussians, views, CONFIG, state_path=state_path, progress=interrupt_after(total - 3))
+    calls = []
+    solve_features(gaussians, views, CONFIG, state_path=state_path, progress=lambda *call: calls.append(call))
+    assert {name for name, _, _ in calls} == {"decoder"} and calls[0][1] > 0
+
+
+def test_solve_features__refuses_the_state_of_another_lift(gaussians, views, tmp_path):
+    state_path = tmp_path / "lift.state"
+
+    def begin():
+        state_path.unlink(missing_ok=True)
+        with pytest.raises(Interrupt):
+            solve_features(
+                gaussians, views, CONFIG, backbone="small", state_path=state_path, progress=interrupt_after(7)
+            )
+
+    begin()
+    kept = state_path.read_bytes()
+    with pytest.raises(ValueError, match=r"another backbone \(small, not base\)"):
+        solve_features(gaussians, views, CONFIG, backbone="base", state_path=state_path)
+    with pytest.raises(ValueError, match="another setting"):
+        solve_features(gaussians, views, replace(CONFIG, regularization=0.5), backbone="small", state_path=state_path)
+    with pytest.raises(ValueError, match="another geometry"):
+        moved = replace(gaussians, means=gaussians.means + 0.1)
+        solve_features(moved, views, CONFIG, backbone="small", state_path=state_path)
+    with pytest.raises(ValueError, match="another set of views"):
+        solve_features(gaussians, views[:3], CONFIG, backbone="small", state_path=state_path)
+    assert state_path.read_bytes() == kept
+
+
+def test_solve_features__names_a_file_that_is_no_state(gaussians, views, tmp_path):
+    state_path = tmp_path / "lift.state"
+    state_path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is not the state of a lift; delete it"):
+        solve_features(gaussians, views, CONFIG, state_path=state_path)
