@@ -3,6 +3,7 @@
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_features
 from fit3d_ns.scene.gaussians import FeatureGaussians, create_gaussians, find_invalid
+from fit3d_ns.scene.ply import ReadGaussians, read_fit3d, read_ply, write_fit3d, write_ply
 from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture
 from fit3d_ns.scene.scene_backbone import SceneBackbone
 from fit3d_ns.scene.scene_file import load_scene, save_scene
@@ -13,6 +14,7 @@ __all__ = [
     "FeatureGaussians",
     "FeatureScene",
     "PosedCapture",
+    "ReadGaussians",
     "RenderedFeatures",
     "SceneBackbone",
     "TokenReader",
@@ -25,5 +27,9 @@ __all__ = [
     "find_invalid",
     "load_scene",
     "read_at_tokens",
+    "read_fit3d",
+    "read_ply",
     "save_scene",
+    "write_fit3d",
+    "write_ply",
 ]

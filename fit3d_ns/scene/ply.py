@@ -1,0 +1,242 @@
+"""Gaussians in PLY files: the layout of 3D Gaussian Splatting's authors, which gsplat, SuperSplat and FiT3D share.
+
+Properties: `x y z`, `nx ny nz` (unused), `f_dc_0..2`, `f_rest_*` (all coefficients of red, then green, then blue),
+`opacity` (logit), `scale_0..2` (logarithms), `rot_0..3` (wxyz), and FiT3D's `sem_*` (features). Read by name, so
+order, further properties and missing normals do not matter.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.feature_scene import FeatureScene
+from fit3d_ns.scene.gaussians import FeatureGaussians, create_gaussians, find_invalid
+from fit3d_ns.scene.posed_capture import PosedCapture
+from fit3d_ns.scene.scene_backbone import SceneBackbone
+from fit3d_ns.utils.files import write_atomically
+
+_NUM_REST = (0, 9, 24, 45, 72)
+_TYPES = {
+    **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
+    **{"float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
+    **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
+}
+
+
+@dataclass(frozen=True)
+class ReadGaussians:
+    """What a PLY file held."""
+
+    gaussians: FeatureGaussians
+    """Usable Gaussians; features have 0 channels where the file has no `sem_*`."""
+    num_dropped: int
+    """Gaussians left out because a value was NaN, infinite or too large."""
+
+
+def write_ply(gaussians: FeatureGaussians, path: Path, sh_degree: int | None = None) -> None:
+    """Writes Gaussians with their features as binary little-endian PLY, atomically.
+
+    Args:
+        gaussians: The Gaussians, in the frame that the file shall have.
+        path: The file.
+        sh_degree: Degree the file shall have, 0 to 4; coefficients are cut or filled with zeros. As stored by default.
+            FiT3D's and Inria's readers want 3.
+
+    Raises:
+        ValueError: The disk is full; nothing is written.
+    """
+    num = gaussians.num_gaussians
+    degree = gaussians.sh_degree if sh_degree is None else sh_degree
+    rest = torch.zeros(num, (degree + 1) ** 2 - 1, 3)
+    if gaussians.sh_rest is not None:
+        kept = gaussians.sh_rest[:, : rest.shape[1]].float().cpu()
+        rest[:, : kept.shape[1]] = kept
+    columns = {
+        ("x", "y", "z"): gaussians.means,
+        ("nx", "ny", "nz"): torch.zeros(num, 3),
+        _numbered("f_dc", 3): gaussians.sh_dc,
+        # (n, k, 3) -> (n, 3*k), all of red first
+        _numbered("f_rest", 3 * rest.shape[1]): rest.transpose(1, 2).flatten(1),
+        ("opacity",): gaussians.opacity_logits[:, None],
+        _numbered("scale", 3): gaussians.log_scales,
+        _numbered("rot", 4): gaussians.quats,
+        _numbered("sem", gaussians.feature_dim): gaussians.features,
+    }
+    names = [name for group in columns for name in group]
+    values = torch.cat([tensor.detach().float().cpu() for tensor in columns.values()], dim=1).numpy()
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {num}"]
+    header += [f"property float {name}" for name in names] + ["end_header", ""]
+    with write_atomically(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write("\n".join(header).encode("ascii"))
+        file.write(values.astype("<f4").tobytes())
+
+
+def read_ply(path: Path) -> ReadGaussians:
+    """Reads Gaussians of Inria's, gsplat's, nerfstudio's, SuperSplat's (uncompressed) or FiT3D's making.
+
+    Raises:
+        ValueError: The file is missing, cut short, no binary PLY, or lacks what a Gaussian needs.
+    """
+    vertices = _read_vertices(Path(path))
+    names = vertices.dtype.names or ()
+    if "packed_position" in names:
+        raise ValueError(f"{path} is a compressed PLY; save it uncompressed in SuperSplat.")
+    if "opacity" not in names:
+        raise ValueError(f"{path} has no `opacity`: it is a point cloud or mesh, not Gaussians.")
+    needed = ("x", "y", "z", *_numbered("f_dc", 3), *_numbered("scale", 3), *_numbered("rot", 4))
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; export it as a 3D Gaussian Splatting PLY.")
+    num_rest = _count(names, "f_rest", path)
+    if num_rest not in _NUM_REST:
+        raise ValueError(
+            f"{path} has {num_rest} f_rest properties, which belong to no SH degree (0, 9, 24, 45 or 72); "
+            "it was cut or edited: export it anew."
+        )
+
+    def take(*group: str) -> Tensor:
+        if not group:
+            return torch.zeros(len(vertices), 0)
+        return torch.from_numpy(np.stack([vertices[name].astype(np.float32) for name in group], axis=1))
+
+    # (n, 3*k) -> (n, k, 3)
+    rest = take(*_numbered("f_rest", num_rest)).reshape(len(vertices), 3, num_rest // 3).transpose(1, 2)
+    raw = {
+        "means": take("x", "y", "z"),
+        "quats": take(*_numbered("rot", 4)),
+        "log_scales": take(*_numbered("scale", 3)),
+        "opacity_logits": take("opacity")[:, 0],
+        "sh_dc": take(*_numbered("f_dc", 3)),
+        "features": take(*_numbered("sem", _count(names, "sem", path))),
+        "sh_rest": rest,
+    }
+    valid = ~find_invalid(**raw)
+    if not valid.any():
+        raise ValueError(f"{path} holds no usable Gaussian ({len(vertices)} in the file, all NaN or infinite).")
+    gaussians = create_gaussians(**{name: tensor[valid] for name, tensor in raw.items()})
+    return ReadGaussians(gaussians, num_dropped=int((~valid).sum()))
+
+
+def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None:
+    """Writes a scene as FiT3D does: Gaussians with `sem_*` and a checkpoint with the convolution as `0.weight`.
+
+    A bias becomes one more channel that is 1 for every Gaussian: it blends to alpha, so the centre tap `bias` gives
+    `bias * alpha`, exactly. (FiT3D's own kernels are compiled for 64 channels; lift without a bias for those.)
+    """
+    gaussians, weight = scene.gaussians, scene.decoder.weight.detach().float().cpu()
+    if scene.decoder.bias is not None:
+        extra = torch.zeros_like(weight[:, :1])
+        extra[:, 0, 1, 1] = scene.decoder.bias.detach().float().cpu()
+        weight = torch.cat([weight, extra], dim=1)
+        features = torch.nn.functional.pad(gaussians.features, (0, 1), value=1.0)
+        gaussians = FeatureGaussians(**{**gaussians.tensors(), "features": features})
+    write_ply(gaussians, ply_path, sh_degree=3)
+    with write_atomically(Path(decoder_path)) as temporary:
+        torch.save({"0.weight": weight.contiguous()}, temporary)
+
+
+def read_fit3d(
+    ply_path: Path, decoder_path: Path, capture: PosedCapture, backbone: SceneBackbone
+) -> tuple[FeatureScene, int]:
+    """Reads what FiT3D published or `write_fit3d` wrote.
+
+    Args:
+        ply_path: Gaussians with `sem_*`.
+        decoder_path: Checkpoint of the convolution, a state dict with `0.weight` and no bias.
+        capture: The captured views in the PLY's world. FiT3D's is COLMAP's: for a ScanNet++ folder make the capture
+            with the `dataparser_transform` that takes (x, y, z) to (y, x, -z).
+        backbone: The ViT whose tokens were lifted; the files do not say.
+
+    Returns:
+        The scene, and how many Gaussians were dropped.
+
+    Raises:
+        ValueError: One of the files is not what it should be, or they do not belong together.
+    """
+    read = read_ply(ply_path)
+    if read.gaussians.feature_dim == 0:
+        raise ValueError(f"{ply_path} has no sem_* properties: it carries no features; lift it with fit3d-lift --ply.")
+    weight = _read_decoder(Path(decoder_path))
+    if weight.shape[1] != read.gaussians.feature_dim:
+        raise ValueError(
+            f"{ply_path} has {read.gaussians.feature_dim} sem_* properties, {decoder_path} takes {weight.shape[1]} "
+            "channels; give the checkpoint that was saved with the PLY."
+        )
+    scene = FeatureScene(read.gaussians, FeatureDecoder.from_weights(weight), capture, backbone)
+    return scene, read.num_dropped
+
+
+def _read_decoder(path: Path) -> Tensor:
+    if not path.is_file():
+        raise ValueError(f"No such checkpoint: {path}.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); copy it again.") from error
+    weight = state.get("0.weight", state.get("weight")) if isinstance(state, dict) else None
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(f"{path} has no 3x3 convolution under `0.weight`; give FiT3D's feat_decoder checkpoint.")
+    return weight.float()
+
+
+def _read_vertices(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"No such PLY file: {path}.")
+    with open(path, "rb") as file:
+        if file.readline().strip() != b"ply":
+            raise ValueError(f"{path} is not a PLY file.")
+        lines: list[list[str]] = []
+        while True:
+            line = file.readline()
+            if not line or len(lines) > 10_000:
+                raise ValueError(f"{path} has a PLY header without end; copy or export it anew.")
+            words = line.decode("ascii", errors="replace").split()
+            if words == ["end_header"]:
+                break
+            if words and words[0] in ("format", "element", "property"):
+                lines.append(words)
+        data_start = file.tell()
+    try:
+        offset, num, dtype = _find_vertices(path, lines)
+    except (IndexError, KeyError, StopIteration) as error:
+        raise ValueError(f"{path} has a damaged PLY header ({error!r}); export it anew.") from error
+    if num == 0:
+        raise ValueError(f"{path} holds no Gaussians.")
+    if path.stat().st_size < data_start + offset + num * dtype.itemsize:
+        raise ValueError(f"{path} is cut short: it promises {num} Gaussians; copy or export it anew.")
+    return np.memmap(path, dtype=dtype, mode="r", offset=data_start + offset, shape=(num,))
+
+
+def _find_vertices(path: Path, lines: list[list[str]]) -> tuple[int, int, np.dtype]:
+    """Bytes before the vertices, their number and their layout."""
+    layout = next(words[1] for words in lines if words[0] == "format")
+    if layout not in ("binary_little_endian", "binary_big_endian"):
+        raise ValueError(f"{path} is a PLY in {layout} format; save it as binary.")
+    order = "<" if layout == "binary_little_endian" else ">"
+    offset = 0
+    starts = [index for index, words in enumerate(lines) if words[0] == "element"]
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        name, count = lines[start][1], int(lines[start][2])
+        properties = lines[start + 1 : end]
+        if any(words[1] == "list" for words in properties):
+            raise ValueError(f"{path} has lists in its element `{name}`: it is a mesh, not Gaussians.")
+        dtype = np.dtype([(words[2], order + _TYPES[words[1]]) for words in properties])
+        if name == "vertex":
+            return offset, count, dtype
+        offset += count * dtype.itemsize
+    raise ValueError(f"{path} has no element `vertex`; it holds no Gaussians.")
+
+
+def _numbered(prefix: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{prefix}_{index}" for index in range(count))
+
+
+def _count(names: tuple[str, ...], prefix: str, path: Path) -> int:
+    count = sum(name.startswith(f"{prefix}_") for name in names)
+    if any(name not in names for name in _numbered(prefix, count)):
+        raise ValueError(f"{path} has {count} {prefix} properties, but not {prefix}_0 to {prefix}_{count - 1}.")
+    return count

@@ -1,0 +1,181 @@
+"""PLY files written by hand with `struct`, as other tools lay them out, and what is refused."""
+
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fit3d_ns.scene.ply import read_fit3d, read_ply, write_fit3d, write_ply
+
+NAMES = ["x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", "scale_0", "scale_1", "scale_2"]
+NAMES += ["rot_0", "rot_1", "rot_2", "rot_3"]
+
+
+def write_by_hand(path, rows, layout="binary_little_endian", types=None, before=""):
+    """`rows` are dictionaries of property name to value."""
+    names = list(rows[0])
+    types = types or {}
+    lines = ["ply", f"format {layout} 1.0", "comment made by a test"]
+    lines += [before] if before else []
+    lines += [f"element vertex {len(rows)}"] + [f"property {types.get(name, 'float')} {name}" for name in names]
+    order = "<" if layout == "binary_little_endian" else ">"
+    codes = {"float": "f", "double": "d", "uchar": "B"}
+    body = b"".join(struct.pack(order + codes[types.get(name, "float")], row[name]) for row in rows for name in names)
+    path.write_bytes("\n".join([*lines, "end_header", ""]).encode() + (b"\x07" * 8 if before else b"") + body)
+
+
+def make_row(index, **extra):
+    return {**{name: 0.25 * place + index for place, name in enumerate(NAMES)}, **extra}
+
+
+@pytest.mark.parametrize("layout", ["binary_little_endian", "binary_big_endian"])
+def test_read_ply__any_order_types_and_elements(tmp_path, layout):
+    rows = []
+    for index in range(3):
+        row = make_row(index, sem_1=7.0 + index, red=200, sem_0=3.0)
+        rows.append(dict(sorted(row.items(), key=lambda item: hash_name(item[0]))))
+    types = {"red": "uchar", "scale_1": "double"}
+    before = "element camera 2\nproperty float focal" if layout == "binary_little_endian" else ""
+    write_by_hand(tmp_path / "scene.ply", rows, layout, types, before)
+    gaussians = read_ply(tmp_path / "scene.ply").gaussians
+    torch.testing.assert_close(gaussians.means[2], torch.tensor([2.0, 2.25, 2.5]))
+    torch.testing.assert_close(gaussians.sh_dc[1].float(), torch.tensor([1.75, 2.0, 2.25]))
+    torch.testing.assert_close(gaussians.opacity_logits.float(), torch.tensor([1.5, 2.5, 3.5]))
+    torch.testing.assert_close(gaussians.log_scales[0].float(), torch.tensor([1.75, 2.0, 2.25]))
+    expected = torch.tensor([2.5, 2.75, 3.0, 3.25])
+    torch.testing.assert_close(gaussians.quats[0].float(), expected / expected.norm(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gaussians.features.float(), torch.tensor([[3.0, 7.0], [3.0, 8.0], [3.0, 9.0]]))
+    assert gaussians.sh_degree == 0
+
+
+def hash_name(name):
+    """An order that is neither alphabetic nor that of any tool."""
+    return sum((place + 1) * ord(letter) for place, letter in enumerate(name)) % 17, name
+
+
+def test_read_ply__harmonics_are_stored_channel_by_channel(tmp_path):
+    rows = [make_row(0, **{f"f_rest_{i}": float(i) for i in range(9)})]
+    write_by_hand(tmp_path / "scene.ply", rows)
+    rest = read_ply(tmp_path / "scene.ply").gaussians.sh_rest
+    # Red has coefficients 0 1 2, green 3 4 5, blue 6 7 8.
+    assert rest[0].tolist() == [[0.0, 3.0, 6.0], [1.0, 4.0, 7.0], [2.0, 5.0, 8.0]]
+
+
+def test_read_ply__drops_and_counts_what_is_not_finite(tmp_path):
+    rows = [make_row(0), make_row(1, x=float("nan")), make_row(2, scale_2=float("inf")), make_row(3)]
+    write_by_hand(tmp_path / "scene.ply", rows)
+    read = read_ply(tmp_path / "scene.ply")
+    assert read.num_dropped == 2
+    assert read.gaussians.means[:, 0].tolist() == [0.0, 3.0]
+    write_by_hand(tmp_path / "none.ply", [make_row(0, x=float("nan"))])
+    with pytest.raises(ValueError, match="no usable Gaussian .1 in the file"):
+        read_ply(tmp_path / "none.ply")
+
+
+@pytest.mark.parametrize("sh_degree", [0, 1, 3])
+def test_write_ply__is_read_back_and_laid_out_as_inria_does(make_scene, tmp_path, sh_degree):
+    gaussians = make_scene(sh_degree=sh_degree).gaussians
+    path = tmp_path / "out" / "scene.ply"
+    write_ply(gaussians, path)
+    header, body = path.read_bytes().split(b"end_header\n")
+    names = [line.split()[2].decode() for line in header.splitlines() if line.startswith(b"property float")]
+    assert names[:9] == ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2"]
+    num_rest = 3 * ((sh_degree + 1) ** 2 - 1)
+    assert [name for name in names if name.startswith("f_rest")] == [f"f_rest_{i}" for i in range(num_rest)]
+    assert names[9 + num_rest : 17 + num_rest] == [
+        *("opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3")
+    ]
+    table = np.frombuffer(body, dtype="<f4").reshape(30, len(names))
+    np.testing.assert_allclose(table[:, names.index("y")], gaussians.means[:, 1])
+    np.testing.assert_allclose(table[:, names.index("sem_4")], gaussians.features[:, 4].float())
+    read = read_ply(path)
+    assert read.num_dropped == 0
+    for name in ("means", "log_scales", "opacity_logits", "sh_dc", "features", "sh_rest"):
+        expected, actual = getattr(gaussians, name), getattr(read.gaussians, name)
+        assert (actual is None and expected is None) or torch.equal(actual, expected), name
+    # Normalising a quaternion of half precision again may round its last bit.
+    torch.testing.assert_close(read.gaussians.quats, gaussians.quats, rtol=2e-3, atol=1e-3)
+
+
+def test_write_ply__fills_up_or_cuts_the_degree(make_scene, tmp_path):
+    gaussians = make_scene(sh_degree=1).gaussians
+    write_ply(gaussians, tmp_path / "scene.ply", sh_degree=2)
+    rest = read_ply(tmp_path / "scene.ply").gaussians.sh_rest
+    assert torch.equal(rest[:, :3], gaussians.sh_rest) and not rest[:, 3:].any()
+    write_ply(gaussians, tmp_path / "scene.ply", sh_degree=0)
+    assert read_ply(tmp_path / "scene.ply").gaussians.sh_rest is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fit3d__files_render_as_the_scene_did(make_scene, tmp_path, bias):
+    scene = make_scene(bias=bias)
+    write_fit3d(scene, tmp_path / "point_cloud.ply", tmp_path / "feat_decoder.pth")
+    state = torch.load(tmp_path / "feat_decoder.pth", weights_only=True)
+    assert list(state) == ["0.weight"] and state["0.weight"].shape == (7, 6 if bias else 5, 3, 3)
+    read, num_dropped = read_fit3d(
+        tmp_path / "point_cloud.ply", tmp_path / "feat_decoder.pth", scene.posed_capture, scene.backbone
+    )
+    # The quaternions' last bits are the only difference; see above.
+    read = replace(read, gaussians=replace(read.gaussians, quats=scene.gaussians.quats))
+    view = scene.posed_capture.views[0]
+    arguments = (view.camera_to_world, view.K, view.width, view.height, (3, 4))
+    torch.testing.assert_close(
+        read.render_features(*arguments), scene.render_features(*arguments), rtol=1e-4, atol=1e-4
+    )
+    assert num_dropped == 0
+
+
+def test_errors__say_what_the_file_is(tmp_path, make_scene):
+    path = tmp_path / "scene.ply"
+    with pytest.raises(ValueError, match="No such PLY file"):
+        read_ply(path)
+    path.write_text("solid cube\n")
+    with pytest.raises(ValueError, match="is not a PLY file"):
+        read_ply(path)
+    path.write_text("ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nend_header\n0\n")
+    with pytest.raises(ValueError, match="in ascii format; save it as binary"):
+        read_ply(path)
+    path.write_text("ply\nformat binary_little_endian 1.0\nelement vertex 1\n")
+    with pytest.raises(ValueError, match="header without end"):
+        read_ply(path)
+    write_by_hand(path, [{"x": 0.0, "y": 0.0, "z": 0.0}])
+    with pytest.raises(ValueError, match="has no `opacity`"):
+        read_ply(path)
+    write_by_hand(path, [{"packed_position": 0.0}])
+    with pytest.raises(ValueError, match="compressed PLY"):
+        read_ply(path)
+    row = make_row(0)
+    del row["scale_2"], row["rot_1"]
+    write_by_hand(path, [row])
+    with pytest.raises(ValueError, match="lacks scale_2, rot_1"):
+        read_ply(path)
+    write_by_hand(path, [make_row(0, **{f"f_rest_{i}": 0.0 for i in range(10)})])
+    with pytest.raises(ValueError, match="has 10 f_rest properties"):
+        read_ply(path)
+    write_by_hand(path, [make_row(0), make_row(1)])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut short: it promises 2 Gaussians"):
+        read_ply(path)
+
+
+def test_errors__files_that_do_not_belong_together(tmp_path, make_scene):
+    scene = make_scene()
+    ply, decoder = tmp_path / "scene.ply", tmp_path / "decoder.pth"
+    write_by_hand(ply, [make_row(0, sem_0=1.0, sem_1=2.0)])
+    others = (scene.posed_capture, scene.backbone)
+    with pytest.raises(ValueError, match="No such checkpoint"):
+        read_fit3d(ply, decoder, *others)
+    torch.save({"0.weight": torch.zeros(7, 3, 3, 3)}, decoder)
+    with pytest.raises(ValueError, match=r"has 2 sem_\* properties, .*decoder.pth takes 3 channels"):
+        read_fit3d(ply, decoder, *others)
+    torch.save({"blocks.0.weight": torch.zeros(3)}, decoder)
+    with pytest.raises(ValueError, match="no 3x3 convolution under `0.weight`"):
+        read_fit3d(ply, decoder, *others)
+    decoder.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        read_fit3d(ply, decoder, *others)
+    write_by_hand(ply, [make_row(0)])
+    with pytest.raises(ValueError, match="carries no features"):
+        read_fit3d(ply, decoder, *others)
