@@ -1,12 +1,5 @@
-"""Names of vision transformers, and what can be known of one without loading it.
+"""What can be known of a vision transformer without loading it, and how timm builds it; names are in `sources.py`."""
 
-A backbone is named by one of the paper's six names, by any timm id of a `VisionTransformer` or `Eva` (DINOv3),
-by `local-dir:FOLDER` or a path to a folder with `config.json` and `model.safetensors` (what fine-tuning writes), or by
-`random:NAME`, which is the architecture of NAME with untrained weights. Nothing is random unless it is named so.
-"""
-
-import difflib
-import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,26 +9,11 @@ import torch
 from torch import nn
 
 from fit3d_ns.features.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ResizeRule
-from fit3d_ns.utils.files import hash_bytes, hash_file, read_json
+from fit3d_ns.features.sources import find_backbone_folder, resolve_source
+from fit3d_ns.utils.files import hash_bytes
 
 Normalization = Literal["timm", "imagenet"]
 """`timm`: each model's own mean and deviation; `imagenet`: ImageNet's for all, as the paper's code does."""
-
-PAPER_BACKBONES = {
-    "dinov2_small": "vit_small_patch14_dinov2.lvd142m",
-    "dinov2_base": "vit_base_patch14_dinov2.lvd142m",
-    "dinov2_reg_small": "vit_small_patch14_reg4_dinov2.lvd142m",
-    "clip_base": "vit_base_patch16_clip_384.laion2b_ft_in12k_in1k",
-    "mae_base": "vit_base_patch16_224.mae",
-    "deit3_base": "deit3_base_patch16_224.fb_in1k",
-}
-"""The paper's names (Table 4 and its code's `MODEL_LIST`) and the timm checkpoints they stand for."""
-
-RANDOM_PREFIX = "random:"
-RANDOM_SEED = 0
-"""Seed of untrained weights: the same architecture has the same random weights on every machine."""
-_LOCAL_PREFIX = "local-dir:"
-_MODULES_WITH_VITS = ("vision_transformer", "eva", "deit")
 
 
 @dataclass(frozen=True)
@@ -101,7 +79,7 @@ class BackboneDescription:
 
     def to_metadata(self) -> dict[str, Any]:
         """Plain values for JSON: what a scene file or a result record stores; no path of this machine."""
-        name = Path(self.backbone).name if _find_folder(self.backbone) is not None else self.backbone
+        name = Path(self.backbone).name if find_backbone_folder(self.backbone) is not None else self.backbone
         return {
             "backbone": name,
             "architecture": self.architecture,
@@ -130,7 +108,7 @@ def describe_backbone(
     """Says what a backbone is without building it (timm makes it on torch's meta device) and without its weights.
 
     Args:
-        backbone: A name as the module's docstring lists them.
+        backbone: A name as `sources.py` lists them.
         weights: A file with weights (`weights.py` says which kinds); None: timm's download, or the folder's own.
         normalization: Whose mean and deviation normalise the images.
         norm: Whether the final norm is applied to the tokens.
@@ -139,7 +117,7 @@ def describe_backbone(
     Raises:
         ValueError: Unknown name (nearest ones are given), missing file, no vision transformer, or no weights to be had.
     """
-    source = _resolve_source(backbone, Path(weights) if weights is not None else None)
+    source = resolve_source(backbone, Path(weights) if weights is not None else None)
     shape = _measure_architecture(source.architecture, source.model_args)
     timm_mean, timm_std = source.mean or shape.mean, source.std or shape.std
     return BackboneDescription(
@@ -159,16 +137,6 @@ def describe_backbone(
         weights=source.weights,
         model_args=source.model_args,
     )
-
-
-def list_backbones() -> list[str]:
-    """The paper's names, then every timm id of a vision transformer, with and without checkpoint tags."""
-    import timm
-
-    ids: list[str] = []
-    for module in _MODULES_WITH_VITS:
-        ids += timm.list_models(module=module) + timm.list_models(module=module, pretrained=True, include_tags=True)
-    return [*PAPER_BACKBONES, *sorted(set(ids))]
 
 
 def create_timm_model(architecture: str, model_args: tuple[tuple[str, Any], ...] = (), **kwargs: Any) -> nn.Module:
@@ -198,17 +166,6 @@ def create_timm_model(architecture: str, model_args: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
-class _Source:
-    architecture: str
-    weights_hash: str
-    is_random: bool = False
-    weights: Path | None = None
-    model_args: tuple[tuple[str, Any], ...] = ()
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-
-
-@dataclass(frozen=True)
 class _Shape:
     patch_size: int
     embed_dim: int
@@ -216,96 +173,6 @@ class _Shape:
     num_prefix_tokens: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-
-
-def _resolve_source(backbone: str, weights: Path | None) -> _Source:
-    if weights is not None and not weights.is_file():
-        raise ValueError(f"No such weights file: {weights}; give the path of a .safetensors or .pth file.")
-    if backbone.startswith(RANDOM_PREFIX):
-        architecture = _resolve_architecture(backbone.removeprefix(RANDOM_PREFIX), backbone)
-        if weights is not None:
-            raise ValueError(f"{backbone} asks for random weights, but a weights file is given too; drop one of them.")
-        digest = hash_bytes(b"random", architecture.encode(), str(RANDOM_SEED).encode())
-        return _Source(architecture, digest, is_random=True)
-    folder = _find_folder(backbone)
-    if folder is not None:
-        return _read_folder(folder, weights)
-    architecture = _resolve_architecture(backbone, backbone)
-    if weights is not None:
-        return _Source(architecture, _hash_weights(weights), weights=weights)
-    return _Source(architecture, _hash_published_name(architecture))
-
-
-def _find_folder(backbone: str) -> Path | None:
-    if backbone.startswith(_LOCAL_PREFIX):
-        return Path(backbone.removeprefix(_LOCAL_PREFIX))
-    is_path = os.sep in backbone or backbone.startswith((".", "~")) or (Path(backbone) / "config.json").is_file()
-    return Path(backbone).expanduser() if is_path else None
-
-
-def _read_folder(folder: Path, weights: Path | None) -> _Source:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no backbone: it has no config.json; give a folder that fit3d-finetune wrote.")
-    config = read_json(folder / "config.json")
-    weights = weights or folder / "model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{folder} has no model.safetensors; copy the folder again, or give --backbone-weights FILE.")
-    if not isinstance(config, dict) or "architecture" not in config:
-        raise ValueError(f"{folder / 'config.json'} names no `architecture`; give a folder that fit3d-finetune wrote.")
-    architecture = _resolve_architecture(config["architecture"], config["architecture"])
-    pretrained_cfg = config.get("pretrained_cfg", config)
-    model_args = {key: _freeze(value) for key, value in (config.get("model_args") or {}).items()}
-    for key in ("num_classes", "dynamic_img_size"):
-        model_args.pop(key, None)
-    return _Source(
-        architecture,
-        _hash_weights(weights),
-        weights=weights,
-        model_args=tuple(sorted(model_args.items())),
-        mean=tuple(pretrained_cfg["mean"]) if "mean" in pretrained_cfg else None,
-        std=tuple(pretrained_cfg["std"]) if "std" in pretrained_cfg else None,
-    )
-
-
-def _resolve_architecture(name: str, given: str) -> str:
-    from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
-
-    name = PAPER_BACKBONES.get(name, name)
-    architecture, tag = split_model_name_tag(name)
-    if is_model(architecture):
-        try:
-            config = get_pretrained_cfg(name)
-        except RuntimeError:
-            config = None
-            known_tag = False
-        else:
-            known_tag = True
-        if known_tag:
-            return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
-    nearest = difflib.get_close_matches(name, list_backbones(), n=3, cutoff=0.5) or list(PAPER_BACKBONES)[:3]
-    raise ValueError(f"Unknown backbone {given!r}; did you mean {', '.join(nearest)}?")
-
-
-def _hash_published_name(architecture: str) -> str:
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(architecture)
-    if config is None or not config.has_weights:
-        raise ValueError(
-            f"timm publishes no weights for {architecture}; "
-            f"give --backbone-weights FILE, or {RANDOM_PREFIX}{architecture} for random ones."
-        )
-    return hash_bytes(b"timm", architecture.encode(), str(config.hf_hub_id or config.url).encode())
-
-
-def _hash_weights(path: Path) -> str:
-    status = path.stat()
-    return _hash_unchanged_file(str(path.resolve()), status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _hash_unchanged_file(path: str, size: int, modified_ns: int) -> str:
-    return hash_file(Path(path))
 
 
 @lru_cache(maxsize=64)
@@ -326,7 +193,3 @@ def _measure_architecture(architecture: str, model_args: tuple[tuple[str, Any], 
         mean=(float(mean[0]), float(mean[1]), float(mean[2])),
         std=(float(std[0]), float(std[1]), float(std[2])),
     )
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value

@@ -47,13 +47,12 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     path = Path(path)
     state_dict = select_backbone(read_state_dict(path), path)
     _check_patch_size(state_dict, model, path)
-    converted = _convert(state_dict, model, path)
+    converted = _convert(state_dict, model)
     _check_keys(converted, model, path)
-    targets = model.state_dict()
-    model.load_state_dict({key: converted[key].to(target.dtype) for key, target in targets.items()})
-    for key, tensor in model.state_dict().items():
+    for key, tensor in converted.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"Weights file {path} holds NaN or infinite values in `{key}`; get the file again.")
+    model.load_state_dict({key: converted[key].to(target.dtype) for key, target in model.state_dict().items()})
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
@@ -126,11 +125,11 @@ def _check_patch_size(state_dict: dict[str, Tensor], model: Any, path: Path) -> 
     # timm would resample the kernel to any size: a backbone of another patch size is another backbone.
     kernel = state_dict.get(_EMBEDDING)
     expected = model.patch_embed.proj.weight
-    if kernel is not None and kernel.ndim == 4 and kernel.shape != expected.shape:
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[-2:] != expected.shape[-2:]:
         raise ValueError(_describe_mismatch(path, model, [_name_shapes(_EMBEDDING, kernel, expected)]))
 
 
-def _convert(state_dict: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
+def _convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     from timm.models import eva, vision_transformer
 
     state_dict = dict(state_dict)

@@ -23,6 +23,9 @@ default_cfgs = generate_default_cfgs(
         for name, size in (("tiny_plain16", 64), ("tiny_dinov2", 70), ("tiny_dinov2_reg", 70), ("tiny_dinov3", 32))
     }
 )
+default_cfgs["tiny_unpublished"] = generate_default_cfgs({"tiny_unpublished.test": {"num_classes": 5}})[
+    "tiny_unpublished"
+]
 
 
 def _create(model: type, filter_fn: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:
@@ -35,6 +38,14 @@ def tiny_plain16(pretrained: bool = False, **kwargs: Any) -> Any:
     arguments = {"img_size": 64, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, **kwargs}
     vit = vision_transformer
     return _create(vit.VisionTransformer, vit.checkpoint_filter_fn, "tiny_plain16", pretrained, **arguments)
+
+
+@register_model
+def tiny_unpublished(pretrained: bool = False, **kwargs: Any) -> Any:
+    """An architecture without published weights."""
+    arguments = {"img_size": 64, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2, **kwargs}
+    vit = vision_transformer
+    return _create(vit.VisionTransformer, vit.checkpoint_filter_fn, "tiny_unpublished", pretrained, **arguments)
 
 
 @register_model
@@ -63,7 +74,7 @@ def tiny_dinov3(pretrained: bool = False, **kwargs: Any) -> Any:
     """DINOv3: timm's Eva with rotary embeddings, patch 8 here, four registers."""
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "init_values": 0.5}
     arguments |= {"use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3", "num_reg_tokens": 4}
-    arguments |= {"qkv_bias": False}
+    arguments |= {"qkv_bias": False, "use_fc_norm": False}
     return _create(eva.Eva, eva.checkpoint_filter_fn, "tiny_dinov3", pretrained, **{**arguments, **kwargs})
 
 

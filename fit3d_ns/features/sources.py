@@ -1,0 +1,170 @@
+"""Names of vision transformers: which architecture a name stands for, and where its weights come from.
+
+A backbone is named by one of the paper's six names, by any timm id of a `VisionTransformer` or `Eva` (DINOv3),
+by `local-dir:FOLDER` or a path to a folder with `config.json` and `model.safetensors` (what fine-tuning writes), or by
+`random:NAME`, which is the architecture of NAME with untrained weights. Nothing is random unless it is named so.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fit3d_ns.utils.files import hash_bytes, hash_file, read_json
+
+PAPER_BACKBONES = {
+    "dinov2_small": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2_base": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2_reg_small": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "clip_base": "vit_base_patch16_clip_384.laion2b_ft_in12k_in1k",
+    "mae_base": "vit_base_patch16_224.mae",
+    "deit3_base": "deit3_base_patch16_224.fb_in1k",
+}
+"""The names of the paper's code and the timm checkpoints they stand for."""
+
+RANDOM_PREFIX = "random:"
+RANDOM_SEED = 0
+"""Seed of untrained weights: the same architecture has the same random weights on every machine."""
+_LOCAL_PREFIX = "local-dir:"
+_MODULES_WITH_VITS = ("vision_transformer", "eva", "deit")
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """What a name stands for."""
+
+    architecture: str
+    """timm's model name with the checkpoint's tag, which must be registered."""
+    weights_hash: str
+    """As in `BackboneDescription`."""
+    is_random: bool = False
+    """True for untrained weights."""
+    weights: Path | None = None
+    """The file with the weights; None for timm's download and for random weights."""
+    model_args: tuple[tuple[str, Any], ...] = ()
+    """Arguments of timm's constructor that a fine-tuned folder recorded, sorted by name."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means that a fine-tuned folder recorded."""
+    std: tuple[float, float, float] | None = None
+    """Channel deviations that a fine-tuned folder recorded."""
+
+
+def list_backbones() -> list[str]:
+    """The paper's names, then every timm id of a vision transformer, with and without checkpoint tags."""
+    import timm
+
+    ids: list[str] = []
+    for module in _MODULES_WITH_VITS:
+        ids += timm.list_models(module=module) + timm.list_models(module=module, pretrained=True, include_tags=True)
+    return [*PAPER_BACKBONES, *sorted(set(ids))]
+
+
+def resolve_source(backbone: str, weights: Path | None) -> BackboneSource:
+    """Finds out what a name and an optional file of weights stand for; nothing is loaded or downloaded.
+
+    Raises:
+        ValueError: Unknown name, missing file or folder, random weights beside a file, or no weights to be had.
+    """
+    if weights is not None and not weights.is_file():
+        raise ValueError(f"No such weights file: {weights}; give the path of a .safetensors or .pth file.")
+    if backbone.startswith(RANDOM_PREFIX):
+        architecture = _resolve_architecture(backbone.removeprefix(RANDOM_PREFIX), backbone)
+        if weights is not None:
+            raise ValueError(f"{backbone} asks for random weights, but a weights file is given too; drop one of them.")
+        digest = hash_bytes(b"random", architecture.encode(), str(RANDOM_SEED).encode())
+        return BackboneSource(architecture, digest, is_random=True)
+    folder = find_backbone_folder(backbone)
+    if folder is not None:
+        return _read_folder(folder, weights)
+    architecture = _resolve_architecture(backbone, backbone)
+    if weights is not None:
+        return BackboneSource(architecture, _hash_weights(weights), weights=weights)
+    return BackboneSource(architecture, _hash_published_name(architecture))
+
+
+def find_backbone_folder(backbone: str) -> Path | None:
+    """The folder a backbone's name points to, or None where the name is no path."""
+    if backbone.startswith(_LOCAL_PREFIX):
+        return Path(backbone.removeprefix(_LOCAL_PREFIX))
+    is_path = os.sep in backbone or backbone.startswith((".", "~")) or (Path(backbone) / "config.json").is_file()
+    return Path(backbone).expanduser() if is_path else None
+
+
+def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no backbone: it has no config.json; give a folder that fit3d-finetune wrote.")
+    config = read_json(folder / "config.json")
+    weights = weights or folder / "model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"{folder} has no model.safetensors; copy the folder again, or give --backbone-weights FILE.")
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(f"{folder / 'config.json'} names no `architecture`; give a folder that fit3d-finetune wrote.")
+    architecture = _resolve_architecture(config["architecture"], config["architecture"])
+    pretrained_cfg = config.get("pretrained_cfg", config)
+    model_args = {key: _freeze(value) for key, value in (config.get("model_args") or {}).items()}
+    for key in ("num_classes", "dynamic_img_size"):
+        model_args.pop(key, None)
+    return BackboneSource(
+        architecture,
+        _hash_weights(weights),
+        weights=weights,
+        model_args=tuple(sorted(model_args.items())),
+        mean=_read_channels(pretrained_cfg, "mean", folder),
+        std=_read_channels(pretrained_cfg, "std", folder),
+    )
+
+
+def _resolve_architecture(name: str, given: str) -> str:
+    from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
+
+    name = PAPER_BACKBONES.get(name, name)
+    architecture, tag = split_model_name_tag(name)
+    if is_model(architecture):
+        try:
+            config = get_pretrained_cfg(name)
+        except RuntimeError:
+            config = None
+            known_tag = False
+        else:
+            known_tag = True
+        if known_tag:
+            return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
+    nearest = difflib.get_close_matches(name, list_backbones(), n=3, cutoff=0.5) or list(PAPER_BACKBONES)[:3]
+    raise ValueError(f"Unknown backbone {given!r}; did you mean {', '.join(nearest)}?")
+
+
+def _hash_published_name(architecture: str) -> str:
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(architecture)
+    if config is None or not config.has_weights:
+        raise ValueError(
+            f"timm publishes no weights for {architecture}; "
+            f"give --backbone-weights FILE, or {RANDOM_PREFIX}{architecture} for random ones."
+        )
+    return hash_bytes(b"timm", architecture.encode(), str(config.hf_hub_id or config.url).encode())
+
+
+def _hash_weights(path: Path) -> str:
+    status = path.stat()
+    return _hash_unchanged_file(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hash_unchanged_file(path: str, size: int, modified_ns: int) -> str:
+    return hash_file(Path(path))
+
+
+def _read_channels(config: Any, key: str, folder: Path) -> tuple[float, float, float] | None:
+    values = config.get(key) if isinstance(config, dict) else None
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
+        raise ValueError(f"{folder / 'config.json'} has {key}={values!r}, expected three numbers; mend the file.")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,91 @@
+"""`Tokens`, what a vision transformer says about images, and `TokenModel`, the module that says it.
+
+Images are [B, 3, H, W] in [0, 1]; (h, w) = (H // p, W // p) is the patch grid, tokens are in row-major order of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fit3d_ns.features.backbones import BackboneDescription
+from fit3d_ns.features.preprocessing import compute_patch_grid, fit_to_patch_grid, normalize_images
+
+_UNUSED_MODULES = ("fc_norm", "attn_pool", "head", "head_dist")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a vision transformer says about a batch of images."""
+
+    patch_tokens: Float[Tensor, "batch patches embed"]
+    """One token per patch, rows first: token `i * w + j` belongs to row i, column j."""
+    prefix_tokens: Float[Tensor, "batch prefix embed"]
+    """Class token first, then registers; `prefix` may be 0."""
+    patch_grid: tuple[int, int]
+    """Rows h and columns w; `patches` is h * w."""
+
+    @property
+    def maps(self) -> Float[Tensor, "batch h w embed"]:
+        """The patch tokens as a map."""
+        # (b, h*w, e) -> (b, h, w, e)
+        return self.patch_tokens.unflatten(1, self.patch_grid)
+
+
+class TokenModel(nn.Module):
+    """A vision transformer from images in [0, 1] to tokens, with gradients; stage II wraps and trains it.
+
+    Parameters that no token passes through (classifiers' norms, attention pooling; the final norm if it is not applied)
+    are frozen, because distributed training fails on parameters that the loss cannot reach. `model` is timm's own
+    module, so its state dict is what timm loads; there is nothing else to save.
+    """
+
+    def __init__(self, model: nn.Module, description: BackboneDescription) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.description = description
+        names = _UNUSED_MODULES if description.norm else (*_UNUSED_MODULES, "norm")
+        for name in names:
+            module = getattr(model, name, None)
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False)
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Tokens:
+        """Tokens of the last block, after the final norm if the description says so.
+
+        Raises:
+            ValueError: The images are smaller than one patch.
+        """
+        return self.forward_layers(images, [self.description.num_blocks - 1])[0]
+
+    def forward_layers(self, images: Float[Tensor, "batch 3 height width"], layers: Sequence[int]) -> list[Tokens]:
+        """Tokens of several blocks, counted from 0, in rising order; the norm is treated as in `forward`."""
+        outputs = self.forward_unnormed(images, layers)
+        return [self.apply_norm(tokens) for tokens in outputs] if self.description.norm else outputs
+
+    def forward_unnormed(self, images: Float[Tensor, "batch 3 height width"], layers: Sequence[int]) -> list[Tokens]:
+        """Tokens of several blocks before the final norm, whatever the description says."""
+        description = self.description
+        patch_grid = compute_patch_grid(images.shape[-2], images.shape[-1], description.patch_size)
+        fitted = fit_to_patch_grid(images, description.patch_size, description.resize_rule)
+        normalized = normalize_images(fitted, images.new_tensor(description.mean), images.new_tensor(description.std))
+        has_prefix = description.num_prefix_tokens > 0
+        outputs = self.model.forward_intermediates(
+            # Resizing and normalising keep the images' precision; a half-precision backbone is fed in its own.
+            normalized.to(self.model.patch_embed.proj.weight.dtype),
+            indices=sorted(layers),
+            # Eva fails when asked for prefix tokens it does not have.
+            return_prefix_tokens=has_prefix,
+            norm=False,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        if has_prefix:
+            return [Tokens(patches, prefix, patch_grid) for patches, prefix in outputs]
+        return [Tokens(patches, patches[:, :0], patch_grid) for patches in outputs]
+
+    def apply_norm(self, tokens: Tokens) -> Tokens:
+        """Applies the backbone's final norm to tokens that were made without it."""
+        return Tokens(self.model.norm(tokens.patch_tokens), self.model.norm(tokens.prefix_tokens), tokens.patch_grid)

@@ -1,0 +1,289 @@
+"""The cache on disk: keyed by content, whole or made again, shared by processes."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fit3d_ns.features import (
+    FeatureCache,
+    FeatureCacheConfig,
+    FeatureKey,
+    compute_feature_key,
+    create_extractor,
+    describe_backbone,
+    extract_features,
+)
+
+BACKBONE = "random:tiny_dinov2_reg"
+
+
+def _images(sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8) for size in sizes]
+
+
+def _as_callables(images):
+    return [lambda image=image: image for image in images]
+
+
+class _CountingCreate:
+    """Counts how often the backbone is built and how many images it sees."""
+
+    def __init__(self):
+        self.num_built = 0
+        self.batch_shapes = []
+
+    def __call__(self, description, device):
+        self.num_built += 1
+        extractor = create_extractor(description, device=device)
+
+        def run(images):
+            self.batch_shapes.append(tuple(images.shape))
+            return extractor(images)
+
+        return run
+
+
+def _setup(tmp_path, **config):
+    description = describe_backbone(BACKBONE)
+    return description, FeatureCache(FeatureCacheConfig(tmp_path, **config), description)
+
+
+def _extract(images, description, cache, **kwargs):
+    create = _CountingCreate()
+    keys = extract_features(_as_callables(images), description, cache, create=create, **kwargs)
+    return keys, create
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-10), ("float32", 1e-5)])
+def test_extract_features__stores_what_the_extractor_gives(tmp_path, dtype, tolerance):
+    description, cache = _setup(tmp_path, dtype=dtype)
+    sizes = [(30, 45), (30, 45), (44, 28), (30, 45)]
+    images = _images(sizes)
+    keys, create = _extract(images, description, cache, batch_size=2)
+    assert create.num_built == 1
+    assert sorted(shape[0] for shape in create.batch_shapes) == [1, 1, 2]
+    extractor = create_extractor(BACKBONE)
+    for image, key, (height, width) in zip(images, keys, sizes, strict=True):
+        tokens = cache.load(key)
+        expected = extractor((image.float() / 255).permute(2, 0, 1)[None])
+        assert tokens.patch_tokens.shape == (height // 14, width // 14, 16)
+        assert tokens.prefix_tokens.shape == (5, 16)
+        assert str(tokens.patch_tokens.dtype) == f"torch.{dtype}"
+        # Half precision keeps 11 bits; tokens are of order one after the norm.
+        torch.testing.assert_close(tokens.patch_tokens.float(), expected.maps[0], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            tokens.prefix_tokens.float(), expected.prefix_tokens[0], rtol=tolerance, atol=tolerance
+        )
+
+
+def test_extract_features__builds_no_backbone_when_nothing_is_missing(tmp_path):
+    description, cache = _setup(tmp_path)
+    images = _images([(30, 45)] * 3)
+    keys, _ = _extract(images, description, cache)
+    again, create = _extract(images, description, cache)
+    assert again == keys and create.num_built == 0
+    _, create = _extract([*images, *_images([(30, 45)], seed=9)], description, cache)
+    assert create.batch_shapes == [(1, 3, 30, 45)]
+
+
+def test_extract_features__extracts_equal_images_once(tmp_path):
+    description, cache = _setup(tmp_path)
+    image = _images([(28, 28)])[0]
+    keys, create = _extract([image] * 5, description, cache, batch_size=2)
+    assert len(set(keys)) == 1 and len(keys) == 5
+    assert sum(shape[0] for shape in create.batch_shapes) == 1
+
+
+def test_extract_features__holds_few_images_of_many_sizes(tmp_path):
+    description, cache = _setup(tmp_path)
+    images = _images([(28 + index, 30) for index in range(20)])
+    seen = []
+    callables = [lambda image=image: (seen.append(1), image)[1] for image in images]
+    runs = []
+    extractor = create_extractor(description)
+
+    def run(batch):
+        runs.append(len(seen))
+        return extractor(batch)
+
+    extract_features(callables, description, cache, batch_size=1, create=lambda *_: run)
+    # Batches of one: each image runs as soon as it is read; at most a handful is read ahead.
+    assert len(runs) == 20 and all(read - done <= 4 for done, read in enumerate(runs))
+
+
+def test_extract_features__leaves_global_random_state_alone(tmp_path):
+    description, cache = _setup(tmp_path)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    extract_features(_as_callables(_images([(28, 28)])), description, cache)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_extract_features__passes_on_what_reading_an_image_raises(tmp_path):
+    description, cache = _setup(tmp_path)
+    image = _images([(28, 28)])[0]
+
+    def fail():
+        raise ValueError("No such image: frame_7.jpg.")
+
+    with pytest.raises(ValueError, match="frame_7.jpg"):
+        extract_features([lambda: image, fail], description, cache, batch_size=1)
+    # What was extracted before stays.
+    assert cache.contains(compute_feature_key(image))
+
+
+def test_extract_features__refuses_cache_of_another_backbone(tmp_path):
+    _, cache = _setup(tmp_path)
+    with pytest.raises(ValueError, match="cache holds features of tiny_dinov2_reg.* not of tiny_plain16"):
+        extract_features([], describe_backbone("random:tiny_plain16"), cache)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def _copy_other_size(path):
+    """A file of an image of another size under this image's name."""
+    description = describe_backbone(BACKBONE)
+    other = FeatureCache(FeatureCacheConfig(path.parent / "other"), description)
+    key = extract_features(_as_callables(_images([(56, 56)])), description, other)[0]
+    path.write_bytes(other.get_path(key).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_truncate, "Error|error|incomplete"),
+        (lambda path: path.write_bytes(b""), "Error|error|empty"),
+        (lambda path: path.write_text("nonsense" * 40), "Error|error|header"),
+        (_flip_a_bit, "checksum is wrong"),
+        (_copy_other_size, r"patch_tokens is not \[2, 3, 16\]"),
+    ],
+)
+def test_cache__damaged_file_is_reported_and_made_again(tmp_path, capsys, damage, reason):
+    description, cache = _setup(tmp_path)
+    images = _images([(30, 45)])
+    keys, _ = _extract(images, description, cache)
+    path = cache.get_path(keys[0])
+    # Copies: a file that is cut short under a memory map would end the process.
+    whole = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    damage(path)
+    with pytest.raises(ValueError, match=f"{path.name} are damaged.*({reason})"):
+        cache.load(keys[0])
+    capsys.readouterr()
+    _, create = _extract(images, description, cache)
+    assert create.num_built == 1
+    assert "are damaged" in capsys.readouterr().err
+    again = load_file(path)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_cache__missing_file_names_its_path(tmp_path):
+    _, cache = _setup(tmp_path)
+    with pytest.raises(ValueError, match="No cached features at .*; start the run again"):
+        cache.load(FeatureKey("0" * 16, 28, 28))
+
+
+def test_cache__full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    description, cache = _setup(tmp_path)
+
+    def fail(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(ValueError, match="No space left for .*; free some disk space"):
+        extract_features(_as_callables(_images([(28, 28)])), description, cache)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_cache__refuses_tokens_beyond_half_precision(tmp_path):
+    _, cache = _setup(tmp_path)
+    tokens = torch.full((2, 2, 16), 1e5)
+    with pytest.raises(ValueError, match="too large for float16; .*store float32"):
+        cache.save(FeatureKey("0" * 16, 28, 28), tokens, torch.zeros(5, 16))
+    wide = FeatureCache(FeatureCacheConfig(tmp_path, dtype="float32"), cache.description)
+    wide.save(FeatureKey("0" * 16, 28, 28), tokens, torch.zeros(5, 16))
+    assert wide.load(FeatureKey("0" * 16, 28, 28)).patch_tokens.max() == 1e5
+
+
+def test_cache__layout_is_sharded_and_separate_by_backbone_and_size(tmp_path):
+    description, cache = _setup(tmp_path)
+    images = _images([(30, 45), (44, 28)])
+    keys, _ = _extract(images, description, cache)
+    other = FeatureCache(FeatureCacheConfig(tmp_path), describe_backbone(BACKBONE, norm=False))
+    assert not other.contains(keys[0])
+    for key, size in zip(keys, ("30x45", "44x28"), strict=True):
+        relative = cache.get_path(key).relative_to(tmp_path).parts
+        assert relative[0] == description.identity and "random" in relative[0]
+        assert relative[1].startswith(size) and relative[2] == key.pixels_hash[:2]
+        assert set(load_file(cache.get_path(key))) == {"patch_tokens", "prefix_tokens"}
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+
+
+def test_cache__backbone_without_prefix_tokens(tmp_path):
+    description = describe_backbone("random:test_vit3", norm=False)
+    assert describe_backbone("random:tiny_plain16").num_prefix_tokens == 1
+    cache = FeatureCache(FeatureCacheConfig(tmp_path), description)
+    tokens = torch.ones(2, 2, description.embed_dim)
+    prefix = torch.ones(description.num_prefix_tokens, description.embed_dim)
+    key = FeatureKey("0" * 16, 2 * description.patch_size, 2 * description.patch_size)
+    cache.save(key, tokens, prefix)
+    assert torch.equal(cache.load(key).prefix_tokens, prefix.half())
+
+
+def test_compute_feature_key__same_for_8_bit_and_float_forms_of_an_image():
+    image = torch.arange(256, dtype=torch.uint8).repeat(3)[: 3 * 252].reshape(12, 21, 3)
+    key = compute_feature_key(image)
+    assert compute_feature_key(image.float() / 255) == key
+    assert compute_feature_key(image.double() / 255) == key
+    assert (key.height, key.width) == (12, 21)
+    changed = image.clone()
+    changed[5, 6, 1] += 1
+    assert compute_feature_key(changed) != key
+    assert compute_feature_key(image.reshape(21, 12, 3)) != key
+
+
+def test_compute_feature_key__refuses_other_shapes_and_types():
+    with pytest.raises(ValueError, match=r"shape \[3, 4, 5\], expected \[height, width, 3\]"):
+        compute_feature_key(torch.zeros(3, 4, 5))
+    with pytest.raises(ValueError, match="int64, expected uint8"):
+        compute_feature_key(torch.zeros(4, 5, 3, dtype=torch.int64))
+
+
+_WRITER = """
+import sys, torch
+from fit3d_ns.features import FeatureCache, FeatureCacheConfig, FeatureKey, describe_backbone
+description = describe_backbone("random:vit_tiny_patch16_224")
+cache = FeatureCache(FeatureCacheConfig(sys.argv[1]), description)
+prefix = torch.zeros(1, 192)
+for _ in range(8):
+    for index in range(6):
+        key = FeatureKey(f"{index:016x}", 64, 64)
+        cache.save(key, torch.full((4, 4, 192), float(index)), prefix)
+        assert cache.load(key).patch_tokens[0, 0, 0] == index
+"""
+
+
+@pytest.mark.slow
+def test_cache__processes_that_write_the_same_images_never_see_half_a_file(tmp_path):
+    writers = [
+        subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stderr=subprocess.PIPE) for _ in range(2)
+    ]
+    for writer in writers:
+        _, errors = writer.communicate(timeout=300)
+        assert writer.returncode == 0, errors.decode()
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 6

@@ -1,0 +1,110 @@
+"""Where tokens come from: images that carry their own pixel coordinates, sent through the real resize and real ViTs."""
+
+import pytest
+import torch
+
+from fit3d_ns.features import (
+    compute_patch_grid,
+    compute_token_centers,
+    compute_token_coordinates,
+    compute_token_footprints,
+    create_extractor,
+)
+from fit3d_ns.features.preprocessing import fit_to_patch_grid
+
+SIZES = [(584, 876), (61, 45), (30, 200), (28, 42), (47, 16)]
+
+
+def _position_coded_image(height, width):
+    """Red holds x, green holds y of every pixel centre, in pixels; blue is 1."""
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    return torch.stack([x, y, torch.ones_like(x)])
+
+
+def _make_patch_averaging(model):
+    """Turns a ViT into one whose token is the mean colour of its patch: blocks add nothing, no position embedding."""
+    with torch.no_grad():
+        for block in model.blocks:
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.zero_()
+                layer.bias.zero_()
+        if model.pos_embed is not None:
+            model.pos_embed.zero_()
+        kernel = model.patch_embed.proj.weight.zero_()
+        for channel in range(3):
+            kernel[channel, channel] = 1 / kernel[channel, channel].numel()
+        model.patch_embed.proj.bias.zero_()
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_compute_token_centers__match_patch_means_of_position_coded_image(height, width):
+    patch_size = 14
+    image = _position_coded_image(height, width)
+    fitted = fit_to_patch_grid(image[None], patch_size)[0]
+    rows, columns = compute_patch_grid(height, width, patch_size)
+    assert fitted.shape == (3, rows * patch_size, columns * patch_size)
+    for i in range(rows):
+        for j in range(columns):
+            patch = fitted[:2, i * patch_size : (i + 1) * patch_size, j * patch_size : (j + 1) * patch_size]
+            # Coordinates up to 876 through a float32 interpolation.
+            expected = compute_token_centers(height, width, (rows, columns))[i, j]
+            torch.testing.assert_close(patch.mean(dim=(1, 2)), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(61, 45), (30, 100)])
+def test_compute_token_centers__match_what_real_vits_see(tiny_backbone, height, width):
+    extractor = create_extractor(tiny_backbone, norm=False)
+    _make_patch_averaging(extractor.model)
+    scale = torch.tensor([width, height, 1.0])[:, None, None]
+    tokens = extractor((_position_coded_image(height, width) / scale)[None])
+    mean, std = torch.tensor(extractor.mean), torch.tensor(extractor.std)
+    seen = (tokens.maps[0, :, :, :3] * std + mean) * scale[:, 0, 0]
+    centers = compute_token_centers(height, width, tokens.patch_grid)
+    torch.testing.assert_close(seen[..., :2], centers, rtol=1e-4, atol=1e-3)
+
+
+def test_fit_to_patch_grid__antialias_keeps_inner_positions():
+    image = _position_coded_image(41, 41)[None]
+    fitted = fit_to_patch_grid(image, 14, "bilinear-antialias")[0, :2, 3:-3, 3:-3]
+    expected = (torch.arange(28)[3:-3] + 0.5) * 41 / 28
+    # The widened filter is normalised over whole pixels, so a ramp keeps its place to a part of a pixel only.
+    torch.testing.assert_close(fitted[0], expected.expand(22, 22), rtol=0, atol=0.05)
+    assert not torch.equal(fit_to_patch_grid(image, 14)[0, :2, 3:-3, 3:-3], fitted)
+
+
+def test_fit_to_patch_grid__leaves_fitting_images_alone():
+    images = torch.rand(1, 3, 28, 42)
+    assert fit_to_patch_grid(images, 14) is images
+
+
+def test_compute_token_footprints__tile_the_image():
+    footprints = compute_token_footprints(61, 45, (4, 3))
+    assert footprints[0, 0, :2].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(footprints[3, 2, 2:], torch.tensor([45.0, 61.0]))
+    torch.testing.assert_close(footprints[:, 1:, 0], footprints[:, :-1, 2])
+    torch.testing.assert_close(footprints[1:, :, 1], footprints[:-1, :, 3])
+
+
+def test_compute_token_coordinates__invert_centers_and_name_the_patch_of_each_pixel():
+    height, width, grid = 61, 45, (4, 3)
+    centers = compute_token_centers(height, width, grid)
+    rows, columns = torch.meshgrid(torch.arange(4) + 0.5, torch.arange(3) + 0.5, indexing="ij")
+    back = compute_token_coordinates(centers, height, width, grid)
+    torch.testing.assert_close(back, torch.stack([columns, rows], dim=-1))
+    footprints = compute_token_footprints(height, width, grid)
+    for x, y in [(0.5, 0.5), (44.5, 60.5), (14.5, 15.5), (20.5, 40.5)]:
+        column, row = compute_token_coordinates(torch.tensor([x, y]), height, width, grid).floor().long().tolist()
+        x0, y0, x1, y1 = footprints[row, column].tolist()
+        assert x0 <= x <= x1 and y0 <= y <= y1
+
+
+@pytest.mark.parametrize(("height", "width"), [(13, 100), (100, 13)])
+def test_compute_patch_grid__refuses_images_smaller_than_a_patch(height, width):
+    with pytest.raises(ValueError, match=f"{width}x{height} pixels is smaller than one patch of 14x14"):
+        compute_patch_grid(height, width, 14)
+
+
+def test_compute_patch_grid__of_the_paper():
+    # ScanNet++ images at half size, section 4.1 of the paper with its code: 574x868 and 576x864 after the resize.
+    assert compute_patch_grid(584, 876, 14) == (41, 62)
+    assert compute_patch_grid(584, 876, 16) == (36, 54)

@@ -1,0 +1,210 @@
+"""Weights as people publish them, and the sentences for those that do not fit."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from fit3d_ns.features import create_extractor, load_weights
+
+
+def _create(name, seed=1, **kwargs):
+    """A tiny model whose every number is random: fresh norms and biases would hide what was not loaded."""
+    model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def _assert_same(loaded, expected, **tolerances):
+    for (name, actual), target in zip(loaded.state_dict().items(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, target, **tolerances, msg=lambda text, name=name: f"{name}: {text}")
+
+
+WRAPPERS = {
+    "bare": lambda state: state,
+    "FiT3D": lambda state: {"model": state, "args": argparse.Namespace(lr=1e-5), "epoch": 0},
+    "timm": lambda state: {"state_dict": state, "arch": "vit", "version": 2},
+    "timm with EMA": lambda state: {
+        "state_dict": {key: value * 0 for key, value in state.items()},
+        "state_dict_ema": state,
+    },
+    "DDP": lambda state: {"module." + key: value for key, value in state.items()},
+    "compiled DDP": lambda state: {"_orig_mod.module." + key: value for key, value in state.items()},
+    "teacher": lambda state: {"teacher": {"backbone." + key: value for key, value in state.items()}},
+    "with a head": lambda state: {**state, "head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", ["tiny_dinov2_reg", "tiny_dinov3"])
+def test_load_weights__understands_each_wrapper(tmp_path, name, wrapper):
+    source, model = _create(name, seed=1), _create(name, seed=2)
+    torch.save(WRAPPERS[wrapper](source.state_dict()), tmp_path / "weights.pth")
+    load_weights(model, tmp_path / "weights.pth")
+    _assert_same(model, source, rtol=0, atol=0)
+
+
+def test_load_weights__widens_half_precision(tmp_path, tiny_backbone):
+    name = tiny_backbone.removeprefix("random:")
+    source, model = _create(name, seed=1), _create(name, seed=2)
+    save_file({key: value.half() for key, value in source.state_dict().items()}, tmp_path / "weights.safetensors")
+    load_weights(model, tmp_path / "weights.safetensors")
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    # Half precision keeps 11 bits.
+    _assert_same(model, source, rtol=2**-11, atol=1e-7)
+
+
+def test_load_weights__dinov2_names_with_mask_token(tmp_path):
+    """DINOv2's hub and Splat-and-Distill keep a mask token beside names that timm shares."""
+    source, model = _create("tiny_dinov2", seed=1), _create("tiny_dinov2", seed=2)
+    torch.save({**source.state_dict(), "mask_token": torch.zeros(1, 16)}, tmp_path / "snd.pth")
+    load_weights(model, tmp_path / "snd.pth")
+    _assert_same(model, source, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_mask_token", [True, False])
+def test_load_weights__dinov2_register_names(tmp_path, with_mask_token):
+    """DINOv2 adds a position to the class token, none to registers; timm keeps the sum as class token."""
+    source, model = _create("tiny_dinov2_reg", seed=1), _create("tiny_dinov2_reg", seed=2)
+    hub = dict(source.state_dict())
+    position = torch.randn(1, 1, 16)
+    hub["register_tokens"] = hub.pop("reg_token")
+    hub["pos_embed"] = torch.cat([position, hub["pos_embed"]], dim=1)
+    hub["cls_token"] = hub["cls_token"] - position
+    if with_mask_token:
+        hub["mask_token"] = torch.zeros(1, 16)
+    torch.save(hub, tmp_path / "hub.pth")
+    load_weights(model, tmp_path / "hub.pth")
+    _assert_same(model, source)
+
+
+def test_load_weights__dinov3_names(tmp_path):
+    source, model = _create("tiny_dinov3", seed=1), _create("tiny_dinov3", seed=2)
+    renames = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    hub = {}
+    for key, value in source.state_dict().items():
+        for ours, theirs in renames.items():
+            key = key.replace(ours, theirs)
+        hub[key] = value
+    assert "blocks.0.ls1.gamma" in hub and "storage_tokens" in hub
+    hub |= {"mask_token": torch.zeros(1, 16), "rope_embed.periods": torch.ones(2)}
+    torch.save(hub, tmp_path / "dinov3.pth")
+    load_weights(model, tmp_path / "dinov3.pth")
+    _assert_same(model, source, rtol=0, atol=0)
+
+
+def test_load_weights__mae_pretraining_file_without_its_decoder(tmp_path):
+    source, model = _create("tiny_plain16", seed=1), _create("tiny_plain16", seed=2)
+    extra = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8)}
+    torch.save({"model": {**source.state_dict(), **extra}}, tmp_path / "mae.pth")
+    load_weights(model, tmp_path / "mae.pth")
+    _assert_same(model, source, rtol=0, atol=0)
+
+
+def test_load_weights__resamples_position_embedding_to_the_models_grid(tmp_path):
+    source, model = _create("tiny_plain16", seed=1), _create("tiny_plain16", seed=2, img_size=96)
+    state = source.state_dict()
+    # A ramp over rows: its samples at the new grid are known up to the border, where bicubic has no neighbours.
+    rows = (torch.arange(4) + 0.5) / 4
+    state["pos_embed"][:, 1:] = rows.repeat_interleave(4)[None, :, None]
+    torch.save(state, tmp_path / "weights.pth")
+    load_weights(model, tmp_path / "weights.pth")
+    assert torch.equal(model.pos_embed[:, :1], state["pos_embed"][:, :1])
+    grid = model.pos_embed[0, 1:, 0].detach().reshape(6, 6)
+    torch.testing.assert_close(grid[:, 0], grid[:, 5])
+    expected = (torch.arange(6) + 0.5) / 6
+    # timm resamples with bicubic, which overshoots a clamped ramp near the border.
+    torch.testing.assert_close(grid[2:4, 0], expected[2:4], rtol=0, atol=0.01)
+    torch.testing.assert_close(grid[:, 0], expected, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ({"embed_dim": 24}, {}, r"`cls_token` is \[1, 1, 24\] in the file, \[1, 1, 16\] in the model"),
+        ({"patch_size": 8}, {}, r"`patch_embed.proj.weight` is \[16, 3, 8, 8\] in the file, \[16, 3, 16, 16\] in the"),
+        ({"depth": 1}, {}, r"`blocks.1.norm1.weight` is missing in the file, \[16\] in the model; .* and \d+ more"),
+        ({}, {"depth": 1}, r"`blocks.1.norm1.weight` is \[16\] in the file, absent from the model"),
+        ({}, {"reg_tokens": 4}, r"`reg_token` is missing in the file, \[1, 4, 16\] in the model"),
+    ],
+)
+def test_load_weights__names_first_mismatches_of_another_architecture(tmp_path, source, target, message):
+    torch.save(_create("tiny_plain16", **source).state_dict(), tmp_path / "other.pth")
+    model = _create("tiny_plain16", seed=2, **target)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"other.pth does not fit backbone tiny_plain16.*{message}"):
+        load_weights(model, tmp_path / "other.pth")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_load_weights__other_family(tmp_path):
+    torch.save(_create("tiny_dinov3").state_dict(), tmp_path / "eva.pth")
+    with pytest.raises(ValueError, match="does not fit backbone tiny_dinov2"):
+        load_weights(_create("tiny_dinov2"), tmp_path / "eva.pth")
+
+
+class _Code:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def _write_truncated(path):
+    torch.save(_create("tiny_plain16").state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _write_truncated_safetensors(path):
+    save_file(_create("tiny_plain16").state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _write_nan(path):
+    state = _create("tiny_plain16").state_dict()
+    state["blocks.1.mlp.fc1.bias"][3] = torch.nan
+    torch.save(state, path)
+
+
+def _write_lora(path):
+    state = _create("tiny_plain16").state_dict()
+    torch.save({**state, "blocks.0.attn.qkv.lora_A.default.weight": torch.zeros(4, 16)}, path)
+
+
+def _write_two(path):
+    state = _create("tiny_plain16").state_dict()
+    torch.save({f"{side}.{key}": value for side in ("student", "teacher_") for key, value in state.items()}, path)
+
+
+BROKEN = {
+    "truncated.pth": (_write_truncated, "cannot be read .*; get the file again"),
+    "truncated.safetensors": (_write_truncated_safetensors, "cannot be read .*; get the file again"),
+    "text.pth": (lambda path: path.write_text("not weights"), "text.pth .*(cannot be read|no plain checkpoint)"),
+    "empty.pth": (lambda path: path.write_bytes(b""), "empty.pth cannot be read"),
+    "code.pth": (lambda path: torch.save({"model": _Code()}, path), "no plain checkpoint"),
+    "list.pth": (lambda path: torch.save([1, 2], path), "holds no tensors by name"),
+    "nan.pth": (_write_nan, "holds NaN or infinite values in `blocks.1.mlp.fc1.bias`"),
+    "lora.pth": (_write_lora, "unmerged LoRA matrices; merge them"),
+    "two.pth": (_write_two, "several backbones"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_load_weights__one_sentence_for_broken_files(tmp_path, capsys, name):
+    write, message = BROKEN[name]
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=message) as error:
+        load_weights(_create("tiny_plain16"), tmp_path / name)
+    assert "\n" not in str(error.value)
+    assert "this must never run" not in capsys.readouterr().out
+
+
+def test_create_extractor__uses_the_weights_it_is_given(tmp_path):
+    source = _create("tiny_dinov2")
+    torch.save({"model": source.state_dict()}, tmp_path / "weights.pth")
+    extractor = create_extractor("tiny_dinov2", tmp_path / "weights.pth")
+    _assert_same(extractor.model, source, rtol=0, atol=0)
+    assert not extractor.is_random
