@@ -92,7 +92,8 @@ def project_gaussians(
     determinants = xx * yy - xy * xy
     radii = _compute_radii(xx, yy, determinants)
 
-    means2d = torch.einsum("cij,cnj->cni", Ks[:, :2, :2], in_camera[..., :2] / in_camera[..., 2:]) + Ks[:, None, :2, 2]
+    focal_lengths = Ks[:, None, [0, 1], [0, 1]]
+    means2d = focal_lengths * in_camera[..., :2] / in_camera[..., 2:] + Ks[:, None, :2, 2]
     size = means2d.new_tensor([settings.width, settings.height])
     on_image = ((means2d + radii[..., None] > 0) & (means2d - radii[..., None] < size)).all(dim=-1)
     is_drawn = in_range & (determinants > 0) & (radii > settings.radius_clip) & on_image

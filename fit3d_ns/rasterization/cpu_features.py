@@ -1,0 +1,235 @@
+"""Blending of many-channel features on the CPU and its adjoint, as small matrix products that stay in registers.
+
+Per block of 4x4 pixels and list of n Gaussians with weights W [n, 16]: forward is W^T F, the adjoint is W G. Both go by
+`UNROLL` = 4 rows of the result and 32 channels at a time, so that the running sums are eight registers. Channels are
+padded to a multiple of 16 (`stride`); the tail of 16 has a loop of its own.
+
+`pixel_rows` [H*W] says in which row of the output, or of the maps, each pixel is: -1 for pixels that nobody reads, which
+cost nothing.
+"""
+
+import numpy as np
+
+from fit3d_ns.rasterization.cpu_options import compiled
+from fit3d_ns.rasterization.cpu_tiles import BLOCKS_PER_TILE
+from fit3d_ns.rasterization.cpu_vectors import NUM_LANES, broadcast, load, store
+from fit3d_ns.rasterization.cpu_weights import (
+    PARAMS,
+    UNROLL,
+    gather_tile,
+    longest_tile,
+    open_block,
+    pixel_index,
+    tile_corner,
+    tile_range,
+    weigh_block,
+)
+
+
+@compiled
+def blend_features(
+    task, num_bands, band_rows, tile_width, tile_height, width, height, tile_ends, flatten_ids, block_masks,
+    means2d, conics, opacities, features, num_gaussians, stride, pixel_rows, num_rows, output,
+):  # fmt: skip
+    """Fills the rows of `output` [C*num_rows*stride] that lie in one band from `features` [N*stride]."""
+    first, end = tile_range(task, num_bands, band_rows, tile_width, tile_height)
+    longest = longest_tile(first, end, tile_ends)
+    params, entries = np.empty(longest * PARAMS, np.float32), np.empty(longest, np.int64)
+    lists, counts = np.empty(longest * BLOCKS_PER_TILE + 1, np.int32), np.empty(BLOCKS_PER_TILE, np.int64)
+    hits = np.empty(longest + UNROLL, np.int64)
+    weights, unused = np.empty((longest + UNROLL) * NUM_LANES, np.float32), np.empty(0, np.float32)
+    open_lanes, final = np.empty(NUM_LANES, np.float32), np.empty(NUM_LANES, np.float32)
+    lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
+    for tile in range(first, end):
+        camera, left, top = tile_corner(tile, tile_width, tile_height)
+        n = -1
+        for block in range(BLOCKS_PER_TILE):
+            num_lanes = _read_lanes(block, left, top, width, height, pixel_rows, open_lanes, lanes, rows)
+            if num_lanes == 0:
+                continue
+            if n < 0:
+                n = gather_tile(
+                    tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile], left, top,
+                    flatten_ids, block_masks, means2d, conics, opacities, params, entries, lists, counts,
+                )  # fmt: skip
+            num_hits = weigh_block(
+                block, params, lists, counts, entries.size, open_lanes, hits, weights, unused, unused, final, False
+            )
+            for j in range(num_hits):
+                hits[j] = (flatten_ids[entries[hits[j]]] - camera * num_gaussians) * stride
+            for lane in range(num_lanes):
+                rows[lane] += camera * num_rows
+            for lane in range(0, num_lanes, UNROLL):
+                _blend_four_pixels(lane, num_lanes, lanes, rows, num_hits, hits, weights, features, stride, output)
+
+
+@compiled
+def _blend_four_pixels(lane, num_lanes, lanes, rows, num_hits, hits, weights, features, stride, output):
+    """Rows of the result for up to four pixels; `hits` are offsets into `features`. Missing pixels repeat the last."""
+    last = num_lanes - 1
+    a, b, c, d = lanes[lane], lanes[min(lane + 1, last)], lanes[min(lane + 2, last)], lanes[min(lane + 3, last)]
+    row_a, row_b = rows[lane] * stride, rows[min(lane + 1, last)] * stride
+    row_c, row_d = rows[min(lane + 2, last)] * stride, rows[min(lane + 3, last)] * stride
+    zero = broadcast(np.float32(0.0))
+    channel = 0
+    while channel + 2 * NUM_LANES <= stride:
+        a0, a1, b0, b1, c0, c1, d0, d1 = zero, zero, zero, zero, zero, zero, zero, zero
+        for j in range(num_hits):
+            f0, f1 = load(features, hits[j] + channel), load(features, hits[j] + channel + NUM_LANES)
+            w = j * NUM_LANES
+            a0, a1 = a0 + f0 * weights[w + a], a1 + f1 * weights[w + a]
+            b0, b1 = b0 + f0 * weights[w + b], b1 + f1 * weights[w + b]
+            c0, c1 = c0 + f0 * weights[w + c], c1 + f1 * weights[w + c]
+            d0, d1 = d0 + f0 * weights[w + d], d1 + f1 * weights[w + d]
+        # Repeated pixels are written more than once, with the same numbers.
+        store(output, row_a + channel, a0)
+        store(output, row_a + channel + NUM_LANES, a1)
+        store(output, row_b + channel, b0)
+        store(output, row_b + channel + NUM_LANES, b1)
+        store(output, row_c + channel, c0)
+        store(output, row_c + channel + NUM_LANES, c1)
+        store(output, row_d + channel, d0)
+        store(output, row_d + channel + NUM_LANES, d1)
+        channel += 2 * NUM_LANES
+    if channel < stride:
+        a0, b0, c0, d0 = zero, zero, zero, zero
+        for j in range(num_hits):
+            f0, w = load(features, hits[j] + channel), j * NUM_LANES
+            a0, b0 = a0 + f0 * weights[w + a], b0 + f0 * weights[w + b]
+            c0, d0 = c0 + f0 * weights[w + c], d0 + f0 * weights[w + d]
+        store(output, row_a + channel, a0)
+        store(output, row_b + channel, b0)
+        store(output, row_c + channel, c0)
+        store(output, row_d + channel, d0)
+
+
+@compiled
+def backproject(
+    task, num_bands, band_rows, tile_width, tile_height, width, height, tile_ends, flatten_ids, block_masks, slots,
+    means2d, conics, opacities, maps, stride, pixel_rows, num_rows, partials, weight_partials,
+):  # fmt: skip
+    """Adds W G of one band to its rows of `partials` [slots*stride], and the sums of W to `weight_partials` [slots].
+
+    `maps` are [C*num_rows*stride].
+    """
+    first, end = tile_range(task, num_bands, band_rows, tile_width, tile_height)
+    longest = longest_tile(first, end, tile_ends)
+    params, entries = np.empty(longest * PARAMS, np.float32), np.empty(longest, np.int64)
+    lists, counts = np.empty(longest * BLOCKS_PER_TILE + 1, np.int32), np.empty(BLOCKS_PER_TILE, np.int64)
+    hits = np.empty(longest + UNROLL, np.int64)
+    weights, unused = np.empty((longest + UNROLL) * NUM_LANES, np.float32), np.empty(0, np.float32)
+    open_lanes, final = np.empty(NUM_LANES, np.float32), np.empty(NUM_LANES, np.float32)
+    lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
+    tile_sums, tile_weights = np.empty(longest * stride, np.float32), np.empty(longest, np.float32)
+    for tile in range(first, end):
+        camera, left, top = tile_corner(tile, tile_width, tile_height)
+        n = -1
+        for block in range(BLOCKS_PER_TILE):
+            num_lanes = _read_lanes(block, left, top, width, height, pixel_rows, open_lanes, lanes, rows)
+            if num_lanes == 0:
+                continue
+            if n < 0:
+                n = gather_tile(
+                    tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile], left, top,
+                    flatten_ids, block_masks, means2d, conics, opacities, params, entries, lists, counts,
+                )  # fmt: skip
+                tile_sums[: n * stride] = 0.0
+                tile_weights[:n] = 0.0
+            num_hits = weigh_block(
+                block, params, lists, counts, entries.size, open_lanes, hits, weights, unused, unused, final, False
+            )
+            for j in range(num_hits):
+                total = np.float32(0.0)
+                for lane in range(NUM_LANES):
+                    total += weights[j * NUM_LANES + lane]
+                tile_weights[hits[j]] += total
+            for lane in range(num_lanes):
+                rows[lane] = (rows[lane] + camera * num_rows) * stride
+            for j in range(0, num_hits, UNROLL):
+                _backproject_to_four(j, hits, weights, num_lanes, lanes, rows, maps, stride, tile_sums)
+        for i in range(n):
+            slot = slots[entries[i]]
+            weight_partials[slot] += tile_weights[i]
+            for channel in range(0, stride, NUM_LANES):
+                target = slot * stride + channel
+                store(partials, target, load(partials, target) + load(tile_sums, i * stride + channel))
+
+
+@compiled
+def _backproject_to_four(j, hits, weights, num_lanes, lanes, rows, maps, stride, tile_sums):
+    """Adds to the rows of four Gaussians; `rows` are offsets into `maps`. The list was filled up with zero weights."""
+    a, b, c, d = j * NUM_LANES, (j + 1) * NUM_LANES, (j + 2) * NUM_LANES, (j + 3) * NUM_LANES
+    row_a, row_b = hits[j] * stride, hits[j + 1] * stride
+    row_c, row_d = hits[j + 2] * stride, hits[j + 3] * stride
+    zero = broadcast(np.float32(0.0))
+    channel = 0
+    while channel + 2 * NUM_LANES <= stride:
+        a0, a1, b0, b1, c0, c1, d0, d1 = zero, zero, zero, zero, zero, zero, zero, zero
+        for k in range(num_lanes):
+            g0, g1 = load(maps, rows[k] + channel), load(maps, rows[k] + channel + NUM_LANES)
+            lane = lanes[k]
+            a0, a1 = a0 + g0 * weights[a + lane], a1 + g1 * weights[a + lane]
+            b0, b1 = b0 + g0 * weights[b + lane], b1 + g1 * weights[b + lane]
+            c0, c1 = c0 + g0 * weights[c + lane], c1 + g1 * weights[c + lane]
+            d0, d1 = d0 + g0 * weights[d + lane], d1 + g1 * weights[d + lane]
+        _add_to_row(tile_sums, row_a + channel, a0, a1)
+        _add_to_row(tile_sums, row_b + channel, b0, b1)
+        _add_to_row(tile_sums, row_c + channel, c0, c1)
+        _add_to_row(tile_sums, row_d + channel, d0, d1)
+        channel += 2 * NUM_LANES
+    if channel < stride:
+        a0, b0, c0, d0 = zero, zero, zero, zero
+        for k in range(num_lanes):
+            g0, lane = load(maps, rows[k] + channel), lanes[k]
+            a0, b0 = a0 + g0 * weights[a + lane], b0 + g0 * weights[b + lane]
+            c0, d0 = c0 + g0 * weights[c + lane], d0 + g0 * weights[d + lane]
+        store(tile_sums, row_a + channel, load(tile_sums, row_a + channel) + a0)
+        store(tile_sums, row_b + channel, load(tile_sums, row_b + channel) + b0)
+        store(tile_sums, row_c + channel, load(tile_sums, row_c + channel) + c0)
+        store(tile_sums, row_d + channel, load(tile_sums, row_d + channel) + d0)
+
+
+@compiled
+def _add_to_row(array, offset, first, second):
+    store(array, offset, load(array, offset) + first)
+    store(array, offset + NUM_LANES, load(array, offset + NUM_LANES) + second)
+
+
+CHUNK = 256
+"""Gaussians per task of `collect_sums`."""
+
+
+@compiled
+def collect_sums(task, num_cameras, slot_starts, partials, weight_partials, stride, channels, sums, totals):
+    """Adds up each Gaussian's slots over all cameras, in their order, into `sums` [N*channels] and `totals` [N]."""
+    row = np.empty(stride, np.float32)
+    num_gaussians = totals.size
+    for g in range(task * CHUNK, min((task + 1) * CHUNK, num_gaussians)):
+        row[:] = 0.0
+        total = np.float32(0.0)
+        for camera in range(num_cameras):
+            index = camera * num_gaussians + g
+            for slot in range(slot_starts[index], slot_starts[index + 1]):
+                total += weight_partials[slot]
+                for channel in range(stride):
+                    row[channel] += partials[slot * stride + channel]
+        totals[g] = total
+        sums[g * channels : (g + 1) * channels] = row[:channels]
+
+
+@compiled
+def _read_lanes(block, left, top, width, height, pixel_rows, open_lanes, lanes, rows):
+    """Lists the pixels of a block that somebody reads, and closes the others; returns their number."""
+    if not open_block(block, left, top, width, height, open_lanes):
+        return 0
+    count = 0
+    for lane in range(NUM_LANES):
+        if open_lanes[lane] == 0.0:
+            continue
+        row = pixel_rows[pixel_index(block, lane, left, top, width)]
+        if row < 0:
+            open_lanes[lane] = 0.0
+        else:
+            lanes[count], rows[count] = lane, row
+            count += 1
+    return count
