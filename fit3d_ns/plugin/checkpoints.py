@@ -102,7 +102,8 @@ def load_latest_checkpoint(folder: Path, step: int | None = None) -> tuple[dict[
 def capture_random_states() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's generators as tensors and plain values."""
     version, keys, gauss = random.getstate()
-    _, numpy_keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - nerfstudio's own.
+    state: Any = np.random.get_state()  # noqa: NPY002 - nerfstudio's own.
+    _, numpy_keys, position, has_gauss, cached = state
     states: dict[str, Any] = {
         "python": [version, list(keys), gauss],
         "numpy": [torch.from_numpy(numpy_keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

@@ -22,7 +22,7 @@ from fit3d_ns.data.frames import Split
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.inputs import LiftView
 from fit3d_ns.plugin.dataset import UndistortedDataset
-from fit3d_ns.plugin.token_store import TokenStore, hash_image
+from fit3d_ns.plugin.token_store import KEY, TokenStore
 from fit3d_ns.utils.progress import track
 
 NUM_LOADING_THREADS = 4
@@ -59,6 +59,8 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
     config: FeatureDatamanagerConfig
     train_dataset: UndistortedDataset
     eval_dataset: UndistortedDataset
+    train_unseen_cameras: list[int]
+    eval_unseen_cameras: list[int]
 
     def __init__(self, config: FeatureDatamanagerConfig, device: Any = "cpu", **kwargs: Any) -> None:
         if torch.device(device).type == "cpu":
@@ -66,7 +68,14 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         super().__init__(config, device=device, **kwargs)
         self.tokens: TokenStore | None = None
         if config.with_features:
-            self.tokens = TokenStore(config, torch.device(device))
+            self.tokens = TokenStore(
+                config.backbone,
+                config.backbone_weights,
+                config.normalization,
+                config.feature_cache,
+                torch.device(device),
+                config.feature_batch_size,
+            )
             for dataset in (self.train_dataset, self.eval_dataset):
                 dataset.metadata |= self.tokens.describe(dataset)
 
@@ -100,11 +109,15 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         for index in range(len(self.train_dataset)):
             yield self.tokens.load(self.cached_train[index])
 
-    def create_lift_views(self) -> list[LiftView]:
-        """The training views as the lift takes them; tokens and masks are read when they are needed."""
+    def create_lift_views(self, camera_to_worlds: Float[Tensor, "views 3 4"]) -> list[LiftView]:
+        """The training views as the lift takes them; tokens and masks are read when they are needed.
+
+        Args:
+            camera_to_worlds: Poses of the training views, corrected where a camera optimizer moved them.
+        """
         assert self.tokens is not None
         cameras = self.train_dataset.cameras
-        viewmats = viewmats_from_camera_to_worlds(cameras.camera_to_worlds).to(self.device)
+        viewmats = viewmats_from_camera_to_worlds(camera_to_worlds.to(self.device))
         Ks = cameras.get_intrinsics_matrices().to(self.device)
         return [
             LiftView(
@@ -180,7 +193,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         self.random_generator.setstate((version, tuple(keys), gauss))
 
     def _create_batch(self, data: dict[str, Any]) -> dict[str, Any]:
-        batch = {key: value for key, value in data.items() if key != "pixels_hash"}
+        batch = {key: value for key, value in data.items() if key != KEY}
         batch["image"] = batch["image"].to(self.device)
         if self.tokens is not None:
             batch["patch_tokens"] = self.tokens.load(data)
@@ -190,11 +203,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         dataset = self.train_dataset if split == "train" else self.eval_dataset
 
         def load(index: int) -> dict[str, Any]:
-            data = dataset.get_data(index, image_type="uint8")
-            data["pixels_hash"] = hash_image(data["image"])
-            if self.config.cache_images_type == "float32":
-                data["image"] = data["image"].float() / 255.0
-            return data
+            return dataset.get_data(index, image_type=self.config.cache_images_type)
 
         with ThreadPoolExecutor(max_workers=NUM_LOADING_THREADS) as executor:
             loaded = executor.map(load, range(len(dataset)))

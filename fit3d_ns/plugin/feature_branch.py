@@ -13,10 +13,12 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fit3d_ns.analysis.pca import PcaBasis, apply_pca, map_to_colours
 from fit3d_ns.lifting.losses import FeatureLoss, FeatureLossConfig
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.feature_scene import colour_features
 from fit3d_ns.scene.token_reading import TokenReader, create_token_reader, read_at_tokens
 from fit3d_ns.utils.seeds import create_generator
 
@@ -35,6 +37,8 @@ class FeatureBranch(nn.Module):
 
     pca_mean: Tensor
     pca_components: Tensor
+    pca_variance: Tensor
+    pca_total_variance: Tensor
     pca_low: Tensor
     pca_high: Tensor
     is_solved: Tensor
@@ -49,6 +53,8 @@ class FeatureBranch(nn.Module):
         self.register_buffer("pca_components", torch.zeros(3, self.embed_dim))
         self.register_buffer("pca_low", torch.zeros(3))
         self.register_buffer("pca_high", torch.ones(3))
+        self.register_buffer("pca_variance", torch.zeros(3))
+        self.register_buffer("pca_total_variance", torch.zeros(()))
         self.register_buffer("is_solved", torch.zeros((), dtype=torch.bool))
         self.load_tokens: Callable[[Cameras], Tensor | None] | None = None
         self._losses: dict[tuple[int, int, tuple[int, int]], FeatureLoss] = {}
@@ -135,19 +141,17 @@ class FeatureBranch(nn.Module):
         """`features_pca`, and `features_pca_original` where the camera is a captured one (black elsewhere)."""
         height, width = alpha.shape[:2]
         black = alpha.new_zeros(height, width, 3)
-        has_basis = self.is_on and bool(self.pca_components.any())
-        if not has_basis:
+        basis = self.picture_basis if self.is_on else None
+        if basis is None:
             return {"features_pca": black, "features_pca_original": black.clone()}
         # Projecting after decoding is a convolution to 3 channels: the 384 are never made.
-        projection = self.decoder.project(self.pca_components, self.pca_mean)
-        rendered = projection(rasterize_features(features, info)[0], alpha[..., 0])
-        spread = self.pca_high - self.pca_low
-        pictures = {"features_pca": ((rendered - alpha * self.pca_low) / spread).clamp(0, 1)}
+        projection = self.decoder.project(basis.components, basis.mean)
+        features_low = rasterize_features(features, info)[0]
+        pictures = {"features_pca": colour_features(features_low, alpha[..., 0], projection, basis)}
         tokens = None if self.load_tokens is None else self.load_tokens(camera)
         if tokens is None:
             return pictures | {"features_pca_original": black}
-        coefficients = (tokens.to(alpha.device).float() - self.pca_mean) @ self.pca_components.T
-        colors = ((coefficients - self.pca_low) / spread).clamp(0, 1)
+        colors = map_to_colours(apply_pca(tokens.to(alpha.device).float(), basis), basis)
         upsampled = F.interpolate(colors.permute(2, 0, 1)[None], size=(height, width), mode="nearest")
         return pictures | {"features_pca_original": upsampled[0].permute(1, 2, 0)}
 
@@ -162,13 +166,29 @@ class FeatureBranch(nn.Module):
                 self.decoder.bias.copy_(torch.zeros_like(self.decoder.bias) if decoder.bias is None else decoder.bias)
         self.is_solved.fill_(True)
 
-    def set_picture_basis(self, mean: Tensor, components: Tensor, low: Tensor, high: Tensor) -> None:
-        """Fixes the colours: mean [E], three components [3, E], and the coefficients shown as 0 and 1."""
+    def set_picture_basis(self, basis: PcaBasis) -> None:
+        """Fixes the colours of feature pictures: three components of the backbone's tokens and their ranges."""
         with torch.no_grad():
-            self.pca_mean.copy_(mean)
-            self.pca_components.copy_(components)
-            self.pca_low.copy_(low)
-            self.pca_high.copy_(torch.maximum(high, low + 1e-6))
+            self.pca_mean.copy_(basis.mean)
+            self.pca_components.copy_(basis.components)
+            self.pca_variance.copy_(basis.explained_variance)
+            self.pca_total_variance.fill_(basis.total_variance)
+            self.pca_low.copy_(basis.colour_low)
+            self.pca_high.copy_(basis.colour_high)
+
+    @property
+    def picture_basis(self) -> PcaBasis | None:
+        """The basis of the pictures, or None before it is fitted."""
+        if not bool(self.pca_components.any()):
+            return None
+        return PcaBasis(
+            self.pca_mean,
+            self.pca_components,
+            self.pca_variance,
+            float(self.pca_total_variance),
+            self.pca_low,
+            self.pca_high,
+        )
 
     def _create_loss(self, width: int, height: int, patch_grid: tuple[int, int]) -> FeatureLoss:
         key = (width, height, patch_grid)

@@ -3,7 +3,6 @@
 Every `ns-*` command of every method imports this module, so it imports no kernels and no timm.
 """
 
-
 import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig

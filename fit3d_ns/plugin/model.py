@@ -15,7 +15,6 @@ from nerfstudio.utils.colors import get_color
 from pytorch_msssim import SSIM
 from torch import Tensor
 from torch.nn import Parameter
-from torchmetrics.image import PeakSignalNoiseRatio
 
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.inputs import LiftGaussians
@@ -46,7 +45,12 @@ class FeatureSplatfactoModel(SplatfactoModel):
         Raises:
             ValueError: `feature_dim` is below 1, or a step count was left open.
         """
+        # Two seconds of import that commands of other methods need not pay.
+        from torchmetrics.image import PeakSignalNoiseRatio
+
         Model.populate_modules(self)
+        # A collider clips rays; a splatting model has none.
+        self.collider = None
         if self.config.feature_dim < 1:
             raise ValueError(f"--pipeline.model.feature-dim is {self.config.feature_dim}; it must be at least 1.")
         if self.config.refine_every is None:
@@ -84,6 +88,16 @@ class FeatureSplatfactoModel(SplatfactoModel):
             opacities=torch.sigmoid(self.opacities.detach()).squeeze(-1),
             rasterize_mode=self.config.rasterize_mode,
         )
+
+    @torch.no_grad()
+    def correct_poses(self, cameras: Cameras) -> Float[Tensor, "cameras 3 4"]:
+        """Training poses after the camera optimizer, as rendering in training applies it."""
+        corrected = []
+        for index in range(len(cameras)):
+            camera = cameras[index : index + 1].to(self.device)
+            camera.metadata = {"cam_idx": index}
+            corrected.append(self.camera_optimizer.apply_to_camera(camera)[0])
+        return torch.stack(corrected)
 
     def get_gaussian_param_groups(self) -> dict[str, list[Parameter]]:
         """splatfacto's groups and `features`, so that the strategies carry the features along."""

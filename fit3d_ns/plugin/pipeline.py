@@ -54,7 +54,7 @@ class FeaturePipeline(VanillaPipeline):
         if not self.branch.is_on:
             return
         self.datamanager.extract_missing_tokens()
-        if not bool(self.branch.pca_components.any()):
+        if self.branch.picture_basis is None:
             self.fit_picture_basis()
 
     def fit_picture_basis(self) -> None:
@@ -63,8 +63,7 @@ class FeaturePipeline(VanillaPipeline):
         # Every n-th token of every view: colours need no more, and memory stays small.
         stride = max(sum(item.shape[0] * item.shape[1] for item in tokens) // MAX_PICTURE_TOKENS, 1)
         rows = torch.cat([item.flatten(0, 1)[::stride].float() for item in tokens])
-        basis = fit_pca(rows, 3).to(self.model.device)
-        self.branch.set_picture_basis(basis.mean, basis.components, basis.colour_low, basis.colour_high)
+        self.branch.set_picture_basis(fit_pca(rows, 3).to(self.model.device))
 
     def solve_features_if_due(self, step: int, max_num_iterations: int) -> None:
         """Solves features early (one pass), when densification ends (one pass), and at the end (what is left)."""
@@ -92,7 +91,9 @@ class FeaturePipeline(VanillaPipeline):
         left = max(budget - self.passes_spent, 1)
         passes = min(config.lift.max_passes, max(left - 2, 0)) if is_final else 0
         lift = replace(config.lift, max_passes=passes)
-        result = solve_features(self.model.get_lift_gaussians(), self.datamanager.create_lift_views(), lift)
+        poses = self.model.correct_poses(self.datamanager.train_dataset.cameras)
+        views = self.datamanager.create_lift_views(poses)
+        result = solve_features(self.model.get_lift_gaussians(), views, lift)
         with torch.no_grad():
             self.model.features.copy_(result.features)
         self.branch.set_decoder(result.decoder)
@@ -128,6 +129,7 @@ class FeaturePipeline(VanillaPipeline):
             "strategy": {key: value for key, value in self.model.strategy_state.items()},
             "passes_spent": self.passes_spent,
             "lift": self.lift_state,
+            "backbone": self.datamanager.train_dataset.metadata.get("backbone"),
         }
 
     def restore_run_state(self, state: dict[str, Any]) -> None:

@@ -55,8 +55,8 @@ class FeatureTrainerConfig(TrainerConfig):
 
     def set_experiment_name(self) -> None:
         """The scene folder's whole name, dots and all; `--data .` takes the name of the folder that is."""
-        data = self.pipeline.datamanager.data
-        if self.experiment_name is None and data is not None and not Path(data).is_file():
+        data, name = self.pipeline.datamanager.data, getattr(self, "experiment_name", None)
+        if name is None and data is not None and not Path(data).is_file():
             self.experiment_name = Path(data).resolve().name
         super().set_experiment_name()
 

@@ -1,0 +1,75 @@
+"""`fit3d-export`: a finished `fit3d-features` run as one scene file, or as a PLY with feature columns."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fit3d_ns.cli.command import run_command
+from fit3d_ns.scene import FeatureScene, save_scene
+from fit3d_ns.utils.files import write_json
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Where from, where to, and what to keep."""
+
+    load_config: Path
+    """The run's config.yml or its folder. nerfstudio's config is code: read only those of people you trust."""
+    output_path: Path
+    """The file to write; `.safetensors` for `--format scene`, `.ply` for `--format ply`."""
+    format: Literal["scene", "ply"] = "scene"
+    """`scene`: all that stage II needs; `ply`: Gaussians with `sem_*` columns as FiT3D wrote them, decoder beside."""
+    include_sh: bool = False
+    """Also store how colour depends on the direction; the file then grows by 90 bytes per Gaussian at degree 3."""
+    drop_unseen: bool = False
+    """Leave out Gaussians that no training view weighted; captured views stay as they are."""
+    data: Path | None = None
+    """Where the dataset lies now, if it was moved since the run."""
+
+
+def export(config: ExportConfig) -> None:
+    """Writes the scene and a JSON with its figures."""
+    from fit3d_ns.plugin.scene_export import load_run_scene
+
+    scene = load_run_scene(config.load_config, config.data, config.drop_unseen)
+    if config.format == "ply":
+        from fit3d_ns.scene.ply import write_ply
+
+        write_ply(scene.gaussians, config.output_path)
+    else:
+        save_scene(scene, config.output_path, include_sh=config.include_sh)
+    figures = config.output_path.with_suffix(".json")
+    write_json(figures, describe_scene(scene, config.output_path))
+    print(f"Scene: {config.output_path}\nFigures: {figures}")
+
+
+def describe_scene(scene: FeatureScene, path: Path) -> dict[str, object]:
+    """What the JSON beside a scene says."""
+    splits = [view.split for view in scene.posed_capture.views]
+    return {
+        "scene_id": scene.scene_id,
+        "num_gaussians": scene.gaussians.num_gaussians,
+        "feature_dim": scene.gaussians.feature_dim,
+        "embed_dim": scene.decoder.embed_dim,
+        "bytes_per_gaussian": scene.gaussians.bytes_per_gaussian,
+        "file_megabytes": path.stat().st_size / 1e6,
+        "num_unseen_gaussians": int((scene.gaussians.blend_weight <= 0).sum()),
+        "num_views": {split: splits.count(split) for split in ("train", "val", "test")},
+        "backbone": scene.backbone.to_metadata(),
+        "is_random": scene.backbone.is_random,
+        "run": dict(scene.figures),
+    }
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(
+        ExportConfig,
+        export,
+        prog="fit3d-export",
+        description="Writes a finished fit3d-features run as one file without nerfstudio inside.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""`fit3d-info`: what this machine offers and what is missing; the first thing a bug report needs."""
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fit3d_ns.cli.command import run_command
+from fit3d_ns.rasterization import available_backends
+from fit3d_ns.utils.files import write_json
+from fit3d_ns.utils.results import collect_versions
+
+SYSTEM_PARTS = {
+    "ffmpeg": ("ns-render", "Debian package ffmpeg"),
+    "colmap": ("ns-process-data", "Debian package colmap"),
+    "c++": ("compiling gsplat's CUDA kernels", "Debian package g++"),
+    "nvcc": ("compiling gsplat's CUDA kernels", "the CUDA toolkit"),
+}
+"""Program to what needs it and where it comes from."""
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Where the answer goes."""
+
+    output_path: Path | None = None
+    """Also write everything as JSON to this file."""
+
+
+def collect_info() -> dict[str, Any]:
+    """Versions, devices, backends, plugin registration, weight folders and missing system parts."""
+    return {
+        "versions": collect_versions(),
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "rasterization_backends": available_backends(),
+        "methods_registered": _list_registered("nerfstudio.method_configs"),
+        "dataparsers_registered": _list_registered("nerfstudio.dataparser_configs"),
+        "listed_by_ns_train": _is_listed(),
+        "weights": _describe_weight_folders(),
+        "missing": _find_missing(),
+    }
+
+
+def info(config: InfoConfig) -> None:
+    """Prints a table, and writes the JSON if asked to."""
+    content = collect_info()
+    table = Table(title="fit3d-info", show_header=False)
+    for name, value in content.items():
+        table.add_row(name.replace("_", " "), value if isinstance(value, str) else json.dumps(value, indent=1))
+    Console(soft_wrap=True).print(table)
+    if config.output_path is not None:
+        write_json(config.output_path, content)
+        print(f"Written to {config.output_path}")
+
+
+def _list_registered(group: str) -> list[str]:
+    return sorted(point.name for point in metadata.entry_points(group=group) if point.value.startswith("fit3d_ns."))
+
+
+def _is_listed() -> bool | str:
+    """Whether `ns-train` would show our methods, or why not."""
+    if importlib.util.find_spec("nerfstudio") is None:
+        return "nerfstudio is not installed"
+    try:
+        from fit3d_ns.plugin.registration import is_listed_by_ns_train
+
+        return is_listed_by_ns_train()
+    except Exception as error:
+        # Whatever breaks the plugin is what the reader wants to see here.
+        return f"{type(error).__name__}: {error}"
+
+
+def _describe_weight_folders() -> dict[str, str]:
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub"
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    return {
+        "timm's downloads": f"{hub} ({'exists' if hub.is_dir() else 'empty'})",
+        "torchvision's downloads (LPIPS)": f"{checkpoints} ({'exists' if checkpoints.is_dir() else 'empty'})",
+    }
+
+
+def _find_missing() -> list[str]:
+    """What is absent, what needs it, and where it comes from."""
+    missing = [
+        f"{program}: needed by {user}; {source}"
+        for program, (user, source) in SYSTEM_PARTS.items()
+        if shutil.which(program) is None
+    ]
+    for library, user, source in (
+        ("libGL.so.1", "opencv-python, if that replaced the headless build", "Debian package libgl1"),
+        ("libusb-1.0.so.0", "open3d (ns-export, nerfstudio-data with a ply)", "Debian package libusb-1.0-0"),
+    ):
+        if not _can_load(library):
+            missing.append(f"{library}: needed by {user}; {source}")
+    return missing
+
+
+def _can_load(library: str) -> bool:
+    import ctypes
+
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def main() -> None:
+    """Entry point."""
+    run_command(InfoConfig, info, prog="fit3d-info", description="Prints what this machine offers and what is missing.")
+
+
+if __name__ == "__main__":
+    main()

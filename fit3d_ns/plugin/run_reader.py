@@ -1,0 +1,191 @@
+"""Reads runs of `ns-train`, ours and any splatfacto's, into a `PosedCapture` with Gaussians, without a pipeline.
+
+A run's `config.yml` is code: nerfstudio writes and reads it with a YAML loader that builds any object. Read only
+configs of people you trust.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.models.splatfacto import SplatfactoModelConfig
+from torch import Tensor
+
+from fit3d_ns.plugin.checkpoints import CHECKPOINT_PATTERN
+from fit3d_ns.plugin.dataset import UndistortedDataset
+from fit3d_ns.scene.posed_capture import PosedCapture
+from fit3d_ns.utils.progress import notice
+
+
+@dataclass(frozen=True)
+class SplatRun:
+    """One finished run: raw Gaussians in the training frame, and the views that trained and tested it."""
+
+    config_path: Path
+    """The run's config.yml."""
+    config: Any
+    """nerfstudio's trainer config."""
+    step: int
+    """Last step of the checkpoint that was read."""
+    gauss_params: dict[str, Tensor]
+    """Raw parameters by splatfacto's names: `means scales quats features_dc features_rest opacities`, ours `features`."""
+    state: dict[str, Tensor]
+    """The whole model state without its prefix."""
+    run_state: dict[str, Any]
+    """What our trainer saved beside the model; empty for nerfstudio's own runs."""
+    capture: PosedCapture
+    """Training views (poses corrected by the run's camera optimizer) and held-out views."""
+    rasterize_mode: Literal["classic", "antialiased"]
+    """How the Gaussians were trained."""
+
+    @property
+    def sh_degree(self) -> int:
+        """Degree of the colour's spherical harmonics; at 0 colours are stored before a sigmoid."""
+        return int(self.config.pipeline.model.sh_degree)
+
+    @property
+    def sh_dc(self) -> Float[Tensor, "num_gaussians 3"]:
+        """Constant colour coefficient, whatever the run's degree."""
+        if self.sh_degree > 0:
+            return self.gauss_params["features_dc"]
+        return (torch.sigmoid(self.gauss_params["features_dc"]) - 0.5) * (2 * np.pi**0.5)
+
+
+def read_run(path: Path, data: Path | None = None) -> SplatRun:
+    """Reads a run of splatfacto or of a method built on it.
+
+    Args:
+        path: The run's config.yml, its folder, or a folder above it that holds one run.
+        data: Where the dataset lies now, if it was moved since.
+
+    Raises:
+        ValueError: No run there, another kind of method, a dataset that moved, or no readable checkpoint.
+    """
+    config_path = find_config(Path(path))
+    config = _load_config(config_path)
+    model = config.pipeline.model
+    if not isinstance(model, SplatfactoModelConfig):
+        raise ValueError(
+            f"{config_path} is a run of {config.method_name}; only splatfacto and methods built on it can be lifted."
+        )
+    _point_at_data(config, config_path, data)
+    checkpoint, step = _load_newest(config_path.parent / config.relative_model_dir)
+    prefix = "_model."
+    state = {key.removeprefix("module.").removeprefix(prefix): value for key, value in checkpoint["pipeline"].items()}
+    names = ("means", "scales", "quats", "features_dc", "features_rest", "opacities", "features")
+    gauss_params = {name: state[f"gauss_params.{name}"].float() for name in names if f"gauss_params.{name}" in state}
+    if "means" not in gauss_params:
+        raise ValueError(f"The checkpoint of {config_path} holds no Gaussians; it may be of an older nerfstudio.")
+    return SplatRun(
+        config_path=config_path,
+        config=config,
+        step=step,
+        gauss_params=gauss_params,
+        state=state,
+        run_state=checkpoint.get("fit3d", {}).get("run", {}),
+        capture=_read_capture(config, state),
+        rasterize_mode=model.rasterize_mode,
+    )
+
+
+def find_config(path: Path) -> Path:
+    """The config.yml a path means.
+
+    Raises:
+        ValueError: There is none, or there are several.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"No such run: {path}; give a run's config.yml or its folder.")
+    if (path / "config.yml").is_file():
+        return path / "config.yml"
+    found = sorted(path.glob("**/config.yml"))
+    if not found:
+        raise ValueError(f"{path} holds no run: there is no config.yml in it.")
+    if len(found) > 1:
+        raise ValueError(f"{path} holds {len(found)} runs; give one of them, such as {found[-1]}.")
+    return found[0]
+
+
+def _load_config(config_path: Path) -> TrainerConfig:
+    # Plugins register their configs when nerfstudio lists its methods; unpickling needs them importable.
+    try:
+        config = yaml.load(config_path.read_text(encoding="utf-8"), Loader=yaml.Loader)
+    except Exception as error:
+        raise ValueError(f"{config_path} cannot be read as a nerfstudio config ({_first_line(error)}).") from error
+    if not isinstance(config, TrainerConfig):
+        raise ValueError(f"{config_path} is no nerfstudio run: it holds a {type(config).__name__}.")
+    return config
+
+
+def _point_at_data(config: Any, config_path: Path, data: Path | None) -> None:
+    datamanager = config.pipeline.datamanager
+    recorded = Path(datamanager.data or datamanager.dataparser.data)
+    chosen = recorded if data is None else Path(data)
+    if not chosen.exists():
+        how = "give its place with --data" if data is None else "check --data"
+        raise ValueError(f"The dataset of {config_path} is not at {chosen}; {how}.")
+    datamanager.data = chosen
+    datamanager.dataparser.data = chosen
+
+
+def _load_newest(folder: Path) -> tuple[dict[str, Any], int]:
+    """The newest checkpoint that is whole; nerfstudio's own hold numpy numbers, which are let through by name."""
+    if not folder.is_dir():
+        raise ValueError(f"The run has no checkpoint folder {folder}; was it interrupted before its first save?")
+    paths = sorted((path for path in folder.iterdir() if CHECKPOINT_PATTERN.fullmatch(path.name)), reverse=True)
+    for path in paths:
+        try:
+            with torch.serialization.safe_globals(_numpy_scalars()):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            notice(f"Checkpoint {path} cannot be read ({_first_line(error)}); trying the one before.")
+            continue
+        return checkpoint, int(checkpoint["step"])
+    raise ValueError(f"No readable checkpoint in {folder}.")
+
+
+def _numpy_scalars() -> list[Any]:
+    from numpy import _core
+
+    scalar = _core.multiarray.scalar
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("float64"))]
+
+
+def _read_capture(config: Any, state: dict[str, Tensor]) -> PosedCapture:
+    """Training views with corrected poses, then held-out views, in one capture."""
+    datamanager = config.pipeline.datamanager
+    parser = datamanager.dataparser.setup()
+    factor, root = datamanager.camera_res_scale_factor, Path(datamanager.dataparser.data)
+    train = UndistortedDataset(parser.get_dataparser_outputs(split="train"), factor, root, "train")
+    test = UndistortedDataset(parser.get_dataparser_outputs(split="test"), factor, root, "test")
+    poses = _correct_poses(config.pipeline.model, train.cameras, state)
+    views = train.capture.replace_camera_to_worlds(poses).views
+    known = {view.name for view in views}
+    views = [*views, *(view for view in test.capture.views if view.name not in known)]
+    return replace(train.capture, views=views)
+
+
+def _correct_poses(model: Any, cameras: Cameras, state: dict[str, Tensor]) -> list[Float[Tensor, "3 4"]]:
+    optimizer = model.camera_optimizer.setup(num_cameras=len(cameras), device="cpu")
+    prefix = "camera_optimizer."
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if own:
+        optimizer.load_state_dict(own, strict=False)
+    poses = []
+    for index in range(len(cameras)):
+        camera = cameras[index : index + 1]
+        camera.metadata = {"cam_idx": index}
+        poses.append(optimizer.apply_to_camera(camera)[0].detach())
+    return poses
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

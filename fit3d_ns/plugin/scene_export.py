@@ -1,0 +1,108 @@
+"""A finished `fit3d-features` run as a `FeatureScene`: what stage II needs, without nerfstudio inside."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fit3d_ns.analysis.pca import PcaBasis
+from fit3d_ns.features.backbones import describe_backbone
+from fit3d_ns.plugin.run_reader import SplatRun, read_run
+from fit3d_ns.plugin.summary import SUMMARY_NAME
+from fit3d_ns.scene import FeatureDecoder, FeatureScene, SceneBackbone, create_gaussians, find_invalid
+from fit3d_ns.utils.files import read_json
+from fit3d_ns.utils.progress import notice
+
+
+def load_run_scene(path: Path, data: Path | None = None, drop_unseen: bool = False) -> FeatureScene:
+    """Reads a run of `fit3d-features`.
+
+    Args:
+        path: The run's config.yml or its folder.
+        data: Where the dataset lies now, if it was moved since.
+        drop_unseen: Leave out Gaussians that no training view ever weighted; no captured view changes by that.
+
+    Raises:
+        ValueError: Another method's run, or one whose features were never solved.
+    """
+    return create_run_scene(read_run(path, data), drop_unseen)
+
+
+def create_run_scene(run: SplatRun, drop_unseen: bool = False) -> FeatureScene:
+    """The scene of a run that was read; see `load_run_scene`."""
+    if "features" not in run.gauss_params or "feature_branch.decoder.weight" not in run.state:
+        raise ValueError(
+            f"{run.config_path} is a run of {run.config.method_name} without features; lift it with "
+            f"`fit3d-lift --load-config {run.config_path}`."
+        )
+    model = run.config.pipeline.model
+    if model.feature_loss_weight == 0:
+        raise ValueError(f"{run.config_path} was trained with feature loss weight 0: it has no features to export.")
+    if model.feature_schedule == "solve" and not bool(run.state["feature_branch.is_solved"]):
+        raise ValueError(f"{run.config_path} stopped before its features were solved; resume it with --load-dir.")
+    gaussians = _collect_gaussians(run)
+    invalid = find_invalid(**gaussians)
+    if bool(invalid.any()):
+        notice(f"Left out {int(invalid.sum())} Gaussians with NaN, infinite or oversized numbers.")
+    keep = ~invalid
+    if drop_unseen:
+        unseen = gaussians["blend_weight"] <= 0
+        notice(f"Left out {int((unseen & keep).sum())} Gaussians that no training view weighted.")
+        keep &= ~unseen
+    bias = run.state.get("feature_branch.decoder.bias")
+    summary = run.config_path.parent / SUMMARY_NAME
+    return FeatureScene(
+        gaussians=create_gaussians(**{name: value[keep] for name, value in gaussians.items()}),
+        decoder=FeatureDecoder.from_weights(run.state["feature_branch.decoder.weight"].float(), bias),
+        posed_capture=run.capture,
+        backbone=_describe_backbone(run),
+        pca=_read_picture_basis(run.state),
+        token_reading=model.lift.token_reading,
+        rasterize_mode=run.rasterize_mode,
+        figures=read_json(summary)["metrics"] if summary.is_file() else {},
+    )
+
+
+def _collect_gaussians(run: SplatRun) -> dict[str, Tensor]:
+    raw, lift = run.gauss_params, run.run_state.get("lift", {})
+    num_gaussians = len(raw["means"])
+    # By-products are of the last solve; after it no Gaussian was added or removed.
+    by_products = {
+        name: lift[name] if name in lift and len(lift[name]) == num_gaussians else torch.zeros(num_gaussians)
+        for name in ("blend_weight", "num_views", "feature_variance")
+    }
+    return {
+        "means": raw["means"],
+        "quats": raw["quats"],
+        "log_scales": raw["scales"],
+        "opacity_logits": raw["opacities"].reshape(-1),
+        "sh_dc": run.sh_dc,
+        "features": raw["features"],
+        "sh_rest": raw["features_rest"],
+        **by_products,
+    }
+
+
+def _describe_backbone(run: SplatRun) -> SceneBackbone:
+    """The backbone's identity as the run recorded it, or from the config where it was written by an older version."""
+    recorded = run.run_state.get("backbone")
+    if recorded:
+        return SceneBackbone.from_metadata(recorded)
+    datamanager: Any = run.config.pipeline.datamanager
+    description = describe_backbone(datamanager.backbone, datamanager.backbone_weights, datamanager.normalization)
+    return SceneBackbone.from_description(description)
+
+
+def _read_picture_basis(state: dict[str, Tensor]) -> PcaBasis | None:
+    components = state["feature_branch.pca_components"]
+    if not bool(components.any()):
+        return None
+    return PcaBasis(
+        mean=state["feature_branch.pca_mean"],
+        components=components,
+        explained_variance=state["feature_branch.pca_variance"],
+        total_variance=float(state["feature_branch.pca_total_variance"]),
+        colour_low=state["feature_branch.pca_low"],
+        colour_high=state["feature_branch.pca_high"],
+    )
