@@ -1,0 +1,160 @@
+"""Co-visible points against homographies and other closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fit3d_ns.analysis.correspondence import (
+    CovisiblePoints,
+    DepthView,
+    create_grid_points,
+    draw_points,
+    find_covisible,
+    find_nearest,
+    measure_matching_errors,
+    measure_rotation,
+    sample_tokens,
+)
+
+K = torch.tensor([[50.0, 0.0, 30.0], [0.0, 48.0, 21.0], [0.0, 0.0, 1.0]])
+WIDTH, HEIGHT = 64, 48
+
+
+def turn(axis, degrees):
+    angle = math.radians(degrees)
+    c, s = math.cos(angle), math.sin(angle)
+    matrices = {
+        "x": [[1, 0, 0], [0, c, -s], [0, s, c]],
+        "y": [[c, 0, s], [0, 1, 0], [-s, 0, c]],
+        "z": [[c, -s, 0], [s, c, 0], [0, 0, 1]],
+    }
+    return torch.tensor(matrices[axis], dtype=torch.float32)
+
+
+def look_at_floor(rotation, position):
+    """A view of the plane z = 0; OpenGL cameras look along their own -z. Depth is by intersecting each pixel's ray."""
+    camera_to_world = torch.cat([rotation, torch.tensor(position)[:, None]], dim=1)
+    depth = np.zeros((HEIGHT, WIDTH), dtype=np.float32)
+    for row in range(HEIGHT):
+        for column in range(WIDTH):
+            ray = np.array([(column + 0.5 - 30.0) / 50.0, -(row + 0.5 - 21.0) / 48.0, -1.0])
+            direction = rotation.numpy() @ ray
+            depth[row, column] = -position[2] / direction[2]
+    return DepthView(torch.from_numpy(depth), K, camera_to_world)
+
+
+def compute_homography(view, other):
+    """Maps pixels of one view of z = 0 to the other: H = P_other P_view^-1 with P = K [r1 r2 t]."""
+
+    def project(v):
+        flip = np.diag([1.0, -1.0, -1.0])
+        rotation = flip @ v.camera_to_world[:, :3].double().numpy().T
+        translation = -rotation @ v.camera_to_world[:, 3].double().numpy()
+        return K.double().numpy() @ np.stack([rotation[:, 0], rotation[:, 1], translation], axis=1)
+
+    return project(other) @ np.linalg.inv(project(view))
+
+
+def test_find_covisible__follows_the_homography_of_a_plane():
+    view = look_at_floor(turn("x", 12) @ turn("z", 20), [0.3, -0.2, 3.0])
+    other = look_at_floor(turn("y", -14), [0.5, 0.1, 2.5])
+    points = torch.rand(300, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([64.0, 48.0])
+    # At pixel centres the depth map is exact.
+    points = points.floor() + 0.5
+    covisible = find_covisible(view, other, points, depth_tolerance=0.05)
+    homography = compute_homography(view, other)
+    mapped = np.concatenate([points.numpy(), np.ones((300, 1))], axis=1) @ homography.T
+    mapped = mapped[:, :2] / mapped[:, 2:]
+    inside = (mapped >= 0).all(axis=1) & (mapped < [64, 48]).all(axis=1)
+    assert 50 < inside.sum() < 290
+    np.testing.assert_array_equal(covisible.points, points[inside])
+    np.testing.assert_allclose(covisible.other_points, mapped[inside], atol=1e-3)
+
+
+def test_find_covisible__leaves_out_what_is_hidden_unknown_or_masked():
+    view = look_at_floor(torch.eye(3), [0.0, 0.0, 3.0])
+    points = create_grid_points(WIDTH, HEIGHT, (48, 64))
+    assert len(find_covisible(view, view, points)) == 64 * 48
+    blocked = view.depth.clone()
+    blocked[:10] = 2.0
+    blocked[10:15] = 0.0
+    blocked[15:20] = 3.1
+    other = DepthView(blocked, K, view.camera_to_world)
+    seen = find_covisible(view, other, points, depth_tolerance=0.05)
+    # A closer surface hides rows 0-9, rows 10-14 are unknown, 15-19 agree within 5 %.
+    assert sorted(set(seen.points[:, 1].tolist())) == [row + 0.5 for row in range(15, 48)]
+    assert set(find_covisible(view, other, points, 0.02).points[:, 1].tolist()) == {r + 0.5 for r in range(20, 48)}
+    mask = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
+    mask[:, 40:] = False
+    masked = DepthView(view.depth, K, view.camera_to_world, mask)
+    assert find_covisible(masked, view, points).points[:, 0].max() == 39.5
+    assert find_covisible(view, masked, points).other_points[:, 0].max() < 40.0
+
+
+def test_find_covisible__nothing_behind_the_camera():
+    view = look_at_floor(torch.eye(3), [0.0, 0.0, 3.0])
+    behind = DepthView(view.depth, K, torch.cat([turn("y", 180), torch.tensor([[0.0], [0.0], [3.0]])], dim=1))
+    assert len(find_covisible(view, behind, create_grid_points(WIDTH, HEIGHT, (6, 8)))) == 0
+
+
+def test_angles__rotation_of_cameras_and_parallax_at_the_point():
+    # Both cameras look straight down and stand 1 apart on each side of the point below the middle.
+    left, right = look_at_floor(torch.eye(3), [-1.0, 0.0, 3.0]), look_at_floor(torch.eye(3), [1.0, 0.0, 3.0])
+    point = torch.tensor([[30.0 + 50.0 / 3.0, 21.0]])
+    parallax = find_covisible(left, right, point, angle_kind="parallax")
+    assert parallax.angles[0].item() == pytest.approx(2 * math.degrees(math.atan(1 / 3)), abs=0.3)
+    assert find_covisible(left, right, point).angles[0].item() == 0.0
+    for degrees in (0.01, 14.0, 90.0, 170.0):
+        first = torch.cat([turn("x", 33), torch.zeros(3, 1)], dim=1)
+        second = torch.cat([turn("x", 33) @ turn("z", degrees), torch.ones(3, 1)], dim=1)
+        assert measure_rotation(first, second).item() == pytest.approx(degrees, rel=1e-2)
+
+
+def test_sample_tokens__returns_tokens_at_their_centres_and_means_between():
+    tokens = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))
+    centres = create_grid_points(64, 48, (3, 4))
+    torch.testing.assert_close(sample_tokens(tokens, centres, 64, 48), tokens.reshape(12, 5), rtol=1e-4, atol=1e-5)
+    between = sample_tokens(tokens, torch.tensor([[16.0, 8.0], [8.0, 16.0], [0.5, 0.5]]), 64, 48)
+    torch.testing.assert_close(between[0], (tokens[0, 0] + tokens[0, 1]) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(between[1], (tokens[0, 0] + tokens[1, 0]) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(between[2], tokens[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_find_nearest__equals_a_loop():
+    generator = torch.Generator().manual_seed(2)
+    queries, candidates = torch.randn(7, 3, generator=generator), torch.randn(9, 3, generator=generator)
+    expected = []
+    for query in queries.numpy():
+        cosines = [query @ c / np.linalg.norm(query) / np.linalg.norm(c) for c in candidates.numpy()]
+        expected.append(int(np.argmax(cosines)))
+    assert find_nearest(queries, candidates, chunk_size=2).tolist() == expected
+
+
+def test_matching_errors__one_hot_tokens_find_their_shifted_place():
+    tokens = torch.eye(12).reshape(3, 4, 12)
+    # In the other image everything lies one token (16 pixels) further left.
+    shifted = tokens.roll(-1, dims=1)
+    points = create_grid_points(64, 48, (3, 4)).reshape(3, 4, 2)[:, 1:].reshape(-1, 2)
+    truth = points - torch.tensor([16.0, 0.0])
+    covisible = CovisiblePoints(points, truth, torch.zeros(9))
+    errors = measure_matching_errors(tokens, shifted, covisible, (64, 48), (64, 48))
+    torch.testing.assert_close(errors, torch.zeros(9))
+    moved = CovisiblePoints(points, truth + torch.tensor([3.0, 4.0]), torch.zeros(9))
+    errors = measure_matching_errors(tokens, shifted, moved, (64, 48), (64, 48))
+    torch.testing.assert_close(errors, torch.full((9,), 5.0))
+    # On a finer grid the candidates stand 4 pixels apart, none nearer than this to a token's centre. At the border
+    # features are constant for half a token, so only inner tokens (truth in row 1, columns 1 and 2) are that exact.
+    fine = measure_matching_errors(tokens, shifted, covisible, (64, 48), (64, 48), grid=(12, 16))
+    torch.testing.assert_close(fine[4:6], torch.full((2,), math.hypot(2, 2)))
+    assert (fine <= math.hypot(6, 6) + 1e-4).all()
+
+
+def test_draw_points__is_seeded_and_bounded():
+    points = torch.arange(20.0).reshape(10, 2)
+    covisible = CovisiblePoints(points, points, torch.zeros(10))
+    drawn = draw_points(covisible, 4, 0, 1, 2)
+    assert len(drawn) == 4 and torch.equal(drawn.points, draw_points(covisible, 4, 0, 1, 2).points)
+    assert len(set(drawn.points[:, 0].tolist())) == 4
+    assert draw_points(covisible, 10, 0) is covisible

@@ -1,0 +1,99 @@
+"""Pictures, clusters and similarity maps, looked at pixel by pixel."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fit3d_ns.analysis.kmeans import apply_kmeans, fit_kmeans, map_clusters_to_colours
+from fit3d_ns.analysis.pca import apply_pca, fit_pca, map_to_colours
+from fit3d_ns.analysis.pictures import PanelConfig, compose_panel, draw_pca, save_picture, upscale
+from fit3d_ns.analysis.similarity import compute_similarity, map_similarity_to_colours, pick_token
+
+
+def fill(height, width, *rgb):
+    return torch.tensor(rgb).expand(height, width, 3).contiguous()
+
+
+def test_upscale__nearest_shows_each_token_where_its_patch_is():
+    tokens = torch.arange(6.0).reshape(2, 3, 1)
+    expected = np.kron(tokens[..., 0].numpy(), np.ones((4, 4)))
+    np.testing.assert_array_equal(upscale(tokens, (8, 12))[..., 0], expected)
+    smooth = upscale(tokens, (8, 12), "bilinear")
+    # Between the centres of two tokens a bilinear picture passes through their mean.
+    assert smooth[0, 3:5].mean() == pytest.approx(0.5)
+
+
+def test_compose_panel__puts_every_image_where_it_belongs(tmp_path):
+    red, green, blue = fill(5, 7, 1.0, 0.0, 0.0), fill(3, 4, 0.0, 1.0, 0.0), fill(6, 7, 0.0, 0.0, 1.0)
+    config = PanelConfig(gap=2, label_height=12)
+    panel = np.array(compose_panel([[red, green], [blue, None]], ["a", "b"], ["first", "second"], config))
+    assert panel.shape == (2 + 12 + 12 + 5 + 2 + 12 + 6 + 2, 2 + 7 + 2 + 4 + 2, 3)
+    top = 2 + 12 + 12
+    assert (panel[top : top + 5, 2:9] == [255, 0, 0]).all()
+    assert (panel[top : top + 3, 11:15] == [0, 255, 0]).all()
+    assert (panel[top + 5 + 2 + 12 : top + 5 + 2 + 12 + 6, 2:9] == [0, 0, 255]).all()
+    assert (panel[top + 3 : top + 5, 11:15] == 255).all()
+    assert (panel[2:14, 2:9] < 128).any(), "the label must have left ink"
+    save_picture(compose_panel([[red]]), tmp_path / "new" / "panel.png")
+    assert Image.open(tmp_path / "new" / "panel.png").size == (19, 17)
+
+
+def test_compose_panel__errors():
+    with pytest.raises(ValueError, match="No image"):
+        compose_panel([[None]])
+    with pytest.raises(ValueError, match="1 column and 0 row labels for 2 columns"):
+        compose_panel([[fill(2, 2, 0.0, 0.0, 0.0)] * 2], ["only one"])
+
+
+def test_save_picture__rounds_and_keeps_values(tmp_path):
+    image = torch.tensor([[[0.0, 0.5, 1.0], [float("nan"), -1.0, 2.0]]])
+    save_picture(image, tmp_path / "image.png")
+    assert np.array(Image.open(tmp_path / "image.png")).tolist() == [[[0, 128, 255], [0, 0, 255]]]
+
+
+def test_draw_pca__colours_are_those_of_the_basis():
+    tokens = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    basis = fit_pca(tokens, 5)
+    picture = draw_pca(tokens, basis, (6, 8))
+    expected = map_to_colours(apply_pca(tokens, basis), basis)
+    torch.testing.assert_close(picture[::2, ::2], expected)
+    torch.testing.assert_close(picture[1::2, 1::2], expected)
+
+
+def test_kmeans__finds_directions_whatever_their_length():
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.eye(3, 8)
+    labels = torch.tensor([0] * 30 + [1] * 20 + [2] * 10)
+    lengths = 1 + 9 * torch.rand(60, 1, generator=generator)
+    features = lengths * (directions[labels] + 0.02 * torch.randn(60, 8, generator=generator))
+    clusters = fit_kmeans(features, 3, centre=False)
+    # Clusters are numbered by size, so labels come back as they were made.
+    assert torch.equal(apply_kmeans(features, clusters), labels)
+    torch.testing.assert_close(clusters.centres, directions, atol=0.05, rtol=0.0)
+    assert apply_kmeans(features.reshape(6, 10, 8), clusters).shape == (6, 10)
+    assert map_clusters_to_colours(labels, 3).unique(dim=0).shape[0] == 3
+    with pytest.raises(ValueError, match="9 clusters of 4 features"):
+        fit_kmeans(features[:4], 9)
+
+
+def test_kmeans__centring_removes_what_all_share():
+    features = torch.tensor([[100.0, 1.0], [100.0, 2.0], [100.0, -1.0], [100.0, -2.0]])
+    labels = apply_kmeans(features, fit_kmeans(features, 2))
+    assert labels[0] == labels[1] != labels[2] == labels[3]
+
+
+def test_similarity__is_the_cosine_to_the_picked_token():
+    tokens = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    query = pick_token(tokens, (29.9, 16.0), 30, 20)
+    assert torch.equal(query, tokens[1, 2])
+    similarity = compute_similarity(tokens, query)
+    assert similarity[1, 2] == pytest.approx(1.0)
+    expected = np.dot(tokens[0, 1], query) / np.linalg.norm(tokens[0, 1]) / np.linalg.norm(query)
+    assert similarity[0, 1].item() == pytest.approx(float(expected), rel=1e-5)
+    shifted = compute_similarity(tokens + 5.0, query + 5.0, mean=torch.full((4,), 5.0))
+    torch.testing.assert_close(shifted, similarity, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="lies outside the 30x20 image"):
+        pick_token(tokens, (30.0, 5.0), 30, 20)
+    colours = map_similarity_to_colours(torch.tensor([-1.0, 0.0, 1.0]))
+    assert colours.tolist() == [[0.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
