@@ -8,7 +8,7 @@ from fit3d_ns.lifting.leave_one_out import compute_leave_one_out
 from fit3d_ns.lifting.losses import FeatureLoss, FeatureLossConfig, compute_masked_l1
 from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.solver import solve_features
-from fit3d_ns.lifting.token_basis import TokenBasis, TokenStatistics, fit_token_basis, merge_statistics
+from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators
 
 __all__ = [
     "DecoderStatistics",
@@ -19,13 +19,11 @@ __all__ = [
     "LiftGaussians",
     "LiftResult",
     "LiftView",
-    "TokenBasis",
-    "TokenStatistics",
     "compute_leave_one_out",
     "compute_masked_l1",
     "evaluate_features",
     "fit_decoder",
     "fit_token_basis",
-    "merge_statistics",
+    "merge_accumulators",
     "solve_features",
 ]

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
-from fit3d_ns.lifting.token_basis import TokenBasis
+from fit3d_ns.lifting.token_basis import project_tokens
 from fit3d_ns.lifting.token_grid import average_over_cells, spread_tokens
 from fit3d_ns.rasterization import backproject_features, project, rasterize_features
 
@@ -81,7 +82,7 @@ class ViewBlender:
             self._kept[index] = prepared
         return prepared
 
-    def backproject_targets(self, index: int, basis: TokenBasis) -> ViewSums:
+    def backproject_targets(self, index: int, basis: PcaBasis) -> ViewSums:
         """The view's part of the weighted sum."""
         return backproject_targets(self.prepare(index), basis, self.config)
 
@@ -133,7 +134,7 @@ def compute_weights(view: PreparedView, config: LiftConfig) -> Float[Tensor, "he
 
 
 @torch.no_grad()
-def backproject_targets(view: PreparedView, basis: TokenBasis, config: LiftConfig) -> ViewSums:
+def backproject_targets(view: PreparedView, basis: PcaBasis, config: LiftConfig) -> ViewSums:
     """One view's part of the weighted sum: a single adjoint pass, weights riding along as one more channel."""
     height, width = view.alphas.shape
     weights = compute_weights(view, config)[..., None]
@@ -142,10 +143,10 @@ def backproject_targets(view: PreparedView, basis: TokenBasis, config: LiftConfi
     return ViewSums(numerator=sums[:, :-1], denominator=sums[:, -1], blend_weight=blend_weight)
 
 
-def compute_targets(view: PreparedView, basis: TokenBasis, config: LiftConfig) -> Float[Tensor, "height width dim"]:
+def compute_targets(view: PreparedView, basis: PcaBasis, config: LiftConfig) -> Float[Tensor, "height width dim"]:
     """t: the low-dimensional value each pixel should show."""
     height, width = view.alphas.shape
-    return spread_tokens(basis.project(view.tokens), width, height, config.token_to_pixel)
+    return spread_tokens(project_tokens(view.tokens, basis), width, height, config.token_to_pixel)
 
 
 def _collect_tensors(value: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.lifting.token_basis import TokenBasis
+from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.scene.feature_decoder import NUM_TAPS, FeatureDecoder
 
 # Neighbouring pixels are nearly collinear, and the sums carry float32 rounding: below this the fit is not definite.
@@ -69,7 +69,7 @@ class DecoderStatistics:
 
 
 def fit_decoder(
-    statistics: DecoderStatistics | Sequence[DecoderStatistics], basis: TokenBasis, ridge: float
+    statistics: DecoderStatistics | Sequence[DecoderStatistics], basis: PcaBasis, ridge: float
 ) -> FeatureDecoder:
     """The decoder of least squared error, pulled towards the PCA decoder.
 
@@ -90,11 +90,12 @@ def fit_decoder(
             raise ValueError("The scenes' decoder statistics differ in size; lift them on one shared basis.")
         total = total.merge(other)
     num_inputs, embed_dim = total.products.shape
-    num_weights = NUM_TAPS * basis.feature_dim
-    if embed_dim != basis.embed_dim or num_inputs not in (num_weights, num_weights + 1):
+    feature_dim, basis_width = basis.components.shape
+    num_weights = NUM_TAPS * feature_dim
+    if embed_dim != basis_width or num_inputs not in (num_weights, num_weights + 1):
         raise ValueError(
             f"Decoder statistics of {num_inputs} inputs and width {embed_dim} do not belong to a basis of "
-            f"{basis.feature_dim} dimensions and width {basis.embed_dim}."
+            f"{feature_dim} dimensions and width {basis_width}."
         )
     has_bias = num_inputs == num_weights + 1
     start = _create_pca_matrix(basis, num_inputs).to(total.products)
@@ -112,13 +113,13 @@ def fit_decoder(
     return FeatureDecoder.from_matrix(solution[:num_weights].float(), bias)
 
 
-def create_pca_decoder(basis: TokenBasis, *, bias: bool) -> FeatureDecoder:
+def create_pca_decoder(basis: PcaBasis, *, bias: bool) -> FeatureDecoder:
     """The decoder that reads the basis back: centre tap = components, bias = mean."""
     decoder = FeatureDecoder.from_pca(basis.components, basis.mean)
     return decoder if bias else FeatureDecoder.from_weights(decoder.weight, None)
 
 
-def _create_pca_matrix(basis: TokenBasis, num_inputs: int) -> Float[Tensor, "inputs embed"]:
+def _create_pca_matrix(basis: PcaBasis, num_inputs: int) -> Float[Tensor, "inputs embed"]:
     matrix = create_pca_decoder(basis, bias=False).matrix.detach()
     has_bias = num_inputs == matrix.shape[0] + 1
     return torch.cat([matrix, basis.mean[None]]) if has_bias else matrix

@@ -41,9 +41,9 @@ class LiftGaussians:
         return self.means.shape[0]
 
     def find_valid(self) -> Bool[Tensor, " num_gaussians"]:
-        """False where any number of a Gaussian is NaN or infinite."""
+        """False where any number of a Gaussian is NaN or infinite, or its quaternion is zero."""
         columns = torch.cat([self.means, self.quats, self.scales, self.opacities[:, None]], dim=-1)
-        return torch.isfinite(columns).all(dim=-1)
+        return torch.isfinite(columns).all(dim=-1) & (self.quats.norm(dim=-1) > 1e-12)
 
     def select(self, keep: Bool[Tensor, " num_gaussians"]) -> "LiftGaussians":
         """The Gaussians where `keep` is True, detached, in the same order."""

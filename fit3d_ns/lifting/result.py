@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics
-from fit3d_ns.lifting.token_basis import TokenBasis
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 
 
@@ -19,7 +19,7 @@ class LiftResult:
     """Solved features, float32."""
     decoder: FeatureDecoder
     """From rendered features to tokens."""
-    basis: TokenBasis
+    basis: PcaBasis
     """Space of the features; the decoder's start."""
     config: LiftConfig
     """What was asked for; `token_reading` belongs into the scene file."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
 from fit3d_ns.lifting.blending import ViewBlender, compute_weights
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
@@ -24,7 +25,7 @@ from fit3d_ns.lifting.polish import polish_features
 from fit3d_ns.lifting.reduction import select_share
 from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.state import LiftState, compute_identity, load_state
-from fit3d_ns.lifting.token_basis import TokenBasis, TokenStatistics, fit_token_basis
+from fit3d_ns.lifting.token_basis import fit_token_basis
 from fit3d_ns.lifting.token_grid import sum_over_cells
 from fit3d_ns.lifting.view_passes import Progress, ViewPasses
 from fit3d_ns.rasterization import rasterize_features
@@ -38,7 +39,7 @@ def solve_features(
     views: Sequence[LiftView],
     config: LiftConfig | None = None,
     *,
-    basis: TokenBasis | None = None,
+    basis: PcaBasis | None = None,
     initial: Float[Tensor, "num_gaussians dim"] | None = None,
     backbone: str = "",
     state_path: Path | None = None,
@@ -110,7 +111,7 @@ class _Lift:
 
     def run(
         self,
-        basis: TokenBasis | None,
+        basis: PcaBasis | None,
         initial: Float[Tensor, "num_gaussians dim"] | None,
         is_valid: Bool[Tensor, " num_all"],
         deadline: float | None,
@@ -135,9 +136,11 @@ class _Lift:
                 features = polish_features(features, decoder, self.blender, self.config, self.passes.group)
         return self._assemble(features, decoder, basis, statistics, is_valid)
 
-    def _fit_basis(self) -> TokenBasis:
+    def _fit_basis(self) -> PcaBasis:
         tensors, views = self._tensors, self.blender.views
-        empty = TokenStatistics.create(self.embed_dim, self.device)
+
+        def sums() -> PcaAccumulator:
+            return _create_accumulator(tensors["token_weight"], tensors["token_first"], tensors["token_second"])
 
         def add(index: int) -> None:
             tokens = views[index].read_tokens(self.device)
@@ -145,18 +148,18 @@ class _Lift:
             mask = views[index].read_mask(self.device)[..., None]
             grid = (tokens.shape[0], tokens.shape[1])
             covered = sum_over_cells(mask, grid) / sum_over_cells(torch.ones_like(mask), grid).clamp(min=1.0)
-            sums = TokenStatistics(tensors["token_weight"], tensors["token_first"], tensors["token_second"])
-            sums.add(tokens, covered[..., 0])
+            sums().add(tokens, covered[..., 0])
 
-        self.passes.run(
-            "basis",
-            {"token_weight": empty.weight, "token_first": empty.first, "token_second": empty.second},
-            add,
-        )
-        statistics = TokenStatistics(tensors["token_weight"], tensors["token_first"], tensors["token_second"])
-        return fit_token_basis(statistics, self.config.feature_dim, centred=self.config.decoder_bias)
+        empty = PcaAccumulator(self.embed_dim, self.device)
+        new = {
+            "token_weight": empty.sum_weights,
+            "token_first": empty.sum_features,
+            "token_second": empty.sum_products,
+        }
+        self.passes.run("basis", new, add)
+        return fit_token_basis(sums(), self.config.feature_dim, centred=self.config.decoder_bias)
 
-    def _accumulate_weighted_sum(self, basis: TokenBasis) -> None:
+    def _accumulate_weighted_sum(self, basis: PcaBasis) -> None:
         tensors = self._tensors
         zeros = self.blender.gaussians.means.new_zeros(len(self.blender.gaussians))
 
@@ -211,7 +214,7 @@ class _Lift:
         self,
         features: Float[Tensor, "num_gaussians dim"],
         decoder: FeatureDecoder,
-        basis: TokenBasis,
+        basis: PcaBasis,
         statistics: DecoderStatistics,
         is_valid: Bool[Tensor, " num_all"],
     ) -> LiftResult:
@@ -252,11 +255,18 @@ class _Lift:
             )
 
 
+def _create_accumulator(weight: Tensor, first: Tensor, second: Tensor) -> PcaAccumulator:
+    """An accumulator on existing sums, which it adds to in place."""
+    accumulator = PcaAccumulator(first.shape[0], first.device)
+    accumulator.sum_weights, accumulator.sum_features, accumulator.sum_products = weight, first, second
+    return accumulator
+
+
 def _check_sizes(
     gaussians: LiftGaussians,
     views: Sequence[LiftView],
     config: LiftConfig,
-    basis: TokenBasis | None,
+    basis: PcaBasis | None,
     initial: Float[Tensor, "num_gaussians dim"] | None,
     group: dist.ProcessGroup | None,
 ) -> int:
@@ -271,10 +281,11 @@ def _check_sizes(
         raise ValueError(
             f"feature_dim {config.feature_dim} exceeds the tokens' width {embed_dim}; choose at most that."
         )
-    if basis is not None and (basis.embed_dim != embed_dim or basis.feature_dim != config.feature_dim):
+    if basis is not None and basis.components.shape != (config.feature_dim, embed_dim):
+        dim, width = basis.components.shape
         raise ValueError(
-            f"The basis has {basis.feature_dim} dimensions for tokens of width {basis.embed_dim}, this lift needs "
-            f"{config.feature_dim} for width {embed_dim}; use a basis of the same backbone and feature_dim."
+            f"The basis has {dim} dimensions for tokens of width {width}, this lift needs {config.feature_dim} for "
+            f"width {embed_dim}; use a basis of the same backbone and feature_dim."
         )
     if initial is not None and basis is None:
         raise ValueError("Features to start from mean nothing without their basis; give `basis` with `initial`.")

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
-from fit3d_ns.lifting.token_basis import TokenBasis
 from fit3d_ns.utils.files import hash_bytes, write_atomically
 
 _FORMAT = "fit3d-lift-state-1"
@@ -99,7 +99,7 @@ def compute_identity(
     views: list[LiftView],
     config: LiftConfig,
     backbone: str,
-    basis: TokenBasis | None,
+    basis: PcaBasis | None,
     initial: Float[Tensor, "num_gaussians dim"] | None,
 ) -> dict[str, str]:
     """What the sums of a lift depend on, by the word an error message uses for it."""

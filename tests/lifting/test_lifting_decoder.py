@@ -3,17 +3,25 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
 from fit3d_ns.lifting import DecoderStatistics, LiftConfig, fit_decoder, solve_features
 from fit3d_ns.lifting.decoder_fit import create_pca_decoder
-from fit3d_ns.lifting.token_basis import TokenBasis, TokenStatistics, fit_token_basis, merge_statistics
+from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators, project_tokens
 from fit3d_ns.scene.token_reading import create_token_reader
 
 WIDTH, HEIGHT, GRID = 30, 24, (8, 10)
 
 
-def create_basis(dim: int = 2, embed: int = 5) -> TokenBasis:
+def create_basis(dim: int = 2, embed: int = 5) -> PcaBasis:
     orthonormal = np.linalg.qr(np.random.default_rng(0).normal(size=(embed, embed)))[0]
-    return TokenBasis(torch.arange(float(embed)), torch.from_numpy(orthonormal[:dim]).float())
+    return PcaBasis(
+        mean=torch.arange(float(embed)),
+        components=torch.from_numpy(orthonormal[:dim]).float(),
+        explained_variance=torch.ones(dim),
+        total_variance=float(embed),
+        colour_low=torch.zeros(3),
+        colour_high=torch.ones(3),
+    )
 
 
 def add_view(statistics: DecoderStatistics, seed: int, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -111,17 +119,17 @@ def test_fit_token_basis__equals_svd_of_weighted_tokens():
     tokens, weights = random.normal(size=(40, 6)) * np.arange(1, 7) + 3.0, random.random(40)
     halves = []
     for part in (slice(0, 25), slice(25, 40)):
-        statistics = TokenStatistics.create(6)
+        statistics = PcaAccumulator(6)
         statistics.add(torch.from_numpy(tokens[part]).float(), torch.from_numpy(weights[part]).float())
         halves.append(statistics)
-    basis = fit_token_basis(merge_statistics(halves), 2)
+    basis = fit_token_basis(merge_accumulators(halves), 2)
     mean = (tokens * weights[:, None]).sum(axis=0) / weights.sum()
     _, singular, directions = np.linalg.svd((tokens - mean) * np.sqrt(weights)[:, None])
     np.testing.assert_allclose(basis.mean, mean, rtol=1e-5)
     np.testing.assert_allclose(np.abs(basis.components @ directions[:2].T), np.eye(2), atol=1e-4)
-    np.testing.assert_allclose(basis.variance_kept, (singular[:2] ** 2).sum() / (singular**2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(basis.explained_share, (singular[:2] ** 2).sum() / (singular**2).sum(), rtol=1e-5)
     assert all(row[row.abs().argmax()] > 0 for row in basis.components)
-    uncentred = fit_token_basis(merge_statistics(halves), 2, centred=False)
+    uncentred = fit_token_basis(merge_accumulators(halves), 2, centred=False)
     directions = np.linalg.svd(tokens * np.sqrt(weights)[:, None])[2]
     np.testing.assert_allclose(np.abs(uncentred.components @ directions[:2].T), np.eye(2), atol=1e-4)
     assert not uncentred.mean.any()
@@ -129,8 +137,8 @@ def test_fit_token_basis__equals_svd_of_weighted_tokens():
 
 def test_token_basis__says_what_does_not_fit():
     with pytest.raises(ValueError, match="tokens of width 5, these have 7"):
-        create_basis().project(torch.zeros(3, 7))
+        project_tokens(torch.zeros(3, 7), create_basis())
     with pytest.raises(ValueError, match="No token lies under a valid mask"):
-        fit_token_basis(TokenStatistics.create(4), 2)
-    with pytest.raises(ValueError, match="widths 4 and 5"):
-        merge_statistics([TokenStatistics.create(4), TokenStatistics.create(5)])
+        fit_token_basis(PcaAccumulator(4), 2)
+    with pytest.raises(ValueError, match=r"widths \[4, 5\]"):
+        merge_accumulators([PcaAccumulator(4), PcaAccumulator(5)])

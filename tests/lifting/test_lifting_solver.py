@@ -5,7 +5,8 @@ import pytest
 import torch
 from lifting_scene import EMBED_DIM, GRID, HEIGHT, WIDTH, compute_dense_blending, create_gaussians, create_views
 
-from fit3d_ns.lifting import FeatureLoss, FeatureLossConfig, LiftConfig, TokenBasis, solve_features
+from fit3d_ns.analysis.pca import fit_pca
+from fit3d_ns.lifting import FeatureLoss, FeatureLossConfig, LiftConfig, solve_features
 
 EXACT = LiftConfig(feature_dim=3, max_passes=60, tolerance=1e-6, steps_per_true_residual=20)
 
@@ -184,7 +185,9 @@ def test_solve_features__refuses_what_cannot_be_lifted(gaussians, views):
     with pytest.raises(ValueError, match="mask of view 'frame_0.png' is 7x9 pixels"):
         solve_features(gaussians, [replace(views[0], load_mask=lambda: torch.ones(9, 7))], EXACT)
     with pytest.raises(ValueError, match="basis has 3 dimensions for tokens of width 5"):
-        solve_features(gaussians, views, EXACT, basis=TokenBasis(torch.zeros(5), torch.eye(5)[:3]))
+        solve_features(
+            gaussians, views, EXACT, basis=fit_pca(torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), 3)
+        )
     with pytest.raises(ValueError, match=f"exceeds the tokens' width {EMBED_DIM}"):
         solve_features(gaussians, views, LiftConfig(feature_dim=64))
     with pytest.raises(ValueError, match="without their basis"):
