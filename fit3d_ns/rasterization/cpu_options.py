@@ -1,9 +1,17 @@
 """How the kernels of the CPU backend are compiled: one decorator for all of them."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from numba import njit
 
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
-"""No bounds checks, no interpreter lock, division by zero gives infinity; kept on disk after the first use.
 
-Products and sums may be fused, but never reordered, so that results do not depend on how a loop was compiled.
-"""
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compiles a kernel: no bounds checks, no interpreter lock, division by zero gives infinity; kept on disk.
+
+    Products and sums may be fused, but never reordered, so that results do not depend on how a loop was compiled.
+    Type checkers that wrap every function at import are unwrapped: numba can only compile the function itself.
+    """
+    options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+    return njit(**options)(inspect.unwrap(function))
