@@ -25,7 +25,7 @@ class CpuTiles:
     """What the kernels need of the tile lists, as NumPy arrays."""
 
     layout: tuple[int, ...]
-    """Bands per camera, tile rows per band, tile columns and rows, image width and height: the kernels' first arguments."""
+    """Bands per camera, tile rows per band, tile columns, tile rows, image width, image height."""
     tile_ends: np.ndarray
     """int64 [C*tiles]: where each tile's entries end; they begin where those of the tile before it end."""
     flatten_ids: np.ndarray
@@ -102,10 +102,13 @@ def build_geometry(
         order, count, num_gaussians, depth_bits, tile_spans, width, height, band_rows, tile_ends, slot_starts,
         flatten_ids, isect_ids, slots, np.empty_like(tile_ends),
     )  # fmt: skip
-    block_masks = np.empty(num_entries, np.uint16)
+    block_masks, reach = np.empty(num_entries, np.uint16), np.empty((total, 6))
+    run_tasks(
+        cpu_tiles.measure_reach, _num_tasks(total, cpu_tiles.CHUNK), *_flats(conics, opacities), tiles_per_gauss, reach
+    )
     run_tasks(
         cpu_tiles.mark_blocks, num_cameras * height, width, height, tile_ends, flatten_ids,
-        _flat(means2d), _flat(conics), _flat(opacities), block_masks,
+        _flat(means2d), reach, block_masks,
     )  # fmt: skip
     layout = (-(-height // band_rows), band_rows, width, height, settings.width, settings.height)
     starts = np.concatenate([[0], tile_ends[:-1]]).astype(np.int32)
@@ -281,15 +284,15 @@ class _FeatureBlending(torch.autograd.Function):
         tiles: CpuTiles = geometry.extra
         channels, stride = features.shape[1], _padded(features.shape[1])
         pixel_rows, num_rows = _pixel_rows(geometry.settings, indices)
-        output = features.new_empty(geometry.num_cameras, num_rows, stride)
+        output = features.new_empty(geometry.num_cameras, num_rows, channels)
         run_tasks(
             cpu_features.blend_features, tiles.num_tasks, *tiles.layout, tiles.tile_ends, tiles.flatten_ids,
             tiles.block_masks, *_flats(geometry.means2d, geometry.conics, geometry.opacities),
-            _flat(_pad_channels(features.detach())), geometry.num_gaussians, stride, pixel_rows, num_rows,
+            _flat(_pad_channels(features.detach())), geometry.num_gaussians, stride, channels, pixel_rows, num_rows,
             _flat(output),
         )  # fmt: skip
         ctx.geometry, ctx.indices = geometry, indices
-        return output if stride == channels else output[..., :channels].contiguous()
+        return output
 
     @staticmethod
     @once_differentiable

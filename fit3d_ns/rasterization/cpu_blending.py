@@ -23,6 +23,7 @@ from fit3d_ns.rasterization.cpu_vectors import (
     broadcast,
     load,
     select,
+    spread,
     store,
 )
 from fit3d_ns.rasterization.cpu_weights import (
@@ -79,10 +80,10 @@ def blend(
                 blue, more = broadcast(np.float32(0.0)), broadcast(np.float32(0.0))
                 for j in range(num_hits):
                     c, weight = hits[j] * padded + channel, load(weights, j * NUM_LANES)
-                    red = red + weight * tile_colors[c]
-                    green = green + weight * tile_colors[c + 1]
-                    blue = blue + weight * tile_colors[c + 2]
-                    more = more + weight * tile_colors[c + 3]
+                    red = red + weight * spread(tile_colors, c)
+                    green = green + weight * spread(tile_colors, c + 1)
+                    blue = blue + weight * spread(tile_colors, c + 2)
+                    more = more + weight * spread(tile_colors, c + 3)
                 store(sums, channel * NUM_LANES, red)
                 store(sums, (channel + 1) * NUM_LANES, green)
                 store(sums, (channel + 2) * NUM_LANES, blue)
@@ -175,15 +176,15 @@ def _add_block(
             c, at = i * padded + channel, channel * NUM_LANES
             v_red, v_green = load(gradients, at), load(gradients, at + NUM_LANES)
             v_blue, v_more = load(gradients, at + 2 * NUM_LANES), load(gradients, at + 3 * NUM_LANES)
-            q = q + v_red * tile_colors[c] + v_green * tile_colors[c + 1]
-            q = q + v_blue * tile_colors[c + 2] + v_more * tile_colors[c + 3]
+            q = q + v_red * spread(tile_colors, c) + v_green * spread(tile_colors, c + 1)
+            q = q + v_blue * spread(tile_colors, c + 2) + v_more * spread(tile_colors, c + 3)
             add_sums(
                 tile_sums, row + MOMENTS + channel, (weight * v_red, weight * v_green, weight * v_blue, weight * v_more)
             )
         v_alpha = load(befores, j * NUM_LANES) * q - behind / (one - alpha)
         behind = behind + weight * q
         h = select(alpha < _MAX_ALPHA, alpha * v_alpha, zero)
-        dx, dy = broadcast(params[p]) - columns, broadcast(params[p + 1]) - rows
+        dx, dy = spread(params, p) - columns, spread(params, p + 1) - rows
         h_dx, h_dy = h * dx, h * dy
         abs_x, abs_y = zero, zero
         if absgrad:

@@ -4,15 +4,15 @@ Per block of 4x4 pixels and list of n Gaussians with weights W [n, 16]: forward 
 `UNROLL` = 4 rows of the result and 32 channels at a time, so that the running sums are eight registers. Channels are
 padded to a multiple of 16 (`stride`); the tail of 16 has a loop of its own.
 
-`pixel_rows` [H*W] says in which row of the output, or of the maps, each pixel is: -1 for pixels that nobody reads, which
-cost nothing.
+`pixel_rows` [H*W] says in which row of the output, or of the maps, each pixel is: -1 for pixels that nobody reads,
+which cost nothing.
 """
 
 import numpy as np
 
 from fit3d_ns.rasterization.cpu_options import compiled
 from fit3d_ns.rasterization.cpu_tiles import BLOCKS_PER_TILE
-from fit3d_ns.rasterization.cpu_vectors import NUM_LANES, broadcast, load, store
+from fit3d_ns.rasterization.cpu_vectors import NUM_LANES, broadcast, load, spread, store
 from fit3d_ns.rasterization.cpu_weights import (
     PARAMS,
     UNROLL,
@@ -29,9 +29,9 @@ from fit3d_ns.rasterization.cpu_weights import (
 @compiled
 def blend_features(
     task, num_bands, band_rows, tile_width, tile_height, width, height, tile_ends, flatten_ids, block_masks,
-    means2d, conics, opacities, features, num_gaussians, stride, pixel_rows, num_rows, output,
+    means2d, conics, opacities, features, num_gaussians, stride, channels, pixel_rows, num_rows, output,
 ):  # fmt: skip
-    """Fills the rows of `output` [C*num_rows*stride] that lie in one band from `features` [N*stride]."""
+    """Fills the rows of `output` [C*num_rows*channels] that lie in one band, from `features` [N*stride]."""
     first, end = tile_range(task, num_bands, band_rows, tile_width, tile_height)
     longest = longest_tile(first, end, tile_ends)
     params, entries = np.empty(longest * PARAMS, np.float32), np.empty(longest, np.int64)
@@ -40,6 +40,7 @@ def blend_features(
     weights, unused = np.empty((longest + UNROLL) * NUM_LANES, np.float32), np.empty(0, np.float32)
     open_lanes, final = np.empty(NUM_LANES, np.float32), np.empty(NUM_LANES, np.float32)
     lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
+    sums = np.empty(NUM_LANES * stride, np.float32)
     for tile in range(first, end):
         camera, left, top = tile_corner(tile, tile_width, tile_height)
         n = -1
@@ -55,52 +56,45 @@ def blend_features(
             num_hits = weigh_block(
                 block, params, lists, counts, entries.size, open_lanes, hits, weights, unused, unused, final, False
             )
-            for j in range(num_hits):
+            for j in range(-(-num_hits // UNROLL) * UNROLL):
                 hits[j] = (flatten_ids[entries[hits[j]]] - camera * num_gaussians) * stride
-            for lane in range(num_lanes):
-                rows[lane] += camera * num_rows
-            for lane in range(0, num_lanes, UNROLL):
-                _blend_four_pixels(lane, num_lanes, lanes, rows, num_hits, hits, weights, features, stride, output)
+            sums[: num_lanes * stride] = 0.0
+            _blend_block(num_hits, hits, weights, num_lanes, lanes, features, stride, sums)
+            for k in range(num_lanes):
+                target = (camera * num_rows + rows[k]) * channels
+                output[target : target + channels] = sums[k * stride : k * stride + channels]
 
 
 @compiled
-def _blend_four_pixels(lane, num_lanes, lanes, rows, num_hits, hits, weights, features, stride, output):
-    """Rows of the result for up to four pixels; `hits` are offsets into `features`. Missing pixels repeat the last."""
-    last = num_lanes - 1
-    a, b, c, d = lanes[lane], lanes[min(lane + 1, last)], lanes[min(lane + 2, last)], lanes[min(lane + 3, last)]
-    row_a, row_b = rows[lane] * stride, rows[min(lane + 1, last)] * stride
-    row_c, row_d = rows[min(lane + 2, last)] * stride, rows[min(lane + 3, last)] * stride
-    zero = broadcast(np.float32(0.0))
-    channel = 0
-    while channel + 2 * NUM_LANES <= stride:
-        a0, a1, b0, b1, c0, c1, d0, d1 = zero, zero, zero, zero, zero, zero, zero, zero
-        for j in range(num_hits):
-            f0, f1 = load(features, hits[j] + channel), load(features, hits[j] + channel + NUM_LANES)
-            w = j * NUM_LANES
-            a0, a1 = a0 + f0 * weights[w + a], a1 + f1 * weights[w + a]
-            b0, b1 = b0 + f0 * weights[w + b], b1 + f1 * weights[w + b]
-            c0, c1 = c0 + f0 * weights[w + c], c1 + f1 * weights[w + c]
-            d0, d1 = d0 + f0 * weights[w + d], d1 + f1 * weights[w + d]
-        # Repeated pixels are written more than once, with the same numbers.
-        store(output, row_a + channel, a0)
-        store(output, row_a + channel + NUM_LANES, a1)
-        store(output, row_b + channel, b0)
-        store(output, row_b + channel + NUM_LANES, b1)
-        store(output, row_c + channel, c0)
-        store(output, row_c + channel + NUM_LANES, c1)
-        store(output, row_d + channel, d0)
-        store(output, row_d + channel + NUM_LANES, d1)
-        channel += 2 * NUM_LANES
-    if channel < stride:
-        a0, b0, c0, d0 = zero, zero, zero, zero
-        for j in range(num_hits):
-            f0, w = load(features, hits[j] + channel), j * NUM_LANES
-            a0, b0 = a0 + f0 * weights[w + a], b0 + f0 * weights[w + b]
-            c0, d0 = c0 + f0 * weights[w + c], d0 + f0 * weights[w + d]
-        store(output, row_a + channel, a0)
-        store(output, row_b + channel, b0)
-        store(output, row_c + channel, c0)
-        store(output, row_d + channel, d0)
+def _blend_block(num_hits, hits, weights, num_lanes, lanes, features, stride, sums):
+    """Adds the Gaussians to the pixels of a block, rows of `sums`, four at a time.
+
+    `hits` are offsets into `features`; the list was filled up with zero weights.
+    """
+    for j in range(0, num_hits, UNROLL):
+        a, b, c, d = j * NUM_LANES, (j + 1) * NUM_LANES, (j + 2) * NUM_LANES, (j + 3) * NUM_LANES
+        row_a, row_b, row_c, row_d = hits[j], hits[j + 1], hits[j + 2], hits[j + 3]
+        channel = 0
+        while channel + 2 * NUM_LANES <= stride:
+            a0, a1 = load(features, row_a + channel), load(features, row_a + channel + NUM_LANES)
+            b0, b1 = load(features, row_b + channel), load(features, row_b + channel + NUM_LANES)
+            c0, c1 = load(features, row_c + channel), load(features, row_c + channel + NUM_LANES)
+            d0, d1 = load(features, row_d + channel), load(features, row_d + channel + NUM_LANES)
+            for k in range(num_lanes):
+                lane, target = lanes[k], k * stride + channel
+                w_a, w_b = spread(weights, a + lane), spread(weights, b + lane)
+                w_c, w_d = spread(weights, c + lane), spread(weights, d + lane)
+                sum0, sum1 = load(sums, target), load(sums, target + NUM_LANES)
+                store(sums, target, sum0 + a0 * w_a + b0 * w_b + c0 * w_c + d0 * w_d)
+                store(sums, target + NUM_LANES, sum1 + a1 * w_a + b1 * w_b + c1 * w_c + d1 * w_d)
+            channel += 2 * NUM_LANES
+        if channel < stride:
+            a0, b0 = load(features, row_a + channel), load(features, row_b + channel)
+            c0, d0 = load(features, row_c + channel), load(features, row_d + channel)
+            for k in range(num_lanes):
+                lane, target = lanes[k], k * stride + channel
+                total = load(sums, target) + a0 * spread(weights, a + lane) + b0 * spread(weights, b + lane)
+                store(sums, target, total + c0 * spread(weights, c + lane) + d0 * spread(weights, d + lane))
 
 
 @compiled
@@ -145,8 +139,7 @@ def backproject(
                 tile_weights[hits[j]] += total
             for lane in range(num_lanes):
                 rows[lane] = (rows[lane] + camera * num_rows) * stride
-            for j in range(0, num_hits, UNROLL):
-                _backproject_to_four(j, hits, weights, num_lanes, lanes, rows, maps, stride, tile_sums)
+            _backproject_block(num_hits, hits, weights, num_lanes, lanes, rows, maps, stride, tile_sums)
         for i in range(n):
             slot = slots[entries[i]]
             weight_partials[slot] += tile_weights[i]
@@ -156,43 +149,41 @@ def backproject(
 
 
 @compiled
-def _backproject_to_four(j, hits, weights, num_lanes, lanes, rows, maps, stride, tile_sums):
-    """Adds to the rows of four Gaussians; `rows` are offsets into `maps`. The list was filled up with zero weights."""
-    a, b, c, d = j * NUM_LANES, (j + 1) * NUM_LANES, (j + 2) * NUM_LANES, (j + 3) * NUM_LANES
-    row_a, row_b = hits[j] * stride, hits[j + 1] * stride
-    row_c, row_d = hits[j + 2] * stride, hits[j + 3] * stride
-    zero = broadcast(np.float32(0.0))
-    channel = 0
-    while channel + 2 * NUM_LANES <= stride:
-        a0, a1, b0, b1, c0, c1, d0, d1 = zero, zero, zero, zero, zero, zero, zero, zero
-        for k in range(num_lanes):
-            g0, g1 = load(maps, rows[k] + channel), load(maps, rows[k] + channel + NUM_LANES)
-            lane = lanes[k]
-            a0, a1 = a0 + g0 * weights[a + lane], a1 + g1 * weights[a + lane]
-            b0, b1 = b0 + g0 * weights[b + lane], b1 + g1 * weights[b + lane]
-            c0, c1 = c0 + g0 * weights[c + lane], c1 + g1 * weights[c + lane]
-            d0, d1 = d0 + g0 * weights[d + lane], d1 + g1 * weights[d + lane]
-        _add_to_row(tile_sums, row_a + channel, a0, a1)
-        _add_to_row(tile_sums, row_b + channel, b0, b1)
-        _add_to_row(tile_sums, row_c + channel, c0, c1)
-        _add_to_row(tile_sums, row_d + channel, d0, d1)
-        channel += 2 * NUM_LANES
-    if channel < stride:
-        a0, b0, c0, d0 = zero, zero, zero, zero
-        for k in range(num_lanes):
-            g0, lane = load(maps, rows[k] + channel), lanes[k]
-            a0, b0 = a0 + g0 * weights[a + lane], b0 + g0 * weights[b + lane]
-            c0, d0 = c0 + g0 * weights[c + lane], d0 + g0 * weights[d + lane]
-        store(tile_sums, row_a + channel, load(tile_sums, row_a + channel) + a0)
-        store(tile_sums, row_b + channel, load(tile_sums, row_b + channel) + b0)
-        store(tile_sums, row_c + channel, load(tile_sums, row_c + channel) + c0)
-        store(tile_sums, row_d + channel, load(tile_sums, row_d + channel) + d0)
+def _backproject_block(num_hits, hits, weights, num_lanes, lanes, rows, maps, stride, tile_sums):
+    """Adds the pixels of a block to the rows of its Gaussians, four at a time.
 
-
-@compiled
-def _add_to_row(array, offset, first, second):
-    store(array, offset, load(array, offset) + first)
-    store(array, offset + NUM_LANES, load(array, offset + NUM_LANES) + second)
+    `rows` are offsets into `maps`; the list was filled up with zero weights.
+    """
+    for j in range(0, num_hits, UNROLL):
+        a, b, c, d = j * NUM_LANES, (j + 1) * NUM_LANES, (j + 2) * NUM_LANES, (j + 3) * NUM_LANES
+        row_a, row_b = hits[j] * stride, hits[j + 1] * stride
+        row_c, row_d = hits[j + 2] * stride, hits[j + 3] * stride
+        zero = broadcast(np.float32(0.0))
+        channel = 0
+        while channel + 2 * NUM_LANES <= stride:
+            a0, a1, b0, b1, c0, c1, d0, d1 = zero, zero, zero, zero, zero, zero, zero, zero
+            for k in range(num_lanes):
+                g0, g1 = load(maps, rows[k] + channel), load(maps, rows[k] + channel + NUM_LANES)
+                lane = lanes[k]
+                a0, a1 = a0 + g0 * spread(weights, a + lane), a1 + g1 * spread(weights, a + lane)
+                b0, b1 = b0 + g0 * spread(weights, b + lane), b1 + g1 * spread(weights, b + lane)
+                c0, c1 = c0 + g0 * spread(weights, c + lane), c1 + g1 * spread(weights, c + lane)
+                d0, d1 = d0 + g0 * spread(weights, d + lane), d1 + g1 * spread(weights, d + lane)
+            for row, sum0, sum1 in ((row_a, a0, a1), (row_b, b0, b1), (row_c, c0, c1), (row_d, d0, d1)):
+                target = row + channel
+                store(tile_sums, target, load(tile_sums, target) + sum0)
+                store(tile_sums, target + NUM_LANES, load(tile_sums, target + NUM_LANES) + sum1)
+            channel += 2 * NUM_LANES
+        if channel < stride:
+            a0, b0, c0, d0 = zero, zero, zero, zero
+            for k in range(num_lanes):
+                g0, lane = load(maps, rows[k] + channel), lanes[k]
+                a0, b0 = a0 + g0 * spread(weights, a + lane), b0 + g0 * spread(weights, b + lane)
+                c0, d0 = c0 + g0 * spread(weights, c + lane), d0 + g0 * spread(weights, d + lane)
+            store(tile_sums, row_a + channel, load(tile_sums, row_a + channel) + a0)
+            store(tile_sums, row_b + channel, load(tile_sums, row_b + channel) + b0)
+            store(tile_sums, row_c + channel, load(tile_sums, row_c + channel) + c0)
+            store(tile_sums, row_d + channel, load(tile_sums, row_d + channel) + d0)
 
 
 CHUNK = 256

@@ -1,6 +1,6 @@
 """Spherical harmonics on the CPU, forward and backward; `spherical_harmonics.py` is the definition.
 
-One task handles `CHUNK` Gaussians in all cameras. Coefficients are [V, N, K, 3] with V = 1 (shared by the cameras) or C.
+One task handles `CHUNK` Gaussians in all cameras. Coefficients are [V, N, K, 3], V = 1 (shared by the cameras) or C.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Tile lists on the CPU: counting, sorting and distributing, and which blocks of a tile each Gaussian can reach.
 
-A tile of 16x16 pixels holds 4x4 *blocks* of 4x4 pixels. For each entry of the tile lists a bit mask says in which blocks
-the Gaussian's alpha can be at least 1/255; there the ellipse sigma <= ln(255 opacity) crosses a pixel centre. The test is
+A tile of 16x16 pixels holds 4x4 *blocks* of 4x4 pixels. For each entry of the tile lists a mask says in which blocks
+the Gaussian's alpha can be at least 1/255; there the ellipse sigma <= ln(255 opacity) crosses it. The test is
 exact up to a margin on the safe side, it is done once, and all passes skip the other blocks.
 
 An entry also knows its *slot*: a row in which the sums of one Gaussian over one band of tile rows are kept. A band is
@@ -21,6 +21,8 @@ BLOCKS_PER_TILE = BLOCKS_PER_SIDE * BLOCKS_PER_SIDE
 MAX_BANDS = 32
 """Bands per camera; more give more tasks to share out, and more slots to add up."""
 ALL_BLOCKS = (1 << BLOCKS_PER_TILE) - 1
+CHUNK = 1024
+"""Gaussians per task of `measure_reach`."""
 REACH_MARGIN = 0.01
 """Added to the squared reach of the ellipse relatively, and to its extent in pixels, against rounding."""
 
@@ -77,7 +79,7 @@ def count_entries(radii, means2d, tile_width, tile_height, band_rows, tile_spans
 def order_by_depth(depths, tiles_per_gauss, order, keys, spare_order, spare_keys):
     """Indices of the Gaussians that enter a tile, nearest first and by index where depths are equal; returns how many.
 
-    `depths` are the bits of positive float32 numbers [C*N] as uint32, which have the order of the numbers: a radix sort.
+    A radix sort: `depths` [C*N] are the bits of positive float32 numbers as uint32, which are ordered like the numbers.
     """
     count = 0
     for index in range(depths.size):
@@ -139,51 +141,66 @@ def fill_entries(
 
 
 @compiled
-def mark_blocks(task, tile_width, tile_height, tile_ends, flatten_ids, means2d, conics, opacities, block_masks):
+def measure_reach(task, conics, opacities, tiles_per_gauss, reach):
+    """Fills `reach` [C*N, 6] of one chunk with what `_reached_blocks` needs of each Gaussian's ellipse.
+
+    The ellipse holds the points with xx dx^2 + 2 xy dx dy + yy dy^2 <= level = 2 ln(255 opacity): half its height, the
+    row of its rightmost point, xx level, the determinant, the slope -xy / xx of its middle line, and 1 / xx. The height
+    is -1 if there are no such points, and NaN if the conic is no ellipse in float32; then all blocks are reached.
+    """
+    for g in range(task * CHUNK, min((task + 1) * CHUNK, opacities.size)):
+        visible = 255.0 * np.float64(opacities[g])
+        if tiles_per_gauss[g] == 0 or not visible >= 1.0:
+            reach[g, 0] = -1.0
+            continue
+        xx, xy, yy = np.float64(conics[3 * g]), np.float64(conics[3 * g + 1]), np.float64(conics[3 * g + 2])
+        determinant = xx * yy - xy * xy
+        if not (determinant > 0.0 and xx > 0.0 and yy > 0.0):
+            reach[g, 0] = np.nan
+            continue
+        level = 2.0 * math.log(visible) * (1.0 + REACH_MARGIN) + REACH_MARGIN
+        reach[g, 0] = math.sqrt(level * xx / determinant)
+        reach[g, 1] = -xy / yy * math.sqrt(level * yy / determinant)
+        reach[g, 2], reach[g, 3] = xx * level, determinant
+        reach[g, 4], reach[g, 5] = -xy / xx, 1.0 / xx
+
+
+@compiled
+def mark_blocks(task, tile_width, tile_height, tile_ends, flatten_ids, means2d, reach, block_masks):
     """Fills the block masks of one row of tiles; `task` counts the tile rows of all cameras."""
     row = task % tile_height
     for column in range(tile_width):
         tile = task * tile_width + column
         for entry in range(tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile]):
             g = flatten_ids[entry]
-            block_masks[entry] = _reached_blocks(
-                means2d[2 * g] - TILE_SIZE * column, means2d[2 * g + 1] - TILE_SIZE * row,
-                conics[3 * g], conics[3 * g + 1], conics[3 * g + 2], opacities[g],
-            )  # fmt: skip
+            x, y = means2d[2 * g] - TILE_SIZE * column, means2d[2 * g + 1] - TILE_SIZE * row
+            block_masks[entry] = _reached_blocks(x, y, reach, g)
 
 
 @compiled
-def _reached_blocks(x, y, xx, xy, yy, opacity):
+def _reached_blocks(x, y, reach, g):
     """Bit 4 * block row + block column is set where the ellipse around (x, y), in pixels of the tile, crosses a block.
 
     Within a strip of rows the right end of the ellipse is furthest out at the row of its rightmost point, or at the
     strip's row next to that; likewise on the left.
     """
-    visible = 255.0 * np.float64(opacity)
-    if not visible >= 1.0:
-        return np.uint16(0)
-    a, b, c = np.float64(xx), np.float64(xy), np.float64(yy)
-    determinant = a * c - b * b
-    if not (determinant > 0.0 and a > 0.0 and c > 0.0):
+    half_height, rightmost, xx_level, determinant = reach[g, 0], reach[g, 1], reach[g, 2], reach[g, 3]
+    if half_height != half_height:
         return np.uint16(ALL_BLOCKS)
-    # Points with a dx^2 + 2 b dx dy + c dy^2 <= level, where level is 2 sigma.
-    level = 2.0 * math.log(visible) * (1.0 + REACH_MARGIN) + REACH_MARGIN
-    half_width = math.sqrt(level * c / determinant)
-    half_height = math.sqrt(level * a / determinant)
-    row_of_rightmost = -b / c * half_width
+    slope, inverse = reach[g, 4], reach[g, 5]
     mask = 0
     for strip in range(BLOCKS_PER_SIDE):
         low = max(strip * BLOCK_SIZE + 0.5 - REACH_MARGIN - y, -half_height)
         high = min(strip * BLOCK_SIZE + BLOCK_SIZE - 0.5 + REACH_MARGIN - y, half_height)
         if low > high:
             continue
-        at_right = min(max(row_of_rightmost, low), high)
-        at_left = min(max(-row_of_rightmost, low), high)
-        right = x + (-b * at_right + math.sqrt(max(a * level - determinant * at_right * at_right, 0.0))) / a
-        left = x + (-b * at_left - math.sqrt(max(a * level - determinant * at_left * at_left, 0.0))) / a
+        at_right, at_left = min(max(rightmost, low), high), min(max(-rightmost, low), high)
+        right = x + slope * at_right + inverse * math.sqrt(max(xx_level - determinant * at_right * at_right, 0.0))
+        left = x + slope * at_left - inverse * math.sqrt(max(xx_level - determinant * at_left * at_left, 0.0))
         # Block j holds pixel centres from 4 j + 0.5 to 4 j + 3.5.
-        first = max(np.ceil((left - REACH_MARGIN - BLOCK_SIZE + 0.5) / BLOCK_SIZE), 0.0)
-        last = min(np.floor((right + REACH_MARGIN - 0.5) / BLOCK_SIZE), BLOCKS_PER_SIDE - 1.0)
-        for block in range(int(first), int(last) + 1):
-            mask |= 1 << (strip * BLOCKS_PER_SIDE + block)
+        first = max(np.ceil((left - REACH_MARGIN + 0.5) * (1.0 / BLOCK_SIZE) - 1.0), 0.0)
+        last = min(np.floor((right + REACH_MARGIN - 0.5) * (1.0 / BLOCK_SIZE)), BLOCKS_PER_SIDE - 1.0)
+        if first <= last:
+            bits = ((2 << int(last)) - 1) & ~((1 << int(first)) - 1)
+            mask |= bits << (strip * BLOCKS_PER_SIDE)
     return np.uint16(mask)

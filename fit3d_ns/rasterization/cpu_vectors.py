@@ -1,11 +1,12 @@
 """Sixteen float32 numbers that compiled code handles as one: `Lanes`, its masks, and what can be done with them.
 
 numba compiles loops over arrays, and whether they become vector instructions is left to chance. These types make it
-certain: a `Lanes` value is an LLVM vector of 16 floats, which any processor serves with the widest registers it has. The
-functions below exist in compiled code only. A block of 4x4 pixels fills one `Lanes`, row by row.
+certain: a `Lanes` value is an LLVM vector of 16 floats, which any processor serves with the widest registers it has.
+The functions below exist in compiled code only. A block of 4x4 pixels fills one `Lanes`, row by row.
 """
 
 import operator
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -15,6 +16,8 @@ from numba.np.arrayobj import make_array
 NUM_LANES = 16
 BLOCK_SIZE = 4
 
+# Type checkers take the decorated functions for what numba makes of them: anything.
+_vector_function: Any = intrinsic
 _FLOATS = ir.VectorType(ir.FloatType(), NUM_LANES)
 _INTS = ir.VectorType(ir.IntType(32), NUM_LANES)
 _BITS = ir.VectorType(ir.IntType(1), NUM_LANES)
@@ -51,7 +54,7 @@ class _MaskModel(models.PrimitiveModel):
         super().__init__(manager, fe_type, _BITS)
 
 
-@intrinsic
+@_vector_function
 def broadcast(typingctx, value):
     """All lanes equal to a float32."""
 
@@ -62,7 +65,7 @@ def broadcast(typingctx, value):
     return lanes_type(value), generate
 
 
-@intrinsic
+@_vector_function
 def load(typingctx, array, offset):
     """The 16 numbers of a flat float32 array from `offset` on."""
 
@@ -73,7 +76,18 @@ def load(typingctx, array, offset):
     return lanes_type(array, types.intp), generate
 
 
-@intrinsic
+@_vector_function
+def spread(typingctx, array, offset):
+    """All lanes equal to one number of a flat float32 array; unlike `array[offset]` it takes no negative offsets."""
+
+    def generate(context, builder, signature, arguments):
+        data = make_array(signature.args[0])(context, builder, arguments[0]).data
+        return _splat(builder, builder.load(builder.gep(data, [arguments[1]])))
+
+    return lanes_type(array, types.intp), generate
+
+
+@_vector_function
 def store(typingctx, array, offset, lanes):
     """Writes 16 numbers into a flat float32 array from `offset` on."""
 
@@ -84,19 +98,19 @@ def store(typingctx, array, offset, lanes):
     return types.void(array, types.intp, lanes_type), generate
 
 
-@intrinsic
+@_vector_function
 def block_columns(typingctx):
     """Column of each lane within its 4x4 block: 0 1 2 3 0 1 2 3 ..."""
     return lanes_type(), lambda *_: ir.Constant(_FLOATS, [float(lane % BLOCK_SIZE) for lane in range(NUM_LANES)])
 
 
-@intrinsic
+@_vector_function
 def block_rows(typingctx):
     """Row of each lane within its 4x4 block: 0 0 0 0 1 1 1 1 ..."""
     return lanes_type(), lambda *_: ir.Constant(_FLOATS, [float(lane // BLOCK_SIZE) for lane in range(NUM_LANES)])
 
 
-@intrinsic
+@_vector_function
 def select(typingctx, mask, if_true, if_false):
     """Lane by lane one of two."""
 
@@ -106,7 +120,7 @@ def select(typingctx, mask, if_true, if_false):
     return lanes_type(mask_type, lanes_type, lanes_type), generate
 
 
-@intrinsic
+@_vector_function
 def both(typingctx, first, second):
     """Lane by lane `and`."""
 
@@ -116,7 +130,7 @@ def both(typingctx, first, second):
     return mask_type(mask_type, mask_type), generate
 
 
-@intrinsic
+@_vector_function
 def any_lane(typingctx, mask):
     """Whether at least one lane is true."""
 
@@ -127,7 +141,7 @@ def any_lane(typingctx, mask):
     return types.boolean(mask_type), generate
 
 
-@intrinsic
+@_vector_function
 def absolute(typingctx, lanes):
     """Absolute values."""
 
@@ -138,7 +152,7 @@ def absolute(typingctx, lanes):
     return lanes_type(lanes_type), generate
 
 
-@intrinsic
+@_vector_function
 def minimum(typingctx, lanes, bound):
     """Lane by lane the smaller of two."""
 
@@ -149,7 +163,7 @@ def minimum(typingctx, lanes, bound):
     return lanes_type(lanes_type, lanes_type), generate
 
 
-@intrinsic
+@_vector_function
 def exponential(typingctx, lanes):
     """e^x to two units in the last place; x is taken as -87 where it is lower, and must be below 88.
 
@@ -175,7 +189,7 @@ def exponential(typingctx, lanes):
     return lanes_type(lanes_type), generate
 
 
-@intrinsic
+@_vector_function
 def add_sums(typingctx, array, offset, vectors):
     """Adds the sum over the lanes of each of 2^k vectors, a tuple, to as many numbers of a flat float32 array.
 
@@ -264,7 +278,7 @@ def _lowering(method: str | None, comparison: str | None):
         ]
         if comparison is not None:
             return builder.fcmp_ordered(comparison, *operands)
-        return getattr(builder, method)(*operands, flags=_FLAGS)
+        return getattr(builder, str(method))(*operands, flags=_FLAGS)
 
     return generate
 

@@ -1,7 +1,7 @@
 """Blend weights of one tile on the CPU, block by block: the part that every blending pass begins with.
 
-`gather_tile` brings the Gaussians of a tile together and shares them out to the 16 blocks that they reach; `weigh_block`
-walks one block's list front to back and leaves the Gaussians that were blended with their 16 weights. `reference.py`
+`gather_tile` brings the Gaussians of a tile together and shares them out to the 16 blocks that they reach.
+`weigh_block` walks one block's list front to back and leaves the Gaussians that were blended with their 16 weights. `reference.py`
 defines the formulas. Nothing is kept from pass to pass: weights are cheaper to compute again than to store.
 """
 
@@ -21,6 +21,7 @@ from fit3d_ns.rasterization.cpu_vectors import (
     load,
     minimum,
     select,
+    spread,
     store,
 )
 from fit3d_ns.rasterization.projection import TILE_SIZE
@@ -50,7 +51,7 @@ def gather_tile(
 ):
     """Copies the entries of a tile that reach any block to the front of scratch; returns their number.
 
-    `entries[i]` is the place in the tile lists, `params` as above; `lists[b * capacity + j]` for j < `counts[b]` are the
+    `entries[i]` is the place in the tile lists, `params` as above; `lists[b * capacity + j]`, j < `counts[b]`, are the
     numbers i of block b, front to back, with capacity `entries.size`.
     """
     counts[:] = 0
@@ -80,9 +81,9 @@ def gather_tile(
 def weigh_block(block, params, lists, counts, capacity, open_lanes, hits, weights, alphas, befores, final, keeps):
     """Blend weights of one block; returns the number of Gaussians that are blended in any of its pixels.
 
-    Fills for the j-th of them `hits[j]` (its number in the tile) and `weights[16 j:]`, then zero weights up to a multiple
-    of `UNROLL`; with `keeps` also its `alphas` and the transmittances `befores` it. `open_lanes` [16] is 1 for pixels to
-    blend and 0 for others; `final` gets the transmittances that are left (1 in other pixels).
+    Fills for the j-th of them `hits[j]` (its number in the tile) and `weights[16 j:]`, then zero weights up to a
+    multiple of `UNROLL`; with `keeps` also its `alphas` and the transmittances `befores` it. `open_lanes` [16] is 1 for
+    pixels to blend and 0 for others; `final` gets the transmittances that are left (1 in other pixels).
     """
     columns = block_columns() + np.float32((block % BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
     rows = block_rows() + np.float32((block // BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
@@ -93,9 +94,9 @@ def weigh_block(block, params, lists, counts, capacity, open_lanes, hits, weight
     for j in range(counts[block]):
         i = lists[block * capacity + j]
         p = i * PARAMS
-        dx, dy = broadcast(params[p]) - columns, broadcast(params[p + 1]) - rows
-        sigma = dx * (dx * params[p + 2] + dy * params[p + 3]) + dy * dy * params[p + 4]
-        alpha = minimum(exponential(zero - sigma) * params[p + 5], broadcast(_MAX_ALPHA))
+        dx, dy = spread(params, p) - columns, spread(params, p + 1) - rows
+        sigma = dx * (dx * spread(params, p + 2) + dy * spread(params, p + 3)) + dy * dy * spread(params, p + 4)
+        alpha = minimum(exponential(zero - sigma) * spread(params, p + 5), broadcast(_MAX_ALPHA))
         counted = both(alpha >= _MIN_ALPHA, sigma >= zero)
         after = live * (one - alpha)
         goes_on = after > _MIN_TRANSMITTANCE
