@@ -50,7 +50,7 @@ class FeatureKey:
     """Its width."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedTokens:
     """Tokens of one image as they lie on disk, memory-mapped; copy them to keep them."""
 
@@ -110,7 +110,7 @@ class FeatureCache:
         """Writes the tokens of an image, atomically.
 
         Raises:
-            ValueError: The disk is full, or a token is NaN or too large for the storage type.
+            ValueError: The disk is full or may not be written to, or a token is NaN or too large for the storage type.
         """
         tensors = {
             "patch_tokens": patch_tokens.detach().to("cpu", self._dtype).contiguous(),
@@ -125,8 +125,11 @@ class FeatureCache:
                 )
         metadata = {"schema": _SCHEMA, "checksum": _compute_checksum(tensors)}
         content = save(tensors, metadata={**metadata, "backbone": json.dumps(self.description.to_metadata())})
-        with write_atomically(path) as temporary:
-            temporary.write_bytes(content)
+        try:
+            with write_atomically(path) as temporary:
+                temporary.write_bytes(content)
+        except OSError as error:
+            raise ValueError(f"Cannot write features to {path} ({error.strerror}); choose another folder.") from error
         return path
 
     def _read(self, key: FeatureKey) -> CachedTokens | str:

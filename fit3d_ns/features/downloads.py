@@ -18,7 +18,8 @@ def download_timm_model(description: BackboneDescription) -> nn.Module:
         ValueError: The weights are not on this machine and cannot be downloaded.
     """
     cached = find_cached_weights(description)
-    problem, cause = ("", None) if cached else (_find_network_problem(), None)
+    cause: Exception | None = None
+    problem = "" if cached else _find_network_problem()
     if not problem:
         try:
             return create_timm_model(
@@ -28,10 +29,13 @@ def download_timm_model(description: BackboneDescription) -> nn.Module:
                 # A custom loader reads the format of the original download, not what the hub keeps.
                 pretrained_cfg_overlay={"file": cached, "custom_load": False} if cached else {},
             )
-        except (OSError, RuntimeError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # The hub's client has errors of several libraries, by version.
             problem, cause = _summarize(error), error
+    place = f"in {cached} cannot be used" if cached else "are not on this machine and cannot be downloaded"
     raise ValueError(
-        f"The weights of {description.architecture} are not on this machine and cannot be downloaded ({problem}); "
+        f"The weights of {description.architecture} {place} ({problem}); "
         f"give --backbone-weights FILE, or {RANDOM_PREFIX}{description.backbone} to go on with random weights."
     ) from cause
 

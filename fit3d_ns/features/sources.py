@@ -28,6 +28,7 @@ RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
 """Seed of untrained weights: the same architecture has the same random weights on every machine."""
 _LOCAL_PREFIX = "local-dir:"
+_HUB_PREFIX = "hf-hub:"
 _MODULES_WITH_VITS = ("vision_transformer", "eva", "deit")
 
 
@@ -85,11 +86,16 @@ def resolve_source(backbone: str, weights: Path | None) -> BackboneSource:
 
 
 def find_backbone_folder(backbone: str) -> Path | None:
-    """The folder a backbone's name points to, or None where the name is no path."""
+    """The folder a backbone's name points to, or None where the name is no path; known names are never folders."""
     if backbone.startswith(_LOCAL_PREFIX):
-        return Path(backbone.removeprefix(_LOCAL_PREFIX))
-    is_path = os.sep in backbone or backbone.startswith((".", "~")) or (Path(backbone) / "config.json").is_file()
-    return Path(backbone).expanduser() if is_path else None
+        return Path(backbone.removeprefix(_LOCAL_PREFIX)).expanduser()
+    if backbone.startswith((RANDOM_PREFIX, _HUB_PREFIX)):
+        return None
+    if os.sep in backbone or backbone.startswith((".", "~")):
+        return Path(backbone).expanduser()
+    if (Path(backbone) / "config.json").is_file() and not _is_known(backbone):
+        return Path(backbone)
+    return None
 
 
 def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
@@ -104,6 +110,9 @@ def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
     architecture = _resolve_architecture(config["architecture"], config["architecture"])
     pretrained_cfg = config.get("pretrained_cfg", config)
     model_args = {key: _freeze(value) for key, value in (config.get("model_args") or {}).items()}
+    for key, value in model_args.items():
+        if isinstance(value, dict):
+            raise ValueError(f"{folder / 'config.json'} has model_args.{key}={value!r}, expected a plain value.")
     for key in ("num_classes", "dynamic_img_size"):
         model_args.pop(key, None)
     return BackboneSource(
@@ -119,20 +128,25 @@ def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
 def _resolve_architecture(name: str, given: str) -> str:
     from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 
-    name = PAPER_BACKBONES.get(name, name)
-    architecture, tag = split_model_name_tag(name)
+    # timm's own repositories on the hub carry the names of its checkpoints.
+    name = PAPER_BACKBONES.get(name, name.removeprefix(_HUB_PREFIX + "timm/"))
+    architecture, _ = split_model_name_tag(name)
     if is_model(architecture):
         try:
             config = get_pretrained_cfg(name)
         except RuntimeError:
-            config = None
-            known_tag = False
+            # The model is known, the tag is not.
+            pass
         else:
-            known_tag = True
-        if known_tag:
             return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
     nearest = difflib.get_close_matches(name, list_backbones(), n=3, cutoff=0.5) or list(PAPER_BACKBONES)[:3]
     raise ValueError(f"Unknown backbone {given!r}; did you mean {', '.join(nearest)}?")
+
+
+def _is_known(name: str) -> bool:
+    from timm.models import is_model, split_model_name_tag
+
+    return name in PAPER_BACKBONES or is_model(split_model_name_tag(name)[0])
 
 
 def _hash_published_name(architecture: str) -> str:

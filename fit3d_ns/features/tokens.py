@@ -16,7 +16,7 @@ from fit3d_ns.features.preprocessing import compute_patch_grid, fit_to_patch_gri
 _UNUSED_MODULES = ("fc_norm", "attn_pool", "head", "head_dist")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
     """What a vision transformer says about a batch of images."""
 

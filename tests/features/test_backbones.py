@@ -53,7 +53,9 @@ def test_describe_backbone__builds_no_real_tensor_and_asks_no_network(monkeypatc
 
     monkeypatch.setattr(timm, "create_model", spy)
     start = time.perf_counter()
+    random_state = torch.get_rng_state()
     description = describe_backbone("vit_giant_patch14_dinov2")
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert devices == ["meta"]
     assert description.embed_dim == 1536
     # A billion parameters would take longer to draw; the bound leaves room for a busy machine.
@@ -164,6 +166,23 @@ def test_finetuned_folder__gives_the_tokens_of_timms_local_dir(tmp_path, spell):
     with torch.no_grad():
         expected = loaded.forward_features((images - mean[:, None, None]) / std[:, None, None])
     assert torch.equal(extractor(images).patch_tokens, expected[:, 1:])
+
+
+def test_finetuned_folder__never_shadows_a_known_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _write_finetuned_folder(tmp_path / "dinov2_small", "tiny_plain16")
+    _write_finetuned_folder(tmp_path / "tuned", "tiny_plain16")
+    assert describe_backbone("dinov2_small").embed_dim == 384
+    assert describe_backbone("./dinov2_small").embed_dim == 16
+    assert describe_backbone("tuned").embed_dim == 16
+
+
+def test_describe_backbone__takes_timms_hub_names():
+    assert describe_backbone("hf-hub:timm/vit_small_patch14_dinov2.lvd142m").identity == (
+        describe_backbone("dinov2_small").identity
+    )
+    with pytest.raises(ValueError, match="Unknown backbone 'hf-hub:someone/"):
+        describe_backbone("hf-hub:someone/else")
 
 
 def test_finetuned_folder__names_what_is_missing(tmp_path):

@@ -210,6 +210,14 @@ def test_cache__full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypat
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_cache__folder_that_is_a_file_is_one_sentence(tmp_path):
+    description = describe_backbone(BACKBONE)
+    (tmp_path / "cache").write_text("")
+    cache = FeatureCache(FeatureCacheConfig(tmp_path / "cache"), description)
+    with pytest.raises(ValueError, match="Cannot write features to .*; choose another folder"):
+        extract_features(_as_callables(_images([(28, 28)])), description, cache)
+
+
 def test_cache__refuses_tokens_beyond_half_precision(tmp_path):
     _, cache = _setup(tmp_path)
     tokens = torch.full((2, 2, 16), 1e5)
