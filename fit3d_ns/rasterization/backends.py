@@ -18,9 +18,6 @@ BackendName = Literal["auto", "reference", "cpu", "gsplat"]
 _MODULES = {"reference": "reference", "cpu": "cpu_backend", "gsplat": "gsplat_backend"}
 
 
-_CPU = "fit3d_ns.rasterization.cpu_backend"
-
-
 @runtime_checkable
 class Backend(Protocol):
     """The steps of rasterization; shapes and meaning as in `reference`."""
@@ -75,7 +72,7 @@ def resolve_backend(name: str, means: Tensor) -> str:
             raise ValueError(
                 f"No rasterization backend serves {device} tensors; move them to the CPU or a CUDA device."
             )
-        name = "gsplat" if device == "cuda" else "cpu" if importlib.util.find_spec(_CPU) else "reference"
+        name = "gsplat" if device == "cuda" else "cpu"
     needed = {"cpu": "cpu", "gsplat": "cuda"}.get(name, device)
     if device != needed:
         raise ValueError(f"Rasterization backend {name!r} needs {needed} tensors, but `means` is on {means.device}.")

@@ -13,5 +13,5 @@ def compiled(function: Callable[..., Any]) -> Any:
     Products and sums may be fused, but never reordered, so that results do not depend on how a loop was compiled.
     Type checkers that wrap every function at import are unwrapped: numba can only compile the function itself.
     """
-    options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+    options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
     return njit(**options)(inspect.unwrap(function))

@@ -2,8 +2,8 @@
 
 Symbols: R, t rotation and translation of `viewmats`; p = R m + t the centre in camera axes; A = R Q diag(s) the
 Gaussian's half axes in camera axes, with Q the rotation of the quaternion; J the Jacobian of the projection,
-[[j00, 0, j02], [0, j11, j12]]; P = J A the half axes on the image, whose products are the covariance. `v_` marks gradients of the loss.
-One task handles `CHUNK` Gaussians in all cameras.
+[[j00, 0, j02], [0, j11, j12]]; P = J A the half axes on the image, whose products are the covariance. `v_` marks
+gradients of the loss. One task handles `CHUNK` Gaussians in all cameras.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Blend weights of one tile on the CPU, block by block: the part that every blending pass begins with.
 
 `gather_tile` brings the Gaussians of a tile together and shares them out to the 16 blocks that they reach.
-`weigh_block` walks one block's list front to back and leaves the Gaussians that were blended with their 16 weights. `reference.py`
-defines the formulas. Nothing is kept from pass to pass: weights are cheaper to compute again than to store.
+`weigh_block` walks one block's list front to back and leaves the Gaussians that were blended with their 16 weights.
+`reference.py` defines the formulas. Nothing is kept from pass to pass: computing weights again costs less than storing.
 """
 
 import numpy as np

@@ -1,0 +1,199 @@
+"""The CUDA backend: gsplat's kernels (1.4, also 1.5), one projection and one tile sort for colour and features.
+
+This is the only file of the rasterizer that imports gsplat. Gradients are those of gsplat's own autograd functions;
+they come from atomic additions and do not repeat to the bit.
+"""
+
+import warnings
+
+import torch
+from gsplat.cuda._wrapper import (
+    fully_fused_projection,
+    isect_offset_encode,
+    isect_tiles,
+    rasterize_to_pixels,
+    spherical_harmonics,
+)
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectedGaussians, ProjectionSettings
+from fit3d_ns.rasterization.spherical_harmonics import COLOR_OFFSET
+from fit3d_ns.rasterization.tile_lists import BlendGeometry, TileLists
+
+COMPILED_CHANNELS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513)
+"""Channel counts that gsplat 1.4 has kernels for; other counts are padded by it."""
+BYTES_PER_PIXEL = 28
+"""Shared memory of gsplat's backward kernel per pixel of a tile, beside 4 bytes per channel."""
+DEFAULT_SHARED_BYTES = 48 * 1024
+"""What every card grants to one block of threads."""
+
+
+def project_gaussians(
+    means: Float[Tensor, "num_gaussians 3"],
+    quats: Float[Tensor, "num_gaussians 4"],
+    scales: Float[Tensor, "num_gaussians 3"],
+    viewmats: Float[Tensor, "num_cameras 4 4"],
+    Ks: Float[Tensor, "num_cameras 3 3"],
+    settings: ProjectionSettings,
+) -> ProjectedGaussians:
+    """As `projection.project_gaussians`; rows of radius 0 hold whatever was in memory, as with gsplat itself."""
+    radii, means2d, depths, conics, compensations = fully_fused_projection(
+        means,
+        None,
+        quats,
+        scales,
+        viewmats,
+        Ks,
+        settings.width,
+        settings.height,
+        eps2d=settings.eps2d,
+        near_plane=settings.near_plane,
+        far_plane=settings.far_plane,
+        radius_clip=settings.radius_clip,
+        packed=False,
+        calc_compensations=settings.antialiased,
+    )
+    return ProjectedGaussians(radii, means2d, depths, conics, compensations)
+
+
+def evaluate_harmonics(
+    sh_degree: int,
+    means: Float[Tensor, "num_gaussians 3"],
+    viewmats: Float[Tensor, "num_cameras 4 4"],
+    coefficients: Float[Tensor, "*batch num_gaussians bases 3"],
+    is_drawn: Tensor,
+) -> Float[Tensor, "num_cameras num_gaussians 3"]:
+    """As `spherical_harmonics.evaluate_harmonics`."""
+    centres = torch.linalg.inv(viewmats)[:, :3, 3]
+    directions = means[None] - centres[:, None]
+    coefficients = coefficients.expand(len(viewmats), -1, -1, -1)
+    colors = spherical_harmonics(sh_degree, directions, coefficients, masks=is_drawn)
+    return torch.where(is_drawn[..., None], colors + COLOR_OFFSET, 0.0).clamp(min=0.0)
+
+
+def build_geometry(
+    projected: ProjectedGaussians, opacities: Float[Tensor, "num_cameras num_gaussians"], settings: ProjectionSettings
+) -> BlendGeometry:
+    """As `reference.build_geometry`."""
+    means2d = projected.means2d.detach().contiguous()
+    size = (settings.tile_width, settings.tile_height)
+    tiles_per_gauss, isect_ids, flatten_ids = isect_tiles(
+        means2d, projected.radii, projected.depths.detach(), TILE_SIZE, *size
+    )
+    return BlendGeometry(
+        means2d=means2d,
+        conics=projected.conics.detach().contiguous(),
+        opacities=opacities.detach().contiguous(),
+        tiles=TileLists(
+            tiles_per_gauss=tiles_per_gauss,
+            isect_ids=isect_ids,
+            flatten_ids=flatten_ids,
+            isect_offsets=isect_offset_encode(isect_ids, len(means2d), *size),
+        ),
+        settings=settings,
+    )
+
+
+def blend(
+    geometry: BlendGeometry,
+    means2d: Float[Tensor, "num_cameras num_gaussians 2"],
+    conics: Float[Tensor, "num_cameras num_gaussians 3"],
+    opacities: Float[Tensor, "num_cameras num_gaussians"],
+    colors: Float[Tensor, "num_cameras num_gaussians channels"],
+    backgrounds: Float[Tensor, "num_cameras channels"] | None,
+    absgrad: bool,
+) -> tuple[Float[Tensor, "num_cameras height width channels"], Float[Tensor, "num_cameras height width 1"]]:
+    """As `reference.blend`.
+
+    The gradient by alpha goes through the first chunk of channels alone. With several chunks `absgrad` is that of the
+    last one: gsplat overwrites it.
+    """
+    chunk = channels_per_call(means2d.device)
+    if absgrad and colors.shape[-1] > chunk:
+        warnings.warn(
+            f"absgrad covers only the last {(colors.shape[-1] - 1) % chunk + 1} of {colors.shape[-1]} channels: this"
+            f" card blends {chunk} at a time.",
+            stacklevel=2,
+        )
+    images, alphas = [], None
+    for first in range(0, colors.shape[-1], chunk):
+        part = slice(first, first + chunk)
+        image, alpha = rasterize_to_pixels(
+            means2d,
+            conics,
+            colors[..., part],
+            opacities,
+            geometry.settings.width,
+            geometry.settings.height,
+            TILE_SIZE,
+            geometry.tiles.isect_offsets,
+            geometry.tiles.flatten_ids,
+            backgrounds=None if backgrounds is None else backgrounds[..., part],
+            absgrad=absgrad,
+        )
+        images.append(image)
+        alphas = alpha if alphas is None else alphas
+    assert alphas is not None, "There is always at least one channel."
+    return images[0] if len(images) == 1 else torch.cat(images, dim=-1), alphas
+
+
+def blend_features(
+    features: Float[Tensor, "num_gaussians channels"],
+    geometry: BlendGeometry,
+    pixels: Int[Tensor, "num_pixels 2"] | None,
+) -> Float[Tensor, "num_cameras *pixels channels"]:
+    """As `reference.blend_features`; with `pixels`, tiles without any are skipped."""
+    settings, tiles = geometry.settings, geometry.tiles
+    masks = None
+    if pixels is not None:
+        is_read = torch.zeros(settings.tile_height, settings.tile_width, dtype=torch.bool, device=features.device)
+        is_read[pixels[:, 0].long() // TILE_SIZE, pixels[:, 1].long() // TILE_SIZE] = True
+        masks = is_read.expand(geometry.num_cameras, -1, -1)
+    chunk = channels_per_call(features.device)
+    images = []
+    for first in range(0, features.shape[1], chunk):
+        colors = features[:, first : first + chunk].expand(geometry.num_cameras, -1, -1)
+        # Alphas are not read: gsplat leaves them as they are in memory where a tile is masked.
+        image, _ = rasterize_to_pixels(
+            geometry.means2d,
+            geometry.conics,
+            colors,
+            geometry.opacities,
+            settings.width,
+            settings.height,
+            TILE_SIZE,
+            tiles.isect_offsets,
+            tiles.flatten_ids,
+            masks=masks,
+        )
+        images.append(image)
+    image = images[0] if len(images) == 1 else torch.cat(images, dim=-1)
+    return image if pixels is None else image[:, pixels[:, 0].long(), pixels[:, 1].long()]
+
+
+def backproject(
+    feature_maps: Float[Tensor, "num_cameras height width channels"], geometry: BlendGeometry
+) -> tuple[Float[Tensor, "num_gaussians channels"], Float[Tensor, " num_gaussians"]]:
+    """As `reference.backproject`: the gradient of blended features, with the weights as one more channel of ones."""
+    channels = feature_maps.shape[-1]
+    maps = torch.cat([feature_maps, torch.ones_like(feature_maps[..., :1])], dim=-1)
+    with torch.enable_grad():
+        features = maps.new_zeros(geometry.num_gaussians, channels + 1, requires_grad=True)
+        blended = blend_features(features, geometry, None)
+    (sums,) = torch.autograd.grad(blended, features, maps)
+    return sums[:, :channels].contiguous(), sums[:, channels].contiguous()
+
+
+def channels_per_call(device: torch.device) -> int:
+    """The most channels whose backward pass fits into the shared memory that the card grants to one tile."""
+    properties = torch.cuda.get_device_properties(device)
+    granted = getattr(properties, "shared_memory_per_block_optin", DEFAULT_SHARED_BYTES)
+    return largest_channel_count(granted)
+
+
+def largest_channel_count(shared_bytes: int) -> int:
+    """The largest compiled channel count whose tiles take at most `shared_bytes`; at least 1."""
+    tile_pixels = TILE_SIZE * TILE_SIZE
+    fitting = [count for count in COMPILED_CHANNELS if tile_pixels * (BYTES_PER_PIXEL + 4 * count) <= shared_bytes]
+    return max(fitting, default=1)
