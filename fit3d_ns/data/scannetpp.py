@@ -86,8 +86,13 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
         points=points,
         is_metric=True,
         scene_id=dslr.absolute().parent.name if dslr.name == "dslr" else path.absolute().name,
-        colmap_to_world=_colmap_to_world(),
+        colmap_to_world=colmap_to_world(),
     )
+
+
+def colmap_to_world() -> Float[Tensor, "3 4"]:
+    """What brings COLMAP's points into the world of the transforms files: (x, y, z) -> (y, x, -z)."""
+    return torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]])
 
 
 def _find_missing_piece(dslr: Path, variant: Variant) -> str | None:
@@ -190,8 +195,4 @@ def _read_points(dslr: Path) -> PointCloud | None:
     if found is None:
         return None
     points = read_colmap_points(found)
-    return move_points(points, _colmap_to_world()) if len(points.xyz) else None
-
-
-def _colmap_to_world() -> Float[Tensor, "3 4"]:
-    return torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]])
+    return move_points(points, colmap_to_world()) if len(points.xyz) else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.geometry.lenses import Lens
-from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, distort_points, resize_lens
+from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, distort_points, find_rays, resize_lens
 
 OPENCV = Lens(150.0, 152.0, 78.3, 61.9, 160, 120, "opencv", (-0.2, 0.06, 0.002, -0.003, 0.004))
 PINCUSHION = Lens(150.0, 150.0, 90.0, 52.0, 160, 120, "opencv", (0.15, 0.02, -0.001, 0.002))
@@ -216,6 +216,14 @@ def test_distort_points__matches_the_slow_twin_with_rational_terms() -> None:
     rational = replace(OPENCV, distortion=(0.1, 0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0))
     # Numerator and denominator cancel.
     np.testing.assert_allclose(distort_points(rational, rays), rays * [150.0, 152.0] + [78.3, 61.9], rtol=1e-12)
+
+
+@pytest.mark.parametrize("lens", [*LENSES, replace(OPENCV, distortion=())], ids=lambda lens: lens.model)
+def test_find_rays__leads_back_to_the_pixels(lens: Lens) -> None:
+    pixels = np.random.default_rng(0).uniform([2.0, 2.0], [158.0, 118.0], (50, 2))
+    for pixel, (x, y) in zip(pixels, find_rays(lens, pixels), strict=True):
+        seen = project_slowly(lens, (x, y)) if lens.distortion else (lens.fx * x + lens.cx, lens.fy * y + lens.cy)
+        assert seen == pytest.approx(tuple(pixel), abs=1e-4)
 
 
 def test_resize_lens__scales_pixels_and_keeps_distortion() -> None:
