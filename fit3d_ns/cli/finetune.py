@@ -1,0 +1,149 @@
+"""`fit3d-finetune`: many lifted scenes teach one vision transformer (stage II)."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fit3d_ns.cli.command import run_command
+from fit3d_ns.finetuning.anchors import AnchorConfig
+from fit3d_ns.finetuning.augmentation import AugmentationConfig
+from fit3d_ns.finetuning.config import PAPER, FinetuneConfig, RunConfig
+from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
+from fit3d_ns.finetuning.optimization import OptimizationConfig
+from fit3d_ns.finetuning.processes import Processes, create_accelerator
+from fit3d_ns.finetuning.sampling import SamplingConfig
+from fit3d_ns.finetuning.scene_files import find_scenes, prepare_scene_files
+from fit3d_ns.finetuning.targets import TargetConfig
+from fit3d_ns.finetuning.trainable import TrainableConfig
+from fit3d_ns.scene import FeatureScene
+
+EXPORT_FOLDER = "exported_scenes"
+"""Below the output folder: scene files of nerfstudio runs that were given."""
+_PAPER_FLAG = "--paper"
+_FLAT = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class FinetuneCommand:
+    """Scenes, backbone, where the result goes, and all settings of the training."""
+
+    ckpts: tuple[str, ...]
+    """Scenes to train on: scene files, globs of them, nerfstudio run folders or their config.yml (which is code: give
+    only those of people you trust)."""
+    output_dir: Path
+    """Folder of the result; an interrupted run goes on there."""
+    val_ckpts: tuple[str, ...] = ()
+    """Scenes to validate on, as `--ckpts`. Without, views that the training leaves out are taken."""
+    backbone: str | None = None
+    """Name of the backbone; by default the one the scenes were lifted with."""
+    backbone_weights: Path | None = None
+    """File with the backbone's weights; by default timm's download."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; `auto` takes CUDA where there is one."""
+    paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Set every value of the paper's public code; flags given besides still win."""
+    optimization: Annotated[OptimizationConfig, _FLAT] = field(default_factory=OptimizationConfig)
+    sampling: Annotated[SamplingConfig, _FLAT] = field(default_factory=SamplingConfig)
+    augmentation: Annotated[AugmentationConfig, _FLAT] = field(default_factory=AugmentationConfig)
+    targets: Annotated[TargetConfig, _FLAT] = field(default_factory=TargetConfig)
+    trainable: Annotated[TrainableConfig, _FLAT] = field(default_factory=TrainableConfig)
+    anchors: Annotated[AnchorConfig, _FLAT] = field(default_factory=AnchorConfig)
+    run: Annotated[RunConfig, _FLAT] = field(default_factory=RunConfig)
+
+    @property
+    def config(self) -> FinetuneConfig:
+        """The settings of the training."""
+        return FinetuneConfig(
+            self.sampling,
+            self.augmentation,
+            self.targets,
+            self.trainable,
+            self.anchors,
+            self.optimization,
+            self.run,
+        )
+
+
+@dataclass(frozen=True)
+class PaperFinetuneCommand(FinetuneCommand):
+    """The same with the public code's values as defaults."""
+
+    paper: bool = True
+    """Every value of the paper's public code is set; flags given besides still win."""
+    optimization: Annotated[OptimizationConfig, _FLAT] = PAPER.optimization
+    sampling: Annotated[SamplingConfig, _FLAT] = PAPER.sampling
+    augmentation: Annotated[AugmentationConfig, _FLAT] = PAPER.augmentation
+    targets: Annotated[TargetConfig, _FLAT] = PAPER.targets
+    trainable: Annotated[TrainableConfig, _FLAT] = PAPER.trainable
+    anchors: Annotated[AnchorConfig, _FLAT] = PAPER.anchors
+    run: Annotated[RunConfig, _FLAT] = PAPER.run
+
+
+def run_finetune(command: FinetuneCommand) -> None:
+    """Finds the scenes, exports runs among them, trains, and prints where the results are."""
+    config, folder = command.config, command.output_dir
+    scenes, validation = find_scenes(command.ckpts), find_scenes(command.val_ckpts)
+    both = sorted(set(scenes) & set(validation))
+    if both:
+        raise ValueError(f"{both[0]} is given to --ckpts and to --val-ckpts; take it out of one of them.")
+    device = _choose_device(command.device)
+    accelerator = create_accelerator(config.optimization.precision, device, config.run.trackers, folder)
+    processes = Processes(accelerator)
+    files: list[list[Path]] = []
+    problem = ""
+    if processes.is_main:
+        try:
+            for group in (scenes, validation):
+                prepare_scene_files(group, folder / EXPORT_FOLDER, _load_run)
+        except ValueError as error:
+            problem = str(error)
+    processes.agree(problem)
+    for group in (scenes, validation):
+        files.append(prepare_scene_files(group, folder / EXPORT_FOLDER, _load_run, may_export=False))
+    inputs = FinetuneInputs(files[0], files[1], command.backbone, command.backbone_weights)
+    finetune(inputs, config, folder, device, accelerator)
+    if processes.is_main:
+        print(f"Fine-tuned backbone: {folder}\nFigures: {folder / REPORT_NAME}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    # The flag chooses the defaults, so explicit flags win wherever they stand.
+    is_paper = _PAPER_FLAG in arguments
+    command: type[Any] = PaperFinetuneCommand if is_paper else FinetuneCommand
+    run_command(
+        command,
+        run_finetune,
+        prog="fit3d-finetune",
+        description="Fine-tunes a vision transformer on lifted scenes. Several cards: accelerate launch or torchrun.",
+        args=[argument for argument in arguments if argument != _PAPER_FLAG],
+    )
+
+
+def _choose_device(device: Literal["auto", "cuda", "cpu"]) -> Literal["cuda", "cpu"]:
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load_run(config: Path) -> FeatureScene:
+    """Reads a nerfstudio run; imported here so that the command works where nerfstudio is not installed."""
+    try:
+        from fit3d_ns.plugin.scene_export import load_run_scene
+    except ImportError as error:
+        raise ValueError(
+            f"{config} is a nerfstudio run, and nerfstudio cannot be imported ({error}); export the run with "
+            "fit3d-export on a machine that has it."
+        ) from error
+    return load_run_scene(config)
+
+
+if __name__ == "__main__":
+    main()

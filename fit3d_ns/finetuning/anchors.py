@@ -1,0 +1,144 @@
+"""Keeping what the backbone knew: terms that hold the trained backbone near the original; all off by default.
+
+- Distance of the weights from the original's (L2-SP: Xuhong et al., ICML 2018): strength / 2 * sum (theta - theta_0)^2.
+- Feature anchor: L1 between the patch tokens and the original's on the same image.
+- Prefix anchor: the same for class token and registers, before and after the final norm. The paper leaves them free.
+- Supervision of tokens before the final norm, which depth probes read. A normed token y = g (x - m) / s + b tells x up
+  to its mean m and deviation s; with those of the original on the same image the target is x* = s (F - b) / g + m.
+- Weight interpolation after training (WiSE-FT: Wortsman et al., CVPR 2022): (1 - a) theta_0 + a theta.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fit3d_ns.features import TokenModel
+from fit3d_ns.finetuning.losses import compute_l1_sum
+from fit3d_ns.finetuning.token_module import TokenOutputs
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """Strengths relative to the feature loss; 0 switches a term off."""
+
+    l2_sp: float = 0.0
+    """Pull of the weights towards the original's."""
+    feature_anchor: float = 0.0
+    """L1 to the original's patch tokens on the same images."""
+    prefix_anchor: float = 0.0
+    """L1 to the original's class token and registers, before and after the final norm."""
+    pre_norm: float = 0.0
+    """L1 of the tokens before the final norm to the target moved there."""
+    wise_ft: tuple[float, ...] = ()
+    """Also save mixtures of original and fine-tuned weights, with these shares of the fine-tuned ones, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        if min(self.l2_sp, self.feature_anchor, self.prefix_anchor, self.pre_norm) < 0:
+            raise ValueError("l2_sp, feature_anchor, prefix_anchor and pre_norm must be 0 or above.")
+        if any(not 0.0 <= share <= 1.0 for share in self.wise_ft):
+            raise ValueError(f"wise_ft {self.wise_ft}: shares of the fine-tuned weights must be in [0, 1].")
+
+    @property
+    def needs_original(self) -> bool:
+        """True if the original backbone has to run beside the trained one."""
+        return max(self.feature_anchor, self.prefix_anchor, self.pre_norm) > 0
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What sums of one optimizer step are divided by: totals over all processes and accumulated batches."""
+
+    weight: float
+    """Sum of the targets' weights."""
+    num_tokens: float
+    """Patch tokens, valid or not."""
+    num_images: float
+    """Images."""
+
+
+def compute_token_anchors(
+    outputs: TokenOutputs,
+    original: TokenOutputs,
+    targets: Float[Tensor, "batch patches embed"],
+    weights: Float[Tensor, "batch patches"],
+    config: AnchorConfig,
+    totals: StepTotals,
+    norm: nn.Module,
+) -> Float[Tensor, ""]:
+    """The local part of all terms on tokens, normalised by the totals.
+
+    Args:
+        original: Of the original backbone on the same images, without gradient.
+        norm: The original's final norm.
+    """
+    total = outputs.patch_tokens.new_zeros((), dtype=torch.float32)
+    if config.feature_anchor > 0:
+        ones = torch.ones_like(weights)
+        kept = compute_l1_sum(outputs.patch_tokens, original.patch_tokens, ones).sum()
+        total = total + config.feature_anchor * kept / totals.num_tokens
+    if config.prefix_anchor > 0 and outputs.prefix_tokens.shape[1] > 0:
+        number = totals.num_images * outputs.prefix_tokens.shape[1]
+        ones = weights.new_ones(outputs.prefix_tokens.shape[:2])
+        kept = compute_l1_sum(outputs.prefix_tokens, original.prefix_tokens, ones).sum()
+        kept = kept + compute_l1_sum(outputs.unnormed_prefix_tokens, original.unnormed_prefix_tokens, ones).sum()
+        total = total + config.prefix_anchor * kept / number
+    if config.pre_norm > 0:
+        moved = invert_norm(targets, original.unnormed_patch_tokens, norm)
+        lost = compute_l1_sum(outputs.unnormed_patch_tokens, moved, weights).sum()
+        total = total + config.pre_norm * lost / totals.weight
+    return total
+
+
+@torch.no_grad()
+def invert_norm(
+    normed: Float[Tensor, "*batch embed"], unnormed: Float[Tensor, "*batch embed"], norm: nn.Module
+) -> Float[Tensor, "*batch embed"]:
+    """Tokens before a LayerNorm whose result is `normed`, with mean and deviation of the tokens `unnormed`.
+
+    Raises:
+        ValueError: The norm is no LayerNorm.
+    """
+    if not isinstance(norm, nn.LayerNorm):
+        raise ValueError(
+            f"Supervision before the final norm needs a LayerNorm, the backbone has {type(norm).__name__}."
+        )
+    normed, unnormed = normed.float(), unnormed.float()
+    mean = unnormed.mean(dim=-1, keepdim=True)
+    deviation = (unnormed.var(dim=-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    if norm.bias is not None:
+        normed = normed - norm.bias.float()
+    if norm.weight is not None:
+        gain = norm.weight.float()
+        # A channel that the norm silences tells nothing; it keeps the original's value.
+        is_silent = gain.abs() < 1e-6
+        normed = torch.where(is_silent, (unnormed - mean) / deviation, normed / torch.where(is_silent, 1.0, gain))
+    return normed * deviation + mean
+
+
+def compute_l2_sp(module: nn.Module, original: dict[str, Tensor], strength: float) -> Float[Tensor, ""]:
+    """strength / 2 * squared distance of the trainable parameters from `original` (by name)."""
+    distances = [
+        (parameter - original[name]).float().square().sum()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    return 0.5 * strength * torch.stack(distances).sum()
+
+
+def interpolate_weights(original: dict[str, Tensor], finetuned: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """(1 - share) original + share finetuned, for floating-point tensors of the same names; exact at 0 and 1."""
+    return {
+        name: torch.lerp(original[name].double(), value.double(), share).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in finetuned.items()
+    }
+
+
+def copy_original(token_model: TokenModel) -> TokenModel:
+    """A frozen copy of a backbone, taken before it is trained."""
+    import copy
+
+    return copy.deepcopy(token_model).eval().requires_grad_(False)

@@ -1,0 +1,142 @@
+"""Augmentation that keeps image and target aligned: the camera is cropped with the image, and the flip comes last.
+
+The flip is applied to image, mask and rendered target alike, after rendering, as in the public code: the target is the
+mirror image of an unflipped rendering. Cropping and scaling change the camera, and the scene is rendered for it. Colour
+jitter touches the image alone: the scene's features know one exposure.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as vision
+
+from fit3d_ns.finetuning.sampling import Draw
+from fit3d_ns.geometry.cameras import crop_Ks, resize_Ks
+from fit3d_ns.utils.seeds import create_generator
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """How images are varied; the flip alone is the paper's."""
+
+    flip_probability: float = 0.5
+    """Chance of mirroring image, mask and target left to right (public code: 0.5), 0 to 1."""
+    min_crop: float = 1.0
+    """Smallest side of a random crop as a fraction of the image's side, above 0; 1 does not crop."""
+    min_scale: float = 1.0
+    """Smallest factor by which the (cropped) image is resized, above 0."""
+    max_scale: float = 1.0
+    """Largest such factor; both 1 keep the size."""
+    jitter: float = 0.0
+    """Brightness, contrast and saturation change by up to this fraction, the hue by a tenth of it; 0 to below 1."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.flip_probability <= 1.0 or not 0.0 < self.min_crop <= 1.0 or not 0.0 <= self.jitter < 1.0:
+            raise ValueError(
+                f"flip_probability {self.flip_probability} must be in [0, 1], min_crop {self.min_crop} in (0, 1] and "
+                f"jitter {self.jitter} in [0, 1)."
+            )
+        if not 0.0 < self.min_scale <= self.max_scale:
+            raise ValueError(f"Scales from {self.min_scale} to {self.max_scale}: expected 0 < min_scale <= max_scale.")
+
+    @property
+    def moves_cameras(self) -> bool:
+        """True if targets differ from draw to draw and keeping them is of no use."""
+        return self.min_crop < 1.0 or self.min_scale != 1.0 or self.max_scale != 1.0
+
+
+@dataclass(frozen=True)
+class ImageWindow:
+    """The part of a view that is shown, and at which size."""
+
+    left: int
+    """First column of the crop."""
+    top: int
+    """First row of the crop."""
+    crop_width: int
+    """Columns of the crop."""
+    crop_height: int
+    """Rows of the crop."""
+    width: int
+    """Columns after resizing."""
+    height: int
+    """Rows after resizing."""
+
+    def apply_to_K(self, K: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
+        """Intrinsics of the camera that sees the window alone."""
+        cropped = crop_Ks(K, float(self.left), float(self.top))
+        return resize_Ks(cropped, (self.crop_width, self.crop_height), (self.width, self.height))
+
+    def apply_to_map(self, image: Float[Tensor, "channels H W"]) -> Float[Tensor, "channels h w"]:
+        """Crops and resizes; enlarging is bilinear, shrinking antialiased as a camera of fewer pixels would be."""
+        cropped = image[:, self.top : self.top + self.crop_height, self.left : self.left + self.crop_width]
+        if (self.height, self.width) == (self.crop_height, self.crop_width):
+            return cropped
+        size = (self.height, self.width)
+        return F.interpolate(cropped[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to one draw."""
+
+    window: ImageWindow
+    """The part that is shown."""
+    flip: bool
+    """Mirrored left to right at the end."""
+    brightness: float = 1.0
+    """Factor of all channels."""
+    contrast: float = 1.0
+    """Factor around the mean grey."""
+    saturation: float = 1.0
+    """Factor around each pixel's grey."""
+    hue: float = 0.0
+    """Turn of the colour circle, -0.5 to 0.5."""
+
+    def apply_to_image(self, image: Float[Tensor, "3 H W"]) -> Float[Tensor, "3 h w"]:
+        """Image in [0, 1] to the one the backbone sees."""
+        image = self.window.apply_to_map(image)
+        if (self.brightness, self.contrast, self.saturation, self.hue) != (1.0, 1.0, 1.0, 0.0):
+            image = vision.adjust_brightness(image, self.brightness)
+            image = vision.adjust_contrast(image, self.contrast)
+            image = vision.adjust_saturation(image, self.saturation)
+            image = vision.adjust_hue(image, self.hue)
+        return image.flip(-1) if self.flip else image
+
+    def apply_to_tokens(self, tokens: Float[Tensor, "h w *channels"]) -> Float[Tensor, "h w *channels"]:
+        """Tokens of the window (rendered features, weights) to those of the image that the backbone sees."""
+        return tokens.flip(1) if self.flip else tokens
+
+
+def draw_augmentation(
+    config: AugmentationConfig, width: int, height: int, patch_size: int, seed: int, draw: Draw
+) -> Augmentation:
+    """The augmentation of one draw: a function of (seed, epoch, frame) and nothing else.
+
+    Args:
+        width: Of the view, in pixels.
+        height: Of the view, in pixels.
+        patch_size: Resized images are never smaller than one patch.
+        seed: The run's seed.
+        draw: Whose augmentation.
+    """
+    generator = create_generator(seed, "augmentation", draw.epoch, draw.scene, draw.view)
+    side, place_x, place_y, scale, flip, *colours = torch.rand(9, generator=generator, dtype=torch.float64).tolist()
+    fraction = config.min_crop + (1.0 - config.min_crop) * side
+    crop_width = max(round(width * fraction), min(patch_size, width))
+    crop_height = max(round(height * fraction), min(patch_size, height))
+    factor = config.min_scale + (config.max_scale - config.min_scale) * scale
+    window = ImageWindow(
+        left=round((width - crop_width) * place_x),
+        top=round((height - crop_height) * place_y),
+        crop_width=crop_width,
+        crop_height=crop_height,
+        width=max(round(crop_width * factor), patch_size),
+        height=max(round(crop_height * factor), patch_size),
+    )
+    brightness, contrast, saturation, hue = ((2.0 * value - 1.0) * config.jitter for value in colours)
+    is_flipped = flip < config.flip_probability
+    return Augmentation(window, is_flipped, 1.0 + brightness, 1.0 + contrast, 1.0 + saturation, 0.1 * hue)

@@ -1,0 +1,95 @@
+"""The result: a folder that timm loads, with a model card, and optionally the state dict as FiT3D publishes it.
+
+    FOLDER / config.json          architecture, model_args, pretrained_cfg with the mean and deviation that were used
+             model.safetensors    the weights, under timm's names
+             README.md            the model card
+             fit3d.pth            `--format fit3d`: the plain state dict
+
+`timm.create_model("local-dir:FOLDER", pretrained=True)` needs no other argument. Without `pretrained=True` timm builds
+random weights and says nothing; `load_finetuned` always loads.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fit3d_ns.features import TokenModel, create_token_model
+from fit3d_ns.utils.files import write_atomically, write_json
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
+FIT3D_NAME = "fit3d.pth"
+
+_KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "license")
+"""What stays of timm's description of the original checkpoint; where it was downloaded from does not."""
+
+
+def save_finetuned(
+    folder: Path, token_model: TokenModel, weights: dict[str, Tensor], card: str, *, add_fit3d: bool = False
+) -> None:
+    """Writes the folder; each file is whole or not there, the configuration last.
+
+    Args:
+        folder: Made if it is missing.
+        token_model: The backbone, for its architecture and preprocessing.
+        weights: timm's state dict.
+        card: Text of the model card.
+        add_fit3d: Also write the plain state dict.
+
+    Raises:
+        ValueError: The disk is full.
+    """
+    folder = Path(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with write_atomically(folder / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    if add_fit3d:
+        with write_atomically(folder / FIT3D_NAME) as temporary:
+            torch.save(tensors, temporary)
+    with write_atomically(folder / CARD_NAME) as temporary:
+        temporary.write_text(card, encoding="utf-8")
+    write_json(folder / CONFIG_NAME, describe_folder(token_model))
+
+
+def describe_folder(token_model: TokenModel) -> dict[str, Any]:
+    """The content of `config.json`."""
+    description = token_model.description
+    published = dict(token_model.model.pretrained_cfg)
+    kept = {key: published[key] for key in _KEPT_CONFIG if published.get(key) is not None}
+    return {
+        "architecture": description.architecture.split(".")[0],
+        "num_classes": 0,
+        "num_features": description.embed_dim,
+        "model_args": {**dict(description.model_args), "num_classes": 0, "dynamic_img_size": True},
+        "pretrained_cfg": {
+            **kept,
+            "mean": list(description.mean),
+            "std": list(description.std),
+            "num_classes": 0,
+            "fixed_input_size": False,
+            "tag": "fit3d",
+            "custom_load": False,
+        },
+    }
+
+
+def load_finetuned(folder: Path | str) -> nn.Module:
+    """The timm model of a fine-tuned folder, with its weights, in evaluation mode.
+
+    Its `pretrained_cfg` names the mean and deviation to normalise images with.
+
+    Raises:
+        ValueError: The folder holds no fine-tuned backbone.
+    """
+    token_model = create_token_model(f"local-dir:{folder}")
+    model = token_model.model
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        "mean": token_model.description.mean,
+        "std": token_model.description.std,
+    }
+    return model.eval()

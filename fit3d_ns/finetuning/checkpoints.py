@@ -1,0 +1,203 @@
+"""Checkpoints of a fine-tuning run: one folder per step, whole or not there.
+
+    OUTPUT / checkpoints / step-00000500 / state.pt          parameters, optimizer, scaler, averages, losses
+                                           rng-0.pt ...      random generators, one file per process
+                                           progress.json     step, processes, batch size, settings, format
+
+A checkpoint is written to `step-N.tmp/`, every file is flushed to disk, and only then the folder gets its name. Older
+ones leave after that. So a full disk or a kill at any moment leaves the previous checkpoint whole.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fit3d_ns.utils.files import is_disk_full, read_json, write_json
+
+FORMAT_VERSION = 1
+_PREFIX = "step-"
+_TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True)
+class CheckpointProgress:
+    """Where a run stood."""
+
+    step: int
+    """Optimizer steps done."""
+    num_processes: int
+    """Processes that trained."""
+    batch_size: int
+    """Images per process and batch."""
+    accumulation_steps: int
+    """Batches per optimizer step."""
+    seconds: float
+    """Time trained so far, over all runs."""
+    settings: dict[str, Any]
+    """Everything else that decides the weights; compared when resuming."""
+    format_version: int = FORMAT_VERSION
+    """Layout of the checkpoint."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    def find_steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        names = [path.name for path in self.folder.glob(f"{_PREFIX}*") if (path / "progress.json").is_file()]
+        return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdigit())
+
+    def get_path(self, step: int) -> Path:
+        """Folder of a checkpoint."""
+        return self.folder / f"{_PREFIX}{step:08d}"
+
+    def save(
+        self,
+        progress: CheckpointProgress,
+        state: dict[str, Any],
+        *,
+        rank: int = 0,
+        wait: Callable[[], None] = lambda: None,
+        agree: Callable[[str], None] = lambda problem: None,
+    ) -> None:
+        """Writes a checkpoint; called by all processes, rank 0 writes the shared part.
+
+        Args:
+            state: Tensors, numbers and strings in dictionaries and lists; used on rank 0.
+            rank: This process.
+            wait: A barrier over all processes.
+            agree: Called by every process with its problem ("" for none); raises on all if any has one.
+
+        Raises:
+            ValueError: The disk is full; earlier checkpoints are untouched.
+        """
+        final = self.get_path(progress.step)
+        if progress.step in self.find_steps():
+            # A run that was stopped right after it resumed has nothing new to say.
+            return
+        temporary = final.with_name(final.name + _TEMPORARY)
+        problem = ""
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                problem = _describe(error, temporary)
+        agree(problem)
+        try:
+            _save_tensors(collect_random_states(), temporary / f"rng-{rank}.pt")
+            if rank == 0:
+                _save_tensors(state, temporary / "state.pt")
+                write_json(temporary / "progress.json", asdict(progress))
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = _describe(error, temporary)
+        try:
+            agree(problem)
+        except ValueError:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if rank == 0:
+            _sync(temporary)
+            os.replace(temporary, final)
+            _sync(self.folder)
+            for step in self.find_steps()[: -self.keep]:
+                shutil.rmtree(self.get_path(step), ignore_errors=True)
+        wait()
+
+    def load(self, step: int, *, rank: int = 0) -> tuple[CheckpointProgress, dict[str, Any]]:
+        """Reads a checkpoint and sets this process's random generators.
+
+        Raises:
+            ValueError: It is damaged, or of a newer version.
+        """
+        path = self.get_path(step)
+        content = read_json(path / "progress.json")
+        if content.get("format_version", 0) > FORMAT_VERSION:
+            raise ValueError(f"Checkpoint {path} is of a newer version; update fit3d-ns.")
+        try:
+            progress = CheckpointProgress(**content)
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            random_states = torch.load(path / f"rng-{rank}.pt", map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"Checkpoint {path} cannot be read ({str(error).splitlines()[0]}); remove the folder to go on from the "
+                "one before."
+            ) from error
+        restore_random_states(random_states)
+        return progress, state
+
+    def clear(self) -> None:
+        """Removes all checkpoints, whole or not."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_resumable(found: CheckpointProgress, wanted: CheckpointProgress, path: Path) -> None:
+    """Refuses to go on with other settings than those the checkpoint was made with.
+
+    Raises:
+        ValueError: Processes, batch size, accumulation or a decisive setting differ; both values are named.
+    """
+    for name in ("num_processes", "batch_size", "accumulation_steps"):
+        if getattr(found, name) != getattr(wanted, name):
+            raise ValueError(
+                f"Checkpoint {path} was made with {name} {getattr(found, name)}, this run has {getattr(wanted, name)}; "
+                "resume with the same, or start anew with --resume never."
+            )
+    differences = _compare(found.settings, wanted.settings, "")
+    if differences:
+        raise ValueError(
+            f"Checkpoint {path} was made with other settings: {'; '.join(differences[:5])} (checkpoint against now); "
+            "resume with the same, or start anew with --resume never."
+        )
+
+
+def collect_random_states() -> dict[str, Any]:
+    """Torch's generators of this process; our own draws hang on seeds and need no state."""
+    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Sets what `collect_random_states` read, as far as the devices are there."""
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and len(states.get("cuda", [])) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _compare(found: Any, wanted: Any, name: str) -> list[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted({*found, *wanted})
+        return [line for key in keys for line in _compare(found.get(key), wanted.get(key), f"{name}.{key}".strip("."))]
+    return [] if found == wanted else [f"{name} {found} against {wanted}"]
+
+
+def _describe(error: Exception, path: Path) -> str:
+    if is_disk_full(error):
+        return f"No space left for the checkpoint {path}; free some disk space and run the same command again."
+    return f"The checkpoint {path} cannot be written ({str(error).splitlines()[0] if str(error) else error!r})."
+
+
+def _save_tensors(content: dict[str, Tensor] | dict[str, Any], path: Path) -> None:
+    torch.save(content, path)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""`FinetuneConfig`: everything about a fine-tuning run but its scenes; `PAPER` holds the public code's values."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fit3d_ns.data.frames import Split
+from fit3d_ns.finetuning.anchors import AnchorConfig
+from fit3d_ns.finetuning.augmentation import AugmentationConfig
+from fit3d_ns.finetuning.optimization import OptimizationConfig
+from fit3d_ns.finetuning.sampling import SamplingConfig
+from fit3d_ns.finetuning.targets import TargetConfig
+from fit3d_ns.finetuning.trainable import TrainableConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the run works, saves and reports; nothing here changes the weights that come out."""
+
+    splits: tuple[Split, ...] = ("train",)
+    """Views that are trained on. Those the lift left out (`test`) are taught as novel views."""
+    data_root: Path | None = None
+    """Where the photographs are now, if they were moved: a capture's folder or one above several."""
+    strict: bool = False
+    """Refuse scenes of which a photograph is gone, instead of skipping the view."""
+    scene_memory_gb: float = 8.0
+    """Scenes on the device take at most this many 1e9 bytes; the least recently used leave first."""
+    num_workers: int = 2
+    """Threads that load photographs ahead; 0 loads them in turn."""
+    steps_per_checkpoint: int = 500
+    """Optimizer steps between two checkpoints, 1 and above."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints that stay, 1 and above."""
+    resume: Literal["auto", "never", "require"] = "auto"
+    """`auto` goes on from the newest checkpoint in the output folder if there is one, `require` fails without one,
+    `never` starts anew and removes them."""
+    steps_per_validation: int = 1000
+    """Optimizer steps between two validations, besides the one at the end; 0 validates at the end only."""
+    max_validation_views: int = 24
+    """Views per scene that are validated, evenly spread."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where curves are logged."""
+    format: Literal["timm", "fit3d"] = "timm"
+    """`fit3d` also writes the plain state dict, as FiT3D publishes it."""
+
+    def __post_init__(self) -> None:
+        if self.steps_per_checkpoint < 1 or self.keep_checkpoints < 1 or self.max_validation_views < 1:
+            raise ValueError("steps_per_checkpoint, keep_checkpoints and max_validation_views must be at least 1.")
+        if self.num_workers < 0 or self.steps_per_validation < 0:
+            raise ValueError("num_workers and steps_per_validation must be 0 or above.")
+        if not self.splits:
+            raise ValueError("--splits names no split; give train, val or test.")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """All choices of stage II."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Order of images."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Variation of images."""
+    targets: TargetConfig = field(default_factory=TargetConfig)
+    """What is taught."""
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    """What is trained."""
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    """What holds the backbone near the original."""
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    """How long and how fast."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Saving and reporting."""
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return _plain(asdict(self))
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the one it continues, plain JSON values."""
+        content = self.to_metadata()
+        run = content.pop("run")
+        for name in ("epochs", "min_steps", "max_steps"):
+            content["optimization"].pop(name)
+        for name in ("cache", "cache_gb", "cache_folder"):
+            content["targets"].pop(name)
+        return {**content, "splits": run["splits"]}
+
+
+PAPER = FinetuneConfig(
+    sampling=SamplingConfig(sampling="epoch", images_per_visit=0, scenes_at_once=1, seed=42),
+    augmentation=AugmentationConfig(flip_probability=0.5),
+    targets=TargetConfig(token_reading="bilinear", weight_by_opacity=False, cache="none"),
+    trainable=TrainableConfig(train="all"),
+    anchors=AnchorConfig(),
+    optimization=OptimizationConfig(
+        learning_rate=1e-5,
+        weight_decay=1e-4,
+        clip_norm=0.1,
+        batch_size=2,
+        accumulation_steps=1,
+        epochs=1.0,
+        schedule="constant",
+        warmup_fraction=0.0,
+        ema_decay=0.0,
+        precision="fp32",
+    ),
+    run=RunConfig(splits=("train", "val", "test")),
+)
+"""The public code's values: held-out frames are trained on too (FACTS, 2.1), images come one by one from any scene."""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

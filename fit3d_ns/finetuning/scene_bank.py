@@ -1,0 +1,110 @@
+"""`SceneBank`: many lifted scenes on disk, a few of them on the device.
+
+All scene files are open from the start and memory-mapped: that costs address space, not memory. A scene that is asked
+for is moved to the device and made ready to render; when the budget is reached, the one that was used longest ago
+leaves. 230 scenes of a million Gaussians are 39 GB of files, and each takes 0.47 GB while it is ready (D = 64).
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fit3d_ns.scene import FeatureScene, SceneBackbone, load_scene
+from fit3d_ns.utils.files import hash_bytes
+
+_NUM_HASHED_ROWS = 1024
+
+
+class SceneBank:
+    """Scenes by index; `bank[i]` is ready to render on the device."""
+
+    def __init__(self, paths: Sequence[Path], device: torch.device | str = "cpu", memory_gb: float = 8.0):
+        """Opens all scene files.
+
+        Args:
+            paths: Scene files.
+            device: Where scenes are rendered.
+            memory_gb: Ready scenes take at most this many 1e9 bytes, above 0.
+
+        Raises:
+            ValueError: No path, a file that is no whole scene, or a scene larger than the budget.
+        """
+        if not paths:
+            raise ValueError("There are no scenes; give at least one with --ckpts.")
+        if not memory_gb > 0:
+            raise ValueError(f"The memory budget for scenes is {memory_gb} GB; it must be above 0.")
+        self.paths = [Path(path) for path in paths]
+        self.device = torch.device(device)
+        self.max_bytes = int(memory_gb * 1e9)
+        self.on_disk = [load_scene(path) for path in self.paths]
+        self.num_loads = 0
+        self._ready: OrderedDict[int, FeatureScene] = OrderedDict()
+        for path, scene in zip(self.paths, self.on_disk, strict=True):
+            if scene.num_bytes > self.max_bytes:
+                raise ValueError(
+                    f"{path} takes {scene.num_bytes / 1e9:.2f} GB when it is ready, the budget is "
+                    f"{self.max_bytes / 1e9:.2f} GB; raise --scene-memory-gb."
+                )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> FeatureScene:
+        if index in self._ready:
+            self._ready.move_to_end(index)
+            return self._ready[index]
+        needed = self.on_disk[index].num_bytes
+        while self._ready and self.num_bytes + needed > self.max_bytes:
+            self._ready.popitem(last=False)
+        scene = self.on_disk[index]
+        # A copy, so that what is activated for rendering leaves with it; the mapped file stays open.
+        ready = replace(scene) if self.device.type == "cpu" else scene.to(self.device)
+        self._ready[index] = ready
+        self.num_loads += 1
+        return ready
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that ready scenes take at present."""
+        return sum(scene.num_bytes for scene in self._ready.values())
+
+    @property
+    def ready(self) -> list[int]:
+        """Scenes on the device, the one used longest ago first."""
+        return list(self._ready)
+
+    def announce(self, index: int) -> None:
+        """Asks the system to read a scene's file ahead, so that the device does not wait for the disk."""
+        if index in self._ready or not hasattr(os, "posix_fadvise"):
+            return
+        with open(self.paths[index], "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def compute_fingerprint(self, index: int) -> str:
+        """Names a scene by its content (decoder, and a spread of its Gaussians), wherever its file lies."""
+        scene = self.on_disk[index]
+        gaussians = scene.gaussians
+        step = max(gaussians.num_gaussians // _NUM_HASHED_ROWS, 1)
+        tensors = [scene.decoder.weight.detach(), gaussians.means[::step], gaussians.features[::step]]
+        settings = f"{gaussians.num_gaussians} {scene.rasterize_mode} {scene.eps2d}"
+        return hash_bytes(settings.encode(), *(tensor.contiguous().numpy().tobytes() for tensor in tensors))
+
+
+def check_backbones(bank: SceneBank, backbone: SceneBackbone) -> None:
+    """Refuses scenes that were lifted with another backbone, other weights or other preprocessing.
+
+    Raises:
+        ValueError: Some were; the message names the first, and both sides of every difference.
+    """
+    for path, scene in zip(bank.paths, bank.on_disk, strict=True):
+        differences = scene.backbone.find_differences(backbone)
+        if differences:
+            raise ValueError(
+                f"{path} was lifted with {scene.backbone.backbone}, fine-tuning was asked for {backbone.backbone}: "
+                f"{'; '.join(differences)} (scene against backbone); lift the scene with this backbone, or give the "
+                "scene's own with --backbone and --backbone-weights."
+            )

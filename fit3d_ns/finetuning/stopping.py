@@ -1,0 +1,43 @@
+"""`StopRequest`: SIGTERM and SIGINT become a wish that the training loop grants at the next step boundary."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """Notes the first signal; a second one acts as if this were not here.
+
+    A context manager: the handlers that were there before return when the block ends.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def is_requested(self) -> bool:
+        """True once a signal came."""
+        return self.signal is not None
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._previous[number] = signal.signal(number, self._note)
+            except ValueError:
+                # Only the main thread may handle signals; elsewhere the process keeps its own behaviour.
+                break
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            signal.signal(number, self._previous.get(number, signal.SIG_DFL))
+            signal.raise_signal(number)
+        self.signal = number

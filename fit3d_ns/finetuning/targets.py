@@ -1,0 +1,205 @@
+"""What the backbone is taught: the scene's features, rendered at the token grid of the image it is shown.
+
+`F_high` at the token centres, from the image's own camera (paper, section 3.2): the value of rendering at full size,
+decoding and resizing, computed where it is read. Each token's weight is the share of valid pixels times, as options,
+the accumulated opacity and a factor that falls with the features' variance over the lifted views.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.features import TokenModel
+from fit3d_ns.finetuning.leave_one_out import leave_view_out
+from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.target_cache import TargetCache, store_target
+from fit3d_ns.finetuning.training_views import Sample, TrainingViews
+from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
+from fit3d_ns.rasterization import project, rasterize_features
+from fit3d_ns.scene import FeatureScene, RenderedFeatures, TokenReadingRule, create_token_reader
+from fit3d_ns.utils.files import hash_bytes
+
+TARGET_FOLDER = "targets"
+"""Below the output folder; removed when training has ended."""
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """How targets are rendered, weighted and kept."""
+
+    token_reading: Literal["scene", "bilinear", "area"] = "scene"
+    """How a token reads the rendered map: as the scene was lifted, at its centre (public code), or averaged over its
+    patch."""
+    weight_by_opacity: bool = True
+    """Weight each token by its accumulated opacity, so that holes teach nothing; the public code weighs all alike."""
+    variance_weight: float = 0.0
+    """0 ignores it; k weights a token of the scene's mean feature variance by 1 / (1 + k), others accordingly."""
+    leave_one_out: bool = False
+    """Render each target from features without the image's own part in the lift."""
+    cache: Literal["auto", "none", "memory", "disk"] = "auto"
+    """Keep rendered targets for later epochs: in memory, or in memory and then on disk; `auto` does so on CPUs."""
+    cache_gb: float = 2.0
+    """Targets in memory take at most this many 1e9 bytes, 0 and above."""
+    cache_folder: Path | None = None
+    """Where all targets are kept on disk for other runs and machines; None: in the output folder, while it trains."""
+
+    def __post_init__(self) -> None:
+        if self.variance_weight < 0 or self.cache_gb < 0:
+            raise ValueError(f"variance_weight {self.variance_weight} and cache_gb {self.cache_gb} must be 0 or above.")
+
+    def get_rule(self, scene: FeatureScene) -> TokenReadingRule:
+        """The reading rule for a scene."""
+        return scene.token_reading if self.token_reading == "scene" else self.token_reading
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one image's tokens should be."""
+
+    features: Float[Tensor, "h w embed"]
+    """Float32, on the device."""
+    weights: Float[Tensor, "h w"]
+    """How much each token counts, 0 to 1."""
+
+
+class TargetRenderer:
+    """Renders targets, or takes them from the cache."""
+
+    def __init__(
+        self,
+        bank: SceneBank,
+        views: TrainingViews,
+        config: TargetConfig,
+        cache: TargetCache | None = None,
+        original: TokenModel | None = None,
+    ):
+        """Args:
+        bank: The scenes.
+        views: The photographs, for leave-one-out.
+        cache: None renders every target every time.
+        original: The backbone before training, needed for leave-one-out.
+        """
+        self.bank = bank
+        self.views = views
+        self.config = config
+        self.cache = cache
+        self.original = original
+        self.rules: list[TokenReadingRule] = [config.get_rule(scene) for scene in bank.on_disk]
+        self._fingerprints: dict[int, str] = {}
+        assert original is not None or not config.leave_one_out
+
+    def render(self, sample: Sample) -> Target:
+        """The target of a sample, flipped as its image is.
+
+        Raises:
+            ValueError: The rendering is not finite; the message names scene and view.
+        """
+        stored = None if self.cache is None else self.cache.load(self._name(sample))
+        if stored is None:
+            features, confidence = self._render(sample)
+            if not bool(torch.isfinite(features).all()):
+                raise ValueError(f"The features rendered for {sample.name} are not finite; lift its scene anew.")
+            if self.cache is not None:
+                try:
+                    stored = store_target(features, confidence)
+                except ValueError as error:
+                    raise ValueError(f"Target of {sample.name}: {error}.") from error
+                self.cache.save(self._name(sample), stored)
+        if stored is not None:
+            # Also when it was rendered just now: a resumed run must not see the difference.
+            features = stored.features.to(self.bank.device, torch.float32)
+            confidence = stored.confidence.to(self.bank.device, torch.float32)
+        weights = sample.mask.to(confidence) * confidence
+        flip = sample.augmentation.apply_to_tokens
+        return Target(flip(features).contiguous(), flip(weights).contiguous())
+
+    @torch.no_grad()
+    def _render(self, sample: Sample) -> tuple[Float[Tensor, "h w embed"], Float[Tensor, "h w"]]:
+        scene, config = self.bank[sample.draw.scene], self.config
+        rule = self.rules[sample.draw.scene]
+        known_share: Tensor | float = 1.0
+        if config.leave_one_out:
+            assert self.original is not None
+            capture = self.views.captures[sample.draw.scene]
+            scene, is_known = leave_view_out(scene, capture, sample.view, self.original)
+            known_share = render_values(scene, sample, rule, is_known.float()[:, None])[..., 0]
+        rendered = render_window(scene, sample, rule)
+        confidence = rendered.alphas if config.weight_by_opacity else torch.ones_like(rendered.alphas)
+        if config.leave_one_out:
+            confidence = confidence * known_share / rendered.alphas.clamp(min=1e-6)
+        if config.variance_weight > 0:
+            variance = render_values(scene, sample, rule, compute_relative_variance(scene)[:, None])[..., 0]
+            confidence = confidence / (1.0 + config.variance_weight * variance)
+        return rendered.features, confidence.clamp(0.0, 1.0)
+
+    def _name(self, sample: Sample) -> str:
+        scene, view, window = sample.draw.scene, sample.view, sample.augmentation.window
+        if scene not in self._fingerprints:
+            self._fingerprints[scene] = self.bank.compute_fingerprint(scene)
+        config = self.config
+        parts = [self._fingerprints[scene], view.name, window, sample.grid, self.rules[scene]]
+        parts += [view.camera_to_world.tolist(), view.K.tolist()]
+        parts += [config.weight_by_opacity, config.variance_weight, config.leave_one_out]
+        return hash_bytes(*(repr(part).encode() for part in parts))
+
+
+def render_window(scene: FeatureScene, sample: Sample, rule: TokenReadingRule) -> RenderedFeatures:
+    """The scene's features at the token grid of a sample's window, not flipped."""
+    window, view = sample.augmentation.window, sample.view
+    K = window.apply_to_K(view.K)
+    return scene.render_features_with_alpha(view.camera_to_world, K, window.width, window.height, sample.grid, rule)
+
+
+def compute_relative_variance(scene: FeatureScene) -> Float[Tensor, " num_gaussians"]:
+    """Each Gaussian's feature variance over the lifted views, as a multiple of the scene's mean over blend weights."""
+    variance = scene.gaussians.feature_variance.float()
+    weight = scene.gaussians.blend_weight
+    mean = (variance * weight).sum() / weight.sum().clamp(min=1e-12)
+    return variance / mean if bool(mean > 0) else torch.zeros_like(variance)
+
+
+@torch.no_grad()
+def render_values(
+    scene: FeatureScene, sample: Sample, rule: TokenReadingRule, values: Float[Tensor, "num_gaussians channels"]
+) -> Float[Tensor, "h w channels"]:
+    """Values of the Gaussians, blended and read at the token grid of a sample's window, not flipped."""
+    gaussians, window, view = scene.activated, sample.augmentation.window, sample.view
+    info = project(
+        gaussians.means,
+        gaussians.quats,
+        gaussians.scales,
+        gaussians.opacities,
+        viewmats_from_camera_to_worlds(view.camera_to_world.to(values))[None],
+        window.apply_to_K(view.K).to(values)[None],
+        window.width,
+        window.height,
+        rasterize_mode=scene.rasterize_mode,
+        eps2d=scene.eps2d,
+    )
+    reader = create_token_reader(window.width, window.height, sample.grid, rule, neighbourhood=False)
+    return reader.read(rasterize_features(values, info, pixels=reader.pixels.to(values.device)))[0]
+
+
+def create_cache(
+    config: TargetConfig, device: torch.device, output_folder: Path, *, is_of_use: bool
+) -> TargetCache | None:
+    """The cache that a configuration asks for.
+
+    Args:
+        device: Where scenes are rendered; on CUDA a target costs less than keeping it.
+        output_folder: Of the run, for targets that outgrow the memory.
+        is_of_use: False where no target is asked for twice (random crops).
+    """
+    kind = config.cache
+    if kind == "auto":
+        kind = "disk" if config.cache_folder is not None or device.type == "cpu" else "none"
+    if kind == "none" or not is_of_use:
+        return None
+    if kind == "memory":
+        return TargetCache(config.cache_gb, None)
+    folder = config.cache_folder or output_folder / TARGET_FOLDER
+    return TargetCache(config.cache_gb, folder, keep_on_disk=config.cache_folder is not None)

@@ -1,0 +1,191 @@
+"""One optimizer step: batches of all processes in, one loss normalised over all of them, one update out.
+
+Totals of the weights are known before the first forward pass, because targets do not depend on the backbone. So each
+batch's loss is divided by the global total right away, and gradients add up to those of one large batch; DDP averages
+over processes, hence the factor of their number.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fit3d_ns.features import TokenModel
+from fit3d_ns.finetuning.anchors import AnchorConfig, StepTotals, compute_l2_sp, compute_token_anchors
+from fit3d_ns.finetuning.batches import Batch
+from fit3d_ns.finetuning.losses import SMALLEST_WEIGHT, compute_l1_sum
+from fit3d_ns.finetuning.processes import Processes
+from fit3d_ns.finetuning.token_module import TokenModule, compute_outputs
+from fit3d_ns.utils.files import write_atomically, write_json
+from fit3d_ns.utils.progress import PhaseTimer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found, over all processes."""
+
+    loss: float
+    """Feature loss: masked L1 per channel."""
+    anchor_loss: float
+    """All anchors together, weighted; 0 without."""
+    gradient_norm: float
+    """Before clipping."""
+
+
+class NotFiniteError(ValueError):
+    """The loss or its gradient is NaN or infinite; carries the batch that shows it, if it is this process's."""
+
+    def __init__(self, message: str, batch: Batch | None, tokens: list[Tensor]):
+        super().__init__(message)
+        self.batch = batch
+        self.tokens = tokens
+
+
+class TrainStep:
+    """Does one step at a time."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        bare: TokenModule,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        processes: Processes,
+        anchors: AnchorConfig,
+        clip_norm: float,
+        original: TokenModel | None,
+        original_weights: dict[str, Tensor],
+        timer: PhaseTimer,
+    ):
+        """Args:
+        module: As accelerate wrapped it; its `forward` is the only way through the backbone.
+        bare: The same module, unwrapped, for its parameters.
+        optimizer: As accelerate wrapped it.
+        clip_norm: Gradients are scaled down to this norm.
+        original: The backbone before training, if an anchor needs it.
+        original_weights: Its trainable parameters by name, for L2-SP; empty without.
+        timer: Gets `forward_backward` and `optimizer`.
+        """
+        self.module = module
+        self.bare = bare
+        self.optimizer = optimizer
+        self.accelerator = accelerator
+        self.processes = processes
+        self.anchors = anchors
+        self.clip_norm = clip_norm
+        self.original = original
+        self.original_weights = original_weights
+        self.timer = timer
+        self._parameters = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+
+    def run(self, batches: Sequence[Batch], totals: StepTotals) -> StepResult:
+        """Forward, backward and update for this process's batches.
+
+        Raises:
+            NotFiniteError: On every process, if the loss or gradient of any is not finite; no weight has moved.
+        """
+        with self.timer.phase("forward_backward"):
+            loss, anchor_loss = self._accumulate(batches, totals)
+        with self.timer.phase("optimizer"):
+            norm = self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm)
+            # A scaled fp16 gradient may overflow; then the scaler skips this step and lowers its scale.
+            if self.accelerator.scaler is None and not bool(torch.isfinite(norm)):
+                self._stop("gradient", (batches[-1], []))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, anchor_loss, float(norm))
+
+    def _accumulate(self, batches: Sequence[Batch], totals: StepTotals) -> tuple[float, float]:
+        """Forward and backward of all batches; returns feature loss and anchors, over all processes."""
+        losses = anchored = 0.0
+        broken: tuple[Batch, list[Tensor]] | None = None
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.module):
+                loss, anchor, tokens = self._compute_losses(batch, totals)
+                if not bool(torch.isfinite(loss + anchor)):
+                    broken = broken or (batch, tokens)
+                total = loss + anchor
+                if is_last and self.original_weights:
+                    # On every process alike, so averaging over them leaves it as it is.
+                    pull = compute_l2_sp(self.bare, self.original_weights, self.anchors.l2_sp)
+                    anchored += float(pull.detach()) / self.processes.number
+                    total = total + pull / self.processes.number
+                self.accelerator.backward(total * self.processes.number)
+            losses += float(loss.detach())
+            anchored += float(anchor.detach())
+        loss_sum, anchor_sum, num_broken = self.processes.sum([losses, anchored, float(broken is not None)])
+        if num_broken > 0:
+            self._stop("loss", broken)
+        return loss_sum, anchor_sum
+
+    def _compute_losses(self, batch: Batch, totals: StepTotals) -> tuple[Tensor, Tensor, list[Tensor]]:
+        outputs = self.module([group.images for group in batch.groups])
+        sums, anchored, tokens = [], [], []
+        for group, output in zip(batch.groups, outputs, strict=True):
+            sums.append(compute_l1_sum(output.patch_tokens, group.targets, group.weights).sum())
+            tokens.append(output.patch_tokens.detach())
+            if self.original is not None and self.anchors.needs_original:
+                with torch.no_grad(), self.accelerator.autocast():
+                    reference = compute_outputs(self.original, group.images)
+                norm = self.original.model.norm
+                anchored.append(
+                    compute_token_anchors(output, reference, group.targets, group.weights, self.anchors, totals, norm)
+                )
+        loss = torch.stack(sums).sum() / max(totals.weight, SMALLEST_WEIGHT)
+        return loss, torch.stack(anchored).sum() if anchored else loss.new_zeros(()), tokens
+
+    def _stop(self, what: str, broken: tuple[Batch, list[Tensor]] | None) -> None:
+        """Raises on every process, with the views of the process that has them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        names = "" if broken is None else ", ".join(sample.name for sample in broken[0].samples)
+        try:
+            self.processes.agree(f"The {what} is not finite for {names}" if names else "")
+        except ValueError as error:
+            raise NotFiniteError(str(error), *(broken or (None, []))) from error
+
+
+def save_evidence(error: NotFiniteError, folder: Path, rank: int, facts: dict[str, Any]) -> Path | None:
+    """Writes what explains a loss that is not finite: images, targets, weights and tokens, and the views' names."""
+    if error.batch is None:
+        return None
+    tensors: dict[str, Tensor] = {}
+    for index, group in enumerate(error.batch.groups):
+        tensors |= {f"images.{index}": group.images, f"targets.{index}": group.targets}
+        tensors[f"weights.{index}"] = group.weights
+        if index < len(error.tokens):
+            tensors[f"tokens.{index}"] = error.tokens[index]
+    path = folder / f"not-finite-{rank}.safetensors"
+    with write_atomically(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    views = [
+        {"scene": sample.scene_id, "view": sample.view.name, "flip": sample.augmentation.flip}
+        for sample in error.batch.samples
+    ]
+    write_json(path.with_suffix(".json"), {**facts, "error": str(error), "views": views})
+    return path
+
+
+def sum_totals(batches: Sequence[Batch], processes: Processes, stop: bool, problem: str) -> tuple[StepTotals, bool]:
+    """Totals over all processes, and whether any process wishes to stop after this step.
+
+    Args:
+        batches: This process's; empty if it has a problem.
+        stop: This process got a signal.
+        problem: What kept this process from its batches; "" if nothing did.
+
+    Raises:
+        ValueError: On every process, if any has a problem.
+    """
+    local = [sum(batch.weight for batch in batches), float(sum(batch.num_tokens for batch in batches))]
+    local += [float(sum(batch.num_images for batch in batches)), float(stop), float(bool(problem))]
+    weight, num_tokens, num_images, wishes, problems = processes.sum(local)
+    if problems > 0:
+        processes.agree(problem)
+    return StepTotals(weight, num_tokens, num_images), wishes > 0

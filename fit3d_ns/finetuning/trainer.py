@@ -1,0 +1,329 @@
+"""`FinetuneTrainer`: the training loop of stage II (paper, section 3.2, Algorithm 1).
+
+Each step draws images, renders what their tokens should be, and moves the backbone towards that. What a step does is a
+function of the weights, the optimizer's state and the step's number: there is no sampler, loader or augmentation state,
+so a run that was killed goes on to the same weights.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from fit3d_ns.features import TokenModel
+from fit3d_ns.finetuning.anchors import copy_original
+from fit3d_ns.finetuning.batches import Batch, create_batch
+from fit3d_ns.finetuning.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
+from fit3d_ns.finetuning.config import FinetuneConfig
+from fit3d_ns.finetuning.optimization import MovingAverage, create_optimizer
+from fit3d_ns.finetuning.processes import Processes
+from fit3d_ns.finetuning.sampling import Draw, DrawSequence
+from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.stopping import StopRequest
+from fit3d_ns.finetuning.targets import TargetRenderer
+from fit3d_ns.finetuning.token_module import TokenModule, freeze_unreachable
+from fit3d_ns.finetuning.train_step import NotFiniteError, StepResult, TrainStep, save_evidence, sum_totals
+from fit3d_ns.finetuning.trainable import select_trainable
+from fit3d_ns.finetuning.training_views import Sample, TrainingViews, load_ahead
+from fit3d_ns.utils.progress import PhaseTimer, create_progress, notice
+
+CHECKPOINT_FOLDER = "checkpoints"
+"""Below the output folder."""
+NUM_NOTICES = 10
+"""Lines about the loss in a run without a terminal."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run at a step boundary, after a checkpoint."""
+
+
+@dataclass
+class TrainingHistory:
+    """What is known of all steps so far, those before a resume included."""
+
+    losses: list[float] = field(default_factory=list)
+    """Feature loss of each step."""
+    seconds: float = 0.0
+    """Wall-clock time of training, validation excepted."""
+
+    def summarise(self) -> tuple[float | None, float | None]:
+        """Mean loss of the first and of the last tenth of the steps (1 to 100 steps); single steps are noisy."""
+        if not self.losses:
+            return None, None
+        number = min(max(len(self.losses) // 10, 1), 100)
+        return sum(self.losses[:number]) / number, sum(self.losses[-number:]) / number
+
+
+class FinetuneTrainer:
+    """Trains one backbone on the scenes of one bank."""
+
+    def __init__(
+        self,
+        token_model: TokenModel,
+        bank: SceneBank,
+        views: TrainingViews,
+        targets: TargetRenderer,
+        config: FinetuneConfig,
+        accelerator: Accelerator,
+        output_folder: Path,
+        identity: dict[str, Any],
+        validate: Callable[[TokenModel, int], None] | None = None,
+    ):
+        """Freezes what is not trained, wraps the backbone, and goes on from a checkpoint where there is one.
+
+        Args:
+            token_model: The original backbone; it is trained in place.
+            targets: Renders for the same bank and views.
+            accelerator: Made by `create_accelerator`.
+            output_folder: Checkpoints and evidence go there.
+            identity: Backbone and scenes, as plain JSON values; a checkpoint of others is refused.
+            validate: Called by the main process with the backbone and the step, every `steps_per_validation` steps.
+
+        Raises:
+            ValueError: Settings that do not fit together, or a checkpoint of another run.
+        """
+        self.bank, self.views, self.targets, self.config = bank, views, targets, config
+        self.accelerator = accelerator
+        self.processes = Processes(accelerator)
+        self.output_folder = output_folder
+        self.validate = validate
+        self.history = TrainingHistory()
+        self.timer = PhaseTimer()
+        self.step = 0
+        optimization, anchors = config.optimization, config.anchors
+        self.sequence = DrawSequence(views.views_per_scene, config.sampling)
+        self.num_steps = optimization.count_steps(self.sequence.num_images, self.processes.number)
+        original = copy_original(token_model).to(accelerator.device) if anchors.needs_original else None
+        token_model = select_trainable(token_model.to(accelerator.device), config.trainable)
+        self.bare = TokenModule(token_model)
+        self.frozen = freeze_unreachable(self.bare, anchors.prefix_anchor > 0, anchors.pre_norm > 0)
+        trained = {name: value for name, value in self.bare.named_parameters() if value.requires_grad}
+        self.num_parameters = sum(parameter.numel() for parameter in trained.values())
+        original_weights = {name: value.detach().clone() for name, value in trained.items()} if anchors.l2_sp else {}
+        self.average = MovingAverage(self.bare, optimization.ema_decay) if optimization.ema_decay > 0 else None
+        if optimization.compile:
+            token_model.forward_unnormed = torch.compile(token_model.forward_unnormed)  # type: ignore[method-assign]
+        self.checkpoints = CheckpointFolder(output_folder / CHECKPOINT_FOLDER, config.run.keep_checkpoints)
+        self._identity = identity
+        optimizer = create_optimizer(trained.values(), optimization)
+        # Loaded before wrapping: accelerate and DDP copy what they are given.
+        scaler_state = self._resume(optimizer)
+        module, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        if scaler_state is not None and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(scaler_state)
+        self.train_step = TrainStep(
+            module,
+            self.bare,
+            self.optimizer,
+            accelerator,
+            self.processes,
+            anchors,
+            optimization.clip_norm,
+            original,
+            original_weights,
+            self.timer,
+        )
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of one optimizer step, over all processes."""
+        optimization = self.config.optimization
+        return optimization.batch_size * optimization.accumulation_steps * self.processes.number
+
+    def run(self) -> None:
+        """Trains to the last step.
+
+        Raises:
+            Interrupted: A signal came; the weights so far are in a checkpoint.
+            ValueError: An image cannot be read, a loss is not finite, or the disk is full.
+        """
+        self.bare.train()
+        description = "Fine-tuning"
+        with StopRequest() as stop, create_progress() as progress:
+            task = progress.add_task(description, total=self.num_steps, completed=self.step, note="")
+            if not self.processes.is_main:
+                progress.stop()
+            for result, wishes in self._iterate(stop):
+                note = f"loss {result.loss:.4f}  {self._measure_speed():.1f} images/s"
+                progress.update(task, completed=self.step, note=note)
+                if progress.disable and self.processes.is_main and self._is_notice_due():
+                    notice(f"{description}: step {self.step} of {self.num_steps}, {note}")
+                self._log(result)
+                is_last = self.step == self.num_steps
+                if wishes or is_last or self.step % self.config.run.steps_per_checkpoint == 0:
+                    self.save_checkpoint()
+                if wishes and not is_last:
+                    raise Interrupted(f"stopped at step {self.step} of {self.num_steps}; the same command goes on")
+                every = self.config.run.steps_per_validation
+                if every and self.step % every == 0 and not is_last:
+                    self._validate()
+        self.bare.eval()
+
+    def use_averages(self) -> None:
+        """Puts the moving average of the weights into the backbone, if one is kept."""
+        if self.average is not None:
+            self.average.swap(self.bare)
+
+    def save_checkpoint(self) -> None:
+        """Writes the state after the present step."""
+        scaler = self.accelerator.scaler
+        state = {
+            "module": self.bare.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "averages": None if self.average is None else self.average.averages,
+            "losses": torch.tensor(self.history.losses, dtype=torch.float64),
+        }
+        self.checkpoints.save(
+            self._describe_progress(),
+            state,
+            rank=self.processes.rank,
+            wait=self.processes.wait,
+            agree=self.processes.agree,
+        )
+
+    def _iterate(self, stop: StopRequest) -> Iterator[tuple[StepResult, bool]]:
+        """Does the steps; yields each one's result, and whether any process wishes to stop."""
+        optimization, run = self.config.optimization, self.config.run
+        depth = max(2 * optimization.batch_size * optimization.accumulation_steps, 8)
+        samples = load_ahead(
+            self.views,
+            self._draw(),
+            self.config.augmentation,
+            self.bare.token_model.description.patch_size,
+            self.config.sampling.seed,
+            self.targets.rules,
+            run.num_workers,
+            depth,
+        )
+        try:
+            while self.step < self.num_steps:
+                start = time.perf_counter()
+                batches, problem = self._collect(samples)
+                totals, wishes = sum_totals(batches, self.processes, stop.is_requested, problem)
+                rate = optimization.compute_learning_rate(self.step, self.num_steps)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                result = self._step(batches, totals)
+                if self.average is not None:
+                    self.average.update(self.bare)
+                self.step += 1
+                self.history.losses.append(result.loss)
+                self.history.seconds += time.perf_counter() - start
+                yield result, wishes
+        finally:
+            samples.close()  # type: ignore[attr-defined]
+
+    def _step(self, batches: list[Batch], totals: Any) -> StepResult:
+        try:
+            return self.train_step.run(batches, totals)
+        except NotFiniteError as error:
+            facts = {"step": self.step, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+            path = save_evidence(error, self.output_folder, self.processes.rank, facts)
+            kept = f"; its images, targets and tokens are in {path}" if path is not None else ""
+            raise ValueError(
+                f"{error} at step {self.step}{kept}; look at that scene's features, lower --learning-rate, or use fp32."
+            ) from error
+
+    def _collect(self, samples: Iterator[Sample]) -> tuple[list[Batch], str]:
+        """This process's batches of the next step, or the problem that kept it from them."""
+        optimization = self.config.optimization
+        batches = []
+        try:
+            for _ in range(optimization.accumulation_steps):
+                with self.timer.phase("load"):
+                    loaded = list(islice(samples, optimization.batch_size))
+                with self.timer.phase("target"):
+                    rendered = [self.targets.render(sample) for sample in loaded]
+                    batches.append(create_batch(loaded, rendered, self.accelerator.device))
+        except (ValueError, OSError) as error:
+            return [], str(error) or type(error).__name__
+        return batches, ""
+
+    def _draw(self) -> Iterator[Draw]:
+        """This process's draws from the present step on; a scene that comes up is announced to the disk."""
+        optimization, processes = self.config.optimization, self.processes
+        announced = -1
+        for step in range(self.step, self.num_steps):
+            for batch in range(optimization.accumulation_steps):
+                first = step * self.images_per_step
+                first += (batch * processes.number + processes.rank) * optimization.batch_size
+                for position in range(first, first + optimization.batch_size):
+                    draw = self.sequence[position]
+                    if draw.scene != announced:
+                        self.bank.announce(draw.scene)
+                        announced = draw.scene
+                    yield draw
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Loads the newest checkpoint if the configuration wants it; returns the scaler's state."""
+        steps = self.checkpoints.find_steps()
+        kind = self.config.run.resume
+        self.processes.wait()
+        if kind == "never":
+            if self.processes.is_main:
+                self.checkpoints.clear()
+            self.processes.wait()
+            return None
+        if not steps:
+            if kind == "require":
+                raise ValueError(f"There is no checkpoint in {self.checkpoints.folder} to resume; use --resume auto.")
+            return None
+        path = self.checkpoints.get_path(steps[-1])
+        progress, state = self.checkpoints.load(steps[-1], rank=self.processes.rank)
+        check_resumable(progress, self._describe_progress(), path)
+        if progress.step > self.num_steps:
+            raise ValueError(
+                f"Checkpoint {path} has {progress.step} steps, this run shall have {self.num_steps}; raise --max-steps "
+                "or start anew with --resume never."
+            )
+        self.bare.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.averages = {
+                name: value.to(self.accelerator.device) for name, value in state["averages"].items()
+            }
+        self.step = progress.step
+        self.history = TrainingHistory(state["losses"].tolist(), progress.seconds)
+        if self.processes.is_main:
+            notice(f"Resuming from step {self.step} of {self.num_steps} ({path}).")
+        return state["scaler"]
+
+    def _describe_progress(self) -> CheckpointProgress:
+        optimization = self.config.optimization
+        return CheckpointProgress(
+            step=self.step,
+            num_processes=self.processes.number,
+            batch_size=optimization.batch_size,
+            accumulation_steps=optimization.accumulation_steps,
+            seconds=self.history.seconds,
+            settings={**self.config.decisive, **self._identity},
+        )
+
+    def _validate(self) -> None:
+        if self.validate is not None and self.processes.is_main:
+            self.use_averages()
+            self.bare.eval()
+            self.validate(self.bare.token_model, self.step)
+            self.bare.train()
+            self.use_averages()
+        self.processes.wait()
+
+    def _log(self, result: StepResult) -> None:
+        values = {"loss": result.loss, "gradient_norm": result.gradient_norm}
+        if self.config.anchors.needs_original or self.config.anchors.l2_sp:
+            values["anchor_loss"] = result.anchor_loss
+        values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self.accelerator.log(values, step=self.step)
+
+    def _measure_speed(self) -> float:
+        return self.step * self.images_per_step / max(self.history.seconds, 1e-9)
+
+    def _is_notice_due(self) -> bool:
+        every = max(self.num_steps // NUM_NOTICES, 1)
+        return self.step % every == 0 or self.step == self.num_steps

@@ -1,0 +1,185 @@
+"""`TrainingViews`: the photographs that scenes bring along, and how one of them becomes a training sample.
+
+Pixels come from `PosedCapture.load_image`, as in the lift: resized and undistorted by the same code. Loading is all
+that worker threads do; rendering belongs to the main thread.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.data.frames import Split
+from fit3d_ns.features import compute_patch_grid
+from fit3d_ns.finetuning.augmentation import Augmentation, AugmentationConfig, draw_augmentation
+from fit3d_ns.finetuning.sampling import Draw
+from fit3d_ns.scene import FeatureScene, PosedCapture, TokenReadingRule, View, read_at_tokens
+from fit3d_ns.utils.progress import notice
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One draw, loaded: everything but its target."""
+
+    draw: Draw
+    """Which image."""
+    scene_id: str
+    """Name of its scene."""
+    view: View
+    """Its camera, before augmentation."""
+    augmentation: Augmentation
+    """What was done to it; the target still needs it."""
+    image: Float[Tensor, "3 height width"]
+    """What the backbone sees, RGB in [0, 1]."""
+    mask: Float[Tensor, "h w"]
+    """Share of valid pixels of each token, 0 to 1, before the flip."""
+
+    @property
+    def name(self) -> str:
+        """Scene and photograph, for messages."""
+        return f"{self.scene_id}/{self.view.name}"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token grid (h, w)."""
+        return self.mask.shape[0], self.mask.shape[1]
+
+
+class TrainingViews:
+    """The usable views of all scenes."""
+
+    def __init__(
+        self,
+        scenes: Sequence[FeatureScene],
+        splits: Sequence[Sequence[Split]],
+        *,
+        data_root: Path | None = None,
+        is_strict: bool = False,
+    ):
+        """Finds the photographs.
+
+        Args:
+            scenes: Scenes as opened; nothing of their Gaussians is read.
+            splits: Which views of each scene count; none at all leaves the scene out. Views the lift has not seen
+                give novel-view targets.
+            data_root: Where photographs lie now: the capture's own folder, or one that holds it.
+            is_strict: Refuse a missing photograph instead of skipping its view.
+
+        Raises:
+            ValueError: All photographs of a scene are gone, one is and `is_strict`, or no view is left.
+        """
+        self.captures = [
+            locate_capture(scene, data_root) if own else scene.posed_capture
+            for scene, own in zip(scenes, splits, strict=True)
+        ]
+        self.views: list[list[View]] = []
+        self.num_missing = 0
+        for capture, own in zip(self.captures, splits, strict=True):
+            chosen = capture.select(*own) if own else []
+            missing = [view for view in chosen if not view.frame.image_path.is_file()]
+            if missing and is_strict:
+                raise ValueError(
+                    f"Photograph {missing[0].frame.image_path} of scene {capture.scene_id} is gone "
+                    f"({len(missing)} of {len(chosen)} are); restore it, or leave out --strict to skip such views."
+                )
+            self.num_missing += len(missing)
+            self.views.append([view for view in chosen if view.frame.image_path.is_file()])
+        if self.num_missing:
+            notice(f"Skipping {self.num_missing} views whose photographs are gone.")
+        if not any(self.views):
+            wanted = ", ".join(sorted({split for own in splits for split in own}))
+            raise ValueError(f"The scenes have no views of split {wanted} with photographs; check --splits.")
+
+    @property
+    def views_per_scene(self) -> list[int]:
+        """Number of usable views of each scene."""
+        return [len(views) for views in self.views]
+
+    def load_sample(
+        self, draw: Draw, config: AugmentationConfig, patch_size: int, seed: int, rule: TokenReadingRule
+    ) -> Sample:
+        """Loads and augments one image; safe in threads.
+
+        Raises:
+            ValueError: The photograph or its mask is damaged, or smaller than one patch; the message names it.
+        """
+        capture, view = self.captures[draw.scene], self.views[draw.scene][draw.view]
+        augmentation = draw_augmentation(config, view.width, view.height, patch_size, seed, draw)
+        window = augmentation.window
+        # (h, w, 3) -> (3, h, w)
+        image = capture.load_image(view).permute(2, 0, 1).float() / 255.0
+        mask = window.apply_to_map(capture.load_valid_mask(view).float()[None])[0]
+        grid = compute_patch_grid(window.height, window.width, patch_size)
+        return Sample(
+            draw=draw,
+            scene_id=capture.scene_id,
+            view=view,
+            augmentation=augmentation,
+            image=augmentation.apply_to_image(image),
+            mask=read_at_tokens(mask[..., None], grid, rule)[..., 0],
+        )
+
+
+def locate_capture(scene: FeatureScene, data_root: Path | None) -> PosedCapture:
+    """The scene's capture where its photographs are.
+
+    Args:
+        data_root: The capture's folder or one above it: the recorded path's tail is looked for below it.
+
+    Raises:
+        ValueError: No photograph is found.
+    """
+    if data_root is None:
+        return scene.capture()
+    recorded = scene.posed_capture
+    tails = [Path(*recorded.root.parts[-length:]) for length in range(1, len(recorded.root.parts))]
+    for root in [data_root, *(data_root / tail for tail in tails), data_root / scene.scene_id]:
+        if any((root / view.name).is_file() for view in recorded.views):
+            return scene.capture(root)
+    first = recorded.views[0].name if recorded.views else ""
+    raise ValueError(
+        f"The photographs of scene {scene.scene_id} are not below --data-root {data_root} (looked for {first} there "
+        f"and in its folder {recorded.root.name}); give the folder that holds them."
+    )
+
+
+def load_ahead(
+    views: TrainingViews,
+    draws: Iterable[Draw],
+    config: AugmentationConfig,
+    patch_size: int,
+    seed: int,
+    rules: Sequence[TokenReadingRule],
+    num_workers: int,
+    depth: int,
+) -> Iterator[Sample]:
+    """Samples in the order of `draws`, loaded by threads up to `depth` draws ahead; one error ends it, in its turn.
+
+    Decoding, resizing and undistorting release Python's lock, so threads are enough, and a rasterizer's thread pool is
+    never forked.
+
+    Args:
+        rules: How the tokens of each scene are read.
+        num_workers: Threads; 0 loads in the caller.
+        depth: Draws in memory at a time, besides the one given out.
+    """
+    if num_workers == 0:
+        for draw in draws:
+            yield views.load_sample(draw, config, patch_size, seed, rules[draw.scene])
+        return
+    with ThreadPoolExecutor(max_workers=num_workers) as executor:
+        waiting: list[Future[Sample]] = []
+        try:
+            for draw in draws:
+                rule = rules[draw.scene]
+                waiting.append(executor.submit(views.load_sample, draw, config, patch_size, seed, rule))
+                if len(waiting) > depth:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
