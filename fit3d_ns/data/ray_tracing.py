@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fit3d_ns.data.synthetic_textures import Material
+from fit3d_ns.data.synthetic_materials import Material
 
 Shape = Literal["box", "cylinder", "ellipsoid"]
 

@@ -19,12 +19,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.scannetpp_writer import SceneFrame, write_scannetpp
 from fit3d_ns.data.synthetic_furniture import CLASSES
-from fit3d_ns.data.synthetic_rooms import build_room, walk_through
+from fit3d_ns.data.synthetic_rooms import build_room
 from fit3d_ns.data.synthetic_views import RoomRenderer, SyntheticView
+from fit3d_ns.data.synthetic_walk import walk_through
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.utils.files import is_disk_full, read_json, write_json
 from fit3d_ns.utils.progress import track
@@ -79,10 +82,11 @@ def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:
     Raises:
         ValueError: `output_dir` is not empty (without `overwrite`), or not ours to replace; or the disk is full.
     """
-    output_dir = Path(config.output_dir)
+    output_dir = Path(config.output_dir).resolve()
     _check_replaceable(output_dir, config.overwrite)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output_dir.with_name(f".{output_dir.name}.{uuid.uuid4().hex[:8]}.tmp")
+    mark = uuid.uuid4().hex[:8]
+    unfinished, replaced = (output_dir.with_name(f".{output_dir.name}.{mark}.{end}") for end in ("tmp", "old"))
     try:
         scenes = [_synthesize_scene(config, index, unfinished) for index in range(config.num_scenes)]
         figures: dict[str, Any] = {
@@ -96,7 +100,7 @@ def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:
         }
         write_json(unfinished / FIGURES_NAME, figures)
         if output_dir.exists():
-            shutil.rmtree(output_dir)
+            output_dir.rename(replaced)
         unfinished.rename(output_dir)
     except OSError as error:
         if is_disk_full(error):
@@ -104,6 +108,8 @@ def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if output_dir.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
     return figures
 
 
@@ -117,16 +123,24 @@ def _synthesize_scene(config: SynthesisConfig, index: int, folder: Path) -> dict
     lens = _choose_lens(config, numbers)
     camera_to_worlds = walk_through(room.size, config.num_frames, start=float(numbers.uniform(0.0, 6.28)))
     test = set(range(min(_FIRST_TEST_FRAME, config.num_frames - 1), config.num_frames, _FRAMES_PER_TEST_FRAME))
+    points_per_frame = -(-config.num_points // (config.num_frames - len(test)))
+
+    def photograph(position: int) -> tuple[SceneFrame, PointCloud]:
+        # Each frame has numbers of its own, so that the order in which threads finish does not matter.
+        own_numbers = np.random.default_rng(derive_seed(config.seed, "frame", index, position))
+        view = renderer.render(camera_to_worlds[position], lens)
+        frame = _finish_frame(position, camera_to_worlds[position], view, position in test, own_numbers)
+        return frame, _draw_points(frame, view, points_per_frame, own_numbers)
+
     with ThreadPoolExecutor(max_workers=4) as pool:
-        rendered = pool.map(lambda pose: renderer.render(pose, lens), camera_to_worlds)
-        views = list(track(rendered, f"Photographing {name}", total=config.num_frames))
-    frames = []
-    for position, (pose, view) in enumerate(zip(camera_to_worlds, views, strict=True)):
-        is_test = position in test
-        hides = not is_test and position % _FRAMES_PER_HIDDEN_BOX == _FIRST_HIDDEN_BOX
-        valid_mask = _hide_a_box(lens, numbers) if hides else torch.ones(lens.height, lens.width, dtype=torch.bool)
-        frames.append(_finish_frame(f"DSC{position:05d}", pose, view, valid_mask, is_test))
-    points = _draw_points(frames, views, config.num_points, numbers)
+        photographed = pool.map(photograph, range(config.num_frames))
+        pairs = list(track(photographed, f"Photographing {name}", total=config.num_frames))
+    frames = [frame for frame, _ in pairs]
+    drawn = [points for frame, points in pairs if not frame.is_test]
+    chosen = torch.from_numpy(numbers.permutation(sum(len(points.xyz) for points in drawn))[: config.num_points])
+    points = PointCloud(
+        torch.cat([points.xyz for points in drawn])[chosen], torch.cat([points.rgb for points in drawn])[chosen]
+    )
     write_scannetpp(folder / name, lens, frames, points, classes=CLASSES, ignore_index=IGNORE_INDEX)
     counts = np.bincount(torch.cat([frame.labels.flatten() for frame in frames]).numpy(), minlength=256)
     shares = counts[: len(CLASSES)] / counts.sum()
@@ -137,7 +151,7 @@ def _synthesize_scene(config: SynthesisConfig, index: int, folder: Path) -> dict
         "points": len(points.xyz),
         "solids": len(room.solids),
         "room_size_m": [round(length, 3) for length in room.size],
-        "mean_depth_m": round(float(torch.stack([view.depth for view in views]).mean()), 3),
+        "mean_depth_m": round(float(torch.stack([frame.depth for frame in frames]).mean()), 3),
         "class_shares": {label: round(float(share), 4) for label, share in zip(CLASSES, shares, strict=True)},
         "seconds": round(time.perf_counter() - start, 2),
     }
@@ -161,22 +175,22 @@ def _choose_lens(config: SynthesisConfig, numbers: np.random.Generator) -> Lens:
     )
 
 
-def _hide_a_box(lens: Lens, numbers: np.random.Generator) -> torch.Tensor:
-    """A mask with one invalid box of about a fifth of both sides, as anonymisation leaves it."""
-    valid_mask = torch.ones(lens.height, lens.width, dtype=torch.bool)
-    rows, columns = max(lens.height // 5, 1), max(lens.width // 5, 1)
-    row, column = int(numbers.integers(lens.height - rows)), int(numbers.integers(lens.width - columns))
-    valid_mask[row : row + rows, column : column + columns] = False
-    return valid_mask
-
-
 def _finish_frame(
-    name: str, camera_to_world: torch.Tensor, view: SyntheticView, valid_mask: torch.Tensor, is_test: bool
+    position: int,
+    camera_to_world: Float[Tensor, "3 4"],
+    view: SyntheticView,
+    is_test: bool,
+    numbers: np.random.Generator,
 ) -> SceneFrame:
-    """A frame as it is written: grey where the mask hides it, without labels there."""
+    """A frame as it is written; every 6th hides a box of a fifth of both sides, as anonymisation does."""
+    valid_mask = torch.ones_like(view.depth, dtype=torch.bool)
+    if not is_test and position % _FRAMES_PER_HIDDEN_BOX == _FIRST_HIDDEN_BOX:
+        height, width = valid_mask.shape
+        row, column = int(numbers.integers(height - height // 5)), int(numbers.integers(width - width // 5))
+        valid_mask[row : row + height // 5, column : column + width // 5] = False
     image = torch.where(valid_mask[..., None], view.image, 0.5)
     return SceneFrame(
-        name=name,
+        name=f"DSC{position:05d}",
         camera_to_world=camera_to_world,
         image=(image * 255.0).round().to(torch.uint8),
         valid_mask=valid_mask,
@@ -186,15 +200,11 @@ def _finish_frame(
     )
 
 
-def _draw_points(
-    frames: list[SceneFrame], views: list[SyntheticView], count: int, numbers: np.random.Generator
-) -> PointCloud:
-    """Surface points under random visible pixels of train frames, exact in place and colour."""
-    chosen = [(frame, view) for frame, view in zip(frames, views, strict=True) if not frame.is_test]
-    xyz = torch.cat([view.points[frame.valid_mask] for frame, view in chosen])
-    rgb = torch.cat([frame.image[frame.valid_mask] for frame, _ in chosen])
-    drawn = torch.from_numpy(numbers.permutation(len(xyz))[:count])
-    return PointCloud(xyz[drawn], rgb[drawn])
+def _draw_points(frame: SceneFrame, view: SyntheticView, count: int, numbers: np.random.Generator) -> PointCloud:
+    """Surface points under random visible pixels, exact in place and colour."""
+    visible = torch.nonzero(frame.valid_mask.flatten())[:, 0]
+    drawn = visible[torch.from_numpy(numbers.permutation(len(visible))[:count])]
+    return PointCloud(view.points.reshape(-1, 3)[drawn], frame.image.reshape(-1, 3)[drawn])
 
 
 def _check_replaceable(output_dir: Path, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from fit3d_ns.data.ray_tracing import Shape, Solid
-from fit3d_ns.data.synthetic_textures import Colour, Material
+from fit3d_ns.data.synthetic_materials import Colour, Material
 
 CLASSES = (
     "wall",

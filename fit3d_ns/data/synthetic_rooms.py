@@ -1,7 +1,7 @@
-"""Procedural furnished rooms: solids, lights and a walk through them.
+"""Procedural furnished rooms: solids and lights.
 
 A room's floor is z = 0, its middle x = y = 0; x runs along its width, y along its depth, in metres.
-Furniture stands along the four walls, a table with chairs in the middle; the camera walks round the table.
+Furniture stands along the four walls, a table with chairs in the middle.
 """
 
 import math
@@ -9,9 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from fit3d_ns.data.ray_tracing import Solid
 from fit3d_ns.data.synthetic_furniture import (
@@ -29,13 +26,10 @@ from fit3d_ns.data.synthetic_furniture import (
     place,
 )
 from fit3d_ns.data.synthetic_lighting import AreaLight
-from fit3d_ns.data.synthetic_textures import Colour, Material
+from fit3d_ns.data.synthetic_materials import Colour, Material
 
 _CORNER = 1.0
 """Metres at both ends of the two walls along x that are left to the furniture of the other walls."""
-_FRAMES_PER_ROUND = 48
-_FROM_WALL = 0.95
-"""Metres that the camera keeps from the walls where it comes nearest to them."""
 
 
 @dataclass(frozen=True)
@@ -98,43 +92,6 @@ def build_room(numbers: np.random.Generator) -> Room:
     solids += pendant
     lights.append(_shine_from(pendant[-1], strength=1.15))
     return Room(size, solids, lights, ambient=(0.44, 0.44, 0.46))
-
-
-def walk_through(size: tuple[float, float, float], num_frames: int, start: float) -> Float[Tensor, "frames 3 4"]:
-    """OpenGL camera poses on an oval round the room's middle, looking across it; a closed, smooth path.
-
-    Args:
-        size: Width, depth and height of the room in metres.
-        num_frames: Number of poses; beyond 48, the oval is walked several times at changing heights.
-        start: Angle of the first pose in radians.
-    """
-    num_rounds = max(1, round(num_frames / _FRAMES_PER_ROUND))
-    poses = []
-    for index in range(num_frames):
-        phase = 2.0 * math.pi * index / num_frames
-        angle = start + num_rounds * phase
-        wobble = math.sin(3.0 * angle + phase)
-        reach = 1.0 - 0.08 * math.sin(2.0 * angle + phase)
-        position = np.array(
-            [
-                (0.5 * size[0] - _FROM_WALL) * reach * math.cos(angle),
-                (0.5 * size[1] - _FROM_WALL) * reach * math.sin(angle),
-                1.5 + 0.12 * wobble + 0.15 * math.sin(phase + 1.0),
-            ]
-        )
-        side = 0.35 * math.sin(2.0 * angle + 2.0 * phase)
-        target = np.array([-0.5 * math.cos(angle + side), -0.5 * math.sin(angle + side), 0.95 + 0.1 * wobble])
-        poses.append(look_at(position, target))
-    return torch.stack(poses)
-
-
-def look_at(position: Float[np.ndarray, " 3"], target: Float[np.ndarray, " 3"]) -> Float[Tensor, "3 4"]:
-    """The upright OpenGL pose at `position` that looks at `target`, z up, float32."""
-    backward = (position - target) / np.linalg.norm(position - target)
-    right = np.cross([0.0, 0.0, 1.0], backward)
-    right /= np.linalg.norm(right)
-    pose = np.stack([right, np.cross(backward, right), backward, position], axis=-1)
-    return torch.from_numpy(pose).float()
 
 
 def _list_walls(size: tuple[float, float, float]) -> list[_Wall]:

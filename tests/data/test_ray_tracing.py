@@ -12,7 +12,7 @@ from fit3d_ns.data.ray_tracing import (
     trace_camera_rays,
     trace_rays,
 )
-from fit3d_ns.data.synthetic_textures import Material
+from fit3d_ns.data.synthetic_materials import Material
 
 GREY = Material("plain", ((0.5, 0.5, 0.5),) * 3)
 

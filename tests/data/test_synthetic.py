@@ -15,8 +15,9 @@ from fit3d_ns.data.images import load_depth, load_image, load_mask
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.scannetpp_writer import compute_quaternion
 from fit3d_ns.data.synthetic import SynthesisConfig, synthesize_scenes
-from fit3d_ns.data.synthetic_rooms import build_room, walk_through
+from fit3d_ns.data.synthetic_rooms import build_room
 from fit3d_ns.data.synthetic_views import RoomRenderer
+from fit3d_ns.data.synthetic_walk import walk_through
 from fit3d_ns.geometry.cameras import project_points, unproject_depth, viewmats_from_camera_to_worlds
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.geometry.undistortion import compute_undistortion

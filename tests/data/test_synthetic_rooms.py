@@ -5,8 +5,10 @@ import torch
 from fit3d_ns.data.ray_tracing import Solid, find_unit_points
 from fit3d_ns.data.synthetic_furniture import CLASSES
 from fit3d_ns.data.synthetic_lighting import AreaLight, BakedLight, bake_light
-from fit3d_ns.data.synthetic_rooms import Room, build_room, look_at, walk_through
-from fit3d_ns.data.synthetic_textures import PATTERNS, Material, compute_albedo, hash_lattice, value_noise
+from fit3d_ns.data.synthetic_materials import Material, hash_lattice, value_noise
+from fit3d_ns.data.synthetic_rooms import Room, build_room
+from fit3d_ns.data.synthetic_textures import PATTERNS, compute_albedo
+from fit3d_ns.data.synthetic_walk import look_at, walk_through
 
 GREY = Material("plain", ((0.5, 0.5, 0.5),) * 3)
 FLOOR = Solid("box", (0.0, 0.0, -0.5), (2.0, 2.0, 0.5), GREY, "floor")
