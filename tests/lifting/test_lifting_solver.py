@@ -8,7 +8,7 @@ from lifting_scene import EMBED_DIM, GRID, HEIGHT, WIDTH, compute_dense_blending
 from fit3d_ns.analysis.pca import fit_pca
 from fit3d_ns.lifting import FeatureLoss, FeatureLossConfig, LiftConfig, solve_features
 
-EXACT = LiftConfig(feature_dim=3, max_passes=60, tolerance=1e-6, steps_per_true_residual=20)
+EXACT = LiftConfig(feature_dim=3, max_passes=40, tolerance=1e-5, steps_per_true_residual=20)
 
 
 def cell_of(pixel: int, length: int, cells: int) -> int:
@@ -70,7 +70,7 @@ def test_solve_features__equals_dense_least_squares(gaussians, views, rule):
 
     np.testing.assert_allclose(result.numerator, numerator, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(result.denominator, denominator, rtol=1e-4, atol=1e-5)
-    # Conjugate gradients in float32 stop at a relative residual of 1e-6.
+    # Conjugate gradients in float32 stop at a relative residual of 1e-5.
     np.testing.assert_allclose(result.features, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -137,10 +137,10 @@ def test_solve_features__budget_of_no_time_leaves_the_weighted_sum(gaussians, vi
 
 
 def test_solve_features__polish_lowers_the_l1_it_descends(gaussians, views):
-    config = LiftConfig(feature_dim=3, max_passes=10, polish_learning_rate=0.02)
+    config = LiftConfig(feature_dim=3, max_passes=10, polish_learning_rate=0.05)
     loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(token_to_pixel=config.token_to_pixel))
     losses = []
-    for steps in (0, 40):
+    for steps in (0, 12):
         result = solve_features(gaussians, views, replace(config, polish_steps=steps))
         total = 0.0
         for view in views:
@@ -148,7 +148,7 @@ def test_solve_features__polish_lowers_the_l1_it_descends(gaussians, views):
             mask = view.load_mask()
             total += float(loss.compute(blending @ result.features, alphas, result.decoder, view.load_tokens(), mask))
         losses.append(total)
-    assert losses[1] < 0.98 * losses[0]
+    assert losses[1] < 0.99 * losses[0]
 
 
 def test_solve_features__leaves_out_invalid_gaussians(gaussians, views):
