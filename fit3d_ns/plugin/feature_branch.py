@@ -13,7 +13,7 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.pca import PcaBasis, apply_pca, map_to_colours
+from fit3d_ns.analysis.pca import PcaBasis, apply_pca, fit_colours, fit_mapped_pca, map_to_colours
 from fit3d_ns.lifting.losses import FeatureLoss, FeatureLossConfig
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.rasterization import rasterize_features
@@ -27,6 +27,9 @@ FEATURE_SEED = 0
 
 INITIAL_FEATURE_SCALE = 0.01
 """Standard deviation of `feature_init="random"`; the paper's text gives none."""
+
+MAX_COLOUR_ROWS = 20_000
+"""Pixels whose decoded features set the colour ranges of a refitted basis."""
 
 COVERED_ALPHA = 0.5
 """Tokens with less rendered opacity, or less valid area, are not compared in evaluation."""
@@ -57,6 +60,7 @@ class FeatureBranch(nn.Module):
         self.register_buffer("pca_total_variance", torch.zeros(()))
         self.register_buffer("is_solved", torch.zeros((), dtype=torch.bool))
         self.load_tokens: Callable[[Cameras], Tensor | None] | None = None
+        self._last_picture: tuple[Tensor, Tensor] | None = None
         self._losses: dict[tuple[int, int, tuple[int, int]], FeatureLoss] = {}
         self._render: tuple[Tensor, dict[str, Any], Tensor] | None = None
 
@@ -147,6 +151,7 @@ class FeatureBranch(nn.Module):
         # Projecting after decoding is a convolution to 3 channels: the 384 are never made.
         projection = self.decoder.project(basis.components, basis.mean)
         features_low = rasterize_features(features, info)[0]
+        self._last_picture = (features_low, alpha[..., 0])
         pictures = {"features_pca": colour_features(features_low, alpha[..., 0], projection, basis)}
         tokens = None if self.load_tokens is None else self.load_tokens(camera)
         if tokens is None:
@@ -182,13 +187,31 @@ class FeatureBranch(nn.Module):
         if not bool(self.pca_components.any()):
             return None
         return PcaBasis(
-            self.pca_mean,
-            self.pca_components,
-            self.pca_variance,
+            self.pca_mean.clone(),
+            self.pca_components.clone(),
+            self.pca_variance.clone(),
             float(self.pca_total_variance),
-            self.pca_low,
-            self.pca_high,
+            self.pca_low.clone(),
+            self.pca_high.clone(),
         )
+
+    def fit_basis_to_last_picture(self) -> PcaBasis | None:
+        """PCA of the decoded features of the last picture's covered pixels, or None where nothing was covered.
+
+        The decoder's taps are summed, which is exact for a map that is smooth over three pixels.
+        """
+        if self._last_picture is None:
+            return None
+        features_low, alpha = self._last_picture
+        covered = alpha > COVERED_ALPHA
+        if int(covered.sum()) < self.config.feature_dim:
+            return None
+        rows = features_low[covered] / alpha[covered][:, None]
+        matrix = self.decoder.weight.detach().sum(dim=(2, 3))
+        bias = None if self.decoder.bias is None else self.decoder.bias.detach()
+        basis = fit_mapped_pca(rows, matrix, bias, 3)
+        decoded = rows[:: max(len(rows) // MAX_COLOUR_ROWS, 1)] @ matrix.T
+        return fit_colours(basis, decoded if bias is None else decoded + bias)
 
     def _create_loss(self, width: int, height: int, patch_grid: tuple[int, int]) -> FeatureLoss:
         key = (width, height, patch_grid)

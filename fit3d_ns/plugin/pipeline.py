@@ -14,6 +14,7 @@ from fit3d_ns.plugin.datamanager import FeatureDatamanager
 from fit3d_ns.plugin.errors import install_error_sentences
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
 from fit3d_ns.plugin.schedule import compute_pass_budget
+from fit3d_ns.plugin.viewer import FeatureViewerControls
 from fit3d_ns.utils.progress import notice
 
 MAX_PICTURE_TOKENS = 50_000
@@ -43,6 +44,7 @@ class FeaturePipeline(VanillaPipeline):
         self.lift_state: dict[str, Tensor] = {}
         if self.branch.is_on:
             self.branch.load_tokens = self.datamanager.load_tokens_of_camera
+            self.viewer_controls = FeatureViewerControls(self.branch)
 
     @property
     def branch(self) -> Any:

@@ -34,7 +34,7 @@ class SplatRun:
     step: int
     """Last step of the checkpoint that was read."""
     gauss_params: dict[str, Tensor]
-    """Raw parameters by splatfacto's names: `means scales quats features_dc features_rest opacities`, ours `features`."""
+    """Raw parameters by splatfacto's names (`means`, `features_dc`, `opacities`, ...), and our `features`."""
     state: dict[str, Tensor]
     """The whole model state without its prefix."""
     run_state: dict[str, Any]

@@ -5,10 +5,14 @@ from typing import Any
 import torch
 from gsplat.strategy import DefaultStrategy, MCMCStrategy
 from gsplat.strategy.ops import _multinomial_sample, _update_param_with_optimizer
+from gsplat.utils import normalized_quat_to_rotmat
 from torch import Tensor
 
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.rasterization import compute_relocation
+
+NOISE_STEEPNESS, NOISE_THRESHOLD = 100.0, 0.995
+"""k and t of the MCMC paper's noise schedule (section 3.2)."""
 
 
 def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> DefaultStrategy | MCMCStrategy:
@@ -49,10 +53,30 @@ def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> Def
 
 
 class PortableMCMCStrategy(MCMCStrategy):
-    """gsplat's MCMC strategy with a relocation that runs on any device (gsplat's is a CUDA kernel).
+    """gsplat's MCMC strategy with relocation and noise that run on any device (gsplat's are CUDA kernels).
 
-    "3D Gaussian Splatting as Markov Chain Monte Carlo" (Kheradmand et al., 2024), equation 9.
+    "3D Gaussian Splatting as Markov Chain Monte Carlo" (Kheradmand et al., 2024), equations 8 and 9.
     """
+
+    def step_post_backward(
+        self, params: Any, optimizers: Any, state: dict[str, Any], step: int, info: dict[str, Any], lr: float
+    ) -> None:
+        """Relocates and adds Gaussians at the refinement steps, and disturbs positions at every step.
+
+        Args:
+            params: Raw parameters of the Gaussians.
+            optimizers: One optimizer per parameter.
+            state: The strategy's state: binomial coefficients.
+            step: Current step.
+            info: What the rasterization returned; not needed here.
+            lr: Learning rate of the positions.
+        """
+        state["binoms"] = state["binoms"].to(params["means"].device)
+        is_refining = self.refine_start_iter < step < self.refine_stop_iter and step % self.refine_every == 0
+        if is_refining:
+            self._relocate_gs(params, optimizers, state["binoms"])
+            self._add_new_gs(params, optimizers, state["binoms"])
+        _disturb_positions(params, lr * self.noise_lr)
 
     @torch.no_grad()
     def _relocate_gs(self, params: Any, optimizers: Any, binoms: Tensor) -> int:
@@ -117,3 +141,16 @@ class PortableMCMCStrategy(MCMCStrategy):
         limit = 1.0 - torch.finfo(torch.float32).eps
         new_opacities = new_opacities.clamp(min=self.min_opacity, max=limit)
         return torch.logit(new_opacities)[:, None], torch.log(new_scales)
+
+
+@torch.no_grad()
+def _disturb_positions(params: Any, scale: float) -> None:
+    """Moves transparent Gaussians at random, more along their long axes (equation 8): covariance times noise."""
+    opacities = torch.sigmoid(params["opacities"].flatten())
+    # Nearly a step: opaque Gaussians stay, those below an opacity of 0.005 move freely.
+    freedom = torch.sigmoid(NOISE_STEEPNESS * ((1 - opacities) - NOISE_THRESHOLD))
+    noise = torch.randn_like(params["means"]) * freedom[:, None] * scale
+    rotations = normalized_quat_to_rotmat(torch.nn.functional.normalize(params["quats"], dim=-1))
+    variances = torch.exp(params["scales"]).square()
+    in_axes = torch.einsum("nji,nj->ni", rotations, noise) * variances
+    params["means"].add_(torch.einsum("nij,nj->ni", rotations, in_axes))

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# From a clone to a lifted scene: install, make (or take) a scene, train, evaluate on held-out frames, export, draw.
+#
+#   scripts/quickstart.sh                          a small synthetic room, minutes on two cores, no GPU needed
+#   scripts/quickstart.sh --data SCENE             your own capture (ScanNet++, nerfstudio or COLMAP layout)
+#   scripts/quickstart.sh --backbone-weights FILE  weights of --backbone from a file (machines without network)
+#   further: --backbone NAME (dinov2_small)  --steps N  --output DIR (quickstart)
+set -euo pipefail
+
+data="" backbone="dinov2_small" weights="" steps="" output="quickstart"
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --data) data=$(realpath "$2"); shift 2 ;;
+        --backbone) backbone="$2"; shift 2 ;;
+        --backbone-weights) weights=$(realpath "$2"); shift 2 ;;
+        --steps) steps="$2"; shift 2 ;;
+        --output) output="$2"; shift 2 ;;
+        -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "quickstart.sh: unknown option $1; see --help" >&2; exit 1 ;;
+    esac
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+mkdir -p "$output"
+output=$(realpath "$output")
+
+seconds() { date +%s; }
+started=$(seconds)
+if [ ! -x .venv/bin/ns-train ]; then
+    echo "== Installing into .venv (downloads about 3 GB once)"
+    bash scripts/setup.sh
+fi
+installed=$(seconds)
+# Bare file names on the command line below mean the environment's programs.
+export PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
+
+if [ -n "$weights" ]; then
+    # The shared ViT-Tiny of a test machine or a DINOv2 file: the name must fit the file, and the command says if not.
+    backbone_flags=(--backbone "$backbone" --backbone-weights "$weights")
+else
+    echo "== Looking for $backbone's weights"
+    if ! python -c "import sys; from fit3d_ns.features import create_extractor; create_extractor(sys.argv[1])" "$backbone" 2>"$output/backbone.log"; then
+        echo "   They cannot be had here: $(tail -n 1 "$output/backbone.log")"
+        echo "   Going on with RANDOM weights: everything below shows that the tools work, not how good features are."
+        backbone="random:vit_tiny_patch16_224"
+    fi
+    backbone_flags=(--backbone "$backbone")
+fi
+train_flags=()
+for flag in "${backbone_flags[@]}"; do train_flags+=("${flag/#--/--pipeline.datamanager.}"); done
+[ -n "$steps" ] && train_flags+=(--max-num-iterations "$steps")
+
+if [ -z "$data" ]; then
+    [ -n "$steps" ] || train_flags+=(--max-num-iterations 1000)
+    if [ ! -d "$output/rooms" ]; then
+        echo "== Synthesizing furnished rooms"
+        fit3d-synthesize --output-dir "$output/rooms" --num-scenes 2 --seed 0
+    fi
+    data=$(find "$output/rooms" -mindepth 1 -maxdepth 1 -type d | sort | head -n 1)
+fi
+scene=$(basename "$data")
+
+echo "== Training splats with features on $data"
+ns-train fit3d-features --data "$data" --output-dir "$output/runs" --experiment-name "$scene" --timestamp latest \
+    --vis tensorboard "${train_flags[@]}" 2>&1 | tee "$output/train.log" | grep -E "error|Features|solved|Loading|scene|│|done" || true
+run="$output/runs/$scene/fit3d-features/latest"
+[ -f "$run/results.json" ] || { echo "Training failed; see $output/train.log" >&2; exit 1; }
+
+echo "== Evaluating held-out frames, and drawing their features"
+ns-eval --load-config "$run/config.yml" --output-path "$output/$scene-eval.json" \
+    --render-output-path "$output/$scene-pictures" > "$output/eval.log" 2>&1 \
+    || { tail -n 3 "$output/eval.log" >&2; exit 1; }
+
+echo "== Exporting the scene file"
+fit3d-export --load-config "$run/config.yml" --output-path "$output/$scene.safetensors"
+
+finished=$(seconds)
+cat <<END
+
+Done in $((finished - installed)) s (installing took $((installed - started)) s before that).
+  figures    $output/$scene-eval.json   (psnr, ssim, feature_l1, feature_cosine on held-out frames)
+             $run/results.json   (time per phase, memory, size)
+  pictures   $output/$scene-pictures/eval_features_pca_0000.png   (left: the ViT's own features, right: rendered ones)
+             $output/$scene-pictures/eval_img_0000.png   (left: photograph, right: render)
+  scene      $output/$scene.safetensors
+  look       .venv/bin/ns-viewer --load-config $run/config.yml
+END
+case "$backbone" in random:*) echo "The backbone had RANDOM weights: give --backbone-weights FILE, or run where downloads work." ;; esac
