@@ -110,7 +110,8 @@ class FeatureDecoder(nn.Module):
     ) -> Float[Tensor, "*batch h w embed"]:
         """What `forward` followed by reading at the token grid `size` gives, at a fraction of the cost."""
         self._check(features_low.shape[-1], alphas)
-        reader = create_token_reader(features_low.shape[-2], features_low.shape[-3], size, token_reading)
+        height, width = features_low.shape[-3:-1]
+        reader = create_token_reader(width, height, size, token_reading, device=features_low.device)
         gathered_alphas = None if alphas is None else reader.gather(alphas[..., None])[..., 0]
         return self.decode_pixels(reader.gather(features_low), gathered_alphas, reader)
 

@@ -159,7 +159,8 @@ class FeatureScene:
     ) -> RenderedFeatures:
         """As `render_features`, with the accumulated opacity of each token."""
         size = (int(size[0]), int(size[1]))
-        reader = create_token_reader(width, height, size, token_reading or self.token_reading)
+        rule = token_reading or self.token_reading
+        reader = create_token_reader(width, height, size, rule, device=self.gaussians.means.device)
         low, alphas = self._blend_features(camera_to_world, K, width, height, reader.pixels)
         features = self.decoder.decode_pixels(low[None], alphas[None], reader)[0]
         return RenderedFeatures(features, reader.read(alphas[:, None])[..., 0])
@@ -217,7 +218,7 @@ class FeatureScene:
     ) -> tuple[Float[Tensor, "pixels dim"], Float[Tensor, " pixels"]]:
         features = self.activated.features_and_one
         info = self._project(camera_to_world, K, width, height)
-        blended = rasterize_features(features, info, pixels=None if pixels is None else pixels.to(features.device))
+        blended = rasterize_features(features, info, pixels=pixels)
         # (1, h, w, d+1) or (1, p, d+1) -> (p, d+1)
         blended = blended.reshape(-1, blended.shape[-1])
         return blended[:, :-1], blended[:, -1]

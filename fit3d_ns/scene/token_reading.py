@@ -83,7 +83,12 @@ class TokenReader:
 
 @lru_cache(maxsize=64)
 def create_token_reader(
-    width: int, height: int, size: tuple[int, int], rule: TokenReadingRule = "bilinear", neighbourhood: bool = True
+    width: int,
+    height: int,
+    size: tuple[int, int],
+    rule: TokenReadingRule = "bilinear",
+    neighbourhood: bool = True,
+    device: torch.device | str = "cpu",
 ) -> TokenReader:
     """The reader of (width, height) images at the token grid `size`.
 
@@ -93,6 +98,7 @@ def create_token_reader(
         size: Token grid (h, w); finer than the image is allowed.
         rule: How a token reads the map, see the module's docstring.
         neighbourhood: Also read the one-pixel ring that a 3x3 convolution needs.
+        device: Where its tensors live; readers work on any device, but elsewhere copy their tables at every use.
 
     Raises:
         ValueError: A size is not positive or the rule is unknown.
@@ -104,14 +110,15 @@ def create_token_reader(
     rows = _create_axis(height, size[0], rule, neighbourhood)
     columns = _create_axis(width, size[1], rule, neighbourhood)
     pixels = torch.stack(torch.meshgrid(rows.read, columns.read, indexing="ij"), dim=-1).reshape(-1, 2)
-    return TokenReader(pixels, rows.index, rows.weights, columns.index, columns.weights, rows.read, columns.read)
+    tables = (pixels, rows.index, rows.weights, columns.index, columns.weights, rows.read, columns.read)
+    return TokenReader(*(table.to(device) for table in tables))
 
 
 def read_at_tokens(
     maps: Float[Tensor, "*batch height width channels"], size: tuple[int, int], rule: TokenReadingRule = "bilinear"
 ) -> Float[Tensor, "*batch h w channels"]:
     """A full map (mask, alpha, depth, colour) read at the token grid by the same rule as the features."""
-    reader = create_token_reader(maps.shape[-2], maps.shape[-3], size, rule, neighbourhood=False)
+    reader = create_token_reader(maps.shape[-2], maps.shape[-3], size, rule, neighbourhood=False, device=maps.device)
     return reader.read(reader.gather(maps))
 
 
