@@ -147,8 +147,8 @@ def read_fit3d(
     Args:
         ply_path: Gaussians with `sem_*`.
         decoder_path: Checkpoint of the convolution, a state dict with `0.weight` and no bias.
-        capture: The captured views in the PLY's world. FiT3D's is COLMAP's: for a ScanNet++ folder make the capture
-            with the `dataparser_transform` that takes (x, y, z) to (y, x, -z).
+        capture: The captured views in the PLY's world. FiT3D's is COLMAP's: make the capture with the inverse of
+            `CaptureFiles.colmap_to_world` as `dataparser_transform` (ScanNet++: (x, y, z) to (y, x, -z)).
         backbone: The ViT whose tokens were lifted; the files do not say.
 
     Returns:

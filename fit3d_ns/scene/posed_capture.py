@@ -169,18 +169,20 @@ def create_posed_capture(
     usable = [frame for frame in files.frames if not frame.is_bad]
     if not usable:
         raise ValueError(f"{files.root} has no usable frame: all {len(files.frames)} are marked as bad.")
+    # `--data` may have named the camera file; the photographs lie below its folder.
+    root = files.root.parent if files.root.is_file() else Path(files.root)
     points = files.points
     if points is not None:
         points = replace(points, xyz=transform_points(points.xyz.float(), transform, dataparser_scale))
     return PosedCapture(
-        root=Path(files.root),
-        views=[_create_view(frame, files.root, transform, dataparser_scale, downscale_factor) for frame in usable],
+        root=root,
+        views=[_create_view(frame, root, transform, dataparser_scale, downscale_factor) for frame in usable],
         dataparser_transform=transform,
         dataparser_scale=float(dataparser_scale),
         metric_scale=float(dataparser_scale) if files.is_metric else None,
         points=points,
         num_bad=len(files.frames) - len(usable),
-        scene_id=files.scene_id or Path(files.root).name,
+        scene_id=files.scene_id or root.absolute().name,
         layout=files.layout,
     )
 

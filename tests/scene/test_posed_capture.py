@@ -32,6 +32,14 @@ def test_views__stand_in_the_training_frame(make_files):
     assert [view.name for view in capture.select("test")] == ["images/1.png"]
 
 
+def test_root__is_the_folder_where_data_named_the_camera_file(make_files):
+    files = make_files()
+    (files.root / "transforms.json").write_text("{}")
+    capture = create_posed_capture(replace(files, root=files.root / "transforms.json", scene_id=""))
+    assert capture.root == files.root and capture.scene_id == "room"
+    assert capture.views[0].name == "images/0.png"
+
+
 def test_load_image__is_the_photograph_where_nothing_bends(make_files):
     capture = create_posed_capture(make_files())
     view = capture.views[0]
