@@ -86,7 +86,7 @@ def render_everything(scene: GaussianScene, backend: str, sh_degree=3, seed=1, d
     results = {f"v_{name}": leaf.grad for name, leaf in leaves.items()}
     results |= {"v_backgrounds": backgrounds.grad, "v_means2d": info["means2d"].grad, "sums": sums, "weights": weights}
     results |= {"absgrad": info["means2d"].absgrad, "images": images.detach(), "alphas": alphas.detach()}
-    results |= {"features": maps.detach(), "info": info}
+    results |= {"features": maps.detach(), "v_maps": v_maps, "info": info}
     return results
 
 
