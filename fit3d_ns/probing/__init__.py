@@ -1,0 +1,22 @@
+"""Stage III: what are the features worth? Linear probes, multi-view consistency and correspondence."""
+
+from fit3d_ns.probing.assembly import Assembly
+from fit3d_ns.probing.classification_probe import ClassificationConfig
+from fit3d_ns.probing.depth_probe import DepthConfig
+from fit3d_ns.probing.frozen_backbones import BackboneConfig
+from fit3d_ns.probing.multiview_probe import MultiviewConfig
+from fit3d_ns.probing.protocol import RunConfig
+from fit3d_ns.probing.run_probe import ProbeRequest, run_probe
+from fit3d_ns.probing.segmentation_probe import SegmentationConfig
+
+__all__ = [
+    "Assembly",
+    "BackboneConfig",
+    "ClassificationConfig",
+    "DepthConfig",
+    "MultiviewConfig",
+    "ProbeRequest",
+    "RunConfig",
+    "SegmentationConfig",
+    "run_probe",
+]

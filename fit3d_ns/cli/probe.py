@@ -1,0 +1,178 @@
+"""`fit3d-probe`: measures what features are worth: linear probes, multi-view consistency, correspondence."""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fit3d_ns.cli.command import run_command
+from fit3d_ns.data.labelled_sets import LabelledLayout, LabelledOptions
+from fit3d_ns.probing.assembly import Assembly, ClassTokenSource
+from fit3d_ns.probing.frozen_backbones import BackboneConfig
+from fit3d_ns.probing.head_trainer import Selection
+from fit3d_ns.probing.patch_fit import PatchFitRule
+from fit3d_ns.probing.protocol import CacheRule, RunConfig
+from fit3d_ns.probing.run_probe import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUN, ProbeRequest, Task, run_probe
+from fit3d_ns.utils.results import ResultRecord
+
+Seeds = tuple[int, ...]
+Paths = tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class ProbeCommand:
+    """Flags of the command; those that are not given take the task's defaults, or the paper's with `--paper`."""
+
+    task: Annotated[Task, tyro.conf.Positional]
+    """What is measured."""
+    output_path: Path
+    """JSON record; seeds it already holds for the same settings are not run again."""
+    test: Paths
+    """Folders that figures are about: a ScanNet++ scene, a plain folder (images/, labels/ or depths/), or the root
+    of an official set; for consistency and correspondence captures or scene files."""
+    train: Paths = ()
+    """Folders that heads are trained on. A single scene takes part whole, unless it is in --test as well."""
+    assembly: Assembly = "original"
+    """What is made of original and fine-tuned features."""
+    backbone: str = "dinov2_small"
+    """The original backbone: one of the paper's names or any timm id."""
+    backbone_weights: Path | None = None
+    """File with the original's weights."""
+    finetuned: Path | None = None
+    """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file."""
+    seeds: Seeds = (0,)
+    """One head is trained for each; the record has mean and spread."""
+    paper: bool = False
+    """Take every value of the public code; flags that are given still win."""
+    num_iterations: int | None = None
+    """Training iterations."""
+    batch_size: int | None = None
+    """Images per iteration over all devices."""
+    learning_rate: float | None = None
+    """Peak learning rate (segmentation, depth)."""
+    short_side: int | None = None
+    """Images are resized to this shorter side in pixels (segmentation, depth)."""
+    head: Literal["linear", "dpt"] | None = None
+    """Depth head; `dpt` is Table 12's."""
+    class_token: ClassTokenSource | None = None
+    """Whose class token the depth probe reads."""
+    gradient_loss_weight: float | None = None
+    """Weight of the depth probe's loss of neighbouring pixels."""
+    selection: Selection | None = None
+    """Which checkpoint counts; by default the best on a tenth of the training data."""
+    cache: CacheRule | None = None
+    """Whether frozen features are computed once, which replaces random crops and colours by fixed views."""
+    cache_gb: float = 4.0
+    """Largest memory for kept features, 1e9 bytes."""
+    patch_fit: PatchFitRule | None = None
+    """How images meet the patch grid."""
+    normalization: Literal["timm", "imagenet"] | None = None
+    """Whose mean and deviation normalise images."""
+    max_views: int | None = None
+    """Views per scene (consistency, correspondence)."""
+    max_pairs: int | None = None
+    """Pairs of views per scene (consistency, correspondence)."""
+    splits: tuple[Literal["train", "val", "test"], ...] | None = None
+    """Which frames of a capture take part (consistency, correspondence)."""
+    data_root: Path | None = None
+    """Where the photographs of scene files lie now, if they were moved."""
+    layout: LabelledLayout | Literal["auto"] = "auto"
+    """Disk layout of the folders."""
+    nyu_classes: Literal[13, 40] = 13
+    """Class list of NYUv2."""
+    depth_scale: float = 1000.0
+    """Units per metre of the depth maps of plain folders."""
+    max_depth: float | None = None
+    """Depth from here on does not count, in metres (plain folders and ScanNet++ scenes)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; `accelerate launch -m fit3d_ns.cli.probe ...` uses several devices."""
+    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32")
+    """Of the head's training."""
+
+
+def main() -> None:
+    """Entry point of the command."""
+    run_command(
+        ProbeCommand,
+        probe,
+        prog="fit3d-probe",
+        description="Measures features: segmentation, depth, classification, multi-view consistency, correspondence.",
+    )
+
+
+def probe(command: ProbeCommand) -> None:
+    """Runs the probe and says where its figures are."""
+    record = run_probe(create_request(command))
+    print(describe_figures(record))
+    print(f"Figures: {command.output_path}")
+
+
+def create_request(command: ProbeCommand) -> ProbeRequest:
+    """Defaults or the paper's values first, flags that were given after.
+
+    Raises:
+        ValueError: A flag that the task does not have.
+    """
+    configs = PAPER_CONFIGS if command.paper and command.task in PAPER_CONFIGS else DEFAULT_CONFIGS
+    config: Any = configs[command.task]
+    given = {name: getattr(command, name) for name in _TASK_FLAGS if getattr(command, name) is not None}
+    known = {item.name for item in fields(config)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--{name.replace('_', '-')} means nothing to the {command.task} probe; leave it out.")
+    run = PAPER_RUN if command.paper else RunConfig()
+    if command.paper and command.task in ("depth", "classification"):
+        run = replace(run, selection="test")
+    chosen = {name: getattr(command, name) for name in ("selection", "cache") if getattr(command, name) is not None}
+    return ProbeRequest(
+        task=command.task,
+        backbones=BackboneConfig(
+            assembly=command.assembly,
+            backbone=command.backbone,
+            backbone_weights=command.backbone_weights,
+            finetuned=command.finetuned,
+            normalization=command.normalization or ("imagenet" if command.paper else "timm"),
+            patch_fit=command.patch_fit or ("pad-stretch" if command.paper else "pad"),
+        ),
+        output_path=command.output_path,
+        train=command.train,
+        test=command.test,
+        seeds=command.seeds,
+        config=replace(config, **given),
+        run=replace(run, cache_gb=command.cache_gb, **chosen),
+        options=LabelledOptions(command.layout, command.nyu_classes, command.depth_scale, command.max_depth),
+        device=command.device,
+        precision=command.precision,
+    )
+
+
+def describe_figures(record: ResultRecord) -> str:
+    """One line with the main figures, mean and spread."""
+    spread = record.metrics.get("spread", {})
+    parts = []
+    for name, value in record.metrics.items():
+        if isinstance(value, (int, float)) and not name.startswith("num_"):
+            deviation = f" +- {spread[name]:.4f}" if isinstance(spread.get(name), float) else ""
+            parts.append(f"{name} {value:.4f}{deviation}")
+    random = " (random weights: these figures say nothing about quality)" if record.is_random else ""
+    return f"{record.kind} {record.settings.get('assembly')}: {', '.join(parts)}{random}"
+
+
+_TASK_FLAGS = (
+    "num_iterations",
+    "batch_size",
+    "learning_rate",
+    "short_side",
+    "head",
+    "class_token",
+    "gradient_loss_weight",
+    "max_views",
+    "max_pairs",
+    "splits",
+    "data_root",
+)
+"""Flags that are fields of the task's configuration."""
+
+if __name__ == "__main__":
+    main()

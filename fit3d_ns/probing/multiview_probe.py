@@ -1,0 +1,179 @@
+"""Multi-view consistency and correspondence of assembled features: nothing is trained, no labels are needed.
+
+Views come from RGB-D captures (measured depth) or from scene files (rendered depth where nothing is measured). All
+figures are those of `fit3d_ns.analysis`; `correspondence` reads features on probe3d's grid (a quarter of the image's
+resolution) and reports recalls by angle, `consistency` reads them at the tokens and reports cosines as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.analysis import ConsistencyConfig, DepthView, compute_consistency, create_pairs
+from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.probing.assembly import Assembler, Assembly
+from fit3d_ns.probing.frozen_backbones import FrozenBackbones
+from fit3d_ns.scene import FeatureScene, PosedCapture, View, create_posed_capture, load_scene
+from fit3d_ns.utils.progress import track
+
+MultiviewTask = Literal["consistency", "correspondence"]
+MIN_ALPHA = 0.5
+"""Rendered depth counts where at least this much opacity stands behind it."""
+PROBE3D_GRID_SCALE = 0.25
+
+
+@dataclass(frozen=True)
+class MultiviewConfig:
+    """Which views are compared, and how."""
+
+    max_views: int = 32
+    """Views per scene, evenly spread over the capture."""
+    gaps: tuple[int, ...] = ()
+    """Distances between the views of a pair, in chosen views; empty for all pairs."""
+    max_pairs: int = 100
+    """Pairs per scene, drawn at random; every seed draws anew."""
+    splits: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
+    """Which frames of a capture take part."""
+    depth_tolerance: float = 0.05
+    """Largest relative difference of depth for two views to see the same point."""
+    angle_kind: Literal["rotation", "parallax"] = "rotation"
+    """Angle that bins pairs; probe3d's is that of the rotation between the cameras."""
+    data_root: Path | None = None
+    """Where the photographs of scene files lie now, if they were moved."""
+
+    def __post_init__(self) -> None:
+        if self.max_views < 2 or self.max_pairs < 1:
+            raise ValueError(f"{self.max_views} views and {self.max_pairs} pairs; give at least 2 views and 1 pair.")
+
+
+@dataclass(frozen=True)
+class _Views:
+    scene_id: str
+    token_maps: list[Tensor]
+    depth_views: list[DepthView]
+
+
+class MultiviewProbe:
+    """Figures of one assembly over some scenes; seeds draw pairs and points."""
+
+    def __init__(
+        self,
+        task: MultiviewTask,
+        config: MultiviewConfig,
+        paths: Sequence[Path],
+        backbones: FrozenBackbones,
+        assembly: Assembly,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if assembly == "linear":
+            raise ValueError("Linear fusion has to be trained and consistency trains nothing; choose another assembly.")
+        # Tokens of a padded image would stand beside the pixels they are compared at.
+        assert backbones.patch_fit == "resize"
+        if not paths:
+            raise ValueError("No scene is given; name captures or scene files with --test.")
+        self.task, self.config, self.device = task, config, device
+        assembler = Assembler(assembly, backbones.embed_dim, "none")
+        self.scenes = [self._load(Path(path), backbones, assembler) for path in paths]
+
+    def compute(self, seed: int) -> dict[str, Any]:
+        """Figures pooled over scenes, with those of each scene below `per_scene`."""
+        per_scene: dict[str, dict[str, Any]] = {}
+        for number, views in enumerate(self.scenes):
+            consistency = ConsistencyConfig(
+                depth_tolerance=self.config.depth_tolerance,
+                angle_kind=self.config.angle_kind,
+                grid_scale=PROBE3D_GRID_SCALE if self.task == "correspondence" else 0.0,
+                seed=seed,
+            )
+            pairs = create_pairs(len(views.token_maps), self.config.gaps or None, self.config.max_pairs, seed)
+            report = compute_consistency(views.token_maps, views.depth_views, pairs, consistency).to_dict()
+            name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
+            per_scene[name] = report
+        if not any(report["num_points"] for report in per_scene.values()):
+            raise ValueError("No two views see a common point; check depth and poses, or take more views.")
+        pooled = pool_figures(list(per_scene.values()))
+        if self.task == "correspondence":
+            pooled, per_scene = _keep_recalls(pooled), {name: _keep_recalls(item) for name, item in per_scene.items()}
+        return {**pooled, "per_scene": per_scene}
+
+    def _load(self, path: Path, backbones: FrozenBackbones, assembler: Assembler) -> _Views:
+        scene: FeatureScene | None = None
+        if path.suffix == ".safetensors":
+            scene = load_scene(path, device=self.device)
+            capture = scene.capture(self.config.data_root)
+        else:
+            capture = create_posed_capture(read_capture(path))
+        chosen = capture.select(*self.config.splits)
+        count = min(len(chosen), self.config.max_views)
+        chosen = [chosen[index * len(chosen) // count] for index in range(count)] if count else []
+        if len(chosen) < 2:
+            raise ValueError(f"{path} has {len(chosen)} views of {', '.join(self.config.splits)}; two are needed.")
+        token_maps, depth_views = [], []
+        for view in track(chosen, f"Features of {capture.scene_id}"):
+            depth_views.append(_create_depth_view(capture, view, scene, path))
+            token_maps.append(_compute_map(capture, view, backbones, assembler))
+        return _Views(capture.scene_id, token_maps, depth_views)
+
+
+def pool_figures(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over scenes, weighted by compared points (cosines, L1) or matched points (recalls); counts are added."""
+    bins = reports[0]["by_angle"]
+    pooled = _pool_flat(reports)
+    pooled["effective_rank"] = sum(report["effective_rank"] for report in reports) / len(reports)
+    pooled["num_pairs"] = sum(report["num_pairs"] for report in reports)
+    pooled["by_angle"] = {name: _pool_flat([report["by_angle"][name] for report in reports]) for name in bins}
+    return pooled
+
+
+def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    pooled: dict[str, Any] = {name: sum(item[name] for item in items) for name in ("num_points", "num_matches")}
+    for name in items[0]:
+        if name.startswith("recall_"):
+            weight = "num_matches"
+        elif name in ("mean_cosine", "centred_cosine", "l1"):
+            weight = "num_points"
+        else:
+            continue
+        # Where there are no points the figure is NaN, which must not enter the sum.
+        total = sum(item[name] * item[weight] for item in items if item[weight])
+        pooled[name] = total / pooled[weight] if pooled[weight] else float("nan")
+    return pooled
+
+
+def _keep_recalls(figures: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in figures.items() if name.startswith("recall_") or name == "num_matches"}
+    by_angle = figures.get("by_angle")
+    return (
+        kept if by_angle is None else {**kept, "by_angle": {name: _keep_recalls(by_angle[name]) for name in by_angle}}
+    )
+
+
+def _create_depth_view(capture: PosedCapture, view: View, scene: FeatureScene | None, path: Path) -> DepthView:
+    depth = capture.load_depth(view) if capture.metric_scale is not None else None
+    if depth is not None and capture.metric_scale is not None:
+        depth = depth * capture.metric_scale
+    elif scene is not None:
+        rendered, alphas = scene.render_depth(view.camera_to_world, view.K, view.width, view.height)
+        depth = torch.where(alphas >= MIN_ALPHA, rendered, 0.0).cpu()
+    else:
+        raise ValueError(
+            f"{path} has no depth map for {view.name}; give a capture with depth (dslr/render_depth) or a scene file."
+        )
+    return DepthView(depth, view.K, view.camera_to_world, capture.load_valid_mask(view))
+
+
+def _compute_map(
+    capture: PosedCapture, view: View, backbones: FrozenBackbones, assembler: Assembler
+) -> Float[Tensor, "h w channels"]:
+    """Assembled tokens of a view, covering exactly its image."""
+    # (h, w, 3) -> (1, 3, h, w)
+    image = capture.load_image(view).permute(2, 0, 1)[None].float() / 255
+    features = backbones(image).to("cpu")
+    maps = assembler(features)
+    # (1, c, h, w) -> (h, w, c)
+    return maps[0].permute(1, 2, 0)

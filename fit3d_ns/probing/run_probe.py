@@ -1,0 +1,264 @@
+"""`run_probe`: from folders, backbones and seeds to one result file; a finished seed is never run twice."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from fit3d_ns.data.labelled_frames import (
+    LabelledSet,
+    LabelledSplit,
+    ProbeTask,
+    check_same_kind,
+    compute_data_hash,
+    join_sets,
+)
+from fit3d_ns.data.labelled_scannetpp import is_scannetpp_scene
+from fit3d_ns.data.labelled_sets import LabelledOptions, read_labelled_set
+from fit3d_ns.probing.classification_probe import (
+    PAPER_CLASSIFICATION,
+    ClassificationConfig,
+    ClassificationProbe,
+)
+from fit3d_ns.probing.depth_probe import PAPER_DEPTH, DepthConfig, DepthProbe
+from fit3d_ns.probing.finetuning_costs import read_costs
+from fit3d_ns.probing.frozen_backbones import (
+    BackboneConfig,
+    create_frozen_backbones,
+    describe_backbones,
+    describe_settings,
+)
+from fit3d_ns.probing.head_trainer import create_accelerator
+from fit3d_ns.probing.multiview_probe import MultiviewConfig, MultiviewProbe
+from fit3d_ns.probing.protocol import ProbeSets, RunConfig, SeedOutcome, create_sets
+from fit3d_ns.probing.result_records import ResultFile
+from fit3d_ns.probing.segmentation_probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.results import ResultRecord
+
+Task = Literal["segmentation", "depth", "classification", "consistency", "correspondence"]
+TaskConfig = SegmentationConfig | DepthConfig | ClassificationConfig | MultiviewConfig
+
+PAPER_RUN = RunConfig(cache="never", selection="last")
+PAPER_CONFIGS: dict[str, TaskConfig] = {
+    "segmentation": PAPER_SEGMENTATION,
+    "depth": PAPER_DEPTH,
+    "classification": PAPER_CLASSIFICATION,
+}
+DEFAULT_CONFIGS: dict[str, TaskConfig] = {
+    "segmentation": SegmentationConfig(),
+    "depth": DepthConfig(),
+    "classification": ClassificationConfig(),
+    "consistency": MultiviewConfig(),
+    "correspondence": MultiviewConfig(),
+}
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """One cell of a table."""
+
+    task: Task
+    """What is probed."""
+    backbones: BackboneConfig
+    """Which features are read."""
+    output_path: Path
+    """Where the record goes."""
+    train: Sequence[Path] = ()
+    """Folders that heads are trained on; not used by consistency and correspondence."""
+    test: Sequence[Path] = ()
+    """Folders, or scene files, that figures are about."""
+    seeds: Sequence[int] = (0,)
+    """One head for each."""
+    config: TaskConfig | None = None
+    """Values of the task; its defaults if None."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Choices that all probes share."""
+    options: LabelledOptions = field(default_factory=LabelledOptions)
+    """How folders are read."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the head's training."""
+
+
+class _TrainedProbe(Protocol):
+    def describe(self) -> dict[str, Any]: ...
+
+    def run_seed(self, seed: int) -> SeedOutcome: ...
+
+
+def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
+    """Runs the seeds that are not in the result file yet, and writes it after each.
+
+    Args:
+        request: What to run.
+        accelerator: accelerate's; made from the request if None.
+
+    Raises:
+        ValueError: Folders, backbones or settings that do not fit; the message names the piece.
+    """
+    if not request.seeds:
+        raise ValueError("No seed is given; name at least one with --seeds.")
+    if request.task in ("consistency", "correspondence"):
+        return _run_multiview(request)
+    described = describe_backbones(request.backbones, norm=request.task != "depth")
+    train, test = _read_sets(request)
+    config = request.config or DEFAULT_CONFIGS[request.task]
+    settings = {
+        "task": request.task,
+        "assembly": request.backbones.assembly,
+        "backbones": describe_settings(described),
+        "patch_fit": request.backbones.patch_fit,
+        "train": _describe_set(train),
+        "test": _describe_set(test),
+        "config": asdict(config),
+        "run": {name: getattr(request.run, name) for name in ("cache", "selection", "validation_fraction")},
+        "precision": request.precision,
+    }
+    file = ResultFile(Path(request.output_path), f"probe/{request.task}", settings, _is_random(described))
+    missing, done = _find_missing(file, request.seeds)
+    if not missing:
+        return file.save(done, _read_training(file.path))
+    accelerator = accelerator or create_accelerator(request.device, request.precision)
+    num_layers = 4 if isinstance(config, DepthConfig) and config.head == "dpt" else 1
+    backbones = create_frozen_backbones(
+        request.backbones, norm=request.task != "depth", num_layers=num_layers, device=accelerator.device
+    )
+    sets = create_sets(train, test, request.run)
+    probe = _create_probe(config, request, sets, backbones, accelerator)
+    training = {**_read_training(file.path), "chosen": probe.describe(), **read_costs(request.backbones)}
+    for seed in missing:
+        start = time.perf_counter()
+        outcome = probe.run_seed(seed)
+        done[seed] = outcome.metrics
+        trained = {
+            "iteration": outcome.iteration,
+            "loss_first": outcome.loss_first,
+            "loss_last": outcome.loss_last,
+            "scores": {str(iteration): score for iteration, score in outcome.scores.items()},
+            "seconds": time.perf_counter() - start,
+        }
+        training["training"] = {**training.get("training", {}), str(seed): trained}
+        if accelerator.is_main_process:
+            file.save(done, training)
+    return file.save(done, training) if accelerator.is_main_process else _create_record(file, done, training)
+
+
+def resolve_scene_splits(
+    train: Sequence[Path], test: Sequence[Path]
+) -> tuple[list[LabelledSplit | None], list[LabelledSplit | None]]:
+    """Which frames of each folder take part.
+
+    A single ScanNet++ scene that is only trained on, or only tested on, takes part whole; one that is named in both is
+    divided by its own lists. Everything else has a train and a test part.
+    """
+    both = {path.resolve() for path in train} & {path.resolve() for path in test}
+
+    def resolve(path: Path, split: LabelledSplit) -> LabelledSplit | None:
+        return None if is_scannetpp_scene(path) and path.resolve() not in both else split
+
+    return [resolve(path, "train") for path in train], [resolve(path, "test") for path in test]
+
+
+def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
+    task: ProbeTask = request.task  # type: ignore[assignment]
+    train, test = [Path(path) for path in request.train], [Path(path) for path in request.test]
+    for paths, flag in ((train, "--train"), (test, "--test")):
+        if not paths:
+            raise ValueError(f"A {task} probe needs data; name folders with {flag}.")
+    splits = resolve_scene_splits(train, test)
+    sets = [
+        join_sets([read_labelled_set(path, split, task, request.options) for path, split in zip(part, of, strict=True)])
+        for part, of in zip((train, test), splits, strict=True)
+    ]
+    check_same_kind(*sets)
+    return sets[0], sets[1]
+
+
+def _create_probe(
+    config: TaskConfig, request: ProbeRequest, sets: ProbeSets, backbones: Any, accelerator: Any
+) -> _TrainedProbe:
+    common = (request.run, sets, backbones, request.backbones.assembly, accelerator)
+    if isinstance(config, SegmentationConfig):
+        return SegmentationProbe(config, *common)
+    if isinstance(config, DepthConfig):
+        return DepthProbe(config, *common)
+    assert isinstance(config, ClassificationConfig)
+    return ClassificationProbe(config, *common)
+
+
+def _run_multiview(request: ProbeRequest) -> ResultRecord:
+    # Tokens are compared at the pixels they stand for, so images are resized as stages I and II do.
+    chosen = replace(request.backbones, patch_fit="resize")
+    described = describe_backbones(chosen, norm=True)
+    config = request.config or DEFAULT_CONFIGS[request.task]
+    assert isinstance(config, MultiviewConfig) and request.task in ("consistency", "correspondence")
+    paths = [Path(path) for path in request.test]
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"No such capture or scene file: {path}; check --test.")
+    settings = {
+        "task": request.task,
+        "assembly": chosen.assembly,
+        "backbones": describe_settings(described),
+        "test": {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]},
+        "config": {name: value for name, value in asdict(config).items() if name != "data_root"},
+    }
+    file = ResultFile(Path(request.output_path), f"probe/{request.task}", settings, _is_random(described))
+    missing, done = _find_missing(file, request.seeds)
+    if missing:
+        is_cuda = torch.cuda.is_available() if request.device == "auto" else request.device == "cuda"
+        device = "cuda" if is_cuda else "cpu"
+        backbones = create_frozen_backbones(chosen, norm=True, device=device)
+        probe = MultiviewProbe(request.task, config, paths, backbones, chosen.assembly, device)
+        for seed in missing:
+            done[seed] = probe.compute(seed)
+    return file.save(done, read_costs(chosen))
+
+
+def _find_missing(file: ResultFile, seeds: Sequence[int]) -> tuple[list[int], dict[int, dict[str, Any]]]:
+    done = file.load_seeds()
+    missing = [seed for seed in dict.fromkeys(seeds) if seed not in done]
+    if done:
+        held = ", ".join(map(str, sorted(done)))
+        rest = f"running {', '.join(map(str, missing))}" if missing else "nothing is left to run"
+        notice(f"{file.path} already holds seeds {held} of these settings; {rest}.")
+    return missing, done
+
+
+def _describe_set(labelled_set: LabelledSet) -> dict[str, Any]:
+    return {
+        "name": labelled_set.name,
+        "num_frames": len(labelled_set.frames),
+        "num_classes": labelled_set.num_classes,
+        "data_hash": compute_data_hash(labelled_set),
+    }
+
+
+def _read_training(path: Path) -> dict[str, Any]:
+    """What an earlier run said about its seeds."""
+    from fit3d_ns.utils.results import load_result
+
+    if not path.is_file():
+        return {}
+    settings = load_result(path).settings
+    return {name: settings[name] for name in ("training", "chosen", "finetuning") if name in settings}
+
+
+def _create_record(file: ResultFile, done: dict[int, dict[str, Any]], training: dict[str, Any]) -> ResultRecord:
+    from fit3d_ns.probing.result_records import summarise_seeds
+
+    return ResultRecord(file.kind, summarise_seeds(done), {**file.settings, **training}, file.is_random)
+
+
+def _is_random(described: dict[Any, Any]) -> bool:
+    return any(description.is_random for description in described.values())
+
+
+def _measure(path: Path) -> int:
+    """Bytes of a scene file; a capture is named by its number of files."""
+    return path.stat().st_size if path.is_file() else sum(1 for _ in path.rglob("*"))
