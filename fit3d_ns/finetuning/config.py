@@ -82,6 +82,7 @@ class FinetuneConfig:
         run = content.pop("run")
         for name in ("epochs", "min_steps", "max_steps"):
             content["optimization"].pop(name)
+        content["anchors"].pop("wise_ft")
         for name in ("cache", "cache_gb", "cache_folder"):
             content["targets"].pop(name)
         return {**content, "splits": run["splits"]}

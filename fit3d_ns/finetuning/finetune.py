@@ -265,7 +265,9 @@ def _save(
     num_scenes: int,
 ) -> None:
     """Writes the backbone and, if asked for, its mixtures with the original."""
-    licence = original.model.pretrained_cfg.get("license")
+    # timm knows the licence of its own downloads; a file may hold anything.
+    is_published = description.weights is None and not description.is_random
+    licence = original.model.pretrained_cfg.get("license") if is_published else None
     names = [scene.scene_id for scene in bank.on_disk[:num_scenes]]
     weights: dict[str, Tensor] = trained.model.state_dict()
     is_fit3d = config.run.format == "fit3d"

@@ -42,7 +42,7 @@ def write_card(
         "",
         "## Licence",
         "",
-        f"The original weights: {licence or 'not stated by their publisher; find out before you share this folder'}. "
+        f"Original weights: {licence or 'not known here (a file of your own, or not stated); find out before sharing'}. "
         "These weights are derived from them, and from the captures named below.",
         "",
         "## Data",
@@ -52,8 +52,8 @@ def write_card(
         "## Training",
         "",
         f"{report['steps']} steps of {report['images_per_step']} images in {report['seconds']:.0f} s; feature loss "
-        f"{_number(report['loss_first'])} at the start, {_number(report['loss_last'])} at the end. Hash of the original "
-        f"weights: `{description.weights_hash}`.",
+        f"{_number(report['loss_first'])} at the start, {_number(report['loss_last'])} at the end. Original "
+        f"weights: hash `{description.weights_hash}`.",
         "",
         "| setting | value |",
         "|---|---|",
