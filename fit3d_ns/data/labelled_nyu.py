@@ -14,7 +14,7 @@ The two `Mapping` files come from the "nyuv2-meta-data" collection. Depth is tra
 and evaluated inside Eigen's window.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,7 +154,6 @@ def _read_table(root: Path, num_classes: int) -> tuple[LabelTable, tuple[str, ..
     return LabelTable(13, mapping), NYU13_NAMES
 
 
-@lru_cache(maxsize=8)
 def _read_numbers(path: Path, key: str) -> np.ndarray:
     """A list of numbers out of a MATLAB file, structs opened up to their first field."""
     if not path.is_file():
