@@ -98,6 +98,8 @@ def check_colors(
             f"`colors` has shape {list(colors.shape)}, expected {layout} with N={num_gaussians}, C={num_cameras}"
             f" for sh_degree={sh_degree}."
         )
+    if colors.shape[-1] == 0:
+        raise ValueError("`colors` has no channels; to render features alone, call `project` instead.")
     if sh_degree is not None and not 0 <= sh_degree <= MAX_SH_DEGREE:
         raise ValueError(f"`sh_degree` is {sh_degree}; choose 0 to {MAX_SH_DEGREE}.")
     if sh_degree is not None and (sh_degree + 1) ** 2 > colors.shape[-2]:

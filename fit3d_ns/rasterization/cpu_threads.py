@@ -43,7 +43,9 @@ def run_tasks(kernel: Callable[..., Any], num_tasks: int, *arguments: Any) -> No
         work()
     finally:
         for helper in helpers:
-            helper.result()
+            # One that has not begun is not needed any more: another render keeps the pool busy.
+            if not helper.cancel():
+                helper.result()
 
 
 def _submit(work: Callable[[], None], count: int) -> list:

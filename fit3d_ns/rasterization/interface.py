@@ -102,7 +102,9 @@ def rasterization(
     channels = []
     if uses_colors:
         if sh_degree is not None:
-            is_drawn = info["radii"].reshape(*info["depths"].shape, -1).amin(dim=-1) > 0
+            is_drawn = info["radii"] > 0
+            # gsplat 1.5 has one radius for each image axis.
+            is_drawn = is_drawn.all(dim=-1) if is_drawn.ndim == 3 else is_drawn
             colors = engine.evaluate_harmonics(sh_degree, means, viewmats, colors, is_drawn)
         channels.append(colors.expand(len(viewmats), -1, -1))
     if render_mode != "RGB":

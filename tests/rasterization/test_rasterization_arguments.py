@@ -86,6 +86,7 @@ def test_check_geometry__refuses_what_does_not_fit(name, value):
         (torch.zeros(3, 3), 0, r"\[N, K, 3\]"),
         (torch.zeros(3, 4, 3), 2, "needs 9 coefficients"),
         (torch.zeros(3, 36, 3), 5, "0 to 4"),
+        (torch.zeros(3, 0), None, "no channels"),
     ],
 )
 def test_check_colors__refuses_what_does_not_fit(colors, sh_degree, message):

@@ -1,11 +1,15 @@
 """The compiled CPU backend against the reference: images and every gradient."""
 
+import inspect
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from rasterization_scenes import assert_same_rendering, make_scene, relative_error, render_everything
 
-from fit3d_ns.rasterization import rasterization, rasterize_features
+from fit3d_ns.rasterization import cpu_options, rasterization, rasterize_features
 from fit3d_ns.rasterization.cpu_options import compiled
 from fit3d_ns.rasterization.cpu_vectors import add_sums, broadcast, exponential, load, store
 
@@ -113,6 +117,13 @@ def test_cpu__takes_harmonics_per_camera_as_reference_does(per_camera):
     assert not results[0][1][..., 9:, :].any(), "coefficients above the degree have no part"
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rasterization__no_gaussians_render_with_harmonics_and_depth(backend):
+    results = render_everything(make_scene(num_gaussians=0, num_cameras=2), backend, render_mode="RGB+ED")
+    assert results["images"].shape == (2, 29, 37, 4) and not results["alphas"].any()
+    assert results["sums"].shape == (0, 5) and not results["v_viewmats"].any()
+
+
 def test_cpu__no_gaussians_show_the_background():
     scene = make_scene(num_gaussians=0)
     background = torch.tensor([[0.1, 0.2, 0.3]], requires_grad=True)
@@ -150,6 +161,26 @@ def test_cpu__alphas_alone_have_gradients():
         alphas.square().sum().backward()
         gradients.append(means.grad)
     assert relative_error(*gradients) < 2e-3
+
+
+def test_compiled__forgets_stored_kernels_when_any_source_changes(tmp_path):
+    # A kernel in one file calls a function in another; stored code must not outlive a change of the latter.
+    package = tmp_path / "kernels"
+    package.mkdir()
+    source = inspect.getsource(cpu_options)
+    (package / "cpu_options.py").write_text(source)
+    (package / "outer.py").write_text(
+        "from cpu_options import compiled\nfrom inner import inner\n\n@compiled\ndef outer(x):\n    return inner(x)\n"
+    )
+    results = []
+    for factor in (2, 3):
+        (package / "inner.py").write_text(
+            f"from cpu_options import compiled\n\n@compiled\ndef inner(x):\n    return {factor} * x\n"
+        )
+        code = f"import sys; sys.path.insert(0, {str(package)!r}); from outer import outer; print(outer(5))"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        results.append(int(run.stdout))
+    assert results == [10, 15]
 
 
 @compiled
