@@ -145,7 +145,7 @@ def test_cpu__gaussians_out_of_sight_have_zero_gradients():
     assert not results["weights"].any()
 
 
-def test_cpu__refuses_nothing_that_needs_no_gradient():
+def test_cpu__is_what_auto_takes_and_renders_without_gradients():
     scene = make_scene()
     image, alpha, info = rasterization(**scene.arguments(), colors=torch.rand(40, 3), absgrad=True)
     assert info["backend"] == "cpu" and not image.requires_grad and not info["means2d"].requires_grad
