@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from fit3d_ns.finetuning.optimization import Precision
 
@@ -25,6 +26,8 @@ def create_accelerator(precision: Precision, device: str, trackers: tuple[str, .
         raise ValueError("--device cuda: this machine has no CUDA device; use --device cpu.")
     if precision == "fp16" and device != "cuda":
         raise ValueError("--precision fp16 needs CUDA; use fp32 or bf16 on a CPU.")
+    # accelerate keeps the precision of the first accelerator of a process for good; a second run may want another.
+    AcceleratorState._reset_state()
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,

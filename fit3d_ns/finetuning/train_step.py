@@ -183,7 +183,7 @@ def sum_totals(batches: Sequence[Batch], processes: Processes, stop: bool, probl
     Raises:
         ValueError: On every process, if any has a problem.
     """
-    local = [sum(batch.weight for batch in batches), float(sum(batch.num_tokens for batch in batches))]
+    local = [float(sum(batch.weight for batch in batches)), float(sum(batch.num_tokens for batch in batches))]
     local += [float(sum(batch.num_images for batch in batches)), float(stop), float(bool(problem))]
     weight, num_tokens, num_images, wishes, problems = processes.sum(local)
     if problems > 0:

@@ -1,0 +1,45 @@
+"""Builds small trainers; imported by tests and by the processes they start."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import finetuning_scene  # noqa: F401 - registers the backbone with timm.
+import torch
+from finetuning_scene import BACKBONE
+
+from fit3d_ns.features import create_token_model
+from fit3d_ns.finetuning import FinetuneConfig, FinetuneTrainer, RunConfig, SceneBank, TargetRenderer
+from fit3d_ns.finetuning.anchors import copy_original
+from fit3d_ns.finetuning.processes import create_accelerator
+from fit3d_ns.finetuning.target_cache import TargetCache
+from fit3d_ns.finetuning.training_views import TrainingViews
+
+RUN = RunConfig(trackers=(), num_workers=1, steps_per_checkpoint=10**6)
+
+
+def create_trainer(scenes: Sequence[Path], folder: Path, config: FinetuneConfig, **settings: Any) -> FinetuneTrainer:
+    token_model = create_token_model(BACKBONE)
+    bank = SceneBank(scenes)
+    views = TrainingViews(bank.on_disk, [config.run.splits] * len(bank))
+    cache = TargetCache(1.0, None)
+    targets = TargetRenderer(bank, views, config.targets, cache, copy_original(token_model))
+    accelerator = create_accelerator(config.optimization.precision, "cpu", (), folder)
+    return FinetuneTrainer(token_model, bank, views, targets, config, accelerator, folder, {"test": True}, **settings)
+
+
+def configure(run: RunConfig = RUN, **parts: Any) -> FinetuneConfig:
+    return replace(FinetuneConfig(run=run), **parts)
+
+
+def collect_weights(trainer: FinetuneTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.bare.token_model.model.state_dict().items()}
+
+
+def drop_key_biases(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A key bias moves no softmax: its gradient is rounding, which Adam blows up."""
+    if not name.endswith("qkv.bias"):
+        return value
+    query, _, rest = value.chunk(3)
+    return torch.cat([query, rest])
