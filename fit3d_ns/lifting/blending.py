@@ -94,7 +94,8 @@ class ViewBlender:
         weights = compute_weights(view, self.config)
         features_low = rasterize_features(features, view.info)[0]
         if self.config.token_to_pixel == "area":
-            features_low = average_over_cells(features_low, weights, view.grid)
+            averaged = average_over_cells(features_low, weights, view.grid)
+            features_low = torch.lerp(averaged, features_low, self.config.within_patch_weight)
         return backproject_features((features_low * weights[..., None])[None], view.info)[0]
 
 

@@ -13,13 +13,17 @@ class LiftConfig:
 
     feature_dim: int = 64
     """Numbers per Gaussian (paper section 3.1: 64); at least 1 and at most the backbone's embedding size."""
-    token_to_pixel: SpreadingRule = "nearest"
+    token_to_pixel: SpreadingRule = "area"
     """How a token is compared with pixels: `bilinear` upsamples the tokens (paper section 3.1), `nearest` holds each
-    constant over its patch, `area` compares it with the mean of the rendered features over its patch."""
-    token_reading: ReadingRule = "bilinear"
-    """How tokens are read off a rendered map: `bilinear` samples it at the token centres (paper's stage II), `area`
-    averages it over each patch."""
-    max_passes: int = 6
+    constant over its patch, `area` compares it with the mean of the rendered features over its patch, which the
+    backbone saw as a whole. Held-out error falls in this order."""
+    within_patch_weight: float = 0.3
+    """For `area` alone: weight of the rendered features' spread within each patch, 0 to 1. At 0 only the patch's mean
+    counts and detail below the patch is noise; at 1 the rule equals `nearest`."""
+    token_reading: ReadingRule = "area"
+    """How tokens are read off a rendered map, by the decoder's fit and by all later stages: `area` averages it over
+    each patch, `bilinear` samples it at the token centres (paper's stage II)."""
+    max_passes: int = 8
     """Most passes over all views after the weighted sum; each renders every view once and projects it back. 0 keeps
     the weighted sum."""
     tolerance: float = 1e-3
@@ -34,7 +38,7 @@ class LiftConfig:
     decoder_bias: bool = True
     """Give the decoder a bias, multiplied by alpha; False fits an uncentred basis as the paper's bias-free decoder
     needs."""
-    decoder_ridge: float = 0.01
+    decoder_ridge: float = 0.001
     """Pull of the decoder fit towards the PCA decoder, as a fraction of the mean squared regressor; 0 or above.
     Infinity keeps the PCA decoder."""
     polish_steps: int = 0
@@ -51,6 +55,8 @@ class LiftConfig:
             raise ValueError(f"feature_dim is {self.feature_dim}; it must be at least 1.")
         if self.max_passes < 0 or self.polish_steps < 0 or self.steps_per_true_residual < 0:
             raise ValueError("max_passes, polish_steps and steps_per_true_residual must be 0 or above.")
+        if not 0 <= self.within_patch_weight <= 1:
+            raise ValueError(f"within_patch_weight is {self.within_patch_weight}; it must lie between 0 and 1.")
         if not self.regularization >= 0 or not self.decoder_ridge >= 0:
             raise ValueError(
                 f"regularization is {self.regularization} and decoder_ridge {self.decoder_ridge}; "

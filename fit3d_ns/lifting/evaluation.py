@@ -39,7 +39,7 @@ def evaluate_features(
     views: Sequence[LiftView],
     mean_token: Float[Tensor, " embed"],
     *,
-    token_reading: ReadingRule = "bilinear",
+    token_reading: ReadingRule,
     smallest_alpha: float = 0.5,
     smallest_mask: float = 0.5,
 ) -> FeatureMetrics:
@@ -47,6 +47,7 @@ def evaluate_features(
 
     Args:
         views: Views that the lift has not seen.
+        token_reading: How the map is read, `LiftConfig.token_reading` of the lift.
         mean_token: The mean token of the views that it has seen, for the baseline; `LiftResult.basis.mean`.
 
     Raises:

@@ -88,7 +88,7 @@ def test_solve_features__decoder_is_the_weighted_ridge_solution(gaussians, views
     from lifting_scene import GRID as TOKEN_GRID
     from lifting_scene import compute_dense_blending
 
-    config = LiftConfig(feature_dim=2, max_passes=2, decoder_ridge=0.05)
+    config = LiftConfig(feature_dim=2, max_passes=2, decoder_ridge=0.05, token_reading="bilinear")
     result = solve_features(gaussians, views, config)
     inputs, tokens, weights = [], [], []
     for view in views:

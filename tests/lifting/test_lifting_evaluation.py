@@ -36,7 +36,7 @@ def test_evaluate_features__equals_loop_over_tokens(gaussians, views):
                     l1.append(np.abs(guess - expected).mean())
                     cosine.append(guess @ expected / np.linalg.norm(guess) / np.linalg.norm(expected))
     assert 0 < len(distances) < 2 * GRID[0] * GRID[1]
-    metrics = evaluate_features(gaussians, features, decoder, views[:2], mean_token)
+    metrics = evaluate_features(gaussians, features, decoder, views[:2], mean_token, token_reading="bilinear")
     assert metrics.num_tokens == len(distances)
     assert metrics.feature_l1 == pytest.approx(np.mean(distances), rel=1e-4)
     assert metrics.feature_cosine == pytest.approx(np.mean(cosines), rel=1e-4)
@@ -48,7 +48,8 @@ def test_evaluate_features__says_when_nothing_is_covered(gaussians, views):
     away = replace(gaussians, means=gaussians.means + 100.0)
     decoder = FeatureDecoder(3, EMBED_DIM)
     with pytest.raises(ValueError, match="No token of the evaluated views is covered"):
-        evaluate_features(away, torch.zeros(len(away), 3), decoder, views, torch.zeros(EMBED_DIM))
+        mean_token = torch.zeros(EMBED_DIM)
+        evaluate_features(away, torch.zeros(len(away), 3), decoder, views, mean_token, token_reading="area")
 
 
 def test_compute_leave_one_out__equals_lifting_without_the_view(gaussians, views):

@@ -47,7 +47,7 @@ def average_cells_by_loop(maps: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("rule", ["bilinear", "nearest", "area"])
 def test_solve_features__equals_dense_least_squares(gaussians, views, rule):
-    config = replace(EXACT, token_to_pixel=rule, regularization=0.02)
+    config = replace(EXACT, token_to_pixel=rule, within_patch_weight=0.2, regularization=0.02)
     result = solve_features(gaussians, views, config)
 
     rows, targets, numerator, denominator = [], [], 0.0, 0.0
@@ -58,10 +58,13 @@ def test_solve_features__equals_dense_least_squares(gaussians, views, rule):
         target = spread_by_loop(coordinates.double().numpy(), rule)
         numerator = numerator + np.einsum("hwn,hw,hwd->nd", blending, weights, target)
         denominator = denominator + np.einsum("hwn,hw->n", blending, weights)
+        operators = [(blending, 1.0)]
         if rule == "area":
-            blending = average_cells_by_loop(blending, weights)
-        rows.append((blending * np.sqrt(weights)[..., None]).reshape(-1, len(gaussians)))
-        targets.append((target * np.sqrt(weights)[..., None]).reshape(-1, 3))
+            operators = [(average_cells_by_loop(blending, weights), 0.8), (blending, 0.2)]
+        for operator, share in operators:
+            root = np.sqrt(share * weights)[..., None]
+            rows.append((operator * root).reshape(-1, len(gaussians)))
+            targets.append((target * root).reshape(-1, 3))
     penalty = 0.02 * denominator[denominator > 0].mean()
     weighted_sum = numerator / denominator[:, None]
     rows.append(np.sqrt(penalty) * np.eye(len(gaussians)))
