@@ -1,6 +1,6 @@
 """`Lens`: the intrinsics and distortion of one photograph as it lies on disk."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxtyping import Float
@@ -44,15 +44,3 @@ class Lens:
         A fisheye lens bends rays even when all its coefficients are zero.
         """
         return self.model == "fisheye" or any(coefficient != 0.0 for coefficient in self.distortion)
-
-
-def resize_lens(lens: Lens, scale_factor: float) -> Lens:
-    """The lens of the same photograph resized by `scale_factor`; sizes round, intrinsics follow the rounded sizes.
-
-    Distortion coefficients act on normalised coordinates and stay as they are.
-    """
-    if scale_factor == 1.0:
-        return lens
-    width, height = max(round(lens.width * scale_factor), 1), max(round(lens.height * scale_factor), 1)
-    x, y = width / lens.width, height / lens.height
-    return replace(lens, fx=lens.fx * x, fy=lens.fy * y, cx=lens.cx * x, cy=lens.cy * y, width=width, height=height)

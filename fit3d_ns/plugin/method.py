@@ -5,7 +5,6 @@ Every `ns-*` command of every method imports this module, so it imports no kerne
 
 import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
-from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from fit3d_ns.plugin.compatibility import check_versions
@@ -13,7 +12,7 @@ from fit3d_ns.plugin.datamanager import FeatureDatamanagerConfig
 from fit3d_ns.plugin.dataparser import FeatureDataParserConfig
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.plugin.pipeline import FeaturePipelineConfig
-from fit3d_ns.plugin.schedulers import RunLengthDecaySchedulerConfig
+from fit3d_ns.plugin.schedulers import FusedAdamOptimizerConfig, RunLengthDecaySchedulerConfig
 from fit3d_ns.plugin.trainer import FeatureTrainerConfig
 
 HAS_CUDA = torch.cuda.is_available()
@@ -32,11 +31,11 @@ PAPER_FEATURE_LR = 0.0025 / 40
 
 def _create_optimizers(feature_lr: float, decoder_lr: float) -> dict[str, dict[str, object]]:
     def constant(lr: float) -> dict[str, object]:
-        return {"optimizer": AdamOptimizerConfig(lr=lr, eps=ADAM_EPS), "scheduler": None}
+        return {"optimizer": FusedAdamOptimizerConfig(lr=lr, eps=ADAM_EPS), "scheduler": None}
 
     return {
         "means": {
-            "optimizer": AdamOptimizerConfig(lr=1.6e-4, eps=ADAM_EPS),
+            "optimizer": FusedAdamOptimizerConfig(lr=1.6e-4, eps=ADAM_EPS),
             "scheduler": RunLengthDecaySchedulerConfig(lr_final=1.6e-6),
         },
         "features_dc": constant(0.0025),
@@ -47,11 +46,11 @@ def _create_optimizers(feature_lr: float, decoder_lr: float) -> dict[str, dict[s
         "features": constant(feature_lr),
         "decoder": constant(decoder_lr),
         "camera_opt": {
-            "optimizer": AdamOptimizerConfig(lr=1e-4, eps=ADAM_EPS),
+            "optimizer": FusedAdamOptimizerConfig(lr=1e-4, eps=ADAM_EPS),
             "scheduler": RunLengthDecaySchedulerConfig(lr_final=5e-7, lr_pre_warmup=0.0, warmup_share=1 / 30),
         },
         "bilateral_grid": {
-            "optimizer": AdamOptimizerConfig(lr=2e-3, eps=ADAM_EPS),
+            "optimizer": FusedAdamOptimizerConfig(lr=2e-3, eps=ADAM_EPS),
             "scheduler": RunLengthDecaySchedulerConfig(lr_final=1e-4, lr_pre_warmup=0.0, warmup_share=1 / 30),
         },
     }
