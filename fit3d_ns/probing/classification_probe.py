@@ -209,7 +209,9 @@ class ClassificationProbe:
     def _load(self, frame: LabelledFrame, key: Hashable) -> Picture:
         assert isinstance(key, tuple)
         image = frame.load_image().numpy()
-        height, width = compute_size(image.shape[0], image.shape[1], self.config.resize_side, max(image.shape) * 1e4)
+        height, width = compute_size(
+            image.shape[0], image.shape[1], float(self.config.resize_side), max(image.shape) * 1e4
+        )
         resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         side = min(self.config.crop_side, height, width)
         top, left = (height - side) // 2, (width - side) // 2

@@ -118,7 +118,7 @@ class DepthPictures:
     def _resize(self, image: np.ndarray) -> np.ndarray:
         if self.short_side is None:
             return image
-        short = self.short_side
+        short = float(self.short_side)
         height, width = augmentation.compute_size(image.shape[0], image.shape[1], short, max(image.shape[:2]) * short)
         if (height, width) == image.shape[:2]:
             return image

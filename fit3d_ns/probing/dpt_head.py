@@ -16,7 +16,7 @@ NUM_LAYERS = 4
 """Layers of the backbone that are read, evenly spaced up to the last."""
 FUSED_DIM = 256
 """Channels of the fused maps."""
-_SCALES = (4, 2, 1, 0.5)
+_SCALES = (4.0, 2.0, 1.0, 0.5)
 """Size of each layer's map relative to the token grid, first layer first."""
 
 

@@ -50,7 +50,7 @@ class PatchFit:
         return F.pad(images - center, self.padding) + center
 
     def fit_targets(
-        self, targets: Shaped[Tensor, "batch height width"], fill: float
+        self, targets: Shaped[Tensor, "batch height width"], fill: int | float
     ) -> Shaped[Tensor, "batch fitted_height fitted_width"]:
         """Per-pixel targets as the token map sees them; `fill` marks the border that does not count."""
         if self.rule != "pad" or not any(self.padding):

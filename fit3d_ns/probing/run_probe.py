@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -33,7 +33,7 @@ from fit3d_ns.probing.frozen_backbones import (
 )
 from fit3d_ns.probing.head_trainer import create_accelerator
 from fit3d_ns.probing.multiview_probe import MultiviewConfig, MultiviewProbe
-from fit3d_ns.probing.protocol import ProbeSets, RunConfig, SeedOutcome, create_sets
+from fit3d_ns.probing.protocol import ProbeSets, RunConfig, create_sets
 from fit3d_ns.probing.result_records import ResultFile
 from fit3d_ns.probing.segmentation_probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.utils.progress import notice
@@ -83,12 +83,6 @@ class ProbeRequest:
     """Where it runs."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the head's training."""
-
-
-class _TrainedProbe(Protocol):
-    def describe(self) -> dict[str, Any]: ...
-
-    def run_seed(self, seed: int) -> SeedOutcome: ...
 
 
 def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
@@ -181,7 +175,7 @@ def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
 
 def _create_probe(
     config: TaskConfig, request: ProbeRequest, sets: ProbeSets, backbones: Any, accelerator: Any
-) -> _TrainedProbe:
+) -> SegmentationProbe | DepthProbe | ClassificationProbe:
     common = (request.run, sets, backbones, request.backbones.assembly, accelerator)
     if isinstance(config, SegmentationConfig):
         return SegmentationProbe(config, *common)

@@ -21,7 +21,7 @@ from fit3d_ns.probing.protocol import spread_over
 from fit3d_ns.probing.slide_windows import Window, list_windows
 
 PUBLISHED_SHORT_SIDE = 512
-LONG_SIDE_RATIO = 4
+LONG_SIDE_RATIO = 4.0
 """Images are at most this many times longer than the short side asked for (2048 to 512)."""
 SCALE_RANGE = (0.5, 2.0)
 """Random scale of training images."""
@@ -125,7 +125,7 @@ class SegmentationPictures:
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
     def _compute_size(self, picture: np.ndarray) -> tuple[int, int]:
-        short = self.short_side
+        short = float(self.short_side)
         return augmentation.compute_size(picture.shape[0], picture.shape[1], short, short * LONG_SIDE_RATIO)
 
 

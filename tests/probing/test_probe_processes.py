@@ -1,0 +1,57 @@
+"""Two processes over gloo equal one: gradients, normalisation statistics, figures."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from probe_backbones import MeanColourBackbones
+from test_probe_training import create_segmentation_probe, create_striped_frame
+
+from fit3d_ns.data.labelled_frames import LabelledSet
+
+
+def train(process: int, num_processes: int, folder: str) -> None:
+    """Trains as one of some processes; the first writes what came out."""
+    os.environ.update(
+        RANK=str(process),
+        LOCAL_RANK=str(process),
+        WORLD_SIZE=str(num_processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=Path(folder, "port").read_text(),
+        OMP_NUM_THREADS="1",
+        ACCELERATE_USE_CPU="true",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    torch.set_num_threads(1)
+    probe = create_segmentation_probe("always", MeanColourBackbones())
+    outcome = probe.run_seed(0)
+    frames = [create_striped_frame(index) for index in range(3)]
+    odd = probe.evaluate(outcome.head, LabelledSet("odd", frames, ("red", "green")))  # type: ignore[arg-type]
+    if process == 0:
+        assert outcome.head is not None
+        result = {"head": outcome.head.state_dict(), "metrics": outcome.metrics, "odd": odd, "loss": outcome.loss_last}
+        torch.save(result, Path(folder) / f"{num_processes}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_probe__two_processes_equal_one(tmp_path: Path) -> None:
+    import socket
+
+    results: list[dict[str, Any]] = []
+    for number in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            (tmp_path / "port").write_text(str(probe.getsockname()[1]))
+        torch.multiprocessing.spawn(train, args=(number, str(tmp_path)), nprocs=number)
+        results.append(torch.load(tmp_path / f"{number}.pt", weights_only=True))
+    one, two = results
+    for name, tensor in one["head"].items():
+        # Adam divides by tiny second moments at first, which magnifies the rounding of sums in another order.
+        torch.testing.assert_close(two["head"][name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+    for name in ("miou", "macc", "aacc"):
+        assert two["metrics"][name] == one["metrics"][name] and two["odd"][name] == one["odd"][name]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
