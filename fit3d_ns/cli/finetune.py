@@ -19,7 +19,9 @@ from fit3d_ns.finetuning.sampling import SamplingConfig
 from fit3d_ns.finetuning.scene_files import find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.targets import TargetConfig
 from fit3d_ns.finetuning.trainable import TrainableConfig
+from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.scene import FeatureScene
+from fit3d_ns.utils.progress import notice
 
 EXPORT_FOLDER = "exported_scenes"
 """Below the output folder: scene files of nerfstudio runs that were given."""
@@ -105,7 +107,12 @@ def run_finetune(command: FinetuneCommand) -> None:
     for group in (scenes, validation):
         files.append(prepare_scene_files(group, folder / EXPORT_FOLDER, _load_run, may_export=False))
     inputs = FinetuneInputs(files[0], files[1], command.backbone, command.backbone_weights)
-    finetune(inputs, config, folder, device, accelerator)
+    try:
+        finetune(inputs, config, folder, device, accelerator)
+    except Interrupted as interruption:
+        if processes.is_main:
+            notice(f"Fine-tuning {interruption}.")
+        raise
     if processes.is_main:
         print(f"Fine-tuned backbone: {folder}\nFigures: {folder / REPORT_NAME}")
 

@@ -42,7 +42,7 @@ def write_card(
         "",
         "## Licence",
         "",
-        f"Original weights: {licence or 'not known here (a file of your own, or not stated); find out before sharing'}. "
+        f"Original weights: {licence or 'not known here (your own file, or not stated); find out before sharing'}. "
         "These weights are derived from them, and from the captures named below.",
         "",
         "## Data",

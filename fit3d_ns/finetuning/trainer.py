@@ -52,10 +52,10 @@ class TrainingHistory:
     """Wall-clock time of training, validation excepted."""
 
     def summarise(self) -> tuple[float | None, float | None]:
-        """Mean loss of the first and of the last tenth of the steps (1 to 100 steps); single steps are noisy."""
+        """Mean loss of the first and of the last quarter of the steps (1 to 100 steps); single steps are noisy."""
         if not self.losses:
             return None, None
-        number = min(max(len(self.losses) // 10, 1), 100)
+        number = min(max(len(self.losses) // 4, 1), 100)
         return sum(self.losses[:number]) / number, sum(self.losses[-number:]) / number
 
 
@@ -73,6 +73,7 @@ class FinetuneTrainer:
         output_folder: Path,
         identity: dict[str, Any],
         validate: Callable[[TokenModel, int], None] | None = None,
+        timer: PhaseTimer | None = None,
     ):
         """Freezes what is not trained, wraps the backbone, and goes on from a checkpoint where there is one.
 
@@ -83,6 +84,7 @@ class FinetuneTrainer:
             output_folder: Checkpoints and evidence go there.
             identity: Backbone and scenes, as plain JSON values; a checkpoint of others is refused.
             validate: Called by the main process with the backbone and the step, every `steps_per_validation` steps.
+            timer: Gets the seconds of `load`, `target`, `forward_backward` and `optimizer`.
 
         Raises:
             ValueError: Settings that do not fit together, or a checkpoint of another run.
@@ -93,7 +95,7 @@ class FinetuneTrainer:
         self.output_folder = output_folder
         self.validate = validate
         self.history = TrainingHistory()
-        self.timer = PhaseTimer()
+        self.timer = timer or PhaseTimer()
         self.step = 0
         optimization, anchors = config.optimization, config.anchors
         self.sequence = DrawSequence(views.views_per_scene, config.sampling)

@@ -1,6 +1,8 @@
 """Two processes equal one with twice the batch; all stop together, with the message of the one that failed."""
 
 import os
+import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch.multiprocessing as mp
 from finetuning_runs import RUN, collect_weights, configure, create_trainer, drop_key_biases
 from finetuning_scene import create_lens, save_new_scene
 
-from fit3d_ns.finetuning import AnchorConfig, OptimizationConfig
+from fit3d_ns.finetuning import AnchorConfig, Interrupted, OptimizationConfig
 
 ANCHORS = AnchorConfig(l2_sp=0.01, prefix_anchor=0.1, pre_norm=0.2)
 
@@ -34,34 +36,32 @@ def train(scenes, folder, batch_size, accumulation=1):
     return gradients, collect_weights(trainer), trainer.history.losses
 
 
-def start(rank, folder):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
-
-
 def find_scenes(folder):
     return sorted((Path(folder) / "scenes").iterdir())
 
 
-def train_as_one_of_two(rank, folder):
-    start(rank, folder)
+def run_as_one_of_two(rank, folder):
+    """All that the tests below look at, in one pair of processes, because starting them takes longest."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
+    scenes = find_scenes(folder)
     for name, batch_size, accumulation in (("two", 2, 1), ("accumulated", 1, 2)):
-        torch.save(
-            train(find_scenes(folder), Path(folder) / name, batch_size, accumulation), f"{folder}/{name}_{rank}.pt"
-        )
+        result = train(scenes, Path(folder) / name, batch_size, accumulation)
+        torch.save(result, f"{folder}/{name}_{rank}.pt")
+    fail_in_one(rank, scenes, Path(folder))
+    signal_one(rank, scenes, Path(folder))
     dist.destroy_process_group()
 
 
-def fail_as_one_of_two(rank, folder):
-    start(rank, folder)
+def fail_in_one(rank, scenes, folder):
     config = configure(run=replace(RUN, num_workers=0), optimization=OptimizationConfig(max_steps=4))
-    trainer = create_trainer(find_scenes(folder), Path(folder) / "failing", config)
+    trainer = create_trainer(scenes, folder / "failing", config)
+
+    def refuse(sample):
+        raise ValueError(f"{sample.name} cannot be rendered")
+
     if rank == 1:
-
-        def refuse(sample):
-            raise ValueError(f"{sample.name} cannot be rendered")
-
         trainer.targets.render = refuse
     try:
         trainer.run()
@@ -69,17 +69,10 @@ def fail_as_one_of_two(rank, folder):
     except ValueError as error:
         message = str(error)
     Path(folder, f"message_{rank}").write_text(message)
-    dist.destroy_process_group()
 
 
-def signal_one_of_two(rank, folder):
-    import signal
-
-    from fit3d_ns.finetuning import Interrupted
-
-    start(rank, folder)
-    config = configure(optimization=OptimizationConfig(max_steps=6))
-    trainer = create_trainer(find_scenes(folder), Path(folder) / "stopped", config)
+def signal_one(rank, scenes, folder):
+    trainer = create_trainer(scenes, folder / "stopped", configure(optimization=OptimizationConfig(max_steps=6)))
     run_step = trainer.train_step.run
 
     def interrupt(*arguments):
@@ -92,24 +85,21 @@ def signal_one_of_two(rank, folder):
         trainer.run()
     except Interrupted:
         Path(folder, f"stopped_{rank}").write_text(str(trainer.step))
-    # One process cannot go on alone from a checkpoint of two.
-    dist.destroy_process_group()
 
 
-@pytest.fixture
-def folder(tmp_path):
-    import socket
-
-    save_new_scene(tmp_path, "small")
-    save_new_scene(tmp_path, "large", lens=create_lens(48, 40), seed=1)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    save_new_scene(folder, "small")
+    save_new_scene(folder, "large", lens=create_lens(48, 40), seed=1)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(server.getsockname()[1]))
-    return tmp_path
+        (folder / "port").write_text(str(server.getsockname()[1]))
+    mp.spawn(run_as_one_of_two, args=(str(folder),), nprocs=2)
+    return folder
 
 
 def test_two_processes__equal_one_with_twice_the_batch(folder):
-    mp.spawn(train_as_one_of_two, args=(str(folder),), nprocs=2)
     gradients, weights, losses = train(find_scenes(folder), folder / "one", batch_size=4)
     total = torch.cat([value.flatten() for value in gradients.values()]).norm()
     for name in ("two_0", "two_1", "accumulated_0", "accumulated_1"):
@@ -123,13 +113,11 @@ def test_two_processes__equal_one_with_twice_the_batch(folder):
 
 
 def test_two_processes__stop_with_the_message_of_the_one_that_failed(folder):
-    mp.spawn(fail_as_one_of_two, args=(str(folder),), nprocs=2)
     first, second = ((folder / f"message_{rank}").read_text() for rank in range(2))
     assert "cannot be rendered" in second and first == f"Process 1 failed: {second}"
 
 
 def test_two_processes__a_signal_to_one_stops_both_after_the_same_step(folder):
-    mp.spawn(signal_one_of_two, args=(str(folder),), nprocs=2)
     steps = {(folder / f"stopped_{rank}").read_text() for rank in range(2)}
     assert len(steps) == 1
     (checkpoint,) = (folder / "stopped" / "checkpoints").iterdir()

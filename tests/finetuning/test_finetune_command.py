@@ -1,0 +1,229 @@
+"""`fit3d-finetune` from its arguments to its folder, and every way in which a user can go wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from finetuning_scene import BACKBONE, create_scene, save_new_scene
+from safetensors.torch import load_file
+
+from fit3d_ns.cli import command as command_module
+from fit3d_ns.cli import finetune as module
+from fit3d_ns.features import create_token_model
+from fit3d_ns.finetuning import PAPER, FinetuneConfig, load_finetuned
+from fit3d_ns.scene import save_scene
+
+SMALL = ["--max-steps", "6", "--max-validation-views", "3", "--steps-per-checkpoint", "4", "--device", "cpu"]
+
+
+def parse(monkeypatch, *arguments):
+    parsed = []
+    monkeypatch.setattr(module, "run_finetune", parsed.append)
+    module.main(["--ckpts", "a.safetensors", "--output-dir", "out", *arguments])
+    return parsed[0]
+
+
+def run(capsys, *arguments):
+    """Exit code (0 without one) and what was printed to standard error."""
+    try:
+        module.main([str(argument) for argument in arguments])
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code
+    return code, capsys.readouterr().err
+
+
+def test_paper__sets_every_value_of_the_public_code(monkeypatch):
+    config = parse(monkeypatch, "--paper").config
+    assert config == PAPER
+    optimization = config.optimization
+    # FACTS, stage 2.
+    assert (optimization.learning_rate, optimization.weight_decay, optimization.clip_norm) == (1e-5, 1e-4, 0.1)
+    assert (optimization.batch_size, optimization.accumulation_steps, optimization.epochs) == (2, 1, 1.0)
+    assert (optimization.schedule, optimization.warmup_fraction, optimization.ema_decay) == ("constant", 0.0, 0.0)
+    assert (optimization.precision, optimization.max_steps) == ("fp32", None)
+    assert (config.sampling.sampling, config.sampling.images_per_visit, config.sampling.seed) == ("epoch", 0, 42)
+    assert config.augmentation.flip_probability == 0.5 and not config.augmentation.moves_cameras
+    assert config.targets.token_reading == "bilinear" and not config.targets.weight_by_opacity
+    assert config.trainable.train == "all" and config.run.splits == ("train", "val", "test")
+    assert not config.anchors.needs_original and config.anchors.l2_sp == 0.0
+
+
+@pytest.mark.parametrize("arguments", [("--paper", "--learning-rate", "3e-5"), ("--learning-rate", "3e-5", "--paper")])
+def test_paper__explicit_flags_win_wherever_they_stand(monkeypatch, arguments):
+    config = parse(monkeypatch, *arguments).config
+    assert config.optimization.learning_rate == 3e-5
+    assert not config.targets.weight_by_opacity and config.sampling.images_per_visit == 0
+
+
+def test_flags__are_the_fields_of_the_configuration(monkeypatch):
+    assert parse(monkeypatch).config == FinetuneConfig()
+    command = parse(
+        monkeypatch, "--val-ckpts", "b", "c", "--wise-ft", "0.5", "--train", "last-blocks", "--jitter", "0.1"
+    )
+    assert command.val_ckpts == ("b", "c") and command.config.anchors.wise_ft == (0.5,)
+    assert command.config.trainable.train == "last-blocks" and command.config.augmentation.jitter == 0.1
+    assert {field.name for field in fields(FinetuneConfig)} <= {field.name for field in fields(command)}
+
+
+def test_command__trains_and_writes_the_folder(tmp_path, capsys):
+    training = [save_new_scene(tmp_path, f"room{index}", seed=index, num_frames=8) for index in range(2)]
+    held_out = save_new_scene(tmp_path, "other", seed=9)
+    out = tmp_path / "out"
+    arguments = ["--ckpts", *training, "--val-ckpts", held_out, "--output-dir", out, *SMALL]
+    code, _ = run(capsys, *arguments, "--learning-rate", "1e-3", "--wise-ft", "0", "0.5", "--format", "fit3d")
+    assert code == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["steps"] == 6 and report["seconds"] > 0 and report["is_random"]
+    assert min(report["loss_first"], report["loss_last"]) > 0 and len(report["losses"]) == 6
+    for name in ("original", "finetuned"):
+        figures = report["consistency"][name]
+        assert {"mean_cosine", "centred_cosine", "recall_10px", "effective_rank", "by_angle"} <= figures.keys()
+        assert figures["by_angle"]["0-15"]["num_points"] > 0
+        assert report["validation"][name]["feature_l1"] > 0
+    assert "1 validation scenes" in report["consistency"]["views"]
+    assert report["validation"]["finetuned"]["feature_l1"] < report["validation"]["original"]["feature_l1"] * 1.2
+    assert (out / "comparison.png").stat().st_size > 0 and any((out / "tensorboard").rglob("events*"))
+    assert not (out / "targets").exists()
+    card = (out / "README.md").read_text()
+    assert "random" in card and "room0, room1" in card and str(tmp_path) not in card
+
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    images = torch.rand(1, 3, 48, 24)
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(images), load_finetuned(out).forward_features(images))
+    original = create_token_model(BACKBONE).model.state_dict()
+    finetuned = load_file(out / "model.safetensors")
+    assert any(not torch.equal(value, original[name]) for name, value in finetuned.items())
+    none, half = (load_file(out / f"wise-ft-{share}" / "model.safetensors") for share in ("0", "0.5"))
+    for name, value in original.items():
+        assert torch.equal(none[name], value)
+        torch.testing.assert_close(half[name], 0.5 * (value + finetuned[name]), rtol=1e-5, atol=1e-7)
+
+    # The same command again has nothing left to train; with more steps it goes on.
+    code, errors = run(capsys, *arguments, "--learning-rate", "1e-3")
+    assert code == 0 and "Resuming from step 6 of 6" in errors
+    again = json.loads((out / "report.json").read_text())
+    assert again["losses"] == report["losses"]
+    assert all(torch.equal(value, finetuned[name]) for name, value in load_file(out / "model.safetensors").items())
+    code, errors = run(capsys, *arguments, "--learning-rate", "1e-3", "--batch-size", "3")
+    assert code == 1 and "batch_size 2, this run has 3" in errors
+
+
+def test_command__without_validation_scenes_takes_held_out_views(tmp_path, capsys):
+    out = tmp_path / "out"
+    scene = save_new_scene(tmp_path, num_test=3, num_frames=7)
+    code, _ = run(capsys, "--ckpts", scene, "--output-dir", out, *SMALL, "--paper", "--splits", "train")
+    report = json.loads((out / "report.json").read_text())
+    assert code == 0 and report["consistency"]["views"] == "3 views: held-out views of the 1 training scenes"
+    assert report["num_images"] == 4 and report["settings"]["targets"]["weight_by_opacity"] is False
+    code, errors = run(capsys, "--ckpts", scene, "--output-dir", tmp_path / "all", *SMALL, "--paper")
+    assert json.loads((tmp_path / "all" / "report.json").read_text())["num_images"] == 7
+
+
+def test_command__a_nerfstudio_run_is_exported_on_the_fly(tmp_path, capsys, monkeypatch):
+    scene = create_scene(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yml").touch()
+    monkeypatch.setattr(module, "_load_run", lambda config: scene)
+    code, errors = run(capsys, "--ckpts", tmp_path / "run", "--output-dir", tmp_path / "out", *SMALL)
+    assert code == 0 and "Exporting" in errors
+    (exported,) = (tmp_path / "out" / "exported_scenes").iterdir()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["scenes"] == [str(exported)]
+
+
+def test_command__tells_in_one_sentence_what_is_wrong(tmp_path, capsys):
+    scene = save_new_scene(tmp_path, "room")
+    out = ["--output-dir", tmp_path / "out", *SMALL]
+
+    def expect(message, *arguments):
+        code, errors = run(capsys, *arguments, *out)
+        assert code == 1 and "Traceback" not in errors
+        assert message in " ".join(errors.split()), errors
+
+    expect("matches nothing", "--ckpts", tmp_path / "nothing" / "*.safetensors")
+    expect("to --ckpts and to --val-ckpts", "--ckpts", scene, "--val-ckpts", scene)
+    other = create_token_model(BACKBONE).model.state_dict()
+    torch.save({name: value + 1 for name, value in other.items()}, tmp_path / "other.pth")
+    expect(
+        "was lifted with random:finetuning_vit, fine-tuning was asked for finetuning_vit",
+        *("--ckpts", scene, "--backbone", "finetuning_vit", "--backbone-weights", tmp_path / "other.pth"),
+    )
+    expect("--precision fp16 needs CUDA", "--ckpts", scene, "--precision", "fp16")
+    expect("--scene-memory-gb", "--ckpts", scene, "--scene-memory-gb", "1e-9")
+    (tmp_path / "data" / "room" / "images" / "1.png").unlink()
+    expect("images/1.png of scene room is gone", "--ckpts", scene, "--strict")
+    (tmp_path / "data" / "room").rename(tmp_path / "data" / "moved")
+    expect("--data-root", "--ckpts", scene)
+    code, errors = run(capsys, "--ckpts", scene, "--data-root", tmp_path / "data" / "moved", *out)
+    assert code == 0 and "Skipping 1 views" in errors
+    scene.write_bytes(scene.read_bytes()[:1000])
+    expect("cut short", "--ckpts", scene)
+
+
+def test_command__without_nerfstudio_a_run_is_refused_with_a_way_out(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.yml").touch()
+    monkeypatch.setitem(sys.modules, "fit3d_ns.plugin.scene_export", None)
+    code, errors = run(capsys, "--ckpts", tmp_path / "config.yml", "--output-dir", tmp_path / "out", *SMALL)
+    assert code == 1 and "fit3d-export" in errors
+
+
+def test_command__interrupted_run_exits_130(tmp_path, capsys, monkeypatch):
+    scene = save_new_scene(tmp_path)
+
+    def interrupt(*arguments, **settings):
+        raise module.Interrupted("stopped at step 3 of 6; the same command goes on")
+
+    monkeypatch.setattr(module, "finetune", interrupt)
+    code, errors = run(capsys, "--ckpts", scene, "--output-dir", tmp_path / "out", *SMALL)
+    assert code == command_module.EXIT_INTERRUPTED and "stopped at step 3 of 6" in errors
+
+
+@pytest.mark.slow
+def test_command__killed_ten_times_at_random_equals_the_uninterrupted_run(tmp_path):
+    for index in range(2):
+        save_scene(create_scene(tmp_path, f"room{index}", seed=index), tmp_path / "scenes" / f"{index}.safetensors")
+    scenes = sorted((tmp_path / "scenes").iterdir())
+    program = "import finetuning_scene; from fit3d_ns.cli.finetune import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+
+    def start(out):
+        arguments = ["--ckpts", *scenes, "--output-dir", out, "--max-steps", "300", "--steps-per-checkpoint", "3"]
+        arguments += ["--max-validation-views", "2", "--learning-rate", "1e-3", "--device", "cpu", "--min-crop", "0.6"]
+        with open(tmp_path / "log.txt", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", program, *map(str, arguments)], env=environment, stdout=log, stderr=log
+            )
+
+    assert start(tmp_path / "whole").wait(600) == 0
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    generator, kills = np.random.default_rng(0), 0
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while kills < 10:
+        process = start(tmp_path / "killed")
+        before = {path.name for path in checkpoints.glob("step-*")}
+        # Each life makes some progress, then dies at a random moment of the time that a tenth of the run takes.
+        while process.poll() is None and {path.name for path in checkpoints.glob("step-*[0-9]")} <= before:
+            time.sleep(0.01)
+        time.sleep(float(generator.uniform(0.0, report["seconds"] / 15)))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if (tmp_path / "killed" / "report.json").exists():
+            break
+    assert kills >= 5
+    assert start(tmp_path / "killed").wait(600) == 0
+    resumed = json.loads((tmp_path / "killed" / "report.json").read_text())
+    assert resumed["losses"] == report["losses"]
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
