@@ -1,0 +1,20 @@
+"""What all tests share: one thread per process for torch's small operations, and no GPU tests where there is none."""
+
+import os
+
+import pytest
+import torch
+
+# Tests work on tiny tensors: threads only wait for each other there, and on a busy machine they wait long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects `gpu` tests on machines without CUDA, so that they never count as passed or skipped."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
