@@ -13,7 +13,7 @@ from fit3d_ns.probing.frozen_backbones import BackboneConfig
 from fit3d_ns.probing.head_trainer import Selection
 from fit3d_ns.probing.patch_fit import PatchFitRule
 from fit3d_ns.probing.protocol import CacheRule, RunConfig
-from fit3d_ns.probing.run_probe import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUN, ProbeRequest, Task, run_probe
+from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUN, ProbeRequest, Task, run_probe
 from fit3d_ns.utils.results import ResultRecord
 
 Seeds = tuple[int, ...]

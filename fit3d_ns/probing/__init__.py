@@ -5,8 +5,8 @@ from fit3d_ns.probing.classification_probe import ClassificationConfig
 from fit3d_ns.probing.depth_probe import DepthConfig
 from fit3d_ns.probing.frozen_backbones import BackboneConfig
 from fit3d_ns.probing.multiview_probe import MultiviewConfig
+from fit3d_ns.probing.probe_runs import ProbeRequest, run_probe
 from fit3d_ns.probing.protocol import RunConfig
-from fit3d_ns.probing.run_probe import ProbeRequest, run_probe
 from fit3d_ns.probing.segmentation_probe import SegmentationConfig
 
 __all__ = [

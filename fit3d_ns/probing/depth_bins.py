@@ -40,5 +40,7 @@ class DepthBins(nn.Module):
         if self.normalization == "softmax":
             weights = logits.softmax(dim=1)
             return torch.einsum("bkhw,k->bhw", weights, self.centers)
-        weights = logits.relu() + SHARE_OF_EACH_BIN
-        return torch.einsum("bkhw,k->bhw", weights, self.centers) / weights.sum(dim=1)
+        # Numerator and denominator are one product; the share of each bin adds a constant to both.
+        both = torch.stack([self.centers, torch.ones_like(self.centers)])
+        sums = torch.einsum("bkhw,jk->bjhw", logits.relu(), both) + SHARE_OF_EACH_BIN * both.sum(dim=1)[:, None, None]
+        return sums[:, 0] / sums[:, 1]

@@ -19,9 +19,16 @@ UPSAMPLING = 4
 class LinearDepthHead(nn.Module):
     """Pre-norm tokens of the last block to depth on a grid four times as fine as the tokens'."""
 
-    def __init__(self, assembler: Assembler, bins: DepthBins) -> None:
+    def __init__(self, assembler: Assembler, bins: DepthBins, training_upsampling: int = UPSAMPLING) -> None:
+        """Args:
+        assembler: Makes the map.
+        bins: Make depth out of logits.
+        training_upsampling: Places per token and axis at which training reads the same interpolated logits; fewer
+            are cheaper.
+        """
         super().__init__()
         self.assembler = assembler
+        self.training_upsampling = training_upsampling
         self.bins = bins
         self.token_layer = nn.Linear(assembler.out_dim, bins.num_bins)
         # The class token is the same for all tokens: its share of the linear layer is computed once per image.
@@ -32,10 +39,11 @@ class LinearDepthHead(nn.Module):
             nn.init.normal_(self.class_layer.weight, std=INITIAL_DEVIATION)
 
     def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch height width"]:
-        """Depth in metres on `UPSAMPLING` times the token grid."""
+        """Depth in metres on `UPSAMPLING` times the token grid, or `training_upsampling` times in training."""
         # (b, c, h, w) -> (b, h, w, c) -> (b, bins, h, w)
         logits = self.token_layer(self.assembler(features).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.class_layer is not None:
             logits = logits + self.class_layer(self.assembler.select_class_token(features))[:, :, None, None]
+        factor = self.training_upsampling if self.training else UPSAMPLING
         height, width = logits.shape[-2:]
-        return self.bins(resize_map(logits, (UPSAMPLING * height, UPSAMPLING * width)))
+        return self.bins(resize_map(logits, (factor * height, factor * width)))

@@ -21,7 +21,7 @@ from fit3d_ns.probing.segmentation_pictures import name_frame, to_image, to_tens
 
 MAX_ROTATION = 2.5
 """Degrees, either way, for half of the training crops."""
-DEPTHS_PER_TOKEN = 4
+DEPTHS_PER_TOKEN = 2
 """Depth values per token and axis that the loss reads where features are kept."""
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from fit3d_ns.data.labelled_frames import LabelledFrame, LabelledSet, warn_about_depth_unit
 from fit3d_ns.probing.assembly import Assembler, Assembly, ClassTokenSource
 from fit3d_ns.probing.depth_bins import NUM_BINS, BinNormalization, DepthBins
-from fit3d_ns.probing.depth_head import LinearDepthHead
+from fit3d_ns.probing.depth_head import UPSAMPLING, LinearDepthHead
 from fit3d_ns.probing.depth_losses import LossSum, compute_gradient_loss, compute_sig_loss
 from fit3d_ns.probing.depth_metrics import DepthMetrics
-from fit3d_ns.probing.depth_pictures import DepthPictures, ImageKey
+from fit3d_ns.probing.depth_pictures import DEPTHS_PER_TOKEN, DepthPictures, ImageKey
 from fit3d_ns.probing.dpt_head import DPTDepthHead
 from fit3d_ns.probing.feature_memory import FeatureMemory, Picture
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
@@ -151,7 +151,10 @@ class DepthProbe:
         source: ClassTokenSource = config.class_token if self.backbones.has_class_token else "none"
         assembler = Assembler(self.assembly, self.backbones.embed_dim, source)
         bins = DepthBins(convention.min_depth, convention.max_depth, config.num_bins, config.bin_normalization)
-        return LinearDepthHead(assembler, bins) if config.head == "linear" else DPTDepthHead(assembler, bins)
+        if config.head == "dpt":
+            return DPTDepthHead(assembler, bins)
+        # Where features are kept, so are the targets, at fewer places: the same map is read there and nowhere else.
+        return LinearDepthHead(assembler, bins, DEPTHS_PER_TOKEN if self.is_cached else UPSAMPLING)
 
     @torch.no_grad()
     def evaluate(self, head: nn.Module, labelled_set: LabelledSet) -> dict[str, Any]:

@@ -195,10 +195,11 @@ def test_depth_pictures__depth_stays_with_its_pixels(is_flipped: bool) -> None:
     frame = create_frame(10, 18)
     picture = create_depth_pictures(DepthConvention(max_depth=50.0)).load_whole(frame, ImageKey("x", is_flipped, False))
     columns = (picture.image[0, 0] * 255).round() + 1
-    # Ten by eighteen pixels are padded to twelve by twenty: one row and column at each side have no depth.
-    assert picture.target.shape == (12, 20) and bool((picture.target[0] == 0).all())
-    assert picture.target[5, 1:-1].tolist() == columns.tolist()
-    assert picture.target[5, 0] == picture.target[5, -1] == 0
+    # Ten by eighteen pixels are padded to twelve by twenty, two values per token of four pixels: every second pixel,
+    # from the second of the padded row on, which is the first of the image.
+    assert picture.target.shape == (6, 10)
+    assert picture.target[2].tolist() == [*columns[::2].tolist(), 0.0]
+    assert bool((picture.target[5] == 0).all()), "the lowest row is padding"
 
 
 def test_depth_pictures__benchmark_crops() -> None:

@@ -24,7 +24,7 @@ from fit3d_ns.probing.classification_probe import (
     ClassificationProbe,
 )
 from fit3d_ns.probing.depth_probe import PAPER_DEPTH, DepthConfig, DepthProbe
-from fit3d_ns.probing.finetuning_costs import read_costs
+from fit3d_ns.probing.finetuning_costs import is_finetuned_from_random, read_costs
 from fit3d_ns.probing.frozen_backbones import (
     BackboneConfig,
     create_frozen_backbones,
@@ -113,7 +113,9 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
         "run": {name: getattr(request.run, name) for name in ("cache", "selection", "validation_fraction")},
         "precision": request.precision,
     }
-    file = ResultFile(Path(request.output_path), f"probe/{request.task}", settings, _is_random(described))
+    file = ResultFile(
+        Path(request.output_path), f"probe/{request.task}", settings, _is_random(described, request.backbones)
+    )
     missing, done = _find_missing(file, request.seeds)
     if not missing:
         return file.save(done, _read_training(file.path))
@@ -202,7 +204,9 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         "test": {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]},
         "config": {name: value for name, value in asdict(config).items() if name != "data_root"},
     }
-    file = ResultFile(Path(request.output_path), f"probe/{request.task}", settings, _is_random(described))
+    file = ResultFile(
+        Path(request.output_path), f"probe/{request.task}", settings, _is_random(described, request.backbones)
+    )
     missing, done = _find_missing(file, request.seeds)
     if missing:
         is_cuda = torch.cuda.is_available() if request.device == "auto" else request.device == "cuda"
@@ -249,8 +253,8 @@ def _create_record(file: ResultFile, done: dict[int, dict[str, Any]], training: 
     return ResultRecord(file.kind, summarise_seeds(done), {**file.settings, **training}, file.is_random)
 
 
-def _is_random(described: dict[Any, Any]) -> bool:
-    return any(description.is_random for description in described.values())
+def _is_random(described: dict[Any, Any], config: BackboneConfig) -> bool:
+    return any(description.is_random for description in described.values()) or is_finetuned_from_random(config)
 
 
 def _measure(path: Path) -> int:
