@@ -1,7 +1,7 @@
 """Times stage II: seconds per step split into load, target, forward/backward and optimizer, and what targets save.
 
     python scripts/benchmark_finetuning.py --output-path finetuning.json
-    python scripts/benchmark_finetuning.py --scenes scenes/*.safetensors --backbone-weights vit.safetensors --output-path R.json
+    python scripts/benchmark_finetuning.py --scenes *.safetensors --backbone-weights FILE --output-path R.json
 
 Without `--scenes` it makes scenes of random Gaussians at the paper's resolution, with noise for photographs, and trains
 backbones with random weights: speed does not depend on what is seen. The first epoch, in which a CPU renders and keeps

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fit3d_ns.features.adapters import attach_adapter
 from fit3d_ns.features.backbones import BackboneDescription, Normalization, create_timm_model, describe_backbone
 from fit3d_ns.features.downloads import download_timm_model
 from fit3d_ns.features.preprocessing import ResizeRule
-from fit3d_ns.features.sources import RANDOM_SEED
+from fit3d_ns.features.sources import ADAPTER_NAME, RANDOM_SEED, find_backbone_folder
 from fit3d_ns.features.tokens import TokenModel, Tokens
 from fit3d_ns.features.weights import load_weights
 from fit3d_ns.utils.seeds import derive_seed
@@ -161,7 +162,11 @@ def create_token_model(
             load_weights(model, description.weights)
         else:
             model = download_timm_model(description)
-    return TokenModel(model, description)
+    token_model = TokenModel(model, description)
+    folder = find_backbone_folder(description.backbone)
+    if folder is not None and (folder / ADAPTER_NAME).is_file():
+        return attach_adapter(token_model, folder)
+    return token_model
 
 
 @contextmanager

@@ -27,6 +27,10 @@ PAPER_BACKBONES = {
 RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
 """Seed of untrained weights: the same architecture has the same random weights on every machine."""
+ADAPTER_NAME = "adapter.safetensors"
+"""In a fine-tuned folder, beside the weights: a block behind the backbone (`adapters.py`)."""
+ADAPTER_KEY = "fit3d_adapter"
+"""In the folder's `config.json`, if it has one: the arguments of `SwinAdapter`."""
 _LOCAL_PREFIX = "local-dir:"
 _HUB_PREFIX = "hf-hub:"
 _MODULES_WITH_VITS = ("vision_transformer", "eva", "deit")
@@ -115,9 +119,15 @@ def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
             raise ValueError(f"{folder / 'config.json'} has model_args.{key}={value!r}, expected a plain value.")
     for key in ("num_classes", "dynamic_img_size"):
         model_args.pop(key, None)
+    weights_hash = _hash_weights(weights)
+    if ADAPTER_KEY in config:
+        if not (folder / ADAPTER_NAME).is_file():
+            raise ValueError(f"{folder} has no {ADAPTER_NAME}, which its config.json names; copy the folder again.")
+        # The backbone's weights are the original's; its tokens are not.
+        weights_hash = hash_bytes(weights_hash.encode(), _hash_weights(folder / ADAPTER_NAME).encode())
     return BackboneSource(
         architecture,
-        _hash_weights(weights),
+        weights_hash,
         weights=weights,
         model_args=tuple(sorted(model_args.items())),
         mean=_read_channels(pretrained_cfg, "mean", folder),

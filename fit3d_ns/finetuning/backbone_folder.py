@@ -2,6 +2,7 @@
 
     FOLDER / config.json          architecture, model_args, pretrained_cfg with the mean and deviation that were used
              model.safetensors    the weights, under timm's names
+             adapter.safetensors  where an adapter was trained: what stands behind the (unchanged) backbone
              README.md            the model card
              fit3d.pth            `--format fit3d`: the plain state dict
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fit3d_ns.features import TokenModel, create_token_model
+from fit3d_ns.features.adapters import ADAPTER_KEY, ADAPTER_NAME, AdaptedTokenModel
 from fit3d_ns.utils.files import write_atomically, write_json
 
 WEIGHTS_NAME = "model.safetensors"
@@ -47,6 +49,10 @@ def save_finetuned(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with write_atomically(folder / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+    if isinstance(token_model, AdaptedTokenModel):
+        adapter = {name: value.detach().cpu().contiguous() for name, value in token_model.adapter.state_dict().items()}
+        with write_atomically(folder / ADAPTER_NAME) as temporary:
+            save_file(adapter, temporary)
     if add_fit3d:
         with write_atomically(folder / FIT3D_NAME) as temporary:
             torch.save(tensors, temporary)
@@ -60,7 +66,9 @@ def describe_folder(token_model: TokenModel) -> dict[str, Any]:
     description = token_model.description
     published = dict(token_model.model.pretrained_cfg)
     kept = {key: published[key] for key in _KEPT_CONFIG if published.get(key) is not None}
+    adapter = {ADAPTER_KEY: token_model.config} if isinstance(token_model, AdaptedTokenModel) else {}
     return {
+        **adapter,
         "architecture": description.architecture.split(".")[0],
         "num_classes": 0,
         "num_features": description.embed_dim,
@@ -83,9 +91,14 @@ def load_finetuned(folder: Path | str) -> nn.Module:
     Its `pretrained_cfg` names the mean and deviation to normalise images with.
 
     Raises:
-        ValueError: The folder holds no fine-tuned backbone.
+        ValueError: The folder holds no fine-tuned backbone, or one with an adapter, which timm does not know.
     """
     token_model = create_token_model(f"local-dir:{folder}")
+    if isinstance(token_model, AdaptedTokenModel):
+        raise ValueError(
+            f"{folder} holds a backbone with an adapter, which is no timm model; "
+            "use fit3d_ns.features.create_extractor with this folder."
+        )
     model = token_model.model
     model.pretrained_cfg = {
         **model.pretrained_cfg,

@@ -71,6 +71,10 @@ class FinetuneConfig:
     run: RunConfig = field(default_factory=RunConfig)
     """Saving and reporting."""
 
+    def __post_init__(self) -> None:
+        if self.trainable.train == "adapter" and self.anchors.wise_ft:
+            raise ValueError("--wise-ft mixes backbone weights, which --train adapter leaves alone; drop one of them.")
+
     def to_metadata(self) -> dict[str, Any]:
         """Plain JSON values."""
         return _plain(asdict(self))

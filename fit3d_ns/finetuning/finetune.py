@@ -38,7 +38,7 @@ from fit3d_ns.scene import SceneBackbone
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import collect_versions
-from fit3d_ns.utils.seeds import derive_seed, seed_everything
+from fit3d_ns.utils.seeds import seed_everything
 
 REPORT_NAME = "report.json"
 COMPARISON_NAME = "comparison.png"
@@ -84,7 +84,7 @@ def finetune(
     run = config.run
     accelerator = accelerator or create_accelerator(config.optimization.precision, chosen, run.trackers, output_folder)
     processes = Processes(accelerator)
-    seed_everything(derive_seed(config.sampling.seed, "process", processes.rank))
+    seed_everything(config.sampling.seed)
     bank = SceneBank([*inputs.scenes, *inputs.validation_scenes], accelerator.device, run.scene_memory_gb)
     description = _describe_backbone(inputs, bank)
     check_backbones(bank, SceneBackbone.from_description(description))

@@ -31,11 +31,20 @@ def write_card(
     ]
     if share < 1.0:
         lines += [f"Weights: {share:g} of the fine-tuned and {1.0 - share:g} of the original ones (WiSE-FT).", ""]
-    lines += [
-        "```python",
+    usage = [
         "import timm",
         'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',
         "tokens = model.forward_features(images)  # images normalised as below, sides a multiple of the patch",
+    ]
+    if report["settings"]["trainable"]["train"] == "adapter":
+        lines += ["The backbone is the original; what was trained stands behind it, where timm does not see it.", ""]
+        usage = [
+            "from fit3d_ns.features import create_extractor",
+            'tokens = create_extractor("local-dir:THIS_FOLDER")(images).maps  # images in [0, 1]',
+        ]
+    lines += [
+        "```python",
+        *usage,
         "```",
         "",
         f"Images are RGB in [0, 1], minus mean {list(description.mean)}, divided by {list(description.std)}.",

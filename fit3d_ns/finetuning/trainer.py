@@ -105,6 +105,8 @@ class FinetuneTrainer:
         self.bare = TokenModule(token_model)
         self.frozen = freeze_unreachable(self.bare, anchors.prefix_anchor > 0, anchors.pre_norm > 0)
         trained = {name: value for name, value in self.bare.named_parameters() if value.requires_grad}
+        if not trained:
+            raise ValueError(f"Nothing of {token_model.description.label} is trained; choose another --train.")
         self.num_parameters = sum(parameter.numel() for parameter in trained.values())
         original_weights = {name: value.detach().clone() for name, value in trained.items()} if anchors.l2_sp else {}
         self.average = MovingAverage(self.bare, optimization.ema_decay) if optimization.ema_decay > 0 else None

@@ -9,6 +9,7 @@ from finetuning_scene import BACKBONE
 from safetensors.torch import load_file
 
 from fit3d_ns.features import create_extractor, create_token_model, describe_backbone
+from fit3d_ns.features.adapters import add_adapter
 from fit3d_ns.finetuning import load_finetuned, save_finetuned
 
 
@@ -84,3 +85,23 @@ def test_folder__weights_are_safetensors_alone_and_nothing_points_elsewhere(tmp_
 def test_load_finetuned__says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         load_finetuned(tmp_path)
+
+
+def test_folder__with_an_adapter_opens_in_our_tools_and_never_as_the_original(tmp_path):
+    adapted = add_adapter(create_token_model(BACKBONE), window_size=2).eval()
+    torch.nn.init.normal_(adapted.adapter.block.mlp.fc2.weight)
+    save(tmp_path / "out", adapted)
+    images = torch.rand(1, 3, 24, 40)
+    extractor = create_extractor(f"local-dir:{tmp_path / 'out'}")
+    with torch.no_grad():
+        assert torch.equal(extractor(images).patch_tokens, adapted(images).patch_tokens)
+    assert not torch.equal(create_extractor(BACKBONE)(images).patch_tokens, extractor(images).patch_tokens)
+    before = describe_backbone(str(tmp_path / "out")).identity
+    torch.nn.init.normal_(adapted.adapter.block.mlp.fc2.weight)
+    save(tmp_path / "out", adapted)
+    assert describe_backbone(str(tmp_path / "out")).identity != before
+    with pytest.raises(ValueError, match="create_extractor"):
+        load_finetuned(tmp_path / "out")
+    (tmp_path / "out" / "adapter.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no adapter.safetensors"):
+        describe_backbone(str(tmp_path / "out"))

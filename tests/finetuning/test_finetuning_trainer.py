@@ -249,3 +249,25 @@ def test_pre_norm_and_prefix_anchors__move_tokens_where_they_say(scenes, tmp_pat
             moved = trainer.bare.token_model(images).prefix_tokens - original(images).prefix_tokens
         drift[strength] = float(moved.abs().mean())
     assert drift[20.0] < 0.5 * drift[0.0]
+
+
+def test_adapter__is_trained_behind_the_frozen_backbone_and_resumes_to_the_bit(scenes, tmp_path):
+    config = configure(optimization=FAST, trainable=TrainableConfig(train="adapter", adapter_window=2))
+    run = replace(RUN, steps_per_checkpoint=2)
+    trainers = []
+    for folder in ("whole", "resumed"):
+        torch.manual_seed(0)
+        trainer = create_trainer(scenes, tmp_path / folder, replace(config, run=run))
+        before = collect_weights(trainer)
+        if folder == "resumed":
+            for _ in zip(range(2), trainer._iterate(StopRequest()), strict=False):
+                pass
+            trainer.save_checkpoint()
+            torch.manual_seed(1)
+            trainer = create_trainer(scenes, tmp_path / folder, replace(config, run=run))
+            assert trainer.step == 2
+        trainer.run()
+        assert all(torch.equal(value, before[name]) for name, value in collect_weights(trainer).items())
+        trainers.append(trainer)
+    whole, resumed = (trainer.bare.state_dict() for trainer in trainers)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
