@@ -32,9 +32,8 @@ from fit3d_ns.analysis.pca import PcaBasis, fit_colours, fit_pca
 from fit3d_ns.data.images import save_image
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor
-from fit3d_ns.lifting import LiftConfig, LiftGaussians, LiftView, solve_features
+from fit3d_ns.lifting import LiftConfig, LiftGaussians, LiftView, create_lift_views, solve_features
 from fit3d_ns.lifting.blending import prepare_view
-from fit3d_ns.lifting.capture_views import create_lift_views
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene import PosedCapture, colour_features, create_posed_capture
 from fit3d_ns.utils.files import write_json
@@ -105,16 +104,13 @@ def measure_scene(config: BenchmarkConfig) -> dict[str, Any]:
     for name, closed_form in create_closed_form_configs(config.lift).items():
         lifted[name] = lift_closed_form(gaussians, train, closed_form)
     mean_token = torch.cat([tokens[view.name].float().flatten(0, 1) for view in train]).mean(dim=0)
-    reading = config.lift.token_reading
     candidates = [
         lift_by_gradient(gaussians, train, config.lift.feature_dim, config.gradient_steps, rate)
         for rate in LEARNING_RATES
     ]
-    lifted["gradient"] = min(
-        candidates, key=lambda item: measure(item, gaussians, test, mean_token, reading)["feature_l1"]
-    )
+    lifted["gradient"] = min(candidates, key=lambda item: measure(item, gaussians, test, mean_token)["feature_l1"])
     methods = {
-        name: measure(lifted[name], gaussians, test, mean_token, reading)
+        name: measure(lifted[name], gaussians, test, mean_token)
         for name in ("joint", "gradient", "weighted_sum", "cg", "default")
     }
     print_table(methods)
@@ -160,7 +156,7 @@ def measure_dims(
             result = solve_features(gaussians, train, lift)
         seconds = sum(result.seconds.values())
         lifted = Lifted(result.features, result.decoder, seconds, result.num_passes, memory.peak_mb)
-        figures = measure(lifted, gaussians, test, result.basis.mean, lift.token_reading)
+        figures = measure(lifted, gaussians, test, result.basis.mean)
         rows.append({"feature_dim": dim, "variance_kept": result.basis.explained_share, **figures})
         row = rows[-1]
         print(
@@ -171,15 +167,15 @@ def measure_dims(
     return rows
 
 
-def print_table(methods: dict[str, dict[str, float]]) -> None:
+def print_table(methods: dict[str, dict[str, Any]]) -> None:
     """One line per method, the constant guess first."""
     first = next(iter(methods.values()))
-    print(f"{'method':<14}{'L1':>9}{'cosine':>9}{'seconds':>10}{'passes':>8}{'peak MB':>9}")
+    print(f"{'method':<14}{'L1':>9}{'cosine':>9}{'seconds':>10}{'passes':>8}{'peak MB':>9}  read by")
     print(f"{'mean token':<14}{first['mean_token_l1']:>9.4f}{first['mean_token_cosine']:>9.4f}")
     for name, row in methods.items():
         print(
             f"{name:<14}{row['feature_l1']:>9.4f}{row['feature_cosine']:>9.4f}{row['feature_seconds']:>10.2f}"
-            f"{row['passes']:>8.1f}{row['peak_mb']:>9.0f}",
+            f"{row['passes']:>8.1f}{row['peak_mb']:>9.0f}  {row['token_reading']}",
             flush=True,
         )
 

@@ -11,6 +11,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from fit3d_ns.data.frames import Split
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting import LiftGaussians
 from fit3d_ns.rasterization import rasterization
@@ -110,7 +111,7 @@ class ColourTraining:
         return image[0], alphas[0, ..., 0], info
 
     @torch.no_grad()
-    def compute_psnr(self, split: str = "test") -> float:
+    def compute_psnr(self, split: Split = "test") -> float:
         """Mean PSNR in dB over the views of a split."""
         errors = [
             (self.render(view)[0] - self._load_image(view)).square().mean() for view in self.capture.select(split)

@@ -29,7 +29,7 @@ class ScalingCase:
 
 
 # Paper: up to 600 views a scene, about a million Gaussians, 384 channels without compression.
-AXES = {
+AXES: dict[str, tuple[int, ...]] = {
     "num_views": (10, 30, 100, 300, 600),
     "num_gaussians": (10_000, 30_000, 100_000, 300_000, 1_000_000),
     "feature_dim": (16, 32, 64, 128, 384),

@@ -1,5 +1,6 @@
 """The closed-form lift: features solved, not trained, onto any Gaussians that already exist."""
 
+from fit3d_ns.lifting.capture_views import create_lift_views
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
 from fit3d_ns.lifting.evaluation import FeatureMetrics, evaluate_features
@@ -21,6 +22,7 @@ __all__ = [
     "LiftView",
     "compute_leave_one_out",
     "compute_masked_l1",
+    "create_lift_views",
     "evaluate_features",
     "fit_decoder",
     "fit_token_basis",
