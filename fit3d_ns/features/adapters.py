@@ -45,7 +45,8 @@ class SwinAdapter(nn.Module):
             num_heads=embed_dim // _HEAD_DIM if embed_dim % _HEAD_DIM == 0 else 1,
             window_size=window_size,
         )
-        for layer in (self.block.attn.proj, self.block.mlp.fc2):
+        last: list[Any] = [self.block.attn.proj, self.block.mlp.fc2]
+        for layer in last:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

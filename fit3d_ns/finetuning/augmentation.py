@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as vision
 
 from fit3d_ns.finetuning.sampling import Draw
 from fit3d_ns.geometry.cameras import crop_Ks, resize_Ks
@@ -100,6 +99,9 @@ class Augmentation:
         """Image in [0, 1] to the one the backbone sees."""
         image = self.window.apply_to_map(image)
         if (self.brightness, self.contrast, self.saturation, self.hue) != (1.0, 1.0, 1.0, 0.0):
+            # Most runs need none of it, and importing it takes seconds.
+            from torchvision.transforms.v2 import functional as vision
+
             image = vision.adjust_brightness(image, self.brightness)
             image = vision.adjust_contrast(image, self.contrast)
             image = vision.adjust_saturation(image, self.saturation)

@@ -112,7 +112,9 @@ def finetune(
         found = validation.evaluate(_as_function(model))
         accelerator.log(_collect_curves(found, figures["original"]), step=step)
 
-    trainer = FinetuneTrainer(token_model, bank, views, targets, config, accelerator, output_folder, identity, validate)
+    trainer = FinetuneTrainer(
+        token_model, bank, views, targets, config, accelerator, output_folder, identity, validate, original=original
+    )
     if run.trackers:
         accelerator.init_trackers(
             "tensorboard",

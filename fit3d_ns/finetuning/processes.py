@@ -52,11 +52,21 @@ class Processes:
         return self.accelerator.is_main_process
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums over all processes, in float64."""
+        """Sums over all processes, in float64.
+
+        Raises:
+            ValueError: Another process died.
+        """
         if self.number == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        dist.all_reduce(total)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Another process of this run died ({str(error).splitlines()[0]}); its own message says why. "
+                "Run the same command again to go on from the last checkpoint."
+            ) from error
         return [float(value) for value in total]
 
     def wait(self) -> None:

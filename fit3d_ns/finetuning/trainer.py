@@ -74,6 +74,7 @@ class FinetuneTrainer:
         identity: dict[str, Any],
         validate: Callable[[TokenModel, int], None] | None = None,
         timer: PhaseTimer | None = None,
+        original: TokenModel | None = None,
     ):
         """Freezes what is not trained, wraps the backbone, and goes on from a checkpoint where there is one.
 
@@ -85,6 +86,7 @@ class FinetuneTrainer:
             identity: Backbone and scenes, as plain JSON values; a checkpoint of others is refused.
             validate: Called by the main process with the backbone and the step, every `steps_per_validation` steps.
             timer: Gets the seconds of `load`, `target`, `forward_backward` and `optimizer`.
+            original: A frozen copy of the backbone for the anchors; made here if one needs it.
 
         Raises:
             ValueError: Settings that do not fit together, or a checkpoint of another run.
@@ -100,7 +102,8 @@ class FinetuneTrainer:
         optimization, anchors = config.optimization, config.anchors
         self.sequence = DrawSequence(views.views_per_scene, config.sampling)
         self.num_steps = optimization.count_steps(self.sequence.num_images, self.processes.number)
-        original = copy_original(token_model).to(accelerator.device) if anchors.needs_original else None
+        if anchors.needs_original:
+            original = (original or copy_original(token_model)).to(accelerator.device)
         token_model = select_trainable(token_model.to(accelerator.device), config.trainable)
         self.bare = TokenModule(token_model)
         self.frozen = freeze_unreachable(self.bare, anchors.prefix_anchor > 0, anchors.pre_norm > 0)
