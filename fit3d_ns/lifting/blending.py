@@ -1,7 +1,8 @@
 """Blending as a linear operator: `R` takes features [N, D] to a view's pixels, its adjoint takes pixels back.
 
-Symbols: `W` weights per pixel (mask, times alpha if accumulation-aware), `t` targets per pixel, `P` the mean over each
-token's cell for the rule `area` and nothing otherwise. A lift minimises the sum over views of W |t - P R f|^2.
+Symbols: `W` weights per pixel (mask, times alpha if accumulation-aware), `t` targets per pixel, `P` the W-weighted mean
+over each token's cell, `u` the within-patch weight (1 for the rules `bilinear` and `nearest`). A lift minimises the sum
+over views of u W |t - R f|^2 + (1 - u) W |t - P R f|^2, so its operator is R^T W Q R with Q = u + (1 - u) P.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ class PreparedView:
         """Memory that keeping this view takes."""
         tensors = [*_collect_tensors(self.info), self.alphas, self.mask, self.tokens]
         # `info` shares storage between its entries; each storage counts once.
-        return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class ViewBlender:
     def apply_normal(
         self, index: int, features: Float[Tensor, "num_gaussians dim"]
     ) -> Float[Tensor, "num_gaussians dim"]:
-        """R^T W P R f for one view."""
+        """R^T W Q R f for one view."""
         view = self.prepare(index)
         weights = compute_weights(view, self.config)
         features_low = rasterize_features(features, view.info)[0]

@@ -1,9 +1,9 @@
 """Preconditioned conjugate gradients on the lift's normal equations, one column per feature dimension.
 
-Solved is (A + L) f = b + L f0 with A = sum over views of R^T W P R, b = sum of R^T W t, f0 the weighted sum and L the
-Tikhonov weight. The preconditioner is M = d + L with d = sum of R^T W 1: the row sums of A where alpha is 1, so that
-the first direction from zero is the weighted sum itself. All columns share the passes over the views; each has its own
-step.
+Solved is (A + L) f = b + L f0 with A = sum over views of R^T W Q R (see `blending`), b = sum of R^T W t, f0 the
+weighted sum and L the Tikhonov weight. The preconditioner is M = d + L with d = sum of R^T W 1: the row sums of A where
+alpha is 1, so that the first direction from zero is the weighted sum itself. All columns share the passes over the
+views; each has its own step.
 """
 
 import time

@@ -43,6 +43,7 @@ class ViewPasses:
         self.progress = progress
         self.num_passes = len(state.finished)
         self._last_save = time.perf_counter()
+        self._seconds_per_save = 0.0
 
     def is_under_way(self, name: str) -> bool:
         """True if a state was read in the middle of this pass: what precedes it must not be done again."""
@@ -77,18 +78,26 @@ class ViewPasses:
 
     def save_between_passes(self) -> None:
         """Writes the state if it is due, for several processes the only moment at which they agree."""
-        is_due = time.perf_counter() - self._last_save >= self.seconds_per_checkpoint
-        if is_any(is_due, next(iter(self.state.tensors.values())).device, self.group):
+        if is_any(self._is_save_due(), next(iter(self.state.tensors.values())).device, self.group):
             self._save()
 
     def _save_if_due(self) -> None:
-        if time.perf_counter() - self._last_save >= self.seconds_per_checkpoint:
+        if self._is_save_due():
             self._save()
 
+    def _is_save_due(self) -> bool:
+        interval = self.seconds_per_checkpoint
+        if interval > 0:
+            # The state of a million Gaussians is over a gigabyte: writing it may take a twentieth of the time at most.
+            interval = max(interval, 20.0 * self._seconds_per_save)
+        return time.perf_counter() - self._last_save >= interval
+
     def _save(self) -> None:
+        start = time.perf_counter()
         if self.state_path is not None and (self.group is None or dist.get_rank(self.group) == 0):
             self.state.save(self.state_path)
         self._last_save = time.perf_counter()
+        self._seconds_per_save = self._last_save - start
 
     def _report(self, name: str) -> None:
         if self.progress is not None:

@@ -60,7 +60,8 @@ def test_fit_decoder__ridge_pulls_towards_pca():
     statistics = DecoderStatistics.create(2, 5, bias=True)
     add_view(statistics, 0, torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(1)), torch.zeros(5))
     distances = [
-        float((fit_decoder(statistics, basis, ridge).matrix - pca.matrix).norm()) for ridge in (0.0, 0.1, 10.0, 1e6)
+        float((fit_decoder(statistics, basis, ridge).matrix - pca.matrix).detach().norm())
+        for ridge in (0.0, 0.1, 10.0, 1e6)
     ]
     assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-4
     assert torch.equal(fit_decoder(statistics, basis, float("inf")).weight, pca.weight)

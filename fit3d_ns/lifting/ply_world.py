@@ -1,0 +1,197 @@
+"""Gaussians of a PLY and the photographs they were made from, brought together: which world is the PLY in?
+
+A file does not say. `dataset`: the world of the capture's camera file. `colmap`: the world of COLMAP's model, from
+which ns-process-data and ScanNet++ moved their poses. `training`: nerfstudio's training frame, as `ns-export
+gaussian-splat` writes it, known by the run's `dataparser_transforms.json`. Each is a rigid motion and a scale of the
+dataset's world; the cameras are moved into the PLY's world and the Gaussians stay as they are.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.data.frames import CaptureFiles
+from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.lifting.lift_source import LiftSource, PhotoFit, compare_with_photographs, create_lift_source
+from fit3d_ns.scene import create_posed_capture, read_ply
+from fit3d_ns.scene.feature_scene import RasterizeMode
+from fit3d_ns.utils.files import read_json
+from fit3d_ns.utils.progress import notice
+
+PlyWorld = Literal["dataset", "colmap", "training"]
+TRANSFORMS_NAME = "dataparser_transforms.json"
+"""nerfstudio writes it into every run's folder."""
+
+
+@dataclass(frozen=True)
+class PlyConfig:
+    """What a PLY does not say about itself."""
+
+    ply_world: PlyWorld = "dataset"
+    """With --ply: whose world it is in. `dataset` is that of the camera file, `colmap` that of COLMAP's model,
+    `training` nerfstudio's training frame (what ns-export writes)."""
+    dataparser_transforms: Path | None = None
+    """With --ply-world training: the run's dataparser_transforms.json or the run's folder; by default it is looked for
+    beside the PLY."""
+    rasterize_mode: RasterizeMode = "classic"
+    """With --ply: the mode the Gaussians were trained in."""
+    downscale_factor: int = 1
+    """With --ply: photographs are reduced by this factor, at least 1."""
+    smallest_psnr: float = 12.0
+    """With --ply: below this many dB between three renderings and their photographs the lift is refused; 0 never
+    refuses (for photographs before another background than black)."""
+
+
+@dataclass(frozen=True)
+class WorldChange:
+    """From the dataset's world into another one: x -> (rotation x + translation) * scale."""
+
+    transform: Float[Tensor, "3 4"]
+    """Rigid motion."""
+    scale: float
+    """Factor afterwards, positive."""
+
+    def after(self, first: "WorldChange") -> "WorldChange":
+        """This change, applied after another one."""
+        rotation, translation = self.transform[:, :3], self.transform[:, 3]
+        # (R (R1 x + t1) s1 + t) s = (R R1 x + R t1 + t / s1) s1 s
+        moved = rotation @ first.transform[:, 3] + translation / first.scale
+        transform = torch.cat([rotation @ first.transform[:, :3], moved[:, None]], dim=1)
+        return WorldChange(transform, first.scale * self.scale)
+
+
+def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.device | str = "cpu") -> LiftSource:
+    """Reads a PLY and its capture, and holds renderings against photographs before anything else is done.
+
+    Raises:
+        ValueError: One of them cannot be read, the world is not known for this capture, or it is the wrong one; the
+            message then says which one fits.
+    """
+    read = read_ply(ply)
+    files = read_capture(data)
+    notice(files.description)
+    tensors = read.gaussians.tensors()
+    names = ("means", "quats", "log_scales", "opacity_logits", "sh_dc", "sh_rest")
+    raw = {name: tensors[name] for name in names if name in tensors}
+
+    def create(change: WorldChange) -> LiftSource:
+        capture = create_posed_capture(files, change.transform, change.scale, config.downscale_factor)
+        return create_lift_source(
+            raw,
+            capture,
+            f"PLY {Path(ply).name} in the {config.ply_world} world",
+            rasterize_mode=config.rasterize_mode,
+            num_dropped=read.num_dropped,
+        )
+
+    source, fit = _find_best([create(change) for change in find_changes(config.ply_world, files, ply, config)], device)
+    if config.smallest_psnr > 0 and not _is_good(fit, config.smallest_psnr):
+        raise ValueError(_explain(ply, data, config, files, fit, create, device))
+    return source
+
+
+def find_changes(world: PlyWorld, files: CaptureFiles, ply: Path, config: PlyConfig) -> list[WorldChange]:
+    """How the dataset's world may become the given one; where a file leaves two readings open, both.
+
+    Raises:
+        ValueError: The capture knows no COLMAP world, or the transforms are missing or wrong.
+    """
+    if world == "dataset":
+        return [WorldChange(torch.eye(4)[:3], 1.0)]
+    if world == "colmap":
+        if files.colmap_to_world is None:
+            raise ValueError(
+                f"{files.root} does not say where COLMAP's world lies (no applied_transform, no colmap/sparse/0); "
+                "use --ply-world dataset or training."
+            )
+        return [invert_similarity(files.colmap_to_world, str(files.root))]
+    training = _read_transforms(_find_transforms(ply, config.dataparser_transforms))
+    changes = [training]
+    if files.colmap_to_world is not None and not torch.equal(files.colmap_to_world, torch.eye(4)[:3]):
+        # nerfstudio's own dataparser folds `applied_transform` into what it records: its transform begins at COLMAP's
+        # world. Ours and others begin at the dataset's. The file does not tell which it is; the photographs do.
+        changes.append(training.after(invert_similarity(files.colmap_to_world, str(files.root))))
+    return changes
+
+
+def invert_similarity(matrix: Float[Tensor, "3 4"], source: str) -> WorldChange:
+    """The inverse of a rotation with a scale and a translation.
+
+    Raises:
+        ValueError: The matrix mirrors or shears.
+    """
+    linear = matrix[:, :3].double()
+    determinant = float(torch.linalg.det(linear))
+    if not determinant > 0:
+        raise ValueError(f"The applied_transform of {source} mirrors the world or is singular; correct it.")
+    scale = determinant ** (1 / 3)
+    rotation = (linear / scale).T
+    if not torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64), atol=1e-3):
+        raise ValueError(f"The applied_transform of {source} is no rotation with one scale; correct it.")
+    translation = -rotation @ matrix[:, 3].double()
+    return WorldChange(torch.cat([rotation, translation[:, None]], dim=1).float(), 1.0 / scale)
+
+
+def _find_transforms(ply: Path, given: Path | None) -> Path:
+    path = Path(ply).parent / TRANSFORMS_NAME if given is None else Path(given)
+    path = path / TRANSFORMS_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(
+            f"The training frame is not known: there is no {path}; give the run's folder or its {TRANSFORMS_NAME} with "
+            "--dataparser-transforms."
+        )
+    return path
+
+
+def _read_transforms(path: Path) -> WorldChange:
+    content: Any = read_json(path)
+    try:
+        matrix = torch.tensor(content["transform"], dtype=torch.float32)[:3]
+        scale = float(content["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not what nerfstudio writes ({error!r}); give another file.") from error
+    if matrix.shape != (3, 4) or not bool(matrix.isfinite().all()) or not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{path} holds no finite 3x4 `transform` with a positive `scale`; give another file.")
+    return WorldChange(matrix, scale)
+
+
+def _find_best(sources: list[LiftSource], device: torch.device | str) -> tuple[LiftSource, PhotoFit]:
+    fits = [compare_with_photographs(source, device) for source in sources]
+    best = max(range(len(sources)), key=lambda index: (fits[index].is_seen, fits[index].psnr))
+    return sources[best], fits[best]
+
+
+def _is_good(fit: PhotoFit, smallest_psnr: float) -> bool:
+    return fit.is_seen and fit.psnr >= smallest_psnr
+
+
+def _explain(
+    ply: Path, data: Path, config: PlyConfig, files: CaptureFiles, fit: PhotoFit, create: Any, device: Any
+) -> str:
+    """Says what was wrong and tries the other worlds, so that the user need not."""
+    what = f"{fit.psnr:.1f} dB" if fit.is_seen else "nothing of it is in view"
+    start = (
+        f"{ply} does not show what the photographs of {data} show in the {config.ply_world} world ({what}, at least "
+        f"{config.smallest_psnr:g} dB expected)"
+    )
+    others: dict[PlyWorld, PhotoFit] = {}
+    worlds: tuple[PlyWorld, ...] = ("dataset", "colmap", "training")
+    for world in worlds:
+        if world == config.ply_world:
+            continue
+        try:
+            changes = find_changes(world, files, ply, config)
+        except ValueError:
+            continue
+        others[world] = _find_best([create(change) for change in changes], device)[1]
+    fitting = [world for world, other in others.items() if _is_good(other, config.smallest_psnr)]
+    if fitting:
+        best = max(fitting, key=lambda world: others[world].psnr)
+        return f"{start}; --ply-world {best} gives {others[best].psnr:.1f} dB: use that."
+    tried = ", ".join([config.ply_world, *others])
+    return f"{start}, nor in any other known world (tried {tried}); check --ply-world, --data and --smallest-psnr."
