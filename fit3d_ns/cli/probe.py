@@ -1,6 +1,6 @@
 """`fit3d-probe`: measures what features are worth: linear probes, multi-view consistency, correspondence."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +12,8 @@ from fit3d_ns.probing.assembly import Assembly, ClassTokenSource
 from fit3d_ns.probing.frozen_backbones import BackboneConfig
 from fit3d_ns.probing.head_trainer import Selection
 from fit3d_ns.probing.patch_fit import PatchFitRule
-from fit3d_ns.probing.protocol import CacheRule, RunConfig
 from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUN, ProbeRequest, Task, run_probe
+from fit3d_ns.probing.protocol import CacheRule, RunConfig
 from fit3d_ns.utils.results import ResultRecord
 
 Seeds = tuple[int, ...]
@@ -85,9 +85,11 @@ class ProbeCommand:
     """Units per metre of the depth maps of plain folders."""
     max_depth: float | None = None
     """Depth from here on does not count, in metres (plain folders and ScanNet++ scenes)."""
+    predictions: Path | None = None
+    """Folder for pictures of what the first seed's head says about some test frames (segmentation, depth)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it runs; `accelerate launch -m fit3d_ns.cli.probe ...` uses several devices."""
-    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the head's training."""
 
 
@@ -144,6 +146,7 @@ def create_request(command: ProbeCommand) -> ProbeRequest:
         options=LabelledOptions(command.layout, command.nyu_classes, command.depth_scale, command.max_depth),
         device=command.device,
         precision=command.precision,
+        predictions=command.predictions,
     )
 
 

@@ -97,7 +97,7 @@ def join_sets(sets: Sequence[LabelledSet]) -> LabelledSet:
     """One set out of several, for example scenes that are trained on together.
 
     Raises:
-        ValueError: Their classes or depth ranges differ.
+        ValueError: Their classes differ, or the depth ranges of sets without classes.
     """
     first = sets[0]
     if len(sets) == 1:
@@ -125,7 +125,7 @@ def check_same_kind(first: LabelledSet, other: LabelledSet) -> None:
             f"{first.num_classes} and {other.num_classes} classes",
         )
         raise ValueError(f"{first.name} and {other.name} have other classes ({differing}); use sets of one class list.")
-    if first.depth.max_depth != other.depth.max_depth:
+    if not first.class_names and first.depth.max_depth != other.depth.max_depth:
         raise ValueError(
             f"{first.name} reads depth up to {first.depth.max_depth} m, {other.name} up to {other.depth.max_depth} m; "
             "give --max-depth."

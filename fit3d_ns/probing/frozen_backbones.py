@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fit3d_ns.features import BackboneDescription, FeatureExtractor, create_extractor, describe_backbone
 from fit3d_ns.features.backbones import Normalization
+from fit3d_ns.features.sources import ADAPTER_NAME
 from fit3d_ns.probing.assembly import Assembly, FrozenFeatures, Part, list_parts
 from fit3d_ns.probing.patch_fit import PatchFit, PatchFitRule
 from fit3d_ns.utils.progress import notice
@@ -136,6 +137,8 @@ def describe_settings(described: dict[Part, BackboneDescription]) -> dict[str, A
 
 def _describe_finetuned(config: BackboneConfig, finetuned: Path, norm: bool) -> BackboneDescription:
     if finetuned.is_dir():
+        # An adapter stands behind the final norm, so its tokens are normed whatever the probe reads of the original.
+        norm = norm or (finetuned / ADAPTER_NAME).is_file()
         return describe_backbone(f"local-dir:{finetuned}", None, config.normalization, norm=norm)
     if not finetuned.is_file():
         raise ValueError(

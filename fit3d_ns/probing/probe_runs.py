@@ -33,8 +33,10 @@ from fit3d_ns.probing.frozen_backbones import (
 )
 from fit3d_ns.probing.head_trainer import create_accelerator
 from fit3d_ns.probing.multiview_probe import MultiviewConfig, MultiviewProbe
+from fit3d_ns.probing.predictions import save_predictions
 from fit3d_ns.probing.protocol import ProbeSets, RunConfig, create_sets
 from fit3d_ns.probing.result_records import ResultFile
+from fit3d_ns.probing.segmentation_pictures import name_frame
 from fit3d_ns.probing.segmentation_probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord
@@ -83,6 +85,8 @@ class ProbeRequest:
     """Where it runs."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the head's training."""
+    predictions: Path | None = None
+    """Folder for pictures of what the first seed's head says about test frames (segmentation, depth)."""
 
 
 def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
@@ -110,7 +114,7 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
         "train": _describe_set(train),
         "test": _describe_set(test),
         "config": asdict(config),
-        "run": {name: getattr(request.run, name) for name in ("cache", "selection", "validation_fraction")},
+        "run": {name: getattr(request.run, name) for name in ("cache", "cache_gb", "selection", "validation_fraction")},
         "precision": request.precision,
     }
     file = ResultFile(
@@ -141,6 +145,8 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
         training["training"] = {**training.get("training", {}), str(seed): trained}
         if accelerator.is_main_process:
             file.save(done, training)
+            if seed == missing[0] and request.predictions is not None and not isinstance(probe, ClassificationProbe):
+                save_predictions(probe, outcome, request.predictions)
     return file.save(done, training) if accelerator.is_main_process else _create_record(file, done, training)
 
 
@@ -172,6 +178,10 @@ def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
         for part, of in zip((train, test), splits, strict=True)
     ]
     check_same_kind(*sets)
+    trained = {name_frame(frame) for frame in sets[0].frames}
+    num_common = sum(name_frame(frame) in trained for frame in sets[1].frames)
+    if num_common:
+        notice(f"{num_common} of {len(sets[1].frames)} test frames are trained on as well; figures flatter.")
     return sets[0], sets[1]
 
 

@@ -48,7 +48,11 @@ class ResultFile:
         record = load_result(self.path)
         if record.settings.get("key") != self.key:
             other = self.path.with_name(f"{self.path.stem}.{record.settings.get('key', 'earlier')}{self.path.suffix}")
-            self.path.rename(other)
+            try:
+                self.path.rename(other)
+            except FileNotFoundError:
+                # Another process of the same run was faster.
+                return {}
             notice(f"{self.path} held figures of other settings; they are now in {other.name}.")
             return {}
         return {int(seed): figures for seed, figures in record.metrics.get("per_seed", {}).items()}

@@ -62,7 +62,12 @@ def test_probe__values_of_the_paper(rooms: Path, tmp_path: Path) -> None:
     record = run(rooms, tmp_path / "r.json", "depth", "--paper", "--num-iterations", "1", "--batch-size", "2")
     config = record["settings"]["config"]
     assert config["num_iterations"] == 1 and config["learning_rate"] == 1e-4
-    assert record["settings"]["run"] == {"cache": "never", "selection": "test", "validation_fraction": 0.1}
+    assert record["settings"]["run"] == {
+        "cache": "never",
+        "cache_gb": 4.0,
+        "selection": "test",
+        "validation_fraction": 0.1,
+    }
     assert record["settings"]["chosen"]["features_cached"] is False
     assert record["settings"]["patch_fit"] == "pad-stretch"
     assert record["settings"]["backbones"]["original"]["normalization"] == "imagenet"
@@ -99,6 +104,40 @@ def test_probe__finished_seeds_are_not_run_again(
     monkeypatch.setattr("fit3d_ns.probing.probe_runs.create_frozen_backbones", refuse)
     again = run(rooms, output, "segmentation", "--seeds", "4", "3")
     assert "nothing is left to run" in capsys.readouterr().err and again == both
+
+
+def test_probe__predictions_are_pictures_of_the_first_seed(rooms: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    for task in ("segmentation", "depth"):
+        record = run(rooms, tmp_path / f"{task}.json", task, "--predictions", str(folder / task))
+        listing = json.loads((folder / task / "predictions.json").read_text())
+        assert len(listing["frames"]) == 5 and listing["task"] == task
+        truth = [np.array(Image.open(folder / task / f"{index:03d}_truth.png")) for index in range(5)]
+        predicted = [np.array(Image.open(folder / task / f"{index:03d}_prediction.png")) for index in range(5)]
+        if task == "segmentation":
+            right = np.mean([(a == b).mean() for a, b in zip(truth, predicted, strict=True)])
+            assert record["metrics"]["aacc"] == pytest.approx(right)
+        else:
+            assert all((depth == 2000).all() for depth in truth)
+            errors = [np.sqrt(np.mean((depth / 1000.0 - 2.0) ** 2)) for depth in predicted]
+            assert record["metrics"]["rmse"] == pytest.approx(np.mean(errors), abs=1e-3)  # millimetres on disk
+        assert Image.open(folder / task / "004_image.png").size == (48, 32)
+
+
+def test_probe__training_on_test_frames_is_said(
+    rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("images", "depths"):
+        (tmp_path / "plain" / name).mkdir(parents=True)
+    Image.new("RGB", (48, 32), (90, 80, 70)).save(tmp_path / "plain/images/a.png")
+    Image.new("RGB", (48, 32), (10, 80, 70)).save(tmp_path / "plain/images/b.png")
+    for name in "ab":
+        Image.fromarray(np.full((32, 48), 1500, dtype=np.uint16)).save(tmp_path / f"plain/depths/{name}.png")
+    plain = str(tmp_path / "plain")
+    arguments = ["depth", "--train", plain, "--test", plain, "--backbone", BACKBONE, "--num-iterations", "2"]
+    arguments += ["--batch-size", "2", "--device", "cpu", "--output-path", str(tmp_path / "r.json")]
+    run_command(ProbeCommand, probe, prog="fit3d-probe", description="", args=arguments)
+    assert "2 of 2 test frames are trained on as well" in capsys.readouterr().err
 
 
 def test_probe__other_settings_put_the_old_record_aside(rooms: Path, tmp_path: Path) -> None:
