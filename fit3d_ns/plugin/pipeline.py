@@ -21,6 +21,13 @@ MAX_PICTURE_TOKENS = 50_000
 """Tokens on which the colours of feature pictures are fitted."""
 
 
+PASSES_BESIDE_GRADIENTS = 2
+"""Passes of every solve: the weighted sum and the decoder's regression."""
+
+PASSES_OF_LAST_SOLVE = 4
+"""Passes that early solves must leave to the last one."""
+
+
 @dataclass
 class FeaturePipelineConfig(VanillaPipelineConfig):
     """nerfstudio's pipeline options."""
@@ -44,7 +51,9 @@ class FeaturePipeline(VanillaPipeline):
         self.lift_state: dict[str, Tensor] = {}
         if self.branch.is_on:
             self.branch.load_tokens = self.datamanager.load_tokens_of_camera
-            self.viewer_controls = FeatureViewerControls(self.branch)
+            # nerfstudio looks for viewer elements among the attributes of modules only, so they stand here one by one.
+            controls = FeatureViewerControls(self.branch)
+            self.fit_feature_colours, self.reset_feature_colours = controls.fit_button, controls.reset_button
 
     @property
     def branch(self) -> Any:
@@ -72,41 +81,37 @@ class FeaturePipeline(VanillaPipeline):
         config = self.model.config
         if not self.branch.is_on or config.feature_schedule != "solve":
             return
+        budget = compute_pass_budget(max_num_iterations, self._num_views, config.feature_dim, config.solve_share)
+        left = budget - self.passes_spent
         done = step + 1
         if done == max_num_iterations:
-            self.solve_features(done, is_final=True)
+            self.solve_features(max_passes=max(left - PASSES_BESIDE_GRADIENTS, 0))
+            notice(f"Features solved in {self.passes_spent} passes over {self._num_views} views.")
         elif done in (config.early_solve_at, config.stop_split_at):
-            # Only where the budget leaves room: the last solve is the one that counts.
-            budget = compute_pass_budget(done, self._num_views, config.feature_dim, config.solve_share)
-            if self.passes_spent + 1 < budget:
-                self.solve_features(done, is_final=False)
+            # Early features are for the viewer; the last solve is the one that counts.
+            if left >= PASSES_BESIDE_GRADIENTS + PASSES_OF_LAST_SOLVE:
+                self.solve_features(max_passes=0)
 
-    def solve_features(self, num_steps: int, is_final: bool) -> None:
+    def solve_features(self, max_passes: int) -> None:
         """Lifts the captured tokens onto the Gaussians as they are now, by least squares (`fit3d_ns.lifting`).
 
         Args:
-            num_steps: Colour steps so far; they set how many passes over the views may be spent.
-            is_final: Spend what is left of the budget; otherwise only the weighted sum is made.
+            max_passes: Passes of conjugate gradients after the weighted sum, at most `lift.max_passes`; 0 for none.
         """
         config = self.model.config
-        budget = compute_pass_budget(num_steps, self._num_views, config.feature_dim, config.solve_share)
-        left = max(budget - self.passes_spent, 1)
-        passes = min(config.lift.max_passes, max(left - 2, 0)) if is_final else 0
-        lift = replace(config.lift, max_passes=passes)
+        lift = replace(config.lift, max_passes=min(config.lift.max_passes, max_passes))
         poses = self.model.correct_poses(self.datamanager.train_dataset.cameras)
         views = self.datamanager.create_lift_views(poses)
         result = solve_features(self.model.get_lift_gaussians(), views, lift)
         with torch.no_grad():
             self.model.features.copy_(result.features)
         self.branch.set_decoder(result.decoder)
-        self.passes_spent += passes + 2
+        self.passes_spent += result.num_passes
         self.lift_state = {
             "blend_weight": result.blend_weight,
             "num_views": result.num_views,
             "feature_variance": result.feature_variance,
         }
-        if is_final:
-            notice(f"Features solved in {passes + 2} passes over {self._num_views} views.")
 
     def get_average_eval_image_metrics(
         self, step: int | None = None, output_path: Path | None = None, get_std: bool = False

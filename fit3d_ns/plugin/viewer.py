@@ -14,12 +14,11 @@ class FeatureViewerControls:
     def __init__(self, branch: FeatureBranch) -> None:
         self.fit_button = ViewerButton("Fit feature colours to this view", cb_hook=self._fit)
         self.reset_button = ViewerButton("Feature colours of the scene", cb_hook=self._reset)
-        # nerfstudio walks through the attributes of everything it finds here; a closure keeps it out of the model.
-        self._get_branch = lambda: branch
+        self._branch = branch
         self._scene_basis: PcaBasis | None = None
 
     def _fit(self, button: Any) -> None:
-        branch = self._get_branch()
+        branch = self._branch
         current = branch.picture_basis
         if current is None:
             return
@@ -31,4 +30,4 @@ class FeatureViewerControls:
 
     def _reset(self, button: Any) -> None:
         if self._scene_basis is not None:
-            self._get_branch().set_picture_basis(self._scene_basis)
+            self._branch.set_picture_basis(self._scene_basis)
