@@ -12,7 +12,9 @@ from probe_scenes import BACKBONE, create_finetuned, create_scene
 
 from fit3d_ns.cli.command import EXIT_USER_ERROR, run_command
 from fit3d_ns.cli.probe import ProbeCommand, create_request, probe
-from fit3d_ns.features import create_extractor
+from fit3d_ns.features import create_extractor, create_token_model
+from fit3d_ns.features.adapters import add_adapter
+from fit3d_ns.finetuning.backbone_folder import save_finetuned
 from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.probe_runs import resolve_scene_splits
 from fit3d_ns.probing.result_records import compute_settings_key, summarise_seeds
@@ -233,6 +235,22 @@ def test_backbones__parts_layers_and_class_tokens(rooms: Path) -> None:
         torch.testing.assert_close(features.maps[:, 0, layer], original[layer].maps)
         torch.testing.assert_close(features.class_tokens[:, 0, layer], original[layer].prefix_tokens[:, 0])
     assert not torch.allclose(features.maps[:, 0], features.maps[:, 1])
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_backbones__adapters_stand_behind_the_final_norm_of_the_fine_tuned_part_only(
+    tmp_path: Path, norm: bool
+) -> None:
+    adapted = add_adapter(create_token_model(BACKBONE), window_size=2).eval()
+    torch.nn.init.normal_(adapted.adapter.block.mlp.fc2.weight)
+    save_finetuned(tmp_path / "adapted", adapted, adapted.model.state_dict(), "card")
+    config = BackboneConfig("concat", BACKBONE, finetuned=tmp_path / "adapted", patch_fit="resize")
+    images = torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(0))
+    features = create_frozen_backbones(config, norm=norm)(images)
+    with torch.no_grad():
+        expected = adapted(images).maps
+    torch.testing.assert_close(features.maps[:, 1, 0], expected)
+    torch.testing.assert_close(features.maps[:, 0, 0], create_extractor(BACKBONE, norm=norm)(images).maps)
 
 
 def test_create_request__explicit_flags_win_over_the_paper() -> None:
