@@ -12,7 +12,7 @@ from fit3d_ns.probing.assembly import Assembly, ClassTokenSource
 from fit3d_ns.probing.frozen_backbones import BackboneConfig
 from fit3d_ns.probing.head_trainer import Selection
 from fit3d_ns.probing.patch_fit import PatchFitRule
-from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUN, ProbeRequest, Task, run_probe
+from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUNS, ProbeRequest, Task, run_probe
 from fit3d_ns.probing.protocol import CacheRule, RunConfig
 from fit3d_ns.utils.results import ResultRecord
 
@@ -123,9 +123,7 @@ def create_request(command: ProbeCommand) -> ProbeRequest:
     for name in given:
         if name not in known:
             raise ValueError(f"--{name.replace('_', '-')} means nothing to the {command.task} probe; leave it out.")
-    run = PAPER_RUN if command.paper else RunConfig()
-    if command.paper and command.task in ("depth", "classification"):
-        run = replace(run, selection="test")
+    run = PAPER_RUNS.get(command.task, RunConfig()) if command.paper else RunConfig()
     chosen = {name: getattr(command, name) for name in ("selection", "cache") if getattr(command, name) is not None}
     return ProbeRequest(
         task=command.task,
