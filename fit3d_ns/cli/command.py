@@ -39,15 +39,15 @@ def run_command(
         args: Arguments without the program's name; `sys.argv` by default.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    debug = os.environ.get("FIT3D_DEBUG", "") not in ("", "0")
-    parsed: Any = tyro.cli(
-        _command_line_class(config_class),
-        prog=prog,
-        description=description,
-        args=arguments,
-    )
-    debug = debug or parsed.debug
+    # Asked for by name before parsing: a config that refuses its values does so while it is built.
+    debug = os.environ.get("FIT3D_DEBUG", "") not in ("", "0") or "--debug" in arguments
     try:
+        parsed: Any = tyro.cli(
+            _command_line_class(config_class),
+            prog=prog,
+            description=description,
+            args=arguments,
+        )
         function(parsed.config)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted.", file=sys.stderr)

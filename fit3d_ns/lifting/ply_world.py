@@ -7,6 +7,7 @@ dataset's world; the cameras are moved into the PLY's world and the Gaussians st
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,9 @@ from fit3d_ns.utils.progress import notice
 PlyWorld = Literal["dataset", "colmap", "training"]
 TRANSFORMS_NAME = "dataparser_transforms.json"
 """nerfstudio writes it into every run's folder."""
+CLEARLY_BETTER_DB = 3.0
+"""A world that fits by so much better is the right one."""
+_WORLDS: tuple[PlyWorld, ...] = ("dataset", "colmap", "training")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class PlyConfig:
     downscale_factor: int = 1
     """With --ply: photographs are reduced by this factor, at least 1."""
     smallest_psnr: float = 12.0
-    """With --ply: below this many dB between three renderings and their photographs the lift is refused; 0 never
-    refuses (for photographs before another background than black)."""
+    """With --ply: below this many dB between three renderings and their photographs the lift is refused, and where
+    another world fits clearly better; 0 never refuses (for photographs before another background than black)."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
         )
 
     source, fit = _find_best([create(change) for change in find_changes(config.ply_world, files, ply, config)], device)
-    if config.smallest_psnr > 0 and not _is_good(fit, config.smallest_psnr):
-        raise ValueError(_explain(ply, data, config, files, fit, create, device))
+    if config.smallest_psnr > 0:
+        others = _try_other_worlds(ply, config, files, create, device)
+        _check_fit(f"{ply} in the {config.ply_world} world", data, fit, others, config)
     return source
 
 
@@ -166,32 +171,37 @@ def _find_best(sources: list[LiftSource], device: torch.device | str) -> tuple[L
     return sources[best], fits[best]
 
 
-def _is_good(fit: PhotoFit, smallest_psnr: float) -> bool:
-    return fit.is_seen and fit.psnr >= smallest_psnr
-
-
-def _explain(
-    ply: Path, data: Path, config: PlyConfig, files: CaptureFiles, fit: PhotoFit, create: Any, device: Any
-) -> str:
-    """Says what was wrong and tries the other worlds, so that the user need not."""
-    what = f"{fit.psnr:.1f} dB" if fit.is_seen else "nothing of it is in view"
-    start = (
-        f"{ply} does not show what the photographs of {data} show in the {config.ply_world} world ({what}, at least "
-        f"{config.smallest_psnr:g} dB expected)"
-    )
-    others: dict[PlyWorld, PhotoFit] = {}
-    worlds: tuple[PlyWorld, ...] = ("dataset", "colmap", "training")
-    for world in worlds:
+def _try_other_worlds(
+    ply: Path, config: PlyConfig, files: CaptureFiles, create: Callable[[WorldChange], LiftSource], device: Any
+) -> dict[PlyWorld, PhotoFit]:
+    """How the PLY would fit if it were in each of the other worlds that are known for this capture."""
+    fits: dict[PlyWorld, PhotoFit] = {}
+    for world in _WORLDS:
         if world == config.ply_world:
             continue
         try:
             changes = find_changes(world, files, ply, config)
         except ValueError:
             continue
-        others[world] = _find_best([create(change) for change in changes], device)[1]
-    fitting = [world for world, other in others.items() if _is_good(other, config.smallest_psnr)]
-    if fitting:
-        best = max(fitting, key=lambda world: others[world].psnr)
-        return f"{start}; --ply-world {best} gives {others[best].psnr:.1f} dB: use that."
+        fits[world] = _find_best([create(change) for change in changes], device)[1]
+    return fits
+
+
+def _check_fit(what: str, data: Path, fit: PhotoFit, others: dict[PlyWorld, PhotoFit], config: PlyConfig) -> None:
+    """Raises ValueError where renderings and photographs do not belong together, and says which world fits better."""
+
+    def is_good(fit: PhotoFit) -> bool:
+        return fit.is_seen and fit.psnr >= config.smallest_psnr
+
+    fitting = [world for world, other in others.items() if is_good(other)]
+    best = max(fitting, key=lambda world: others[world].psnr, default=None)
+    # Pictures of little contrast reach the threshold in any world: there the better one tells.
+    is_beaten = best is not None and others[best].psnr > fit.psnr + CLEARLY_BETTER_DB
+    if is_good(fit) and not is_beaten:
+        return
+    how = f"{fit.psnr:.1f} dB" if fit.is_seen else "nothing of it is in view"
+    start = f"{what} does not show what the photographs of {data} show ({how}, {config.smallest_psnr:g} dB are needed)"
+    if best is not None:
+        raise ValueError(f"{start}; --ply-world {best} gives {others[best].psnr:.1f} dB: use that.")
     tried = ", ".join([config.ply_world, *others])
-    return f"{start}, nor in any other known world (tried {tried}); check --ply-world, --data and --smallest-psnr."
+    raise ValueError(f"{start}, nor does any world that is known (tried {tried}); check --ply-world and --data.")

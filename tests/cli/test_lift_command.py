@@ -1,0 +1,197 @@
+"""`fit3d-lift` from its arguments to its files, and every way in which a user can go wrong."""
+
+import json
+from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lift_capture import BACKBONE, write_capture, write_gaussians
+
+from fit3d_ns.cli import lift as module
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.scene import load_scene
+from fit3d_ns.utils.results import load_result
+
+
+@pytest.fixture(scope="module")
+def capture(tmp_path_factory):
+    root = tmp_path_factory.mktemp("command") / "ring"
+    raw = write_capture(root)
+    return root, write_gaussians(root / "point_cloud.ply", raw), raw
+
+
+@pytest.fixture
+def run(capture, tmp_path, capsys):
+    """Runs the command on the capture; returns exit code, standard output and standard error."""
+    root, ply, _ = capture
+
+    def call(*arguments, name="out/ring.safetensors", source=("--ply", ply, "--data", root)):
+        words = [*source, "--output-path", tmp_path / name, "--backbone", BACKBONE]
+        words += ["--feature-cache", root.parent / "tokens", "--max-passes", 2, "--device", "cpu", *arguments]
+        try:
+            module.main([str(word) for word in words])
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_lift__writes_the_scene_and_every_figure(run, tmp_path):
+    code, out, _ = run("--feature-dim", 5, "--views", 8, "--drop-unseen")
+    assert code == 0
+    scene = load_scene(tmp_path / "out" / "ring.safetensors")
+    assert scene.gaussians.feature_dim == 5 and scene.backbone.backbone == BACKBONE
+    figures = tmp_path / "out" / "ring.json"
+    assert f"Scene: {tmp_path / 'out' / 'ring.safetensors'}\nFigures: {figures}" in out and "held-out cosine" in out
+    record, content = load_result(figures), json.loads(figures.read_text())
+    assert record.kind == "lift" and record.is_random and record.versions["torch"] == metadata.version("torch")
+    metrics = record.metrics
+    assert metrics["feature_cosine"] > metrics["feature_cosine_mean_token"]
+    assert metrics["feature_l1"] < metrics["feature_l1_mean_token"]
+    assert metrics["num_train_views"] == 8 and metrics["num_eval_views"] == 2 and len(metrics["residuals"]) == 2
+    assert set(metrics["seconds"]) >= {"tokens", "weighted_sum", "conjugate_gradients", "decoder", "evaluation"}
+    assert metrics["num_gaussians"] + metrics["num_dropped_unseen_gaussians"] == 40
+    assert metrics["num_invalid_gaussians"] == 0 and metrics["peak_memory_mb"] > 0
+    assert metrics["lift"]["feature_dim"] == 5 and metrics["lift"]["max_passes"] == 2
+    assert record.settings["source"] == "PLY point_cloud.ply in the dataset world"
+    assert content["num_gaussians"] == scene.gaussians.num_gaussians and content["num_views"]["train"] == 10
+    # What is written once is not left behind twice: no state, no temporary file.
+    assert sorted(path.name for path in figures.parent.iterdir()) == ["ring.json", "ring.safetensors"]
+
+
+def test_lift__reads_a_moved_scene_again(run, capture, tmp_path):
+    root, _, raw = capture
+    assert run("--feature-dim", 4)[0] == 0
+    moved = tmp_path / "moved"
+    (moved / "images").mkdir(parents=True)
+    for path in (root / "images").iterdir():
+        (moved / "images" / path.name).write_bytes(path.read_bytes())
+    first = ("--scene", tmp_path / "out" / "ring.safetensors", "--data", moved)
+    code, _, _ = run("--feature-dim", 6, name="again.safetensors", source=first)
+    assert code == 0
+    again = load_scene(tmp_path / "again.safetensors")
+    assert again.gaussians.feature_dim == 6 and again.posed_capture.root == moved
+
+
+def test_lift__dry_run_predicts_and_writes_nothing(run, tmp_path):
+    code, out, _ = run("--feature-dim", 4, "--dry-run")
+    assert code == 0
+    assert "40 Gaussians, 10 views to lift, 2 held out" in out and "Time: about" in out and "Memory: about" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_lift__interrupted_goes_on(run, tmp_path, monkeypatch):
+    arguments = ("--feature-dim", 4, "--seconds-per-checkpoint", 0)
+    assert run(*arguments, name="whole.safetensors")[0] == 0
+    solve = module.lift_scene
+
+    def interrupt(name, done, total):
+        if name == "solve 1" and done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "lift_scene", lambda *args, **kwargs: solve(*args, **kwargs, progress=interrupt))
+    code, _, err = run(*arguments)
+    assert code == 130 and "the same command goes on from there" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ring.safetensors.lift-state"]
+    monkeypatch.setattr(module, "lift_scene", solve)
+    code, _, err = run(*arguments, "--normalization", "imagenet")
+    assert code == 1 and "belongs to a lift with another backbone" in err
+    code, _, err = run(*arguments)
+    assert code == 0 and "Going on with the interrupted lift" in err
+    whole, resumed = load_scene(tmp_path / "whole.safetensors"), load_scene(tmp_path / "out" / "ring.safetensors")
+    assert torch.equal(whole.gaussians.features, resumed.gaussians.features)
+
+
+def test_lift__flags_are_the_fields_of_the_lift(monkeypatch, capture):
+    parsed = []
+    monkeypatch.setattr(module, "lift", parsed.append)
+    module.main(["--ply", "a.ply", "--output-path", "b.safetensors"])
+    assert parsed[0].lift == LiftConfig()
+    module.main(["--ply", "a.ply", "--output-path", "b.safetensors", "--feature-dim", "32", "--ply-world", "colmap"])
+    assert parsed[1].lift.feature_dim == 32 and parsed[1].from_ply.ply_world == "colmap"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--feature-dim", 500), "feature_dim 500 exceeds the width 192"),
+        (("--views", 0), "views is 0"),
+        (("--feature-dim", 0), "feature_dim is 0"),
+        (("--scene", "x.safetensors"), "--ply and --scene are given"),
+        (("--ply-world", "training"), "--dataparser-transforms"),
+        (("--output-path", "scene.ply"), "must end in .safetensors"),
+        (("--backbone", "no_such_vit"), "no_such_vit"),
+        (("--data", "nowhere"), "No such scene: nowhere"),
+        (("--ply", "nowhere.ply"), "No such PLY file: nowhere.ply"),
+    ],
+)
+def test_lift__says_in_one_sentence_what_is_wrong(run, tmp_path, arguments, sentence):
+    code, out, err = run(*arguments)
+    assert code != 0 and sentence in " ".join(err.split()) and "Traceback" not in err and not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_lift__asks_for_cameras_and_for_a_source(run, capture):
+    _, ply, _ = capture
+    assert "with --data" in run(source=("--ply", ply))[2]
+    assert "none is given" in run(source=())[2]
+
+
+def test_lift__says_what_a_ply_lacks(run, capture, tmp_path):
+    root, ply, _ = capture
+    content = ply.read_bytes()
+    for name, changed, sentence in (
+        ("cloud.ply", content.replace(b"float opacity", b"float opaqueX"), "has no `opacity`"),
+        ("cut.ply", content[:-100], "is cut short"),
+        ("rest.ply", content.replace(b"float nx", b"float f_rest_0"), "belong to no SH degree"),
+    ):
+        (tmp_path / name).write_bytes(changed)
+        code, _, err = run(source=("--ply", tmp_path / name, "--data", root))
+        assert code == 1 and sentence in " ".join(err.split())
+
+
+def test_lift__names_a_run_that_is_not_there(run, tmp_path):
+    pytest.importorskip("nerfstudio")
+    code, _, err = run(source=("--load-config", tmp_path / "no_run"))
+    assert code == 1 and "no_run" in err and "config.yml" in err
+
+
+def test_lift__takes_a_run_as_its_gaussians_and_corrected_cameras(run, capture, tmp_path, monkeypatch):
+    """A run's raw parameters, by splatfacto's names, lift to what the same Gaussians in a PLY lift to."""
+    run_reader = pytest.importorskip("fit3d_ns.plugin.run_reader")
+    root, _, raw = capture
+    arguments = ("--feature-dim", 4)
+    assert run(*arguments, name="ply.safetensors")[0] == 0
+    expected = load_scene(tmp_path / "ply.safetensors")
+    broken = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in raw.items()}
+    broken["means"][-1] = float("nan")
+    splat_run = SimpleNamespace(
+        gauss_params={
+            "means": broken["means"],
+            "quats": 3.0 * broken["quats"],
+            "scales": broken["log_scales"],
+            "opacities": broken["opacity_logits"][:, None],
+            "features_rest": torch.zeros(41, 0, 3),
+        },
+        sh_dc=broken["sh_dc"],
+        capture=expected.posed_capture,
+        config=SimpleNamespace(method_name="splatfacto-big"),
+        config_path=tmp_path / "2024-01-01" / "config.yml",
+        step=29999,
+        rasterize_mode="classic",
+    )
+    asked = []
+    monkeypatch.setattr(run_reader, "read_run", lambda path, data: asked.append((path, data)) or splat_run)
+    config = tmp_path / "2024-01-01"
+    code, _, err = run(*arguments, name="run.safetensors", source=("--load-config", config, "--data", root))
+    assert code == 0 and asked == [(config, root)] and "Left out 1 Gaussians" in err
+    lifted = load_scene(tmp_path / "run.safetensors")
+    # Quaternions of another length are normalised to other last bits of half precision.
+    torch.testing.assert_close(lifted.gaussians.features, expected.gaussians.features, rtol=1e-2, atol=2e-2)
+    record = load_result(tmp_path / "run.json")
+    assert record.metrics["source"] == "splatfacto-big run 2024-01-01, step 29999"
+    assert record.metrics["num_invalid_gaussians"] == 1
