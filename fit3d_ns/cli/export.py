@@ -1,6 +1,6 @@
 """`fit3d-export`: a finished `fit3d-features` run as one scene file, or as a PLY with feature columns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +32,8 @@ def export(config: ExportConfig) -> None:
     from fit3d_ns.plugin.scene_export import load_run_scene
 
     scene = load_run_scene(config.load_config, config.data, config.drop_unseen)
+    if not config.include_sh:
+        scene = replace(scene, gaussians=replace(scene.gaussians, sh_rest=None))
     if config.format == "ply":
         from fit3d_ns.scene.ply import write_ply
 
