@@ -70,6 +70,10 @@ class FeatureTrainerConfig(TrainerConfig):
             raise ValueError(
                 "--machine.device-type is cuda and no CUDA device was found; use --machine.device-type cpu."
             )
+        datamanager = self.pipeline.datamanager
+        data = Path(datamanager.data or datamanager.dataparser.data)
+        if not data.exists():
+            raise ValueError(f"No such scene: {data}; check the path given as --data.")
         resolve_model_steps(self.pipeline.model, self.max_num_iterations)
         self.pipeline.model.resolve_features()
         tenth = max(self.max_num_iterations // 10, 1)
