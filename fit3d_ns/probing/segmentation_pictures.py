@@ -80,9 +80,9 @@ class SegmentationPictures:
         image = self._load_image(frame)[window.slices]
         labels: np.ndarray = np.full(image.shape[:2], IGNORE_INDEX, dtype=np.uint8)
         if frame.load_labels is not None:
-            height, width = self._compute_size(frame.load_labels().numpy())
-            full = cv2.resize(frame.load_labels().numpy(), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-            labels = full[window.slices]
+            full = frame.load_labels().numpy()
+            height, width = self._compute_size(full)
+            labels = cv2.resize(full, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)[window.slices]
         if key.is_flipped:
             image, labels = image[:, ::-1], labels[:, ::-1]
         fit = self.backbones.create_fit(window.height, window.width)
