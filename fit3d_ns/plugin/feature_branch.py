@@ -122,7 +122,7 @@ class FeatureBranch(nn.Module):
         valid = torch.ones(size, device=features.device)
         if "mask" in batch:
             mask = _resize_mask(batch["mask"].to(features.device), height, width)
-            valid = read_at_tokens(mask[..., None], size)[..., 0]
+            valid = read_at_tokens(mask[..., None], size, self.config.lift.token_reading)[..., 0]
         covered = (alpha_at_tokens > COVERED_ALPHA) & (valid > COVERED_ALPHA)
         if not bool(covered.any()):
             return {"feature_l1": float("nan"), "feature_cosine": float("nan"), "feature_coverage": 0.0}

@@ -88,8 +88,11 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
             )
         if not 0 < self.solve_share <= 1:
             raise ValueError(f"--pipeline.model.solve-share is {self.solve_share}; it must be in (0, 1].")
+        # Gradient steps compare features at points; a map that they fitted is read at points too (paper).
+        reading = "bilinear" if self.feature_schedule == "joint" else self.lift.token_reading
         self.lift = replace(
             self.lift,
+            token_reading=reading,
             feature_dim=self.feature_dim,
             decoder_bias=self.decoder_bias,
             accumulation_aware=self.accumulation_weighting,

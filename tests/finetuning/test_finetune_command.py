@@ -22,6 +22,9 @@ from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning import PAPER, FinetuneConfig, load_finetuned
 from fit3d_ns.scene import save_scene
 
+NUM_KILLS = int(os.environ.get("FIT3D_TEST_KILLS", "3"))
+"""Ten make a thorough run; every life starts Python anew, which takes most of the time."""
+
 SMALL = ["--max-steps", "6", "--max-validation-views", "3", "--steps-per-checkpoint", "4", "--device", "cpu"]
 
 
@@ -189,7 +192,7 @@ def test_command__interrupted_run_exits_130(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command__killed_ten_times_at_random_equals_the_uninterrupted_run(tmp_path):
+def test_command__killed_at_random_equals_the_uninterrupted_run(tmp_path):
     for index in range(2):
         save_scene(create_scene(tmp_path, f"room{index}", seed=index), tmp_path / "scenes" / f"{index}.safetensors")
     scenes = sorted((tmp_path / "scenes").iterdir())
@@ -197,7 +200,16 @@ def test_command__killed_ten_times_at_random_equals_the_uninterrupted_run(tmp_pa
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
 
     def start(out):
-        arguments = ["--ckpts", *scenes, "--output-dir", out, "--max-steps", "300", "--steps-per-checkpoint", "3"]
+        arguments = [
+            "--ckpts",
+            *scenes,
+            "--output-dir",
+            out,
+            "--max-steps",
+            str(30 * NUM_KILLS),
+            "--steps-per-checkpoint",
+            "3",
+        ]
         arguments += ["--max-validation-views", "2", "--learning-rate", "1e-3", "--device", "cpu", "--min-crop", "0.6"]
         with open(tmp_path / "log.txt", "ab") as log:
             return subprocess.Popen(
@@ -208,20 +220,20 @@ def test_command__killed_ten_times_at_random_equals_the_uninterrupted_run(tmp_pa
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     generator, kills = np.random.default_rng(0), 0
     checkpoints = tmp_path / "killed" / "checkpoints"
-    while kills < 10:
+    while kills < NUM_KILLS:
         process = start(tmp_path / "killed")
         before = {path.name for path in checkpoints.glob("step-*")}
         # Each life makes some progress, then dies at a random moment of the time that a tenth of the run takes.
         while process.poll() is None and {path.name for path in checkpoints.glob("step-*[0-9]")} <= before:
             time.sleep(0.01)
-        time.sleep(float(generator.uniform(0.0, report["seconds"] / 15)))
+        time.sleep(float(generator.uniform(0.0, report["seconds"] / (1.5 * NUM_KILLS))))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
         if (tmp_path / "killed" / "report.json").exists():
             break
-    assert kills >= 5
+    assert kills >= 2
     assert start(tmp_path / "killed").wait(600) == 0
     resumed = json.loads((tmp_path / "killed" / "report.json").read_text())
     assert resumed["losses"] == report["losses"]
