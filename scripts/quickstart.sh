@@ -8,13 +8,14 @@
 set -euo pipefail
 
 data="" backbone="dinov2_small" weights="" steps="" output="quickstart"
+need() { [ $# -ge 2 ] || { echo "quickstart.sh: $1 needs a value" >&2; exit 1; }; }
 while [ $# -gt 0 ]; do
     case "$1" in
-        --data) data=$(realpath "$2"); shift 2 ;;
-        --backbone) backbone="$2"; shift 2 ;;
-        --backbone-weights) weights=$(realpath "$2"); shift 2 ;;
-        --steps) steps="$2"; shift 2 ;;
-        --output) output="$2"; shift 2 ;;
+        --data) need "$@"; data=$(realpath "$2"); shift 2 ;;
+        --backbone) need "$@"; backbone="$2"; shift 2 ;;
+        --backbone-weights) need "$@"; weights=$(realpath "$2"); shift 2 ;;
+        --steps) need "$@"; steps="$2"; shift 2 ;;
+        --output) need "$@"; output=$(realpath -m "$2"); shift 2 ;;
         -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1; see --help" >&2; exit 1 ;;
     esac
@@ -34,10 +35,11 @@ installed=$(seconds)
 export PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
 
 if [ -n "$weights" ]; then
-    # The shared ViT-Tiny of a test machine or a DINOv2 file: the name must fit the file, and the command says if not.
     backbone_flags=(--backbone "$backbone" --backbone-weights "$weights")
 else
     echo "== Looking for $backbone's weights"
+    python -c "import sys; from fit3d_ns.features import describe_backbone; describe_backbone(sys.argv[1])" "$backbone" \
+        2>"$output/backbone.log" || { tail -n 1 "$output/backbone.log" >&2; exit 1; }
     if ! python -c "import sys; from fit3d_ns.features import create_extractor; create_extractor(sys.argv[1])" "$backbone" 2>"$output/backbone.log"; then
         echo "   They cannot be had here: $(tail -n 1 "$output/backbone.log")"
         echo "   Going on with RANDOM weights: everything below shows that the tools work, not how good features are."
@@ -60,10 +62,14 @@ fi
 scene=$(basename "$data")
 
 echo "== Training splats with features on $data"
-ns-train fit3d-features --data "$data" --output-dir "$output/runs" --experiment-name "$scene" --timestamp latest \
-    --vis tensorboard "${train_flags[@]}" 2>&1 | tee "$output/train.log" | grep -E "error|Features|solved|Loading|scene|│|done" || true
 run="$output/runs/$scene/fit3d-features/latest"
-[ -f "$run/results.json" ] || { echo "Training failed; see $output/train.log" >&2; exit 1; }
+rm -f "$run/results.json"
+set +e
+ns-train fit3d-features --data "$data" --output-dir "$output/runs" --experiment-name "$scene" --timestamp latest \
+    --vis tensorboard "${train_flags[@]}" 2>&1 | tee "$output/train.log" | grep -E "error|Features|solved|Loading|scene|│|done"
+status=${PIPESTATUS[0]}
+set -e
+[ "$status" -eq 0 ] && [ -f "$run/results.json" ] || { echo "Training failed; see $output/train.log" >&2; exit 1; }
 
 echo "== Evaluating held-out frames, and drawing their features"
 ns-eval --load-config "$run/config.yml" --output-path "$output/$scene-eval.json" \

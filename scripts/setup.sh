@@ -10,4 +10,6 @@ if ! command -v uv >/dev/null 2>&1; then
     PATH="$PWD/.venv-uv/bin:$PATH"
 fi
 # `uv sync` honours the overrides of pyproject.toml: nerfstudio's timm pin, and its second OpenCV.
-uv sync --quiet --extra nerfstudio --python "${FIT3D_PYTHON:-$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')}"
+# Pythons beyond 3.12 are not supported yet: uv brings 3.12 where the system's is newer or missing.
+system=$(python3 -c 'import sys; v = sys.version_info[:2]; print("%d.%d" % (v if v <= (3, 12) else (3, 12)))' 2>/dev/null || echo 3.12)
+uv sync --quiet --extra nerfstudio --python "${FIT3D_PYTHON:-$system}"

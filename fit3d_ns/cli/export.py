@@ -6,6 +6,7 @@ from typing import Literal
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.scene import FeatureScene, save_scene
+from fit3d_ns.scene.ply import write_fit3d
 from fit3d_ns.utils.files import write_json
 
 
@@ -18,7 +19,8 @@ class ExportConfig:
     output_path: Path
     """The file to write; `.safetensors` for `--format scene`, `.ply` for `--format ply`."""
     format: Literal["scene", "ply"] = "scene"
-    """`scene`: all that stage II needs; `ply`: Gaussians with `sem_*` columns as FiT3D wrote them, decoder beside."""
+    """`scene`: all that stage II needs; `ply`: Gaussians with `sem_*` columns as FiT3D wrote them, and the
+    decoder beside as `.decoder.pth`; a decoder's bias becomes one more column."""
     include_sh: bool = False
     """Also store how colour depends on the direction; the file then grows by 90 bytes per Gaussian at degree 3."""
     drop_unseen: bool = False
@@ -32,13 +34,11 @@ def export(config: ExportConfig) -> None:
     from fit3d_ns.plugin.scene_export import load_run_scene
 
     scene = load_run_scene(config.load_config, config.data, config.drop_unseen)
-    if not config.include_sh:
-        scene = replace(scene, gaussians=replace(scene.gaussians, sh_rest=None))
     if config.format == "ply":
-        from fit3d_ns.scene.ply import write_ply
-
-        write_ply(scene.gaussians, config.output_path)
+        write_fit3d(scene, config.output_path, config.output_path.with_suffix(".decoder.pth"))
     else:
+        if not config.include_sh:
+            scene = replace(scene, gaussians=replace(scene.gaussians, sh_rest=None))
         save_scene(scene, config.output_path, include_sh=config.include_sh)
     figures = config.output_path.with_suffix(".json")
     write_json(figures, describe_scene(scene, config.output_path))

@@ -123,7 +123,9 @@ def restore_random_states(states: dict[str, Any]) -> None:
     np.random.set_state(state)  # noqa: NPY002 - nerfstudio draws from the legacy generator.
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+        # A run may go on with fewer devices than it began with.
+        for index, cuda_state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, index)
 
 
 def make_plain(value: Any) -> Any:

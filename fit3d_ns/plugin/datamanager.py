@@ -21,7 +21,7 @@ from torch import Tensor
 from fit3d_ns.data.frames import Split
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.inputs import LiftView
-from fit3d_ns.plugin.dataset import UndistortedDataset
+from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
 from fit3d_ns.plugin.token_store import KEY, TokenStore
 from fit3d_ns.utils.progress import track
 
@@ -49,6 +49,8 @@ class FeatureDatamanagerConfig(FullImageDatamanagerConfig):
     """Folder of the feature cache, shared between runs and scenes."""
     feature_batch_size: int = 4
     """Images per forward pass of the backbone while features are extracted."""
+    tokens_in_training: bool = True
+    """Set by the pipeline: False where no training step reads tokens, because features are solved."""
     with_features: bool = True
     """Set by the pipeline: False where the feature loss weight is 0."""
 
@@ -66,6 +68,8 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         if torch.device(device).type == "cpu":
             config.cache_images = "cpu"
         super().__init__(config, device=device, **kwargs)
+        if len(self.eval_dataset) == 0:
+            raise ValueError("The dataparser holds out no frame for evaluation; hold out at least one.")
         self.tokens: TokenStore | None = None
         if config.with_features:
             self.tokens = TokenStore(
@@ -89,7 +93,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         return self._create_dataset(outputs, "test")
 
     def _create_dataset(self, outputs: DataparserOutputs, split: Split) -> UndistortedDataset:
-        root = Path(self.config.dataparser.data)
+        root = find_root(Path(self.config.dataparser.data))
         return UndistortedDataset(outputs, self.config.camera_res_scale_factor, root, split)
 
     @cached_property
@@ -151,7 +155,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
             self.train_unseen_cameras = self.sample_train_cameras()
         camera = self.train_cameras[index : index + 1]
         camera.metadata = {"cam_idx": index}
-        return camera, self._create_batch(self.cached_train[index])
+        return camera, self._create_batch(self.cached_train[index], self.config.tokens_in_training)
 
     def next_eval_image(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """A held-out frame that was not drawn since all had been."""
@@ -172,12 +176,13 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
 
     def capture_order(self) -> dict[str, Any]:
         """Which frames are still to come, as plain values."""
-        version, keys, gauss = self.random_generator.getstate()
-        return {
-            "train": list(self.train_unseen_cameras),
-            "eval": list(self.eval_unseen_cameras),
-            "generator": [version, list(keys), gauss],
-        }
+        state: dict[str, Any] = {"train": list(self.train_unseen_cameras), "eval": list(self.eval_unseen_cameras)}
+        if hasattr(self, "random_generator"):
+            version, keys, gauss = self.random_generator.getstate()
+            state["generator"] = [version, list(keys), gauss]
+        if hasattr(self, "train_unsampled_epoch_count"):
+            state["epochs"] = torch.as_tensor(self.train_unsampled_epoch_count)
+        return state
 
     def restore_order(self, state: dict[str, Any]) -> None:
         """Puts back what `capture_order` took.
@@ -185,17 +190,21 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         Raises:
             ValueError: The checkpoint saw another number of frames.
         """
-        if any(index >= len(self.train_dataset) for index in state["train"]):
-            raise ValueError("The checkpoint was made with more training frames than --data has now; restore the data.")
+        train_is_short = any(index >= len(self.train_dataset) for index in state["train"])
+        if train_is_short or any(index >= len(self.eval_dataset) for index in state["eval"]):
+            raise ValueError("The checkpoint was made with more frames than --data has now; restore the data.")
         self.train_unseen_cameras = list(state["train"])
         self.eval_unseen_cameras = list(state["eval"])
-        version, keys, gauss = state["generator"]
-        self.random_generator.setstate((version, tuple(keys), gauss))
+        if "generator" in state:
+            version, keys, gauss = state["generator"]
+            self.random_generator.setstate((version, tuple(keys), gauss))
+        if "epochs" in state:
+            self.train_unsampled_epoch_count = state["epochs"].numpy()
 
-    def _create_batch(self, data: dict[str, Any]) -> dict[str, Any]:
+    def _create_batch(self, data: dict[str, Any], with_tokens: bool = True) -> dict[str, Any]:
         batch = {key: value for key, value in data.items() if key != KEY}
         batch["image"] = batch["image"].to(self.device)
-        if self.tokens is not None:
+        if self.tokens is not None and with_tokens:
             batch["patch_tokens"] = self.tokens.load(data)
         return batch
 

@@ -69,6 +69,11 @@ class UndistortedDataset(InputDataset):
         return data
 
 
+def find_root(data: Path) -> Path:
+    """The scene folder that `--data` means: itself, or the folder of the camera file that it names."""
+    return data.parent if data.is_file() else data
+
+
 def _create_capture(outputs: DataparserOutputs, scale_factor: float, root: Path, split: Split) -> PosedCapture:
     masks, depths = _collect_paths(outputs, "mask"), _collect_paths(outputs, "depth")
     transform, scale = outputs.dataparser_transform, float(outputs.dataparser_scale)

@@ -125,7 +125,8 @@ class FeatureBranch(nn.Module):
             valid = read_at_tokens(mask[..., None], size, self.config.lift.token_reading)[..., 0]
         covered = (alpha_at_tokens > COVERED_ALPHA) & (valid > COVERED_ALPHA)
         if not bool(covered.any()):
-            return {"feature_l1": float("nan"), "feature_cosine": float("nan"), "feature_coverage": 0.0}
+            unknown = dict.fromkeys(("feature_l1", "feature_cosine", "feature_cosine_mean_token"), float("nan"))
+            return unknown | {"feature_coverage": 0.0}
         prediction, truth = decoded[covered], tokens[covered]
         return {
             "feature_l1": float((prediction - truth).abs().mean()),

@@ -1,5 +1,6 @@
 """`FeaturePipeline`: where captured tokens meet the Gaussians: solving features, figures, what a resume needs."""
 
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import fit_pca
+from fit3d_ns.analysis.pictures import save_picture
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.plugin.datamanager import FeatureDatamanager
 from fit3d_ns.plugin.errors import install_error_sentences
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
 from fit3d_ns.plugin.schedule import compute_pass_budget
 from fit3d_ns.plugin.viewer import FeatureViewerControls
-from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.progress import notice, track
 
 MAX_PICTURE_TOKENS = 50_000
 """Tokens on which the colours of feature pictures are fitted."""
@@ -46,6 +48,7 @@ class FeaturePipeline(VanillaPipeline):
         # `ns-eval` and its siblings come here without passing our trainer config.
         install_error_sentences()
         config.datamanager.with_features = config.model.feature_loss_weight > 0
+        config.datamanager.tokens_in_training = config.model.feature_schedule == "joint"
         super().__init__(config, device, *args, **kwargs)
         self.passes_spent = 0
         self.lift_state: dict[str, Tensor] = {}
@@ -70,10 +73,10 @@ class FeaturePipeline(VanillaPipeline):
 
     def fit_picture_basis(self) -> None:
         """Fixes the three directions and the ranges that colour feature pictures, from all training views' tokens."""
-        tokens = list(self.datamanager.iterate_train_tokens())
-        # Every n-th token of every view: colours need no more, and memory stays small.
-        stride = max(sum(item.shape[0] * item.shape[1] for item in tokens) // MAX_PICTURE_TOKENS, 1)
-        rows = torch.cat([item.flatten(0, 1)[::stride].float() for item in tokens])
+        # Every n-th token of every view, one view at a time: colours need no more, and memory stays small.
+        first = next(self.datamanager.iterate_train_tokens())
+        stride = max(first.shape[0] * first.shape[1] * self._num_views // MAX_PICTURE_TOKENS, 1)
+        rows = torch.cat([item.flatten(0, 1)[::stride].float() for item in self.datamanager.iterate_train_tokens()])
         self.branch.set_picture_basis(fit_pca(rows, 3).to(self.model.device))
 
     def solve_features_if_due(self, step: int, max_num_iterations: int) -> None:
@@ -117,8 +120,22 @@ class FeaturePipeline(VanillaPipeline):
         self, step: int | None = None, output_path: Path | None = None, get_std: bool = False
     ) -> dict[str, float]:
         """Means (and standard deviations) over the held-out frames; frames without a covered token do not count."""
-        with torch.no_grad():
-            return super().get_average_eval_image_metrics(step, output_path, get_std)
+        self.eval()
+        if output_path is not None:
+            output_path.mkdir(parents=True, exist_ok=True)
+        rows: list[dict[str, float]] = []
+        frames = self.datamanager.fixed_indices_eval_dataloader
+        for index, (camera, batch) in enumerate(track(frames, "Evaluating held-out frames")):
+            start = time.perf_counter()
+            with torch.no_grad():
+                outputs = self.model.get_outputs_for_camera(camera)
+                metrics, pictures = self.model.get_image_metrics_and_images(outputs, batch)
+            rows.append(metrics | {"fps": 1.0 / (time.perf_counter() - start)})
+            if output_path is not None:
+                for name, picture in pictures.items():
+                    save_picture(picture.cpu(), output_path / f"eval_{name}_{index:04d}.png")
+        self.train()
+        return _average(rows, get_std)
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Loads a checkpoint, strictly: a missing key is an error and never a random feature."""
@@ -152,3 +169,16 @@ class FeaturePipeline(VanillaPipeline):
     @property
     def _num_views(self) -> int:
         return len(self.datamanager.train_dataset)
+
+
+def _average(rows: list[dict[str, float]], with_std: bool) -> dict[str, float]:
+    """Means over frames, key by key, of the frames that have the figure; a figure that none has is left out."""
+    averages: dict[str, float] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = torch.tensor([row[key] for row in rows if key in row], dtype=torch.float64)
+        values = values[~values.isnan()]
+        if len(values):
+            averages[key] = float(values.mean())
+            if with_std:
+                averages[f"{key}_std"] = float(values.std(correction=0))
+    return averages

@@ -18,7 +18,7 @@ from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from torch import Tensor
 
 from fit3d_ns.plugin.checkpoints import CHECKPOINT_PATTERN
-from fit3d_ns.plugin.dataset import UndistortedDataset
+from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.utils.progress import notice
 
@@ -163,7 +163,7 @@ def _read_capture(config: Any, state: dict[str, Tensor]) -> PosedCapture:
     """Training views with corrected poses, then held-out views, in one capture."""
     datamanager = config.pipeline.datamanager
     parser = datamanager.dataparser.setup()
-    factor, root = datamanager.camera_res_scale_factor, Path(datamanager.dataparser.data)
+    factor, root = datamanager.camera_res_scale_factor, find_root(Path(datamanager.dataparser.data))
     train = UndistortedDataset(parser.get_dataparser_outputs(split="train"), factor, root, "train")
     test = UndistortedDataset(parser.get_dataparser_outputs(split="test"), factor, root, "test")
     poses = _correct_poses(config.pipeline.model, train.cameras, state)

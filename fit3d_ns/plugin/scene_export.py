@@ -39,13 +39,16 @@ def create_run_scene(run: SplatRun, drop_unseen: bool = False) -> FeatureScene:
     model = run.config.pipeline.model
     if model.feature_loss_weight == 0:
         raise ValueError(f"{run.config_path} was trained with feature loss weight 0: it has no features to export.")
-    if model.feature_schedule == "solve" and not bool(run.state["feature_branch.is_solved"]):
+    is_finished = run.step + 1 >= run.config.max_num_iterations
+    if model.feature_schedule == "solve" and not (is_finished and bool(run.state["feature_branch.is_solved"])):
         raise ValueError(f"{run.config_path} stopped before its features were solved; resume it with --load-dir.")
     gaussians = _collect_gaussians(run)
     invalid = find_invalid(**gaussians)
     if bool(invalid.any()):
         notice(f"Left out {int(invalid.sum())} Gaussians with NaN, infinite or oversized numbers.")
     keep = ~invalid
+    if drop_unseen and not bool(gaussians["blend_weight"].any()):
+        raise ValueError(f"{run.config_path} kept no blend weights (joint schedule); export without --drop-unseen.")
     if drop_unseen:
         unseen = gaussians["blend_weight"] <= 0
         notice(f"Left out {int((unseen & keep).sum())} Gaussians that no training view weighted.")

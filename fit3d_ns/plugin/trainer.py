@@ -74,6 +74,9 @@ class FeatureTrainerConfig(TrainerConfig):
         data = Path(datamanager.data or datamanager.dataparser.data)
         if not data.exists():
             raise ValueError(f"No such scene: {data}; check the path given as --data.")
+        if datamanager.backbone_weights is not None:
+            # A relative path would be lost to commands that start in another folder.
+            datamanager.backbone_weights = Path(datamanager.backbone_weights).resolve()
         resolve_model_steps(self.pipeline.model, self.max_num_iterations)
         self.pipeline.model.resolve_features()
         tenth = max(self.max_num_iterations // 10, 1)
@@ -103,10 +106,15 @@ class FeatureTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Builds everything; features are extracted here, so that what can fail fails before training."""
-        with self.timer.phase("setup"):
-            super().setup(test_mode)
-        with self.timer.phase("features"):
-            self.pipeline.prepare_features()
+        try:
+            with self.timer.phase("setup"):
+                super().setup(test_mode)
+            with self.timer.phase("features"):
+                self.pipeline.prepare_features()
+        except KeyboardInterrupt:
+            # nerfstudio would print a traceback and call it a success.
+            notice("Interrupted while setting up; nothing was trained.")
+            sys.exit(EXIT_INTERRUPTED)
 
     def train(self) -> None:
         """Runs the steps up to `max_num_iterations`; an interrupt ends it at the next step boundary."""
@@ -129,6 +137,14 @@ class FeatureTrainer(Trainer):
             sys.exit(EXIT_INTERRUPTED)
         finally:
             self._stop_listening(previous)
+        try:
+            self._end_run()
+        except KeyboardInterrupt:
+            notice(f"Interrupted after training; everything up to the figures is in {self.base_dir}.")
+            sys.exit(EXIT_INTERRUPTED)
+
+    def _end_run(self) -> None:
+        """Leaves in the way the loop ended: interrupted, nothing to do, or done."""
         if self._interrupted:
             self._leave_interrupted()
         if self._start_step >= self.config.max_num_iterations:

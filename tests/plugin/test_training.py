@@ -138,3 +138,13 @@ def test_cuda_without_a_device__is_refused(make_config: Callable[..., Any]) -> N
     config.machine.device_type = "cuda"
     with pytest.raises(ValueError, match="no CUDA device"):
         config.set_timestamp()
+
+
+def test_average__leaves_out_frames_without_a_figure_and_knows_the_spread_of_one() -> None:
+    from fit3d_ns.plugin.pipeline import _average
+
+    rows = [{"psnr": 20.0, "feature_l1": float("nan")}, {"psnr": 24.0, "feature_l1": 1.5}, {"psnr": 22.0, "lpips": 0.1}]
+    averages = _average(rows, with_std=True)
+    assert averages["psnr"] == 22.0 and averages["psnr_std"] == pytest.approx((8 / 3) ** 0.5)
+    assert (averages["feature_l1"], averages["feature_l1_std"]) == (1.5, 0.0)
+    assert _average([{"x": float("nan")}], with_std=True) == {}
