@@ -23,7 +23,7 @@ from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.inputs import LiftView
 from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
 from fit3d_ns.plugin.token_store import KEY, TokenStore
-from fit3d_ns.utils.progress import track
+from fit3d_ns.utils.progress import notice, track
 
 NUM_LOADING_THREADS = 4
 """Threads that decode and undistort images; decoding releases the interpreter's lock."""
@@ -72,16 +72,28 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
             raise ValueError("The dataparser holds out no frame for evaluation; hold out at least one.")
         self.tokens: TokenStore | None = None
         if config.with_features:
-            self.tokens = TokenStore(
+            self.tokens = self._create_token_store(torch.device(device))
+        if self.tokens is not None:
+            for dataset in (self.train_dataset, self.eval_dataset):
+                dataset.metadata |= self.tokens.describe(dataset)
+
+    def _create_token_store(self, device: torch.device) -> TokenStore | None:
+        """The store; None where a finished run is only looked at and its weights file is no longer there."""
+        config = self.config
+        try:
+            return TokenStore(
                 config.backbone,
                 config.backbone_weights,
                 config.normalization,
                 config.feature_cache,
-                torch.device(device),
+                device,
                 config.feature_batch_size,
             )
-            for dataset in (self.train_dataset, self.eval_dataset):
-                dataset.metadata |= self.tokens.describe(dataset)
+        except ValueError as error:
+            if self.test_mode == "val":
+                raise
+            notice(f"{error} Going on without the backbone's own tokens: no feature figures, no original picture.")
+            return None
 
     def create_train_dataset(self) -> UndistortedDataset:
         """Training frames with pinhole cameras."""

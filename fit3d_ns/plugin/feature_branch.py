@@ -50,10 +50,7 @@ class FeatureBranch(nn.Module):
         """Args: options of the model, and the dataset's metadata with `embed_dim` where features are on."""
         super().__init__()
         self.config = config
-        self.embed_dim = int(metadata.get("embed_dim", 1))
-        self.decoder = _create_decoder(config, self.embed_dim)
-        self.register_buffer("pca_mean", torch.zeros(self.embed_dim))
-        self.register_buffer("pca_components", torch.zeros(3, self.embed_dim))
+        self.resize(int(metadata.get("embed_dim", 1)))
         self.register_buffer("pca_low", torch.zeros(3))
         self.register_buffer("pca_high", torch.ones(3))
         self.register_buffer("pca_variance", torch.zeros(3))
@@ -63,6 +60,13 @@ class FeatureBranch(nn.Module):
         self._last_picture: tuple[Tensor, Tensor] | None = None
         self._losses: dict[tuple[int, int, tuple[int, int]], FeatureLoss] = {}
         self._render: tuple[Tensor, dict[str, Any], Tensor] | None = None
+
+    def resize(self, embed_dim: int) -> None:
+        """Makes decoder and picture basis anew for tokens of another width."""
+        self.embed_dim = embed_dim
+        self.decoder = _create_decoder(self.config, embed_dim)
+        self.register_buffer("pca_mean", torch.zeros(embed_dim))
+        self.register_buffer("pca_components", torch.zeros(3, embed_dim))
 
     @staticmethod
     def create_features(config: FeatureSplatfactoModelConfig, num_gaussians: int) -> Float[Tensor, "num_gaussians dim"]:

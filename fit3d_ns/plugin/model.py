@@ -120,6 +120,11 @@ class FeatureSplatfactoModel(SplatfactoModel):
             ValueError: Keys are missing: the checkpoint is of another method. (A RuntimeError would make nerfstudio
                 try again without being strict, and go on with random features.)
         """
+        stored_decoder = state.get("feature_branch.decoder.weight")
+        if stored_decoder is not None and stored_decoder.shape[0] != self.feature_branch.embed_dim:
+            # Without its weights file the backbone is unknown here, but the checkpoint knows its width.
+            self.feature_branch.resize(stored_decoder.shape[0])
+            self.feature_branch.to(self.device)
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise ValueError(

@@ -113,6 +113,22 @@ def test_read_run__reads_nerfstudios_own_checkpoints_with_numpy_numbers_in_them(
         load_run_scene(folder)
 
 
+def test_viewing__works_without_the_weights_file_and_says_what_is_missing(
+    trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ns-viewer`, `ns-render` and `ns-export` set the pipeline up like this; a run may have been copied."""
+    config = yaml.load(trained["config_path"].read_text(), Loader=yaml.Loader)
+    config.pipeline.datamanager.backbone = "vit_tiny_patch16_224"
+    config.pipeline.datamanager.backbone_weights = tmp_path / "gone.safetensors"
+    pipeline = config.pipeline.setup(device="cpu", test_mode="inference")
+    assert "gone.safetensors" in capsys.readouterr().err
+    state = trained["trainer"].pipeline.state_dict()
+    pipeline.load_pipeline(state, 39)
+    pipeline.eval()
+    outputs = pipeline.model.get_outputs_for_camera(pipeline.datamanager.train_dataset.cameras[0:1])
+    assert outputs["features_pca"].std() > 0 and outputs["features_pca_original"].abs().sum() == 0
+
+
 def test_find_config__names_the_choices(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No such run"):
         find_config(tmp_path / "absent")
