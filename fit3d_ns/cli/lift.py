@@ -84,7 +84,8 @@ def lift(command: LiftCommand) -> None:
     if source.num_dropped:
         notice(f"Left out {source.num_dropped} Gaussians with NaN, infinite or oversized numbers.")
     if command.dry_run:
-        print(describe_forecast(forecast_lift(source, cache, command.lift, command.options, device)))
+        forecast = forecast_lift(source, cache, command.lift, command.options, device, command.include_sh)
+        print(describe_forecast(forecast))
         return
     try:
         scene = lift_scene(

@@ -53,10 +53,11 @@ def forecast_lift(
     config: LiftConfig,
     options: LiftSceneConfig | None = None,
     device: torch.device | str = "cpu",
+    include_sh: bool = False,
 ) -> LiftForecast:
     """Lifts the middle view alone, twice (kernels are compiled and files are read in the first), and counts.
 
-    The view's tokens stay in the cache.
+    The view's tokens stay in the cache. `include_sh` is that of `save_scene`.
 
     Raises:
         ValueError: What `lift_scene` refuses.
@@ -88,7 +89,8 @@ def forecast_lift(
     )
     kept_mb = (num_kept - 1) * prepared.num_bytes / 1e6
     num_gaussians = source.gaussians.num_gaussians
-    bytes_per_gaussian = source.gaussians.bytes_per_gaussian + 2 * config.feature_dim
+    stored = source.gaussians if include_sh else replace(source.gaussians, sh_rest=None)
+    bytes_per_gaussian = stored.bytes_per_gaussian + 2 * config.feature_dim
     decoder_bytes = 4 * 9 * config.feature_dim * cache.description.embed_dim
     return LiftForecast(
         num_gaussians=num_gaussians,
@@ -119,7 +121,7 @@ class _PassTimes:
 
     def total(self, name: str) -> float:
         """Seconds of the passes whose names begin so."""
-        return sum(seconds for key, seconds in self._seconds.items() if key.startswith(name))
+        return sum((seconds for key, seconds in self._seconds.items() if key.startswith(name)), 0.0)
 
 
 def _time_backbone(source: LiftSource, sample: View, cache: FeatureCache, device: torch.device | str) -> float:

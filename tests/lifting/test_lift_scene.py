@@ -256,10 +256,24 @@ def test_lift_scene__says_when_no_view_sees_anything(source, cache):
         lift_scene(far, cache.description, cache, CONFIG)
 
 
-def test_forecast__counts_views_and_leaves_no_scene(source, cache):
+def test_forecast__counts_views_and_passes(source, scene, cache):
+    """`scene` has filled the cache."""
     forecast = forecast_lift(source, cache, CONFIG)
     assert (forecast.num_gaussians, forecast.num_views, forecast.num_held_out) == (40, 10, 2)
     assert forecast.is_cached and forecast.solve_seconds > 0 and forecast.memory_mb > 0
     more = forecast_lift(source, cache, LiftConfig(feature_dim=6, max_passes=60))
     # Sixty passes against three, on a machine whose speed may change between the two.
     assert more.solve_seconds > 2 * forecast.solve_seconds
+
+
+def test_forecast__knows_the_size_of_the_file(source, cache, tmp_path):
+    """Many Gaussians with directional colour, so that what the header takes does not count."""
+    many = {name: tensor.repeat_interleave(50, dim=0) for name, tensor in source.gaussians.tensors().items()}
+    many["sh_rest"] = torch.zeros(2000, 15, 3, dtype=torch.float16)
+    large = replace(source, gaussians=replace(source.gaussians, **many))
+    lifted = lift_scene(large, cache.description, cache, LiftConfig(feature_dim=6, max_passes=0))
+    for include_sh in (False, True):
+        forecast = forecast_lift(large, cache, LiftConfig(feature_dim=6, max_passes=0), include_sh=include_sh)
+        save_scene(lifted, tmp_path / "large.safetensors", include_sh=include_sh)
+        size = (tmp_path / "large.safetensors").stat().st_size / 1e6
+        assert forecast.file_mb == pytest.approx(size, rel=0.1)  # frames and names in the header
