@@ -115,7 +115,8 @@ def lift_by_gradient(
     """Adam on fixed geometry from zero features, on the cheap loss grid; the rate shrinks linearly to zero."""
     with PeakMemory() as memory, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        blender = ViewBlender(gaussians, views, LiftConfig(feature_dim=feature_dim))
+        config = LiftConfig(feature_dim=feature_dim)
+        blender = ViewBlender(gaussians, views, config, memory_mb=config.cache_memory_mb)
         embed_dim = views[0].read_tokens(gaussians.means.device).shape[-1]
         start = time.perf_counter()
         features = torch.zeros(len(gaussians), feature_dim, device=gaussians.means.device, requires_grad=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.lifting.config import LiftConfig
@@ -63,12 +64,25 @@ class ViewSums:
 class ViewBlender:
     """Prepares views and applies the operator to them; keeps projections between passes within a memory budget."""
 
-    def __init__(self, gaussians: LiftGaussians, views: Sequence[LiftView], config: LiftConfig):
+    def __init__(
+        self,
+        gaussians: LiftGaussians,
+        views: Sequence[LiftView],
+        config: LiftConfig,
+        *,
+        samples_per_patch: int = 0,
+        memory_mb: float = 0.0,
+    ):
+        """Args:
+        samples_per_patch: See `prepare_view`.
+        memory_mb: Projections are kept up to this many 1e6 bytes.
+        """
         self.gaussians = gaussians
         self.views = views
         self.config = config
+        self.samples_per_patch = samples_per_patch
         self._kept: dict[int, PreparedView] = {}
-        self._bytes_left = int(config.cache_memory_mb * 1e6)
+        self._bytes_left = int(memory_mb * 1e6)
 
     def prepare(self, index: int) -> PreparedView:
         """Projects a view and reads its tokens, or takes it from the kept ones.
@@ -78,7 +92,7 @@ class ViewBlender:
         """
         if index in self._kept:
             return self._kept[index]
-        prepared = prepare_view(self.gaussians, self.views[index])
+        prepared = prepare_view(self.gaussians, self.views[index], self.samples_per_patch)
         if prepared.num_bytes <= self._bytes_left:
             self._bytes_left -= prepared.num_bytes
             self._kept[index] = prepared
@@ -102,8 +116,12 @@ class ViewBlender:
 
 
 @torch.no_grad()
-def prepare_view(gaussians: LiftGaussians, view: LiftView) -> PreparedView:
+def prepare_view(gaussians: LiftGaussians, view: LiftView, samples_per_patch: int = 0) -> PreparedView:
     """Projects the Gaussians into a view; its tokens and mask are read.
+
+    Args:
+        samples_per_patch: How many pixels along a patch's side are looked at, about; 0 for all. The picture is then
+            sampled at the centres of square blocks (see `compute_stride`), each with the mean of its mask.
 
     Raises:
         ValueError: The tokens or the mask do not fit, see `LiftView`.
@@ -111,24 +129,45 @@ def prepare_view(gaussians: LiftGaussians, view: LiftView) -> PreparedView:
     device = gaussians.means.device
     tokens = view.read_tokens(device)
     mask = view.read_mask(device)
+    width, height, K, eps2d = view.width, view.height, view.K, gaussians.eps2d
+    stride = compute_stride(width, height, (tokens.shape[0], tokens.shape[1]), samples_per_patch)
+    if stride > 1:
+        # A camera with fewer pixels, whose blur shrinks with them, sees the same splats at the blocks' centres.
+        width, height = max(round(width / stride), 1), max(round(height / stride), 1)
+        shrinkage = torch.tensor([width / view.width, height / view.height, 1.0])
+        K = K * shrinkage[:, None].to(K)
+        eps2d = eps2d * float(shrinkage.prod())
+        mask = F.adaptive_avg_pool2d(mask[None, None], (height, width))[0, 0]
     info = project(
         gaussians.means,
         gaussians.quats,
         gaussians.scales,
         gaussians.opacities,
         view.viewmat[None].to(device, torch.float32),
-        view.K[None].to(device, torch.float32),
-        view.width,
-        view.height,
+        K[None].to(device, torch.float32),
+        width,
+        height,
         near_plane=gaussians.near_plane,
         far_plane=gaussians.far_plane,
-        eps2d=gaussians.eps2d,
+        eps2d=eps2d,
         rasterize_mode=gaussians.rasterize_mode,
         backend=gaussians.backend,
     )
     # Blending ones gives alpha.
     alphas = rasterize_features(gaussians.means.new_ones(len(gaussians), 1), info)[0, ..., 0]
     return PreparedView(info=info, alphas=alphas, mask=mask, tokens=tokens)
+
+
+def compute_stride(width: int, height: int, grid: tuple[int, int], samples_per_patch: int) -> int:
+    """Side of the blocks of pixels of which one value is looked at, at least 1.
+
+    Args:
+        grid: Token grid (h, w).
+        samples_per_patch: Blocks along a patch's side, at least; 0 for single pixels.
+    """
+    if samples_per_patch == 0:
+        return 1
+    return max(int(min(width / grid[1], height / grid[0]) / samples_per_patch), 1)
 
 
 def compute_weights(view: PreparedView, config: LiftConfig) -> Float[Tensor, "height width"]:
@@ -140,16 +179,12 @@ def compute_weights(view: PreparedView, config: LiftConfig) -> Float[Tensor, "he
 def backproject_targets(view: PreparedView, basis: PcaBasis, config: LiftConfig) -> ViewSums:
     """One view's part of the weighted sum: a single adjoint pass, weights riding along as one more channel."""
     height, width = view.alphas.shape
-    weights = compute_weights(view, config)[..., None]
-    targets = compute_targets(view, basis, config)
-    sums, blend_weight = backproject_features(torch.cat([targets * weights, weights], dim=-1)[None], view.info)
+    coordinates = project_tokens(view.tokens, basis)
+    # Ones spread as ones: the last channel becomes W.
+    with_ones = torch.cat([coordinates, torch.ones_like(coordinates[..., :1])], dim=-1)
+    targets = spread_tokens(with_ones, width, height, config.token_to_pixel)
+    sums, blend_weight = backproject_features((targets * compute_weights(view, config)[..., None])[None], view.info)
     return ViewSums(numerator=sums[:, :-1], denominator=sums[:, -1], blend_weight=blend_weight)
-
-
-def compute_targets(view: PreparedView, basis: PcaBasis, config: LiftConfig) -> Float[Tensor, "height width dim"]:
-    """t: the low-dimensional value each pixel should show."""
-    height, width = view.alphas.shape
-    return spread_tokens(project_tokens(view.tokens, basis), width, height, config.token_to_pixel)
 
 
 def _collect_tensors(value: Any) -> list[Tensor]:

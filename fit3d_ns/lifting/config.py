@@ -23,14 +23,17 @@ class LiftConfig:
     token_reading: ReadingRule = "area"
     """How tokens are read off a rendered map, by the decoder's fit and by all later stages: `area` averages it over
     each patch, `bilinear` samples it at the token centres (paper's stage II)."""
-    max_passes: int = 8
+    max_passes: int = 16
     """Most passes over all views after the weighted sum; each renders every view once and projects it back. 0 keeps
     the weighted sum."""
+    samples_per_patch: int = 4
+    """The solve looks at about this many pixels along a patch's side instead of all: a token says one thing about its
+    whole patch, so passes become several times cheaper at the same held-out error. 0 takes every pixel."""
     tolerance: float = 1e-3
     """Conjugate gradients stop when the true residual falls below this fraction of the right-hand side's norm."""
     steps_per_true_residual: int = 8
     """The residual is computed anew, at the cost of one pass, after this many passes; 0 only once it seems small."""
-    regularization: float = 0.01
+    regularization: float = 0.001
     """Weight of the pull towards the weighted sum, as a fraction of the mean blend weight of a seen Gaussian; 0 or
     above."""
     accumulation_aware: bool = True
@@ -53,8 +56,11 @@ class LiftConfig:
     def __post_init__(self) -> None:
         if self.feature_dim < 1:
             raise ValueError(f"feature_dim is {self.feature_dim}; it must be at least 1.")
-        if self.max_passes < 0 or self.polish_steps < 0 or self.steps_per_true_residual < 0:
-            raise ValueError("max_passes, polish_steps and steps_per_true_residual must be 0 or above.")
+        counts = (self.max_passes, self.samples_per_patch, self.polish_steps, self.steps_per_true_residual)
+        if min(counts) < 0:
+            raise ValueError(
+                "max_passes, samples_per_patch, polish_steps and steps_per_true_residual must be 0 or above."
+            )
         if not 0 <= self.within_patch_weight <= 1:
             raise ValueError(f"within_patch_weight is {self.within_patch_weight}; it must lie between 0 and 1.")
         if not self.regularization >= 0 or not self.decoder_ridge >= 0:

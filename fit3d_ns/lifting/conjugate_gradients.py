@@ -25,10 +25,20 @@ class ConjugateGradients:
     additions and fast exponentials, is not exact to the bit and the running residual drifts away from the truth.
     """
 
-    def __init__(self, blender: ViewBlender, passes: ViewPasses, config: LiftConfig, deadline: float | None = None):
+    def __init__(
+        self,
+        blender: ViewBlender,
+        passes: ViewPasses,
+        config: LiftConfig,
+        weighted_sum: Float[Tensor, "num_gaussians dim"],
+        sums: tuple[str, str] = ("numerator", "denominator"),
+        deadline: float | None = None,
+    ):
         """Args:
         blender: The operator.
-        passes: Whose state holds `numerator` [N, D] and `denominator` [N], the weighted sum's parts.
+        passes: Whose state holds b [N, D] and d [N].
+        weighted_sum: f0.
+        sums: Names of b and d in the state.
         deadline: No pass is begun that would end after this time of `time.perf_counter`.
         """
         self.blender = blender
@@ -37,11 +47,11 @@ class ConjugateGradients:
         self.deadline = deadline
         self._tensors = passes.state.tensors
         self._numbers = passes.state.numbers
-        self._penalty = compute_penalty(self._tensors["denominator"], config.regularization)
-        self._diagonal = (self._tensors["denominator"] + self._penalty)[:, None]
-        self._right_side = self._tensors["numerator"] + self._penalty * compute_weighted_sum(
-            self._tensors["numerator"], self._tensors["denominator"]
-        )
+        numerator, denominator = (self._tensors[name] for name in sums)
+        self._weighted_sum = weighted_sum
+        self._penalty = compute_penalty(denominator, config.regularization)
+        self._diagonal = (denominator + self._penalty)[:, None]
+        self._right_side = numerator + self._penalty * weighted_sum
 
     def solve(
         self, initial: Float[Tensor, "num_gaussians dim"] | None, seconds_per_pass: float
@@ -68,7 +78,7 @@ class ConjugateGradients:
         self._numbers["is_solved"] = 1
         if self._numbers["passes"] == 0 and initial is None:
             # No time for a single pass: the start of a solve from zero is the weighted sum, not zero.
-            return compute_weighted_sum(self._tensors["numerator"], self._tensors["denominator"])
+            return self._weighted_sum
         return self._tensors["solution"]
 
     def _start(self, initial: Float[Tensor, "num_gaussians dim"] | None) -> None:

@@ -76,13 +76,14 @@ def forecast_lift(
     solve_features(gaussians, views, one_pass)
     passes = _PassTimes()
     result = solve_features(gaussians, views, one_pass, progress=passes)
-    prepare_seconds, prepared = _time(lambda: prepare_view(gaussians, views[0]))
+    # What the conjugate gradients keep between passes, and make again where it does not fit.
+    prepare_seconds, prepared = _time(lambda: prepare_view(gaussians, views[0], config.samples_per_patch))
     num_views, num_held_out = len(chosen.lifted), len(chosen.held_out)
     # Views whose projections are not kept are projected again in each pass; the measured ones were kept.
     num_kept = min(int(config.cache_memory_mb * 1e6 / max(prepared.num_bytes, 1)), num_views)
     num_passes = config.max_passes + 1
     solve_seconds = (
-        num_views * (passes.total("basis") + passes.total("weighted sum") + passes.total("decoder"))
+        num_views * sum(map(passes.total, ("basis", "weighted sum", "sampled weighted sum", "decoder")))
         + num_views * config.max_passes * passes.total("solve")
         + (num_views - num_kept) * num_passes * prepare_seconds
         + config.polish_steps * result.seconds["polish"]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fit3d_ns.lifting.config import SpreadingRule
+from fit3d_ns.lifting.config import ReadingRule, SpreadingRule
 from fit3d_ns.lifting.token_grid import spread_tokens
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.token_reading import TokenReader, create_token_reader
@@ -27,6 +27,8 @@ class FeatureLossConfig:
     token_to_pixel: SpreadingRule = "bilinear"
     """How tokens are spread over a finer grid: `bilinear` (paper section 3.1), `nearest` and `area` hold them constant
     over their patch."""
+    token_reading: ReadingRule = "bilinear"
+    """How rendered features are read at the grid's points: sampled there (paper), or the mean of each cell."""
     accumulation_aware: bool = True
     """Weight each point by its rendered alpha; the paper weighs all alike."""
 
@@ -51,7 +53,7 @@ class FeatureLoss:
         self._reader: TokenReader | None = None
         if config.multiple > 0:
             self.size = (config.multiple * patch_grid[0], config.multiple * patch_grid[1])
-            self._reader = create_token_reader(width, height, self.size, "bilinear")
+            self._reader = create_token_reader(width, height, self.size, config.token_reading)
 
     @property
     def pixels(self) -> Int[Tensor, "pixels 2"] | None:

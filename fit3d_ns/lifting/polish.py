@@ -40,7 +40,13 @@ def polish_features(
     optimizer = torch.optim.Adam(
         [{"params": [features], "lr": learning_rates[0]}, {"params": parameters, "lr": learning_rates[1]}]
     )
-    loss_config = FeatureLossConfig(token_to_pixel=config.token_to_pixel, accumulation_aware=config.accumulation_aware)
+    # At the tokens themselves, read as all later stages read them.
+    loss_config = FeatureLossConfig(
+        multiple=1,
+        token_to_pixel=config.token_to_pixel,
+        token_reading=config.token_reading,
+        accumulation_aware=config.accumulation_aware,
+    )
     generator = create_generator(0, "polish")
     num_processes = 1 if group is None else dist.get_world_size(group)
     order: list[int] = []

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
-from fit3d_ns.lifting.blending import ViewBlender, compute_weights
+from fit3d_ns.lifting.blending import ViewBlender, compute_stride, compute_weights
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
@@ -69,7 +69,8 @@ def solve_features(
     config = config or LiftConfig()
     deadline = None if budget_seconds is None else time.perf_counter() + budget_seconds
     device = gaussians.means.device
-    embed_dim = _check_sizes(gaussians, views, config, basis, initial, group)
+    grid, embed_dim = _check_sizes(gaussians, views, config, basis, initial, group)
+    is_sampled = compute_stride(views[0].width, views[0].height, grid, config.samples_per_patch) > 1
     is_valid = gaussians.find_valid()
     if not bool(is_valid.all()):
         notice(f"Left out {int((~is_valid).sum())} of {len(gaussians)} Gaussians that have NaN or infinite numbers.")
@@ -89,7 +90,9 @@ def solve_features(
         group=group,
         progress=progress,
     )
-    lift = _Lift(ViewBlender(gaussians, share, config), passes, config, embed_dim)
+    # What the solve keeps is used in every pass, what the passes over all pixels keep only once more.
+    blender = ViewBlender(gaussians, share, config, memory_mb=0.0 if is_sampled else config.cache_memory_mb)
+    lift = _Lift(blender, passes, config, embed_dim, is_sampled)
     with torch.no_grad():
         result = lift.run(basis, initial, is_valid, deadline)
     if state_path is not None and (group is None or dist.get_rank(group) == 0):
@@ -100,8 +103,10 @@ def solve_features(
 class _Lift:
     """The phases of one lift, in order; each leaves its sums in the passes' state."""
 
-    def __init__(self, blender: ViewBlender, passes: ViewPasses, config: LiftConfig, embed_dim: int):
+    def __init__(self, blender: ViewBlender, passes: ViewPasses, config: LiftConfig, embed_dim: int, is_sampled: bool):
+        """Args: `is_sampled`: whether the solve looks at fewer pixels than the weighted sum and the decoder."""
         self.blender = blender
+        self.is_sampled = is_sampled
         self.passes = passes
         self.config = config
         self.embed_dim = embed_dim
@@ -121,13 +126,10 @@ class _Lift:
             basis = self._fit_basis() if basis is None else basis.to(self.device)
         with self.timer.phase("weighted_sum"):
             self._accumulate_weighted_sum(basis)
-        # A pass of the conjugate gradients blends and projects back: about two adjoint passes.
-        seconds_per_pass = 2.0 * self.timer.seconds["weighted_sum"]
         features = compute_weighted_sum(tensors["numerator"], tensors["denominator"])
         with self.timer.phase("conjugate_gradients"):
             if self.config.max_passes > 0:
-                solver = ConjugateGradients(self.blender, self.passes, self.config, deadline)
-                features = solver.solve(None if initial is None else initial.float(), seconds_per_pass)
+                features = self._solve(features, basis, initial, deadline)
         with self.timer.phase("decoder"):
             statistics = self._accumulate_decoder(features)
             decoder = fit_decoder(statistics, basis, self.config.decoder_ridge).requires_grad_(False)
@@ -190,6 +192,44 @@ class _Lift:
                 f"None of the {len(self.blender.views)} views sees a Gaussian under its mask; "
                 "check that cameras and Gaussians share one world, and the masks."
             )
+
+    def _solve(
+        self,
+        weighted_sum: Float[Tensor, "num_gaussians dim"],
+        basis: PcaBasis,
+        initial: Float[Tensor, "num_gaussians dim"] | None,
+        deadline: float | None,
+    ) -> Float[Tensor, "num_gaussians dim"]:
+        blender, sums = self.blender, ("numerator", "denominator")
+        seconds = self.timer.seconds["weighted_sum"]
+        if self.is_sampled:
+            start = time.perf_counter()
+            config = self.config
+            blender = ViewBlender(
+                blender.gaussians,
+                blender.views,
+                config,
+                samples_per_patch=config.samples_per_patch,
+                memory_mb=config.cache_memory_mb,
+            )
+            sums = ("sampled_numerator", "sampled_denominator")
+            self._accumulate_right_side(blender, basis, sums)
+            seconds = time.perf_counter() - start
+        # A pass of the conjugate gradients blends and projects back: about two adjoint passes.
+        solver = ConjugateGradients(blender, self.passes, self.config, weighted_sum, sums, deadline)
+        return solver.solve(None if initial is None else initial.float(), seconds_per_pass=2.0 * seconds)
+
+    def _accumulate_right_side(self, blender: ViewBlender, basis: PcaBasis, names: tuple[str, str]) -> None:
+        tensors, count = self._tensors, len(blender.gaussians)
+        zeros = blender.gaussians.means.new_zeros(count)
+
+        def add(index: int) -> None:
+            found = blender.backproject_targets(index, basis)
+            tensors[names[0]] += found.numerator
+            tensors[names[1]] += found.denominator
+
+        new = {names[0]: zeros.new_zeros(count, self.config.feature_dim), names[1]: zeros}
+        self.passes.run("sampled weighted sum", new, add)
 
     def _accumulate_decoder(self, features: Float[Tensor, "num_gaussians dim"]) -> DecoderStatistics:
         tensors, blender = self._tensors, self.blender
@@ -269,14 +309,14 @@ def _check_sizes(
     basis: PcaBasis | None,
     initial: Float[Tensor, "num_gaussians dim"] | None,
     group: dist.ProcessGroup | None,
-) -> int:
-    """Checks what can be known before any pass; returns the tokens' width E."""
+) -> tuple[tuple[int, int], int]:
+    """Checks what can be known before any pass; returns the first view's token grid and the tokens' width E."""
     num_processes = 1 if group is None else dist.get_world_size(group)
     if len(views) < num_processes:
         raise ValueError(f"{len(views)} views cannot be lifted by {num_processes} processes; each needs at least one.")
     if not bool(gaussians.find_valid().any()):
         raise ValueError(f"None of the {len(gaussians)} Gaussians has finite numbers; there is nothing to lift onto.")
-    embed_dim = views[0].read_tokens(gaussians.means.device).shape[-1]
+    height, width, embed_dim = views[0].read_tokens(gaussians.means.device).shape
     if config.feature_dim > embed_dim:
         raise ValueError(
             f"feature_dim {config.feature_dim} exceeds the tokens' width {embed_dim}; choose at most that."
@@ -294,4 +334,4 @@ def _check_sizes(
             f"The features to start from have shape {tuple(initial.shape)}, "
             f"expected ({len(gaussians)}, {config.feature_dim})."
         )
-    return embed_dim
+    return (height, width), embed_dim

@@ -39,6 +39,9 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
     """Largest share of the colour steps' cost that may be spent on solving features, in (0, 1]."""
     early_solve_at: int | None = None
     """Step of the first quick solve, for the viewer; 1/20 of the run by default."""
+    steps_per_solve: int = 0
+    """Steps between further quick solves, so that the viewer shows features of the geometry as it is; each costs about
+    three colour steps per view, beyond `solve_share`. 0 for none."""
     lift: LiftConfig = field(default_factory=LiftConfig)
     """How features are solved."""
     strategy: Literal["default", "mcmc"] = "default"
@@ -86,6 +89,8 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
             raise ValueError(
                 f"--pipeline.model.feature-grid-multiple is {self.feature_grid_multiple}; 0 is image size."
             )
+        if self.steps_per_solve < 0:
+            raise ValueError(f"--pipeline.model.steps-per-solve is {self.steps_per_solve}; it must be 0 or above.")
         if not 0 < self.solve_share <= 1:
             raise ValueError(f"--pipeline.model.solve-share is {self.solve_share}; it must be in (0, 1].")
         # Gradient steps compare features at points; a map that they fitted is read at points too (paper).

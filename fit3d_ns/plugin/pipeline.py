@@ -15,7 +15,7 @@ from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.plugin.datamanager import FeatureDatamanager
 from fit3d_ns.plugin.errors import install_error_sentences
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
-from fit3d_ns.plugin.schedule import compute_pass_budget
+from fit3d_ns.plugin.schedule import compute_solve_budget, estimate_solve_costs
 from fit3d_ns.plugin.viewer import FeatureViewerControls
 from fit3d_ns.utils.progress import notice, track
 
@@ -23,11 +23,8 @@ MAX_PICTURE_TOKENS = 50_000
 """Tokens on which the colours of feature pictures are fitted."""
 
 
-PASSES_BESIDE_GRADIENTS = 2
-"""Passes of every solve: the weighted sum and the decoder's regression."""
-
-PASSES_OF_LAST_SOLVE = 4
-"""Passes that early solves must leave to the last one."""
+PASSES_OF_LAST_SOLVE = 8
+"""Passes of the conjugate gradients that early solves must leave to the last one."""
 
 
 @dataclass
@@ -51,6 +48,7 @@ class FeaturePipeline(VanillaPipeline):
         config.datamanager.tokens_in_training = config.model.feature_schedule == "joint"
         super().__init__(config, device, *args, **kwargs)
         self.passes_spent = 0
+        self.solve_cost_spent = 0.0
         self.lift_state: dict[str, Tensor] = {}
         if self.branch.is_on:
             self.branch.load_tokens = self.datamanager.load_tokens_of_camera
@@ -84,22 +82,25 @@ class FeaturePipeline(VanillaPipeline):
         config = self.model.config
         if not self.branch.is_on or config.feature_schedule != "solve":
             return
-        budget = compute_pass_budget(max_num_iterations, self._num_views, config.feature_dim, config.solve_share)
-        left = budget - self.passes_spent
+        budget = compute_solve_budget(max_num_iterations, self._num_views, config.solve_share)
+        left, costs = budget - self.solve_cost_spent, estimate_solve_costs(config.feature_dim)
         done = step + 1
         if done == max_num_iterations:
-            self.solve_features(max_passes=max(left - PASSES_BESIDE_GRADIENTS, 0))
+            self.solve_features(max_passes=costs.count_passes(left))
             notice(f"Features solved in {self.passes_spent} passes over {self._num_views} views.")
+        elif config.steps_per_solve > 0 and done % config.steps_per_solve == 0:
+            self.solve_features(max_passes=0, is_counted=False)
         elif done in (config.early_solve_at, config.stop_split_at):
             # Early features are for the viewer; the last solve is the one that counts.
-            if left >= PASSES_BESIDE_GRADIENTS + PASSES_OF_LAST_SOLVE:
+            if left >= costs.smallest + costs.compute(PASSES_OF_LAST_SOLVE):
                 self.solve_features(max_passes=0)
 
-    def solve_features(self, max_passes: int) -> None:
+    def solve_features(self, max_passes: int, is_counted: bool = True) -> None:
         """Lifts the captured tokens onto the Gaussians as they are now, by least squares (`fit3d_ns.lifting`).
 
         Args:
             max_passes: Passes of conjugate gradients after the weighted sum, at most `lift.max_passes`; 0 for none.
+            is_counted: Whether the cost counts against the run's budget.
         """
         config = self.model.config
         lift = replace(config.lift, max_passes=min(config.lift.max_passes, max_passes))
@@ -110,6 +111,8 @@ class FeaturePipeline(VanillaPipeline):
             self.model.features.copy_(result.features)
         self.branch.set_decoder(result.decoder)
         self.passes_spent += result.num_passes
+        if is_counted:
+            self.solve_cost_spent += estimate_solve_costs(config.feature_dim).compute(len(result.residuals))
         self.lift_state = {
             "blend_weight": result.blend_weight,
             "num_views": result.num_views,
@@ -152,6 +155,7 @@ class FeaturePipeline(VanillaPipeline):
             "datamanager": self.datamanager.capture_order(),
             "strategy": {key: value for key, value in self.model.strategy_state.items()},
             "passes_spent": self.passes_spent,
+            "solve_cost_spent": self.solve_cost_spent,
             "lift": self.lift_state,
             "backbone": self.datamanager.train_dataset.metadata.get("backbone"),
         }
@@ -164,6 +168,7 @@ class FeaturePipeline(VanillaPipeline):
             key: value.to(device) if isinstance(value, Tensor) else value for key, value in state["strategy"].items()
         }
         self.passes_spent = int(state["passes_spent"])
+        self.solve_cost_spent = float(state.get("solve_cost_spent", 0.0))
         self.lift_state = state["lift"]
 
     @property

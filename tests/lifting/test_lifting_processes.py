@@ -8,7 +8,9 @@ from lifting_scene import create_gaussians, create_views
 from fit3d_ns.lifting import LiftConfig, solve_features
 
 # A firm ridge: nearly collinear taps would amplify the rounding of sums that are made in another order.
-CONFIG = LiftConfig(feature_dim=3, max_passes=4, tolerance=1e-7, decoder_ridge=0.1, seconds_per_checkpoint=0.0)
+CONFIG = LiftConfig(
+    feature_dim=3, max_passes=4, tolerance=1e-7, decoder_ridge=0.1, samples_per_patch=2, seconds_per_checkpoint=0.0
+)
 
 
 class Interrupt(Exception):

@@ -5,7 +5,14 @@ import torch
 
 from fit3d_ns.lifting import LiftConfig, solve_features
 
-CONFIG = LiftConfig(feature_dim=3, max_passes=4, steps_per_true_residual=2, seconds_per_checkpoint=0.0, polish_steps=1)
+CONFIG = LiftConfig(
+    feature_dim=3,
+    max_passes=4,
+    samples_per_patch=2,
+    steps_per_true_residual=2,
+    seconds_per_checkpoint=0.0,
+    polish_steps=1,
+)
 
 
 class Interrupt(Exception):

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from fit3d_ns.plugin.schedule import estimate_solve_costs
+
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 
 
@@ -148,3 +150,10 @@ def test_average__leaves_out_frames_without_a_figure_and_knows_the_spread_of_one
     assert averages["psnr"] == 22.0 and averages["psnr_std"] == pytest.approx((8 / 3) ** 0.5)
     assert (averages["feature_l1"], averages["feature_l1_std"]) == (1.5, 0.0)
     assert _average([{"x": float("nan")}], with_std=True) == {}
+
+
+def test_train__solves_again_at_an_interval_for_the_viewer(make_config: Any, train: Any) -> None:
+    pipeline = train(make_config(steps=30, steps_per_solve=10)).pipeline
+    # Three solves of two passes each (weighted sum, decoder); only the last counts against the budget.
+    assert pipeline.passes_spent == 6
+    assert pipeline.solve_cost_spent == pytest.approx(estimate_solve_costs(8).smallest)
