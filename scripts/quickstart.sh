@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# From a clone to a lifted scene: install, make (or take) a scene, train, evaluate on held-out frames, export, draw.
+# From a clone to a fine-tuned backbone: install, make (or take) a scene, train, evaluate on held-out frames, export,
+# draw, and teach the backbone what the scene shows.
 #
 #   scripts/quickstart.sh                          a small synthetic room, minutes on two cores, no GPU needed
 #   scripts/quickstart.sh --data SCENE             your own capture (ScanNet++, nerfstudio or COLMAP layout)
 #   scripts/quickstart.sh --backbone-weights FILE  weights of --backbone from a file (machines without network)
-#   further: --backbone NAME (dinov2_small)  --steps N  --output DIR (quickstart)
+#   further: --backbone NAME (dinov2_small)  --steps N  --finetune-steps N (150; 0 stops before stage II)
+#            --output DIR (quickstart)
 set -euo pipefail
 
-data="" backbone="dinov2_small" weights="" steps="" output="quickstart"
+data="" backbone="dinov2_small" weights="" steps="" finetune_steps=150 output="quickstart"
 need() { [ $# -ge 2 ] || { echo "quickstart.sh: $1 needs a value" >&2; exit 1; }; }
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -15,8 +17,9 @@ while [ $# -gt 0 ]; do
         --backbone) need "$@"; backbone="$2"; shift 2 ;;
         --backbone-weights) need "$@"; weights=$(realpath "$2"); shift 2 ;;
         --steps) need "$@"; steps="$2"; shift 2 ;;
+        --finetune-steps) need "$@"; finetune_steps="$2"; shift 2 ;;
         --output) need "$@"; output=$(realpath -m "$2"); shift 2 ;;
-        -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "quickstart.sh: unknown option $1; see --help" >&2; exit 1 ;;
     esac
 done
@@ -79,6 +82,16 @@ ns-eval --load-config "$run/config.yml" --output-path "$output/$scene-eval.json"
 echo "== Exporting the scene file"
 fit3d-export --load-config "$run/config.yml" --output-path "$output/$scene.safetensors"
 
+finetuned=""
+if [ "$finetune_steps" != 0 ]; then
+    echo "== Stage II: teaching the backbone what the scene shows ($finetune_steps steps)"
+    fit3d-finetune --ckpts "$output/$scene.safetensors" --output-dir "$output/finetuned" --resume never \
+        --max-steps "$finetune_steps" ${weights:+--backbone-weights "$weights"} 2>&1 | tee "$output/finetune.log" | grep -v Warning \
+        || { tail -n 3 "$output/finetune.log" >&2; exit 1; }
+    finetuned="  backbone   $output/finetuned   (report.json: original against fine-tuned; comparison.png: the same in colours)
+"
+fi
+
 finished=$(seconds)
 cat <<END
 
@@ -88,6 +101,6 @@ Done in $((finished - installed)) s (installing took $((installed - started)) s 
   pictures   $output/$scene-pictures/eval_features_pca_0000.png   (left: the ViT's own features, right: rendered ones)
              $output/$scene-pictures/eval_img_0000.png   (left: photograph, right: render)
   scene      $output/$scene.safetensors
-  look       .venv/bin/ns-viewer --load-config $run/config.yml
+$finetuned  look       .venv/bin/ns-viewer --load-config $run/config.yml
 END
 case "$backbone" in random:*) echo "The backbone had RANDOM weights: give --backbone-weights FILE, or run where downloads work." ;; esac

@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def test_quickstart__goes_from_a_synthetic_room_to_figures_pictures_and_a_scene_file(tmp_path: Path) -> None:
-    command = ["bash", "scripts/quickstart.sh", "--output", tmp_path / "out", "--steps", "60"]
+    command = ["bash", "scripts/quickstart.sh", "--output", tmp_path / "out", "--steps", "60", "--finetune-steps", "6"]
     command += ["--backbone", "random:vit_tiny_patch16_224"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
@@ -42,6 +42,10 @@ def test_quickstart__goes_from_a_synthetic_room_to_figures_pictures_and_a_scene_
         (tmp_path / "out" / "runs" / scene_name / "fit3d-features" / "latest" / "results.json").read_text()
     )
     assert run["is_random"] is True and run["metrics"]["num_train_views"] == 21
+    report = json.loads((tmp_path / "out" / "finetuned" / "report.json").read_text())
+    assert report["steps"] == 6 and report["is_random"] is True
+    assert set(report["consistency"]) >= {"original", "finetuned"}
+    assert (tmp_path / "out" / "finetuned" / "model.safetensors").is_file()
 
 
 def test_ns_train__refuses_a_missing_scene_in_one_sentence(tmp_path: Path) -> None:
