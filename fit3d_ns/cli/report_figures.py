@@ -97,6 +97,8 @@ def draw_features(command: FeaturesCommand) -> None:
     """Writes the figure of the photographs and the video of each clip, and says where they are."""
     if command.output_path.suffix.lower() not in (".png", ".mp4"):
         raise ValueError(f"--output-path {command.output_path} must end in .png (photographs) or .mp4 (clips).")
+    if not command.images:
+        raise ValueError("No pictures to draw; name photographs, videos or folders of frames.")
     if command.longest_side is not None and command.longest_side < 1:
         raise ValueError(f"--longest-side {command.longest_side} is no size; give pixels.")
     device = _choose_device(command.device)

@@ -47,10 +47,12 @@ class ComparedBackbones:
 
     @property
     def label(self) -> str:
-        """Architecture, and a warning where weights are random."""
-        architecture = _bare(self.description)
-        is_random = any(member.description.is_random for member in self.members)
-        return f"{architecture} (random weights)" if is_random else architecture
+        """Architecture, which fine-tuned one is which, and a warning where weights are random."""
+        notes = [f"{number + 1}: {member.label}" for number, member in enumerate(self.finetuned)]
+        notes = notes if len(notes) > 1 else []
+        if any(member.description.is_random for member in self.members):
+            notes.append("random weights")
+        return _bare(self.description) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def read_models(
