@@ -128,7 +128,7 @@ def _draw_depth(
     predictions = {index: [folder.load_depth(index, "prediction") for folder in folders] for index in chosen}
     errors = {index: [compute_errors(depth, truths[index]) for depth in predictions[index]] for index in chosen}
     measured = torch.cat([error[where] for pairs in errors.values() for error, where in pairs])
-    largest = float(measured.quantile(0.95)) if 0 < len(measured) < 2**24 else float(measured.float().mean() * 3)
+    largest = _find_rank(measured, 0.95, otherwise=1.0)
     rows: list[list[Cell]] = []
     row_labels, figures = [], []
     for index in chosen:
@@ -159,15 +159,19 @@ def _draw_depth(
 
 def _find_range(depth: Float[Tensor, "height width"]) -> tuple[float, float]:
     """Second and 98th percentile of what is measured."""
-    measured = depth[depth > 0].sort().values
-    if len(measured) == 0:
-        return 0.0, 1.0
-    return float(measured[int(0.02 * (len(measured) - 1))]), float(measured[int(0.98 * (len(measured) - 1))])
+    measured = depth[depth > 0]
+    return _find_rank(measured, 0.02, otherwise=0.0), _find_rank(measured, 0.98, otherwise=1.0)
+
+
+def _find_rank(values: Float[Tensor, " n"], share: float, otherwise: float) -> float:
+    """The value that a share of all values does not exceed; sorting has no limit on how many, as quantiles have."""
+    return float(values.sort().values[int(share * (len(values) - 1))]) if len(values) else otherwise
 
 
 def _fit(
     picture: Float[Tensor, "height width 3"], width: int, mode: Literal["nearest-exact", "area"] = "nearest-exact"
-):
+) -> Float[Tensor, "new_height new_width 3"]:
+    """Resizes to a width; labels and depth are never mixed."""
     height = max(round(picture.shape[0] * width / picture.shape[1]), 1)
     return F.interpolate(picture.permute(2, 0, 1)[None], size=(height, width), mode=mode)[0].permute(1, 2, 0)
 

@@ -1,5 +1,6 @@
 """The demo page: its pictures, and the page itself in a real headless Chromium that may load from nowhere else."""
 
+import importlib.util
 import io
 import json
 import os
@@ -111,10 +112,10 @@ def is_open(port: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
 def test_demo__shows_maps_and_similarity_of_a_clicked_pixel(
     demo: tuple[subprocess.Popen[str], str], tmp_path: Path
 ) -> None:
-    pytest.importorskip("gradio", reason="gradio is not installed")
     from selenium import webdriver
     from selenium.webdriver.common.by import By
 
