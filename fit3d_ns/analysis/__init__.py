@@ -16,7 +16,7 @@ from fit3d_ns.analysis.correspondence import (
     measure_matching_errors,
     sample_tokens,
 )
-from fit3d_ns.analysis.kmeans import Clusters, apply_kmeans, fit_kmeans, map_clusters_to_colours
+from fit3d_ns.analysis.kmeans import Clusters, apply_kmeans, fit_kmeans, map_clusters_to_colours, match_clusters
 from fit3d_ns.analysis.pca import (
     PcaAccumulator,
     PcaBasis,
@@ -30,6 +30,7 @@ from fit3d_ns.analysis.pca import (
 )
 from fit3d_ns.analysis.pictures import PanelConfig, compose_panel, draw_pca, save_picture, upscale
 from fit3d_ns.analysis.similarity import compute_similarity, map_similarity_to_colours, pick_token
+from fit3d_ns.analysis.temporal_consistency import TemporalConfig, TemporalFigures, compute_temporal_consistency
 
 __all__ = [
     "Clusters",
@@ -41,12 +42,15 @@ __all__ = [
     "PanelConfig",
     "PcaAccumulator",
     "PcaBasis",
+    "TemporalConfig",
+    "TemporalFigures",
     "apply_kmeans",
     "apply_pca",
     "compose_panel",
     "compute_consistency",
     "compute_effective_rank",
     "compute_similarity",
+    "compute_temporal_consistency",
     "create_grid_points",
     "create_pairs",
     "draw_pca",
@@ -60,6 +64,7 @@ __all__ = [
     "map_clusters_to_colours",
     "map_similarity_to_colours",
     "map_to_colours",
+    "match_clusters",
     "measure_matching_errors",
     "pick_token",
     "sample_tokens",

@@ -59,3 +59,24 @@ def map_clusters_to_colours(labels: Int[Tensor, "*batch"], num_clusters: int) ->
     golden_ratio = 0.618034
     palette = [colorsys.hsv_to_rgb(index * golden_ratio % 1.0, 0.65, 0.95) for index in range(num_clusters)]
     return torch.tensor(palette, device=labels.device)[labels]
+
+
+def match_clusters(
+    labels: Int[Tensor, "*batch"], reference: Int[Tensor, "*batch"], num_clusters: int
+) -> Int[Tensor, " clusters"]:
+    """Renames clusters so that as many tokens as possible carry the number they have in `reference`.
+
+    The one-to-one renaming with the largest overlap (Hungarian algorithm): `match_clusters(...)[labels]` is comparable
+    with `reference`, whose colours it then shares.
+
+    Args:
+        labels: Cluster of each token, 0 to `num_clusters - 1`.
+        reference: Another clustering of the same tokens with as many clusters.
+        num_clusters: Number of clusters of both.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    pairs = labels.flatten().long() * num_clusters + reference.flatten().long()
+    overlap = torch.bincount(pairs, minlength=num_clusters**2).reshape(num_clusters, num_clusters)
+    _, renamed = linear_sum_assignment(overlap.cpu().numpy(), maximize=True)
+    return torch.from_numpy(renamed).to(labels.device)

@@ -1,6 +1,6 @@
 """What a trained head says about some test frames, as pictures on disk for comparisons (figures 5 to 7).
 
-FOLDER/predictions.json      task, assembly, seed, class names or depth range, the frames
+FOLDER/predictions.json      task, assembly, seed, backbones, class names or depth range, the frames
        000_image.png         the photograph
        000_truth.png         labels (8-bit indices, 255 = does not count) or depth (16-bit millimetres, 0 = none)
        000_prediction.png    the same for the prediction
@@ -50,10 +50,13 @@ def save_predictions(
             save_depth(predicted.cpu(), Path(f"{prefix}_prediction.png"))
         save_image(image, Path(f"{prefix}_image.png"))
         names.append(frame.name)
+    described = [extractor.description.to_metadata() for extractor in probe.backbones.extractors]
     content: dict[str, Any] = {
         "task": "segmentation" if isinstance(probe, SegmentationProbe) else "depth",
         "assembly": probe.assembly,
         "seed": outcome.seed,
+        "backbones": described,
+        "is_random": any(backbone["is_random"] for backbone in described),
         "class_names": list(test.class_names),
         "max_depth": test.depth.max_depth,
         "frames": names,

@@ -111,6 +111,7 @@ def test_probe__predictions_are_pictures_of_the_first_seed(rooms: Path, tmp_path
         record = run(rooms, tmp_path / f"{task}.json", task, "--predictions", str(folder / task))
         listing = json.loads((folder / task / "predictions.json").read_text())
         assert len(listing["frames"]) == 5 and listing["task"] == task
+        assert listing["is_random"] and listing["backbones"][0]["backbone"] == BACKBONE
         truth = [np.array(Image.open(folder / task / f"{index:03d}_truth.png")) for index in range(5)]
         predicted = [np.array(Image.open(folder / task / f"{index:03d}_prediction.png")) for index in range(5)]
         if task == "segmentation":

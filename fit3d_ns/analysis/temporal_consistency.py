@@ -1,0 +1,158 @@
+"""Temporal consistency: does a token stay the same while the thing it sees moves through the video?
+
+Comparing tokens of consecutive frames at the same place measures how little the video moves. Here each token centre of
+a frame is followed into the next one by dense optical flow (Farneback's, of the photographs alone, hence the same for
+every backbone), and its token is compared with the next frame's token map, read bilinearly where the point went. Left
+out are points that leave the picture, that flow forth and back does not bring home to within a pixel (occlusions), or
+that look different where they went (cuts, where flow stands still both ways).
+
+Flow is blind where nothing has texture: there a point counts as resting. Bilinear reading costs a little agreement
+between patches even for perfect tokens. Both hit all backbones alike, so compare figures of one clip only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from fit3d_ns.analysis.correspondence import create_grid_points, sample_tokens
+from fit3d_ns.utils.progress import track
+
+_FLOW_SETTINGS = (0.5, 5, 21, 3, 7, 1.5, 0)
+"""Farneback's scale between levels, levels, window in pixels (about a patch), iterations, and its polynomials."""
+
+
+@dataclass(frozen=True)
+class TemporalConfig:
+    """Which points are trusted."""
+
+    max_round_trip: float = 1.0
+    """Largest distance in pixels between a point and where flow forth and back brings it."""
+    max_grey_difference: float = 0.1
+    """Largest difference of the blurred grey value at a point and where it went, of the range [0, 1]."""
+    blur_width: int = 9
+    """Side of the square in pixels over which grey values are averaged for that, odd."""
+
+
+@dataclass(frozen=True)
+class TemporalFigures:
+    """Figures of one backbone on one clip, pooled over all pairs of consecutive frames; NaN without points."""
+
+    mean_cosine: float
+    """Cosine of a token and the one it became, in [-1, 1]; it also rises when all tokens become alike."""
+    centred_cosine: float
+    """The same after the clip's mean token is subtracted: the figure to compare; 0 for unrelated tokens."""
+    num_points: int
+    """Token centres that were followed."""
+    followed_share: float
+    """Their share of all token centres, in [0, 1]."""
+    num_pairs: int
+    """Pairs of consecutive frames."""
+
+
+@torch.no_grad()
+def compute_temporal_consistency(
+    clips: Sequence[Sequence[Float[Tensor, "..."]]],
+    images: Sequence[UInt8[Tensor, "height width 3"]],
+    config: TemporalConfig | None = None,
+) -> list[TemporalFigures]:
+    """Follows the tokens of several backbones through one clip.
+
+    Args:
+        clips: For each backbone its token maps [h, w, E] of all frames.
+        images: The frames, all of one size.
+        config: Which points are trusted.
+
+    Raises:
+        ValueError: Fewer than two frames, or not one token map for each frame.
+    """
+    config = config or TemporalConfig()
+    if len(images) < 2 or any(len(maps) != len(images) for maps in clips):
+        raise ValueError(
+            f"{[len(maps) for maps in clips]} token maps for {len(images)} frames; "
+            "temporal consistency needs one each, of two frames or more."
+        )
+    means = [_compute_mean(maps) for maps in clips]
+    grey = [cv2.cvtColor(image.cpu().numpy(), cv2.COLOR_RGB2GRAY) for image in images]
+    agreements: list[list[Tensor]] = [[] for _ in clips]
+    for index in track(range(len(images) - 1), "Following tokens by optical flow"):
+        motion = _compute_motion(grey[index], grey[index + 1], config)
+        for maps, mean, rows in zip(clips, means, agreements, strict=True):
+            rows.append(_compare(maps[index].float(), maps[index + 1].float(), mean, motion, config))
+    return [_summarise(maps, rows) for maps, rows in zip(clips, agreements, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Motion:
+    """What a pair of frames says about where points go."""
+
+    forth: Float[Tensor, "height width 2"]
+    """From the first frame to the second, (x, y) in pixels."""
+    back: Float[Tensor, "height width 2"]
+    """From the second to the first."""
+    grey: Float[Tensor, "height width 1"]
+    """The first frame, blurred, in [0, 1]."""
+    next_grey: Float[Tensor, "height width 1"]
+    """The second."""
+
+    def follow(
+        self, points: Float[Tensor, "points 2"], config: TemporalConfig
+    ) -> tuple[Float[Tensor, "points 2"], Bool[Tensor, " points"]]:
+        """Where points go, and whether that can be trusted."""
+        height, width = self.forth.shape[:2]
+        targets = points + sample_tokens(self.forth, points, width, height)
+        returned = targets + sample_tokens(self.back, targets, width, height)
+        looks = sample_tokens(self.grey, points, width, height), sample_tokens(self.next_grey, targets, width, height)
+        is_inside = ((targets >= 0) & (targets <= targets.new_tensor([width, height]))).all(dim=1)
+        is_home = (returned - points).norm(dim=1) <= config.max_round_trip
+        return targets, is_inside & is_home & ((looks[0] - looks[1]).abs()[:, 0] <= config.max_grey_difference)
+
+
+def _compute_motion(grey: np.ndarray, next_grey: np.ndarray, config: TemporalConfig) -> _Motion:
+    flows = [_compute_flow(grey, next_grey), _compute_flow(next_grey, grey)]
+    side = config.blur_width
+    looks = [
+        torch.from_numpy(cv2.blur(picture / np.float32(255.0), (side, side)))[..., None]
+        for picture in (grey, next_grey)
+    ]
+    return _Motion(flows[0], flows[1], looks[0], looks[1])
+
+
+def _compute_flow(grey: np.ndarray, next_grey: np.ndarray) -> Float[Tensor, "height width 2"]:
+    flow = np.zeros((*grey.shape, 2), dtype=np.float32)
+    return torch.from_numpy(np.asarray(cv2.calcOpticalFlowFarneback(grey, next_grey, flow, *_FLOW_SETTINGS)))
+
+
+def _compare(
+    tokens: Float[Tensor, "h w embed"],
+    next_tokens: Float[Tensor, "h w embed"],
+    mean: Float[Tensor, " embed"],
+    motion: _Motion,
+    config: TemporalConfig,
+) -> Float[Tensor, "points 2"]:
+    """Cosine and centred cosine of each token that can be followed."""
+    height, width = motion.forth.shape[:2]
+    points = create_grid_points(width, height, (tokens.shape[0], tokens.shape[1]))
+    targets, is_followed = motion.follow(points, config)
+    # (h, w, e) -> (h*w, e), in the order of the points
+    own = tokens.flatten(0, 1)[is_followed.to(tokens.device)]
+    seen = sample_tokens(next_tokens, targets[is_followed], width, height)
+    cosines = [F.cosine_similarity(own - shift, seen - shift, dim=1) for shift in (torch.zeros_like(mean), mean)]
+    return torch.stack(cosines, dim=1).double().cpu()
+
+
+def _compute_mean(maps: Sequence[Tensor]) -> Float[Tensor, " embed"]:
+    rows = sum(tokens.shape[0] * tokens.shape[1] for tokens in maps)
+    return (torch.stack([tokens.double().sum(dim=(0, 1)) for tokens in maps]).sum(dim=0) / rows).float()
+
+
+def _summarise(maps: Sequence[Tensor], rows: list[Tensor]) -> TemporalFigures:
+    agreements = torch.cat(rows)
+    total = sum(tokens.shape[0] * tokens.shape[1] for tokens in maps[:-1])
+    mean_cosine, centred_cosine = agreements.mean(dim=0).tolist()
+    return TemporalFigures(mean_cosine, centred_cosine, len(agreements), len(agreements) / total, len(rows))

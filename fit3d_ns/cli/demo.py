@@ -1,0 +1,72 @@
+"""`fit3d-demo`: a local page to look at features of any image: PCA, clusters, similarity to a clicked pixel."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fit3d_ns.cli.command import run_command
+from fit3d_ns.report.compared_backbones import read_models
+from fit3d_ns.report.demo_maps import ImageAnalyser
+from fit3d_ns.report.demo_page import check_gradio, create_page, serve
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """Which backbones are shown, and where the page is served."""
+
+    backbone: str = "dinov2_small"
+    """The original backbone: one of the paper's names, any timm id, or `random:NAME`."""
+    backbone_weights: Path | None = None
+    """File with the original's weights; timm's download by default."""
+    finetuned: tuple[str, ...] = ()
+    """Fine-tuned backbones to show beside it: folders that fit3d-finetune wrote, or weights files."""
+    num_clusters: int = 8
+    """Clusters of k-means to start with, 2 to 20; the page has a slider."""
+    longest_side: int = 640
+    """Longer side in pixels that backbones see at first, 112 to 1344; the page has a slider."""
+    host: str = "127.0.0.1"
+    """Address to serve on. 0.0.0.0 lets everybody on your network use the page."""
+    port: int | None = None
+    """Port to serve on; by default the first free one from 7860 on."""
+    normalization: Literal["timm", "imagenet"] = "timm"
+    """Whose mean and deviation normalise images."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where backbones run; `auto` takes CUDA where there is one."""
+
+
+def main() -> None:
+    """Entry point of the command."""
+    run_command(
+        DemoCommand,
+        demo,
+        prog="fit3d-demo",
+        description="Serves a page on this machine: drop an image, compare the features of original and fine-tuned.",
+    )
+
+
+def demo(command: DemoCommand) -> None:
+    """Loads the backbones and serves the page until Ctrl-C."""
+    check_gradio()
+    if not (2 <= command.num_clusters <= 20 and 112 <= command.longest_side <= 1344):
+        raise ValueError(
+            f"--num-clusters {command.num_clusters} and --longest-side {command.longest_side} must lie in 2 to 20 and "
+            "112 to 1344."
+        )
+    if command.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine offers no CUDA device (see fit3d-info); take --device cpu.")
+    device = command.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = () if command.backbone_weights is None else (command.backbone_weights,)
+    groups = read_models([command.backbone, *command.finetuned], weights, command.normalization)
+    if len(groups) > 1:
+        names = " and a ".join(group.description.architecture.split(".")[0] for group in groups)
+        raise ValueError(f"Original and fine-tuned backbone are a {names}; the page compares one architecture.")
+    page = create_page(ImageAnalyser(groups[0], device), command.num_clusters, command.longest_side)
+    serve(page, command.host, command.port)
+
+
+if __name__ == "__main__":
+    main()

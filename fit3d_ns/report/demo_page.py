@@ -1,0 +1,184 @@
+"""The demo page: Gradio around `demo_maps.py`, served to this machine alone and asking nothing of any other.
+
+Gradio's usage statistics, share links and web fonts are off, and the page forbids the browser to load from elsewhere.
+"""
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fit3d_ns.analysis.pictures import to_pixels
+from fit3d_ns.report.demo_maps import AnalysedImage, ImageAnalyser
+
+CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+"""The browser fetches nothing from another host; inline parts are how Gradio builds its page."""
+_HINT = (
+    "Drop an image. **PCA**: one basis for all backbones, so equal colours mean equal features. **k-means**: clusters "
+    "by cosine of each backbone, in the colours of the first one's clusters they cover. **Similarity**: click a pixel "
+    "of the input or of any map; red is alike (cosine 1), white unrelated, blue opposite, relative to the image's mean."
+)
+_BUTTONS: Any = ["download", "fullscreen"]
+"""Gradio's third one would publish the picture."""
+_SECONDS_TO_KEEP_UPLOADS = 3600
+
+
+def check_gradio() -> None:
+    """Raises ValueError with what to do where Gradio is not installed."""
+    # Read while Gradio is imported.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"The demo page needs Gradio, which is not installed ({error}); "
+            "run `pip install 'fit3d-ns[demo]'`, or `uv sync --extra demo` in a clone."
+        ) from error
+
+
+def create_page(analyser: ImageAnalyser, num_clusters: int = 8, longest_side: int = 640) -> Any:
+    """Builds the page (`gradio.Blocks`).
+
+    Args:
+        analyser: The backbones.
+        num_clusters: Where the slider of clusters starts.
+        longest_side: Where the slider of the image's longer side starts, in pixels.
+    """
+    import gradio as gr
+
+    def show(pixels: np.ndarray | None, clusters: float, side: float) -> list[Any]:
+        """PCA and clusters of a new image; similarity maps are emptied."""
+        if pixels is None:
+            return [None] * (2 + 3 * len(analyser.labels))
+        try:
+            analysed = analyser.analyse(torch.from_numpy(np.ascontiguousarray(pixels)), int(side))
+            maps = [*analysed.draw_pca(), *analysed.draw_kmeans(int(clusters))]
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+        return [analysed, None, *(to_pixels(picture) for picture in maps), *([None] * len(analyser.labels))]
+
+    def cluster(analysed: AnalysedImage | None, clusters: float) -> list[Any]:
+        """Clusters anew."""
+        if analysed is None:
+            return [None] * len(analyser.labels)
+        try:
+            return [to_pixels(picture) for picture in analysed.draw_kmeans(int(clusters))]
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+
+    def compare(analysed: AnalysedImage | None, shown: np.ndarray | None, event: gr.SelectData) -> list[Any]:
+        """Similarity to the clicked pixel of a picture of any size."""
+        if analysed is None or shown is None:
+            return [None] * (1 + len(analyser.labels))
+        point = find_share(event.index, shown)
+        return [to_pixels(picture) for picture in (analysed.draw_point(point), *analysed.draw_similarity(point))]
+
+    with gr.Blocks(
+        title="fit3d-demo",
+        analytics_enabled=False,
+        delete_cache=(_SECONDS_TO_KEEP_UPLOADS, _SECONDS_TO_KEEP_UPLOADS),
+        fill_width=True,
+    ) as page:
+        analysed = gr.State(None)
+        gr.Markdown(f"# fit3d-demo\n{_HINT}")
+        with gr.Row():
+            with gr.Column():
+                gr.Markdown("**Input**")
+                source = gr.Image(
+                    show_label=False, sources=["upload", "clipboard"], elem_id="input", type="numpy", buttons=_BUTTONS
+                )
+            pca = _create_maps("PCA", analyser.labels)
+        with gr.Row():
+            with gr.Column():
+                clusters = gr.Slider(2, 20, value=num_clusters, step=1, label="clusters")
+                side = gr.Slider(112, 1344, value=longest_side, step=16, label="longer side the backbones see, pixels")
+            kmeans = _create_maps("k-means", analyser.labels)
+        with gr.Row():
+            clicked = _create_map("Clicked patch", "clicked")
+            similarity = _create_maps("Similarity", analyser.labels)
+        everything = [analysed, clicked, *pca, *kmeans, *similarity]
+        for event in (source.change, side.release):
+            event(show, [source, clusters, side], everything, show_progress="minimal", api_visibility="private")
+        clusters.release(cluster, [analysed, clusters], kmeans, show_progress="minimal", api_visibility="private")
+        for picture in (source, clicked, *pca, *kmeans, *similarity):
+            picture.select(
+                compare, [analysed, picture], [clicked, *similarity],
+                show_progress="hidden", api_visibility="private",
+            )  # fmt: skip
+    return page
+
+
+def find_share(index: Any, shown: np.ndarray | Tensor) -> tuple[float, float]:
+    """A click (x, y) on a picture's pixels, in shares of its width and height."""
+    x, y = index
+    return (float(x) + 0.5) / shown.shape[1], (float(y) + 0.5) / shown.shape[0]
+
+
+def serve(page: Any, host: str, port: int | None) -> None:
+    """Serves until it is interrupted; prints the address.
+
+    Args:
+        page: Of `create_page`.
+        host: Address to bind to.
+        port: None takes the first free one from 7860 on.
+
+    Raises:
+        OSError: The port is taken.
+        KeyboardInterrupt: Ctrl-C, after the server is closed.
+    """
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        ssr_mode=False,
+        enable_monitoring=False,
+        footer_links=[],
+        # Named fonts of the system instead of web fonts.
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"middleware": [Middleware(_ContentPolicy)]},
+    )
+    print(f"Page: {address} (Ctrl-C ends it)", flush=True)
+    try:
+        while True:
+            time.sleep(1.0)
+    finally:
+        page.close(verbose=False)
+
+
+class _ContentPolicy:
+    """ASGI middleware that sends `CONTENT_POLICY` with every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", []), (b"content-security-policy", CONTENT_POLICY.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def _create_maps(title: str, labels: list[str]) -> list[Any]:
+    slug = title.lower().replace("-", "")
+    return [_create_map(f"{title}, {label}", f"{slug}-{number}") for number, label in enumerate(labels)]
+
+
+def _create_map(title: str, elem_id: str) -> Any:
+    """A picture below its title: Gradio's own labels would cover a corner of it."""
+    import gradio as gr
+
+    with gr.Column():
+        gr.Markdown(f"**{title}**")
+        return gr.Image(show_label=False, interactive=False, format="png", elem_id=elem_id, buttons=_BUTTONS)

@@ -1,0 +1,155 @@
+"""Colours of token maps that can be compared between columns and frames: one PCA basis, or matched clusters.
+
+Both are fitted once to all frames of some columns and then paint any of those frames, so a clip never flickers and two
+columns never swap colours. Rendered features fade to black where the scene is empty.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fit3d_ns.analysis.kmeans import Clusters, apply_kmeans, fit_kmeans, map_clusters_to_colours, match_clusters
+from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, apply_pca, fit_colours, map_to_colours
+from fit3d_ns.analysis.pictures import upscale
+from fit3d_ns.report.token_columns import FrameTokens, TokenColumn
+
+MAX_SAMPLED_TOKENS = 20_000
+"""Clusters and colour ranges of long clips are fitted to so many tokens, spread evenly over all frames."""
+
+
+@dataclass(frozen=True)
+class PcaColours:
+    """The first three principal components as red, green and blue."""
+
+    basis: PcaBasis
+    """Fitted to the backbones' tokens of all columns together; rendered features are drawn by it, not fitted."""
+    title: str = "PCA"
+    """For labels."""
+
+    def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
+        """A picture of one frame of any column, of `size` (height, width)."""
+        colours = map_to_colours(apply_pca(frame.tokens.float(), self.basis), self.basis)
+        if frame.alphas is not None:
+            colours = colours * frame.alphas[..., None].clamp(0.0, 1.0)
+        return upscale(colours, size)
+
+    def describe(self) -> dict[str, Any]:
+        """Share of the variance that the colours show."""
+        return {"explained_share": self.basis.explained_share}
+
+
+@dataclass(frozen=True)
+class ClusterColours:
+    """Clusters by cosine, each column's own, with the colours of the first column's clusters that they cover."""
+
+    clusters: list[Clusters | None]
+    """Of each column."""
+    renamed: list[Int[Tensor, " clusters"] | None]
+    """Number in the first column of each cluster of a column."""
+    agreement: list[float | None]
+    """Share of tokens that have the first column's colour."""
+    num_clusters: int
+    """How many."""
+    title: str = "k-means"
+    """For labels."""
+
+    def label(self, column: int, frame: FrameTokens) -> Int[Tensor, "h w"]:
+        """Numbers of the first column's clusters."""
+        clusters, renamed = self.clusters[column], self.renamed[column]
+        assert clusters is not None and renamed is not None
+        return renamed[apply_kmeans(frame.tokens.float(), clusters)]
+
+    def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
+        """A picture of one frame of a column, of `size` (height, width)."""
+        colours = map_clusters_to_colours(self.label(column, frame), self.num_clusters)
+        return upscale(colours * frame.is_covered[..., None], size)
+
+    def describe(self) -> dict[str, Any]:
+        """Share of tokens whose colour is the first column's, for each column."""
+        return {"num_clusters": self.num_clusters, "agreement": self.agreement}
+
+
+TokenColours = PcaColours | ClusterColours
+"""What paints frames of the columns it was fitted to."""
+
+
+def fit_pca_colours(columns: Sequence[TokenColumn]) -> PcaColours:
+    """One basis for all backbones' tokens of the columns.
+
+    Raises:
+        ValueError: No column holds tokens.
+    """
+    shown = [column for column in columns if not column.is_empty]
+    fitted = [column for column in shown if not column.is_rendered] or shown
+    frames = [frame for column in fitted for frame in column.frames if frame is not None]
+    if not frames:
+        raise ValueError("No tokens to colour; name backbones with --models.")
+    embed_dim = frames[0].tokens.shape[-1]
+    accumulator = PcaAccumulator(embed_dim)
+    for frame in frames:
+        accumulator.add(frame.rows)
+    basis = accumulator.finish(min(3, embed_dim))
+    return PcaColours(fit_colours(basis, _sample(frames)))
+
+
+def fit_cluster_colours(columns: Sequence[TokenColumn], num_clusters: int, seed: int = 0) -> ClusterColours:
+    """Clusters of each column and their matching to the first column that holds tokens.
+
+    Args:
+        columns: Columns of the same pictures.
+        num_clusters: How many clusters, at least 1.
+        seed: Seed of k-means.
+
+    Raises:
+        ValueError: More clusters than tokens are asked for.
+    """
+    clusters: list[Clusters | None] = []
+    renamed: list[Tensor | None] = []
+    agreement: list[float | None] = []
+    reference: TokenColumn | None = None
+    reference_labels: list[Tensor | None] = []
+    for column in columns:
+        frames = [frame for frame in column.frames if frame is not None]
+        if not any(len(frame.rows) for frame in frames):
+            clusters, renamed, agreement = [*clusters, None], [*renamed, None], [*agreement, None]
+            continue
+        fitted = fit_kmeans(_sample(frames), num_clusters, seed)
+        labels = [None if frame is None else apply_kmeans(frame.tokens.float(), fitted) for frame in column.frames]
+        if reference is None:
+            reference, reference_labels = column, labels
+        pairs = _pair(column, labels, reference, reference_labels)
+        names = match_clusters(pairs[0], pairs[1], num_clusters)
+        clusters.append(fitted)
+        renamed.append(names)
+        agreement.append(float((names[pairs[0]] == pairs[1]).double().mean()))
+    return ClusterColours(clusters, renamed, agreement, num_clusters)
+
+
+def _pair(
+    column: TokenColumn,
+    labels: Sequence[Tensor | None],
+    reference: TokenColumn,
+    reference_labels: Sequence[Tensor | None],
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Labels of the tokens that count in both columns."""
+    ours, theirs = [], []
+    for frame, own, other_frame, other in zip(column.frames, labels, reference.frames, reference_labels, strict=True):
+        if frame is None or other_frame is None or own is None or other is None:
+            continue
+        both = frame.is_covered & other_frame.is_covered
+        ours.append(own[both])
+        theirs.append(other[both])
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return torch.cat([nothing, *ours]), torch.cat([nothing, *theirs])
+
+
+def _sample(frames: Sequence[FrameTokens]) -> Float[Tensor, "n embed"]:
+    """Tokens that count, at most `MAX_SAMPLED_TOKENS`, evenly spread."""
+    total = sum(frame.tokens.shape[0] * frame.tokens.shape[1] for frame in frames)
+    step = -(-total // MAX_SAMPLED_TOKENS)
+    # Another offset in each frame, so that a stride in step with the grid does not read the same columns always.
+    return torch.cat([frame.rows[index % step :: step] for index, frame in enumerate(frames)])
