@@ -52,6 +52,10 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{prog}: interrupted.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output (`head`) has seen enough; Python would complain once more while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_USER_ERROR)
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
