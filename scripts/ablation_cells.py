@@ -114,9 +114,7 @@ class Plan:
     def _create_probe(self, table: AblationTable, backbone: str, variant: Variant, data: ProbeData) -> Cell:
         name = self._name(backbone)
         trained = self._create_finetuning(backbone, variant) if variant.needs_finetuning else None
-        decisive = [data.task, "--test", *map(str, data.test), "--assembly", variant.assembly]
-        decisive += ["--train", *map(str, data.train)] if data.train else []
-        decisive += [*self._backbone_flags(name), *table.probe_flags]
+        decisive = ["--assembly", variant.assembly, *self._backbone_flags(name), *table.probe_flags]
         if data.task in ("segmentation", "depth") and self.probe_iterations is not None:
             decisive += ["--num-iterations", str(self.probe_iterations)]
         if trained is not None:
@@ -124,10 +122,13 @@ class Plan:
         decisive += ["--paper"] if self.paper else []
         features = _shorten(name) if trained is None else _label_finetuning(name, variant)
         label = "-".join([data.name.replace(":", "-"), variant.assembly, features])
-        result = self.output / "probes" / f"{label}-{self._compute_key(decisive)}.json"
-        flags = ["--seeds", *map(str, self.seeds), "--output-path", str(result)]
+        contents = [data.task, *map(_describe_data, data.test), "trained on", *map(_describe_data, data.train)]
+        result = self.output / "probes" / f"{label}-{self._compute_key([*contents, *decisive])}.json"
+        flags = [data.task, "--test", *map(str, data.test), *decisive]
+        flags += ["--train", *map(str, data.train)] if data.train else []
+        flags += ["--seeds", *map(str, self.seeds), "--output-path", str(result)]
         needs = () if trained is None else (trained,)
-        return Cell(f"probe/{result.stem}", _program("probe", decisive + flags), result, needs, self.seeds)
+        return Cell(f"probe/{result.stem}", _program("probe", flags), result, needs, self.seeds)
 
     def _create_finetuning(self, backbone: str, variant: Variant) -> Cell:
         scenes = tuple(self._create_scene(scene, backbone, variant) for scene in self.scenes)
@@ -161,7 +162,7 @@ class Plan:
     def _create_run(self, scene: Path, flags: Sequence[str]) -> Cell:
         method = "fit3d-features-paper" if self.paper else "fit3d-features"
         steps = [] if self.colour_steps is None else ["--max-num-iterations", str(self.colour_steps)]
-        key = self._compute_key([method, *flags, *steps, _describe_scene(scene)])
+        key = self._compute_key([method, *flags, *steps, _describe_data(scene)])
         experiment = f"{scene.name}-{key}"
         folder = self.output / "colour" / experiment / method / "run"
         command = (_find_program("ns-train"), method, "--data", str(scene), *flags, *steps, "--vis", "tensorboard",
@@ -229,11 +230,13 @@ def _as_training_flags(flags: Sequence[str]) -> list[str]:
     return [f"--pipeline.{renamed[flag]}" if flag in renamed else flag for flag in flags]
 
 
-def _describe_scene(scene: Path) -> str:
-    """Changes with the frames of a capture, not with its place."""
-    dslr = scene / "dslr" if (scene / "dslr").is_dir() else scene
-    lists = dslr / "train_test_lists.json"
-    return hash_file(lists) if lists.is_file() else scene.name
+def _describe_data(path: Path) -> str:
+    """Of a capture: changes with its frames, cameras and name, not with its place; of anything else its place."""
+    dslr = path / "dslr"
+    files = [*sorted((dslr / "nerfstudio").glob("*.json")), *sorted(dslr.glob("*.json"))]
+    if not files:
+        return str(path)
+    return f"{path.name} {hash_bytes(*(hash_file(file).encode() for file in files))}"
 
 
 def _shorten(backbone: str) -> str:

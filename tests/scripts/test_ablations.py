@@ -137,6 +137,22 @@ def test_cells__a_moved_output_folder_is_still_finished(plan: Plan, tmp_path: Pa
     assert run(replace(plan, output=tmp_path / "moved"), runner, "5") == ["report"]
 
 
+def test_cells__captures_count_by_content_not_by_place(plan: Plan, tmp_path: Path) -> None:
+    def replan(folder: Path) -> Plan:
+        scenes = tuple(folder / scene.name for scene in plan.scenes)
+        return replace(plan, scenes=scenes, data=(ProbeData("depth:scenes", scenes, scenes[:1]),))
+
+    runner = Runner()
+    folder = plan.scenes[0].parent
+    run(replan(folder), runner, "5")
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert run(replan(moved), runner, "5") == ["report"]
+    # The same names, other frames.
+    write_json(moved / "a" / "dslr" / "train_test_lists.json", {"train": ["other.JPG"], "test": []})
+    names = run(replan(moved), runner, "5")
+    assert sum(name.startswith("colour/") for name in names) == 1 and sum("probe/" in name for name in names) == 3
+
+
 def test_commands__say_what_the_variant_is(plan: Plan) -> None:
     adapter = [cell for cell in find_missing(plan.create_cells(TABLES["6"])) if "adapter" in cell.name]
     finetune, probe = adapter
