@@ -194,10 +194,13 @@ def run_tables(
     failed = run_cells(find_missing(probes), output / "logs", execute or execute_cell)
     finished = {cell.result for probe in probes for cell in (probe, *probe.needs) if cell.is_done()}
     if finished:
-        report = (sys.executable, "-m", "fit3d_ns.cli.report", *map(str, sorted(finished)))
-        cell = Cell("report", (*report, "--output-dir", str(output / "report")), output / "report" / "tables.json")
-        failed += [] if (execute or execute_cell)(cell, output / "logs" / "report.log") else ["report"]
-        print(f"Report: {output / 'report' / 'tables.html'}")
+        folder = output / "report"
+        arguments = (*map(str, sorted(finished)), "--output-dir", str(folder))
+        cell = Cell("report", (sys.executable, "-m", "fit3d_ns.cli.report", *arguments), folder / "tables.json")
+        if (execute or execute_cell)(cell, output / "logs" / "report.log"):
+            print(f"Report: {folder / 'tables.html'}")
+        else:
+            failed.append("report")
     if failed:
         raise ValueError(
             f"{len(failed)} cells failed or were left out because of that: {', '.join(failed)}; see {output / 'logs'}, "

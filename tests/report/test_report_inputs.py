@@ -1,6 +1,8 @@
 """What fit3d-report says about files it cannot use, and which files it finds."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from report_records import write_finetune_report, write_probe
@@ -97,6 +99,17 @@ def test_report_command__writes_four_files_and_shows_the_tables(
     assert written == ["tables.html", "tables.json", "tables.md", "tables.tex"]
     printed = capsys.readouterr().out
     assert printed.startswith("# Ours") and "50.00" in printed and "tables.html" in printed
+
+
+@pytest.mark.parametrize("word", ["features", "predictions"])
+def test_report_command__first_words_lead_to_the_pictures(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    called: list[tuple[str, list[str]]] = []
+    pictures = ModuleType("fit3d_ns.cli.report_figures")
+    pictures.main_features = lambda args: called.append(("features", list(args)))  # type: ignore[attr-defined]
+    pictures.main_predictions = lambda args: called.append(("predictions", list(args)))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fit3d_ns.cli.report_figures", pictures)
+    module.main([word, "a.png", "--models", "features"])
+    assert called == [(word, ["a.png", "--models", "features"])]
 
 
 def test_report_command__help_names_the_picture_commands(capsys: pytest.CaptureFixture[str]) -> None:
