@@ -11,7 +11,7 @@ from fit3d_ns.report.columns import COST_COLUMNS, TASK_COLUMNS, Column
 from fit3d_ns.report.paper_values import PaperRow, find_paper_data, find_paper_row, name_backbone
 from fit3d_ns.report.result_files import TASKS, ProbeResult
 from fit3d_ns.report.settings_text import describe_settings, describe_versions, find_differences, flatten
-from fit3d_ns.report.table import NOTHING, RANDOM_TITLE, Cell, Table, create_header, mark_best
+from fit3d_ns.report.table import NOTHING, RANDOM_TITLE, Cell, Table, create_header, mark_best_of_each
 
 ASSEMBLY_NAMES = {
     "original": "original",
@@ -60,67 +60,55 @@ def _create_table(group: list[ProbeResult]) -> Table:
     records = [probe.record for probe in sorted(group, key=_order)]
     first = records[0]
     task = group[0].task
-    differing, shared = _split_settings([_list_protocol(record.settings) for record in records])
+    backbones = [_name_backbone(record.settings) for record in records]
+    assemblies = [str(record.settings.get("assembly")) for record in records]
+    header = ["Backbone", "Features"]
+    columns = [[Cell(name) for name in backbones], [Cell(ASSEMBLY_NAMES.get(name, name)) for name in assemblies]]
+    protocols = [_list_protocol(record.settings) for record in records]
     variants = [_list_finetuning(record.settings) for record in records]
+    differing = find_differences(protocols)
     varied = find_differences([item for item in variants if item])
+    for title, names, items in (("Stage II", varied, variants), ("Probe", differing, protocols)):
+        if names:
+            header.append(title)
+            columns.append([Cell(describe_settings(item, names) or NOTHING) for item in items])
     papers = [_find_paper(task, record.settings, record.is_random) for record in records]
     costs = [read_finetuning(record.settings) for record in records]
-    header, columns = ["Backbone", "Features"], []
-    columns.append([Cell(_name_backbone(record.settings)) for record in records])
-    columns.append([Cell(ASSEMBLY_NAMES.get(a := str(record.settings.get("assembly")), a)) for record in records])
-    if varied:
-        header.append("Stage II")
-        columns.append([Cell(describe_settings(item, varied) or NOTHING) for item in variants])
-    if differing:
-        header.append("Probe")
-        protocols = [_list_protocol(record.settings) for record in records]
-        columns.append([Cell(describe_settings(item, differing) or NOTHING) for item in protocols])
-    for column in COST_COLUMNS:
-        _add(header, columns, column, [column.find(item) for item in costs], papers)
-    for column in TASK_COLUMNS[task]:
-        spreads = [column.find(record.metrics.get("spread") or {}) for record in records]
-        _add(header, columns, column, [column.find(record.metrics) for record in records], papers, spreads)
-    header.append("Seeds")
+    spreads = [record.metrics.get("spread") or {} for record in records]
+    for column in (*COST_COLUMNS, *TASK_COLUMNS[task]):
+        sources = costs if column in COST_COLUMNS else [record.metrics for record in records]
+        values = [column.find(source) for source in sources]
+        published = [None if row is None else row.values.get(column.name) for row in papers]
+        if any(value is not None for value in (*values, *published)):
+            best = mark_best_of_each(column, values, backbones)
+            header.append(create_header(column))
+            columns.append(
+                [
+                    _create_cell(column, value, column.find(spread), is_best)
+                    for value, spread, is_best in zip(values, spreads, best, strict=True)
+                ]
+            )
+        if any(value is not None for value in published):
+            header.append(f"{column.title}, paper")
+            columns.append([_create_cell(column, value) for value in published])
     counts = [len(record.metrics.get("per_seed") or {}) or 1 for record in records]
+    header.append("Seeds")
     columns.append([Cell(str(count), value=count) for count in counts])
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    notes = _write_notes(group, shared, any(papers), max(counts) > 1)
+    if any(papers):
+        header.append("Paper's tables")
+        columns.append([Cell() if row is None else Cell(", ".join(map(str, row.tables))) for row in papers])
+    shared = {name: value for name, value in protocols[0].items() if name not in differing}
+    notes = ["Bold: the best of each backbone."] if len(set(backbones)) > 1 else []
+    notes += _write_notes(group, shared, any(papers), max(counts) > 1)
     title = (RANDOM_TITLE if first.is_random else "") + _write_title(task, first.settings)
-    return Table(title, header, rows, notes, first.is_random)
+    return Table(title, header, [list(row) for row in zip(*columns, strict=True)], notes, first.is_random)
 
 
-def _add(
-    header: list[str],
-    columns: list[list[Cell]],
-    column: Column,
-    values: Sequence[float | None],
-    papers: Sequence[PaperRow | None],
-    spreads: Sequence[float | None] = (),
-) -> None:
-    """Appends a column of ours and, where the paper has one, the paper's beside it."""
-    published = [None if row is None else row.values.get(column.name) for row in papers]
-    if all(value is None for value in (*values, *published)):
-        return
-    cells = []
-    spreads = spreads or [None] * len(values)
-    for value, spread, is_best in zip(values, spreads, mark_best(column, values), strict=True):
-        text = NOTHING if value is None else column.show(value)
-        text += "" if value is None or spread is None else f" ± {column.show(spread)}"
-        cells.append(Cell(text, is_best, value, spread))
-    header.append(create_header(column))
-    columns.append(cells)
-    if any(value is not None for value in published):
-        header.append(f"{column.title}, paper [table]")
-        columns.append(
-            [
-                Cell() if row is None or value is None else Cell(f"{column.show(value)} [{_list(row)}]", value=value)
-                for row, value in zip(papers, published, strict=True)
-            ]
-        )
-
-
-def _list(row: PaperRow) -> str:
-    return ", ".join(map(str, row.tables))
+def _create_cell(column: Column, value: float | None, spread: float | None = None, is_best: bool = False) -> Cell:
+    if value is None:
+        return Cell()
+    text = column.show(value) + ("" if spread is None else f" ± {column.show(spread)}")
+    return Cell(text, is_best, value, spread)
 
 
 def _find_paper(task: str, settings: Mapping[str, Any], is_random: bool) -> PaperRow | None:
@@ -190,16 +178,10 @@ def _list_finetuning(settings: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(finetuning, Mapping):
         return {}
     chosen = flatten(finetuning.get("settings") or {})
-    known = {name: finetuning[name] for name in ("feature_dim", "steps") if name in finetuning}
+    known = {name: finetuning[name] for name in ("steps",) if name in finetuning}
     scenes = [str(scene) for scene in finetuning.get("scenes", ())]
     names = "+".join(scenes) if len(scenes) <= _MAX_NAMES else f"{len(scenes)} scenes"
     return {**chosen, **known, "scenes": names}
-
-
-def _split_settings(protocols: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-    """Names in which the rows differ, and what they share."""
-    differing = find_differences(protocols)
-    return differing, {name: value for name, value in protocols[0].items() if name not in differing}
 
 
 def _write_notes(group: list[ProbeResult], shared: Mapping[str, Any], has_paper: bool, has_spread: bool) -> list[str]:
@@ -212,8 +194,8 @@ def _write_notes(group: list[ProbeResult], shared: Mapping[str, Any], has_paper:
         notes.append("± is the standard deviation over seeds (n - 1).")
     if has_paper:
         notes.append(
-            "Paper: Yue et al., ECCV 2024, with the numbers of its tables; one seed, shown where data set, backbone "
-            "and method are the same; its settings are those of --paper."
+            "Paper: Yue et al., ECCV 2024; one seed, shown where data set, backbone and method are the same; its "
+            "settings are those of --paper."
         )
     settings = describe_settings(shared, [name for name, value in shared.items() if value is not None])
     notes += [f"Settings: {settings}."] if settings else []

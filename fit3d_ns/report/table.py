@@ -54,3 +54,13 @@ def mark_best(column: Column, values: Sequence[float | None]) -> list[bool]:
 def create_header(column: Column) -> str:
     """A column's title with its arrow."""
     return column.title + {"up": " ↑", "down": " ↓", "none": ""}[column.direction]
+
+
+def mark_best_of_each(column: Column, values: Sequence[float | None], groups: Sequence[str]) -> list[bool]:
+    """The best of each group of rows, for example of each backbone."""
+    marks = [False] * len(values)
+    for group in set(groups):
+        places = [place for place, name in enumerate(groups) if name == group]
+        for place, is_best in zip(places, mark_best(column, [values[place] for place in places]), strict=True):
+            marks[place] = is_best
+    return marks

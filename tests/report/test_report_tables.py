@@ -101,12 +101,12 @@ def test_report__mean_spread_seeds_best_and_arrows(two_rows: Report) -> None:
 def test_report__paper_and_costs_stand_beside_ours(two_rows: Report) -> None:
     [(_, header, rows)] = parse_markdown(two_rows.markdown)
     original, concat = (dict(zip(header, row, strict=True)) for row in rows)
-    assert original["mIoU (%), paper [table]"] == "65.55 [1, 9]"
-    assert concat["mIoU (%), paper [table]"] == "67.50 [1, 5, 7, 8, 9]"
-    assert concat["Scene (MB)"] == "170.2" and concat["Scene (MB), paper [table]"].startswith("495.0")
+    assert original["mIoU (%), paper"] == "65.55" and original["Paper's tables"] == "1, 9"
+    assert concat["mIoU (%), paper"] == "67.50" and concat["Paper's tables"] == "1, 5, 7, 8, 9"
+    assert concat["Scene (MB)"] == "170.2" and concat["Scene (MB), paper"] == "495.0"
     assert concat["Stage I (h/scene)"] == "0.50" and concat["Stage II (h)"] == "2.25"
     assert original["Stage II (h)"] == "-"
-    assert concat["Stage II (h), paper [table]"].startswith("8.50")
+    assert concat["Stage II (h), paper"] == "8.50"
 
 
 def test_report__html_latex_and_json_say_what_markdown_says(two_rows: Report) -> None:
@@ -147,15 +147,15 @@ def test_report__no_paper_value_for_other_data_backbones_or_methods(tmp_path: Pa
 
 
 def test_report__rows_of_the_ablations_have_their_own_paper_values(tmp_path: Path) -> None:
-    expected = {"d32": "67.15 [5]", "e2": "67.25 [8]", "add": "66.00 [7]"}
+    expected = {"d32": ("67.15", "5"), "e2": ("67.25", "8"), "add": ("66.00", "7")}
     write_probe(tmp_path / "d32.json", {0: {"miou": 0.1}}, assembly="concat",
                 finetuning=describe_finetuning(feature_dim=32))  # fmt: skip
     write_probe(tmp_path / "e2.json", {0: {"miou": 0.2}}, assembly="concat",
                 finetuning=describe_finetuning(epochs=1.9998))  # fmt: skip
     write_probe(tmp_path / "add.json", {0: {"miou": 0.3}}, assembly="add", finetuning=describe_finetuning())
     [(_, header, rows)] = parse_markdown(make(tmp_path).markdown)
-    column = header.index("mIoU (%), paper [table]")
-    assert [row[column] for row in rows] == [expected["d32"], expected["e2"], expected["add"]]
+    columns = header.index("mIoU (%), paper"), header.index("Paper's tables")
+    assert [(row[columns[0]], row[columns[1]]) for row in rows] == [expected["d32"], expected["e2"], expected["add"]]
 
 
 def test_report__random_weights_never_share_a_table(tmp_path: Path) -> None:
@@ -168,6 +168,24 @@ def test_report__random_weights_never_share_a_table(tmp_path: Path) -> None:
     assert [len(rows) for _, _, rows in tables] == [2, 1]
     # The random row's higher figure takes nothing away from the real ones.
     assert "**40.00**" in tables[0][2][0]
+
+
+def test_report__the_best_of_each_backbone_is_bold(tmp_path: Path) -> None:
+    base = describe_backbone("vit_base_patch14_dinov2.lvd142m")
+    write_probe(tmp_path / "a.json", {0: {"miou": 0.4}})
+    write_probe(tmp_path / "b.json", {0: {"miou": 0.5}}, assembly="duplicate")
+    write_probe(tmp_path / "c.json", {0: {"miou": 0.7}}, backbone=base)
+    write_probe(tmp_path / "d.json", {0: {"miou": 0.6}}, backbone=base, assembly="duplicate")
+    report = make(tmp_path)
+    [(_, header, rows)] = parse_markdown(report.markdown)
+    figures = [(row[0], row[header.index("mIoU (%) ↑")]) for row in rows]
+    assert figures == [
+        ("DINOv2-B", "**70.00**"),
+        ("DINOv2-B", "60.00"),
+        ("DINOv2-S", "40.00"),
+        ("DINOv2-S", "**50.00**"),
+    ]
+    assert "Bold: the best of each backbone." in report.tables[0].notes
 
 
 def test_report__settings_that_differ_stand_in_the_row_others_below(tmp_path: Path) -> None:
