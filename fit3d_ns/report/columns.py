@@ -30,8 +30,9 @@ class Column:
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     def show(self, value: float) -> str:
-        """A figure in the record's unit, as text."""
-        return f"{value * self.scale:.{self.digits}f}"
+        """A figure in the record's unit, as text; what would be rounded to 0 keeps one digit."""
+        text = f"{value * self.scale:.{self.digits}f}"
+        return f"{value * self.scale:.1g}" if value and not float(text) else text
 
 
 def _percent(name: str, title: str) -> Column:

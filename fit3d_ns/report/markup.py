@@ -25,6 +25,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 90re
 table { border-collapse: collapse; margin: 2rem 0 0.5rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 0.4rem 0; }
 th, td { padding: 0.25rem 0.8rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
+td { white-space: nowrap; }
+.wide { overflow-x: auto; }
 thead th { border-bottom: 2px solid #444; }
 ul.notes { margin: 0 0 2rem; padding-left: 1.2rem; color: #555; font-size: 13px; overflow-wrap: anywhere; }
 .random { background: #fff3f0; }
@@ -65,13 +67,14 @@ def write_html(tables: Sequence[Table], title: str) -> str:
     parts += [f"<title>{html.escape(title)}</title>", f"<style>{_STYLE}</style>", "</head>", "<body>"]
     parts.append(f"<h1>{html.escape(title)}</h1>")
     for table in tables:
+        parts.append('<div class="wide">')
         parts.append('<table class="random">' if table.is_random else "<table>")
         parts.append(f"<caption>{html.escape(table.title)}</caption>")
         names = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
         parts.append(f"<thead><tr>{names}</tr></thead>")
         parts.append("<tbody>")
         parts += ["<tr>" + "".join(f"<td>{_mark_html(cell)}</td>" for cell in row) + "</tr>" for row in table.rows]
-        parts += ["</tbody>", "</table>", '<ul class="notes">']
+        parts += ["</tbody>", "</table>", "</div>", '<ul class="notes">']
         parts += [f"<li>{html.escape(note)}</li>" for note in table.notes]
         parts.append("</ul>")
     return "\n".join([*parts, "</body>", "</html>"]) + "\n"

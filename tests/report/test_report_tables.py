@@ -234,3 +234,8 @@ def test_mark_best__ties_as_shown(direction: str, expected: list[bool]) -> None:
     # 0.50001 and 0.50002 are both 0.5000.
     assert mark_best(Column("x", "x", direction, digits=4), [0.4, 0.50001, 0.50002]) == expected  # type: ignore[arg-type]
     assert mark_best(Column("x", "x", "up"), [None, 0.5]) == [False, False]
+
+
+def test_column__small_figures_do_not_become_zero() -> None:
+    hours = Column("hours", "Hours", digits=2)
+    assert [hours.show(value) for value in (0.0, 0.0004, 0.25, 8.5)] == ["0.00", "0.0004", "0.25", "8.50"]
