@@ -18,6 +18,7 @@ from fit3d_ns.lifting.lift_scene import LiftSceneConfig, check_dimensions, lift_
 from fit3d_ns.lifting.lift_source import LiftSource, compare_with_photographs, create_lift_source, read_scene_source
 from fit3d_ns.lifting.ply_world import PlyConfig, read_ply_source
 from fit3d_ns.scene import save_scene
+from fit3d_ns.scene.scene_costs import find_geometry_seconds
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord
@@ -186,6 +187,7 @@ def _read_run_source(path: Path, data: Path | None) -> LiftSource:
     """A nerfstudio run; imported here so that PLYs are lifted where nerfstudio is not installed."""
     try:
         from fit3d_ns.plugin.run_reader import read_run
+        from fit3d_ns.plugin.summary import read_run_figures
     except ImportError as error:
         raise ValueError(
             f"{path} is a nerfstudio run, and nerfstudio cannot be imported ({error}); install it, or export the run "
@@ -201,7 +203,13 @@ def _read_run_source(path: Path, data: Path | None) -> LiftSource:
         "sh_rest": run.gauss_params["features_rest"],
     }
     description = f"{run.config.method_name} run {run.config_path.parent.name}, step {run.step}"
-    return create_lift_source(raw, run.capture, description, rasterize_mode=run.rasterize_mode)
+    return create_lift_source(
+        raw,
+        run.capture,
+        description,
+        rasterize_mode=run.rasterize_mode,
+        training_seconds=find_geometry_seconds(read_run_figures(run.config_path)),
+    )
 
 
 def _summarize(figures: dict[str, object]) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import ComputeTokens, Validation, ValidationFigures, format_consistency
 from fit3d_ns.scene import SceneBackbone
+from fit3d_ns.scene.scene_costs import read_scene_costs
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import collect_versions
@@ -240,7 +241,11 @@ def _summarise(
         "num_scene_loads": bank.num_loads,
         "peak_memory_mb": measure_peak_memory_mb(),
         "losses": thin_out(history.losses),
+        "epochs": trainer.step * trainer.images_per_step / trainer.sequence.num_images,
         "scenes": [str(path) for path in inputs.scenes],
+        "scene_costs": [
+            asdict(read_scene_costs(scene, path)) for scene, path in zip(bank.on_disk, inputs.scenes, strict=False)
+        ],
         "validation_scenes": [str(path) for path in inputs.validation_scenes],
         "backbone": description.to_metadata(),
         "settings": config.decisive,

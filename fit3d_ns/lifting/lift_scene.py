@@ -31,6 +31,7 @@ from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.view_passes import Progress
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, PosedCapture, SceneBackbone, View, create_gaussians
+from fit3d_ns.scene.scene_costs import TRAINING_FIGURE
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, measure_peak_memory_mb, notice
 
 MAX_PICTURE_TOKENS = 50_000
@@ -150,6 +151,7 @@ def lift_scene(
         "explained_share": result.basis.explained_share,
         "is_resumed": is_resumed,
         "seconds": {name: round(seconds, 3) for name, seconds in {**timer.seconds, **result.seconds}.items()},
+        TRAINING_FIGURE: source.training_seconds,
         "peak_memory_mb": measure_lift_memory_mb(device),
         "source": source.description,
         "lift": asdict(config),

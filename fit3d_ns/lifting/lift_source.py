@@ -5,7 +5,7 @@ Gaussians (`ply_world.py`), so colours that depend on the direction stay right.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from fit3d_ns.scene import FeatureGaussians, PosedCapture, View, create_gaussian
 from fit3d_ns.scene.capture_record import parse_capture, record_capture
 from fit3d_ns.scene.feature_scene import RasterizeMode
 from fit3d_ns.scene.gaussians import activate
+from fit3d_ns.scene.scene_costs import find_geometry_seconds
 
 NUM_CHECKED_VIEWS = 3
 """Views that are rendered and compared with their photographs before a lift."""
@@ -43,6 +44,8 @@ class LiftSource:
     """Blur of projected Gaussians in squared pixels, as trained."""
     num_dropped: int = 0
     """Gaussians left out because a number was NaN, infinite or too large."""
+    training_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase of the run that made the Gaussians; empty where they are not known."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def create_lift_source(
     rasterize_mode: RasterizeMode = "classic",
     eps2d: float = 0.3,
     num_dropped: int = 0,
+    training_seconds: dict[str, float] | None = None,
 ) -> LiftSource:
     """Brings raw Gaussians into their stored types; those that cannot be stored or drawn are left out and counted.
 
@@ -78,6 +82,7 @@ def create_lift_source(
         rasterize_mode: Mode the Gaussians were trained in.
         eps2d: Blur they were trained with.
         num_dropped: How many a reader has left out already.
+        training_seconds: Seconds by phase of the run that made the Gaussians, if they are known.
 
     Raises:
         ValueError: No Gaussian is usable, there are no train views, or a file of the capture lies outside its root.
@@ -91,7 +96,7 @@ def create_lift_source(
     gaussians = create_gaussians(**kept, features=torch.zeros(len(kept["means"]), 0))
     _check_capture(capture)
     num_dropped += int(invalid.sum())
-    return LiftSource(gaussians, capture, description, rasterize_mode, eps2d, num_dropped)
+    return LiftSource(gaussians, capture, description, rasterize_mode, eps2d, num_dropped, dict(training_seconds or {}))
 
 
 def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
@@ -114,6 +119,7 @@ def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
         f"scene file {Path(path).name}",
         rasterize_mode=scene.rasterize_mode,
         eps2d=scene.eps2d,
+        training_seconds=find_geometry_seconds(scene.figures),
     )
 
 

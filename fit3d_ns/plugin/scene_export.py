@@ -9,9 +9,8 @@ from torch import Tensor
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features.backbones import describe_backbone
 from fit3d_ns.plugin.run_reader import SplatRun, read_run
-from fit3d_ns.plugin.summary import SUMMARY_NAME
+from fit3d_ns.plugin.summary import read_run_figures
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, SceneBackbone, create_gaussians, find_invalid
-from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import notice
 
 
@@ -54,7 +53,6 @@ def create_run_scene(run: SplatRun, drop_unseen: bool = False) -> FeatureScene:
         notice(f"Left out {int((unseen & keep).sum())} Gaussians that no training view weighted.")
         keep &= ~unseen
     bias = run.state.get("feature_branch.decoder.bias")
-    summary = run.config_path.parent / SUMMARY_NAME
     return FeatureScene(
         gaussians=create_gaussians(**{name: value[keep] for name, value in gaussians.items()}),
         decoder=FeatureDecoder.from_weights(run.state["feature_branch.decoder.weight"].float(), bias),
@@ -63,7 +61,7 @@ def create_run_scene(run: SplatRun, drop_unseen: bool = False) -> FeatureScene:
         pca=_read_picture_basis(run.state),
         token_reading=model.lift.token_reading,
         rasterize_mode=run.rasterize_mode,
-        figures=read_json(summary)["metrics"] if summary.is_file() else {},
+        figures=read_run_figures(run.config_path),
     )
 
 

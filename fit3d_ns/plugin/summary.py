@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fit3d_ns.utils.progress import measure_peak_memory_mb
-from fit3d_ns.utils.results import ResultRecord, save_result
+from fit3d_ns.utils.results import ResultRecord, load_result, save_result
 
 SUMMARY_NAME = "results.json"
 """File beside config.yml."""
@@ -57,6 +57,12 @@ def write_run_summary(trainer: Any, figures: dict[str, float]) -> Path:
     save_result(record, path)
     _print_summary(record, path, trainer)
     return path
+
+
+def read_run_figures(config_path: Path) -> dict[str, Any]:
+    """The figures of a run by its config.yml; none where it did not finish, or is nerfstudio's own."""
+    path = config_path.parent / SUMMARY_NAME
+    return dict(load_result(path).metrics) if path.is_file() else {}
 
 
 def _print_summary(record: ResultRecord, path: Path, trainer: Any) -> None:

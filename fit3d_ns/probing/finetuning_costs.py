@@ -6,9 +6,20 @@ from typing import Any
 from fit3d_ns.probing.assembly import list_parts
 from fit3d_ns.probing.frozen_backbones import BackboneConfig
 from fit3d_ns.scene import load_scene
+from fit3d_ns.scene.scene_costs import SceneCosts, read_scene_costs
 from fit3d_ns.utils.files import read_json
 
-_TAKEN = ("steps", "seconds", "loss_first", "loss_last", "num_images", "num_trained_parameters", "settings", "versions")
+_TAKEN = (
+    "steps",
+    "epochs",
+    "seconds",
+    "loss_first",
+    "loss_last",
+    "num_images",
+    "num_trained_parameters",
+    "settings",
+    "versions",
+)
 _SECONDS_PER_HOUR = 3600.0
 
 
@@ -19,10 +30,11 @@ def is_finetuned_from_random(config: BackboneConfig) -> bool:
 
 
 def read_costs(config: BackboneConfig) -> dict[str, Any]:
-    """Hours and settings of stage II, and size and hours of the scenes it learned from, as far as they are known.
+    """Hours and settings of stage II, and what the scenes it learned from have cost, as far as it is known.
 
     Returns:
-        `{"finetuning": {...}}`, or nothing where no fine-tuned folder takes part or it has no report.
+        `{"finetuning": {...}}`, or nothing where no fine-tuned folder takes part or it has no report. `hours` are stage
+        II's, `stage1_hours` and `scene_file_mb` means over scenes, `feature_dim` that of all scenes.
     """
     report = _read_report(config)
     if report is None:
@@ -32,11 +44,26 @@ def read_costs(config: BackboneConfig) -> dict[str, Any]:
         costs["hours"] = report["seconds"] / _SECONDS_PER_HOUR
     scenes = [Path(name) for name in report.get("scenes", []) if isinstance(name, str)]
     costs["scenes"] = [scene.stem for scene in scenes]
-    present = [scene for scene in scenes if scene.is_file()]
-    if present:
-        costs["scene_file_mb"] = sum(scene.stat().st_size for scene in present) / len(present) / 1e6
-        costs["scene_figures"] = {scene.stem: load_scene(scene).figures for scene in present}
-    return {"finetuning": costs}
+    return {"finetuning": {**costs, **_summarise_scenes(_list_scene_costs(report, scenes))}}
+
+
+def _list_scene_costs(report: dict[str, Any], scenes: list[Path]) -> list[SceneCosts]:
+    """What the report recorded; reports of earlier versions did not, then of the scenes that are still there."""
+    if isinstance(report.get("scene_costs"), list):
+        return [SceneCosts(**entry) for entry in report["scene_costs"]]
+    return [read_scene_costs(load_scene(scene), scene) for scene in scenes if scene.is_file()]
+
+
+def _summarise_scenes(costs: list[SceneCosts]) -> dict[str, Any]:
+    if not costs:
+        return {}
+    summary: dict[str, Any] = {"scene_file_mb": sum(cost.file_mb for cost in costs) / len(costs)}
+    hours = [cost.stage1_hours for cost in costs if cost.stage1_hours is not None]
+    if len(hours) == len(costs):
+        summary["stage1_hours"] = sum(hours) / len(hours)
+    if len({cost.feature_dim for cost in costs}) == 1:
+        summary["feature_dim"] = costs[0].feature_dim
+    return summary
 
 
 def _read_report(config: BackboneConfig) -> dict[str, Any] | None:

@@ -1,0 +1,56 @@
+"""`fit3d-report`: tables out of results; `fit3d-report features` and `fit3d-report predictions` draw pictures."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fit3d_ns.cli.command import run_command
+from fit3d_ns.report.report_files import write_report
+from fit3d_ns.report.result_files import read_results
+
+DESCRIPTION = """Makes Markdown, LaTeX and HTML tables of what fit3d-probe and fit3d-finetune measured.
+
+Two first words do something else, see their own --help: `fit3d-report features ...` draws feature maps of photographs,
+frame folders and videos, `fit3d-report predictions ...` sets predicted segmentation or depth side by side. (Results in
+a folder of such a name: `./features`.)"""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Which results, and where the tables go."""
+
+    results: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Records of fit3d-probe and report.json files of fit3d-finetune: files, folders (everything below), globs."""
+    output_dir: Path = Path("report")
+    """Folder for tables.md, tables.tex, tables.html and tables.json."""
+    title: str = "Results"
+    """Headline."""
+
+
+def report(command: ReportCommand) -> None:
+    """Reads, writes, shows the tables and says where they are."""
+    written = write_report(read_results(command.results), command.output_dir, command.title)
+    print(written.markdown)
+    print("Report: " + ", ".join(map(str, written.files)))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    first = arguments[0] if arguments else ""
+    if first in ("features", "predictions"):
+        # Pictures need libraries that tables do not.
+        from fit3d_ns.cli.report_figures import main_features, main_predictions
+
+        draw = main_features if first == "features" else main_predictions
+        draw(arguments[1:])
+        return
+    run_command(ReportCommand, report, prog="fit3d-report", description=DESCRIPTION, args=arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""`create_probe_tables`: records of fit3d-probe become tables.
+
+One table is about one task, one set of training and one of test data. Results of random weights have tables of their
+own. Settings that all rows share are a footnote; those in which they differ stand in the row.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fit3d_ns.report.columns import COST_COLUMNS, TASK_COLUMNS, Column
+from fit3d_ns.report.paper_values import PaperRow, find_paper_data, find_paper_row, name_backbone
+from fit3d_ns.report.result_files import TASKS, ProbeResult
+from fit3d_ns.report.settings_text import describe_settings, describe_versions, find_differences, flatten
+from fit3d_ns.report.table import NOTHING, RANDOM_TITLE, Cell, Table, create_header, mark_best_of_each
+
+ASSEMBLY_NAMES = {
+    "original": "original",
+    "finetuned": "fine-tuned alone",
+    "concat": "original + fine-tuned, concatenated",
+    "duplicate": "original twice",
+    "add": "original + fine-tuned, added",
+    "linear": "original + fine-tuned, linear fusion",
+}
+"""Assemblies in the order of rows."""
+
+_MAX_NAMES = 4
+"""Scenes of a row are named up to this number, then counted."""
+
+
+def create_probe_tables(probes: Sequence[ProbeResult]) -> list[Table]:
+    """Tables of all tasks, results of random weights last.
+
+    Raises:
+        ValueError: Two records of one table are about different versions of the same data.
+    """
+    groups: dict[tuple[Any, ...], list[ProbeResult]] = {}
+    for probe in probes:
+        settings = probe.record.settings
+        names = [_name_data(settings.get(part)) for part in ("train", "test")]
+        key = (probe.record.is_random, TASKS.index(probe.task), names[1], names[0], _get_head(settings))
+        groups.setdefault(key, []).append(probe)
+    for group in groups.values():
+        _check_versions_of_data(group)
+    return [_create_table(groups[key]) for key in sorted(groups)]
+
+
+def read_finetuning(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Costs and choices of stage II of a record, by the names of the columns and of `find_paper_row`."""
+    known = settings.get("finetuning")
+    if not isinstance(known, Mapping):
+        return {}
+    found = {name: known[name] for name in ("feature_dim", "scene_file_mb", "stage1_hours", "epochs") if name in known}
+    if "hours" in known:
+        found["finetune_hours"] = known["hours"]
+    trainable = known.get("settings", {}).get("trainable", {})
+    return {**found, "train": trainable["train"]} if "train" in trainable else found
+
+
+def _create_table(group: list[ProbeResult]) -> Table:
+    records = [probe.record for probe in sorted(group, key=_order)]
+    first = records[0]
+    task = group[0].task
+    backbones = [_name_backbone(record.settings) for record in records]
+    assemblies = [str(record.settings.get("assembly")) for record in records]
+    header = ["Backbone", "Features"]
+    columns = [[Cell(name) for name in backbones], [Cell(ASSEMBLY_NAMES.get(name, name)) for name in assemblies]]
+    protocols = [_list_protocol(record.settings) for record in records]
+    variants = [_list_finetuning(record.settings) for record in records]
+    differing = find_differences(protocols)
+    varied = find_differences([item for item in variants if item])
+    for title, names, items in (("Stage II", varied, variants), ("Probe", differing, protocols)):
+        if names:
+            header.append(title)
+            columns.append([Cell(describe_settings(item, names) or NOTHING) for item in items])
+    papers = [_find_paper(task, record.settings, record.is_random) for record in records]
+    costs = [read_finetuning(record.settings) for record in records]
+    spreads = [record.metrics.get("spread") or {} for record in records]
+    for column in (*COST_COLUMNS, *TASK_COLUMNS[task]):
+        sources = costs if column in COST_COLUMNS else [record.metrics for record in records]
+        values = [column.find(source) for source in sources]
+        published = [None if row is None else row.values.get(column.name) for row in papers]
+        if any(value is not None for value in (*values, *published)):
+            best = mark_best_of_each(column, values, backbones)
+            header.append(create_header(column))
+            columns.append(
+                [
+                    _create_cell(column, value, column.find(spread), is_best)
+                    for value, spread, is_best in zip(values, spreads, best, strict=True)
+                ]
+            )
+        if any(value is not None for value in published):
+            header.append(f"{column.title}, paper")
+            columns.append([_create_cell(column, value) for value in published])
+    counts = [len(record.metrics.get("per_seed") or {}) or 1 for record in records]
+    header.append("Seeds")
+    columns.append([Cell(str(count), value=count) for count in counts])
+    if any(papers):
+        header.append("Paper's tables")
+        columns.append([Cell() if row is None else Cell(", ".join(map(str, row.tables))) for row in papers])
+    shared = {name: value for name, value in protocols[0].items() if name not in differing}
+    notes = ["Bold: the best of each backbone."] if len(set(backbones)) > 1 else []
+    notes += _write_notes(group, shared, any(papers), max(counts) > 1)
+    title = (RANDOM_TITLE if first.is_random else "") + _write_title(task, first.settings)
+    return Table(title, header, [list(row) for row in zip(*columns, strict=True)], notes, first.is_random)
+
+
+def _create_cell(column: Column, value: float | None, spread: float | None = None, is_best: bool = False) -> Cell:
+    if value is None:
+        return Cell()
+    text = column.show(value) + ("" if spread is None else f" ± {column.show(spread)}")
+    return Cell(text, is_best, value, spread)
+
+
+def _find_paper(task: str, settings: Mapping[str, Any], is_random: bool) -> PaperRow | None:
+    if is_random:
+        return None
+    finetuning = settings.get("finetuning")
+    chosen = finetuning.get("settings", {}) if isinstance(finetuning, Mapping) else {}
+    if any(chosen.get("anchors", {}).values()) or chosen.get("targets", {}).get("leave_one_out"):
+        # Ours, not the paper's.
+        return None
+    train, test = settings.get("train") or {}, settings.get("test") or {}
+    architecture = str(_get_backbone(settings).get("architecture"))
+    data = find_paper_data(task, train, test)
+    assembly = str(settings.get("assembly"))
+    return find_paper_row(task, data, architecture, assembly, _get_head(settings), read_finetuning(settings))
+
+
+def _get_head(settings: Mapping[str, Any]) -> str:
+    return str((settings.get("config") or {}).get("head", "linear"))
+
+
+def _get_backbone(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is known of the original or, where only the fine-tuned one runs, of that."""
+    backbones = settings.get("backbones") or {}
+    return backbones.get("original") or backbones.get("finetuned") or {}
+
+
+def _name_backbone(settings: Mapping[str, Any]) -> str:
+    return name_backbone(_get_backbone(settings))
+
+
+def _name_data(data: Any) -> str:
+    if not isinstance(data, Mapping):
+        return ""
+    return str(data["name"]) if "name" in data else "+".join(sorted(map(str, data.get("scenes", ()))))
+
+
+def _order(probe: ProbeResult) -> tuple[Any, ...]:
+    """Backbone, then the assemblies in their order, then the file's name."""
+    settings = probe.record.settings
+    names = list(ASSEMBLY_NAMES)
+    assembly = str(settings.get("assembly"))
+    place = names.index(assembly) if assembly in names else len(names)
+    return (_name_backbone(settings), place, str(probe.path))
+
+
+def _write_title(task: str, settings: Mapping[str, Any]) -> str:
+    train, test = settings.get("train"), settings.get("test")
+    head = " with a DPT head" if _get_head(settings) == "dpt" else ""
+    title = f"{task.capitalize()}{head} on {_name_data(test)}"
+    if isinstance(train, Mapping) and _name_data(train) != _name_data(test):
+        title += f", trained on {_name_data(train)}"
+    return title
+
+
+def _list_protocol(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Choices of a probe besides its data and backbones."""
+    parts = ("config", "run", "patch_fit", "precision")
+    flat = flatten({name: settings[name] for name in parts if name in settings})
+    backbone = _get_backbone(settings)
+    return flat | {name: backbone[name] for name in ("normalization",) if name in backbone}
+
+
+def _list_finetuning(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Choices of stage II that may differ between the rows of a table; empty without a fine-tuned backbone."""
+    finetuning = settings.get("finetuning")
+    if not isinstance(finetuning, Mapping):
+        return {}
+    chosen = flatten(finetuning.get("settings") or {})
+    known = {name: finetuning[name] for name in ("steps",) if name in finetuning}
+    scenes = [str(scene) for scene in finetuning.get("scenes", ())]
+    names = "+".join(scenes) if len(scenes) <= _MAX_NAMES else f"{len(scenes)} scenes"
+    return {**chosen, **known, "scenes": names}
+
+
+def _write_notes(group: list[ProbeResult], shared: Mapping[str, Any], has_paper: bool, has_spread: bool) -> list[str]:
+    records = [probe.record for probe in group]
+    train, test = records[0].settings.get("train"), records[0].settings.get("test")
+    notes = []
+    if isinstance(train, Mapping) and isinstance(test, Mapping) and "num_frames" in test:
+        notes.append(f"Data: {train.get('num_frames')} frames to train on, {test['num_frames']} to test on.")
+    if has_spread:
+        notes.append("± is the standard deviation over seeds (n - 1).")
+    if has_paper:
+        notes.append(
+            "Paper: Yue et al., ECCV 2024; one seed, shown where data set, backbone and method are the same; its "
+            "settings are those of --paper."
+        )
+    settings = describe_settings(shared, [name for name, value in shared.items() if value is not None])
+    notes += [f"Settings: {settings}."] if settings else []
+    notes.append(f"Versions: {describe_versions([record.versions for record in records])}.")
+    return notes
+
+
+def _check_versions_of_data(group: Sequence[ProbeResult]) -> None:
+    for part in ("train", "test"):
+        seen: dict[str, ProbeResult] = {}
+        for probe in group:
+            data = probe.record.settings.get(part)
+            version = repr(data.get("data_hash", data.get("sizes"))) if isinstance(data, Mapping) else ""
+            seen.setdefault(version, probe)
+        if len(seen) > 1:
+            (one, first), (other, second) = list(seen.items())[:2]
+            raise ValueError(
+                f"{first.path} and {second.path} are about different versions of the {part} data "
+                f"{_name_data(first.record.settings[part])} ({one} and {other}); report them apart, or probe again."
+            )

@@ -1,0 +1,150 @@
+"""`read_results`: finds the results of fit3d-probe and fit3d-finetune below files, folders and globs, and reads them.
+
+In folders and globs, JSON that is no such result (configurations, records of other commands) is passed over and
+counted; a file that is named has to be one.
+"""
+
+import glob
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fit3d_ns.utils.files import read_json
+from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.results import ResultRecord, load_result
+
+PROBE_PREFIX = "probe/"
+FINETUNE_KIND = "finetune"
+TASKS = ("segmentation", "depth", "classification", "consistency", "correspondence")
+"""Of fit3d-probe, in the order of the report."""
+
+_PUT_ASIDE = re.compile(r"\.[0-9a-f]{16}$")
+"""End of the stem that fit3d-probe gives to figures of other settings before it writes new ones in their place."""
+_SKIPPED_FOLDERS = ("checkpoints", "nerfstudio_models", "tensorboard")
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """A record of fit3d-probe."""
+
+    path: Path
+    """Where it was read."""
+    record: ResultRecord
+    """Its content."""
+
+    @property
+    def task(self) -> str:
+        """What was probed."""
+        return self.record.kind.removeprefix(PROBE_PREFIX)
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A `report.json` of fit3d-finetune."""
+
+    path: Path
+    """Where it was read."""
+    report: dict[str, Any]
+    """Its content."""
+
+    @property
+    def name(self) -> str:
+        """The folder of the fine-tuned backbone."""
+        return self.path.absolute().parent.name
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that was found, in the order of the patterns."""
+
+    probes: list[ProbeResult]
+    """Records of probes; no two of the same settings."""
+    finetunings: list[FinetuneResult]
+    """Reports of stage II."""
+
+
+def read_results(patterns: Sequence[str | Path]) -> Results:
+    """Reads all results that the patterns name, each file once.
+
+    Args:
+        patterns: Files, folders (everything below), globs (`**` descends).
+
+    Raises:
+        ValueError: Nothing is found, a file is broken or of another kind, or two are of the same settings; one
+            sentence names the file.
+    """
+    probes: list[ProbeResult] = []
+    finetunings: list[FinetuneResult] = []
+    for path, is_named in _find_files(patterns):
+        content = read_json(path)
+        kind = content.get("kind") if isinstance(content, dict) else None
+        if kind == FINETUNE_KIND:
+            finetunings.append(_check_report(path, content))
+        elif isinstance(kind, str) and kind.removeprefix(PROBE_PREFIX) in TASKS and kind.startswith(PROBE_PREFIX):
+            if not is_named and _PUT_ASIDE.search(path.stem):
+                notice(f"{path} was put aside by a later run with other settings; it is passed over.")
+                continue
+            probes.append(_check_record(path))
+        elif is_named:
+            found = f"a record of {kind!r}" if isinstance(kind, str) else "no record"
+            raise ValueError(f"{path} is {found}; the report takes records of fit3d-probe and report.json files.")
+    if not probes and not finetunings:
+        named = ", ".join(map(str, patterns)) or "nothing"
+        raise ValueError(
+            f"No result of fit3d-probe or fit3d-finetune in {named}; give the files or folders they wrote."
+        )
+    _check_duplicates(probes)
+    return Results(probes, finetunings)
+
+
+def _find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, bool]]:
+    """Paths and whether each was named itself; one that is found twice counts once."""
+    found: dict[Path, tuple[Path, bool]] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        # A name that exists is taken as it is, brackets and all.
+        matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not matches:
+            raise ValueError(f"{pattern} matches no file or folder; give result files, folders or globs.")
+        for match in matches:
+            is_named = match == path and match.is_file()
+            files = sorted(match.rglob("*.json")) if match.is_dir() else [match]
+            for file in files:
+                if is_named or (file.suffix == ".json" and not _is_skipped(file.relative_to(match), file)):
+                    found.setdefault(file.resolve(), (file, is_named))
+    return list(found.values())
+
+
+def _is_skipped(relative: Path, file: Path) -> bool:
+    """Folders of training states, hidden files and unfinished ones."""
+    return file.name.startswith(".") or any(part in _SKIPPED_FOLDERS for part in relative.parts)
+
+
+def _check_record(path: Path) -> ProbeResult:
+    record = load_result(path)
+    if not isinstance(record.metrics, dict) or not isinstance(record.settings, dict) or not record.metrics:
+        raise ValueError(f"{path} holds no figures; run its probe again.")
+    return ProbeResult(path, record)
+
+
+def _check_report(path: Path, content: dict[str, Any]) -> FinetuneResult:
+    missing = [name for name in ("steps", "settings", "consistency") if name not in content]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}; it is no finished report of fit3d-finetune.")
+    return FinetuneResult(path, content)
+
+
+def _check_duplicates(probes: Sequence[ProbeResult]) -> None:
+    seen: dict[str, Path] = {}
+    for probe in probes:
+        key = probe.record.settings.get("key")
+        if key is None:
+            continue
+        if key in seen:
+            raise ValueError(
+                f"{seen[key]} and {probe.path} hold figures of the same settings (key {key}); leave one of them out, "
+                "or run all seeds into one file."
+            )
+        seen[key] = probe.path
