@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +20,14 @@ from fit3d_ns.finetuning import (
     Interrupted,
     OptimizationConfig,
     SamplingConfig,
+    SceneBank,
     TrainableConfig,
 )
+from fit3d_ns.finetuning.processes import create_accelerator
 from fit3d_ns.finetuning.stopping import StopRequest
 from fit3d_ns.finetuning.token_module import TokenModule, freeze_unreachable
-from fit3d_ns.scene import load_scene
+from fit3d_ns.finetuning.training_views import TrainingViews
+from fit3d_ns.scene import FeatureScene, PosedCapture, load_scene
 
 FAST = OptimizationConfig(max_steps=4, learning_rate=1e-3)
 
@@ -144,12 +149,13 @@ def test_signal__saves_at_the_step_boundary_and_the_same_command_goes_on(scenes,
         return run_step(*arguments)
 
     trainer.train_step.run = interrupt
-    with pytest.raises(Interrupted, match="stopped at step 3 of 4"):
+    # The signal comes in the second step, which is the one that ends next.
+    with pytest.raises(Interrupted, match="stopped at step 2 of 4"):
         trainer.run()
     assert signal.getsignal(number) == before
-    assert trainer.checkpoints.find_steps() == [3]
+    assert trainer.checkpoints.find_steps() == [2]
     again = create_trainer(scenes, tmp_path / "out", configure(optimization=FAST))
-    assert again.step == 3
+    assert again.step == 2
     again.run()
     whole = create_trainer(scenes, tmp_path / "whole", configure(optimization=FAST))
     whole.run()
@@ -183,12 +189,15 @@ def test_loss_that_is_not_finite__stops_at_once_names_the_view_and_keeps_the_evi
 
     trainer.train_step.run = poison
     with pytest.raises(
-        ValueError, match=r"loss is not finite for .*images/\d.png.* at step 2; .*not-finite-0"
+        ValueError, match=r"loss is not finite for \w+/images/\d.png at step 2; .*not-finite-0"
     ) as error:
         trainer.run()
     evidence = json.loads((tmp_path / "out" / "not-finite-0.json").read_text())
     assert evidence["step"] == 2 and len(evidence["views"]) == 2
-    assert all(view["view"] in str(error.value) for view in evidence["views"])
+    # The image whose target was spoilt, and not the other one of its batch.
+    broken, fine = sorted(evidence["views"], key=lambda view: not view["broken"])
+    assert broken["broken"] and not fine["broken"]
+    assert f"{broken['scene']}/{broken['view']} at step" in str(error.value)
     assert (tmp_path / "out" / "not-finite-0.safetensors").is_file()
     assert all(bool(torch.isfinite(value).all()) for value in trainer.bare.state_dict().values())
 
@@ -213,6 +222,157 @@ def test_bf16__keeps_targets_loss_and_weights_in_float32(scenes, tmp_path):
     # bfloat16 keeps 8 bits: losses differ, but by rounding alone.
     assert half.history.losses != plain.history.losses
     assert half.history.losses == pytest.approx(plain.history.losses, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision__targets_and_loss_are_those_of_float32_arithmetic(scenes, tmp_path, precision):
+    """From the backbone's half-precision tokens on, the loss is what float64 gives: no bfloat16 (8 bits) anywhere."""
+    config = configure(optimization=replace(FAST, max_steps=1))
+    trainer = create_trainer(scenes, tmp_path / "out", config, accelerator=create_half_precision(precision, tmp_path))
+    compute, seen = trainer.train_step._compute_losses, []
+
+    def record(batch, totals):
+        loss, anchor, tokens = compute(batch, totals)
+        seen.append((batch, totals, loss.detach(), tokens))
+        return loss, anchor, tokens
+
+    trainer.train_step._compute_losses = record
+    trainer.run()
+    batch, totals, loss, tokens = seen[0]
+    assert loss.dtype == torch.float32
+    expected = 0.0
+    for group, own in zip(batch.groups, tokens, strict=True):
+        assert group.targets.dtype == group.weights.dtype == torch.float32
+        distance = (own.double() - group.targets.double()).abs().mean(dim=-1)
+        expected += float((distance * group.weights.double()).sum())
+    assert float(loss) == pytest.approx(expected / totals.weight, rel=1e-6)
+    # The backbone itself did run in half precision.
+    plain = create_token_model(BACKBONE)(batch.groups[0].images).patch_tokens
+    assert 1e-5 < float((tokens[0] - plain).abs().max().detach()) < 0.1
+
+
+def create_half_precision(precision, folder, scale=2.0**10):
+    """bf16 as it is; fp16 as on CUDA, on a CPU: accelerate scales losses on devices alone, torch does so anywhere."""
+    accelerator = create_accelerator("bf16", "cpu", (), folder)
+    if precision == "fp16":
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    return accelerator
+
+
+def test_fp16__the_scaler_is_saved_and_goes_on_to_the_bit(scenes, tmp_path):
+    config = configure(optimization=replace(FAST, max_steps=5), run=replace(RUN, steps_per_checkpoint=3))
+
+    def create(name):
+        return create_trainer(
+            scenes, tmp_path / name, config, accelerator=create_half_precision("fp16", tmp_path / name)
+        )
+
+    whole = create("whole")
+    whole.run()
+    first = create("resumed")
+    for _ in zip(range(3), first._iterate(StopRequest()), strict=False):
+        pass
+    first.save_checkpoint()
+    # Grown once after two good steps, and one step further on the way to the next time.
+    saved = first.checkpoints.load(3)[1]["scaler"]
+    assert saved["scale"] == 2.0**11 and saved["_growth_tracker"] == 1
+    resumed = create("resumed")
+    assert resumed.step == 3 and resumed.accelerator.scaler.get_scale() == 2.0**11
+    resumed.run()
+    assert resumed.accelerator.scaler.state_dict() == whole.accelerator.scaler.state_dict()
+    assert whole.accelerator.scaler.get_scale() == 2.0**12
+    assert resumed.history.losses == whole.history.losses
+    for name, value in collect_weights(whole).items():
+        assert torch.equal(collect_weights(resumed)[name], value), name
+
+
+def test_fp16__an_overflowing_gradient_moves_nothing_and_lowers_the_scale(scenes, tmp_path):
+    config = configure(optimization=replace(FAST, max_steps=1))
+    accelerator = create_half_precision("fp16", tmp_path, scale=2.0**60)
+    trainer = create_trainer(scenes, tmp_path / "out", config, accelerator=accelerator)
+    before = collect_weights(trainer)
+    trainer.run()
+    assert all(torch.equal(value, before[name]) for name, value in collect_weights(trainer).items())
+    assert accelerator.scaler.get_scale() == 2.0**59
+
+
+def test_fp16__a_gradient_that_is_never_finite_stops_the_run(scenes, tmp_path):
+    config = configure(optimization=replace(FAST, max_steps=60))
+    trainer = create_trainer(scenes, tmp_path / "out", config, accelerator=create_half_precision("fp16", tmp_path))
+    trainer.bare.token_model.model.norm.bias.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ValueError, match=r"gradient is not finite for .*images/\d.png"):
+        trainer.run()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (2, 1), (1, 3)])
+def test_draws__of_all_processes_show_each_image_once_an_epoch_and_drop_the_rest(
+    scenes, tmp_path, number, batch_size, accumulation
+):
+    per_step = number * batch_size * accumulation
+    optimization = OptimizationConfig(epochs=1.0, batch_size=batch_size, accumulation_steps=accumulation)
+    trainer = create_trainer(scenes, tmp_path / "out", configure(optimization=replace(optimization, max_steps=1)))
+    num_images = trainer.sequence.num_images
+    trainer.num_steps = optimization.count_steps(num_images, number)
+    trainer.config = replace(trainer.config, optimization=optimization)
+    drawn = []
+    for rank in range(number):
+        trainer.processes = SimpleNamespace(number=number, rank=rank)
+        drawn += [(draw.epoch, draw.scene, draw.view) for draw in trainer._draw()]
+    every = {(0, scene, view) for scene in range(2) for view in range(5)}
+    assert num_images == len(every)
+    assert len(drawn) == len(set(drawn)) == 10 // per_step * per_step and set(drawn) <= every
+
+
+def test_resume__refuses_another_list_of_photographs(scenes, tmp_path):
+    """With a photograph less, all later draws would be others, in silence."""
+
+    def create(views_of):
+        bank = SceneBank(scenes)
+        views = TrainingViews(bank.on_disk, [("train",)] * 2)
+        return create_trainer(scenes, tmp_path / "out", configure(optimization=FAST), identity=views_of(views))
+
+    create(lambda views: {"views": views.fingerprint}).run()
+    (tmp_path / "data" / "small" / "images" / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"views 10 images \w+ against 9 images \w+"):
+        create(lambda views: {"views": views.fingerprint})
+
+
+def test_workers__load_and_never_render(scenes, tmp_path, monkeypatch):
+    trainer = create_trainer(scenes, tmp_path / "out", configure(optimization=FAST, run=replace(RUN, num_workers=2)))
+    rendering, loading = set(), set()
+    render, load = FeatureScene.render_features_with_alpha, PosedCapture.load_image
+
+    def note(threads, function):
+        def wrapped(*arguments, **settings):
+            threads.add(threading.current_thread())
+            return function(*arguments, **settings)
+
+        return wrapped
+
+    monkeypatch.setattr(FeatureScene, "render_features_with_alpha", note(rendering, render))
+    monkeypatch.setattr(PosedCapture, "load_image", note(loading, load))
+    trainer.run()
+    assert rendering == {threading.main_thread()} and threading.main_thread() not in loading and loading
+
+
+def test_compile__changes_nothing_but_the_speed(scenes, tmp_path, monkeypatch):
+    plain = create_trainer(scenes, tmp_path / "plain", configure(optimization=FAST))
+    plain.run()
+    compiled, compile_module = [], torch.compile
+
+    def compile_eagerly(function):
+        # Traced and run as it is: generating code takes a compiler and a minute.
+        compiled.append(function)
+        return compile_module(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    trainer = create_trainer(scenes, tmp_path / "out", configure(optimization=replace(FAST, compile=True)))
+    trainer.run()
+    assert len(compiled) == 1
+    assert trainer.history.losses == pytest.approx(plain.history.losses, rel=1e-5)
+    assert collect_weights(trainer).keys() == collect_weights(plain).keys()
 
 
 def test_last_blocks__leaves_all_else_as_it_was(scenes, tmp_path):
