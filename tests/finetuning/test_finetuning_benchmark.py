@@ -14,7 +14,7 @@ from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import load_scene
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import benchmark_finetuning as module  # noqa: E402
+import benchmark_finetuning as module
 
 PHASES = ("load", "target", "forward_backward", "optimizer")
 
