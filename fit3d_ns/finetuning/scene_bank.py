@@ -16,7 +16,7 @@ import torch
 from fit3d_ns.scene import FeatureScene, SceneBackbone, load_scene
 from fit3d_ns.utils.files import hash_bytes
 
-_NUM_HASHED_BLOCKS, _HASHED_ROWS = 8, 128
+_NUM_HASHED_BLOCKS, _HASHED_ROWS = 4, 256
 """Rows that name a scene: a few whole stretches, because single rows far apart would page in the whole file."""
 
 

@@ -21,6 +21,7 @@ from fit3d_ns.cli import finetune as module
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning import PAPER, FinetuneConfig, load_finetuned
 from fit3d_ns.finetuning import processes as processes_module
+from fit3d_ns.finetuning.checkpoints import CheckpointFolder
 from fit3d_ns.scene import load_scene, save_scene
 
 NUM_KILLS = int(os.environ.get("FIT3D_TEST_KILLS", "3"))
@@ -313,22 +314,23 @@ def test_command__killed_at_random_equals_the_uninterrupted_run(tmp_path):
 
     began = time.monotonic()
     assert start(tmp_path / "whole").wait(600) == 0
-    whole_seconds = time.monotonic() - began
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    start_seconds = time.monotonic() - began - report["seconds"]
     generator = np.random.default_rng(0)
-    checkpoints = tmp_path / "killed" / "checkpoints"
+    checkpoints = CheckpointFolder(tmp_path / "killed" / "checkpoints", keep=2)
     for kill in range(NUM_KILLS):
         process = start(tmp_path / "killed")
-        if kill % 3 == 2:
-            # At any moment of starting, of measuring the original or of resuming.
-            time.sleep(float(generator.uniform(0.0, whole_seconds - report["seconds"])))
-        else:
-            # Some progress, then at any moment of the time that a share of the steps takes, checkpoints included.
-            before = {path.name for path in checkpoints.glob("step-*")}
-            while process.poll() is None and {path.name for path in checkpoints.glob("step-*[0-9]")} <= before:
-                time.sleep(0.01)
-            time.sleep(float(generator.uniform(0.0, report["seconds"] / (1.5 * NUM_KILLS))))
-        assert process.poll() is None, "the run ended before it was killed; give it more steps"
+        # Each third one at any moment of starting, of measuring the original or of resuming; the others after a few
+        # new checkpoints, of the ten that each life has to itself.
+        deadline = float(generator.uniform(0.0, start_seconds)) if kill % 3 == 2 else 600.0
+        wanted = max(checkpoints.find_steps(), default=0) + 3 * int(generator.integers(1, 6))
+        until = time.monotonic() + deadline
+        while process.poll() is None and time.monotonic() < until:
+            if max(checkpoints.find_steps(), default=0) >= wanted:
+                break
+            time.sleep(0.002)
+        time.sleep(float(generator.uniform(0.0, report["seconds"] / (10 * NUM_KILLS))))
+        assert process.poll() is None, "the run ended before it was killed; see log.txt"
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert start(tmp_path / "killed").wait(600) == 0

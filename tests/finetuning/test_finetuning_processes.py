@@ -148,7 +148,7 @@ def test_two_processes__one_that_is_killed_stops_the_other_with_a_sentence(tmp_p
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
     assert processes[1].exitcode == -signal.SIGKILL and processes[0].exitcode == 0
     assert (tmp_path / "last_words").read_text().startswith("Another process of this run died")
 
