@@ -238,6 +238,18 @@ def test_command__interrupted_run_exits_130(tmp_path, capsys, monkeypatch):
     assert code == command_module.EXIT_INTERRUPTED and "stopped at step 3 of 6" in errors
 
 
+def test_command__lora_is_merged_into_timms_own_weights(tmp_path, capsys):
+    scene, out = save_new_scene(tmp_path), tmp_path / "out"
+    arguments = ["--ckpts", scene, "--output-dir", out, *SMALL, "--train", "lora", "--learning-rate", "1e-2"]
+    assert run(capsys, *arguments)[0] == 0
+    original, merged = create_token_model(BACKBONE).model.state_dict(), load_file(out / "model.safetensors")
+    assert merged.keys() == original.keys()
+    changed = {name for name, value in merged.items() if not torch.equal(value, original[name])}
+    assert changed == {f"blocks.{block}.attn.{name}.weight" for block in range(2) for name in ("qkv", "proj")}
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
+
+
 def test_command__refuses_a_tracker_that_is_not_installed(tmp_path, capsys, monkeypatch):
     scene = save_new_scene(tmp_path)
     monkeypatch.setattr(processes_module, "find_spec", lambda name: None)
