@@ -88,24 +88,23 @@ class PaperFinetuneCommand(FinetuneCommand):
 def run_finetune(command: FinetuneCommand) -> None:
     """Finds the scenes, exports runs among them, trains, and prints where the results are."""
     config, folder = command.config, command.output_dir
-    scenes, validation = find_scenes(command.ckpts), find_scenes(command.val_ckpts)
+    scenes, validation = find_scenes(command.ckpts), find_scenes(command.val_ckpts, "--val-ckpts")
     both = sorted(set(scenes) & set(validation))
     if both:
         raise ValueError(f"{both[0]} is given to --ckpts and to --val-ckpts; take it out of one of them.")
     device = _choose_device(command.device)
     accelerator = create_accelerator(config.optimization.precision, device, config.run.trackers, folder)
     processes = Processes(accelerator)
-    files: list[list[Path]] = []
-    problem = ""
-    if processes.is_main:
-        try:
-            for group in (scenes, validation):
-                prepare_scene_files(group, folder / EXPORT_FOLDER, _load_run)
-        except ValueError as error:
-            problem = str(error)
-    processes.agree(problem)
-    for group in (scenes, validation):
-        files.append(prepare_scene_files(group, folder / EXPORT_FOLDER, _load_run, may_export=False))
+
+    def export() -> None:
+        for group in (scenes, validation):
+            prepare_scene_files(group, folder / EXPORT_FOLDER, _load_run)
+
+    processes.run_on_main(export)
+    files = [
+        prepare_scene_files(group, folder / EXPORT_FOLDER, _load_run, may_export=False)
+        for group in (scenes, validation)
+    ]
     inputs = FinetuneInputs(files[0], files[1], command.backbone, command.backbone_weights)
     try:
         finetune(inputs, config, folder, device, accelerator)
@@ -113,6 +112,7 @@ def run_finetune(command: FinetuneCommand) -> None:
         if processes.is_main:
             notice(f"Fine-tuning {interruption}.")
         raise
+    processes.close()
     if processes.is_main:
         print(f"Fine-tuned backbone: {folder}\nFigures: {folder / REPORT_NAME}")
 

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from fit3d_ns.features import TokenModel, create_token_model
 from fit3d_ns.features.adapters import ADAPTER_KEY, ADAPTER_NAME, AdaptedTokenModel
-from fit3d_ns.utils.files import write_atomically, write_json
+from fit3d_ns.features.sources import find_backbone_folder
+from fit3d_ns.utils.files import read_json, write_atomically, write_json
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 FIT3D_NAME = "fit3d.pth"
 
-_KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "license")
+_KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv")
 """What stays of timm's description of the original checkpoint; where it was downloaded from does not."""
 
 
@@ -66,6 +67,9 @@ def describe_folder(token_model: TokenModel) -> dict[str, Any]:
     description = token_model.description
     published = dict(token_model.model.pretrained_cfg)
     kept = {key: published[key] for key in _KEPT_CONFIG if published.get(key) is not None}
+    licence = find_licence(token_model)
+    if licence is not None:
+        kept["license"] = licence
     adapter = {ADAPTER_KEY: token_model.config} if isinstance(token_model, AdaptedTokenModel) else {}
     return {
         **adapter,
@@ -83,6 +87,20 @@ def describe_folder(token_model: TokenModel) -> dict[str, Any]:
             "custom_load": False,
         },
     }
+
+
+def find_licence(token_model: TokenModel) -> str | None:
+    """The licence of the weights a backbone was made with, or None where it is not known.
+
+    timm knows its own downloads', and a fine-tuned folder names its original's; any other file may hold anything.
+    """
+    description = token_model.description
+    folder = find_backbone_folder(description.backbone)
+    if folder is not None and description.weights == folder / WEIGHTS_NAME:
+        return read_json(folder / CONFIG_NAME).get("pretrained_cfg", {}).get("license")
+    if description.weights is not None or description.is_random:
+        return None
+    return token_model.model.pretrained_cfg.get("license")
 
 
 def load_finetuned(folder: Path | str) -> nn.Module:

@@ -88,7 +88,9 @@ class CheckpointFolder:
         temporary = final.with_name(final.name + _TEMPORARY)
         problem = ""
         if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            # What a kill left half-written, at whatever step.
+            for stale in self.folder.glob(f"{_PREFIX}*{_TEMPORARY}"):
+                shutil.rmtree(stale, ignore_errors=True)
             try:
                 temporary.mkdir(parents=True)
             except OSError as error:

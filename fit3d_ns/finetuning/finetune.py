@@ -22,7 +22,7 @@ from torch import Tensor
 from fit3d_ns.data.frames import Split
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model, describe_backbone
 from fit3d_ns.finetuning.anchors import copy_original, interpolate_weights
-from fit3d_ns.finetuning.backbone_folder import save_finetuned
+from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned
 from fit3d_ns.finetuning.comparison import save_comparison
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.model_card import write_card
@@ -43,6 +43,8 @@ from fit3d_ns.utils.seeds import seed_everything
 
 REPORT_NAME = "report.json"
 COMPARISON_NAME = "comparison.png"
+PROJECT_NAME = "fit3d-finetune"
+"""What trackers call the run."""
 _ALL_SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -100,35 +102,25 @@ def finetune(
     identity = {
         "backbone": description.to_metadata(),
         "scenes": [bank.compute_fingerprint(index) for index in range(len(inputs.scenes))],
+        # With a photograph less, every later draw would be another one.
+        "views": views.fingerprint,
     }
     figures: dict[str, ValidationFigures] = {}
-    if processes.is_main:
+
+    def measure_original() -> None:
         if description.is_random:
             notice("The backbone has random weights: the result is for tests, its features mean nothing.")
         notice(f"Measuring the original backbone on {validated}")
         figures["original"] = validation.evaluate(_as_function(original))
-    processes.wait()
 
     def validate(model: TokenModel, step: int) -> None:
         found = validation.evaluate(_as_function(model))
         accelerator.log(_collect_curves(found, figures["original"]), step=step)
+        notice(f"Step {step}, on {validated}: {_compare_in_words(found, figures['original'])}")
 
-    trainer = FinetuneTrainer(
-        token_model, bank, views, targets, config, accelerator, output_folder, identity, validate, original=original
-    )
-    if run.trackers:
-        accelerator.init_trackers(
-            "tensorboard",
-            config={"settings": json.dumps(config.decisive)},
-            init_kwargs={"tensorboard": {"purge_step": trainer.step + 1}} if "tensorboard" in run.trackers else {},
-        )
-    trainer.run()
-    trainer.use_averages()
-    trained = merge_trained(trainer.bare.token_model, config.trainable)
-    report = _summarise(trainer, bank, inputs, description, config)
-    if processes.is_main:
+    def finish(trained: TokenModel, report: dict[str, Any]) -> None:
         figures["finetuned"] = validation.evaluate(_as_function(trained))
-        accelerator.log(_collect_curves(figures["finetuned"], figures["original"]), step=trainer.step)
+        accelerator.log(_collect_curves(figures["finetuned"], figures["original"]), step=report["steps"])
         report |= _compare(figures["original"], figures["finetuned"], validated)
         save_comparison(validation, _as_function(original), _as_function(trained), output_folder / COMPARISON_NAME)
         _save(output_folder, original, trained, report, config, description, bank, len(inputs.scenes))
@@ -136,9 +128,27 @@ def finetune(
         notice(format_consistency(report["consistency"]["original"], report["consistency"]["finetuned"]))
         if config.targets.cache_folder is None:
             shutil.rmtree(output_folder / TARGET_FOLDER, ignore_errors=True)
+
+    processes.run_on_main(measure_original)
+    trainer = FinetuneTrainer(
+        token_model, bank, views, targets, config, accelerator, output_folder, identity, validate, original=original
+    )
     if run.trackers:
-        accelerator.end_training()
-    processes.wait()
+        accelerator.init_trackers(
+            PROJECT_NAME,
+            config={"settings": json.dumps(config.decisive)},
+            init_kwargs={"tensorboard": {"purge_step": trainer.step + 1}} if "tensorboard" in run.trackers else {},
+        )
+    try:
+        trainer.run()
+        trainer.use_averages()
+        trained = merge_trained(trainer.bare.token_model, config.trainable)
+        report = _summarise(trainer, validation, bank, inputs, description, config)
+        processes.run_on_main(lambda: finish(trained, report))
+    finally:
+        # Curves are written when a tracker closes; the processes still have to talk, so they part later.
+        for tracker in accelerator.trackers if run.trackers else ():
+            tracker.finish()
     return report
 
 
@@ -177,7 +187,7 @@ def _create_validation(
         splits, kind = [held_out] * num_trained, f"held-out views of the {num_trained} training scenes"
     else:
         splits, kind = [config.run.splits] * num_trained, f"the views of the {num_trained} training scenes themselves"
-    views = TrainingViews(bank.on_disk, splits, data_root=config.run.data_root)
+    views = TrainingViews(bank.on_disk, splits, data_root=config.run.data_root, is_strict=config.run.strict)
     # Leaving a view out is a way to train; figures are against what the scene shows.
     renderer = TargetRenderer(bank, views, replace(config.targets, leave_one_out=False), targets.cache)
     validation = Validation(bank, views, renderer, description.patch_size, config.run.max_validation_views)
@@ -200,6 +210,15 @@ def _collect_curves(figures: ValidationFigures, original: ValidationFigures) -> 
     return {key: value for key, value in curves.items() if math.isfinite(value)}
 
 
+def _compare_in_words(found: ValidationFigures, original: ValidationFigures) -> str:
+    """The figures of a validation that runs between two steps, the original's beside them."""
+    pairs = [("feature L1", original.feature_l1, found.feature_l1)]
+    pairs += [("feature cosine", original.feature_cosine, found.feature_cosine)]
+    for name, key in (("centred cosine", "centred_cosine"), ("recall within 10 px", "recall_10px")):
+        pairs.append((f"{name} between views", original.consistency[key], found.consistency[key]))
+    return ", ".join(f"{name} {before:.3f} → {after:.3f}" for name, before, after in pairs) + " (original → now)."
+
+
 def _compare(original: ValidationFigures, finetuned: ValidationFigures, validated: str) -> dict[str, Any]:
     """The part of the report that sets fine-tuned against original."""
     both = {"original": original, "finetuned": finetuned}
@@ -215,6 +234,7 @@ def _compare(original: ValidationFigures, finetuned: ValidationFigures, validate
 
 def _summarise(
     trainer: FinetuneTrainer,
+    validation: Validation,
     bank: SceneBank,
     inputs: FinetuneInputs,
     description: BackboneDescription,
@@ -234,6 +254,7 @@ def _summarise(
         "phase_seconds": trainer.timer.seconds,
         "num_images": trainer.sequence.num_images,
         "num_missing_images": trainer.views.num_missing,
+        "num_missing_validation_images": validation.views.num_missing,
         "num_processes": trainer.processes.number,
         "num_trained_parameters": trainer.num_parameters,
         "num_frozen_parameters": len(trainer.frozen),
@@ -272,9 +293,7 @@ def _save(
     num_scenes: int,
 ) -> None:
     """Writes the backbone and, if asked for, its mixtures with the original."""
-    # timm knows the licence of its own downloads; a file may hold anything.
-    is_published = description.weights is None and not description.is_random
-    licence = original.model.pretrained_cfg.get("license") if is_published else None
+    licence = find_licence(original)
     names = [scene.scene_id for scene in bank.on_disk[:num_scenes]]
     weights: dict[str, Tensor] = trained.model.state_dict()
     is_fit3d = config.run.format == "fit3d"

@@ -16,7 +16,8 @@ import torch
 from fit3d_ns.scene import FeatureScene, SceneBackbone, load_scene
 from fit3d_ns.utils.files import hash_bytes
 
-_NUM_HASHED_ROWS = 1024
+_NUM_HASHED_BLOCKS, _HASHED_ROWS = 4, 256
+"""Rows that name a scene: a few whole stretches, because single rows far apart would page in the whole file."""
 
 
 class SceneBank:
@@ -85,12 +86,17 @@ class SceneBank:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def compute_fingerprint(self, index: int) -> str:
-        """Names a scene by its content (decoder, and a spread of its Gaussians), wherever its file lies."""
+        """Names a scene by its content (decoder, and stretches of all its Gaussians' tensors), wherever its file lies.
+
+        Every tensor counts: whatever a target is rendered or weighted from must change the name.
+        """
         scene = self.on_disk[index]
-        gaussians = scene.gaussians
-        step = max(gaussians.num_gaussians // _NUM_HASHED_ROWS, 1)
-        tensors = [scene.decoder.weight.detach(), gaussians.means[::step], gaussians.features[::step]]
-        settings = f"{gaussians.num_gaussians} {scene.rasterize_mode} {scene.eps2d}"
+        count = scene.gaussians.num_gaussians
+        starts = sorted({count * block // _NUM_HASHED_BLOCKS for block in range(_NUM_HASHED_BLOCKS)})
+        tensors = [value.detach() for value in scene.decoder.parameters()]
+        for value in scene.gaussians.tensors().values():
+            tensors += [value[start : start + _HASHED_ROWS] for start in starts]
+        settings = f"{count} {scene.rasterize_mode} {scene.eps2d}"
         return hash_bytes(settings.encode(), *(tensor.contiguous().numpy().tobytes() for tensor in tensors))
 
 

@@ -19,11 +19,12 @@ SCENE_SUFFIX = ".safetensors"
 RUN_CONFIG = "config.yml"
 
 
-def find_scenes(patterns: Sequence[str | Path]) -> list[Path]:
+def find_scenes(patterns: Sequence[str | Path], flag: str = "--ckpts") -> list[Path]:
     """Scene files and `config.yml`s that the patterns name, each once, in order of the patterns, sorted within one.
 
     Args:
         patterns: Files, globs (`**` descends), run folders (each `config.yml` below counts), folders of scene files.
+        flag: Where they were given, for messages.
 
     Raises:
         ValueError: A pattern matches nothing, or a file that is neither.
@@ -34,11 +35,11 @@ def find_scenes(patterns: Sequence[str | Path]) -> list[Path]:
         # A name that exists is taken as it is, brackets and all.
         names = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
         matches = sorted(Path(name) for name in names)
-        scenes = [scene for match in matches for scene in _expand(match)]
+        scenes = [scene for match in matches for scene in _expand(match, flag)]
         if not scenes:
             kind = "no scene file and no nerfstudio run" if matches else "nothing"
             raise ValueError(
-                f"--ckpts {pattern} matches {kind}; give .safetensors files of fit3d-export or fit3d-lift, "
+                f"{flag} {pattern} matches {kind}; give .safetensors files of fit3d-export or fit3d-lift, "
                 "or nerfstudio run folders."
             )
         found += scenes
@@ -74,13 +75,13 @@ def prepare_scene_files(
     return files
 
 
-def _expand(match: Path) -> list[Path]:
+def _expand(match: Path, flag: str) -> list[Path]:
     if match.is_dir():
         # Outputs of fine-tuning beside scenes are folders with `model.safetensors`; only direct children count.
         return sorted(match.rglob(RUN_CONFIG)) or sorted(match.glob(f"*{SCENE_SUFFIX}"))
     if match.suffix == SCENE_SUFFIX or match.name == RUN_CONFIG:
         return [match]
-    raise ValueError(f"{match} is no scene file (.safetensors), run folder or config.yml; take it out of --ckpts.")
+    raise ValueError(f"{match} is no scene file (.safetensors), run folder or config.yml; take it out of {flag}.")
 
 
 def _hash_run(config: Path) -> str:

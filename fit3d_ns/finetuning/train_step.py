@@ -22,8 +22,12 @@ from fit3d_ns.finetuning.batches import Batch
 from fit3d_ns.finetuning.losses import SMALLEST_WEIGHT, compute_l1_sum
 from fit3d_ns.finetuning.processes import Processes
 from fit3d_ns.finetuning.token_module import TokenModule, compute_outputs
+from fit3d_ns.finetuning.training_views import Sample
 from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.progress import PhaseTimer
+
+SMALLEST_SCALE = 2.0**-20
+"""Of fp16's loss scale: a gradient that still overflows down here is not finite by itself."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ class TrainStep:
             if self.accelerator.scaler is None and not bool(torch.isfinite(norm)):
                 self._stop("gradient", (batches[-1], []))
             self.optimizer.step()
+            if self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() < SMALLEST_SCALE:
+                self._stop("gradient", (batches[-1], []))
             self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, anchor_loss, float(norm))
 
@@ -144,11 +150,22 @@ class TrainStep:
     def _stop(self, what: str, broken: tuple[Batch, list[Tensor]] | None) -> None:
         """Raises on every process, with the views of the process that has them."""
         self.optimizer.zero_grad(set_to_none=True)
-        names = "" if broken is None else ", ".join(sample.name for sample in broken[0].samples)
+        names = "" if broken is None else ", ".join(sample.name for sample in find_broken(*broken))
         try:
             self.processes.agree(f"The {what} is not finite for {names}" if names else "")
         except ValueError as error:
             raise NotFiniteError(str(error), *(broken or (None, []))) from error
+
+
+def find_broken(batch: Batch, tokens: Sequence[Tensor]) -> list[Sample]:
+    """The samples whose own loss is not finite; all of them where none stands out (gradients, anchors)."""
+    broken = [
+        sample
+        for group, own in zip(batch.groups, tokens, strict=False)
+        for sample, loss in zip(group.samples, compute_l1_sum(own, group.targets, group.weights), strict=True)
+        if not bool(torch.isfinite(loss))
+    ]
+    return broken or list(batch.samples)
 
 
 def save_evidence(error: NotFiniteError, folder: Path, rank: int, facts: dict[str, Any]) -> Path | None:
@@ -164,9 +181,10 @@ def save_evidence(error: NotFiniteError, folder: Path, rank: int, facts: dict[st
     path = folder / f"not-finite-{rank}.safetensors"
     with write_atomically(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    broken = {sample.name for sample in find_broken(error.batch, error.tokens)}
     views = [
-        {"scene": sample.scene_id, "view": sample.view.name, "flip": sample.augmentation.flip}
-        for sample in error.batch.samples
+        {"scene": sample.scene_id, "view": sample.view.name, "flip": sample.augmentation.flip, "broken": name in broken}
+        for name, sample in ((sample.name, sample) for sample in error.batch.samples)
     ]
     write_json(path.with_suffix(".json"), {**facts, "error": str(error), "views": views})
     return path

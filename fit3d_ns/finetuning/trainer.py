@@ -102,6 +102,8 @@ class FinetuneTrainer:
         optimization, anchors = config.optimization, config.anchors
         self.sequence = DrawSequence(views.views_per_scene, config.sampling)
         self.num_steps = optimization.count_steps(self.sequence.num_images, self.processes.number)
+        if anchors.pre_norm > 0 and not token_model.description.norm:
+            raise ValueError("--pre-norm: these scenes hold tokens before the final norm already; leave it out.")
         if anchors.needs_original:
             original = (original or copy_original(token_model)).to(accelerator.device)
         token_model = select_trainable(token_model.to(accelerator.device), config.trainable)
@@ -222,13 +224,15 @@ class FinetuneTrainer:
                 self.step += 1
                 self.history.losses.append(result.loss)
                 self.history.seconds += time.perf_counter() - start
-                yield result, wishes
+                # Several processes learn of each other's wishes where the next step begins; one alone need not wait.
+                yield result, wishes or (self.processes.number == 1 and stop.is_requested)
         finally:
             samples.close()  # type: ignore[attr-defined]
 
     def _step(self, batches: list[Batch], totals: Any) -> StepResult:
         try:
-            return self.train_step.run(batches, totals)
+            with self.processes.explain_deaths():
+                return self.train_step.run(batches, totals)
         except NotFiniteError as error:
             facts = {"step": self.step, "learning_rate": self.optimizer.param_groups[0]["lr"]}
             path = save_evidence(error, self.output_folder, self.processes.rank, facts)
@@ -313,13 +317,14 @@ class FinetuneTrainer:
         )
 
     def _validate(self) -> None:
-        if self.validate is not None and self.processes.is_main:
-            self.use_averages()
-            self.bare.eval()
-            self.validate(self.bare.token_model, self.step)
-            self.bare.train()
-            self.use_averages()
-        self.processes.wait()
+        validate = self.validate
+        if validate is None:
+            return
+        self.use_averages()
+        self.bare.eval()
+        self.processes.run_on_main(lambda: validate(self.bare.token_model, self.step))
+        self.bare.train()
+        self.use_averages()
 
     def _log(self, result: StepResult) -> None:
         values = {"loss": result.loss, "gradient_norm": result.gradient_norm}

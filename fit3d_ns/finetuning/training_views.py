@@ -17,6 +17,7 @@ from fit3d_ns.features import compute_patch_grid
 from fit3d_ns.finetuning.augmentation import Augmentation, AugmentationConfig, draw_augmentation
 from fit3d_ns.finetuning.sampling import Draw
 from fit3d_ns.scene import FeatureScene, PosedCapture, TokenReadingRule, View, read_at_tokens
+from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
 
 
@@ -97,6 +98,12 @@ class TrainingViews:
     def views_per_scene(self) -> list[int]:
         """Number of usable views of each scene."""
         return [len(views) for views in self.views]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the views that are drawn from, by scene and photograph."""
+        names = [f"{scene}/{view.name}" for scene, views in enumerate(self.views) for view in views]
+        return f"{len(names)} images {hash_bytes(*(name.encode() for name in names))}"
 
     def load_sample(
         self, draw: Draw, config: AugmentationConfig, patch_size: int, seed: int, rule: TokenReadingRule

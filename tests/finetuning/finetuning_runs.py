@@ -25,8 +25,10 @@ def create_trainer(scenes: Sequence[Path], folder: Path, config: FinetuneConfig,
     views = TrainingViews(bank.on_disk, [config.run.splits] * len(bank))
     cache = TargetCache(1.0, None)
     targets = TargetRenderer(bank, views, config.targets, cache, copy_original(token_model))
-    accelerator = create_accelerator(config.optimization.precision, "cpu", (), folder)
-    return FinetuneTrainer(token_model, bank, views, targets, config, accelerator, folder, {"test": True}, **settings)
+    accelerator = settings.pop("accelerator", None)
+    accelerator = accelerator or create_accelerator(config.optimization.precision, "cpu", (), folder)
+    identity = settings.pop("identity", {"test": True})
+    return FinetuneTrainer(token_model, bank, views, targets, config, accelerator, folder, identity, **settings)
 
 
 def configure(run: RunConfig = RUN, **parts: Any) -> FinetuneConfig:

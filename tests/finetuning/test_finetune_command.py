@@ -20,7 +20,9 @@ from fit3d_ns.cli import command as command_module
 from fit3d_ns.cli import finetune as module
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning import PAPER, FinetuneConfig, load_finetuned
-from fit3d_ns.scene import save_scene
+from fit3d_ns.finetuning import processes as processes_module
+from fit3d_ns.finetuning.checkpoints import CheckpointFolder
+from fit3d_ns.scene import load_scene, save_scene
 
 NUM_KILLS = int(os.environ.get("FIT3D_TEST_KILLS", "3"))
 """Ten make a thorough run; every life starts Python anew, which takes most of the time."""
@@ -122,6 +124,50 @@ def test_command__trains_and_writes_the_folder(tmp_path, capsys):
     assert code == 1 and "batch_size 2, this run has 3" in errors
 
 
+def test_report__sets_original_against_finetuned_by_angle(tmp_path, capsys):
+    """The fields that scripts read, and the original's distance to the same targets as computed by hand."""
+    scene, out = save_new_scene(tmp_path, num_frames=8, num_test=3), tmp_path / "out"
+    code, errors = run(
+        capsys, "--ckpts", scene, "--output-dir", out, *SMALL, "--steps-per-validation", "2", "--learning-rate", "1e-3"
+    )
+    assert code == 0
+    report = json.loads((out / "report.json").read_text())
+    assert {"loss_first", "loss_last", "steps", "seconds", "consistency"} <= report.keys()
+    for name in ("original", "finetuned"):
+        figures = report["consistency"][name]
+        assert list(figures["by_angle"]) == ["0-15", "15-30", "30-60", "60-180"]
+        for part in (figures, *figures["by_angle"].values()):
+            assert {"mean_cosine", "centred_cosine", "l1", "recall_5px", "recall_10px", "recall_20px"} <= part.keys()
+        # These cameras all look the same way; an empty bin holds null, which every JSON reader takes.
+        assert figures["by_angle"]["0-15"]["num_points"] == figures["num_points"] > 0
+        assert figures["by_angle"]["60-180"]["mean_cosine"] is None
+        # No more than the width of a token.
+        assert 1.0 < figures["effective_rank"] <= 16.0
+    opened, model = load_scene(scene), create_token_model(BACKBONE).eval()
+    total = weight = 0.0
+    for view in opened.posed_capture.select("test"):
+        image = opened.posed_capture.load_image(view).permute(2, 0, 1)[None].float() / 255.0
+        tokens = model(image).maps[0].detach()
+        camera = (view.camera_to_world, view.K, view.width, view.height)
+        rendered = opened.render_features_with_alpha(*camera, tuple(tokens.shape[:2]))
+        mask = opened.posed_capture.load_valid_mask(view).float()[None, None]
+        shares = torch.nn.functional.interpolate(mask, size=tokens.shape[:2], mode="bilinear")[0, 0] * rendered.alphas
+        total += float(((tokens - rendered.features).abs().mean(dim=-1) * shares).sum())
+        weight += float(shares.sum())
+    original = report["validation"]["original"]["feature_l1"]
+    # Targets are kept in half precision.
+    assert original == pytest.approx(total / weight, rel=2e-3)
+    assert report["validation"]["finetuned"]["feature_l1"] != original
+    # Between the steps: twice, and what is said there names the original's figure.
+    lines = [line for line in errors.splitlines() if line.startswith("Step ")]
+    assert [line.split(",")[0] for line in lines] == ["Step 2", "Step 4"]
+    assert all(f"feature L1 {original:.3f} → " in line for line in lines)
+    table = (out / "README.md").read_text()
+    assert f"| all | {report['consistency']['original']['centred_cosine']:.3f} → " in table
+    assert "Effective rank of the tokens" in table and "| optimization.learning_rate | 0.001 |" in table
+    assert "torch " in table and "room" in table and "6 steps of 2 images" in table
+
+
 def test_command__without_validation_scenes_takes_held_out_views(tmp_path, capsys):
     out = tmp_path / "out"
     scene = save_new_scene(tmp_path, num_test=3, num_frames=7)
@@ -161,6 +207,7 @@ def test_command__tells_in_one_sentence_what_is_wrong(tmp_path, capsys):
         "was lifted with random:finetuning_vit, fine-tuning was asked for finetuning_vit",
         *("--ckpts", scene, "--backbone", "finetuning_vit", "--backbone-weights", tmp_path / "other.pth"),
     )
+    expect("--val-ckpts nowhere matches nothing", "--ckpts", scene, "--val-ckpts", "nowhere")
     expect("--precision fp16 needs CUDA", "--ckpts", scene, "--precision", "fp16")
     expect("--scene-memory-gb", "--ckpts", scene, "--scene-memory-gb", "1e-9")
     (tmp_path / "data" / "room" / "images" / "1.png").unlink()
@@ -191,6 +238,67 @@ def test_command__interrupted_run_exits_130(tmp_path, capsys, monkeypatch):
     assert code == command_module.EXIT_INTERRUPTED and "stopped at step 3 of 6" in errors
 
 
+def test_command__lora_is_merged_into_timms_own_weights(tmp_path, capsys):
+    scene, out = save_new_scene(tmp_path), tmp_path / "out"
+    arguments = ["--ckpts", scene, "--output-dir", out, *SMALL, "--train", "lora", "--learning-rate", "1e-2"]
+    assert run(capsys, *arguments)[0] == 0
+    original, merged = create_token_model(BACKBONE).model.state_dict(), load_file(out / "model.safetensors")
+    assert merged.keys() == original.keys()
+    changed = {name for name, value in merged.items() if not torch.equal(value, original[name])}
+    assert changed == {f"blocks.{block}.attn.{name}.weight" for block in range(2) for name in ("qkv", "proj")}
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
+
+
+def test_command__refuses_a_tracker_that_is_not_installed(tmp_path, capsys, monkeypatch):
+    scene = save_new_scene(tmp_path)
+    monkeypatch.setattr(processes_module, "find_spec", lambda name: None)
+    code, errors = run(capsys, "--ckpts", scene, "--output-dir", tmp_path / "out", *SMALL, "--trackers", "wandb")
+    assert code == 1 and "--trackers wandb: it is not installed" in errors
+
+
+def launch_two(folder, program, *arguments):
+    """`torchrun` with two processes; exit code and everything they said."""
+    (folder / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    result = subprocess.run(
+        [*command, str(folder / "program.py"), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+PROGRAM = "import finetuning_scene\nfrom fit3d_ns.cli.finetune import main\n"
+
+
+@pytest.mark.slow
+def test_command__two_processes_write_the_folder_and_end_well(tmp_path):
+    scenes = [save_new_scene(tmp_path, f"room{index}", seed=index) for index in range(2)]
+    out = tmp_path / "out"
+    arguments = ["--ckpts", scenes[0], "--val-ckpts", scenes[1], "--output-dir", out, *SMALL]
+    code, said = launch_two(tmp_path, PROGRAM + "main()\n", *arguments, "--steps-per-validation", "3")
+    assert code == 0, said
+    report = json.loads((out / "report.json").read_text())
+    assert report["num_processes"] == 2 and report["images_per_step"] == 4 and report["steps"] == 6
+    assert report["consistency"]["finetuned"]["num_points"] > 0
+    assert said.count("Fine-tuned backbone:") == 1 and (out / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_command__what_the_main_process_cannot_do_alone_stops_both_with_its_message(tmp_path):
+    scenes = [save_new_scene(tmp_path, f"room{index}", seed=index) for index in range(2)]
+    # Damaged, not gone: it is found out when the main process validates.
+    (tmp_path / "data" / "room1" / "images" / "0.png").write_bytes(b"broken")
+    arguments = ["--ckpts", scenes[0], "--val-ckpts", scenes[1], "--output-dir", tmp_path / "out", *SMALL]
+    code, said = launch_two(tmp_path, PROGRAM + "main()\n", *arguments)
+    assert code == 1 and "Process 0 failed: " in said
+    assert said.count("room1/images/0.png") >= 2 and "ProcessGroup" not in said
+
+
 @pytest.mark.slow
 def test_command__killed_at_random_equals_the_uninterrupted_run(tmp_path):
     for index in range(2):
@@ -216,24 +324,27 @@ def test_command__killed_at_random_equals_the_uninterrupted_run(tmp_path):
                 [sys.executable, "-c", program, *map(str, arguments)], env=environment, stdout=log, stderr=log
             )
 
+    began = time.monotonic()
     assert start(tmp_path / "whole").wait(600) == 0
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
-    generator, kills = np.random.default_rng(0), 0
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    while kills < NUM_KILLS:
+    start_seconds = time.monotonic() - began - report["seconds"]
+    generator = np.random.default_rng(0)
+    checkpoints = CheckpointFolder(tmp_path / "killed" / "checkpoints", keep=2)
+    for kill in range(NUM_KILLS):
         process = start(tmp_path / "killed")
-        before = {path.name for path in checkpoints.glob("step-*")}
-        # Each life makes some progress, then dies at a random moment of the time that a tenth of the run takes.
-        while process.poll() is None and {path.name for path in checkpoints.glob("step-*[0-9]")} <= before:
-            time.sleep(0.01)
-        time.sleep(float(generator.uniform(0.0, report["seconds"] / (1.5 * NUM_KILLS))))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+        # Each third one at any moment of starting, of measuring the original or of resuming; the others after a few
+        # new checkpoints, of the ten that each life has to itself.
+        deadline = float(generator.uniform(0.0, start_seconds)) if kill % 3 == 2 else 600.0
+        wanted = max(checkpoints.find_steps(), default=0) + 3 * int(generator.integers(1, 6))
+        until = time.monotonic() + deadline
+        while process.poll() is None and time.monotonic() < until:
+            if max(checkpoints.find_steps(), default=0) >= wanted:
+                break
+            time.sleep(0.002)
+        time.sleep(float(generator.uniform(0.0, report["seconds"] / (10 * NUM_KILLS))))
+        assert process.poll() is None, "the run ended before it was killed; see log.txt"
+        process.send_signal(signal.SIGKILL)
         process.wait()
-        if (tmp_path / "killed" / "report.json").exists():
-            break
-    assert kills >= 2
     assert start(tmp_path / "killed").wait(600) == 0
     resumed = json.loads((tmp_path / "killed" / "report.json").read_text())
     assert resumed["losses"] == report["losses"]

@@ -4,9 +4,12 @@ import pytest
 import torch
 from finetuning_scene import HEIGHT, PATCH, WIDTH, create_scene
 
+from fit3d_ns.data.images import load_mask, save_image
 from fit3d_ns.features import compute_patch_grid
 from fit3d_ns.finetuning.augmentation import Augmentation, AugmentationConfig, ImageWindow, draw_augmentation
 from fit3d_ns.finetuning.sampling import Draw
+from fit3d_ns.finetuning.training_views import TrainingViews
+from fit3d_ns.scene import read_at_tokens
 
 ALL = AugmentationConfig(flip_probability=0.5, min_crop=0.5, min_scale=0.7, max_scale=1.6, jitter=0.3)
 
@@ -89,6 +92,25 @@ def test_augmentation__jitter_changes_colours_and_no_geometry():
 def test_augmentation__refuses_impossible_settings(settings):
     with pytest.raises(ValueError):
         AugmentationConfig(**settings)
+
+
+def test_mask__is_cropped_scaled_and_flipped_with_its_image_and_not_jittered(tmp_path):
+    """The photographs' masked pixels are painted, so that the shown image says where the mask must be."""
+    scene = create_scene(tmp_path, num_frames=4)
+    for view in scene.posed_capture.views:
+        mask = load_mask(view.frame.mask_path)
+        save_image((mask[..., None] * 255).to(torch.uint8).expand(-1, -1, 3), view.frame.image_path)
+    views = TrainingViews([scene], [("train",)])
+    shapes = set()
+    for epoch in range(6):
+        draw = Draw(epoch, 0, epoch % 3)
+        sample = views.load_sample(draw, replace(ALL, jitter=0.0), PATCH, 0, "area")
+        shown = read_at_tokens(sample.image[0][..., None], sample.grid, "area")[..., 0]
+        torch.testing.assert_close(sample.augmentation.apply_to_tokens(sample.mask), shown, rtol=1e-4, atol=1e-5)
+        jittered = views.load_sample(draw, ALL, PATCH, 0, "area")
+        assert torch.equal(jittered.mask, sample.mask) and not torch.equal(jittered.image, sample.image)
+        shapes.add((sample.augmentation.flip, sample.augmentation.window))
+    assert {flip for flip, _ in shapes} == {True, False} and len(shapes) == 6
 
 
 def test_crop__target_of_a_cropped_camera_is_the_crop_of_the_full_rendering(tmp_path):

@@ -33,8 +33,16 @@ def test_checkpoint__keeps_the_last_ones(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000011"]
 
 
+FULL = {
+    "Python": OSError(errno.ENOSPC, "No space left on device"),
+    "torch": RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+}
+"""A full disk as each of them reports it."""
+
+
 @pytest.mark.parametrize("failing_file", ["rng-0.pt", "state.pt"])
-def test_checkpoint__full_disk_leaves_the_previous_one_whole(tmp_path, monkeypatch, failing_file):
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_checkpoint__full_disk_leaves_the_previous_one_whole(tmp_path, monkeypatch, failing_file, error):
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(PROGRESS, {"step": 4})
     save = torch.save
@@ -42,7 +50,7 @@ def test_checkpoint__full_disk_leaves_the_previous_one_whole(tmp_path, monkeypat
     def fill_up(content, path):
         if path.name == failing_file:
             path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         save(content, path)
 
     monkeypatch.setattr(module.torch, "save", fill_up)
@@ -67,6 +75,11 @@ def test_checkpoint__a_kill_while_writing_leaves_no_trace_that_counts(tmp_path):
     assert folder.find_steps() == [4]
     folder.save(replace(PROGRESS, step=5), {"step": 5})
     assert folder.find_steps() == [4, 5] and not temporary.exists()
+    # The same command with another interval never comes by the step at which it was killed.
+    temporary = tmp_path / "step-00000006.tmp"
+    temporary.mkdir()
+    folder.save(replace(PROGRESS, step=8), {"step": 8})
+    assert not temporary.exists()
 
 
 def test_checkpoint__damage_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """What comes out must load in timm with no other argument, in our own tools, and as FiT3D's state dicts do."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -8,9 +9,10 @@ import torch
 from finetuning_scene import BACKBONE
 from safetensors.torch import load_file
 
-from fit3d_ns.features import create_extractor, create_token_model, describe_backbone
+from fit3d_ns.features import TokenModel, create_extractor, create_token_model, describe_backbone
 from fit3d_ns.features.adapters import add_adapter
 from fit3d_ns.finetuning import load_finetuned, save_finetuned
+from fit3d_ns.finetuning.backbone_folder import find_licence
 
 
 @pytest.fixture
@@ -80,6 +82,25 @@ def test_folder__weights_are_safetensors_alone_and_nothing_points_elsewhere(tmp_
     assert config["architecture"] == "finetuning_vit" and config["num_classes"] == 0
     assert config["model_args"] == {"num_classes": 0, "dynamic_img_size": True}
     assert "nobody" not in json.dumps(config) and "hf_hub_id" not in json.dumps(config)
+
+
+def test_folder__states_the_licence_of_weights_whose_licence_is_known(tmp_path, trained):
+    """timm's own download has timm's; a file of the user's may hold anything, whatever timm says of its name."""
+    kinds = {
+        "published": (replace(trained.description, is_random=False, backbone="finetuning_vit"), "apache-2.0"),
+        "own file": (replace(trained.description, is_random=False, weights=tmp_path / "own.pth"), None),
+        "random": (trained.description, None),
+    }
+    for name, (description, licence) in kinds.items():
+        model = TokenModel(trained.model, description)
+        save(tmp_path / name, model)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["pretrained_cfg"].get("license") == licence == find_licence(model)
+    # Fine-tuned once more, it is still derived from the first original.
+    for name, licence in (("published", "apache-2.0"), ("own file", None)):
+        assert find_licence(create_token_model(str(tmp_path / name))) == licence
+    again = create_token_model(str(tmp_path / "published"), tmp_path / "own file" / "model.safetensors")
+    assert find_licence(again) is None
 
 
 def test_load_finetuned__says_what_is_missing(tmp_path):

@@ -44,6 +44,7 @@ def test_l1__tokens_without_weight_do_not_count_whatever_they_are():
     total = compute_l1_sum(tokens, targets, weights).sum()
     total.backward()
     assert bool(torch.isfinite(total)) and float(tokens.grad[0, 0].abs().sum()) > 0
+    assert torch.equal(tokens.grad[0, 1], torch.zeros(E))
 
 
 def test_l1__is_taken_in_float32_for_half_precision_tokens():

@@ -117,6 +117,42 @@ def test_two_processes__stop_with_the_message_of_the_one_that_failed(folder):
     assert "cannot be rendered" in second and first == f"Process 1 failed: {second}"
 
 
+def run_and_die(rank, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
+    config = configure(optimization=OptimizationConfig(max_steps=4))
+    trainer = create_trainer(find_scenes(folder), Path(folder) / "dying", config)
+    compute = trainer.train_step._compute_losses
+
+    def die(*arguments):
+        # After the exchange of totals, before that of gradients: the other one waits in its backward pass.
+        if rank == 1 and trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(*arguments)
+
+    trainer.train_step._compute_losses = die
+    try:
+        trainer.run()
+    except ValueError as error:
+        Path(folder, "last_words").write_text(str(error))
+
+
+def test_two_processes__one_that_is_killed_stops_the_other_with_a_sentence(tmp_path):
+    save_new_scene(tmp_path, "small")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(server.getsockname()[1]))
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=run_and_die, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+    assert processes[1].exitcode == -signal.SIGKILL and processes[0].exitcode == 0
+    assert (tmp_path / "last_words").read_text().startswith("Another process of this run died")
+
+
 def test_two_processes__a_signal_to_one_stops_both_after_the_same_step(folder):
     steps = {(folder / f"stopped_{rank}").read_text() for rank in range(2)}
     assert len(steps) == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from fit3d_ns.finetuning.sampling import Draw
 from fit3d_ns.finetuning.scene_bank import SceneBank, check_backbones
 from fit3d_ns.finetuning.scene_files import find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.training_views import TrainingViews, load_ahead
-from fit3d_ns.scene import SceneBackbone, load_scene
+from fit3d_ns.scene import FeatureDecoder, SceneBackbone, feature_scene, load_scene, save_scene
 
 
 def test_find_scenes__takes_files_globs_runs_and_folders(tmp_path):
@@ -100,6 +101,77 @@ def test_bank__scene_files_stay_on_disk_until_they_are_read(tmp_path):
                 assert str(path) in line
                 return
     pytest.fail("the features lie nowhere")
+
+
+def test_bank__tensors_of_ready_scenes_never_exceed_the_budget(tmp_path, monkeypatch):
+    """Counted where they are made: what rendering made for a scene that left must be gone before the next is made."""
+    paths = [save_new_scene(tmp_path, f"room{index}", seed=index, num_gaussians=2000) for index in range(5)]
+    bank = SceneBank(paths, memory_gb=2.5 * load_scene(paths[0]).num_bytes / 1e9)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in bank.on_disk[0].gaussians.tensors().values())
+    alive, peaks, activate = [], [], feature_scene.activate
+
+    def count(gaussians):
+        made = activate(gaussians)
+        alive.append((weakref.ref(made), sum(value.numel() * value.element_size() for value in vars(made).values())))
+        peaks.append(sum(stored + size for reference, size in alive if reference() is not None))
+        return made
+
+    monkeypatch.setattr(feature_scene, "activate", count)
+    generator = torch.Generator().manual_seed(0)
+    for index in torch.randint(5, (40,), generator=generator).tolist():
+        view = bank[index].posed_capture.views[0]
+        bank[index].render_features(view.camera_to_world, view.K, view.width, view.height, (4, 5))
+    assert bank.num_loads == len(peaks) > 10
+    # The budget holds two, and two are held.
+    assert bank.max_bytes * 0.7 < max(peaks) <= bank.max_bytes
+
+
+def test_bank__opening_many_scenes_maps_them_and_reads_next_to_nothing(tmp_path):
+    """Resident memory grows by a small part of the files, also after each was named by its content."""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs /proc")
+    first = save_new_scene(tmp_path, num_gaussians=400_000)
+    paths = [first] + [first.with_name(f"copy{index}.safetensors") for index in range(3)]
+    for path in paths[1:]:
+        shutil.copyfile(first, path)
+    before = measure_resident()
+    bank = SceneBank(paths)
+    opened = measure_resident() - before
+    names = {bank.compute_fingerprint(index) for index in range(len(bank))}
+    named = measure_resident() - before
+    total = sum(path.stat().st_size for path in paths)
+    assert len(names) == 1 and total > 60e6
+    # The system pages in 64 kB around each byte that is asked for, which is much of files this small.
+    assert opened < 0.1 * total and named < 0.35 * total, (opened, named, total)
+    # What is read does show: the figure above measures what it should.
+    sums = [float(tensor.float().sum()) for scene in bank.on_disk for tensor in scene.gaussians.tensors().values()]
+    assert len(sums) == 36 and measure_resident() - before > 0.9 * total
+
+
+def measure_resident():
+    """Bytes of this process in memory, file pages included."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_fingerprint__changes_with_everything_a_target_is_made_from(tmp_path):
+    scene = create_scene(tmp_path, num_gaussians=3000)
+    gaussians, decoder = scene.gaussians, scene.decoder
+
+    def name(changed):
+        save_scene(changed, tmp_path / "scene.safetensors")
+        return SceneBank([tmp_path / "scene.safetensors"]).compute_fingerprint(0)
+
+    names = [name(scene), name(replace(scene, eps2d=0.2))]
+    for field in gaussians.tensors():
+        changed = (getattr(gaussians, field).float() * 0.5 + 0.1).to(getattr(gaussians, field).dtype)
+        if field == "num_views":
+            changed = torch.full_like(gaussians.num_views, 2)
+        names.append(name(replace(scene, gaussians=replace(gaussians, **{field: changed}))))
+    moved = FeatureDecoder.from_weights(decoder.weight, decoder.bias + 1.0)
+    names.append(name(replace(scene, decoder=moved)))
+    assert len(set(names)) == len(names) == 12
+    assert name(scene) == names[0]
 
 
 def test_bank__refuses_a_scene_beyond_the_budget_and_no_scene_at_all(tmp_path):

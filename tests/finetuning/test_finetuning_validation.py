@@ -5,16 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finetuning_scene import BACKBONE, PATCH, create_lens, save_new_scene
+from finetuning_scene import BACKBONE, HEIGHT, PATCH, WIDTH, create_lens, create_scene, save_new_scene
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.consistency import compute_consistency, create_pairs
 from fit3d_ns.analysis.correspondence import DepthView
+from fit3d_ns.data.images import save_depth
 from fit3d_ns.features import create_extractor, describe_backbone
 from fit3d_ns.finetuning import SceneBank, TargetConfig, TargetRenderer
 from fit3d_ns.finetuning.model_card import write_card
 from fit3d_ns.finetuning.training_views import TrainingViews
-from fit3d_ns.finetuning.validation import MIN_DEPTH_ALPHA, Validation, format_consistency, spread_evenly
+from fit3d_ns.finetuning.validation import (
+    MIN_DEPTH_ALPHA,
+    NO_AUGMENTATION,
+    Validation,
+    format_consistency,
+    spread_evenly,
+)
+from fit3d_ns.scene import save_scene
 
 
 @pytest.fixture
@@ -77,6 +85,30 @@ def test_validation__consistency_of_one_scene_is_the_analysis_on_rendered_depth(
     assert figures.consistency["l1"] == pytest.approx(pooled)
     assert figures.consistency["num_points"] == sum(points)
     assert math.isnan(figures.consistency["by_angle"]["60-180"]["l1"])
+
+
+def test_validation__takes_measured_depth_where_the_capture_has_it(tmp_path):
+    """In millimetres on disk, in units of the frame in use; a scene without depth files renders its own."""
+    scene = create_scene(tmp_path)
+    measured = torch.full((HEIGHT, WIDTH), 1.9)
+    measured[:10] = 0.0
+    save_depth(measured, tmp_path / "data" / "room" / "depth.png")
+    capture = scene.posed_capture
+    with_depth = [
+        replace(view, frame=replace(view.frame, depth_path=tmp_path / "data" / "room" / "depth.png"))
+        for view in capture.views
+    ]
+    for metric_scale, expected in ((2.5, measured * 2.5), (None, None)):
+        changed = replace(scene, posed_capture=replace(capture, views=with_depth, metric_scale=metric_scale))
+        save_scene(changed, tmp_path / "scene.safetensors")
+        validation = validate(SceneBank([tmp_path / "scene.safetensors"]))
+        sample = validation.views.load_sample(validation.draws[0][0], NO_AUGMENTATION, PATCH, 0, "bilinear")
+        view, found = sample.view, validation._create_depth_view(sample)
+        if expected is None:
+            depth, alphas = scene.render_depth(view.camera_to_world, view.K, WIDTH, HEIGHT)
+            expected = torch.where(alphas >= MIN_DEPTH_ALPHA, depth, 0.0)
+        torch.testing.assert_close(found.depth, expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(found.valid_mask, capture.load_valid_mask(view))
 
 
 def test_validation__a_backbone_that_says_what_the_scene_shows_has_no_distance(bank):
