@@ -18,7 +18,7 @@ from fit3d_ns.probing.depth_bins import NUM_BINS, BinNormalization, DepthBins
 from fit3d_ns.probing.depth_head import UPSAMPLING, LinearDepthHead
 from fit3d_ns.probing.depth_losses import LossSum, compute_gradient_loss, compute_sig_loss
 from fit3d_ns.probing.depth_metrics import DepthMetrics
-from fit3d_ns.probing.depth_pictures import DEPTHS_PER_TOKEN, DepthPictures, ImageKey
+from fit3d_ns.probing.depth_pictures import DEPTHS_PER_TOKEN, DepthPictures, ImageKey, choose_crop_size
 from fit3d_ns.probing.dpt_head import DPTDepthHead
 from fit3d_ns.probing.feature_memory import FeatureMemory, Picture
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
@@ -50,7 +50,7 @@ class DepthConfig:
     short_side: int | None = None
     """Images are resized to this shorter side, pixels; None keeps their own size (published)."""
     crop_size: tuple[int, int] | None = None
-    """Height and width of random crops; None: 352x704 for KITTI, 416x544 elsewhere."""
+    """Height and width of random crops; None: 352x704 for KITTI, 416x544 elsewhere, cut down to smaller images."""
     num_iterations: int | None = None
     """None: 38,400 as published, or 60 epochs (at least 800 iterations) if that is less."""
     batch_size: int = 16
@@ -99,7 +99,7 @@ class DepthProbe:
         self.backbones, self.assembly, self.accelerator = backbones, assembly, accelerator
         self.memory = FeatureMemory(backbones, run.cache_gb)
         convention = sets.train.depth
-        crop_size = config.crop_size or ((352, 704) if convention.bottom_crop else (416, 544))
+        crop_size = config.crop_size or choose_crop_size(sets.train, config.short_side)
         self.pictures = DepthPictures(backbones, convention, config.short_side, crop_size)
         frames = sets.train.frames
         self.num_iterations = resolve_iterations(

@@ -189,6 +189,7 @@ class SegmentationProbe:
             lambda index, key: self._load(frames[index], key),
             device,
             seed,
+            IGNORE_INDEX,
         )
 
     def _load(self, frame: LabelledFrame, key: Hashable) -> Picture:

@@ -7,18 +7,25 @@ import pytest
 import torch
 from probe_backbones import MeanColourBackbones
 from torch import nn
+from torch.nn import functional as F
 
 from fit3d_ns.data.labelled_frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.assembly import Assembler, FrozenFeatures
 from fit3d_ns.probing.batch_order import BatchOrder, Draw, check_batch
+from fit3d_ns.probing.classification_probe import PAPER_CLASSIFICATION, ClassificationProbe
+from fit3d_ns.probing.depth_bins import DepthBins
+from fit3d_ns.probing.depth_head import LinearDepthHead
 from fit3d_ns.probing.depth_losses import LossSum
-from fit3d_ns.probing.feature_memory import FeatureMemory, Picture
+from fit3d_ns.probing.depth_probe import PAPER_DEPTH, DepthProbe
+from fit3d_ns.probing.feature_memory import FeatureMemory, Picture, RememberedFeatures, stack_features
+from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.head_trainer import OptimizationConfig, create_accelerator, train_head
-from fit3d_ns.probing.protocol import ProbeSets, RunConfig, resolve_iterations
+from fit3d_ns.probing.probe_runs import PAPER_RUNS
+from fit3d_ns.probing.protocol import ProbeSets, RunConfig, resolve_cache, resolve_iterations
 from fit3d_ns.probing.sample_streams import AugmentedStream
 from fit3d_ns.probing.schedules import Schedule, compute_one_cycle_momentum
 from fit3d_ns.probing.segmentation_head import SegmentationHead
-from fit3d_ns.probing.segmentation_probe import SegmentationConfig, SegmentationProbe
+from fit3d_ns.probing.segmentation_probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 
 
 def test_schedule__poly_with_warm_up_at_given_points() -> None:
@@ -121,6 +128,51 @@ def test_train_head__reaches_the_least_squares_solution() -> None:
     assert trained.iteration == 600 and trained.scores == {} and not head.training
 
 
+def test_train_head__equals_a_plain_loop_over_torchs_adamw() -> None:
+    """Learning rate, momentum, weight decay and clipping of every iteration, written out with mmcv's formulas."""
+    features, targets = create_regression()
+    total, warmup, peak = 12, 4, 0.05
+    config = OptimizationConfig(
+        Schedule("cosine", total, warmup, warmup_ratio=1e-3, min_ratio=1e-8),
+        batch_size=6,
+        learning_rate=peak,
+        weight_decay=0.01,
+        max_gradient_norm=0.2,
+        has_one_cycle_momentum=True,
+    )
+    torch.manual_seed(0)
+    head, plain = LinearMap(), LinearMap()
+    plain.load_state_dict(head.state_dict())
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=peak, weight_decay=0.01)
+    norms = []
+    for iteration in range(total):
+        rate = 1e-8 + (1 - 1e-8) * (1 + math.cos(math.pi * iteration / total)) / 2
+        if iteration < warmup:
+            rate *= 1 - (1 - iteration / warmup) * (1 - 1e-3)
+        # Down over the first 30 % of the iterations, up over the rest.
+        turn, end = 0.3 * total - 1, total - 1
+        share = iteration / turn if iteration <= turn else 1 + (iteration - turn) / (end - turn)
+        momentum = 0.9 + 0.05 * math.cos(math.pi * share)
+        optimizer.param_groups[0].update(lr=peak * rate, betas=(momentum, 0.999))
+        optimizer.zero_grad()
+        (plain(features) - targets).square().mean().backward()
+        norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), 0.2)))
+        optimizer.step()
+    assert max(norms) > 0.2, "clipping has to act"
+    train_head(
+        head,
+        6,
+        # The order of a whole batch only changes the rounding of its mean.
+        lambda draws, upcoming: select(features, targets, draws),
+        compute_square_loss,
+        config,
+        accelerator=create_accelerator("cpu"),
+        seed=0,
+    )
+    torch.testing.assert_close(head.classifier.weight, plain.classifier.weight)
+    torch.testing.assert_close(head.classifier.bias, plain.classifier.bias)
+
+
 def test_train_head__keeps_the_best_scored_checkpoint() -> None:
     features, targets = create_regression()
     scores = iter([0.1, 0.9, 0.4])
@@ -159,6 +211,83 @@ def test_train_head__a_loss_that_is_not_finite_stops_at_once() -> None:
             accelerator=create_accelerator("cpu"),
             seed=0,
         )
+
+
+def test_paper__every_value_of_the_public_segmentation_code() -> None:
+    probe = create_segmentation_probe("never", MeanColourBackbones())
+    probe.config, probe.num_iterations = PAPER_SEGMENTATION, 40_000
+    optimization = probe._create_optimization()
+    assert (PAPER_SEGMENTATION.short_side, PAPER_SEGMENTATION.crop_side, PAPER_SEGMENTATION.stride) == (512, 512, 341)
+    assert PAPER_SEGMENTATION.num_iterations == 40_000 and PAPER_SEGMENTATION.max_class_share == 0.75
+    assert optimization == OptimizationConfig(
+        Schedule("poly", 40_000, 1500, warmup_ratio=1e-6, min_ratio=0.0, power=1.0),
+        batch_size=16,
+        learning_rate=1e-3,
+        weight_decay=1e-4,
+        max_gradient_norm=None,
+        has_one_cycle_momentum=False,
+    )
+    assert PAPER_RUNS["segmentation"].selection == "last" and PAPER_RUNS["segmentation"].cache == "never"
+
+
+def test_paper__every_value_of_the_public_depth_and_classification_code() -> None:
+    backbones = create_frozen_backbones(BackboneConfig("original", "random:test_vit"), norm=False)
+    image, depth = torch.zeros(480, 640, 3, dtype=torch.uint8), torch.full((480, 640), 2.0)
+    frames = [LabelledFrame(str(index), lambda: image, load_depth=lambda: depth, class_index=0) for index in range(2)]
+    sets = ProbeSets(*[LabelledSet("toy", frames, ("a",))] * 3)
+    accelerator = create_accelerator("cpu")
+    probe = DepthProbe(PAPER_DEPTH, PAPER_RUNS["depth"], sets, backbones, "original", accelerator)
+    assert probe._create_optimization() == OptimizationConfig(
+        Schedule("cosine", 38_400, 12_800, warmup_ratio=1e-3, min_ratio=1e-8),
+        batch_size=16,
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        max_gradient_norm=35.0,
+        has_one_cycle_momentum=True,
+        images_per_group=2,
+    )
+    assert probe.pictures.crop_size == (416, 544) and PAPER_DEPTH.loss_warmup_iterations == 100
+    assert PAPER_DEPTH.num_bins == 256 and PAPER_DEPTH.bin_normalization == "linear" and PAPER_DEPTH.is_flip_averaged
+    classification = ClassificationProbe(
+        PAPER_CLASSIFICATION, PAPER_RUNS["classification"], sets, backbones, "original", accelerator
+    )
+    assert classification._create_optimization() == OptimizationConfig(
+        Schedule("cosine", 12_500), batch_size=128, learning_rate=0.5, weight_decay=0.0, optimizer="sgd"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "needed", "expected"),
+    [("auto", 1.0, True), ("auto", 3.0, False), ("always", 3.0, True), ("never", 1.0, False)],
+)
+def test_resolve_cache__features_are_kept_where_they_fit(
+    rule: str, needed: float, expected: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resolve_cache(rule, needed, 2.0, "fixed windows") is expected  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert ("fixed windows instead of the published random augmentation" in said) is expected
+
+
+def test_stack_features__a_linear_head_sees_no_difference_to_pictures_alone() -> None:
+    """Tokens are repeated beyond the edge, as bilinear upsampling does, and targets there do not count."""
+    generator = torch.Generator().manual_seed(0)
+    entries = []
+    for h, w in ((2, 3), (4, 2), (4, 3)):
+        maps, tokens = torch.randn(1, 1, 1, h, w, 5, generator=generator), torch.randn(1, 1, 1, 5, generator=generator)
+        target = torch.randint(0, 9, (2 * h, 2 * w), generator=generator).to(torch.uint8)
+        entries.append(RememberedFeatures(FrozenFeatures(maps, tokens), target))
+    features, targets = stack_features(entries, 255)
+    torch.manual_seed(0)
+    head = LinearDepthHead(Assembler("original", 5), DepthBins(0.5, 4.0, num_bins=8))
+    nn.init.normal_(head.token_layer.weight)
+    depth = F.interpolate(head(features)[:, None], scale_factor=0.5)[:, 0]
+    assert targets.shape == (3, 8, 6)
+    for index, entry in enumerate(entries):
+        rows, columns = entry.target.shape
+        torch.testing.assert_close(targets[index, :rows, :columns], entry.target)
+        assert int((targets[index] != 255).sum()) == rows * columns
+        alone = F.interpolate(head(entry.features)[:, None], scale_factor=0.5)[0, 0]
+        torch.testing.assert_close(depth[index, :rows, :columns], alone)
 
 
 def create_striped_frame(index: int) -> LabelledFrame:
