@@ -109,7 +109,8 @@ class DepthProbe:
         self.learning_rate = config.learning_rate or min(stretched, 2e-3)
         needed = estimate_memory(backbones, *self.pictures.compute_size(frames[0]), 2 * len(frames))
         self.is_cached = resolve_cache(run.cache, needed, run.cache_gb, "whole images and their mirror images")
-        warn_about_depth_unit(sets.train)
+        for labelled_set in (sets.train, sets.test):
+            warn_about_depth_unit(labelled_set)
 
     def describe(self) -> dict[str, Any]:
         """The values that were chosen, for the record."""
