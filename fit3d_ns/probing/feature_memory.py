@@ -87,7 +87,7 @@ def count_bytes(remembered: RememberedFeatures) -> int:
 
 
 def stack_features(entries: Sequence[RememberedFeatures], fill: int | float = 0) -> tuple[FrozenFeatures, Tensor]:
-    """A batch out of entries, whose pictures may have several sizes: smaller maps are continued at the right and bottom.
+    """A batch out of entries, whose pictures may have several sizes: smaller maps are continued right and below.
 
     Tokens at the edge are repeated, which is what bilinear upsampling reads beyond the edge anyway, so that a linear
     head says the same about each picture as if it were alone.

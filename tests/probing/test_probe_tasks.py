@@ -86,7 +86,8 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("size", "rule"), [((16, 40), "pad"), ((16, 16), "pad"), ((18, 43), "pad"), ((13, 22), "resize"), ((9, 30), "resize")]
+    ("size", "rule"),
+    [((16, 40), "pad"), ((16, 16), "pad"), ((18, 43), "pad"), ((13, 22), "resize"), ((9, 30), "resize")],
 )
 def test_segmentation_probe__slide_inference_puts_every_window_back(size: tuple[int, int], rule: PatchFitRule) -> None:
     """Windows of 16 every 10 pixels over images that are smaller, or no multiple of window, stride or patch."""
@@ -151,7 +152,10 @@ def test_classification_probe__central_crop_of_a_resized_picture() -> None:
 
 def test_classification_heads__class_token_beside_the_mean_patch_token() -> None:
     generator = torch.Generator().manual_seed(0)
-    tokens, class_tokens = torch.randn(4, 1, 1, 3, 5, 6, generator=generator), torch.randn(4, 1, 1, 6, generator=generator)
+    tokens, class_tokens = (
+        torch.randn(4, 1, 1, 3, 5, 6, generator=generator),
+        torch.randn(4, 1, 1, 6, generator=generator),
+    )
     pooled = FrozenFeatures(tokens.mean(dim=(3, 4), keepdim=True), class_tokens)
     heads = ClassificationHeads(Assembler("original", 6), 3, (1e-3, 1e-1))
     logits = heads(pooled)

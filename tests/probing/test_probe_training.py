@@ -12,20 +12,19 @@ from torch.nn import functional as F
 from fit3d_ns.data.labelled_frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.assembly import Assembler, FrozenFeatures
 from fit3d_ns.probing.batch_order import BatchOrder, Draw, check_batch
-from fit3d_ns.probing.classification_probe import PAPER_CLASSIFICATION, ClassificationProbe
 from fit3d_ns.probing.depth_bins import DepthBins
 from fit3d_ns.probing.depth_head import LinearDepthHead
 from fit3d_ns.probing.depth_losses import LossSum
-from fit3d_ns.probing.depth_probe import PAPER_DEPTH, DepthProbe
 from fit3d_ns.probing.feature_memory import FeatureMemory, Picture, RememberedFeatures, stack_features
-from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.head_trainer import OptimizationConfig, create_accelerator, train_head
-from fit3d_ns.probing.probe_runs import PAPER_RUNS
-from fit3d_ns.probing.protocol import ProbeSets, RunConfig, resolve_cache, resolve_iterations
+from fit3d_ns.probing.protocol import (
+    ProbeSets,
+    RunConfig,
+)
 from fit3d_ns.probing.sample_streams import AugmentedStream
 from fit3d_ns.probing.schedules import Schedule, compute_one_cycle_momentum
 from fit3d_ns.probing.segmentation_head import SegmentationHead
-from fit3d_ns.probing.segmentation_probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.probing.segmentation_probe import SegmentationConfig, SegmentationProbe
 
 
 def test_schedule__poly_with_warm_up_at_given_points() -> None:
@@ -68,13 +67,6 @@ def test_check_batch__uneven_shares_are_refused() -> None:
         check_batch(16, 3)
     with pytest.raises(ValueError, match="multiple of 8"):
         check_batch(4, 4, 2)
-
-
-def test_resolve_iterations__small_sets_are_trained_for_sixty_epochs() -> None:
-    assert resolve_iterations(None, 40_000, 20_000, 16) == 40_000
-    assert resolve_iterations(None, 40_000, 1600, 16) == 6000
-    assert resolve_iterations(None, 40_000, 10, 16) == 800
-    assert resolve_iterations(7, 40_000, 10, 16) == 7
 
 
 def create_regression(seed: int = 0) -> tuple[FrozenFeatures, torch.Tensor]:
@@ -211,61 +203,6 @@ def test_train_head__a_loss_that_is_not_finite_stops_at_once() -> None:
             accelerator=create_accelerator("cpu"),
             seed=0,
         )
-
-
-def test_paper__every_value_of_the_public_segmentation_code() -> None:
-    probe = create_segmentation_probe("never", MeanColourBackbones())
-    probe.config, probe.num_iterations = PAPER_SEGMENTATION, 40_000
-    optimization = probe._create_optimization()
-    assert (PAPER_SEGMENTATION.short_side, PAPER_SEGMENTATION.crop_side, PAPER_SEGMENTATION.stride) == (512, 512, 341)
-    assert PAPER_SEGMENTATION.num_iterations == 40_000 and PAPER_SEGMENTATION.max_class_share == 0.75
-    assert optimization == OptimizationConfig(
-        Schedule("poly", 40_000, 1500, warmup_ratio=1e-6, min_ratio=0.0, power=1.0),
-        batch_size=16,
-        learning_rate=1e-3,
-        weight_decay=1e-4,
-        max_gradient_norm=None,
-        has_one_cycle_momentum=False,
-    )
-    assert PAPER_RUNS["segmentation"].selection == "last" and PAPER_RUNS["segmentation"].cache == "never"
-
-
-def test_paper__every_value_of_the_public_depth_and_classification_code() -> None:
-    backbones = create_frozen_backbones(BackboneConfig("original", "random:test_vit"), norm=False)
-    image, depth = torch.zeros(480, 640, 3, dtype=torch.uint8), torch.full((480, 640), 2.0)
-    frames = [LabelledFrame(str(index), lambda: image, load_depth=lambda: depth, class_index=0) for index in range(2)]
-    sets = ProbeSets(*[LabelledSet("toy", frames, ("a",))] * 3)
-    accelerator = create_accelerator("cpu")
-    probe = DepthProbe(PAPER_DEPTH, PAPER_RUNS["depth"], sets, backbones, "original", accelerator)
-    assert probe._create_optimization() == OptimizationConfig(
-        Schedule("cosine", 38_400, 12_800, warmup_ratio=1e-3, min_ratio=1e-8),
-        batch_size=16,
-        learning_rate=1e-4,
-        weight_decay=0.01,
-        max_gradient_norm=35.0,
-        has_one_cycle_momentum=True,
-        images_per_group=2,
-    )
-    assert probe.pictures.crop_size == (416, 544) and PAPER_DEPTH.loss_warmup_iterations == 100
-    assert PAPER_DEPTH.num_bins == 256 and PAPER_DEPTH.bin_normalization == "linear" and PAPER_DEPTH.is_flip_averaged
-    classification = ClassificationProbe(
-        PAPER_CLASSIFICATION, PAPER_RUNS["classification"], sets, backbones, "original", accelerator
-    )
-    assert classification._create_optimization() == OptimizationConfig(
-        Schedule("cosine", 12_500), batch_size=128, learning_rate=0.5, weight_decay=0.0, optimizer="sgd"
-    )
-
-
-@pytest.mark.parametrize(
-    ("rule", "needed", "expected"),
-    [("auto", 1.0, True), ("auto", 3.0, False), ("always", 3.0, True), ("never", 1.0, False)],
-)
-def test_resolve_cache__features_are_kept_where_they_fit(
-    rule: str, needed: float, expected: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert resolve_cache(rule, needed, 2.0, "fixed windows") is expected  # type: ignore[arg-type]
-    said = capsys.readouterr().err
-    assert ("fixed windows instead of the published random augmentation" in said) is expected
 
 
 def test_stack_features__a_linear_head_sees_no_difference_to_pictures_alone() -> None:
