@@ -64,6 +64,11 @@ class Assembler(nn.Module):
         return 2 * self.embed_dim if self.assembly in ("concat", "duplicate") else self.embed_dim
 
     @property
+    def width(self) -> int:
+        """Inputs of the first linear layer that is trained on the patch tokens."""
+        return self.out_dim if self.fusion is None else 2 * self.embed_dim
+
+    @property
     def class_dim(self) -> int:
         """Length of the class token that goes with the map; 0 where none is asked for."""
         return 0 if self.class_token_part is None else self.embed_dim

@@ -2,7 +2,8 @@
 
 g = log(prediction + eps) - log(target + eps). `SigLoss` is sqrt(var(g) + 0.15 mean(g)^2), var with n - 1 in the
 denominator; during its warm-up only the mean's term is used. The public gradient loss slices the batch instead of the
-image and is zero for two images a device; the one here compares neighbouring pixels, at four scales.
+image and is zero for two images a device; the one here has the same formula along the image's axes: on every first,
+second, fourth and sixth pixel, |g(x) - g(x + 2)| summed over both axes, over the number of valid pixels; scales added.
 
 Losses are taken over groups of images (two, as the public code has two per device), so that their values do not depend
 on how many devices share a batch. Each returns the sum over groups and the number of groups that had valid pixels.
@@ -18,8 +19,10 @@ EPSILON = 1e-3
 """Metres; keeps the logarithm finite."""
 MEAN_WEIGHT = 0.15
 """Weight of the mean's square; 1 would be the plain mean square."""
-NUM_SCALES = 4
-"""Steps of 1, 2, 4 and 8 pixels between compared neighbours."""
+GRADIENT_STRIDES = (1, 2, 4, 6)
+"""Every how many pixels each scale of the gradient loss reads."""
+GRADIENT_STEP = 2
+"""Pixels of a scale between the two that are compared."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +66,22 @@ def compute_gradient_loss(
     *,
     images_per_group: int,
 ) -> LossSum:
-    """Mean absolute difference of log-depth steps between neighbours, along both image axes, averaged over scales."""
+    """Absolute differences of g between pixels two steps apart, along both image axes, summed over scales."""
     total, count = predictions.sum() * 0.0, 0
     logs = torch.where(valid, torch.log(predictions + EPSILON) - torch.log(targets.clamp_min(0.0) + EPSILON), 0.0)
     for group in range(0, len(predictions), images_per_group):
         part = slice(group, group + images_per_group)
-        terms = []
-        for scale in range(NUM_SCALES):
-            step = 2**scale
-            coarse, mask = logs[part, ::step, ::step], valid[part, ::step, ::step]
+        if not valid[part].any():
+            continue
+        for stride in GRADIENT_STRIDES:
+            coarse, mask = logs[part, ::stride, ::stride], valid[part, ::stride, ::stride]
+            differences = predictions.new_zeros(())
             for dim in (1, 2):
-                size = coarse.shape[dim] - 1
-                both = mask.narrow(dim, 0, size) & mask.narrow(dim, 1, size)
-                if both.any():
-                    difference = coarse.narrow(dim, 1, size) - coarse.narrow(dim, 0, size)
-                    terms.append(difference[both].abs().mean())
-        if terms:
-            total = total + torch.stack(terms).mean()
-            count += 1
+                size = max(coarse.shape[dim] - GRADIENT_STEP, 0)
+                start = coarse.shape[dim] - size
+                both = mask.narrow(dim, 0, size) & mask.narrow(dim, start, size)
+                steps = coarse.narrow(dim, start, size) - coarse.narrow(dim, 0, size)
+                differences = differences + torch.where(both, steps.abs(), 0.0).sum()
+            total = total + differences / mask.sum().clamp_min(1)
+        count += 1
     return LossSum(total, predictions.new_tensor(float(count)))

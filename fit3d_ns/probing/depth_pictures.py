@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.data.labelled_frames import DepthConvention, LabelledFrame
+from fit3d_ns.data.labelled_frames import DepthConvention, LabelledFrame, LabelledSet
 from fit3d_ns.probing import augmentation
 from fit3d_ns.probing.feature_memory import Picture
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
 from fit3d_ns.probing.patch_fit import sample_nearest
+from fit3d_ns.probing.protocol import spread_over
 from fit3d_ns.probing.segmentation_pictures import name_frame, to_image, to_tensor
 
 MAX_ROTATION = 2.5
@@ -35,6 +36,18 @@ class ImageKey:
     """Mirrored left to right."""
     is_training: bool
     """Cut to the part that the set trains on."""
+
+
+def choose_crop_size(labelled_set: LabelledSet, short_side: int | None) -> tuple[int, int]:
+    """The published crop, 352x704 for KITTI and 416x544 elsewhere, cut down to the training images where they are
+    smaller: padding would teach the head another kind of picture than it is tested on."""
+    convention = labelled_set.depth
+    published = (352, 704) if convention.bottom_crop else (416, 544)
+    sizes = []
+    for frame in spread_over(labelled_set.frames, 5):
+        image = _crop_training(_crop_bottom(frame.load_image().numpy(), convention), convention)
+        sizes.append(_compute_size(image, short_side))
+    return min(published[0], *(size[0] for size in sizes)), min(published[1], *(size[1] for size in sizes))
 
 
 @dataclass(frozen=True)
@@ -116,13 +129,17 @@ class DepthPictures:
         return full, targets
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
-        if self.short_side is None:
-            return image
-        short = float(self.short_side)
-        height, width = augmentation.compute_size(image.shape[0], image.shape[1], short, max(image.shape[:2]) * short)
+        height, width = _compute_size(image, self.short_side)
         if (height, width) == image.shape[:2]:
             return image
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _compute_size(image: np.ndarray, short_side: int | None) -> tuple[int, int]:
+    height, width = image.shape[:2]
+    if short_side is None:
+        return height, width
+    return augmentation.compute_size(height, width, float(short_side), float(max(height, width) * short_side))
 
 
 def _crop_bottom(picture: np.ndarray, convention: DepthConvention) -> np.ndarray:

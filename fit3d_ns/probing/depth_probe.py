@@ -18,7 +18,7 @@ from fit3d_ns.probing.depth_bins import NUM_BINS, BinNormalization, DepthBins
 from fit3d_ns.probing.depth_head import UPSAMPLING, LinearDepthHead
 from fit3d_ns.probing.depth_losses import LossSum, compute_gradient_loss, compute_sig_loss
 from fit3d_ns.probing.depth_metrics import DepthMetrics
-from fit3d_ns.probing.depth_pictures import DEPTHS_PER_TOKEN, DepthPictures, ImageKey
+from fit3d_ns.probing.depth_pictures import DEPTHS_PER_TOKEN, DepthPictures, ImageKey, choose_crop_size
 from fit3d_ns.probing.dpt_head import DPTDepthHead
 from fit3d_ns.probing.feature_memory import FeatureMemory, Picture
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
@@ -26,19 +26,22 @@ from fit3d_ns.probing.head_trainer import OptimizationConfig, train_head
 from fit3d_ns.probing.patch_fit import resize_map
 from fit3d_ns.probing.protocol import (
     ProbeSets,
+    PublishedTraining,
     RunConfig,
     SeedOutcome,
     estimate_memory,
     resolve_cache,
     resolve_iterations,
+    resolve_learning_rate,
     summarise_training,
 )
 from fit3d_ns.probing.sample_streams import AugmentedStream, RememberedStream
 from fit3d_ns.probing.schedules import Schedule
 from fit3d_ns.utils.seeds import derive_seed
 
-PUBLISHED_ITERATIONS = 38_400
-PUBLISHED_LEARNING_RATE = 1e-4
+PUBLISHED = PublishedTraining(num_iterations=38_400, learning_rate=1e-4, width=1152)
+LARGEST_DPT_RATE = 5e-4
+"""probe3d's for its DPT heads, whose convolutions do not bear a linear layer's rates."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,14 @@ class DepthConfig:
     short_side: int | None = None
     """Images are resized to this shorter side, pixels; None keeps their own size (published)."""
     crop_size: tuple[int, int] | None = None
-    """Height and width of random crops; None: 352x704 for KITTI, 416x544 elsewhere."""
+    """Height and width of random crops; None: 352x704 for KITTI, 416x544 elsewhere, cut down to smaller images."""
     num_iterations: int | None = None
     """None: 38,400 as published, or 60 epochs (at least 800 iterations) if that is less."""
     batch_size: int = 16
     """Images per iteration over all devices (published: 8 GPUs of 2)."""
     learning_rate: float | None = None
-    """Peak, AdamW. None: the published 1e-4 times the published number of iterations over ours, at most 2e-3, because
-    Adam moves each weight by about the rate per iteration."""
+    """Peak, AdamW. None: the published 1e-4 for a width of 1152, times published iterations and width over ours; see
+    `resolve_learning_rate`."""
     weight_decay: float = 0.01
     """AdamW's."""
     warmup_share: float = 1 / 3
@@ -79,7 +82,7 @@ class DepthConfig:
     """Predictions of an image and its mirror image are averaged."""
 
 
-PAPER_DEPTH = DepthConfig(num_iterations=PUBLISHED_ITERATIONS, learning_rate=PUBLISHED_LEARNING_RATE)
+PAPER_DEPTH = DepthConfig(num_iterations=PUBLISHED.num_iterations, learning_rate=PUBLISHED.learning_rate)
 """The public code's values. Its gradient term is zero at two images per device, so it is left out."""
 
 
@@ -99,17 +102,17 @@ class DepthProbe:
         self.backbones, self.assembly, self.accelerator = backbones, assembly, accelerator
         self.memory = FeatureMemory(backbones, run.cache_gb)
         convention = sets.train.depth
-        crop_size = config.crop_size or ((352, 704) if convention.bottom_crop else (416, 544))
+        crop_size = config.crop_size or choose_crop_size(sets.train, config.short_side)
         self.pictures = DepthPictures(backbones, convention, config.short_side, crop_size)
         frames = sets.train.frames
         self.num_iterations = resolve_iterations(
-            config.num_iterations, PUBLISHED_ITERATIONS, len(frames), config.batch_size
+            config.num_iterations, PUBLISHED.num_iterations, len(frames), config.batch_size
         )
-        stretched = PUBLISHED_LEARNING_RATE * PUBLISHED_ITERATIONS / self.num_iterations
-        self.learning_rate = config.learning_rate or min(stretched, 2e-3)
+        self.learning_rate = config.learning_rate or self._choose_learning_rate()
         needed = estimate_memory(backbones, *self.pictures.compute_size(frames[0]), 2 * len(frames))
         self.is_cached = resolve_cache(run.cache, needed, run.cache_gb, "whole images and their mirror images")
-        warn_about_depth_unit(sets.train)
+        for labelled_set in (sets.train, sets.test):
+            warn_about_depth_unit(labelled_set)
 
     def describe(self) -> dict[str, Any]:
         """The values that were chosen, for the record."""
@@ -148,8 +151,7 @@ class DepthProbe:
     def create_head(self) -> nn.Module:
         """A new head, from torch's global generator."""
         config, convention = self.config, self.sets.train.depth
-        source: ClassTokenSource = config.class_token if self.backbones.has_class_token else "none"
-        assembler = Assembler(self.assembly, self.backbones.embed_dim, source)
+        assembler = self._create_assembler()
         bins = DepthBins(convention.min_depth, convention.max_depth, config.num_bins, config.bin_normalization)
         if config.head == "dpt":
             return DPTDepthHead(assembler, bins)
@@ -184,6 +186,15 @@ class DepthProbe:
             restored = fit.restore(depth[:, None])[0, 0].clamp(convention.min_depth, convention.max_depth)
             maps.append(restored.flip(-1) if isinstance(key, ImageKey) and key.is_flipped else restored)
         return resize_map(torch.stack(maps).mean(dim=0)[None, None], size)[0, 0]
+
+    def _create_assembler(self) -> Assembler:
+        source: ClassTokenSource = self.config.class_token if self.backbones.has_class_token else "none"
+        return Assembler(self.assembly, self.backbones.embed_dim, source)
+
+    def _choose_learning_rate(self) -> float:
+        assembler = self._create_assembler()
+        rate = resolve_learning_rate(PUBLISHED, self.num_iterations, assembler.width + assembler.class_dim)
+        return min(rate, LARGEST_DPT_RATE) if self.config.head == "dpt" else rate
 
     def _create_stream(self, seed: int) -> RememberedStream | AugmentedStream:
         device, frames = self.accelerator.device, self.sets.train.frames

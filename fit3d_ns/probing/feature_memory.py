@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.nn import functional as F
 
 from fit3d_ns.probing.assembly import FrozenFeatures
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
@@ -85,21 +86,37 @@ def count_bytes(remembered: RememberedFeatures) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def stack_features(entries: Sequence[RememberedFeatures]) -> tuple[FrozenFeatures, Tensor]:
-    """A batch out of entries of one size.
+def stack_features(entries: Sequence[RememberedFeatures], fill: int | float = 0) -> tuple[FrozenFeatures, Tensor]:
+    """A batch out of entries, whose pictures may have several sizes: smaller maps are continued right and below.
 
-    Raises:
-        ValueError: Sizes differ.
+    Tokens at the edge are repeated, which is what bilinear upsampling reads beyond the edge anyway, so that a linear
+    head says the same about each picture as if it were alone.
+
+    Args:
+        entries: What is stacked.
+        fill: The target that does not count, for the places that are added.
     """
-    sizes = {(entry.features.maps.shape, entry.target.shape) for entry in entries}
-    if len(sizes) > 1:
-        raise ValueError(
-            "Pictures of several sizes cannot share a batch; use --cache no, which cuts crops of one size, "
-            "or --batch-size 1."
-        )
-    maps = torch.cat([entry.features.maps for entry in entries])
+    sizes = [entry.features.maps.shape[3:5] for entry in entries]
+    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    maps, targets = [], []
+    for entry, size in zip(entries, sizes, strict=True):
+        missing = height - size[0], width - size[1]
+        maps.append(_repeat_edges(entry.features.maps, *missing) if any(missing) else entry.features.maps)
+        target = entry.target
+        if any(missing):
+            # As many targets per token and axis as the others have.
+            rows, columns = (target.shape[axis] // size[axis] * missing[axis] for axis in (0, 1))
+            target = F.pad(target, (0, columns, 0, rows), value=fill)
+        targets.append(target)
     class_tokens = torch.cat([entry.features.class_tokens for entry in entries])
-    return FrozenFeatures(maps, class_tokens), torch.stack([entry.target for entry in entries])
+    return FrozenFeatures(torch.cat(maps), class_tokens), torch.stack(targets)
+
+
+def _repeat_edges(maps: Tensor, rows: int, columns: int) -> Tensor:
+    # (b, parts, layers, h, w, e): the last row, then the last column.
+    below = maps[:, :, :, -1:].expand(-1, -1, -1, rows, -1, -1)
+    taller = torch.cat([maps, below], dim=3)
+    return torch.cat([taller, taller[:, :, :, :, -1:].expand(-1, -1, -1, -1, columns, -1)], dim=4)
 
 
 def _select_row(features: FrozenFeatures, row: int) -> FrozenFeatures:

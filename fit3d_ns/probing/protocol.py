@@ -22,6 +22,23 @@ EPOCHS_OF_SMALL_SETS = 60
 """Sets that the published number of iterations would see more often are trained for this many epochs."""
 
 
+LARGEST_STEP = 4.0
+"""Largest product of learning rate and width: about the largest step of a logit per iteration, since tokens are of the
+order of one."""
+
+
+@dataclass(frozen=True)
+class PublishedTraining:
+    """How the public code trains a linear head."""
+
+    num_iterations: int
+    """Iterations."""
+    learning_rate: float
+    """Peak, AdamW."""
+    width: int
+    """Inputs of the linear layer: original and fine-tuned small backbones side by side."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Choices that every probe has."""
@@ -96,6 +113,17 @@ def resolve_iterations(num_iterations: int | None, published: int, num_frames: i
         return num_iterations
     small = max(math.ceil(EPOCHS_OF_SMALL_SETS * num_frames / batch_size), MIN_ITERATIONS)
     return min(published, small)
+
+
+def resolve_learning_rate(published: PublishedTraining, num_iterations: int, width: int) -> float:
+    """The rate at which a shorter training of a head of another width gets as far as the published one.
+
+    Adam moves each weight by about the rate per iteration, and so a logit by rate x width x iterations. Keeping this
+    product lets small sets converge in their few iterations, and takes an advantage away from wider heads that has
+    nothing to do with their features: `duplicate` would learn twice as fast as `original`.
+    """
+    travel = published.learning_rate * published.num_iterations * published.width
+    return min(travel / (num_iterations * width), LARGEST_STEP / width)
 
 
 def resolve_cache(rule: CacheRule, needed_gb: float, budget_gb: float, instead: str) -> bool:

@@ -34,18 +34,29 @@ class RememberedStream:
         load_picture: Callable[[int, Hashable], Picture],
         device: torch.device | str,
         seed: int,
+        fill: int | float = 0,
     ) -> None:
+        """Args:
+        memory: Keeps the features.
+        choose_variant: As `ChooseVariant`.
+        load_picture: The picture of a sample's variant.
+        device: Where batches go.
+        seed: Of the variants' choice.
+        fill: The target that does not count; see `stack_features`.
+        """
         self.memory = memory
         self.choose_variant = choose_variant
         self.load_picture = load_picture
         self.device = device
         self.seed = seed
+        self.fill = fill
 
     def load(self, draws: list[Draw], upcoming: list[Draw]) -> tuple[FrozenFeatures, Tensor]:
         """A batch on the training device."""
         keys = [self.choose_variant(draw.index, create_numpy_generator(self.seed, draw.position)) for draw in draws]
         indices = {key: draw.index for key, draw in zip(keys, draws, strict=True)}
-        features, targets = stack_features(self.memory.fetch(keys, lambda key: self.load_picture(indices[key], key)))
+        entries = self.memory.fetch(keys, lambda key: self.load_picture(indices[key], key))
+        features, targets = stack_features(entries, self.fill)
         return features.to(self.device), targets.to(self.device)
 
     def close(self) -> None:

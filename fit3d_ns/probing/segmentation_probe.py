@@ -22,11 +22,13 @@ from fit3d_ns.probing.head_trainer import OptimizationConfig, train_head
 from fit3d_ns.probing.patch_fit import resize_map
 from fit3d_ns.probing.protocol import (
     ProbeSets,
+    PublishedTraining,
     RunConfig,
     SeedOutcome,
     estimate_memory,
     resolve_cache,
     resolve_iterations,
+    resolve_learning_rate,
     summarise_training,
 )
 from fit3d_ns.probing.sample_streams import AugmentedStream, RememberedStream
@@ -42,7 +44,7 @@ from fit3d_ns.probing.segmentation_pictures import (
 from fit3d_ns.probing.slide_windows import average_windows
 from fit3d_ns.utils.seeds import derive_seed
 
-PUBLISHED_ITERATIONS = 40_000
+PUBLISHED = PublishedTraining(num_iterations=40_000, learning_rate=1e-3, width=768)
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,12 @@ class SegmentationConfig:
     """None: 40,000 as published, or 60 epochs (at least 800 iterations) if that is less."""
     batch_size: int = 16
     """Images per iteration over all devices (published: 8 GPUs of 2)."""
-    learning_rate: float = 1e-3
-    """Peak, AdamW."""
+    learning_rate: float | None = None
+    """Peak, AdamW. None: the published 1e-3 for a width of 768, times published iterations and width over ours, at most
+    4 over the width; see `resolve_learning_rate`."""
     weight_decay: float = 1e-4
     """AdamW's."""
-    warmup_share: float = 1500 / PUBLISHED_ITERATIONS
+    warmup_share: float = 1500 / PUBLISHED.num_iterations
     """Share of the iterations with a linear warm-up."""
     loss_average: Literal["counted", "all"] = "counted"
     """Whether the loss is averaged over labelled pixels, or over all, ignored ones being zero (public code)."""
@@ -75,7 +78,8 @@ PAPER_SEGMENTATION = SegmentationConfig(
     short_side=PUBLISHED_SHORT_SIDE,
     crop_side=512,
     stride=341,
-    num_iterations=PUBLISHED_ITERATIONS,
+    num_iterations=PUBLISHED.num_iterations,
+    learning_rate=PUBLISHED.learning_rate,
     loss_average="all",
 )
 """The public code's values."""
@@ -103,8 +107,10 @@ class SegmentationProbe:
         self.pictures = SegmentationPictures(backbones, short_side, crop_side, stride, config.max_class_share)
         frames = sets.train.frames
         self.num_iterations = resolve_iterations(
-            config.num_iterations, PUBLISHED_ITERATIONS, len(frames), config.batch_size
+            config.num_iterations, PUBLISHED.num_iterations, len(frames), config.batch_size
         )
+        width = self._create_assembler().width
+        self.learning_rate = config.learning_rate or resolve_learning_rate(PUBLISHED, self.num_iterations, width)
         needed = estimate_memory(
             backbones, crop_side, crop_side, 2 * len(frames) * len(self.pictures.list_keys(frames[0]))
         )
@@ -118,13 +124,14 @@ class SegmentationProbe:
             "crop_side": self.pictures.crop_side,
             "stride": self.pictures.stride,
             "num_iterations": self.num_iterations,
+            "learning_rate": self.learning_rate,
             "features_cached": self.is_cached,
         }
 
     def run_seed(self, seed: int) -> SeedOutcome:
         """Trains a head and measures it on the test data."""
         torch.manual_seed(derive_seed(seed, "segmentation head"))
-        head = SegmentationHead(Assembler(self.assembly, self.backbones.embed_dim, "none"), self.sets.train.num_classes)
+        head = SegmentationHead(self._create_assembler(), self.sets.train.num_classes)
         stream = self._create_stream(seed)
         selection = self.sets.selection
         try:
@@ -173,6 +180,9 @@ class SegmentationProbe:
         height, width = windows[-1].top + windows[-1].height, windows[-1].left + windows[-1].width
         return resize_map(average_windows(maps, windows, height, width)[None], size)[0]
 
+    def _create_assembler(self) -> Assembler:
+        return Assembler(self.assembly, self.backbones.embed_dim, "none")
+
     def _create_stream(self, seed: int) -> RememberedStream | AugmentedStream:
         device, frames = self.accelerator.device, self.sets.train.frames
         if not self.is_cached:
@@ -189,6 +199,7 @@ class SegmentationProbe:
             lambda index, key: self._load(frames[index], key),
             device,
             seed,
+            IGNORE_INDEX,
         )
 
     def _load(self, frame: LabelledFrame, key: Hashable) -> Picture:
@@ -199,7 +210,7 @@ class SegmentationProbe:
         return OptimizationConfig(
             Schedule("poly", self.num_iterations, round(self.config.warmup_share * self.num_iterations)),
             self.config.batch_size,
-            self.config.learning_rate,
+            self.learning_rate,
             self.config.weight_decay,
         )
 

@@ -352,6 +352,25 @@ def test_scannetpp__official_root_with_the_toolkits_labels(scannetpp_scene: Path
         read_labelled_set(root, "train", "segmentation")
 
 
+def test_scannetpp__wide_photographs_are_halved_with_their_depth_and_labels(
+    scannetpp_scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1752x1168 becomes 876x584; here everything wider than ten pixels counts as wide."""
+    monkeypatch.setattr("fit3d_ns.data.labelled_scannetpp.HALVED_FROM_WIDTH", 10)
+    dslr = scannetpp_scene / "dslr"
+    edit_json(dslr / "nerfstudio/transforms.json", camera_model="PINHOLE", k1=None)
+    for index in range(6):
+        write_map(dslr / f"labels/DSC{index:05d}.png", label_map(0, 1, 1, 1))
+    (dslr / "classes.json").write_text(json.dumps({"classes": ["wall", "chair"]}))
+    frame = read_labelled_set(scannetpp_scene, "train", "depth").frames[0]
+    assert frame.load_depth is not None
+    assert frame.load_image().shape == (4, 6, 3) and frame.load_depth().shape == (4, 6)
+    assert set(frame.load_depth().unique().tolist()) <= {0.0, 1.5}
+    labels = read_labelled_set(scannetpp_scene, "train", "segmentation").frames[0].load_labels
+    # The pixel at the centre of each two by two, rounded down: columns 1, 3, 5 ... of 0 1 1 1 0 1 1 1 ...
+    assert labels is not None and set(labels()[0].tolist()) <= {0, 1} and labels().shape == (4, 6)
+
+
 def test_image_folder__classes_by_folder_name(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for name in ("zebra", "ant"):
@@ -369,6 +388,62 @@ def test_read_labelled_set__unknown_folders_are_explained(tmp_path: Path) -> Non
         read_labelled_set(tmp_path / "absent", "train", "depth")
     with pytest.raises(ValueError, match="holds no labelled set"):
         read_labelled_set(tmp_path, "train", "depth")
+
+
+def lay_out(root: Path, layout: str) -> None:
+    """As little as each reader needs; single files are removed by the test below."""
+    if layout == "ade20k":
+        for part in ("training", "validation"):
+            write_image(root / "images" / part / "a.jpg")
+            write_map(root / "annotations" / part / "a.png", label_map(0, 1))
+        write_text(root / "objectInfo150.txt", *(f"{index}\tname {index}" for index in range(1, 151)))
+    elif layout == "voc":
+        write_image(root / "JPEGImages/a.jpg")
+        write_map(root / "SegmentationClass/a.png", label_map(0, 1))
+        write_text(root / "ImageSets/Segmentation/train.txt", "a")
+    elif layout == "kitti":
+        write_image(root / "2011_09_26/d_drive_1_sync/image_02/data/1.png")
+        write_map(root / "data_depth_annotated/train/d/1.png", label_map(256, dtype=np.uint16))
+        write_text(root / "kitti_eigen_train.txt", "2011_09_26/d_drive_1_sync/image_02/data/1.png d/1.png 700")
+    elif layout == "nyu":
+        write_image(root / "kitchen/rgb_1.jpg")
+        write_map(root / "kitchen/sync_depth_1.png", label_map(1000, dtype=np.uint16))
+        write_text(root / "nyu_train.txt", "/kitchen/rgb_1.jpg /kitchen/sync_depth_1.png 518.9")
+    elif layout == "scannet":
+        write_image(root / "scene0000_00/color/1.jpg")
+        write_map(root / "scene0000_00/depth/1.png", label_map(1000, dtype=np.uint16))
+        write_map(root / "scene0000_00/label/1.png", label_map(0, 1))
+        write_text(root / "scannetv2_train.txt", "scene0000_00")
+
+
+@pytest.mark.parametrize(
+    ("layout", "task", "missing", "message"),
+    [
+        ("ade20k", "segmentation", "objectInfo150.txt", "objectInfo150.txt is missing"),
+        ("ade20k", "segmentation", "images/training/a.jpg", "images/training holds no images"),
+        ("ade20k", "segmentation", "annotations/training/a.png", "a.png is missing"),
+        ("voc", "segmentation", "SegmentationClass/a.png", "a.png is missing"),
+        ("voc", "segmentation", "JPEGImages/a.jpg", "a.jpg is missing"),
+        ("voc", "segmentation", "ImageSets/Segmentation/train.txt", "No such file: .*train.txt"),
+        ("kitti", "depth", "kitti_eigen_train.txt", "No such file: .*kitti_eigen_train.txt"),
+        ("kitti", "depth", "2011_09_26/d_drive_1_sync/image_02/data/1.png", "raw image 2011_09_26/.*1.png"),
+        ("kitti", "depth", "data_depth_annotated/train/d/1.png", "depth map d/1.png, which is not below"),
+        ("nyu", "depth", "kitchen/sync_depth_1.png", "sync_depth_1.png is missing"),
+        ("nyu", "depth", "kitchen/rgb_1.jpg", "rgb_1.jpg is missing"),
+        ("nyu", "depth", "nyu_train.txt", "has no nyu_depth_v2_labeled.mat"),
+        ("scannet", "depth", "scannetv2_train.txt", "No such file: .*scannetv2_train.txt"),
+        ("scannet", "depth", "scene0000_00/depth/1.png", "1.png is missing"),
+        ("scannet", "segmentation", "scene0000_00/label/1.png", "1.png is missing"),
+    ],
+)
+def test_readers__name_the_missing_piece(tmp_path: Path, layout: str, task: str, missing: str, message: str) -> None:
+    lay_out(tmp_path, layout)
+    options = LabelledOptions(layout=layout)  # type: ignore[arg-type]
+    whole = read_labelled_set(tmp_path, "train", task, options)  # type: ignore[arg-type]
+    assert len(whole.frames) == 1 and whole.frames[0].load_image().shape == (8, 12, 3)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ValueError, match=message):
+        read_labelled_set(tmp_path, "train", task, options)  # type: ignore[arg-type]
 
 
 def create_set(names: list[tuple[str, str]], is_sequence: bool, classes: tuple[str, ...] = ()) -> LabelledSet:

@@ -15,6 +15,7 @@ from fit3d_ns.cli.probe import ProbeCommand, create_request, probe
 from fit3d_ns.features import create_extractor, create_token_model
 from fit3d_ns.features.adapters import add_adapter
 from fit3d_ns.finetuning.backbone_folder import save_finetuned
+from fit3d_ns.probing.assembly import ASSEMBLIES, Assembly, list_parts
 from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.probe_runs import resolve_scene_splits
 from fit3d_ns.probing.result_records import compute_settings_key, summarise_seeds
@@ -39,8 +40,8 @@ def run(rooms: Path, output: Path, task: str, *flags: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize("assembly", ["original", "finetuned", "concat", "linear"])
-def test_probe__depth_record(rooms: Path, tmp_path: Path, assembly: str) -> None:
+@pytest.mark.parametrize("assembly", ASSEMBLIES)
+def test_probe__depth_record(rooms: Path, tmp_path: Path, assembly: Assembly) -> None:
     flags = ("--assembly", assembly, "--finetuned", str(rooms / "finetuned"), "--seeds", "0", "1")
     record = run(rooms, tmp_path / "r.json", "depth", *flags)
     assert record["kind"] == "probe/depth" and record["is_random"]
@@ -54,8 +55,12 @@ def test_probe__depth_record(rooms: Path, tmp_path: Path, assembly: str) -> None
     assert settings["seeds"] == [0, 1] and settings["assembly"] == assembly
     assert settings["train"]["num_frames"] == 5 and len(settings["train"]["data_hash"]) == 16
     assert set(settings["training"]) == {"0", "1"} and "torch" in record["versions"]
-    assert ("finetuning" in settings) == (assembly != "original")
-    if assembly != "original":
+    # Depth reads tokens before the final norm, of the backbones that the assembly names and of no other.
+    assert {part: item["norm"] for part, item in settings["backbones"].items()} == dict.fromkeys(
+        list_parts(assembly), False
+    )
+    assert ("finetuning" in settings) == ("finetuned" in settings["backbones"])
+    if "finetuned" in settings["backbones"]:
         assert settings["finetuning"]["hours"] == 2.0 and settings["finetuning"]["scenes"] == ["a"]
     assert str(rooms) not in json.dumps(settings), "no path of this machine"
 
@@ -78,10 +83,12 @@ def test_probe__dpt_head(rooms: Path, tmp_path: Path) -> None:
     assert record["settings"]["config"]["head"] == "dpt" and 0.0 < record["metrics"]["rmse"] < 20.0
 
 
-@pytest.mark.parametrize("assembly", ["duplicate", "add"])
-def test_probe__segmentation_record(rooms: Path, tmp_path: Path, assembly: str) -> None:
+@pytest.mark.parametrize("assembly", ASSEMBLIES)
+def test_probe__segmentation_record(rooms: Path, tmp_path: Path, assembly: Assembly) -> None:
     flags = ("--assembly", assembly, "--finetuned", str(rooms / "finetuned"))
-    metrics = run(rooms, tmp_path / "r.json", "segmentation", *flags)["metrics"]
+    record = run(rooms, tmp_path / "r.json", "segmentation", *flags)
+    metrics, parts = record["metrics"], record["settings"]["backbones"]
+    assert {part: item["norm"] for part, item in parts.items()} == dict.fromkeys(list_parts(assembly), True)
     assert 0.0 <= metrics["miou"] <= metrics["aacc"] <= 1.0 and 0.0 <= metrics["macc"] <= 1.0
     assert set(metrics["iou_by_class"]) == {"left", "right"} and "spread" not in metrics
 
@@ -157,15 +164,36 @@ def test_probe__same_seed_same_figures(rooms: Path, tmp_path: Path) -> None:
         assert records[0]["metrics"] == records[1]["metrics"]
 
 
+@pytest.mark.parametrize("assembly", ["original", "finetuned", "concat", "duplicate", "add"])
 @pytest.mark.parametrize("task", ["consistency", "correspondence"])
-def test_probe__multiview_of_a_capture(rooms: Path, tmp_path: Path, task: str) -> None:
-    flags = ("--assembly", "concat", "--finetuned", str(rooms / "finetuned"), "--seeds", "0", "1")
+def test_probe__multiview_of_a_capture(rooms: Path, tmp_path: Path, task: str, assembly: str) -> None:
+    flags = ("--assembly", assembly, "--finetuned", str(rooms / "finetuned"), "--seeds", "0", "1")
     metrics = run(rooms, tmp_path / "r.json", task, *flags)["metrics"]
+    # probe3d's distances and bins for pairs of rooms.
+    recalls = [name for name in metrics if name.startswith("recall_")]
+    assert recalls == ["recall_5px", "recall_10px", "recall_20px"]
+    assert list(metrics["by_angle"]) == ["0-15", "15-30", "30-60", "60-180"]
     assert 0.0 <= metrics["recall_5px"] <= metrics["recall_10px"] <= metrics["recall_20px"] <= 1.0
     # The camera moves without turning.
     assert metrics["by_angle"]["0-15"]["num_matches"] == metrics["num_matches"] > 0
+    assert metrics["by_angle"]["30-60"]["num_matches"] == 0
     assert ("centred_cosine" in metrics) == (task == "consistency")
     assert metrics["per_seed"]["0"]["per_scene"]["room_1"]["num_matches"] > 0
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth", "consistency"])
+@pytest.mark.parametrize("assembly", ["finetuned", "concat"])
+def test_probe__adapters_are_probed_as_any_fine_tuned_backbone(
+    rooms: Path, tmp_path: Path, task: str, assembly: str
+) -> None:
+    adapted = add_adapter(create_token_model(BACKBONE), window_size=2).eval()
+    torch.nn.init.normal_(adapted.adapter.block.mlp.fc2.weight)
+    save_finetuned(tmp_path / "adapted", adapted, adapted.model.state_dict(), "card")
+    flags = ("--assembly", assembly, "--finetuned", str(tmp_path / "adapted"))
+    record = run(rooms, tmp_path / "r.json", task, *flags)
+    assert record["settings"]["backbones"]["finetuned"]["norm"], "the adapter stands behind the norm"
+    name = {"segmentation": "miou", "depth": "rmse", "consistency": "centred_cosine"}[task]
+    assert np.isfinite(record["metrics"][name])
 
 
 def test_probe__classification_record(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Where pixels go: padding, resizing, windows and augmentation, tested by images that say where they are."""
 
+import colorsys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from probe_backbones import MeanColourBackbones
 
 from fit3d_ns.data.labelled_frames import IGNORE_INDEX, DepthConvention, LabelledFrame, LabelledSet
 from fit3d_ns.probing import augmentation
-from fit3d_ns.probing.depth_pictures import DepthPictures, ImageKey
+from fit3d_ns.probing.depth_pictures import DepthPictures, ImageKey, choose_crop_size
 from fit3d_ns.probing.patch_fit import PatchFit, resize_map, sample_nearest
 from fit3d_ns.probing.segmentation_pictures import SegmentationPictures, WindowKey, choose_short_side
 from fit3d_ns.probing.slide_windows import average_windows, list_windows
@@ -184,6 +185,79 @@ def test_colour_changes__keep_sizes_and_average_out() -> None:
     assert np.array_equal(augmentation.shift_colours(image, (0.5, 0.5), generator, probability=0.0), image)
     half = augmentation.shift_colours(image, (0.5, 0.5), generator, 1.0, (1.0, 1.0), (1.0, 1.0))
     np.testing.assert_allclose(half[0, 0], [60, 50, 40], atol=1)
+
+
+class ScriptedDraws(np.random.Generator):
+    """Gives the numbers it was told to give."""
+
+    def __init__(self, integers: list[int], uniforms: list[float]) -> None:
+        super().__init__(np.random.PCG64(0))
+        self._integers, self._uniforms = iter(integers), iter(uniforms)
+
+    def integers(self, *bounds: int) -> int:  # type: ignore[override]
+        low, high = (0, bounds[0]) if len(bounds) == 1 else bounds
+        value = next(self._integers)
+        assert low <= value < high
+        return value
+
+    def uniform(self, low: float, high: float) -> float:  # type: ignore[override]
+        value = next(self._uniforms)
+        assert low <= value <= high
+        return value
+
+
+@pytest.mark.parametrize(
+    ("integers", "uniforms", "change"),
+    [
+        # Brightness or not; contrast first or last; then contrast, saturation, hue, each or not.
+        ([1, 1, 0, 0, 0], [-32.0], lambda rgb: [max(value - 32, 0) for value in rgb]),
+        ([1, 1, 0, 0, 0], [32.0], lambda rgb: [min(value + 32, 255) for value in rgb]),
+        ([0, 1, 1, 0, 0], [1.5], lambda rgb: [min(1.5 * value, 255) for value in rgb]),
+        ([0, 0, 0, 0, 1], [0.5], lambda rgb: [0.5 * value for value in rgb]),
+        ([0, 1, 0, 1, 0], [0.5], lambda rgb: change_hsv(rgb, saturation=0.5)),
+        ([0, 1, 0, 0, 1, -18], [], lambda rgb: change_hsv(rgb, turn=-18 / 180)),
+        ([0, 1, 0, 0, 1, 17], [], lambda rgb: change_hsv(rgb, turn=17 / 180)),
+        ([0, 0, 0, 0, 0], [], lambda rgb: rgb),
+    ],
+)
+def test_distort_colours__each_step_by_hand(integers, uniforms, change) -> None:
+    colours = [(120, 100, 80), (250, 10, 40), (5, 200, 130)]
+    image = np.array(colours, dtype=np.uint8)[None].repeat(2, axis=0)
+    before = image.copy()
+    changed = augmentation.distort_colours(image, ScriptedDraws(integers, uniforms))
+    expected = [change(colour) for colour in colours]
+    # 8-bit hue and saturation are rounded, to two degrees and a 255th, on the way.
+    np.testing.assert_allclose(changed[0].astype(float), expected, atol=5.0)
+    np.testing.assert_array_equal(image, before)
+
+
+def change_hsv(rgb: tuple[int, int, int], saturation: float = 1.0, turn: float = 0.0) -> list[float]:
+    hue, old, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in rgb))
+    return [255 * channel for channel in colorsys.hsv_to_rgb((hue + turn) % 1.0, min(old * saturation, 1.0), value)]
+
+
+def test_choose_crop_size__as_published_or_the_smallest_image() -> None:
+    def choose(size: tuple[int, int], short_side: int | None = None, **convention: object) -> tuple[int, int]:
+        frames = [create_frame(*size), create_frame(size[0] + 50, size[1])]
+        return choose_crop_size(LabelledSet("s", frames, depth=DepthConvention(**convention)), short_side)  # type: ignore[arg-type]
+
+    assert choose((480, 640)) == (416, 544)
+    assert choose((240, 600)) == (240, 544)
+    # The second image is narrower after resizing: 290x320 becomes 480x530.
+    assert choose((240, 320), short_side=480) == (416, 530)
+    # KITTI's pictures are cut to 352x1216 first, NYU's to 427x565.
+    assert choose((375, 1242), bottom_crop=(352, 1216)) == (352, 704)
+    assert choose((480, 640), train_crop=(45, 472, 43, 608)) == (416, 544)
+
+
+def test_depth_pictures__kittis_benchmark_crop() -> None:
+    pictures = create_depth_pictures(DepthConvention(bottom_crop=(352, 1216), max_depth=80.0))
+    rows = (torch.arange(375) % 256).to(torch.uint8)[:, None, None].expand(375, 1242, 3)
+    frame = replace(create_frame(375, 1242), load_image=lambda: rows)
+    depth = pictures.load_depth(frame)
+    # KBCrop: the last 352 rows, the middle 1216 columns, rounded to the left.
+    assert depth.shape == (352, 1216) and depth[0, 0] == 1 + int((1242 - 1216) / 2)
+    assert pictures.load_image(frame)[0, 0, 0] == 375 - 352
 
 
 def create_depth_pictures(convention: DepthConvention, short_side: int | None = None) -> DepthPictures:

@@ -81,17 +81,41 @@ def test_losses__gradcheck() -> None:
     assert torch.autograd.gradcheck(total, (predictions,))
 
 
+def test_gradient_loss__equals_the_public_formula_along_the_images_axes() -> None:
+    predictions, targets, valid = draw_depth(6)
+    loss = compute_gradient_loss(predictions, targets, valid, images_per_group=2)
+    expected = 0.0
+    for start in (0, 2):
+        for stride in (1, 2, 4, 6):
+            total, count = 0.0, 0
+            for image in (start, start + 1):
+                mask = valid[image, ::stride, ::stride].numpy()
+                logs = (torch.log(predictions[image] + EPSILON) - torch.log(targets[image] + EPSILON)).numpy()
+                logs = logs[::stride, ::stride]
+                count += int(mask.sum())
+                for row in range(mask.shape[0]):
+                    for column in range(mask.shape[1]):
+                        for other in ((row + 2, column), (row, column + 2)):
+                            inside = other[0] < mask.shape[0] and other[1] < mask.shape[1]
+                            if inside and mask[row, column] and mask[other]:
+                                total += abs(logs[row, column] - logs[other])
+            expected += total / max(count, 1)
+    assert float(loss.total) == pytest.approx(expected, rel=1e-9) and float(loss.count) == 2
+
+
 @pytest.mark.parametrize("along_rows", [True, False])
 def test_gradient_loss__of_an_exponential_ramp(along_rows: bool) -> None:
-    """log p rises by s per pixel along one axis: steps of 1, 2, 4, 8 differ by s times the step there and 0 across."""
-    slope, batch = 0.05, 2
-    ramp = torch.exp(slope * torch.arange(32, dtype=torch.float64)) * 100
-    flat = torch.full((batch, 32, 32), 100.0, dtype=torch.float64)
-    predictions = ramp[:, None].expand(32, 32) if along_rows else ramp[None, :].expand(32, 32)
+    """log p rises by s per pixel along one axis: every second, fourth ... neighbour differs by 2 s times the stride."""
+    slope, batch, side = 0.05, 2, 32
+    ramp = torch.exp(slope * torch.arange(side, dtype=torch.float64)) * 100
+    flat = torch.full((batch, side, side), 100.0, dtype=torch.float64)
+    predictions = ramp[:, None].expand(side, side) if along_rows else ramp[None, :].expand(side, side)
     loss = compute_gradient_loss(
-        predictions.expand(batch, 32, 32), flat, torch.ones(batch, 32, 32, dtype=torch.bool), images_per_group=2
+        predictions.expand(batch, side, side), flat, torch.ones(batch, side, side, dtype=torch.bool), images_per_group=2
     )
-    expected = sum(slope * step for step in (1, 2, 4, 8)) / 8
+    # All but the last two of the n places along the axis have a partner.
+    counts = {stride: -(-side // stride) for stride in (1, 2, 4, 6)}
+    expected = sum(2 * slope * stride * (count - 2) / count for stride, count in counts.items())
     assert float(loss.total) == pytest.approx(expected, rel=1e-4)  # epsilon beside 100 m
 
 

@@ -1,6 +1,7 @@
 """Two processes over gloo equal one: gradients, normalisation statistics, figures."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from probe_backbones import MeanColourBackbones
 from test_probe_training import create_segmentation_probe, create_striped_frame
 
 from fit3d_ns.data.labelled_frames import LabelledSet
+from fit3d_ns.probing.depth_probe import DepthConfig, DepthProbe
+from fit3d_ns.probing.head_trainer import create_accelerator
+from fit3d_ns.probing.protocol import ProbeSets, RunConfig
 
 
 def train(process: int, num_processes: int, folder: str) -> None:
@@ -29,12 +33,30 @@ def train(process: int, num_processes: int, folder: str) -> None:
     outcome = probe.run_seed(0)
     frames = [create_striped_frame(index) for index in range(3)]
     odd = probe.evaluate(outcome.head, LabelledSet("odd", frames, ("red", "green")))  # type: ignore[arg-type]
+    depth = create_depth_probe().run_seed(0)
     if process == 0:
-        assert outcome.head is not None
+        assert outcome.head is not None and depth.head is not None
         result = {"head": outcome.head.state_dict(), "metrics": outcome.metrics, "odd": odd, "loss": outcome.loss_last}
+        result |= {"depth_head": depth.head.state_dict(), "depth": depth.metrics, "depth_scores": depth.scores}
         torch.save(result, Path(folder) / f"{num_processes}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def create_depth_probe() -> DepthProbe:
+    """Red patches are one metre away, green ones two, blue ones unknown; three frames to measure, so shares differ."""
+    frames = []
+    for index in range(7):
+        frame = create_striped_frame(index)
+        depth = torch.tensor([1.0, 2.0, 0.0])[frame.load_image().argmax(dim=-1)]
+        frames.append(replace(frame, load_depth=lambda depth=depth: depth))
+    sets = ProbeSets(
+        LabelledSet("toy", frames[:4]), LabelledSet("toy", frames[4:]), LabelledSet("toy", frames[3:4] * 3)
+    )
+    config = DepthConfig(num_iterations=12, batch_size=4, learning_rate=0.1, gradient_loss_weight=0.5)
+    return DepthProbe(
+        config, RunConfig(num_evaluations=2), sets, MeanColourBackbones(), "original", create_accelerator("cpu")
+    )
 
 
 @pytest.mark.slow
@@ -54,4 +76,10 @@ def test_probe__two_processes_equal_one(tmp_path: Path) -> None:
         torch.testing.assert_close(two["head"][name], tensor, rtol=1e-4, atol=2e-5, msg=name)
     for name in ("miou", "macc", "aacc"):
         assert two["metrics"][name] == one["metrics"][name] and two["odd"][name] == one["odd"][name]
+    for name, tensor in one["depth_head"].items():
+        torch.testing.assert_close(two["depth_head"][name], tensor, rtol=1e-4, atol=2e-5, msg=name)  # as above
+    for name in ("rmse", "abs_rel", "d1", "num_images"):
+        assert two["depth"][name] == pytest.approx(one["depth"][name], rel=1e-4), name
+    assert two["depth"]["pooled"]["rmse"] == pytest.approx(one["depth"]["pooled"]["rmse"], rel=1e-4)
+    assert two["depth_scores"] == pytest.approx(one["depth_scores"], rel=1e-4) and set(one["depth_scores"]) == {6, 12}
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)

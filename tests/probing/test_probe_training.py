@@ -7,14 +7,20 @@ import pytest
 import torch
 from probe_backbones import MeanColourBackbones
 from torch import nn
+from torch.nn import functional as F
 
 from fit3d_ns.data.labelled_frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.assembly import Assembler, FrozenFeatures
 from fit3d_ns.probing.batch_order import BatchOrder, Draw, check_batch
+from fit3d_ns.probing.depth_bins import DepthBins
+from fit3d_ns.probing.depth_head import LinearDepthHead
 from fit3d_ns.probing.depth_losses import LossSum
-from fit3d_ns.probing.feature_memory import FeatureMemory, Picture
+from fit3d_ns.probing.feature_memory import FeatureMemory, Picture, RememberedFeatures, stack_features
 from fit3d_ns.probing.head_trainer import OptimizationConfig, create_accelerator, train_head
-from fit3d_ns.probing.protocol import ProbeSets, RunConfig, resolve_iterations
+from fit3d_ns.probing.protocol import (
+    ProbeSets,
+    RunConfig,
+)
 from fit3d_ns.probing.sample_streams import AugmentedStream
 from fit3d_ns.probing.schedules import Schedule, compute_one_cycle_momentum
 from fit3d_ns.probing.segmentation_head import SegmentationHead
@@ -61,13 +67,6 @@ def test_check_batch__uneven_shares_are_refused() -> None:
         check_batch(16, 3)
     with pytest.raises(ValueError, match="multiple of 8"):
         check_batch(4, 4, 2)
-
-
-def test_resolve_iterations__small_sets_are_trained_for_sixty_epochs() -> None:
-    assert resolve_iterations(None, 40_000, 20_000, 16) == 40_000
-    assert resolve_iterations(None, 40_000, 1600, 16) == 6000
-    assert resolve_iterations(None, 40_000, 10, 16) == 800
-    assert resolve_iterations(7, 40_000, 10, 16) == 7
 
 
 def create_regression(seed: int = 0) -> tuple[FrozenFeatures, torch.Tensor]:
@@ -121,6 +120,51 @@ def test_train_head__reaches_the_least_squares_solution() -> None:
     assert trained.iteration == 600 and trained.scores == {} and not head.training
 
 
+def test_train_head__equals_a_plain_loop_over_torchs_adamw() -> None:
+    """Learning rate, momentum, weight decay and clipping of every iteration, written out with mmcv's formulas."""
+    features, targets = create_regression()
+    total, warmup, peak = 12, 4, 0.05
+    config = OptimizationConfig(
+        Schedule("cosine", total, warmup, warmup_ratio=1e-3, min_ratio=1e-8),
+        batch_size=6,
+        learning_rate=peak,
+        weight_decay=0.01,
+        max_gradient_norm=0.2,
+        has_one_cycle_momentum=True,
+    )
+    torch.manual_seed(0)
+    head, plain = LinearMap(), LinearMap()
+    plain.load_state_dict(head.state_dict())
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=peak, weight_decay=0.01)
+    norms = []
+    for iteration in range(total):
+        rate = 1e-8 + (1 - 1e-8) * (1 + math.cos(math.pi * iteration / total)) / 2
+        if iteration < warmup:
+            rate *= 1 - (1 - iteration / warmup) * (1 - 1e-3)
+        # Down over the first 30 % of the iterations, up over the rest.
+        turn, end = 0.3 * total - 1, total - 1
+        share = iteration / turn if iteration <= turn else 1 + (iteration - turn) / (end - turn)
+        momentum = 0.9 + 0.05 * math.cos(math.pi * share)
+        optimizer.param_groups[0].update(lr=peak * rate, betas=(momentum, 0.999))
+        optimizer.zero_grad()
+        (plain(features) - targets).square().mean().backward()
+        norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), 0.2)))
+        optimizer.step()
+    assert max(norms) > 0.2, "clipping has to act"
+    train_head(
+        head,
+        6,
+        # The order of a whole batch only changes the rounding of its mean.
+        lambda draws, upcoming: select(features, targets, draws),
+        compute_square_loss,
+        config,
+        accelerator=create_accelerator("cpu"),
+        seed=0,
+    )
+    torch.testing.assert_close(head.classifier.weight, plain.classifier.weight)
+    torch.testing.assert_close(head.classifier.bias, plain.classifier.bias)
+
+
 def test_train_head__keeps_the_best_scored_checkpoint() -> None:
     features, targets = create_regression()
     scores = iter([0.1, 0.9, 0.4])
@@ -159,6 +203,28 @@ def test_train_head__a_loss_that_is_not_finite_stops_at_once() -> None:
             accelerator=create_accelerator("cpu"),
             seed=0,
         )
+
+
+def test_stack_features__a_linear_head_sees_no_difference_to_pictures_alone() -> None:
+    """Tokens are repeated beyond the edge, as bilinear upsampling does, and targets there do not count."""
+    generator = torch.Generator().manual_seed(0)
+    entries = []
+    for h, w in ((2, 3), (4, 2), (4, 3)):
+        maps, tokens = torch.randn(1, 1, 1, h, w, 5, generator=generator), torch.randn(1, 1, 1, 5, generator=generator)
+        target = torch.randint(0, 9, (2 * h, 2 * w), generator=generator).to(torch.uint8)
+        entries.append(RememberedFeatures(FrozenFeatures(maps, tokens), target))
+    features, targets = stack_features(entries, 255)
+    torch.manual_seed(0)
+    head = LinearDepthHead(Assembler("original", 5), DepthBins(0.5, 4.0, num_bins=8))
+    nn.init.normal_(head.token_layer.weight)
+    depth = F.interpolate(head(features)[:, None], scale_factor=0.5)[:, 0]
+    assert targets.shape == (3, 8, 6)
+    for index, entry in enumerate(entries):
+        rows, columns = entry.target.shape
+        torch.testing.assert_close(targets[index, :rows, :columns], entry.target)
+        assert int((targets[index] != 255).sum()) == rows * columns
+        alone = F.interpolate(head(entry.features)[:, None], scale_factor=0.5)[0, 0]
+        torch.testing.assert_close(depth[index, :rows, :columns], alone)
 
 
 def create_striped_frame(index: int) -> LabelledFrame:
