@@ -95,7 +95,7 @@ class FinetuneConfig:
 PAPER = FinetuneConfig(
     sampling=SamplingConfig(sampling="epoch", images_per_visit=0, scenes_at_once=1, seed=42),
     augmentation=AugmentationConfig(flip_probability=0.5),
-    targets=TargetConfig(token_reading="bilinear", weight_by_opacity=False, cache="none"),
+    targets=TargetConfig(token_reading="bilinear", average_views=False, weight_by_opacity=False, cache="none"),
     trainable=TrainableConfig(train="all"),
     anchors=AnchorConfig(),
     optimization=OptimizationConfig(

@@ -25,6 +25,7 @@ from fit3d_ns.finetuning.anchors import copy_original, interpolate_weights
 from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned
 from fit3d_ns.finetuning.comparison import save_comparison
 from fit3d_ns.finetuning.config import FinetuneConfig
+from fit3d_ns.finetuning.lifted_views import average_lifted_views
 from fit3d_ns.finetuning.model_card import write_card
 from fit3d_ns.finetuning.processes import Processes, create_accelerator
 from fit3d_ns.finetuning.scene_bank import SceneBank, check_backbones
@@ -88,7 +89,12 @@ def finetune(
     accelerator = accelerator or create_accelerator(config.optimization.precision, chosen, run.trackers, output_folder)
     processes = Processes(accelerator)
     seed_everything(config.sampling.seed)
-    bank = SceneBank([*inputs.scenes, *inputs.validation_scenes], accelerator.device, run.scene_memory_gb)
+    bank = SceneBank(
+        [*inputs.scenes, *inputs.validation_scenes],
+        accelerator.device,
+        run.scene_memory_gb,
+        average_lifted_views if config.targets.average_views else None,
+    )
     description = _describe_backbone(inputs, bank)
     check_backbones(bank, SceneBackbone.from_description(description))
     views = _find_views(bank, inputs, config)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.features import TokenModel
+from fit3d_ns.finetuning.lifted_views import find_lifted
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
-from fit3d_ns.lifting.lift_source import select_evenly
 from fit3d_ns.rasterization import backproject_features, project, rasterize_features
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, PosedCapture, View
 
@@ -47,7 +47,7 @@ def leave_view_out(
         raise ValueError(
             f"Scene {scene.scene_id} has no blend weights, which leave-one-out targets need; lift it with fit3d-lift."
         )
-    if view.name not in find_lifted(scene):
+    if view.name not in {lifted.name for lifted in find_lifted(scene)}:
         return scene, torch.ones_like(scene.gaussians.blend_weight, dtype=torch.bool)
     device = scene.gaussians.means.device
     features_and_one = scene.activated.features_and_one
@@ -65,13 +65,6 @@ def leave_view_out(
     step = torch.where(is_known[:, None], sums / rest.clamp(min=1e-12)[:, None], 0.0)
     features = (features_and_one[:, :-1] - step).to(scene.gaussians.features.dtype)
     return replace(scene, gaussians=replace(scene.gaussians, features=features)), is_known
-
-
-def find_lifted(scene: FeatureScene) -> set[str]:
-    """Names of the views that the scene was lifted from: its training views, or as many as the lift took of them."""
-    train = scene.posed_capture.select("train")
-    number = scene.figures.get("num_train_views")
-    return {view.name for view in select_evenly(train, number if isinstance(number, int) else None)}
 
 
 def _read_tokens(

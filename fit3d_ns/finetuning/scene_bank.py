@@ -7,7 +7,7 @@ leaves. 230 scenes of a million Gaussians are 39 GB of files, and each takes 0.4
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +23,20 @@ _NUM_HASHED_BLOCKS, _HASHED_ROWS = 4, 256
 class SceneBank:
     """Scenes by index; `bank[i]` is ready to render on the device."""
 
-    def __init__(self, paths: Sequence[Path], device: torch.device | str = "cpu", memory_gb: float = 8.0):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        device: torch.device | str = "cpu",
+        memory_gb: float = 8.0,
+        prepare: Callable[[FeatureScene], FeatureScene] | None = None,
+    ):
         """Opens all scene files.
 
         Args:
             paths: Scene files.
             device: Where scenes are rendered.
             memory_gb: Ready scenes take at most this many 1e9 bytes, above 0.
+            prepare: What is done to a scene each time it has been moved to the device; it may not grow.
 
         Raises:
             ValueError: No path, a file that is no whole scene, or a scene larger than the budget.
@@ -43,6 +50,7 @@ class SceneBank:
         self.max_bytes = int(memory_gb * 1e9)
         self.on_disk = [load_scene(path) for path in self.paths]
         self.num_loads = 0
+        self._prepare = prepare
         self._ready: OrderedDict[int, FeatureScene] = OrderedDict()
         for path, scene in zip(self.paths, self.on_disk, strict=True):
             if scene.num_bytes > self.max_bytes:
@@ -64,6 +72,8 @@ class SceneBank:
         scene = self.on_disk[index]
         # A copy, so that what is activated for rendering leaves with it; the mapped file stays open.
         ready = replace(scene) if self.device.type == "cpu" else scene.to(self.device)
+        if self._prepare is not None:
+            ready = self._prepare(ready)
         self._ready[index] = ready
         self.num_loads += 1
         return ready

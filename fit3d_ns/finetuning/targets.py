@@ -34,6 +34,10 @@ class TargetConfig:
     token_reading: Literal["scene", "bilinear", "area"] = "scene"
     """How a token reads the rendered map: as the scene was lifted, at its centre (public code), or averaged over its
     patch."""
+    average_views: bool = True
+    """Average each scene's features over the views and patches that show them before targets are rendered: a solved
+    lift also fits what each view alone said, which is the noise that fine-tuning shall remove. The public code does
+    not, nor does a weighted-sum lift (`fit3d-lift --max-passes 0`) need it."""
     weight_by_opacity: bool = True
     """Weight each token by its accumulated opacity, so that holes teach nothing; the public code weighs all alike."""
     variance_weight: float = 0.0
@@ -143,7 +147,7 @@ class TargetRenderer:
         config = self.config
         parts = [self._fingerprints[scene], view.name, window, sample.grid, self.rules[scene]]
         parts += [view.camera_to_world.tolist(), view.K.tolist()]
-        parts += [config.weight_by_opacity, config.variance_weight, config.leave_one_out]
+        parts += [config.average_views, config.weight_by_opacity, config.variance_weight, config.leave_one_out]
         return hash_bytes(*(repr(part).encode() for part in parts))
 
 

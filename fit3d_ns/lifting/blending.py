@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
+from fit3d_ns.lifting.sampled_camera import compute_stride, sample_camera
 from fit3d_ns.lifting.token_basis import project_tokens
 from fit3d_ns.lifting.token_grid import average_over_cells, spread_tokens
 from fit3d_ns.rasterization import backproject_features, project, rasterize_features
@@ -121,7 +122,7 @@ def prepare_view(gaussians: LiftGaussians, view: LiftView, samples_per_patch: in
 
     Args:
         samples_per_patch: How many pixels along a patch's side are looked at, about; 0 for all. The picture is then
-            sampled at the centres of square blocks (see `compute_stride`), each with the mean of its mask.
+            sampled at the centres of square blocks (`sampled_camera`), each with the mean of its mask.
 
     Raises:
         ValueError: The tokens or the mask do not fit, see `LiftView`.
@@ -129,45 +130,28 @@ def prepare_view(gaussians: LiftGaussians, view: LiftView, samples_per_patch: in
     device = gaussians.means.device
     tokens = view.read_tokens(device)
     mask = view.read_mask(device)
-    width, height, K, eps2d = view.width, view.height, view.K, gaussians.eps2d
-    stride = compute_stride(width, height, (tokens.shape[0], tokens.shape[1]), samples_per_patch)
+    stride = compute_stride(view.width, view.height, (tokens.shape[0], tokens.shape[1]), samples_per_patch)
+    camera = sample_camera(view.K, view.width, view.height, gaussians.eps2d, stride)
     if stride > 1:
-        # A camera with fewer pixels, whose blur shrinks with them, sees the same splats at the blocks' centres.
-        width, height = max(round(width / stride), 1), max(round(height / stride), 1)
-        shrinkage = torch.tensor([width / view.width, height / view.height, 1.0])
-        K = K * shrinkage[:, None].to(K)
-        eps2d = eps2d * float(shrinkage.prod())
-        mask = F.adaptive_avg_pool2d(mask[None, None], (height, width))[0, 0]
+        mask = F.adaptive_avg_pool2d(mask[None, None], (camera.height, camera.width))[0, 0]
     info = project(
         gaussians.means,
         gaussians.quats,
         gaussians.scales,
         gaussians.opacities,
         view.viewmat[None].to(device, torch.float32),
-        K[None].to(device, torch.float32),
-        width,
-        height,
+        camera.K[None].to(device, torch.float32),
+        camera.width,
+        camera.height,
         near_plane=gaussians.near_plane,
         far_plane=gaussians.far_plane,
-        eps2d=eps2d,
+        eps2d=camera.eps2d,
         rasterize_mode=gaussians.rasterize_mode,
         backend=gaussians.backend,
     )
     # Blending ones gives alpha.
     alphas = rasterize_features(gaussians.means.new_ones(len(gaussians), 1), info)[0, ..., 0]
     return PreparedView(info=info, alphas=alphas, mask=mask, tokens=tokens)
-
-
-def compute_stride(width: int, height: int, grid: tuple[int, int], samples_per_patch: int) -> int:
-    """Side of the blocks of pixels of which one value is looked at, at least 1.
-
-    Args:
-        grid: Token grid (h, w).
-        samples_per_patch: Blocks along a patch's side, at least; 0 for single pixels.
-    """
-    if samples_per_patch == 0:
-        return 1
-    return max(int(min(width / grid[1], height / grid[0]) / samples_per_patch), 1)
 
 
 def compute_weights(view: PreparedView, config: LiftConfig) -> Float[Tensor, "height width"]:

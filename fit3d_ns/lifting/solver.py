@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
-from fit3d_ns.lifting.blending import ViewBlender, compute_stride, compute_weights
+from fit3d_ns.lifting.blending import ViewBlender, compute_weights
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
@@ -24,6 +24,7 @@ from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
 from fit3d_ns.lifting.polish import polish_features
 from fit3d_ns.lifting.reduction import select_share
 from fit3d_ns.lifting.result import LiftResult
+from fit3d_ns.lifting.sampled_camera import compute_stride
 from fit3d_ns.lifting.state import LiftState, compute_identity, load_state
 from fit3d_ns.lifting.token_basis import fit_token_basis
 from fit3d_ns.lifting.token_grid import sum_over_cells

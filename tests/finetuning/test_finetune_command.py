@@ -59,6 +59,7 @@ def test_paper__sets_every_value_of_the_public_code(monkeypatch):
     assert (config.sampling.sampling, config.sampling.images_per_visit, config.sampling.seed) == ("epoch", 0, 42)
     assert config.augmentation.flip_probability == 0.5 and not config.augmentation.moves_cameras
     assert config.targets.token_reading == "bilinear" and not config.targets.weight_by_opacity
+    assert not config.targets.average_views
     assert config.trainable.train == "all" and config.run.splits == ("train", "val", "test")
     assert not config.anchors.needs_original and config.anchors.l2_sp == 0.0
 

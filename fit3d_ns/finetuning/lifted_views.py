@@ -1,0 +1,23 @@
+"""Which views of a scene file were lifted, and averaging its features over them."""
+
+from fit3d_ns.features.preprocessing import compute_patch_grid
+from fit3d_ns.lifting.lift_source import select_evenly
+from fit3d_ns.lifting.view_average import average_over_views
+from fit3d_ns.scene import FeatureScene, View
+
+MAX_AVERAGED_VIEWS = 64
+"""Views that are averaged over, evenly spread: a scene that returns to the device is averaged anew."""
+
+
+def find_lifted(scene: FeatureScene) -> list[View]:
+    """The views that a scene was lifted from: its training views, or as many as the lift took of them."""
+    train = scene.posed_capture.select("train")
+    number = scene.figures.get("num_train_views")
+    return select_evenly(train, number if isinstance(number, int) else None)
+
+
+def average_lifted_views(scene: FeatureScene) -> FeatureScene:
+    """The scene with its features averaged over the lifted views, see `lifting/view_average.py`."""
+    patch_size = scene.backbone.patch_size
+    views = select_evenly(find_lifted(scene), MAX_AVERAGED_VIEWS)
+    return average_over_views(scene, views, lambda view: compute_patch_grid(view.height, view.width, patch_size))
