@@ -41,7 +41,7 @@ class LiftConfig:
     decoder_bias: bool = True
     """Give the decoder a bias, multiplied by alpha; False fits an uncentred basis as the paper's bias-free decoder
     needs."""
-    decoder_ridge: float = 0.01
+    decoder_ridge: float = 0.003
     """Pull of the decoder fit towards the PCA decoder, as a fraction of the mean squared regressor; 0 or above.
     Infinity keeps the PCA decoder."""
     polish_steps: int = 0
