@@ -97,6 +97,13 @@ def _find_missing() -> list[str]:
         for program, (user, source) in SYSTEM_PARTS.items()
         if shutil.which(program) is None
     ]
+    for module, user, extra in (
+        ("peft", "fit3d-finetune --train lora", "lora"),
+        ("gradio", "fit3d-demo", "demo"),
+        ("h5py", "the labelled NYUv2 file", "nyu"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            missing.append(f"{module}: needed by {user}; pip install '.[{extra}]'")
     for library, user, source in (
         ("libGL.so.1", "opencv-python, if that replaced the headless build", "Debian package libgl1"),
         ("libusb-1.0.so.0", "open3d (ns-export, nerfstudio-data with a ply)", "Debian package libusb-1.0-0"),

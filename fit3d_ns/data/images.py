@@ -73,8 +73,8 @@ def load_mask(path: Path) -> Bool[Tensor, "height width"]:
     return torch.from_numpy(values == 255)
 
 
-def load_depth(path: Path) -> Float[Tensor, "height width"]:
-    """Loads z-depth in metres from a 16-bit PNG in millimetres; 0 = no measurement.
+def load_depth(path: Path, units_per_metre: float = MILLIMETRES_PER_METRE) -> Float[Tensor, "height width"]:
+    """Loads z-depth in metres from a 16-bit PNG, in millimetres by default; 0 = no measurement.
 
     Raises:
         ValueError: The file is missing, empty, truncated, or not a 16-bit grey image.
@@ -82,7 +82,7 @@ def load_depth(path: Path) -> Float[Tensor, "height width"]:
     with _open_image(path, "Depth map") as image:
         check_depth_mode(path, image.mode)
         values = np.array(image, dtype=np.float32)
-    return torch.from_numpy(values / MILLIMETRES_PER_METRE)
+    return torch.from_numpy(values / units_per_metre)
 
 
 def check_depth_mode(path: Path, mode: str) -> None:
@@ -101,11 +101,13 @@ def save_index_map(indices: UInt8[Tensor, "height width"], path: Path) -> None:
     Image.fromarray(indices.numpy()).save(path)
 
 
-def save_depth(depth: Float[Tensor, "height width"], path: Path) -> None:
-    """Writes z-depth in metres as 16-bit PNG in millimetres; depths beyond 65.535 m become 0, no measurement."""
-    millimetres = (depth.double() * MILLIMETRES_PER_METRE).round()
-    millimetres = torch.where(millimetres <= 65535, millimetres, 0.0)
-    Image.fromarray(millimetres.numpy().astype(np.uint16)).save(path)
+def save_depth(
+    depth: Float[Tensor, "height width"], path: Path, units_per_metre: float = MILLIMETRES_PER_METRE
+) -> None:
+    """Writes z-depth in metres as 16-bit PNG; depths that do not fit (65.535 m in millimetres) become 0."""
+    units = (depth.double() * units_per_metre).round()
+    units = torch.where(units <= 65535, units, 0.0)
+    Image.fromarray(units.numpy().astype(np.uint16)).save(path)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ def save_predictions(
     assert outcome.head is not None
     folder.mkdir(parents=True, exist_ok=True)
     test = probe.sets.test
+    units = choose_depth_units(test.depth.max_depth)
     names = []
     for number, frame in enumerate(spread_over(test.frames, num_frames)):
         prefix = folder / f"{number:03d}"
@@ -46,8 +47,8 @@ def save_predictions(
             depth = probe.pictures.load_depth(frame)
             image = torch.from_numpy(probe.pictures.load_image(frame).copy())
             predicted = probe.predict(outcome.head, frame, (depth.shape[0], depth.shape[1]))
-            save_depth(depth, Path(f"{prefix}_truth.png"))
-            save_depth(predicted.cpu(), Path(f"{prefix}_prediction.png"))
+            save_depth(depth, Path(f"{prefix}_truth.png"), units)
+            save_depth(predicted.cpu(), Path(f"{prefix}_prediction.png"), units)
         save_image(image, Path(f"{prefix}_image.png"))
         names.append(frame.name)
     described = [extractor.description.to_metadata() for extractor in probe.backbones.extractors]
@@ -59,6 +60,12 @@ def save_predictions(
         "is_random": any(backbone["is_random"] for backbone in described),
         "class_names": list(test.class_names),
         "max_depth": test.depth.max_depth,
+        "depth_units_per_metre": units,
         "frames": names,
     }
     write_json(folder / "predictions.json", content)
+
+
+def choose_depth_units(max_depth: float) -> float:
+    """Units per metre of 16-bit depth maps: millimetres, or KITTI's 1/256 m where depths reach beyond 65 m."""
+    return 1000.0 if max_depth <= 65.0 else 256.0

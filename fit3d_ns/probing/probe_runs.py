@@ -38,6 +38,7 @@ from fit3d_ns.probing.protocol import ProbeSets, RunConfig, create_sets
 from fit3d_ns.probing.result_records import ResultFile, summarise_seeds
 from fit3d_ns.probing.segmentation_pictures import name_frame
 from fit3d_ns.probing.segmentation_probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
 
@@ -274,6 +275,9 @@ def _is_random(described: dict[Any, Any], config: BackboneConfig) -> bool:
     return any(description.is_random for description in described.values()) or is_finetuned_from_random(config)
 
 
-def _measure(path: Path) -> int:
-    """Bytes of a scene file; a capture is named by its number of files."""
-    return path.stat().st_size if path.is_file() else sum(1 for _ in path.rglob("*"))
+def _measure(path: Path) -> int | str:
+    """Bytes of a scene file; a capture is named by the names and sizes of its files."""
+    if path.is_file():
+        return path.stat().st_size
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hash_bytes(*(f"{file.relative_to(path)} {file.stat().st_size}".encode() for file in files))

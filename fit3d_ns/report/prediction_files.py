@@ -39,6 +39,8 @@ class PredictionFolder:
     """True if a backbone has random weights."""
     seed: int
     """Of the head."""
+    depth_units_per_metre: float = 1000.0
+    """Of the depth maps."""
 
     def load_image(self, index: int) -> UInt8[Tensor, "height width 3"]:
         """The photograph."""
@@ -51,7 +53,7 @@ class PredictionFolder:
 
     def load_depth(self, index: int, part: Literal["truth", "prediction"]) -> Float[Tensor, "height width"]:
         """z-depth in metres, 0 = none."""
-        return load_depth(self._path(index, part))
+        return load_depth(self._path(index, part), self.depth_units_per_metre)
 
     def read_size(self, index: int, part: str) -> tuple[int, int]:
         """(width, height) of a file."""
@@ -121,6 +123,7 @@ def _read_folder(folder: Path) -> PredictionFolder:
             class_names=tuple(content["class_names"]),
             is_random=bool(content.get("is_random", False)),
             seed=int(content["seed"]),
+            depth_units_per_metre=float(content.get("depth_units_per_metre", 1000.0)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        # Some libraries make files that only their owner may read; these become like any other file.
+        os.chmod(temporary, 0o666 & ~_get_umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -112,3 +115,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value
+
+
+@lru_cache(maxsize=1)
+def _get_umask() -> int:
+    # There is no way to ask for it without setting it; once is enough.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
