@@ -32,7 +32,7 @@ from fit3d_ns.finetuning import (
     TargetRenderer,
 )
 from fit3d_ns.finetuning.processes import create_accelerator
-from fit3d_ns.finetuning.targets import create_cache
+from fit3d_ns.finetuning.targets import TargetConfig, create_cache, create_preparation
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.scene import (
@@ -122,7 +122,7 @@ def time_training(
     paths: Sequence[Path], description: BackboneDescription, config: Config, folder: Path
 ) -> dict[str, Any]:
     """Seconds per step of the first and of the later epochs, the target's two ways, and the memory of scenes."""
-    bank = SceneBank(paths, config.device)
+    bank = SceneBank(paths, config.device, prepare=create_preparation(TargetConfig()))
     views = TrainingViews(bank.on_disk, [("train",)] * len(bank))
     per_epoch = limit_views(views, config.optimization.batch_size, config.max_steps)
     optimization = replace(config.optimization, max_steps=config.epochs * per_epoch, accumulation_steps=1)

@@ -25,11 +25,10 @@ from fit3d_ns.finetuning.anchors import copy_original, interpolate_weights
 from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned
 from fit3d_ns.finetuning.comparison import save_comparison
 from fit3d_ns.finetuning.config import FinetuneConfig
-from fit3d_ns.finetuning.lifted_views import average_lifted_views
 from fit3d_ns.finetuning.model_card import write_card
 from fit3d_ns.finetuning.processes import Processes, create_accelerator
 from fit3d_ns.finetuning.scene_bank import SceneBank, check_backbones
-from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_cache
+from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_cache, create_preparation
 from fit3d_ns.finetuning.token_module import compute_outputs
 from fit3d_ns.finetuning.trainable import merge_trained
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
@@ -93,7 +92,7 @@ def finetune(
         [*inputs.scenes, *inputs.validation_scenes],
         accelerator.device,
         run.scene_memory_gb,
-        average_lifted_views if config.targets.average_views else None,
+        create_preparation(config.targets),
     )
     description = _describe_backbone(inputs, bank)
     check_backbones(bank, SceneBackbone.from_description(description))

@@ -6,6 +6,9 @@ the view's pixels, t_j are its tokens in the features' space, W_j its weights). 
 
     f_loo = f - R_j^T W_j (t_j - R_j f) / (d - d_j).
 
+Features that were averaged over all lifted views (`lifted_views.py`) are such sums over d already, and the same step
+takes the view's part out of them.
+
 Gaussians that no other view saw cannot forget it: they keep f, and `is_known` says that they should not teach.
 """
 

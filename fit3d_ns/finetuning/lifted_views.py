@@ -16,8 +16,13 @@ def find_lifted(scene: FeatureScene) -> list[View]:
     return select_evenly(train, number if isinstance(number, int) else None)
 
 
-def average_lifted_views(scene: FeatureScene) -> FeatureScene:
-    """The scene with its features averaged over the lifted views, see `lifting/view_average.py`."""
+def average_lifted_views(scene: FeatureScene, max_views: int | None = MAX_AVERAGED_VIEWS) -> FeatureScene:
+    """The scene with its features averaged over the lifted views, see `lifting/view_average.py`.
+
+    Args:
+        scene: A scene that is ready to render.
+        max_views: At most so many of them; None for all, so that any of them can be left out of the average.
+    """
     patch_size = scene.backbone.patch_size
-    views = select_evenly(find_lifted(scene), MAX_AVERAGED_VIEWS)
+    views = select_evenly(find_lifted(scene), max_views)
     return average_over_views(scene, views, lambda view: compute_patch_grid(view.height, view.width, patch_size))

@@ -5,7 +5,9 @@ decoding and resizing, computed where it is read. Each token's weight is the sha
 the accumulated opacity and a factor that falls with the features' variance over the lifted views.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +17,13 @@ from torch import Tensor
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.leave_one_out import leave_view_out
+from fit3d_ns.finetuning.lifted_views import average_lifted_views, find_lifted
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.target_cache import TargetCache, store_target
 from fit3d_ns.finetuning.training_views import Sample, TrainingViews
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import project, rasterize_features
-from fit3d_ns.scene import FeatureScene, RenderedFeatures, TokenReadingRule, create_token_reader
+from fit3d_ns.scene import FeatureScene, RenderedFeatures, TokenReadingRule, View, create_token_reader
 from fit3d_ns.utils.files import hash_bytes
 
 TARGET_FOLDER = "targets"
@@ -144,8 +147,10 @@ class TargetRenderer:
         scene, view, window = sample.draw.scene, sample.view, sample.augmentation.window
         if scene not in self._fingerprints:
             self._fingerprints[scene] = self.bank.compute_fingerprint(scene)
+            if self.config.average_views:
+                self._fingerprints[scene] += _hash_views(find_lifted(self.bank.on_disk[scene]))
         config = self.config
-        parts = [self._fingerprints[scene], view.name, window, sample.grid, self.rules[scene]]
+        parts: list[object] = [self._fingerprints[scene], view.name, window, sample.grid, self.rules[scene]]
         parts += [view.camera_to_world.tolist(), view.K.tolist()]
         parts += [config.average_views, config.weight_by_opacity, config.variance_weight, config.leave_one_out]
         return hash_bytes(*(repr(part).encode() for part in parts))
@@ -186,6 +191,20 @@ def render_values(
     )
     reader = create_token_reader(window.width, window.height, sample.grid, rule, neighbourhood=False)
     return reader.read(rasterize_features(values, info, pixels=reader.pixels.to(values.device)))[0]
+
+
+def create_preparation(config: TargetConfig) -> Callable[[FeatureScene], FeatureScene] | None:
+    """What a configuration asks to be done to scenes before targets are rendered, for `SceneBank`."""
+    if not config.average_views:
+        return None
+    # A view can only be left out of an average that it is part of.
+    return partial(average_lifted_views, max_views=None) if config.leave_one_out else average_lifted_views
+
+
+def _hash_views(views: Sequence[View]) -> str:
+    """Names the cameras over which features are averaged."""
+    cameras = [(view.name, view.width, view.height, view.K.tolist(), view.camera_to_world.tolist()) for view in views]
+    return hash_bytes(repr(cameras).encode())
 
 
 def create_cache(

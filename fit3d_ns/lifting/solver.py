@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
-from fit3d_ns.lifting.blending import ViewBlender, compute_weights
+from fit3d_ns.lifting.blending import ViewBlender, backproject_targets, compute_weights
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
@@ -91,8 +91,9 @@ def solve_features(
         group=group,
         progress=progress,
     )
-    # What the solve keeps is used in every pass, what the passes over all pixels keep only once more.
-    blender = ViewBlender(gaussians, share, config, memory_mb=0.0 if is_sampled else config.cache_memory_mb)
+    # What a sampled solve keeps is used in every pass; what is kept of whole views serves the decoder and a polish.
+    keeps_samples = is_sampled and config.max_passes > 0 and config.polish_steps == 0
+    blender = ViewBlender(gaussians, share, config, memory_mb=0.0 if keeps_samples else config.cache_memory_mb)
     lift = _Lift(blender, passes, config, embed_dim, is_sampled)
     with torch.no_grad():
         result = lift.run(basis, initial, is_valid, deadline)
@@ -167,8 +168,9 @@ class _Lift:
         zeros = self.blender.gaussians.means.new_zeros(len(self.blender.gaussians))
 
         def add(index: int) -> None:
-            self._check_width(self.blender.prepare(index).tokens, index)
-            sums = self.blender.backproject_targets(index, basis)
+            view = self.blender.prepare(index)
+            self._check_width(view.tokens, index)
+            sums = backproject_targets(view, basis, self.config)
             tensors["numerator"] += sums.numerator
             tensors["denominator"] += sums.denominator
             tensors["blend_weight"] += sums.blend_weight
@@ -218,7 +220,9 @@ class _Lift:
             seconds = time.perf_counter() - start
         # A pass of the conjugate gradients blends and projects back: about two adjoint passes.
         solver = ConjugateGradients(blender, self.passes, self.config, weighted_sum, sums, deadline)
-        return solver.solve(None if initial is None else initial.float(), seconds_per_pass=2.0 * seconds)
+        solution = solver.solve(None if initial is None else initial.float(), seconds_per_pass=2.0 * seconds)
+        # What no sample hits, the solve knows nothing of (and without a Tikhonov term leaves at zero).
+        return torch.where(self._tensors[sums[1]][:, None] > 0, solution, weighted_sum)
 
     def _accumulate_right_side(self, blender: ViewBlender, basis: PcaBasis, names: tuple[str, str]) -> None:
         tensors, count = self._tensors, len(blender.gaussians)

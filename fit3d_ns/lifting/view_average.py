@@ -3,7 +3,8 @@
 A solve fits the tokens of every lifted view, their noise included; rendered at one of those views it gives back much of
 what that view alone said. Averaging what the scene shows over views and patches takes that away, as the weighted sum
 does, from the scene file alone: with f the solved features, R_j the blending of view j, P the mean over each token's
-cell, and W_j the opacity,  f' = sum of R_j^T W_j P R_j f / sum of R_j^T W_j 1.
+cell, and W_j the opacity,  f' = sum of R_j^T W_j P R_j f / sum of R_j^T W_j 1.  Valid masks take no part: they lie with
+the photographs.
 """
 
 from collections.abc import Callable, Sequence

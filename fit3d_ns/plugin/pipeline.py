@@ -15,7 +15,7 @@ from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.plugin.datamanager import FeatureDatamanager
 from fit3d_ns.plugin.errors import install_error_sentences
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
-from fit3d_ns.plugin.schedule import compute_solve_budget, estimate_solve_costs
+from fit3d_ns.plugin.schedule import SolveCosts, compute_solve_budget, estimate_solve_costs
 from fit3d_ns.plugin.viewer import FeatureViewerControls
 from fit3d_ns.utils.progress import notice, track
 
@@ -23,7 +23,7 @@ MAX_PICTURE_TOKENS = 50_000
 """Tokens on which the colours of feature pictures are fitted."""
 
 
-PASSES_OF_LAST_SOLVE = 8
+PASSES_OF_LAST_SOLVE = 4
 """Passes of the conjugate gradients that early solves must leave to the last one."""
 
 
@@ -83,7 +83,10 @@ class FeaturePipeline(VanillaPipeline):
         if not self.branch.is_on or config.feature_schedule != "solve":
             return
         budget = compute_solve_budget(max_num_iterations, self._num_views, config.solve_share)
-        left, costs = budget - self.solve_cost_spent, estimate_solve_costs(config.feature_dim)
+        left, costs = (
+            budget - self.solve_cost_spent,
+            estimate_solve_costs(config.feature_dim, config.lift.samples_per_patch),
+        )
         done = step + 1
         if done == max_num_iterations:
             self.solve_features(max_passes=costs.count_passes(left))
@@ -112,7 +115,7 @@ class FeaturePipeline(VanillaPipeline):
         self.branch.set_decoder(result.decoder)
         self.passes_spent += result.num_passes
         if is_counted:
-            self.solve_cost_spent += estimate_solve_costs(config.feature_dim).compute(len(result.residuals))
+            self.solve_cost_spent += self._solve_costs.compute(len(result.residuals))
         self.lift_state = {
             "blend_weight": result.blend_weight,
             "num_views": result.num_views,
@@ -170,6 +173,11 @@ class FeaturePipeline(VanillaPipeline):
         self.passes_spent = int(state["passes_spent"])
         self.solve_cost_spent = float(state.get("solve_cost_spent", 0.0))
         self.lift_state = state["lift"]
+
+    @property
+    def _solve_costs(self) -> SolveCosts:
+        config = self.model.config
+        return estimate_solve_costs(config.feature_dim, config.lift.samples_per_patch)
 
     @property
     def _num_views(self) -> int:

@@ -100,7 +100,8 @@ class SolveCosts:
         return self.smallest + (self.sampled_pass * (num_passes + 1) if num_passes > 0 else 0.0)
 
 
-def estimate_solve_costs(feature_dim: int) -> SolveCosts:
-    """The costs at a number of channels per Gaussian."""
+def estimate_solve_costs(feature_dim: int, samples_per_patch: int = 4) -> SolveCosts:
+    """The costs at a number of channels per Gaussian, and of samples along a patch's side (0 for every pixel)."""
     scale = 0.5 + feature_dim / 128
-    return SolveCosts(weighted_sum=1.8 * scale, decoder=1.2 * scale, sampled_pass=0.28 * scale)
+    sampled_pass = 0.28 if 0 < samples_per_patch <= 4 else 1.1
+    return SolveCosts(weighted_sum=1.4 * scale, decoder=1.2 * scale, sampled_pass=sampled_pass * scale)

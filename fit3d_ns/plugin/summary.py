@@ -62,7 +62,11 @@ def write_run_summary(trainer: Any, figures: dict[str, float]) -> Path:
 def read_run_figures(config_path: Path) -> dict[str, Any]:
     """The figures of a run by its config.yml; none where it did not finish, or is nerfstudio's own."""
     path = config_path.parent / SUMMARY_NAME
-    return dict(load_result(path).metrics) if path.is_file() else {}
+    try:
+        return dict(load_result(path).metrics) if path.is_file() else {}
+    except ValueError:
+        # Other programs also write a `results.json`; ours is the only one that is known here.
+        return {}
 
 
 def _print_summary(record: ResultRecord, path: Path, trainer: Any) -> None:

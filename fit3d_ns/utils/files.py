@@ -5,7 +5,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ def write_atomically(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         # Some libraries make files that only their owner may read; these become like any other file.
-        os.chmod(temporary, 0o666 & ~_get_umask())
+        with suppress(PermissionError):
+            # Not every file system (FAT, some network shares) has permissions to give.
+            os.chmod(temporary, 0o666 & ~_get_umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:

@@ -6,8 +6,9 @@ import torch
 from lifting_scene import EMBED_DIM, GRID, HEIGHT, WIDTH, compute_dense_blending, create_gaussians, create_views
 
 from fit3d_ns.analysis.pca import fit_pca
-from fit3d_ns.lifting import FeatureLoss, FeatureLossConfig, LiftConfig, solve_features
+from fit3d_ns.lifting import FeatureLoss, FeatureLossConfig, LiftConfig, blending, solve_features
 from fit3d_ns.lifting.blending import prepare_view
+from fit3d_ns.rasterization import backproject_features
 
 EXACT = LiftConfig(feature_dim=3, max_passes=40, tolerance=1e-5, steps_per_true_residual=20)
 
@@ -250,3 +251,28 @@ def test_solve_features__antialiased_gaussians_blend_otherwise(views):
     classic = solve_features(small, create_views(), EXACT)
     antialiased = solve_features(replace(small, rasterize_mode="antialiased"), views, EXACT)
     assert float(antialiased.blend_weight.sum()) < 0.9 * float(classic.blend_weight.sum())
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, 3), ({"max_passes": 0}, 1), ({"samples_per_patch": 0}, 1)])
+def test_solve_features__projects_no_view_twice_in_a_pass(gaussians, views, monkeypatch, settings, expected):
+    """A sampled solve projects for the weighted sum, for its samples and for the decoder; others project once."""
+    calls = []
+
+    def count(*arguments):
+        calls.append(arguments[1].name)
+        return prepare_view(*arguments)
+
+    monkeypatch.setattr(blending, "prepare_view", count)
+    solve_features(gaussians, views, replace(EXACT, **{"samples_per_patch": 2, "max_passes": 3, **settings}))
+    assert sorted(calls) == sorted(view.name for view in views for _ in range(expected))
+
+
+def test_solve_features__without_a_pull_gaussians_between_samples_keep_the_weighted_sum(views):
+    many = create_gaussians(60)
+    small, views = replace(many, scales=many.scales * 0.05), views[:1]
+    result = solve_features(small, views, replace(EXACT, samples_per_patch=1, regularization=0.0))
+    sampled = [prepare_view(small, view, samples_per_patch=1) for view in views]
+    hit = sum(backproject_features(view.alphas[None, ..., None], view.info)[1] for view in sampled) > 0
+    between = ~hit & (result.denominator > 0)
+    assert int(between.sum()) > 10
+    torch.testing.assert_close(result.features[between], (result.numerator / result.denominator[:, None])[between])
