@@ -162,6 +162,7 @@ def _read_numbers(path: Path, key: str) -> np.ndarray:
 
     try:
         content = loadmat(str(path))
+    # scipy answers MATLAB 7.3 files with NotImplementedError.
     except (OSError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
     if key not in content:

@@ -13,7 +13,6 @@ Gaussians that no other view saw cannot forget it: they keep f, and `is_known` s
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,8 +21,7 @@ from torch.nn import functional as F
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.lifted_views import find_lifted
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
-from fit3d_ns.rasterization import backproject_features, project, rasterize_features
+from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, PosedCapture, View
 
 SMALLEST_SHARE = 1e-3
@@ -54,7 +52,7 @@ def leave_view_out(
         return scene, torch.ones_like(scene.gaussians.blend_weight, dtype=torch.bool)
     device = scene.gaussians.means.device
     features_and_one = scene.activated.features_and_one
-    info = _project(scene, view)
+    info = scene.project(view.camera_to_world, view.K, view.width, view.height)
     blended = rasterize_features(features_and_one, info)[0]
     own = _lower(_read_tokens(capture, view, original, device), scene.decoder)
     # (h, w, d) -> (H, W, d), each pixel its own token's value.
@@ -83,19 +81,3 @@ def _lower(tokens: Float[Tensor, "h w embed"], decoder: FeatureDecoder) -> Float
     matrix = decoder.weight.sum(dim=(2, 3)).float()
     centred = tokens if decoder.bias is None else tokens - decoder.bias.float()
     return centred @ torch.linalg.pinv(matrix).T
-
-
-def _project(scene: FeatureScene, view: View) -> dict[str, Any]:
-    gaussians = scene.activated
-    return project(
-        gaussians.means,
-        gaussians.quats,
-        gaussians.scales,
-        gaussians.opacities,
-        viewmats_from_camera_to_worlds(view.camera_to_world.to(gaussians.means))[None],
-        view.K.to(gaussians.means)[None],
-        view.width,
-        view.height,
-        rasterize_mode=scene.rasterize_mode,
-        eps2d=scene.eps2d,
-    )

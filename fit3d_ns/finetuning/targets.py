@@ -21,8 +21,7 @@ from fit3d_ns.finetuning.lifted_views import average_lifted_views, find_lifted
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.target_cache import TargetCache, store_target
 from fit3d_ns.finetuning.training_views import Sample, TrainingViews
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
-from fit3d_ns.rasterization import project, rasterize_features
+from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene import FeatureScene, RenderedFeatures, TokenReadingRule, View, create_token_reader
 from fit3d_ns.utils.files import hash_bytes
 
@@ -176,19 +175,8 @@ def render_values(
     scene: FeatureScene, sample: Sample, rule: TokenReadingRule, values: Float[Tensor, "num_gaussians channels"]
 ) -> Float[Tensor, "h w channels"]:
     """Values of the Gaussians, blended and read at the token grid of a sample's window, not flipped."""
-    gaussians, window, view = scene.activated, sample.augmentation.window, sample.view
-    info = project(
-        gaussians.means,
-        gaussians.quats,
-        gaussians.scales,
-        gaussians.opacities,
-        viewmats_from_camera_to_worlds(view.camera_to_world.to(values))[None],
-        window.apply_to_K(view.K).to(values)[None],
-        window.width,
-        window.height,
-        rasterize_mode=scene.rasterize_mode,
-        eps2d=scene.eps2d,
-    )
+    window, view = sample.augmentation.window, sample.view
+    info = scene.project(view.camera_to_world, window.apply_to_K(view.K), window.width, window.height)
     reader = create_token_reader(window.width, window.height, sample.grid, rule, neighbourhood=False)
     return reader.read(rasterize_features(values, info, pixels=reader.pixels.to(values.device)))[0]
 

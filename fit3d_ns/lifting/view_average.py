@@ -12,10 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.sampled_camera import compute_stride, sample_camera
 from fit3d_ns.lifting.token_grid import average_over_cells
-from fit3d_ns.rasterization import backproject_features, project, rasterize_features
+from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureScene, View
 
 SAMPLES_PER_PATCH = 4
@@ -33,25 +32,13 @@ def average_over_views(
         views: Cameras over which is averaged, best those that were lifted.
         compute_grid: Token grid (h, w) of a view.
     """
-    gaussians = scene.activated
-    features_and_one = gaussians.features_and_one
+    features_and_one = scene.activated.features_and_one
     sums = torch.zeros_like(features_and_one)
     for view in views:
         grid = compute_grid(view)
         stride = compute_stride(view.width, view.height, grid, SAMPLES_PER_PATCH)
         camera = sample_camera(view.K, view.width, view.height, scene.eps2d, stride)
-        info = project(
-            gaussians.means,
-            gaussians.quats,
-            gaussians.scales,
-            gaussians.opacities,
-            viewmats_from_camera_to_worlds(view.camera_to_world.to(gaussians.means))[None],
-            camera.K.to(gaussians.means)[None],
-            camera.width,
-            camera.height,
-            rasterize_mode=scene.rasterize_mode,
-            eps2d=camera.eps2d,
-        )
+        info = scene.project(view.camera_to_world, camera.K, camera.width, camera.height, camera.eps2d)
         low, alphas = rasterize_features(features_and_one, info)[0].tensor_split([-1], dim=-1)
         averaged = average_over_cells(low, alphas[..., 0], grid)
         sums += backproject_features(torch.cat([averaged * alphas, alphas], dim=-1)[None], info)[0]

@@ -194,6 +194,32 @@ class FeatureScene:
         low, alphas = self.render_features_low(camera_to_world, K, width, height)
         return colour_features(low, alphas, self.decoder.project(basis.components, basis.mean), basis)
 
+    def project(
+        self,
+        camera_to_world: Float[Tensor, "3 4"],
+        K: Float[Tensor, "3 3"],
+        width: int,
+        height: int,
+        eps2d: float | None = None,
+    ) -> dict[str, Any]:
+        """The Gaussians as a camera sees them, for `rasterize_features` and `backproject_features`.
+
+        Args:
+            camera_to_world: OpenGL pose in the scene's frame.
+            K: Intrinsics for a picture of `width` x `height` pixels.
+            width: Width of the picture.
+            height: Height of the picture.
+            eps2d: Blur in square pixels; the scene's own by default.
+        """
+        return project(
+            *self._geometry,
+            *_camera(camera_to_world, K, self.activated.means),
+            width,
+            height,
+            rasterize_mode=self.rasterize_mode,
+            eps2d=self.eps2d if eps2d is None else eps2d,
+        )
+
     def capture(self, data_root: Path | None = None) -> PosedCapture:
         """The captured views with paths that exist.
 
@@ -217,21 +243,11 @@ class FeatureScene:
         self, camera_to_world: Tensor, K: Tensor, width: int, height: int, pixels: Tensor | None
     ) -> tuple[Float[Tensor, "pixels dim"], Float[Tensor, " pixels"]]:
         features = self.activated.features_and_one
-        info = self._project(camera_to_world, K, width, height)
+        info = self.project(camera_to_world, K, width, height)
         blended = rasterize_features(features, info, pixels=pixels)
         # (1, h, w, d+1) or (1, p, d+1) -> (p, d+1)
         blended = blended.reshape(-1, blended.shape[-1])
         return blended[:, :-1], blended[:, -1]
-
-    def _project(self, camera_to_world: Tensor, K: Tensor, width: int, height: int) -> dict[str, Any]:
-        return project(
-            *self._geometry,
-            *_camera(camera_to_world, K, self.activated.means),
-            width,
-            height,
-            rasterize_mode=self.rasterize_mode,
-            eps2d=self.eps2d,
-        )
 
     def _rasterize(
         self,

@@ -133,9 +133,8 @@ def test_run_with_feature_dim_zero__is_refused_before_anything_is_built(make_con
         make_config(feature_dim=0).set_timestamp()
 
 
-def test_cuda_without_a_device__is_refused(make_config: Callable[..., Any]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
+def test_cuda_without_a_device__is_refused(make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = make_config()
     config.machine.device_type = "cuda"
     with pytest.raises(ValueError, match="no CUDA device"):
