@@ -24,13 +24,13 @@ from fit3d_ns.finetuning.optimization import MovingAverage, create_optimizer
 from fit3d_ns.finetuning.processes import Processes
 from fit3d_ns.finetuning.sampling import Draw, DrawSequence
 from fit3d_ns.finetuning.scene_bank import SceneBank
-from fit3d_ns.finetuning.stopping import StopRequest
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.token_module import TokenModule, freeze_unreachable
 from fit3d_ns.finetuning.train_step import NotFiniteError, StepResult, TrainStep, save_evidence, sum_totals
 from fit3d_ns.finetuning.trainable import select_trainable
 from fit3d_ns.finetuning.training_views import Sample, TrainingViews, load_ahead
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, notice
+from fit3d_ns.utils.stopping import StopRequest
 
 CHECKPOINT_FOLDER = "checkpoints"
 """Below the output folder."""

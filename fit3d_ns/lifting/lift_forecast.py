@@ -79,9 +79,10 @@ def forecast_lift(
     # What the conjugate gradients keep between passes, and make again where it does not fit.
     prepare_seconds, prepared = _time(lambda: prepare_view(gaussians, views[0], config.samples_per_patch))
     num_views, num_held_out = len(chosen.lifted), len(chosen.held_out)
-    # Views whose projections are not kept are projected again in each pass; the measured ones were kept.
+    # Views whose projections are not kept are projected again in each pass after the first that projects them. A
+    # sampled solve's decoder pass projects whole views in any case, and so did the measured one.
     num_kept = min(int(config.cache_memory_mb * 1e6 / max(prepared.num_bytes, 1)), num_views)
-    num_passes = config.max_passes + 1
+    num_passes = config.max_passes + int("sampled weighted sum" not in passes.names)
     solve_seconds = (
         num_views * sum(map(passes.total, ("basis", "weighted sum", "sampled weighted sum", "decoder")))
         + num_views * config.max_passes * passes.total("solve")
@@ -119,6 +120,11 @@ class _PassTimes:
             self._starts[name] = now
         else:
             self._seconds[name] = now - self._starts[name]
+
+    @property
+    def names(self) -> set[str]:
+        """Of the passes that were made."""
+        return set(self._starts)
 
     def total(self, name: str) -> float:
         """Seconds of the passes whose names begin so."""

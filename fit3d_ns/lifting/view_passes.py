@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fit3d_ns.lifting.reduction import is_any, sum_over_processes
 from fit3d_ns.lifting.state import LiftState
+from fit3d_ns.utils.stopping import StopRequest
 
 Progress = Callable[[str, int, int], None]
 
@@ -57,6 +58,10 @@ class ViewPasses:
             name: Unique among the passes of the lift.
             sums: New sums by name, zeros; they are put into the state where `add` finds them.
             add: Adds view number `index` to `state.tensors`, in place.
+
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM came. Where one process writes a state, it is written first, after the
+                view under way; otherwise the signal acts at once.
         """
         state = self.state
         if name in state.finished:
@@ -65,16 +70,27 @@ class ViewPasses:
             state.current_pass, state.next_view = name, 0
             state.tensors.update(sums)
         self._report(name)
-        while state.next_view < self.num_views:
-            add(state.next_view)
-            state.next_view += 1
-            self._report(name)
-            if self.group is None:
-                self._save_if_due()
+        if self.group is None and self.state_path is not None:
+            with StopRequest() as stop:
+                self._add_views(name, add, stop)
+        else:
+            self._add_views(name, add, None)
         sum_over_processes([state.tensors[key] for key in sums], self.group)
         state.finished.append(name)
         state.current_pass = ""
         self.num_passes += 1
+
+    def _add_views(self, name: str, add: Callable[[int], None], stop: StopRequest | None) -> None:
+        state = self.state
+        while state.next_view < self.num_views:
+            add(state.next_view)
+            state.next_view += 1
+            self._report(name)
+            if stop is not None and stop.is_requested:
+                self._save()
+                raise KeyboardInterrupt
+            if self.group is None:
+                self._save_if_due()
 
     def save_between_passes(self) -> None:
         """Writes the state if it is due, for several processes the only moment at which they agree."""

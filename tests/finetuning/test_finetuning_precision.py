@@ -10,7 +10,7 @@ from finetuning_scene import BACKBONE, create_lens, save_new_scene
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning import OptimizationConfig
 from fit3d_ns.finetuning.processes import create_accelerator
-from fit3d_ns.finetuning.stopping import StopRequest
+from fit3d_ns.utils.stopping import StopRequest
 
 FAST = OptimizationConfig(max_steps=4, learning_rate=1e-3)
 

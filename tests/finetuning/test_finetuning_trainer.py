@@ -23,10 +23,10 @@ from fit3d_ns.finetuning import (
     SceneBank,
     TrainableConfig,
 )
-from fit3d_ns.finetuning.stopping import StopRequest
 from fit3d_ns.finetuning.token_module import TokenModule, freeze_unreachable
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import FeatureScene, PosedCapture, load_scene
+from fit3d_ns.utils.stopping import StopRequest
 
 FAST = OptimizationConfig(max_steps=4, learning_rate=1e-3)
 

@@ -1,3 +1,4 @@
+import signal
 from dataclasses import replace
 
 import pytest
@@ -91,3 +92,35 @@ def test_solve_features__names_a_file_that_is_no_state(gaussians, views, tmp_pat
     state_path.write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not the state of a lift; delete it"):
         solve_features(gaussians, views, CONFIG, state_path=state_path)
+
+
+def test_solve_features__ctrl_c_in_the_middle_of_a_view_saves_after_it(gaussians, views, tmp_path):
+    """The timer is far away: only the signal writes, and what it writes goes on to the same bits."""
+    config = replace(CONFIG, seconds_per_checkpoint=1e6)
+    expected = solve_features(gaussians, views, config)
+    state_path = tmp_path / "lift.state"
+    handler = signal.getsignal(signal.SIGINT)
+    masked = views[2]
+
+    def load_mask():
+        # In the weighted sum (the basis reads masks too), before this view is in any sum.
+        if reached:
+            signal.raise_signal(signal.SIGINT)
+        return masked.load_mask()
+
+    reached: list[str] = []
+
+    def progress(name, done, total):
+        if name == "weighted sum":
+            reached.append(name)
+
+    interrupted = [*views[:2], replace(masked, load_mask=load_mask), views[3]]
+    with pytest.raises(KeyboardInterrupt):
+        solve_features(gaussians, interrupted, config, state_path=state_path, progress=progress)
+    assert signal.getsignal(signal.SIGINT) is handler
+    calls = []
+    resumed = solve_features(
+        gaussians, views, config, state_path=state_path, progress=lambda name, done, total: calls.append((name, done))
+    )
+    assert calls[0] == ("weighted sum", 3)
+    assert torch.equal(resumed.features, expected.features) and resumed.residuals == expected.residuals

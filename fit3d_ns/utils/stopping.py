@@ -1,4 +1,4 @@
-"""`StopRequest`: SIGTERM and SIGINT become a wish that the training loop grants at the next step boundary."""
+"""`StopRequest`: SIGTERM and SIGINT become a wish that a loop grants where its work is whole: after a step, a view."""
 
 import signal
 from types import FrameType, TracebackType
