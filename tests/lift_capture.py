@@ -17,9 +17,9 @@ BACKBONE = "random:vit_tiny_patch16_224"
 COLMAP_TO_WORLD = [[0.0, 1.0, 0.0, 0.3], [1.0, 0.0, 0.0, -0.2], [0.0, 0.0, -1.0, 0.5]]
 
 
-def write_capture(root: Path, num_frames: int = 12) -> dict[str, torch.Tensor]:
+def write_capture(root: Path, num_frames: int = 12, seed: int = 5) -> dict[str, torch.Tensor]:
     """Writes photographs and a transforms.json; returns the Gaussians, raw, in the dataset's world."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     (root / "images").mkdir(parents=True)
     # A shell around the cameras: every picture is full, as indoors.
     directions = torch.nn.functional.normalize(torch.randn(NUM_GAUSSIANS, 3, generator=generator), dim=1)

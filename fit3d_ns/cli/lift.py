@@ -1,8 +1,9 @@
 """`fit3d-lift`: a backbone's features onto Gaussians that already exist: any splatfacto run, a PLY, a scene file."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,39 +12,41 @@ import tyro
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.cli.export import describe_scene
-from fit3d_ns.features import FeatureCache, FeatureCacheConfig, describe_backbone
-from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.cli.lift_sources import name_run, read_ply, read_run_source, read_scene
+from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheConfig, describe_backbone
+from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_forecast import LiftForecast, forecast_lift
-from fit3d_ns.lifting.lift_scene import LiftSceneConfig, check_dimensions, lift_scene
-from fit3d_ns.lifting.lift_source import LiftSource, compare_with_photographs, create_lift_source, read_scene_source
-from fit3d_ns.lifting.ply_world import PlyConfig, read_ply_source
-from fit3d_ns.scene import save_scene
-from fit3d_ns.scene.scene_costs import find_geometry_seconds
+from fit3d_ns.lifting.lift_scene import check_dimensions, lift_scene
+from fit3d_ns.lifting.lift_source import LiftSource
+from fit3d_ns.lifting.ply_world import PlyConfig
+from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
+from fit3d_ns.scene import FeatureScene, save_scene
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord
 
-STATE_SUFFIX = ".lift-state"
-"""Behind the output's name: what an interrupted lift goes on from."""
 _FLAT = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
 class LiftCommand:
-    """What is lifted from, whose features, and where the scene goes. Give one of --load-config, --ply and --scene."""
+    """What is lifted from, whose features, and where scenes go. Give one of --load-config, --ply and --scene."""
 
     output_path: Path
-    """The scene file to write, `.safetensors`; its figures go beside it, and so does the state of an interrupted lift,
-    which the same command goes on from."""
-    load_config: Path | None = None
-    """A splatfacto run, ours or nerfstudio's (also splatfacto-big, antialiased, with camera optimizer): its config.yml
+    """The scene file to write, `.safetensors`, or a folder for several scenes; figures go beside a scene, and so does
+    the state of an interrupted lift, which the same command goes on from."""
+    load_config: tuple[Path, ...] = ()
+    """Splatfacto runs, ours or nerfstudio's (also splatfacto-big, antialiased, with camera optimizer): their config.yml
     or folder. nerfstudio's config is code: read only those of people you trust."""
     ply: Path | None = None
     """Gaussians as Inria's code, gsplat, nerfstudio or SuperSplat write them; needs --data."""
-    scene: Path | None = None
-    """A scene file to lift anew with another backbone or other settings: cameras and Gaussians are read from it."""
+    scene: tuple[Path, ...] = ()
+    """Scene files to lift anew with another backbone or other settings: cameras and Gaussians are read from them."""
     data: Path | None = None
-    """The captured scene folder: of a PLY, or where a run's or scene's dataset lies now if it was moved."""
+    """The captured scene folder: of a PLY, or where the dataset of a single run or scene lies now if it was moved."""
+    shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Lift all scenes on one basis, with one decoder and one set of picture colours; each then keeps a little less of
+    its own tokens than with a basis to itself."""
     backbone: str = "dinov2_small"
     """`dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base`, any timm ViT id, a fine-tuned
     backbone's folder, or `random:<timm id>` for untrained weights (tests only)."""
@@ -64,78 +67,90 @@ class LiftCommand:
     lift: Annotated[LiftConfig, _FLAT] = field(default_factory=LiftConfig)
 
     @property
-    def figures_path(self) -> Path:
-        """The JSON beside the scene."""
-        return self.output_path.with_suffix(".json")
-
-    @property
-    def state_path(self) -> Path:
-        """What an interrupted lift goes on from."""
-        return self.output_path.with_name(self.output_path.name + STATE_SUFFIX)
+    def is_folder(self) -> bool:
+        """Whether `output_path` is a folder of scenes."""
+        return self.shared_decoder or len(self.load_config) + len(self.scene) > 1
 
 
 def lift(command: LiftCommand) -> None:
-    """Reads, lifts, writes the scene and a JSON with its figures."""
+    """Reads, lifts, and writes each scene and a JSON with its figures."""
     _check(command)
     device = _choose_device(command.device)
     backbone = describe_backbone(command.backbone, command.backbone_weights, command.normalization)
     check_dimensions(command.lift, backbone)
     cache = FeatureCache(FeatureCacheConfig(directory=command.feature_cache), backbone)
-    source = read_source(command, device)
-    if source.num_dropped:
-        notice(f"Left out {source.num_dropped} Gaussians with NaN, infinite or oversized numbers.")
+    tasks = create_tasks(command, device)
+
+    def finish(scene: FeatureScene, path: Path) -> None:
+        _write_figures(scene, path, backbone, device)
+
     if command.dry_run:
-        forecast = forecast_lift(source, cache, command.lift, command.options, device, command.include_sh)
-        print(describe_forecast(forecast))
+        forecasts = [
+            forecast_lift(task.read(), cache, command.lift, command.options, device, command.include_sh)
+            for task in tasks
+        ]
+        print("\n".join(map(describe_forecast, forecasts)))
+        if len(tasks) > 1:
+            print(f"{len(tasks)} scenes: about {sum(forecast.seconds for forecast in forecasts):.0f} s together")
         return
     try:
-        scene = lift_scene(
-            source,
-            backbone,
-            cache,
-            command.lift,
-            command.options,
-            device=device,
-            state_path=command.state_path,
-        )
+        if command.shared_decoder:
+            lift_together(
+                tasks,
+                backbone,
+                cache,
+                command.lift,
+                command.options,
+                device=device,
+                include_sh=command.include_sh,
+                on_scene=finish,
+            )
+            return
+        for task in tasks:
+            scene = lift_scene(
+                task.read(),
+                backbone,
+                cache,
+                command.lift,
+                command.options,
+                device=device,
+                state_path=task.state_path,
+            )
+            save_scene(scene, task.output_path, include_sh=command.include_sh)
+            finish(scene, task.output_path)
     except KeyboardInterrupt:
-        if command.state_path.is_file():
-            notice(f"The lift so far is kept in {command.state_path}; the same command goes on from there.")
+        for task in tasks:
+            if task.state_path.is_file():
+                notice(f"The lift so far is kept in {task.state_path}; the same command goes on from there.")
         raise
-    save_scene(scene, command.output_path, include_sh=command.include_sh)
-    record = ResultRecord(
-        kind="lift",
-        metrics=dict(scene.figures),
-        settings={"source": source.description, "backbone": backbone.to_metadata(), "device": device},
-        is_random=backbone.is_random,
-    )
-    description = describe_scene(scene, command.output_path)
-    # The record's metrics are the scene's figures; once is enough.
-    del description["run"]
-    write_json(command.figures_path, {**dataclasses.asdict(record), **description})
-    print(f"Scene: {command.output_path}\nFigures: {command.figures_path}")
-    print(_summarize(dict(scene.figures)))
 
 
-def read_source(command: LiftCommand, device: str) -> LiftSource:
-    """Gaussians and views from whichever of the three was given."""
+def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
+    """What is read, and where each scene goes.
+
+    Raises:
+        ValueError: Two scenes would get one name.
+    """
+    smallest = command.from_ply.smallest_psnr
+    readers: list[tuple[str, Callable[[], LiftSource]]] = []
     if command.ply is not None:
         assert command.data is not None
-        return read_ply_source(command.ply, command.data, command.from_ply, device)
-    if command.scene is not None:
-        source = read_scene_source(command.scene, command.data)
-    else:
-        assert command.load_config is not None
-        source = _read_run_source(command.load_config, command.data)
-    fit = compare_with_photographs(source, device)
-    smallest = command.from_ply.smallest_psnr
-    if not fit.is_seen or fit.psnr < smallest:
-        # Geometry and cameras were trained together: a low figure means an early stop, or other photographs.
-        notice(
-            f"Renderings of {source.description} are {fit.psnr:.1f} dB from their photographs (below {smallest:g}); "
-            "was the run trained to its end, and does --data hold the same photographs?"
+        readers.append((command.ply.stem, partial(read_ply, command.ply, command.data, command.from_ply, device)))
+    for path in command.scene:
+        readers.append((path.stem, partial(read_scene, path, command.data, device, smallest)))
+    for path in command.load_config:
+        readers.append((name_run(path), partial(read_run_source, path, command.data, device, smallest)))
+    names = [name for name, _ in readers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice and command.is_folder:
+        raise ValueError(
+            f"Two scenes would be written as {twice[0]}.safetensors; lift them with commands of their own."
         )
-    return source
+    folder = command.output_path
+    return [
+        LiftTask(read, folder / f"{name}.safetensors" if command.is_folder else command.output_path)
+        for name, read in readers
+    ]
 
 
 def describe_forecast(forecast: LiftForecast) -> str:
@@ -163,16 +178,39 @@ def main(args: Sequence[str] | None = None) -> None:
 def _check(command: LiftCommand) -> None:
     """Raises ValueError for flags that do not go together."""
     given = [f"--{name}" for name, value in (("load-config", command.load_config), ("ply", command.ply),
-                                              ("scene", command.scene)) if value is not None]  # fmt: skip
+                                              ("scene", command.scene)) if value]  # fmt: skip
     if len(given) != 1:
         what = "none is given" if not given else " and ".join(given) + " are given"
         raise ValueError(f"Give one of --load-config, --ply and --scene to lift from; {what}.")
     if command.ply is not None and command.data is None:
         raise ValueError(f"A PLY has no cameras: give the folder of the photographs of {command.ply} with --data.")
+    if command.is_folder:
+        if command.output_path.suffix == ".safetensors" or command.output_path.is_file():
+            raise ValueError(f"--output-path {command.output_path} must be a folder: that is where several scenes go.")
+        if command.data is not None and len(command.load_config) + len(command.scene) > 1:
+            raise ValueError("--data is the folder of one scene; lift moved scenes with commands of their own.")
+        return
     if command.output_path.suffix != ".safetensors":
         raise ValueError(f"--output-path {command.output_path} must end in .safetensors.")
     if command.output_path.is_dir():
         raise ValueError(f"--output-path {command.output_path} is a folder; give the name of a file in it.")
+
+
+def _write_figures(scene: FeatureScene, path: Path, backbone: BackboneDescription, device: str) -> None:
+    """The JSON beside a scene, and a line for whoever waits."""
+    record = ResultRecord(
+        kind="lift",
+        metrics=dict(scene.figures),
+        settings={"source": scene.figures["source"], "backbone": backbone.to_metadata(), "device": device},
+        is_random=backbone.is_random,
+    )
+    description = describe_scene(scene, path)
+    # The record's metrics are the scene's figures; once is enough.
+    del description["run"]
+    figures_path = path.with_suffix(".json")
+    write_json(figures_path, {**dataclasses.asdict(record), **description})
+    print(f"Scene: {path}\nFigures: {figures_path}")
+    print(_summarize(dict(scene.figures)))
 
 
 def _choose_device(device: Literal["auto", "cuda", "cpu"]) -> str:
@@ -181,35 +219,6 @@ def _choose_device(device: Literal["auto", "cuda", "cpu"]) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _read_run_source(path: Path, data: Path | None) -> LiftSource:
-    """A nerfstudio run; imported here so that PLYs are lifted where nerfstudio is not installed."""
-    try:
-        from fit3d_ns.plugin.run_reader import read_run
-        from fit3d_ns.plugin.summary import read_run_figures
-    except ImportError as error:
-        raise ValueError(
-            f"{path} is a nerfstudio run, and nerfstudio cannot be imported ({error}); install it, or export the run "
-            "as a PLY and lift that."
-        ) from error
-    run = read_run(path, data)
-    raw = {
-        "means": run.gauss_params["means"],
-        "quats": run.gauss_params["quats"],
-        "log_scales": run.gauss_params["scales"],
-        "opacity_logits": run.gauss_params["opacities"],
-        "sh_dc": run.sh_dc,
-        "sh_rest": run.gauss_params["features_rest"],
-    }
-    description = f"{run.config.method_name} run {run.config_path.parent.name}, step {run.step}"
-    return create_lift_source(
-        raw,
-        run.capture,
-        description,
-        rasterize_mode=run.rasterize_mode,
-        training_seconds=find_geometry_seconds(read_run_figures(run.config_path)),
-    )
 
 
 def _summarize(figures: dict[str, object]) -> str:

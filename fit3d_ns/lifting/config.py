@@ -1,4 +1,4 @@
-"""`LiftConfig`: every choice of the closed-form lift, with the reason for its default."""
+"""`LiftConfig`: every choice of the closed-form lift, with the reason for its default; and which views it sees."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -68,3 +68,19 @@ class LiftConfig:
                 f"regularization is {self.regularization} and decoder_ridge {self.decoder_ridge}; "
                 "both must be 0 or above."
             )
+
+
+@dataclass(frozen=True)
+class LiftSceneConfig:
+    """Which views are lifted and what is kept."""
+
+    views: int | None = None
+    """How many training views to lift, at even distances in file order; all by default."""
+    drop_unseen: bool = False
+    """Leave out Gaussians that no lifted view ever weighted; lifted views stay as they are."""
+    feature_batch_size: int = 4
+    """Photographs per pass of the backbone, at least 1."""
+
+    def __post_init__(self) -> None:
+        if self.views is not None and self.views < 1:
+            raise ValueError(f"views is {self.views}; at least 1 view must be lifted.")

@@ -9,8 +9,9 @@ import torch
 
 from fit3d_ns.features import FeatureCache, compute_feature_key, create_extractor
 from fit3d_ns.lifting.blending import prepare_view
-from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.lift_scene import LiftSceneConfig, choose_views, load_views, measure_lift_memory_mb
+from fit3d_ns.lifting.chosen_views import choose_views, load_views
+from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
+from fit3d_ns.lifting.lift_scene import measure_lift_memory_mb
 from fit3d_ns.lifting.lift_source import LiftSource, create_lift_gaussians
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.scene import View

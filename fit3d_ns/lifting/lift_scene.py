@@ -6,7 +6,7 @@ view. Figures are those of what the scene file will hold: half-precision feature
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.analysis.pca import PcaBasis, fit_pca
-from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureKey, LazyImage, extract_features
-from fit3d_ns.lifting.capture_views import create_lift_views
-from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.analysis.pca import PcaBasis
+from fit3d_ns.features import BackboneDescription, FeatureCache
+from fit3d_ns.lifting.chosen_views import ChosenViews, choose_views, fit_picture_basis, load_views
+from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.evaluation import evaluate_features
 from fit3d_ns.lifting.inputs import LiftView
 from fit3d_ns.lifting.lift_source import (
@@ -30,47 +30,9 @@ from fit3d_ns.lifting.lift_source import (
 from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.view_passes import Progress
-from fit3d_ns.scene import FeatureDecoder, FeatureScene, PosedCapture, SceneBackbone, View, create_gaussians
+from fit3d_ns.scene import FeatureDecoder, FeatureScene, SceneBackbone, create_gaussians
 from fit3d_ns.scene.scene_costs import TRAINING_FIGURE
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, measure_peak_memory_mb, notice
-
-MAX_PICTURE_TOKENS = 50_000
-"""Tokens on which the colours of feature pictures are fitted."""
-
-
-@dataclass(frozen=True)
-class LiftSceneConfig:
-    """Which views are lifted and what is kept."""
-
-    views: int | None = None
-    """How many training views to lift, at even distances in file order; all by default."""
-    drop_unseen: bool = False
-    """Leave out Gaussians that no lifted view ever weighted; lifted views stay as they are."""
-    feature_batch_size: int = 4
-    """Photographs per pass of the backbone, at least 1."""
-
-    def __post_init__(self) -> None:
-        if self.views is not None and self.views < 1:
-            raise ValueError(f"views is {self.views}; at least 1 view must be lifted.")
-
-
-@dataclass(frozen=True)
-class ChosenViews:
-    """Views of a capture by what the lift does with them."""
-
-    lifted: list[View]
-    """Training views that teach the features."""
-    held_out: list[View]
-    """Views that only measure: `test`, else `val`, else training views that were not chosen."""
-
-
-def choose_views(capture: PosedCapture, num_views: int | None) -> ChosenViews:
-    """Evenly chosen training views, and those to measure on."""
-    train = capture.select("train")
-    lifted = select_evenly(train, num_views)
-    names = {view.name for view in lifted}
-    left_out = [view for view in train if view.name not in names]
-    return ChosenViews(lifted, capture.select("test") or capture.select("val") or left_out)
 
 
 def check_dimensions(config: LiftConfig, backbone: BackboneDescription) -> None:
@@ -93,6 +55,30 @@ def lift_scene(
     state_path: Path | None = None,
     progress: Progress | None = None,
 ) -> FeatureScene:
+    """Lifts a backbone's tokens onto a source; see `solve_scene` for the arguments and errors.
+
+    Returns:
+        The scene on the CPU, with the lift's figures.
+    """
+    scene, _ = solve_scene(
+        source, backbone, cache, config, options, device=device, state_path=state_path, progress=progress
+    )
+    return scene
+
+
+def solve_scene(
+    source: LiftSource,
+    backbone: BackboneDescription,
+    cache: FeatureCache,
+    config: LiftConfig,
+    options: LiftSceneConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    state_path: Path | None = None,
+    progress: Progress | None = None,
+    basis: PcaBasis | None = None,
+    pca: PcaBasis | None = None,
+) -> tuple[FeatureScene, LiftResult]:
     """Lifts a backbone's tokens onto a source.
 
     Args:
@@ -104,9 +90,11 @@ def lift_scene(
         device: Where the backbone and the solve run.
         state_path: Where an interrupted solve is kept and found again; nowhere by default.
         progress: Called with (pass, views done, views); a progress bar by default.
+        basis: Space of the features, if other scenes share it; fitted to this scene's tokens by default.
+        pca: Directions and colours of pictures, if other scenes share them; fitted by default.
 
     Returns:
-        The scene on the CPU, with the lift's figures.
+        The scene on the CPU, with the lift's figures, and everything the solve found.
 
     Raises:
         ValueError: What `solve_features` and `extract_features` refuse, or a feature dimension above the tokens' width.
@@ -128,16 +116,18 @@ def lift_scene(
             create_lift_gaussians(source, device),
             lifted,
             config,
+            basis=basis,
             backbone=backbone.identity,
             state_path=state_path,
             progress=progress or bar,
         )
     with timer.phase("pictures"):
-        pca = fit_picture_basis(lifted)
+        own = fit_picture_basis(lifted)
     keep = torch.ones_like(result.is_valid) if not options.drop_unseen else ~result.is_unseen
-    scene = _create_scene(source, result, keep.cpu(), pca, backbone)
+    scene = _create_scene(source, result, keep.cpu(), own if pca is None else pca, backbone)
     with timer.phase("evaluation"):
-        figures = _measure(scene, source, chosen, held_out, device)
+        figures = _measure_dropping(scene, source, chosen, device)
+        figures |= measure_held_out(scene, held_out, own.mean, device)
     figures |= {
         "photograph_psnr": fit.psnr,
         "num_gaussians": scene.gaussians.num_gaussians,
@@ -156,33 +146,7 @@ def lift_scene(
         "source": source.description,
         "lift": asdict(config),
     }
-    return replace(scene, figures=figures)
-
-
-def load_views(
-    capture: PosedCapture,
-    views: Sequence[View],
-    cache: FeatureCache,
-    options: LiftSceneConfig,
-    device: torch.device | str,
-) -> list[LiftView]:
-    """Fills the cache with the tokens of `views`, where they are missing, and returns the views of a lift."""
-    images = [_lazy_image(capture, view) for view in views]
-    keys = extract_features(images, cache.description, cache, device=device, batch_size=options.feature_batch_size)
-    by_name: dict[str, FeatureKey] = {view.name: key for view, key in zip(views, keys, strict=True)}
-
-    def load_tokens(view: View) -> Float[Tensor, "h w embed"]:
-        return cache.load(by_name[view.name]).patch_tokens
-
-    return create_lift_views(capture, views, load_tokens)
-
-
-def fit_picture_basis(views: Sequence[LiftView]) -> PcaBasis:
-    """Three directions and fixed colours for pictures of the backbone's tokens, from every n-th token of all views."""
-    sizes = [view.read_tokens(torch.device("cpu")).shape for view in views[:1]]
-    stride = max(sizes[0][0] * sizes[0][1] * len(views) // MAX_PICTURE_TOKENS, 1)
-    rows = [view.read_tokens(torch.device("cpu")).flatten(0, 1)[::stride] for view in views]
-    return fit_pca(torch.cat(rows), min(3, sizes[0][2]))
+    return replace(scene, figures=figures), result
 
 
 def measure_lift_memory_mb(device: torch.device | str) -> float:
@@ -208,10 +172,6 @@ def show_passes() -> Iterator[Progress]:
             bar.update(task, completed=done)
 
         yield report
-
-
-def _lazy_image(capture: PosedCapture, view: View) -> LazyImage:
-    return lambda: capture.load_image(view)
 
 
 def _create_scene(
@@ -245,39 +205,52 @@ def _create_scene(
     )
 
 
-def _measure(
-    scene: FeatureScene,
-    source: LiftSource,
-    chosen: ChosenViews,
-    held_out: Sequence[LiftView],
-    device: torch.device | str,
+def _measure_dropping(
+    scene: FeatureScene, source: LiftSource, chosen: ChosenViews, device: torch.device | str
 ) -> dict[str, Any]:
-    """Held-out figures, and what dropping Gaussians changed in lifted views."""
-    kept = LiftSource(scene.gaussians, source.capture, source.description, source.rasterize_mode, source.eps2d)
-    figures: dict[str, Any] = {}
-    if scene.gaussians.num_gaussians < source.gaussians.num_gaussians:
-        figures["largest_change_by_dropping"] = max(
-            float((render_photograph(source, view, device)[0] - render_photograph(kept, view, device)[0]).abs().max())
-            for view in select_evenly(chosen.lifted, 3)
-        )
+    """What leaving out Gaussians changed in lifted views."""
+    if scene.gaussians.num_gaussians == source.gaussians.num_gaussians:
+        return {}
+    kept = replace(source, gaussians=scene.gaussians)
+    changes = [
+        float((render_photograph(source, view, device)[0] - render_photograph(kept, view, device)[0]).abs().max())
+        for view in select_evenly(chosen.lifted, 3)
+    ]
+    return {"largest_change_by_dropping": max(changes)}
+
+
+def measure_held_out(
+    scene: FeatureScene,
+    held_out: Sequence[LiftView],
+    mean_token: Float[Tensor, " embed"],
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Figures of a scene on views that it was not lifted from; none, with a notice, where that cannot be measured.
+
+    Args:
+        scene: What is measured, as it will be stored.
+        held_out: Views with their tokens.
+        mean_token: Of the views that were lifted, for the baseline.
+        device: Where to render.
+    """
     if not held_out:
         notice("No view is held out: the capture has no test views, so there are no figures for new views.")
-        return figures
-    assert scene.pca is not None
+        return {}
+    source = LiftSource(scene.gaussians, scene.posed_capture, "", scene.rasterize_mode, scene.eps2d)
     try:
         metrics = evaluate_features(
-            create_lift_gaussians(kept, device),
+            create_lift_gaussians(source, device),
             scene.gaussians.features.float().to(device),
             scene.to(device).decoder,
             held_out,
-            scene.pca.mean.to(device),
+            mean_token.to(device),
             token_reading=scene.token_reading,
         )
     except ValueError as error:
         # The lift itself is sound; what cannot be measured is left out of the figures, and said.
         notice(f"No held-out figures: {error}")
-        return figures
-    return figures | {
+        return {}
+    return {
         "feature_l1": metrics.feature_l1,
         "feature_cosine": metrics.feature_cosine,
         "feature_l1_mean_token": metrics.mean_token_l1,

@@ -26,8 +26,7 @@ from fit3d_ns.lifting.reduction import select_share
 from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.sampled_camera import compute_stride
 from fit3d_ns.lifting.state import LiftState, compute_identity, load_state
-from fit3d_ns.lifting.token_basis import fit_token_basis
-from fit3d_ns.lifting.token_grid import sum_over_cells
+from fit3d_ns.lifting.token_basis import add_view_tokens, fit_token_basis
 from fit3d_ns.lifting.view_passes import Progress, ViewPasses
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
@@ -149,10 +148,7 @@ class _Lift:
         def add(index: int) -> None:
             tokens = views[index].read_tokens(self.device)
             self._check_width(tokens, index)
-            mask = views[index].read_mask(self.device)[..., None]
-            grid = (tokens.shape[0], tokens.shape[1])
-            covered = sum_over_cells(mask, grid) / sum_over_cells(torch.ones_like(mask), grid).clamp(min=1.0)
-            sums().add(tokens, covered[..., 0])
+            add_view_tokens(sums(), tokens, views[index].read_mask(self.device))
 
         empty = PcaAccumulator(self.embed_dim, self.device)
         new = {

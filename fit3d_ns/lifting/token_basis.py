@@ -10,6 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, apply_pca
+from fit3d_ns.lifting.token_grid import sum_over_cells
+
+
+def add_view_tokens(
+    sums: PcaAccumulator, tokens: Float[Tensor, "h w embed"], mask: Float[Tensor, "height width"]
+) -> None:
+    """Counts a view's tokens, each by the share of its patch that lies under the valid mask."""
+    grid = (tokens.shape[0], tokens.shape[1])
+    pixels = mask[..., None]
+    covered = sum_over_cells(pixels, grid) / sum_over_cells(torch.ones_like(pixels), grid).clamp(min=1.0)
+    sums.add(tokens, covered[..., 0])
 
 
 def fit_token_basis(tokens: PcaAccumulator, feature_dim: int, *, centred: bool = True) -> PcaBasis:

@@ -9,6 +9,7 @@ import torch
 from lift_capture import BACKBONE, write_capture, write_gaussians
 
 from fit3d_ns.cli import lift as module
+from fit3d_ns.cli.lift_sources import name_run
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.scene import load_scene
 from fit3d_ns.utils.results import load_result
@@ -77,6 +78,43 @@ def test_lift__reads_a_moved_scene_again(run, capture, tmp_path):
     assert again.gaussians.feature_dim == 6 and again.posed_capture.root == moved
 
 
+@pytest.mark.parametrize("shared", [(), ("--shared-decoder",)])
+def test_lift__several_scenes_go_into_a_folder(run, tmp_path, shared):
+    for name in ("a", "b"):
+        assert run("--feature-dim", 4, name=f"{name}.safetensors")[0] == 0
+    first = ("--scene", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    code, out, err = run("--feature-dim", 6, *shared, name="all", source=first)
+    assert code == 0, err
+    scenes = [load_scene(tmp_path / "all" / f"{name}.safetensors") for name in ("a", "b")]
+    assert [scene.gaussians.feature_dim for scene in scenes] == [6, 6]
+    for name, scene in zip(("a", "b"), scenes, strict=True):
+        figures = load_result(tmp_path / "all" / f"{name}.json")
+        assert figures.metrics["feature_l1"] == scene.figures["feature_l1"]
+        assert ("num_scenes_sharing_decoder" in figures.metrics) == bool(shared)
+        assert f"Scene: {tmp_path / 'all' / name}.safetensors" in out
+    assert sorted(path.suffix for path in (tmp_path / "all").iterdir()) == [".json"] * 2 + [".safetensors"] * 2
+    code, out, _ = run("--feature-dim", 6, *shared, "--dry-run", name="all", source=first)
+    assert code == 0 and "2 scenes: about" in out
+
+
+def test_lift__refuses_what_only_one_scene_can_have(run, capture, tmp_path):
+    root, _, _ = capture
+    assert run("--feature-dim", 4, name="a.safetensors")[0] == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
+    a, again = tmp_path / "a.safetensors", tmp_path / "other" / "a.safetensors"
+    assert "must be a folder" in run(source=("--scene", a, a))[2]
+    assert "Two scenes would be written as a.safetensors" in run(name="all", source=("--scene", a, again))[2]
+    assert "the folder of one scene" in run(name="all", source=("--scene", a, again, "--data", root))[2]
+    assert not (tmp_path / "all").exists()
+
+
+def test_name_run__is_the_experiment(tmp_path):
+    run = tmp_path / "outputs" / "kitchen" / "splatfacto" / "2024-01-01"
+    run.mkdir(parents=True)
+    assert name_run(run) == name_run(run / "config.yml") == "kitchen"
+
+
 def test_lift__dry_run_predicts_and_writes_nothing(run, tmp_path):
     code, out, _ = run("--feature-dim", 4, "--dry-run")
     assert code == 0
@@ -127,6 +165,7 @@ def test_lift__flags_are_the_fields_of_the_lift(monkeypatch, capture):
         (("--backbone", "no_such_vit"), "no_such_vit"),
         (("--data", "nowhere"), "No such scene: nowhere"),
         (("--ply", "nowhere.ply"), "No such PLY file: nowhere.ply"),
+        (("--shared-decoder",), "must be a folder"),
     ],
 )
 def test_lift__says_in_one_sentence_what_is_wrong(run, tmp_path, arguments, sentence):

@@ -1,0 +1,184 @@
+"""`lift_together`: many scenes on one token basis, read by one decoder, with one set of picture colours.
+
+Three rounds over the scenes, one scene in memory at a time: tokens are summed up into the basis they share; each scene
+is lifted on it and leaves its decoder statistics beside its file; the decoder of all statistics together replaces the
+scenes' own. An interrupted command does the first round again, whose tokens are cached by then, and no finished lift.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, fit_pca
+from fit3d_ns.features import BackboneDescription, FeatureCache
+from fit3d_ns.lifting.chosen_views import MAX_PICTURE_TOKENS, choose_views, load_views, sample_tokens
+from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
+from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
+from fit3d_ns.lifting.lift_scene import check_dimensions, measure_held_out, solve_scene
+from fit3d_ns.lifting.lift_source import LiftSource, create_lift_gaussians
+from fit3d_ns.lifting.state import compute_identity
+from fit3d_ns.lifting.token_basis import add_view_tokens, fit_token_basis
+from fit3d_ns.scene import FeatureScene, load_scene, save_scene
+from fit3d_ns.utils.files import write_atomically
+from fit3d_ns.utils.progress import notice
+
+SUMS_SUFFIX = ".decoder-sums"
+"""Behind a scene's name: its decoder statistics, until the shared decoder is fitted."""
+
+
+@dataclass(frozen=True)
+class LiftTask:
+    """One of the scenes that are lifted together."""
+
+    read: Callable[[], LiftSource]
+    """Reads its Gaussians and views; called once a round."""
+    output_path: Path
+    """Where the scene file goes."""
+
+    @property
+    def state_path(self) -> Path:
+        """What an interrupted lift of this scene goes on from."""
+        return self.output_path.with_name(self.output_path.name + ".lift-state")
+
+    @property
+    def sums_path(self) -> Path:
+        """Its decoder statistics."""
+        return self.output_path.with_name(self.output_path.name + SUMS_SUFFIX)
+
+
+@dataclass(frozen=True)
+class SharedSpace:
+    """What scenes that were lifted together have in common, besides the decoder."""
+
+    basis: PcaBasis
+    """Space of the features."""
+    pca: PcaBasis
+    """Directions and colours of pictures."""
+
+
+def lift_together(
+    tasks: Sequence[LiftTask],
+    backbone: BackboneDescription,
+    cache: FeatureCache,
+    config: LiftConfig,
+    options: LiftSceneConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    include_sh: bool = False,
+    on_scene: Callable[[FeatureScene, Path], None] | None = None,
+) -> None:
+    """Lifts scenes on a basis and with a decoder that they share, and writes their files.
+
+    Args:
+        tasks: The scenes, at least one.
+        backbone: Whose tokens.
+        cache: Where tokens are kept, of the same backbone.
+        config: Settings of the solve.
+        options: Which views, and what is kept.
+        device: Where the backbone and the solve run.
+        include_sh: Of `save_scene`.
+        on_scene: Called with each finished scene and its file.
+
+    Raises:
+        ValueError: No scene, or what `solve_scene` and `save_scene` refuse.
+    """
+    options = options or LiftSceneConfig()
+    check_dimensions(config, backbone)
+    notice(f"Tokens of {len(tasks)} scenes, for the basis they share")
+    space = fit_shared_space(tasks, cache, config, options, device)
+    statistics = []
+    for number, task in enumerate(tasks, start=1):
+        notice(f"[{number}/{len(tasks)}] {task.output_path.name}")
+        statistics.append(_lift(task, space, backbone, cache, config, options, device, include_sh))
+    decoder = fit_decoder(statistics, space.basis, config.decoder_ridge).requires_grad_(False).cpu()
+    for task in tasks:
+        scene = replace(load_scene(task.output_path), decoder=decoder)
+        held_out = choose_views(scene.posed_capture, options.views).held_out
+        views = load_views(scene.posed_capture, held_out, cache, options, device)
+        # The baseline's figures stay those of the scene's own mean token.
+        figures = {name: value for name, value in measure_held_out(scene, views, space.basis.mean, device).items()
+                   if not name.endswith("_mean_token")}  # fmt: skip
+        scene = replace(scene, figures={**scene.figures, **figures, "num_scenes_sharing_decoder": len(tasks)})
+        save_scene(scene, task.output_path, include_sh=include_sh)
+        if on_scene is not None:
+            on_scene(scene, task.output_path)
+    for task in tasks:
+        task.sums_path.unlink(missing_ok=True)
+
+
+def fit_shared_space(
+    tasks: Sequence[LiftTask],
+    cache: FeatureCache,
+    config: LiftConfig,
+    options: LiftSceneConfig,
+    device: torch.device | str = "cpu",
+) -> SharedSpace:
+    """The basis of the tokens of all scenes, every view counting alike, and picture colours for all of them."""
+    if not tasks:
+        raise ValueError("There is no scene to lift.")
+    sums: PcaAccumulator | None = None
+    samples = []
+    for task in tasks:
+        capture = task.read().capture
+        views = load_views(capture, choose_views(capture, options.views).lifted, cache, options, device)
+        for view in views:
+            tokens = view.read_tokens(torch.device(device))
+            sums = sums or PcaAccumulator(tokens.shape[-1], device)
+            add_view_tokens(sums, tokens, view.read_mask(torch.device(device)))
+        samples.append(sample_tokens(views, MAX_PICTURE_TOKENS // len(tasks)))
+    assert sums is not None
+    basis = fit_token_basis(sums, config.feature_dim, centred=config.decoder_bias)
+    rows = torch.cat(samples)
+    return SharedSpace(basis, fit_pca(rows, min(3, rows.shape[1])))
+
+
+def _lift(
+    task: LiftTask,
+    space: SharedSpace,
+    backbone: BackboneDescription,
+    cache: FeatureCache,
+    config: LiftConfig,
+    options: LiftSceneConfig,
+    device: torch.device | str,
+    include_sh: bool,
+) -> DecoderStatistics:
+    """Lifts one scene and writes it with the decoder of its own, unless that has been done."""
+    source = task.read()
+    views = load_views(source.capture, choose_views(source.capture, options.views).lifted, cache, options, device)
+    gaussians = create_lift_gaussians(source, device)
+    identity = compute_identity(gaussians, views, config, backbone.identity, space.basis, None)
+    identity["setting of the scene"] = json.dumps({**asdict(options), "include_sh": include_sh})
+    found = _read_sums(task.sums_path, identity, device) if task.output_path.is_file() else None
+    if found is not None:
+        notice(f"{task.output_path.name} is lifted already.")
+        return found
+    scene, result = solve_scene(
+        source, backbone, cache, config, options, device=device, state_path=task.state_path, basis=space.basis,
+        pca=space.pca,
+    )  # fmt: skip
+    save_scene(scene, task.output_path, include_sh=include_sh)
+    sums = result.decoder_statistics
+    tensors = {"regressors": sums.regressors.cpu(), "products": sums.products.cpu()}
+    with write_atomically(task.sums_path) as temporary:
+        save_file(tensors, temporary, metadata={"identity": json.dumps(identity)})
+    return sums
+
+
+def _read_sums(path: Path, identity: dict[str, str], device: torch.device | str) -> DecoderStatistics | None:
+    """Statistics of the same lift, else None."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored: Any = json.loads((file.metadata() or {}).get("identity", "null"))
+            if stored != identity:
+                return None
+            return DecoderStatistics(*(file.get_tensor(name).to(device) for name in ("regressors", "products")))
+    except SafetensorError:
+        return None

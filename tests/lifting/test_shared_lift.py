@@ -1,0 +1,133 @@
+"""Scenes lifted together: one basis, one decoder, one set of colours; and going on after an interruption."""
+
+from functools import partial
+
+import pytest
+import torch
+from lift_capture import BACKBONE, write_capture, write_gaussians
+
+from fit3d_ns.analysis.pca import PcaAccumulator
+from fit3d_ns.features import FeatureCache, FeatureCacheConfig, describe_backbone
+from fit3d_ns.lifting import shared_lift as module
+from fit3d_ns.lifting.chosen_views import choose_views, load_views
+from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
+from fit3d_ns.lifting.decoder_fit import fit_decoder
+from fit3d_ns.lifting.lift_scene import lift_scene
+from fit3d_ns.lifting.lift_source import create_lift_gaussians
+from fit3d_ns.lifting.ply_world import PlyConfig, read_ply_source
+from fit3d_ns.lifting.shared_lift import LiftTask, fit_shared_space, lift_together
+from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators
+from fit3d_ns.scene import load_scene
+
+CONFIG, OPTIONS = LiftConfig(feature_dim=6, max_passes=2), LiftSceneConfig()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return FeatureCache(FeatureCacheConfig(tmp_path_factory.mktemp("tokens")), describe_backbone(BACKBONE))
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    """Two captures of different Gaussians."""
+    found = []
+    for name, seed in (("left", 5), ("right", 6)):
+        root = tmp_path_factory.mktemp("shared") / name
+        raw = write_capture(root, seed=seed)
+        found.append(partial(read_ply_source, write_gaussians(root / "cloud.ply", raw), root, PlyConfig()))
+    return found
+
+
+@pytest.fixture
+def tasks(readers, tmp_path):
+    return [
+        LiftTask(read, tmp_path / f"{name}.safetensors") for read, name in zip(readers, ("left", "right"), strict=True)
+    ]
+
+
+def lift(tasks, cache, **kwargs):
+    lift_together(tasks, cache.description, cache, CONFIG, OPTIONS, **kwargs)
+    return [load_scene(task.output_path) for task in tasks]
+
+
+def test_lift_together__is_one_decoder_of_all_statistics_on_one_basis(tasks, cache):
+    reported = []
+    scenes = lift(tasks, cache, on_scene=lambda scene, path: reported.append((scene.figures["feature_l1"], path)))
+    sums, statistics, sources = [], [], [task.read() for task in tasks]
+    views = [load_views(s.capture, choose_views(s.capture, None).lifted, cache, OPTIONS, "cpu") for s in sources]
+    for lifted in views:
+        accumulator = PcaAccumulator(192)
+        for view in lifted:
+            accumulator.add(view.read_tokens(torch.device("cpu")))
+        sums.append(accumulator)
+    basis = fit_token_basis(merge_accumulators(sums), 6)
+    for source, lifted in zip(sources, views, strict=True):
+        result = solve_features(create_lift_gaussians(source), lifted, CONFIG, basis=basis)
+        statistics.append(result.decoder_statistics)
+    expected = fit_decoder(statistics, basis, CONFIG.decoder_ridge)
+    for scene in scenes:
+        torch.testing.assert_close(scene.decoder.weight, expected.weight.detach(), rtol=1e-3, atol=1e-4)
+    first, second = scenes
+    assert torch.equal(first.decoder.weight, second.decoder.weight)
+    assert torch.equal(first.pca.components, second.pca.components)
+    assert torch.equal(first.pca.colour_low, second.pca.colour_low)
+    assert not torch.equal(first.gaussians.features, second.gaussians.features)
+    assert [path for _, path in reported] == [task.output_path for task in tasks]
+    # No state and no statistics stay behind.
+    assert sorted(path.name for path in tasks[0].output_path.parent.iterdir()) == [
+        "left.safetensors",
+        "right.safetensors",
+    ]
+
+
+def test_lift_together__figures_are_those_of_the_shared_decoder(tasks, cache):
+    scenes = lift(tasks, cache)
+    for scene, task in zip(scenes, tasks, strict=True):
+        alone = lift_scene(task.read(), cache.description, cache, CONFIG)
+        assert scene.figures["num_scenes_sharing_decoder"] == 2
+        assert scene.figures["feature_l1"] < scene.figures["feature_l1_mean_token"]
+        assert scene.figures["feature_l1_mean_token"] == pytest.approx(alone.figures["feature_l1_mean_token"])
+        # A shared basis of six directions keeps less of a scene than six of its own.
+        assert scene.figures["explained_share"] < alone.figures["explained_share"]
+        assert scene.figures["feature_l1"] != alone.figures["feature_l1"]
+
+
+def test_lift_together__interrupted_goes_on_without_lifting_again(tasks, cache, monkeypatch):
+    whole = lift(tasks, cache)
+    for task in tasks:
+        task.output_path.unlink()
+    solve, calls = module.solve_scene, []
+
+    def interrupted(source, *args, **kwargs):
+        calls.append(source.capture.scene_id)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return solve(source, *args, **kwargs)
+
+    monkeypatch.setattr(module, "solve_scene", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lift(tasks, cache)
+    assert tasks[0].sums_path.is_file() and not tasks[1].sums_path.exists()
+    resumed = lift(tasks, cache)
+    assert calls == ["left", "right", "right"]
+    for scene, expected in zip(resumed, whole, strict=True):
+        assert torch.equal(scene.gaussians.features, expected.gaussians.features)
+        assert torch.equal(scene.decoder.weight, expected.decoder.weight)
+
+
+def test_lift_together__other_settings_lift_again(tasks, cache, monkeypatch):
+    monkeypatch.setattr(module, "fit_decoder", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lift(tasks, cache)
+    monkeypatch.undo()
+    found, solve = [], module.solve_scene
+    monkeypatch.setattr(module, "solve_scene", lambda *args, **kwargs: found.append(1) or solve(*args, **kwargs))
+    other = LiftConfig(feature_dim=5, max_passes=2)
+    lift_together(tasks, cache.description, cache, other, OPTIONS)
+    assert len(found) == 2 and load_scene(tasks[0].output_path).gaussians.feature_dim == 5
+
+
+def test_fit_shared_space__refuses_nothing(cache):
+    with pytest.raises(ValueError, match="no scene"):
+        fit_shared_space([], cache, CONFIG, OPTIONS)
