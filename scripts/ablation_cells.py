@@ -118,7 +118,11 @@ class Plan:
         if data.task in ("segmentation", "depth") and self.probe_iterations is not None:
             decisive += ["--num-iterations", str(self.probe_iterations)]
         if trained is not None:
-            decisive += ["--finetuned", str(trained.result.parent)]
+            folder = trained.result.parent
+            decisive += [
+                "--finetuned",
+                str(folder if variant.wise_ft is None else folder / f"wise-ft-{variant.wise_ft:g}"),
+            ]
         decisive += ["--paper"] if self.paper else []
         features = _shorten(name) if trained is None else _label_finetuning(name, variant)
         label = "-".join([data.name.replace(":", "-"), variant.assembly, features])

@@ -1,7 +1,7 @@
 """What the rows of the paper's tables are, and of our own ablations; the data comes from `ablations.py`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAIN = ""
 """Stands for the main backbone of a run (the paper's is dinov2_small)."""
@@ -23,6 +23,8 @@ class Variant:
     """Further flags of fit3d-lift; without meaning with `--paper`, where features are trained and not lifted."""
     finetune_flags: tuple[str, ...] = ()
     """Further flags of fit3d-finetune."""
+    wise_ft: float | None = None
+    """Probe the mixture of original and fine-tuned weights with this share of the fine-tuned ones, 0 to 1."""
 
     @property
     def needs_finetuning(self) -> bool:
@@ -53,7 +55,14 @@ class AblationTable:
 _ORIGINAL = Variant("original")
 _OURS = Variant()
 _PAIR = (_ORIGINAL, _OURS)
+_ALONE = Variant("finetuned")
 _INDOORS = ("segmentation:nyu", "depth:nyu-depth", "consistency:scannetpp")
+
+
+def _alone(label: str, *flags: str) -> Variant:
+    """Fine-tuned features without the original's beside them."""
+    return replace(_ALONE, label=label, finetune_flags=flags)
+
 
 TABLES: dict[str, AblationTable] = {
     "1": AblationTable(
@@ -96,7 +105,7 @@ TABLES: dict[str, AblationTable] = {
         (_ORIGINAL, Variant("duplicate"), _OURS),
     ),
     "concatenation": AblationTable(
-        "Fine-tuned features alone or beside the original (ours)", _INDOORS, (_ORIGINAL, Variant("finetuned"), _OURS)
+        "Fine-tuned features alone or beside the original (ours)", _INDOORS, (_ORIGINAL, _ALONE, _OURS)
     ),
     "anchors": AblationTable(
         "Anchors to the original in stage II, off and on (ours)",
@@ -105,6 +114,19 @@ TABLES: dict[str, AblationTable] = {
             Variant(assembly, label=label, finetune_flags=flags)
             for label, flags in (("", ()), ("anchors", ("--feature-anchor", "0.5", "--prefix-anchor", "0.5")))
             for assembly in ("finetuned", "concat")
+        ),
+    ),
+    "keeping": AblationTable(
+        "What is trained, how fast, and what holds it near the original; fine-tuned features alone (ours)",
+        _INDOORS,
+        (
+            _ORIGINAL,
+            _ALONE,
+            _alone("lr3e-5", "--learning-rate", "3e-5"),
+            _alone("last-blocks", "--train", "last-blocks"),
+            _alone("lora-lr3e-4", "--train", "lora", "--learning-rate", "3e-4"),
+            _alone("prefix-anchor", "--prefix-anchor", "0.5"),
+            replace(_alone("wise-ft", "--wise-ft", "0.5"), wise_ft=0.5),
         ),
     ),
     "targets": AblationTable(

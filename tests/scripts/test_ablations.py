@@ -307,3 +307,12 @@ def test_paper__tables_without_their_data_are_named(tmp_path: Path, capsys: pyte
     assert "Table leave-one-out is left out" in printed.err
     with pytest.raises(ValueError, match="--scannetpp"):
         run_paper(PaperFlags(show=True))
+
+
+def test_plan__a_mixture_is_probed_where_stage_two_writes_it(plan: Plan) -> None:
+    probes = [cell for cell in plan.create_cells(TABLES["keeping"]) if "wise-ft" in cell.name]
+    assert len(probes) == 1
+    command, finetuning = probes[0].command, probes[0].needs[0].command
+    folder = Path(finetuning[finetuning.index("--output-dir") + 1])
+    share = finetuning[finetuning.index("--wise-ft") + 1]
+    assert command[command.index("--finetuned") + 1] == str(folder / f"wise-ft-{share}")
