@@ -84,6 +84,7 @@ class ViewBlender:
         self.samples_per_patch = samples_per_patch
         self._kept: dict[int, PreparedView] = {}
         self._bytes_left = int(memory_mb * 1e6)
+        self._sums: Tensor | None = None
 
     def prepare(self, index: int) -> PreparedView:
         """Projects a view and reads its tokens, or takes it from the kept ones.
@@ -99,21 +100,27 @@ class ViewBlender:
             self._kept[index] = prepared
         return prepared
 
-    def backproject_targets(self, index: int, basis: PcaBasis) -> ViewSums:
-        """The view's part of the weighted sum."""
-        return backproject_targets(self.prepare(index), basis, self.config)
+    def backproject_targets(self, view: PreparedView, basis: PcaBasis) -> ViewSums:
+        """The view's part of the weighted sum, valid until the next call, which writes into the same memory."""
+        shape = (len(self.gaussians), basis.components.shape[0] + 1)
+        if self._sums is None or self._sums.shape != shape:
+            self._sums = self.gaussians.means.new_zeros(shape)
+        return backproject_targets(view, basis, self.config, self._sums.zero_())
 
-    def apply_normal(
-        self, index: int, features: Float[Tensor, "num_gaussians dim"]
-    ) -> Float[Tensor, "num_gaussians dim"]:
-        """R^T W Q R f for one view."""
+    def add_normal(
+        self,
+        index: int,
+        features: Float[Tensor, "num_gaussians dim"],
+        image: Float[Tensor, "num_gaussians dim"],
+    ) -> None:
+        """Adds one view's R^T W Q R f to `image`, in place."""
         view = self.prepare(index)
         weights = compute_weights(view, self.config)
         features_low = rasterize_features(features, view.info)[0]
         if self.config.token_to_pixel == "area":
             averaged = average_over_cells(features_low, weights, view.grid)
             features_low = torch.lerp(averaged, features_low, self.config.within_patch_weight)
-        return backproject_features((features_low * weights[..., None])[None], view.info)[0]
+        backproject_features((features_low * weights[..., None])[None], view.info, add_to=image)
 
 
 @torch.no_grad()
@@ -160,14 +167,27 @@ def compute_weights(view: PreparedView, config: LiftConfig) -> Float[Tensor, "he
 
 
 @torch.no_grad()
-def backproject_targets(view: PreparedView, basis: PcaBasis, config: LiftConfig) -> ViewSums:
-    """One view's part of the weighted sum: a single adjoint pass, weights riding along as one more channel."""
+def backproject_targets(
+    view: PreparedView,
+    basis: PcaBasis,
+    config: LiftConfig,
+    zeros: Float[Tensor, "num_gaussians channels"] | None = None,
+) -> ViewSums:
+    """One view's part of the weighted sum: a single adjoint pass, weights riding along as one more channel.
+
+    Args:
+        view: The view.
+        basis: Space of the targets.
+        config: The rules.
+        zeros: Memory for the result, [N, D + 1]; new by default.
+    """
     height, width = view.alphas.shape
     coordinates = project_tokens(view.tokens, basis)
     # Ones spread as ones: the last channel becomes W.
     with_ones = torch.cat([coordinates, torch.ones_like(coordinates[..., :1])], dim=-1)
     targets = spread_tokens(with_ones, width, height, config.token_to_pixel)
-    sums, blend_weight = backproject_features((targets * compute_weights(view, config)[..., None])[None], view.info)
+    targets = targets.mul_(compute_weights(view, config)[..., None])
+    sums, blend_weight = backproject_features(targets[None], view.info, add_to=zeros)
     return ViewSums(numerator=sums[:, :-1], denominator=sums[:, -1], blend_weight=blend_weight)
 
 

@@ -138,7 +138,7 @@ class ConjugateGradients:
         tensors = self._tensors
 
         def add(index: int) -> None:
-            tensors["image"] += self.blender.apply_normal(index, tensors[vector])
+            self.blender.add_normal(index, tensors[vector], tensors["image"])
 
         self.passes.run(name, {"image": torch.zeros_like(tensors[vector])}, add)
 

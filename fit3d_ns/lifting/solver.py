@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
-from fit3d_ns.lifting.blending import ViewBlender, backproject_targets, compute_weights
+from fit3d_ns.lifting.blending import ViewBlender, compute_weights
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
@@ -166,13 +166,13 @@ class _Lift:
         def add(index: int) -> None:
             view = self.blender.prepare(index)
             self._check_width(view.tokens, index)
-            sums = backproject_targets(view, basis, self.config)
+            sums = self.blender.backproject_targets(view, basis)
             tensors["numerator"] += sums.numerator
             tensors["denominator"] += sums.denominator
             tensors["blend_weight"] += sums.blend_weight
             tensors["num_views"] += sums.blend_weight > 0
             # w |f|^2 of the view's own mean f = numerator / w.
-            energy = sums.numerator.square().sum(dim=-1) / sums.denominator.clamp(min=1e-12)
+            energy = torch.linalg.vector_norm(sums.numerator, dim=-1).square() / sums.denominator.clamp(min=1e-12)
             tensors["energy"] += torch.where(sums.denominator > 0, energy, 0.0)
 
         self.passes.run(
@@ -225,7 +225,7 @@ class _Lift:
         zeros = blender.gaussians.means.new_zeros(count)
 
         def add(index: int) -> None:
-            found = blender.backproject_targets(index, basis)
+            found = blender.backproject_targets(blender.prepare(index), basis)
             tensors[names[0]] += found.numerator
             tensors[names[1]] += found.denominator
 

@@ -161,6 +161,18 @@ def check_feature_maps(feature_maps: Tensor, num_cameras: int, width: int, heigh
     _check_like("feature_maps", feature_maps, "the rendered Gaussians", like)
 
 
+def check_sums(add_to: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Checks sums that are added to in place.
+
+    Raises:
+        ValueError: Shape, dtype or device differ, or rows are not contiguous.
+    """
+    _check_shape("add_to", add_to, shape)
+    _check_like("add_to", add_to, "`feature_maps`", like)
+    if not add_to.is_contiguous():
+        raise ValueError("`add_to` is not contiguous, and a copy would not be added to in place.")
+
+
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"`{name}` has shape {list(tensor.shape)}, expected {list(shape)}.")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fit3d_ns.rasterization import cpu_blending, cpu_features, cpu_harmonics, cpu_projection, cpu_tiles
+from fit3d_ns.rasterization.cpu_scratch import take_zeros
 from fit3d_ns.rasterization.cpu_threads import run_tasks
 from fit3d_ns.rasterization.cpu_vectors import NUM_LANES
 from fit3d_ns.rasterization.projection import ProjectedGaussians, ProjectionSettings
@@ -158,10 +159,13 @@ def blend_features(
 
 @torch.no_grad()
 def backproject(
-    feature_maps: Float[Tensor, "num_cameras height width channels"], geometry: BlendGeometry
-) -> tuple[Float[Tensor, "num_gaussians channels"], Float[Tensor, " num_gaussians"]]:
+    feature_maps: Float[Tensor, "num_cameras height width channels"],
+    geometry: BlendGeometry,
+    sums: Float[Tensor, "num_gaussians channels"],
+    totals: Float[Tensor, " num_gaussians"],
+) -> None:
     """As `reference.backproject`."""
-    return _backproject_rows(feature_maps.flatten(1, 2), geometry, None)
+    _backproject_rows(feature_maps.flatten(1, 2), geometry, None, sums, totals)
 
 
 class _Projection(torch.autograd.Function):
@@ -255,7 +259,7 @@ class _Blending(torch.autograd.Function):
         tiles: CpuTiles = geometry.extra
         channels = colors.shape[-1]
         stride = cpu_blending.MOMENTS + -(-channels // cpu_blending.GROUP) * cpu_blending.GROUP
-        partials = np.zeros(tiles.num_slots * stride, np.float32)
+        partials = take_zeros("partials", tiles.num_slots * stride)
         flat_backgrounds = _flat(backgrounds) if backgrounds is not None else np.empty(0, np.float32)
         run_tasks(
             cpu_blending.blend_backward, tiles.num_tasks, *tiles.layout, tiles.tile_ends, tiles.flatten_ids,
@@ -297,28 +301,29 @@ class _FeatureBlending(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v_output):  # type: ignore[override]
-        sums, _ = _backproject_rows(v_output, ctx.geometry, ctx.indices)
+        sums = v_output.new_zeros(ctx.geometry.num_gaussians, v_output.shape[-1])
+        _backproject_rows(v_output, ctx.geometry, ctx.indices, sums, sums.new_zeros(len(sums)))
         return sums, None, None
 
 
-def _backproject_rows(rows: Tensor, geometry: BlendGeometry, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums [N, D] and totals [N] of rows [C, P, D] at all pixels or at `indices`."""
+def _backproject_rows(
+    rows: Tensor, geometry: BlendGeometry, indices: Tensor | None, sums: Tensor, totals: Tensor
+) -> None:
+    """Adds rows [C, P, D] at all pixels or at `indices` to `sums` [N, D], and their weights to `totals` [N]."""
     tiles: CpuTiles = geometry.extra
     channels, stride = rows.shape[-1], _padded(rows.shape[-1])
     pixel_rows, num_rows = _pixel_rows(geometry.settings, indices)
-    partials = np.zeros(tiles.num_slots * stride, np.float32)
-    weight_partials = np.zeros(tiles.num_slots, np.float32)
+    partials = take_zeros("partials", tiles.num_slots * stride)
+    weight_partials = take_zeros("weight_partials", tiles.num_slots)
     run_tasks(
         cpu_features.backproject, tiles.num_tasks, *tiles.layout, tiles.tile_ends, tiles.flatten_ids,
         tiles.block_masks, tiles.slots, *_flats(geometry.means2d, geometry.conics, geometry.opacities),
         _flat(_pad_channels(rows.detach())), stride, pixel_rows, num_rows, partials, weight_partials,
     )  # fmt: skip
-    sums, totals = rows.new_empty(geometry.num_gaussians, channels), rows.new_empty(geometry.num_gaussians)
     run_tasks(
         cpu_features.collect_sums, _num_tasks(geometry.num_gaussians, cpu_features.CHUNK), geometry.num_cameras,
         tiles.slot_starts, partials, weight_partials, stride, channels, *_flats(sums, totals),
     )  # fmt: skip
-    return sums, totals
 
 
 def _pixel_rows(settings: ProjectionSettings, indices: Tensor | None) -> tuple[np.ndarray, int]:

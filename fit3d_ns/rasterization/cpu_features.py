@@ -192,10 +192,19 @@ CHUNK = 256
 
 @compiled
 def collect_sums(task, num_cameras, slot_starts, partials, weight_partials, stride, channels, sums, totals):
-    """Adds up each Gaussian's slots over all cameras, in their order, into `sums` [N*channels] and `totals` [N]."""
+    """Adds each Gaussian's slots, over all cameras in their order, to `sums` [N*channels] and `totals` [N].
+
+    What no camera sees is not touched: of a large scene, one view sees little.
+    """
     row = np.empty(stride, np.float32)
     num_gaussians = totals.size
     for g in range(task * CHUNK, min((task + 1) * CHUNK, num_gaussians)):
+        num_slots = 0
+        for camera in range(num_cameras):
+            index = camera * num_gaussians + g
+            num_slots += slot_starts[index + 1] - slot_starts[index]
+        if num_slots == 0:
+            continue
         row[:] = 0.0
         total = np.float32(0.0)
         for camera in range(num_cameras):
@@ -204,8 +213,9 @@ def collect_sums(task, num_cameras, slot_starts, partials, weight_partials, stri
                 total += weight_partials[slot]
                 for channel in range(stride):
                     row[channel] += partials[slot * stride + channel]
-        totals[g] = total
-        sums[g * channels : (g + 1) * channels] = row[:channels]
+        totals[g] += total
+        for channel in range(channels):
+            sums[g * channels + channel] += row[channel]
 
 
 @compiled

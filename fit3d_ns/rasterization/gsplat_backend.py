@@ -173,16 +173,20 @@ def blend_features(
 
 
 def backproject(
-    feature_maps: Float[Tensor, "num_cameras height width channels"], geometry: BlendGeometry
-) -> tuple[Float[Tensor, "num_gaussians channels"], Float[Tensor, " num_gaussians"]]:
+    feature_maps: Float[Tensor, "num_cameras height width channels"],
+    geometry: BlendGeometry,
+    sums: Float[Tensor, "num_gaussians channels"],
+    totals: Float[Tensor, " num_gaussians"],
+) -> None:
     """As `reference.backproject`: the gradient of blended features, with the weights as one more channel of ones."""
     channels = feature_maps.shape[-1]
     maps = torch.cat([feature_maps, torch.ones_like(feature_maps[..., :1])], dim=-1)
     with torch.enable_grad():
         features = maps.new_zeros(geometry.num_gaussians, channels + 1, requires_grad=True)
         blended = blend_features(features, geometry, None)
-    (sums,) = torch.autograd.grad(blended, features, maps)
-    return sums[:, :channels].contiguous(), sums[:, channels].contiguous()
+    (found,) = torch.autograd.grad(blended, features, maps)
+    sums += found[:, :channels]
+    totals += found[:, channels]
 
 
 def channels_per_call(device: torch.device) -> int:

@@ -182,21 +182,37 @@ def rasterize_features(
 
 @torch.no_grad()
 def backproject_features(
-    feature_maps: Float[Tensor, "num_cameras height width channels"], info: dict[str, Any]
+    feature_maps: Float[Tensor, "num_cameras height width channels"],
+    info: dict[str, Any],
+    add_to: Float[Tensor, "num_gaussians channels"] | None = None,
 ) -> tuple[Float[Tensor, "num_gaussians channels"], Float[Tensor, " num_gaussians"]]:
     """The adjoint of `rasterize_features`: sums the maps' pixels into the Gaussians, by blend weight.
 
+    Args:
+        feature_maps: One map per camera of `info`.
+        info: What `rasterization` or `project` returned.
+        add_to: Sums of earlier calls, contiguous; this call's are added to them in place. Gaussians that no camera sees
+            are not touched, which makes a large scene's views cheaper.
+
     Returns:
-        Sums over all cameras and pixels of weight times pixel, [N, D], and of the weights alone, [N]. Their quotient is
-        the weighted mean of what each Gaussian was seen as.
+        Sums over all cameras and pixels of weight times pixel, [N, D] (`add_to` if it was given), and of this call's
+        weights alone, [N]. Without `add_to` their quotient is the weighted mean of what each Gaussian was seen as.
 
     Raises:
-        ValueError: The maps do not fit `info`.
+        ValueError: The maps or the sums do not fit `info`.
     """
     geometry = _geometry_of(info)
     settings = geometry.settings
     arguments.check_feature_maps(feature_maps, geometry.num_cameras, settings.width, settings.height, geometry.means2d)
-    return load_backend(info["backend"]).backproject(feature_maps, geometry)
+    shape = (geometry.num_gaussians, feature_maps.shape[-1])
+    if add_to is None:
+        sums = feature_maps.new_zeros(shape)
+    else:
+        arguments.check_sums(add_to, shape, feature_maps)
+        sums = add_to
+    totals = feature_maps.new_zeros(geometry.num_gaussians)
+    load_backend(info["backend"]).backproject(feature_maps, geometry, sums, totals)
+    return sums, totals
 
 
 def _project(

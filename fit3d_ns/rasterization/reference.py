@@ -98,18 +98,18 @@ def blend_features(
 
 @torch.no_grad()
 def backproject(
-    feature_maps: Float[Tensor, "num_cameras height width channels"], geometry: BlendGeometry
-) -> tuple[Float[Tensor, "num_gaussians channels"], Float[Tensor, " num_gaussians"]]:
-    """Sums of the maps' pixels by blend weight, and the sums of the blend weights, for each Gaussian."""
-    sums = feature_maps.new_zeros(geometry.num_gaussians, feature_maps.shape[-1])
-    totals = feature_maps.new_zeros(geometry.num_gaussians)
+    feature_maps: Float[Tensor, "num_cameras height width channels"],
+    geometry: BlendGeometry,
+    sums: Float[Tensor, "num_gaussians channels"],
+    totals: Float[Tensor, " num_gaussians"],
+) -> None:
+    """Adds the maps' pixels by blend weight to `sums`, and the blend weights to `totals`, in place."""
     for camera in range(geometry.num_cameras):
         for pixels, ids in _iterate_tiles(geometry, camera):
             centres = geometry.means2d[camera, ids].expand(len(pixels), -1, -1)
             weights, _ = _blend_weights(pixels, centres, geometry.conics[camera, ids], geometry.opacities[camera, ids])
             sums.index_add_(0, ids, weights.T @ feature_maps[camera, pixels[:, 0], pixels[:, 1]])
             totals.index_add_(0, ids, weights.sum(dim=0))
-    return sums, totals
 
 
 def _blend_weights(

@@ -5,6 +5,7 @@ import torch
 from rasterization_scenes import make_scene, relative_error
 
 from fit3d_ns.rasterization import (
+    arguments,
     backproject_features,
     interface,
     project,
@@ -140,3 +141,32 @@ def test_backproject_features__recovers_the_color_of_a_lone_gaussian():
     sums, weights = backproject_features(color.expand(1, 29, 37, 3).contiguous(), info)
     torch.testing.assert_close(sums[0] / weights[0], color)
     assert relative_error(weights, alphas.sum().reshape(1)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backproject_features__adds_to_sums_and_leaves_what_no_camera_sees(backend):
+    scene = make_scene(num_gaussians=300)
+    scene.means[:7, 2] = -50.0
+    _, _, info = _render(scene, backend)
+    maps = torch.randn(1, 29, 37, 20, generator=torch.Generator().manual_seed(4))
+    expected, weights = backproject_features(maps, info)
+    start = torch.randn(300, 20, generator=torch.Generator().manual_seed(5))
+    added = start.clone()
+    found, again = backproject_features(maps, info, add_to=added)
+    assert found is added and torch.equal(again, weights)
+    torch.testing.assert_close(added, start + expected)
+    assert torch.equal(added[:7], start[:7]) and not expected[:7].any() and not weights[:7].any()
+    # Scratch memory of the call before holds nothing over.
+    small = backproject_features(maps[..., :3].contiguous(), info)[0]
+    torch.testing.assert_close(small, expected[:, :3])
+
+
+def test_backproject_features__refuses_sums_it_cannot_add_to():
+    maps = torch.zeros(1, 29, 37, 4)
+    for sums, sentence in (
+        (torch.zeros(40, 5), "`add_to` has shape"),
+        (torch.zeros(40, 4, dtype=torch.float64), "`add_to` is torch.float64"),
+        (torch.zeros(4, 40).T, "not contiguous"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            arguments.check_sums(sums, (40, 4), maps)
