@@ -85,7 +85,8 @@ def forecast_lift(
     num_kept = min(int(config.cache_memory_mb * 1e6 / max(prepared.num_bytes, 1)), num_views)
     num_passes = config.max_passes + int("sampled weighted sum" not in passes.names)
     solve_seconds = (
-        num_views * sum(map(passes.total, ("basis", "weighted sum", "sampled weighted sum", "decoder")))
+        num_views * sum(map(passes.total, ("basis", "weighted sum", "sampled weighted sum")))
+        + config.decoder_share * num_views * passes.total("decoder")
         + num_views * config.max_passes * passes.total("solve")
         + (num_views - num_kept) * num_passes * prepare_seconds
         + config.polish_steps * result.seconds["polish"]

@@ -6,6 +6,7 @@ Memory holds the Gaussians, about eight feature-sized vectors, one view, and as 
 allows, whatever the number of views.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
 from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
+from fit3d_ns.lifting.lift_source import select_evenly
 from fit3d_ns.lifting.polish import polish_features
 from fit3d_ns.lifting.reduction import select_share
 from fit3d_ns.lifting.result import LiftResult
@@ -234,8 +236,12 @@ class _Lift:
 
     def _accumulate_decoder(self, features: Float[Tensor, "num_gaussians dim"]) -> DecoderStatistics:
         tensors, blender = self._tensors, self.blender
+        num_views = len(blender.views)
+        chosen = set(select_evenly(range(num_views), math.ceil(self.config.decoder_share * num_views)))
 
         def add(index: int) -> None:
+            if index not in chosen:
+                return
             view = blender.prepare(index)
             height, width = view.alphas.shape
             reader = create_token_reader(width, height, view.grid, self.config.token_reading)

@@ -11,20 +11,23 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import fit_pca
 from fit3d_ns.analysis.pictures import save_picture
+from fit3d_ns.lifting.lift_source import select_evenly
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.plugin.datamanager import FeatureDatamanager
 from fit3d_ns.plugin.errors import install_error_sentences
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
-from fit3d_ns.plugin.schedule import SolveCosts, compute_solve_budget, estimate_solve_costs
+from fit3d_ns.plugin.solve_budget import SolveCosts, SolvePlan, compute_solve_budget, estimate_solve_costs
 from fit3d_ns.plugin.viewer import FeatureViewerControls
 from fit3d_ns.utils.progress import notice, track
 
 MAX_PICTURE_TOKENS = 50_000
 """Tokens on which the colours of feature pictures are fitted."""
 
+EARLY_SOLVE = SolvePlan(max_passes=0, decoder_share=0.5)
+"""For the viewer."""
 
-PASSES_OF_LAST_SOLVE = 4
-"""Passes of the conjugate gradients that early solves must leave to the last one."""
+LAST_SOLVE = SolvePlan(max_passes=6)
+"""What early solves must leave to the last one."""
 
 
 @dataclass
@@ -82,40 +85,39 @@ class FeaturePipeline(VanillaPipeline):
         config = self.model.config
         if not self.branch.is_on or config.feature_schedule != "solve":
             return
-        budget = compute_solve_budget(max_num_iterations, self._num_views, config.solve_share)
-        left, costs = (
-            budget - self.solve_cost_spent,
-            estimate_solve_costs(config.feature_dim, config.lift.samples_per_patch),
-        )
+        costs = self._solve_costs
+        left = compute_solve_budget(max_num_iterations, self._num_views, config.solve_share) - self.solve_cost_spent
         done = step + 1
         if done == max_num_iterations:
-            self.solve_features(max_passes=costs.count_passes(left))
+            self.solve_features(costs.plan(left, config.lift.max_passes))
             notice(f"Features solved in {self.passes_spent} passes over {self._num_views} views.")
         elif config.steps_per_solve > 0 and done % config.steps_per_solve == 0:
-            self.solve_features(max_passes=0, is_counted=False)
+            self.solve_features(EARLY_SOLVE, is_counted=False)
         elif done in (config.early_solve_at, config.stop_split_at):
             # Early features are for the viewer; the last solve is the one that counts.
-            if left >= costs.smallest + costs.compute(PASSES_OF_LAST_SOLVE):
-                self.solve_features(max_passes=0)
+            if left >= costs.compute(EARLY_SOLVE) + costs.compute(LAST_SOLVE):
+                self.solve_features(EARLY_SOLVE)
 
-    def solve_features(self, max_passes: int, is_counted: bool = True) -> None:
+    def solve_features(self, plan: SolvePlan, is_counted: bool = True) -> None:
         """Lifts the captured tokens onto the Gaussians as they are now, by least squares (`fit3d_ns.lifting`).
 
         Args:
-            max_passes: Passes of conjugate gradients after the weighted sum, at most `lift.max_passes`; 0 for none.
+            plan: How thoroughly.
             is_counted: Whether the cost counts against the run's budget.
         """
         config = self.model.config
-        lift = replace(config.lift, max_passes=min(config.lift.max_passes, max_passes))
+        decoder_share = min(config.lift.decoder_share, plan.decoder_share)
+        lift = replace(config.lift, max_passes=plan.max_passes, decoder_share=decoder_share)
         poses = self.model.correct_poses(self.datamanager.train_dataset.cameras)
         views = self.datamanager.create_lift_views(poses)
+        views = select_evenly(views, plan.count_views(len(views)))
         result = solve_features(self.model.get_lift_gaussians(), views, lift)
         with torch.no_grad():
             self.model.features.copy_(result.features)
         self.branch.set_decoder(result.decoder)
         self.passes_spent += result.num_passes
         if is_counted:
-            self.solve_cost_spent += self._solve_costs.compute(len(result.residuals))
+            self.solve_cost_spent += self._solve_costs.compute(replace(plan, max_passes=len(result.residuals)))
         self.lift_state = {
             "blend_weight": result.blend_weight,
             "num_views": result.num_views,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fit3d_ns.plugin.schedule import estimate_solve_costs
+from fit3d_ns.plugin.solve_budget import estimate_solve_costs
 
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 
