@@ -81,10 +81,11 @@ class ProbeCommand:
     """Disk layout of the folders."""
     nyu_classes: Literal[13, 40] = 13
     """Class list of NYUv2."""
-    depth_scale: float = 1000.0
-    """Units per metre of the depth maps of plain folders."""
+    depth_scale: float | None = None
+    """Units per metre of the depth maps of plain folders, 1000 by default; refused where no plain folder is given,
+    because official sets have their own."""
     max_depth: float | None = None
-    """Depth from here on does not count, in metres (plain folders and ScanNet++ scenes)."""
+    """Depth from here on does not count, in metres (plain folders and ScanNet++ scenes; refused without any)."""
     predictions: Path | None = None
     """Folder for pictures of what the first seed's head says about some test frames (segmentation, depth)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -156,6 +156,29 @@ def test_probe__other_settings_put_the_old_record_aside(rooms: Path, tmp_path: P
     assert json.loads(aside.read_text()) == first
 
 
+def test_probe__another_depth_unit_is_another_record(tmp_path: Path) -> None:
+    """No pixel is read for the hash of the data, so the unit itself has to tell the records apart."""
+    data = tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for kind in ("images", "depths"):
+        (data / kind).mkdir(parents=True)
+    for index in range(4):
+        Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(data / f"images/{index}.png")
+        Image.fromarray(rng.integers(1000, 4000, (32, 48)).astype(np.uint16)).save(data / f"depths/{index}.png")
+    output = tmp_path / "r.json"
+    arguments = ["depth", "--train", data, "--test", data, "--output-path", output, "--backbone", BACKBONE]
+    arguments += ["--num-iterations", "2", "--batch-size", "2", "--device", "cpu"]
+    records = []
+    for flags in ((), ("--depth-scale", "1000"), ("--depth-scale", "500")):
+        args = [str(item) for item in (*arguments, *flags)]
+        run_command(ProbeCommand, probe, prog="fit3d-probe", description="", args=args)
+        records.append(json.loads(output.read_text()))
+    assert records[0] == records[1], "the default, written out"
+    assert records[2]["settings"]["depth_scale"] == 500.0
+    assert records[2]["settings"]["key"] != records[0]["settings"]["key"]
+    assert records[2]["metrics"]["rmse"] != records[0]["metrics"]["rmse"], "measured again"
+
+
 def test_probe__same_seed_same_figures(rooms: Path, tmp_path: Path) -> None:
     for cache in ("always", "never"):
         records = [
@@ -223,6 +246,8 @@ def test_probe__classification_record(tmp_path: Path) -> None:
         (("segmentation", "--train", "nowhere"), "No such data folder: nowhere"),
         (("consistency", "--assembly", "linear", "--finetuned", "FINETUNED"), "consistency trains nothing"),
         (("depth", "--class-token", "finetuned"), "only original runs"),
+        (("depth", "--depth-scale", "500"), "in the layout scannetpp, which has its own; leave it out"),
+        (("consistency", "--depth-scale", "500"), "--depth-scale means nothing to the consistency probe"),
     ],
 )
 def test_probe__errors_are_one_sentence(
