@@ -1,12 +1,7 @@
 """Pure functions on feature maps: PCA, clusters, similarity, multi-view consistency, pictures."""
 
-from fit3d_ns.analysis.consistency import (
-    ConsistencyConfig,
-    ConsistencyFigures,
-    ConsistencyReport,
-    compute_consistency,
-    create_pairs,
-)
+from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs
+from fit3d_ns.analysis.consistency_report import ConsistencyFigures, ConsistencyReport, pool_consistency
 from fit3d_ns.analysis.correspondence import (
     CovisiblePoints,
     DepthView,
@@ -67,6 +62,7 @@ __all__ = [
     "match_clusters",
     "measure_matching_errors",
     "pick_token",
+    "pool_consistency",
     "sample_tokens",
     "save_picture",
     "upscale",

@@ -11,14 +11,14 @@ that view shows the same point. All means are over points, pooled over all pairs
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fit3d_ns.analysis.consistency_report import ConsistencyFigures, ConsistencyReport
 from fit3d_ns.analysis.correspondence import (
     AngleKind,
     CovisiblePoints,
@@ -51,47 +51,6 @@ class ConsistencyConfig:
     """Points matched per pair (probe3d: 1000), drawn at random from those that both views see."""
     seed: int = 0
     """Seed of those draws."""
-
-
-@dataclass(frozen=True)
-class ConsistencyFigures:
-    """Figures over a set of points; NaN where there are none."""
-
-    mean_cosine: float
-    """In [-1, 1]."""
-    centred_cosine: float
-    """In [-1, 1]; 0 for unrelated tokens."""
-    l1: float
-    """At least 0."""
-    recall: dict[str, float]
-    """`recall_5px` and so on, in [0, 1]."""
-    num_points: int
-    """Token centres that were compared."""
-    num_matches: int
-    """Points that were matched for recall."""
-
-
-@dataclass(frozen=True)
-class ConsistencyReport:
-    """Figures of one backbone on one set of views."""
-
-    overall: ConsistencyFigures
-    """Over all points of all pairs."""
-    by_angle: dict[str, ConsistencyFigures]
-    """By bin, such as `15-30`."""
-    effective_rank: float
-    """Of all tokens; `embed` at most."""
-    num_pairs: int
-    """Pairs with at least one common point."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; recalls stand beside the other figures."""
-        return {
-            **_flatten(self.overall),
-            "effective_rank": self.effective_rank,
-            "num_pairs": self.num_pairs,
-            "by_angle": {name: _flatten(figures) for name, figures in self.by_angle.items()},
-        }
 
 
 def create_pairs(
@@ -222,8 +181,3 @@ class _Samples:
 def _scale(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """(width, height) of an image to (h, w) of the grid at a share of its resolution."""
     return max(round(size[1] * scale), 1), max(round(size[0] * scale), 1)
-
-
-def _flatten(figures: ConsistencyFigures) -> dict[str, Any]:
-    content = asdict(figures)
-    return {**content.pop("recall"), **content}

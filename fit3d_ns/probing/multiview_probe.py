@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.analysis import ConsistencyConfig, DepthView, compute_consistency, create_pairs
+from fit3d_ns.analysis import ConsistencyConfig, DepthView, compute_consistency, create_pairs, pool_consistency
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.probing.assembly import Assembler, Assembly
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
@@ -96,7 +96,7 @@ class MultiviewProbe:
             per_scene[name] = report
         if not any(report["num_points"] for report in per_scene.values()):
             raise ValueError("No two views see a common point; check depth and poses, or take more views.")
-        pooled = pool_figures(list(per_scene.values()))
+        pooled = pool_consistency(list(per_scene.values()))
         if self.task == "correspondence":
             pooled, per_scene = _keep_recalls(pooled), {name: _keep_recalls(item) for name, item in per_scene.items()}
         return {**pooled, "per_scene": per_scene}
@@ -118,31 +118,6 @@ class MultiviewProbe:
             depth_views.append(_create_depth_view(capture, view, scene, path))
             token_maps.append(_compute_map(capture, view, backbones, assembler))
         return _Views(capture.scene_id, token_maps, depth_views)
-
-
-def pool_figures(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over scenes, weighted by compared points (cosines, L1) or matched points (recalls); counts are added."""
-    bins = reports[0]["by_angle"]
-    pooled = _pool_flat(reports)
-    pooled["effective_rank"] = sum(report["effective_rank"] for report in reports) / len(reports)
-    pooled["num_pairs"] = sum(report["num_pairs"] for report in reports)
-    pooled["by_angle"] = {name: _pool_flat([report["by_angle"][name] for report in reports]) for name in bins}
-    return pooled
-
-
-def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    pooled: dict[str, Any] = {name: sum(item[name] for item in items) for name in ("num_points", "num_matches")}
-    for name in items[0]:
-        if name.startswith("recall_"):
-            weight = "num_matches"
-        elif name in ("mean_cosine", "centred_cosine", "l1"):
-            weight = "num_points"
-        else:
-            continue
-        # Where there are no points the figure is NaN, which must not enter the sum.
-        total = sum(item[name] * item[weight] for item in items if item[weight])
-        pooled[name] = total / pooled[weight] if pooled[weight] else float("nan")
-    return pooled
 
 
 def _keep_recalls(figures: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor, describe_backbone
 from fit3d_ns.geometry.cameras import unproject_depth
 from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones
-from fit3d_ns.probing.multiview_probe import MultiviewConfig, MultiviewProbe, pool_figures
+from fit3d_ns.probing.multiview_probe import MultiviewConfig, MultiviewProbe
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
@@ -96,18 +96,3 @@ def test_multiview__views_are_chosen_by_split_and_number(room: Path) -> None:
     assert len(create_probe("consistency", room, splits=("train",)).scenes[0].token_maps) == 4
     with pytest.raises(ValueError, match="has 1 views of test; two are needed"):
         create_probe("consistency", room, splits=("test",))
-
-
-def test_pool_figures__weights_are_points_and_matches() -> None:
-    def report(points: int, matches: int, value: float) -> dict[str, object]:
-        flat = {"mean_cosine": value, "centred_cosine": value, "l1": value, "recall_10px": value}
-        flat |= {"num_points": points, "num_matches": matches}
-        return {**flat, "effective_rank": value, "num_pairs": 2, "by_angle": {"0-15": dict(flat)}}
-
-    pooled = pool_figures([report(10, 1, 1.0), report(30, 3, 5.0), report(0, 0, float("nan"))])
-    for figures in (pooled, pooled["by_angle"]["0-15"]):
-        assert figures["mean_cosine"] == figures["recall_10px"] == (10 * 1.0 + 30 * 5.0) / 40
-        assert figures["num_points"] == 40 and figures["num_matches"] == 4
-    assert pooled["num_pairs"] == 6
-    empty = pool_figures([report(0, 0, float("nan"))])
-    assert math.isnan(empty["centred_cosine"]) and empty["num_matches"] == 0

@@ -1,0 +1,90 @@
+"""What a comparison of views says: figures, a report of one scene, and one table for several scenes.
+
+Figures are means over points; those of several scenes are pooled by points, so that a table says what a random
+co-visible token, or a random match, sees. What a figure means stands in `consistency.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ConsistencyFigures:
+    """Figures over a set of points; NaN where there are none."""
+
+    mean_cosine: float
+    """In [-1, 1]."""
+    centred_cosine: float
+    """In [-1, 1]; 0 for unrelated tokens."""
+    l1: float
+    """At least 0."""
+    recall: dict[str, float]
+    """`recall_5px` and so on, in [0, 1]."""
+    num_points: int
+    """Token centres that were compared."""
+    num_matches: int
+    """Points that were matched for recall."""
+
+
+@dataclass(frozen=True)
+class ConsistencyReport:
+    """Figures of one backbone on one set of views."""
+
+    overall: ConsistencyFigures
+    """Over all points of all pairs."""
+    by_angle: dict[str, ConsistencyFigures]
+    """By bin, such as `15-30`."""
+    effective_rank: float
+    """Of all tokens; `embed` at most."""
+    num_pairs: int
+    """Pairs with at least one common point."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; recalls stand beside the other figures."""
+        return {
+            **_flatten(self.overall),
+            "effective_rank": self.effective_rank,
+            "num_pairs": self.num_pairs,
+            "by_angle": {name: _flatten(figures) for name, figures in self.by_angle.items()},
+        }
+
+
+def pool_consistency(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One table for several scenes; nothing for no scene.
+
+    Cosines and L1 are weighted by compared points and recalls by matched points, the effective rank is a plain mean,
+    and counts are added.
+
+    Args:
+        reports: As `ConsistencyReport.to_dict` gives them, all with the same bins of angles.
+    """
+    if not reports:
+        return {}
+    pooled = _pool_flat(reports)
+    pooled["effective_rank"] = sum(report["effective_rank"] for report in reports) / len(reports)
+    pooled["num_pairs"] = sum(report["num_pairs"] for report in reports)
+    bins = reports[0]["by_angle"]
+    pooled["by_angle"] = {name: _pool_flat([report["by_angle"][name] for report in reports]) for name in bins}
+    return pooled
+
+
+def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    pooled: dict[str, Any] = {}
+    for name in items[0]:
+        if name in ("by_angle", "effective_rank", "num_pairs"):
+            continue
+        if name.startswith("num_"):
+            pooled[name] = sum(item[name] for item in items)
+            continue
+        counted = "num_matches" if name.startswith("recall_") else "num_points"
+        weights = [item[counted] for item in items]
+        # Where there are no points the figure is NaN, which must not enter the sum.
+        total = sum(item[name] * weight for item, weight in zip(items, weights, strict=True) if weight)
+        pooled[name] = total / sum(weights) if any(weights) else float("nan")
+    return pooled
+
+
+def _flatten(figures: ConsistencyFigures) -> dict[str, Any]:
+    content = asdict(figures)
+    return {**content.pop("recall"), **content}
