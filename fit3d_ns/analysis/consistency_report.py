@@ -5,7 +5,7 @@ co-visible token, or a random match, sees. What a figure means stands in `consis
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -20,11 +20,15 @@ class ConsistencyFigures:
     l1: float
     """At least 0."""
     recall: dict[str, float]
-    """`recall_5px` and so on, in [0, 1]."""
+    """`recall_5px` and so on, in [0, 1]; `recall_2cm` and so on where the unit of the poses is known."""
     num_points: int
     """Token centres that were compared."""
     num_matches: int
     """Points that were matched for recall."""
+    ratio_recall: dict[str, float] = field(default_factory=dict)
+    """`ratio_recall_20px` and so on likewise, of the most distinct matches; empty where they were not asked for."""
+    num_ratio_matches: int = 0
+    """Most distinct matches that were measured."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class ConsistencyReport:
 def pool_consistency(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One table for several scenes; nothing for no scene.
 
-    Cosines and L1 are weighted by compared points and recalls by matched points, the effective rank is a plain mean,
-    and counts are added.
+    Cosines and L1 are weighted by compared points and recalls by their matches, the effective rank is a plain mean, and
+    counts are added. Figures in centimetres are those of the scenes that have them.
 
     Args:
         reports: As `ConsistencyReport.to_dict` gives them, all with the same bins of angles.
@@ -71,20 +75,30 @@ def pool_consistency(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     pooled: dict[str, Any] = {}
-    for name in items[0]:
+    for name in dict.fromkeys(name for item in items for name in item):
         if name in ("by_angle", "effective_rank", "num_pairs"):
             continue
+        having = [item for item in items if name in item]
         if name.startswith("num_"):
-            pooled[name] = sum(item[name] for item in items)
+            pooled[name] = sum(item[name] for item in having)
             continue
-        counted = "num_matches" if name.startswith("recall_") else "num_points"
-        weights = [item[counted] for item in items]
+        weights = [item[_find_count(name)] for item in having]
         # Where there are no points the figure is NaN, which must not enter the sum.
-        total = sum(item[name] * weight for item, weight in zip(items, weights, strict=True) if weight)
+        total = sum(item[name] * weight for item, weight in zip(having, weights, strict=True) if weight)
         pooled[name] = total / sum(weights) if any(weights) else float("nan")
     return pooled
 
 
+def _find_count(name: str) -> str:
+    """The number of points that a figure is a mean over."""
+    if name.startswith("ratio_recall_"):
+        return "num_ratio_matches"
+    return "num_matches" if name.startswith("recall_") else "num_points"
+
+
 def _flatten(figures: ConsistencyFigures) -> dict[str, Any]:
     content = asdict(figures)
-    return {**content.pop("recall"), **content}
+    recalls = {**content.pop("recall"), **content.pop("ratio_recall")}
+    if not figures.ratio_recall:
+        del content["num_ratio_matches"]
+    return {**recalls, **content}

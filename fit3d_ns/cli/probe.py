@@ -73,6 +73,11 @@ class ProbeCommand:
     """Views per scene (consistency, correspondence)."""
     max_pairs: int | None = None
     """Pairs of views per scene (consistency, correspondence)."""
+    ratio_matches: int | None = None
+    """Recall also on so many most distinct matches of each pair, by Lowe's ratio test over all points of the grid, as
+    probe3d measures it with 1000 (consistency, correspondence); 0, the default, leaves these figures out."""
+    angle_edges: tuple[float, ...] | None = None
+    """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 by default."""
     splits: tuple[Literal["train", "val", "test"], ...] | None = None
     """Which frames of a capture take part (consistency, correspondence)."""
     data_root: Path | None = None
@@ -171,6 +176,8 @@ _TASK_FLAGS = (
     "gradient_loss_weight",
     "max_views",
     "max_pairs",
+    "ratio_matches",
+    "angle_edges",
     "splits",
     "data_root",
 )

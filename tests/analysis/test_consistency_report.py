@@ -17,6 +17,13 @@ def test_pool_consistency__weights_are_points_and_matches() -> None:
         assert figures["recall_10px"] == (7 * 1.0 + 1 * 5.0) / 8
         assert figures["num_points"] == 40 and figures["num_matches"] == 8
     assert pooled["num_pairs"] == 6
+    ratio = {"ratio_recall_20px": 0.5, "num_ratio_matches": 4}, {"ratio_recall_20px": 1.0, "num_ratio_matches": 12}
+    metric, other = report(10, 6, 1.0), report(30, 2, 5.0)
+    both = pool_consistency([{**metric, **ratio[0], "recall_2cm": 0.25}, {**other, **ratio[1]}])
+    assert both["ratio_recall_20px"] == (4 * 0.5 + 12 * 1.0) / 16 and both["num_ratio_matches"] == 16
+    # Only the first scene has metres, and only it counts; the order of the scenes does not matter.
+    assert both["recall_2cm"] == 0.25 and both["recall_10px"] == (6 * 1.0 + 2 * 5.0) / 8
+    assert pool_consistency([{**other, **ratio[1]}, {**metric, **ratio[0], "recall_2cm": 0.25}])["recall_2cm"] == 0.25
     empty = pool_consistency([report(0, 0, float("nan"))])
     assert math.isnan(empty["centred_cosine"]) and empty["num_matches"] == 0
     assert pool_consistency([]) == {}

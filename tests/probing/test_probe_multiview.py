@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,15 +46,41 @@ def test_multiview__equals_the_analysis_of_the_captures_own_tokens(room: Path) -
         maps.append(extractor(image).maps[0])
         views.append(DepthView(depth, view.K, view.camera_to_world, capture.load_valid_mask(view)))
     for task, scale in (("consistency", 0.0), ("correspondence", 0.25)):
-        config = ConsistencyConfig(grid_scale=scale, seed=5)
-        expected = compute_consistency(maps, views, create_pairs(5), config).to_dict()
-        figures = create_probe(task, room).compute(5)
-        names = ["recall_5px", "recall_20px", "num_matches"]
+        config = ConsistencyConfig(grid_scale=scale, seed=5, ratio_matches=40)
+        # The scene is written and read in metres.
+        expected = compute_consistency(maps, views, create_pairs(5), config, units_per_metre=1.0).to_dict()
+        figures = create_probe(task, room, ratio_matches=40).compute(5)
+        names = ["recall_5px", "recall_20px", "num_matches", "recall_1cm", "recall_2cm", "recall_5cm"]
+        names += ["ratio_recall_20px", "ratio_recall_80px", "ratio_recall_5cm", "num_ratio_matches"]
         # Two copies of a token have the cosines and the mean absolute difference of one.
         names += ["mean_cosine", "centred_cosine", "l1", "num_points"] if task == "consistency" else []
         for name in names:
             assert figures[name] == pytest.approx(expected[name], rel=1e-4), name
         assert figures["per_scene"]["room"]["num_matches"] == expected["num_matches"] > 0
+        assert figures["num_ratio_matches"] == 10 * min(40, 6 if task == "consistency" else 96)
+    # Points of the grid lie a fifth of a metre apart on the wall; some are found all the same.
+    assert 0.0 < figures["recall_5cm"] < 1.0
+
+
+def test_multiview__centimetres_follow_the_unit_of_the_capture(room: Path) -> None:
+    probe = create_probe("correspondence", room)
+    assert probe.scenes[0].units_per_metre == 1.0
+    metric = probe.compute(0)
+    # Errors are multiples of 10 cm on this wall; in a room of a fifth of the size, of 2 cm.
+    probe.scenes[0] = replace(probe.scenes[0], units_per_metre=5.0)
+    small = probe.compute(0)
+    assert small["recall_1cm"] == metric["recall_1cm"] and small["recall_5cm"] > metric["recall_5cm"]
+    assert small["recall_10px"] == metric["recall_10px"]
+    probe.scenes[0] = replace(probe.scenes[0], units_per_metre=None)
+    assert not any("cm" in name for name in probe.compute(0))
+
+
+def test_multiview_config__records_name_later_options_where_they_are_used() -> None:
+    plain = MultiviewConfig().describe()
+    assert plain["max_views"] == 32 and not {"ratio_matches", "angle_edges", "data_root"} & set(plain)
+    assert MultiviewConfig(ratio_matches=1000).describe() == {**plain, "ratio_matches": 1000}
+    with pytest.raises(ValueError, match="ascending"):
+        MultiviewConfig(angle_edges=(60.0, 0.0))
 
 
 def test_multiview__scene_files_render_the_depth_they_need(room: Path, tmp_path: Path) -> None:
