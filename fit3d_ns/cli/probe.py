@@ -8,7 +8,8 @@ import tyro
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.data.labelled_sets import LabelledLayout, LabelledOptions
-from fit3d_ns.probing.assembly import Assembly, ClassTokenSource
+from fit3d_ns.probing.assembly import Assembly
+from fit3d_ns.probing.depth_probe import ClassTokenChoice
 from fit3d_ns.probing.frozen_backbones import BackboneConfig
 from fit3d_ns.probing.head_trainer import Selection
 from fit3d_ns.probing.patch_fit import PatchFitRule
@@ -55,8 +56,10 @@ class ProbeCommand:
     """Images are resized to this shorter side in pixels (segmentation, depth)."""
     head: Literal["linear", "dpt"] | None = None
     """Depth head; `dpt` is Table 12's."""
-    class_token: ClassTokenSource | None = None
-    """Whose class token the depth probe reads."""
+    class_token: ClassTokenChoice | None = None
+    """Whose class token the depth probe reads beside the patch tokens, `none` for no one's. `auto`, the default, takes
+    the original's as published; `validated` trains a head with and one without it and keeps the one that is better on
+    the validation part of the training data, never the test data. It costs a second training."""
     gradient_loss_weight: float | None = None
     """Weight of the depth probe's loss of neighbouring pixels."""
     selection: Selection | None = None

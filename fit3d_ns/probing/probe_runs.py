@@ -156,6 +156,7 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
             "loss_last": outcome.loss_last,
             "scores": {str(iteration): score for iteration, score in outcome.scores.items()},
             "seconds": time.perf_counter() - start,
+            **outcome.choices,
         }
         training["training"] = {**training.get("training", {}), str(seed): trained}
         if accelerator.is_main_process:
