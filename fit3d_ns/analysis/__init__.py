@@ -1,19 +1,16 @@
 """Pure functions on feature maps: PCA, clusters, similarity, multi-view consistency, pictures."""
 
-from fit3d_ns.analysis.consistency import (
-    ConsistencyConfig,
-    ConsistencyFigures,
-    ConsistencyReport,
-    compute_consistency,
-    create_pairs,
-)
+from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs
+from fit3d_ns.analysis.consistency_report import ConsistencyFigures, ConsistencyReport, pool_consistency
 from fit3d_ns.analysis.correspondence import (
     CovisiblePoints,
     DepthView,
+    MatchErrors,
     create_grid_points,
     find_covisible,
+    find_matches,
     find_nearest,
-    measure_matching_errors,
+    measure_match_errors,
     sample_tokens,
 )
 from fit3d_ns.analysis.kmeans import Clusters, apply_kmeans, fit_kmeans, map_clusters_to_colours, match_clusters
@@ -29,6 +26,7 @@ from fit3d_ns.analysis.pca import (
     map_to_colours,
 )
 from fit3d_ns.analysis.pictures import PanelConfig, compose_panel, draw_pca, save_picture, upscale
+from fit3d_ns.analysis.ratio_matches import RatioMatches, find_ratio_matches
 from fit3d_ns.analysis.similarity import compute_similarity, map_similarity_to_colours, pick_token
 from fit3d_ns.analysis.temporal_consistency import TemporalConfig, TemporalFigures, compute_temporal_consistency
 
@@ -39,9 +37,11 @@ __all__ = [
     "ConsistencyReport",
     "CovisiblePoints",
     "DepthView",
+    "MatchErrors",
     "PanelConfig",
     "PcaAccumulator",
     "PcaBasis",
+    "RatioMatches",
     "TemporalConfig",
     "TemporalFigures",
     "apply_kmeans",
@@ -55,7 +55,9 @@ __all__ = [
     "create_pairs",
     "draw_pca",
     "find_covisible",
+    "find_matches",
     "find_nearest",
+    "find_ratio_matches",
     "fit_colours",
     "fit_kmeans",
     "fit_mapped_pca",
@@ -65,8 +67,9 @@ __all__ = [
     "map_similarity_to_colours",
     "map_to_colours",
     "match_clusters",
-    "measure_matching_errors",
+    "measure_match_errors",
     "pick_token",
+    "pool_consistency",
     "sample_tokens",
     "save_picture",
     "upscale",

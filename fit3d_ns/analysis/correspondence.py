@@ -4,10 +4,10 @@ A view is a z-depth map with its camera; depths may be rendered or measured, in 
 measurement). Image points are (x, y) in pixels, pixel centres at +0.5. A token map [h, w, E] covers the whole image;
 token (i, j) stands at ((j + 0.5) W / w, (i + 0.5) H / h).
 
-Recall is defined like probe3d's for ScanNet pairs: features are read on a regular grid of both images, each point that
-both see takes its nearest neighbour by cosine among all grid points of the other image, and counts as found if that
-lies within so many pixels of the true place. Differences to probe3d: queries are co-visible points drawn at random
-(there: the best by ratio test, seen or not), and matching goes one way.
+Recall here asks every visible place: features are read on a regular grid of both images, each point that both see
+takes its nearest neighbour by cosine among all grid points of the other image, and counts as found if that lies within
+so many pixels (of the full-size image) of the true place, or so far from the true surface point in space. probe3d asks
+for the best matches instead, see `ratio_matches.py`.
 """
 
 import math
@@ -66,6 +66,17 @@ class CovisiblePoints:
         return CovisiblePoints(self.points[chosen], self.other_points[chosen], self.angles[chosen])
 
 
+@dataclass(frozen=True)
+class MatchErrors:
+    """How far matched places are from the true ones; NaN, which no threshold lets through, where that is unknown."""
+
+    pixels: Float[Tensor, " points"]
+    """In the second image, between the matched place and where the first view's point projects to; NaN behind the
+    camera and where the first view has no depth."""
+    distances: Float[Tensor, " points"]
+    """In space, between the two surface points, in the unit of the poses; NaN where either view has no depth."""
+
+
 def create_grid_points(width: int, height: int, size: tuple[int, int]) -> Float[Tensor, "points 2"]:
     """Centres (x, y) of the cells of a grid (h, w) over the image, rows first."""
     rows = (torch.arange(size[0]) + 0.5) * (height / size[0])
@@ -103,16 +114,22 @@ def find_covisible(
     visible = (depth > 0) & (other_depth > 0) & inside
     measured = _look_up(other.usable_depth, torch.where(visible[:, None], other_points, 0.0))
     visible &= (measured > 0) & ((measured - other_depth).abs() <= depth_tolerance * other_depth)
-    if angle_kind == "rotation":
-        angles = measure_rotation(view.camera_to_world, other.camera_to_world).expand(points.shape[0])
-    else:
-        towards = F.normalize(view.camera_to_world[:, 3] - in_world, dim=1)
-        other_towards = F.normalize(other.camera_to_world[:, 3] - in_world, dim=1)
-        # The half-angle form is exact for small angles, where acos loses half of the digits.
-        angles = torch.rad2deg(
-            2 * torch.atan2((towards - other_towards).norm(dim=1), (towards + other_towards).norm(dim=1))
-        )
+    angles = _measure_angles(view, other, in_world, angle_kind)
     return CovisiblePoints(points, other_points, angles).select(visible.nonzero()[:, 0])
+
+
+def measure_angles(
+    view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], angle_kind: AngleKind
+) -> Float[Tensor, " points"]:
+    """Degrees between the two views at points (x, y) of the first, whether the second sees them or not.
+
+    Args:
+        view: The first view.
+        other: The second view.
+        points: (x, y) in the first image, where its depth is known.
+        angle_kind: As for `find_covisible`.
+    """
+    return _measure_angles(view, other, _unproject(points, _look_up(view.usable_depth, points), view), angle_kind)
 
 
 def measure_rotation(camera_to_world: Float[Tensor, "3 4"], other: Float[Tensor, "3 4"]) -> Float[Tensor, ""]:
@@ -144,29 +161,49 @@ def find_nearest(
     return torch.cat(nearest) if nearest else torch.zeros(0, dtype=torch.long, device=queries.device)
 
 
-def measure_matching_errors(
+def find_matches(
     tokens: Float[Tensor, "h w embed"],
     other_tokens: Float[Tensor, "h_other w_other embed"],
-    covisible: CovisiblePoints,
+    points: Float[Tensor, "points 2"],
     image_size: tuple[int, int],
     other_image_size: tuple[int, int],
     grid: tuple[int, int] | None = None,
-) -> Float[Tensor, " points"]:
-    """Pixels between where features find each point in the other image and where it is.
+) -> Float[Tensor, "points 2"]:
+    """Where features find each point of the first image in the second, as (x, y) of a grid point there.
 
     Args:
         tokens: Token map of the first view.
         other_tokens: Token map of the second view.
-        covisible: The points to find.
+        points: (x, y) in the first image.
         image_size: (width, height) of the first image.
-        other_image_size: (width, height) of the second image; errors are in its pixels.
+        other_image_size: (width, height) of the second image.
         grid: (h, w) of the candidates in the second image; its token grid by default.
     """
-    queries = sample_tokens(tokens, covisible.points, *image_size)
+    queries = sample_tokens(tokens, points, *image_size)
     grid = (other_tokens.shape[0], other_tokens.shape[1]) if grid is None else grid
     places = create_grid_points(*other_image_size, grid).to(tokens)
     candidates = sample_tokens(other_tokens, places, *other_image_size)
-    return (places[find_nearest(queries, candidates)] - covisible.other_points).norm(dim=1)
+    return places[find_nearest(queries, candidates)]
+
+
+def measure_match_errors(
+    view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], matched: Float[Tensor, "points 2"]
+) -> MatchErrors:
+    """Compares matches with the known geometry, whether the second view really sees the points or not.
+
+    Args:
+        view: The first view.
+        other: The second view.
+        points: (x, y) in the first image.
+        matched: (x, y) in the second image, where something took each point to be.
+    """
+    depth, matched_depth = _look_up(view.usable_depth, points), _look_up(other.usable_depth, matched)
+    in_world, matched_in_world = _unproject(points, depth, view), _unproject(matched, matched_depth, other)
+    places, other_depth = project_points(in_world, viewmats_from_camera_to_worlds(other.camera_to_world), other.K)
+    unknown = in_world.new_tensor(float("nan"))
+    pixels = torch.where((depth > 0) & (other_depth > 0), (matched - places).norm(dim=1), unknown)
+    distances = torch.where((depth > 0) & (matched_depth > 0), (matched_in_world - in_world).norm(dim=1), unknown)
+    return MatchErrors(pixels, distances)
 
 
 def draw_points(covisible: CovisiblePoints, max_points: int, seed: int, *purpose: str | int) -> CovisiblePoints:
@@ -183,6 +220,17 @@ def _look_up(values: Float[Tensor, "height width"], points: Float[Tensor, "point
     columns = points[:, 0].floor().long().clamp(0, width - 1)
     rows = points[:, 1].floor().long().clamp(0, height - 1)
     return values[rows, columns]
+
+
+def _measure_angles(
+    view: DepthView, other: DepthView, in_world: Float[Tensor, "points 3"], angle_kind: AngleKind
+) -> Float[Tensor, " points"]:
+    if angle_kind == "rotation":
+        return measure_rotation(view.camera_to_world, other.camera_to_world).expand(in_world.shape[0])
+    towards = F.normalize(view.camera_to_world[:, 3] - in_world, dim=1)
+    other_towards = F.normalize(other.camera_to_world[:, 3] - in_world, dim=1)
+    # The half-angle form is exact for small angles, where acos loses half of the digits.
+    return torch.rad2deg(2 * torch.atan2((towards - other_towards).norm(dim=1), (towards + other_towards).norm(dim=1)))
 
 
 def _unproject(

@@ -8,7 +8,8 @@ import tyro
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.data.labelled_sets import LabelledLayout, LabelledOptions
-from fit3d_ns.probing.assembly import Assembly, ClassTokenSource
+from fit3d_ns.probing.assembly import Assembly
+from fit3d_ns.probing.depth_probe import ClassTokenChoice
 from fit3d_ns.probing.frozen_backbones import BackboneConfig
 from fit3d_ns.probing.head_trainer import Selection
 from fit3d_ns.probing.patch_fit import PatchFitRule
@@ -55,8 +56,10 @@ class ProbeCommand:
     """Images are resized to this shorter side in pixels (segmentation, depth)."""
     head: Literal["linear", "dpt"] | None = None
     """Depth head; `dpt` is Table 12's."""
-    class_token: ClassTokenSource | None = None
-    """Whose class token the depth probe reads."""
+    class_token: ClassTokenChoice | None = None
+    """Whose class token the depth probe reads beside the patch tokens, `none` for no one's. `auto`, the default, takes
+    the original's as published; `validated` trains a head with and one without it and keeps the one that is better on
+    the validation part of the training data, never the test data. It costs a second training."""
     gradient_loss_weight: float | None = None
     """Weight of the depth probe's loss of neighbouring pixels."""
     selection: Selection | None = None
@@ -73,6 +76,11 @@ class ProbeCommand:
     """Views per scene (consistency, correspondence)."""
     max_pairs: int | None = None
     """Pairs of views per scene (consistency, correspondence)."""
+    ratio_matches: int | None = None
+    """Recall also on so many most distinct matches of each pair, by Lowe's ratio test over all points of the grid, as
+    probe3d measures it with 1000 (consistency, correspondence); 0, the default, leaves these figures out."""
+    angle_edges: tuple[float, ...] | None = None
+    """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 by default."""
     splits: tuple[Literal["train", "val", "test"], ...] | None = None
     """Which frames of a capture take part (consistency, correspondence)."""
     data_root: Path | None = None
@@ -81,10 +89,11 @@ class ProbeCommand:
     """Disk layout of the folders."""
     nyu_classes: Literal[13, 40] = 13
     """Class list of NYUv2."""
-    depth_scale: float = 1000.0
-    """Units per metre of the depth maps of plain folders."""
+    depth_scale: float | None = None
+    """Units per metre of the depth maps of plain folders, 1000 by default; refused where no plain folder is given,
+    because official sets have their own."""
     max_depth: float | None = None
-    """Depth from here on does not count, in metres (plain folders and ScanNet++ scenes)."""
+    """Depth from here on does not count, in metres (plain folders and ScanNet++ scenes; refused without any)."""
     predictions: Path | None = None
     """Folder for pictures of what the first seed's head says about some test frames (segmentation, depth)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -170,6 +179,8 @@ _TASK_FLAGS = (
     "gradient_loss_weight",
     "max_views",
     "max_pairs",
+    "ratio_matches",
+    "angle_edges",
     "splits",
     "data_root",
 )

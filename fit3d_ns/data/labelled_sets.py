@@ -1,5 +1,6 @@
 """`read_labelled_set`: looks at a folder, takes the labelled layout it finds and reads it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,15 +26,16 @@ class LabelledOptions:
     """Disk layout; `auto` looks at the folder."""
     nyu_classes: Literal[13, 40] = 13
     """Class list of NYUv2; the paper's figures are about 13."""
-    depth_scale: float = DEFAULT_DEPTH_SCALE
-    """Units per metre of the depth maps of plain folders, positive."""
+    depth_scale: float | None = None
+    """Units per metre of the depth maps of plain folders, positive; None: 1000. Official sets keep their own."""
     max_depth: float | None = None
     """Depth from here on does not count, in metres; None: 20 for ScanNet++ scenes, 10 for plain folders. Official sets
     keep their own."""
 
     def __post_init__(self) -> None:
-        if not self.depth_scale > 0 or (self.max_depth is not None and not self.max_depth > 0):
-            raise ValueError(f"Depth scale {self.depth_scale} and maximal depth {self.max_depth} must be positive.")
+        for name, value in (("Depth scale", self.depth_scale), ("Maximal depth", self.max_depth)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value} must be positive.")
 
 
 def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
@@ -67,6 +69,36 @@ def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
     )
 
 
+def check_depth_options(paths: Sequence[Path], task: str, options: LabelledOptions) -> None:
+    """Refuses depth options that none of the folders would read, so that none is ignored in silence.
+
+    One folder that reads an option is enough: a head may be trained on a plain folder and tested on an official set.
+
+    Args:
+        paths: All folders that take part.
+        task: What is probed; depth options mean something to the depth probe alone.
+        options: As given by the user.
+
+    Raises:
+        ValueError: The option has no reader; the message names it and the layouts of the folders.
+    """
+    readers: tuple[tuple[str, float | None, tuple[LabelledLayout, ...], str], ...] = (
+        ("--depth-scale", options.depth_scale, ("folder",), "the unit of plain folders (images/ and depths/)"),
+        ("--max-depth", options.max_depth, ("folder", "scannetpp"), "the range of plain folders and ScanNet++ scenes"),
+    )
+    for flag, value, layouts, meaning in readers:
+        if value is None:
+            continue
+        if task != "depth":
+            raise ValueError(f"{flag} means nothing to the {task} probe; leave it out.")
+        found = {options.layout if options.layout != "auto" else find_labelled_layout(path, "depth") for path in paths}
+        if found.isdisjoint(layouts):
+            raise ValueError(
+                f"{flag} sets {meaning}, but {paths[0]} is in the layout {', '.join(sorted(found))}, "
+                "which has its own; leave it out."
+            )
+
+
 def read_labelled_set(
     path: Path,
     split: LabelledSplit | None,
@@ -90,7 +122,8 @@ def read_labelled_set(
         return read_scannetpp_labelled(path, split, task, max_depth=options.max_depth)
     part: LabelledSplit = split or "train"
     if layout == "folder":
-        return read_folder(path, part, task, depth_scale=options.depth_scale, max_depth=options.max_depth)
+        depth_scale = DEFAULT_DEPTH_SCALE if options.depth_scale is None else options.depth_scale
+        return read_folder(path, part, task, depth_scale=depth_scale, max_depth=options.max_depth)
     if layout == "nyu":
         return read_nyu(path, part, task, num_classes=options.nyu_classes)
     readers = {

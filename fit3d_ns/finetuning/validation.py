@@ -7,7 +7,7 @@
   weighted by points, so the table says what a random co-visible token sees.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.analysis.consistency import ConsistencyConfig, ConsistencyReport, compute_consistency, create_pairs
+from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs
+from fit3d_ns.analysis.consistency_report import pool_consistency
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.finetuning.augmentation import AugmentationConfig
 from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum
@@ -83,7 +84,7 @@ class Validation:
     def evaluate(self, compute_tokens: ComputeTokens) -> ValidationFigures:
         """Figures of a backbone, given as the function from images to its tokens."""
         per_scene: dict[str, dict[str, Any]] = {}
-        reports: list[ConsistencyReport] = []
+        reports: list[dict[str, Any]] = []
         sums = torch.zeros(3, dtype=torch.float64)
         for scene, draws in self.draws.items():
             own, maps, depth_views = torch.zeros(3, dtype=torch.float64), [], []
@@ -98,13 +99,13 @@ class Validation:
                 maps.append(tokens[0].unflatten(0, sample.grid).cpu())
                 depth_views.append(self._create_depth_view(sample))
             pairs = create_pairs(len(draws), max_pairs=MAX_PAIRS_PER_SCENE)
-            report = compute_consistency(maps, depth_views, pairs, ConsistencyConfig())
+            report = compute_consistency(maps, depth_views, pairs, ConsistencyConfig()).to_dict()
             reports.append(report)
             sums += own
             name = self.views.captures[scene].scene_id
             name = name if name not in per_scene else f"{name} ({scene})"
-            per_scene[name] = {**_divide(own), "num_views": len(draws), "consistency": report.to_dict()}
-        return ValidationFigures(**_divide(sums), consistency=pool_reports(reports), per_scene=per_scene)
+            per_scene[name] = {**_divide(own), "num_views": len(draws), "consistency": report}
+        return ValidationFigures(**_divide(sums), consistency=pool_consistency(reports), per_scene=per_scene)
 
     def _create_depth_view(self, sample: Sample) -> DepthView:
         capture, view = self.views.captures[sample.draw.scene], sample.view
@@ -125,20 +126,6 @@ def spread_evenly(number: int, at_most: int) -> list[int]:
     return [index * number // at_most for index in range(at_most)]
 
 
-def pool_reports(reports: Sequence[ConsistencyReport]) -> dict[str, Any]:
-    """One table for several scenes: cosines and L1 weighted by compared points, recalls by matched points."""
-    if not reports:
-        return {}
-    contents = [report.to_dict() for report in reports]
-    pooled = _pool(contents)
-    pooled["by_angle"] = {
-        name: _pool([content["by_angle"][name] for content in contents]) for name in contents[0]["by_angle"]
-    }
-    pooled["effective_rank"] = sum(report.effective_rank for report in reports) / len(reports)
-    pooled["num_pairs"] = sum(report.num_pairs for report in reports)
-    return pooled
-
-
 def format_consistency(original: dict[str, Any], finetuned: dict[str, Any]) -> str:
     """A Markdown table: original against fine-tuned, one row per bin of angles."""
     lines = [
@@ -155,22 +142,6 @@ def format_consistency(original: dict[str, Any], finetuned: dict[str, Any]) -> s
         ]
         lines.append(f"| {name} | {' | '.join(pairs)} | {before['num_points']} |")
     return "\n".join(lines)
-
-
-def _pool(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    pooled: dict[str, Any] = {}
-    for key in figures[0]:
-        if key in ("by_angle", "effective_rank", "num_pairs"):
-            continue
-        if key.startswith("num_"):
-            pooled[key] = sum(item[key] for item in figures)
-            continue
-        counted = "num_matches" if key.startswith("recall_") else "num_points"
-        weights = [item[counted] for item in figures]
-        # Scenes without points hold NaN and weigh nothing.
-        values = [item[key] * weight for item, weight in zip(figures, weights, strict=True) if weight > 0]
-        pooled[key] = sum(values) / sum(weights) if values else float("nan")
-    return pooled
 
 
 def _divide(sums: Float[Tensor, "3"]) -> dict[str, float]:

@@ -60,6 +60,36 @@ def draw_varied_window(
     return window
 
 
+def draw_resized_window(
+    height: int,
+    width: int,
+    generator: np.random.Generator,
+    area_range: tuple[float, float] = (0.08, 1.0),
+    ratio_range: tuple[float, float] = (3 / 4, 4 / 3),
+    num_tries: int = 10,
+) -> Window:
+    """A random window as torchvision's `RandomResizedCrop` draws it; DINOv2's evaluation takes its ranges as they are.
+
+    Args:
+        height: Of the picture.
+        width: Of the picture.
+        generator: The randomness.
+        area_range: Least and largest share of the picture's area, drawn evenly.
+        ratio_range: Least and largest width over height, drawn evenly in its logarithm.
+        num_tries: Windows larger than the picture are drawn again so often; after that it is the largest window in the
+            middle whose ratio is allowed, whatever its area.
+    """
+    for _ in range(num_tries):
+        area = height * width * generator.uniform(*area_range)
+        ratio = float(np.exp(generator.uniform(*np.log(ratio_range))))
+        rows, columns = round(float(np.sqrt(area / ratio))), round(float(np.sqrt(area * ratio)))
+        if 0 < rows <= height and 0 < columns <= width:
+            return draw_window(height, width, (rows, columns), generator)
+    rows = min(height, round(width / ratio_range[0]))
+    columns = min(width, round(height * ratio_range[1]))
+    return Window((height - rows) // 2, (width - columns) // 2, rows, columns)
+
+
 def distort_colours(image: Picture, generator: np.random.Generator) -> Picture:
     """mmsegmentation's `PhotoMetricDistortion`: each with probability one half, brightness +-32, contrast 0.5 to 1.5
     (before or after the rest), saturation 0.5 to 1.5, hue +-18 of 180."""

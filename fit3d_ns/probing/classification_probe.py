@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fit3d_ns.data.labelled_frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.assembly import Assembler, Assembly, ClassTokenSource, FrozenFeatures
-from fit3d_ns.probing.augmentation import compute_size
+from fit3d_ns.probing.augmentation import compute_size, draw_resized_window
 from fit3d_ns.probing.depth_losses import LossSum
 from fit3d_ns.probing.feature_memory import FeatureMemory, Picture, RememberedFeatures, stack_features
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
@@ -252,18 +252,9 @@ def _compute_loss(logits: Float[Tensor, "batch rates classes"], classes: Tensor,
 
 
 def _augment(frame: LabelledFrame, side: int, generator: np.random.Generator) -> Picture:
-    """A random part of 8 to 100 % of the area, three to four up to four to three wide, and its mirror image."""
+    """A random part of the picture at the size that is seen, every other one mirrored."""
     image = frame.load_image().numpy()
-    height, width = image.shape[:2]
-    for _ in range(10):
-        area = height * width * generator.uniform(0.08, 1.0)
-        ratio = float(np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3))))
-        rows, columns = round(float(np.sqrt(area / ratio))), round(float(np.sqrt(area * ratio)))
-        if 0 < rows <= height and 0 < columns <= width:
-            break
-    else:
-        rows = columns = min(height, width)
-    top, left = int(generator.integers(height - rows + 1)), int(generator.integers(width - columns + 1))
-    part = image[top : top + rows, left : left + columns]
-    crop = cv2.resize(part, (side, side), interpolation=cv2.INTER_AREA if rows > side else cv2.INTER_CUBIC)
+    window = draw_resized_window(image.shape[0], image.shape[1], generator)
+    interpolation = cv2.INTER_AREA if window.height > side else cv2.INTER_CUBIC
+    crop = cv2.resize(image[window.slices], (side, side), interpolation=interpolation)
     return Picture(to_image(crop[:, ::-1] if generator.integers(2) else crop), torch.tensor(frame.class_index))

@@ -1,11 +1,11 @@
 """The monocular depth probe (paper section 3.3, Table 12; FACTS "Linear depth probe").
 
-`DepthProbe` trains one head per seed on frozen pre-norm features and measures it on whole images. Its twin is
-`segmentation_probe.py`.
+`DepthProbe` trains one head per seed on frozen pre-norm features and measures it on whole images; two, of which one is
+kept, where the use of the class token is validated. Its twin is `segmentation_probe.py`.
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from fit3d_ns.probing.depth_pictures import DEPTHS_PER_TOKEN, DepthPictures, Ima
 from fit3d_ns.probing.dpt_head import DPTDepthHead
 from fit3d_ns.probing.feature_memory import FeatureMemory, Picture
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
-from fit3d_ns.probing.head_trainer import OptimizationConfig, train_head
+from fit3d_ns.probing.head_trainer import OptimizationConfig, TrainedHead, train_head
 from fit3d_ns.probing.patch_fit import resize_map
 from fit3d_ns.probing.protocol import (
     ProbeSets,
@@ -37,9 +37,14 @@ from fit3d_ns.probing.protocol import (
 )
 from fit3d_ns.probing.sample_streams import AugmentedStream, RememberedStream
 from fit3d_ns.probing.schedules import Schedule
+from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.seeds import derive_seed
 
 PUBLISHED = PublishedTraining(num_iterations=38_400, learning_rate=1e-4, width=1152)
+ClassTokenChoice = Literal["auto", "original", "finetuned", "none", "validated"]
+"""Whose class token is put beside the patch tokens, see `ClassTokenSource`; or `validated`: a head with (`auto`) and
+one without (`none`) are trained, and the one that is better on the validation part of the training data is kept."""
+VALIDATED_SOURCES: tuple[ClassTokenSource, ...] = ("auto", "none")
 LARGEST_DPT_RATE = 5e-4
 """probe3d's for its DPT heads, whose convolutions do not bear a linear layer's rates."""
 
@@ -72,8 +77,9 @@ class DepthConfig:
     zero; here it works."""
     images_per_group: int = 2
     """Images that share one value of the scale-invariant loss (2 per device in the public code)."""
-    class_token: ClassTokenSource = "auto"
-    """Whose class token stands beside the patch tokens."""
+    class_token: ClassTokenChoice = "auto"
+    """Whose class token stands beside the patch tokens (published: the original's, which `auto` takes); `validated`
+    trains two heads and keeps the better one."""
     num_bins: int = NUM_BINS
     """Depth bins."""
     bin_normalization: BinNormalization = "linear"
@@ -108,55 +114,76 @@ class DepthProbe:
         self.num_iterations = resolve_iterations(
             config.num_iterations, PUBLISHED.num_iterations, len(frames), config.batch_size
         )
-        self.learning_rate = config.learning_rate or self._choose_learning_rate()
+        self.sources = self._list_sources()
+        self.learning_rates = {
+            source: config.learning_rate or self._choose_learning_rate(source) for source in self.sources
+        }
         needed = estimate_memory(backbones, *self.pictures.compute_size(frames[0]), 2 * len(frames))
         self.is_cached = resolve_cache(run.cache, needed, run.cache_gb, "whole images and their mirror images")
         for labelled_set in (sets.train, sets.test):
             warn_about_depth_unit(labelled_set)
 
+    @property
+    def learning_rate(self) -> float:
+        """Peak rate, of the head with the class token where two are trained."""
+        return self.learning_rates[self.sources[0]]
+
     def describe(self) -> dict[str, Any]:
         """The values that were chosen, for the record."""
         return {
             "num_iterations": self.num_iterations,
-            "learning_rate": self.learning_rate,
+            "learning_rate": self.learning_rate if len(self.sources) == 1 else dict(self.learning_rates),
             "crop_size": list(self.pictures.crop_size),
             "features_cached": self.is_cached,
         }
 
     def run_seed(self, seed: int) -> SeedOutcome:
-        """Trains a head and measures it on the test data."""
+        """Trains a head, or one for each way to use the class token, and measures the best on the test data."""
+        candidates = {source: self._train(seed, source) for source in self.sources}
+        if self.config.class_token != "validated":
+            trained = candidates[self.sources[0]]
+            return summarise_training(seed, trained, self.evaluate(trained.head, self.sets.test))
+        scores = {source: max(trained.scores.values()) for source, trained in candidates.items()}
+        chosen = max(self.sources, key=lambda source: scores[source])
+        trained = candidates[chosen]
+        errors = ", ".join(f"{source} {-score:.4f}" for source, score in scores.items())
+        notice(f"Class token of seed {seed}: {chosen} is kept, by AbsRel on the validation part: {errors}.")
+        outcome = summarise_training(seed, trained, self.evaluate(trained.head, self.sets.test))
+        return replace(outcome, choices={"class_token": chosen, "class_token_scores": dict(scores)})
+
+    def create_head(self, source: ClassTokenSource | None = None) -> nn.Module:
+        """A new head, from torch's global generator; it reads the first of the class tokens by default."""
+        config, convention = self.config, self.sets.train.depth
+        assembler = self._create_assembler(source or self.sources[0])
+        bins = DepthBins(convention.min_depth, convention.max_depth, config.num_bins, config.bin_normalization)
+        if config.head == "dpt":
+            return DPTDepthHead(assembler, bins)
+        # Where features are kept, so are the targets, at fewer places: the same map is read there and nowhere else.
+        return LinearDepthHead(assembler, bins, DEPTHS_PER_TOKEN if self.is_cached else UPSAMPLING)
+
+    def _train(self, seed: int, source: ClassTokenSource) -> TrainedHead:
+        # Each candidate starts as it would alone, so that `validated` keeps exactly what that setting gives.
         torch.manual_seed(derive_seed(seed, "depth head"))
-        head = self.create_head()
+        head = self.create_head(source)
         stream = self._create_stream(seed)
         selection = self.sets.selection
         try:
-            trained = train_head(
+            return train_head(
                 head,
                 len(self.sets.train.frames),
                 stream.load,
                 self._compute_loss,
-                self._create_optimization(),
+                self._create_optimization(source),
                 accelerator=self.accelerator,
                 seed=seed,
                 compute_score=None
                 if selection is None
                 else lambda module: -self.evaluate(module, selection)["abs_rel"],
                 iterations_per_evaluation=max(self.num_iterations // self.run.num_evaluations, 1),
-                title=f"Depth, {self.assembly}, seed {seed}",
+                title=f"Depth, {self.assembly}, seed {seed}" + (f", {source}" if len(self.sources) > 1 else ""),
             )
         finally:
             stream.close()
-        return summarise_training(seed, trained, self.evaluate(trained.head, self.sets.test))
-
-    def create_head(self) -> nn.Module:
-        """A new head, from torch's global generator."""
-        config, convention = self.config, self.sets.train.depth
-        assembler = self._create_assembler()
-        bins = DepthBins(convention.min_depth, convention.max_depth, config.num_bins, config.bin_normalization)
-        if config.head == "dpt":
-            return DPTDepthHead(assembler, bins)
-        # Where features are kept, so are the targets, at fewer places: the same map is read there and nowhere else.
-        return LinearDepthHead(assembler, bins, DEPTHS_PER_TOKEN if self.is_cached else UPSAMPLING)
 
     @torch.no_grad()
     def evaluate(self, head: nn.Module, labelled_set: LabelledSet) -> dict[str, Any]:
@@ -187,12 +214,22 @@ class DepthProbe:
             maps.append(restored.flip(-1) if isinstance(key, ImageKey) and key.is_flipped else restored)
         return resize_map(torch.stack(maps).mean(dim=0)[None, None], size)[0, 0]
 
-    def _create_assembler(self) -> Assembler:
-        source: ClassTokenSource = self.config.class_token if self.backbones.has_class_token else "none"
+    def _list_sources(self) -> tuple[ClassTokenSource, ...]:
+        choice = self.config.class_token
+        if choice == "validated" and self.run.selection != "validation":
+            raise ValueError(
+                "Whether the class token helps is validated on a part of the training data, never on the test data; "
+                f"with --selection {self.run.selection} name it with --class-token, or use --selection validation."
+            )
+        if not self.backbones.has_class_token:
+            return ("none",)
+        return VALIDATED_SOURCES if choice == "validated" else (choice,)
+
+    def _create_assembler(self, source: ClassTokenSource) -> Assembler:
         return Assembler(self.assembly, self.backbones.embed_dim, source)
 
-    def _choose_learning_rate(self) -> float:
-        assembler = self._create_assembler()
+    def _choose_learning_rate(self, source: ClassTokenSource) -> float:
+        assembler = self._create_assembler(source)
         rate = resolve_learning_rate(PUBLISHED, self.num_iterations, assembler.width + assembler.class_dim)
         return min(rate, LARGEST_DPT_RATE) if self.config.head == "dpt" else rate
 
@@ -218,12 +255,12 @@ class DepthProbe:
         assert isinstance(key, ImageKey)
         return self.pictures.load_whole(frame, key)
 
-    def _create_optimization(self) -> OptimizationConfig:
+    def _create_optimization(self, source: ClassTokenSource) -> OptimizationConfig:
         warmup = round(self.config.warmup_share * self.num_iterations)
         return OptimizationConfig(
             Schedule("cosine", self.num_iterations, warmup, warmup_ratio=1e-3, min_ratio=1e-8),
             self.config.batch_size,
-            self.learning_rate,
+            self.learning_rates[source],
             self.config.weight_decay,
             max_gradient_norm=35.0,
             has_one_cycle_momentum=True,

@@ -2,11 +2,12 @@
 
 Views come from RGB-D captures (measured depth) or from scene files (rendered depth where nothing is measured). All
 figures are those of `fit3d_ns.analysis`; `correspondence` reads features on probe3d's grid (a quarter of the image's
-resolution) and reports recalls by angle, `consistency` reads them at the tokens and reports cosines as well.
+resolution) and reports recalls by angle, `consistency` reads them at the tokens and reports cosines as well. Recalls in
+centimetres are there where the capture's unit is known.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.analysis import ConsistencyConfig, DepthView, compute_consistency, create_pairs
+from fit3d_ns.analysis import ConsistencyConfig, DepthView, compute_consistency, create_pairs, pool_consistency
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.probing.assembly import Assembler, Assembly
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
@@ -25,6 +26,8 @@ MultiviewTask = Literal["consistency", "correspondence"]
 MIN_ALPHA = 0.5
 """Rendered depth counts where at least this much opacity stands behind it."""
 PROBE3D_GRID_SCALE = 0.25
+_LATER = ("angle_edges", "ratio_matches")
+"""Options that records written before they existed do not name."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,36 @@ class MultiviewConfig:
     """Largest relative difference of depth for two views to see the same point."""
     angle_kind: Literal["rotation", "parallax"] = "rotation"
     """Angle that bins pairs; probe3d's is that of the rotation between the cameras."""
+    angle_edges: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0, 180.0)
+    """Edges of the bins, degrees, ascending: probe3d's for ScanNet; those for NAVI are 0 30 60 90 120."""
+    ratio_matches: int = 0
+    """Most distinct matches per pair that recall is measured on as well (`ratio_recall_*`, probe3d: 1000); 0 leaves
+    them out."""
     data_root: Path | None = None
     """Where the photographs of scene files lie now, if they were moved."""
 
     def __post_init__(self) -> None:
         if self.max_views < 2 or self.max_pairs < 1:
             raise ValueError(f"{self.max_views} views and {self.max_pairs} pairs; give at least 2 views and 1 pair.")
+        # Refuses edges and numbers of matches before features are computed.
+        self.create_consistency("consistency", 0)
+
+    def describe(self) -> dict[str, Any]:
+        """What figures depend on, for the record; options that came later count from where they are used, so that
+        earlier records stay valid."""
+        later = [item.name for item in fields(self) if item.name in _LATER and getattr(self, item.name) == item.default]
+        return {name: value for name, value in asdict(self).items() if name not in (*later, "data_root")}
+
+    def create_consistency(self, task: MultiviewTask, seed: int) -> ConsistencyConfig:
+        """How two views are compared."""
+        return ConsistencyConfig(
+            depth_tolerance=self.depth_tolerance,
+            angle_kind=self.angle_kind,
+            angle_edges=self.angle_edges,
+            grid_scale=PROBE3D_GRID_SCALE if task == "correspondence" else 0.0,
+            ratio_matches=self.ratio_matches,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,7 @@ class _Views:
     scene_id: str
     token_maps: list[Tensor]
     depth_views: list[DepthView]
+    units_per_metre: float | None
 
 
 class MultiviewProbe:
@@ -84,19 +112,19 @@ class MultiviewProbe:
         """Figures pooled over scenes, with those of each scene below `per_scene`."""
         per_scene: dict[str, dict[str, Any]] = {}
         for number, views in enumerate(self.scenes):
-            consistency = ConsistencyConfig(
-                depth_tolerance=self.config.depth_tolerance,
-                angle_kind=self.config.angle_kind,
-                grid_scale=PROBE3D_GRID_SCALE if self.task == "correspondence" else 0.0,
-                seed=seed,
-            )
             pairs = create_pairs(len(views.token_maps), self.config.gaps or None, self.config.max_pairs, seed)
-            report = compute_consistency(views.token_maps, views.depth_views, pairs, consistency).to_dict()
+            report = compute_consistency(
+                views.token_maps,
+                views.depth_views,
+                pairs,
+                self.config.create_consistency(self.task, seed),
+                views.units_per_metre,
+            ).to_dict()
             name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
             per_scene[name] = report
         if not any(report["num_points"] for report in per_scene.values()):
             raise ValueError("No two views see a common point; check depth and poses, or take more views.")
-        pooled = pool_figures(list(per_scene.values()))
+        pooled = pool_consistency(list(per_scene.values()))
         if self.task == "correspondence":
             pooled, per_scene = _keep_recalls(pooled), {name: _keep_recalls(item) for name, item in per_scene.items()}
         return {**pooled, "per_scene": per_scene}
@@ -117,36 +145,12 @@ class MultiviewProbe:
         for view in track(chosen, f"Features of {capture.scene_id}"):
             depth_views.append(_create_depth_view(capture, view, scene, path))
             token_maps.append(_compute_map(capture, view, backbones, assembler))
-        return _Views(capture.scene_id, token_maps, depth_views)
-
-
-def pool_figures(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over scenes, weighted by compared points (cosines, L1) or matched points (recalls); counts are added."""
-    bins = reports[0]["by_angle"]
-    pooled = _pool_flat(reports)
-    pooled["effective_rank"] = sum(report["effective_rank"] for report in reports) / len(reports)
-    pooled["num_pairs"] = sum(report["num_pairs"] for report in reports)
-    pooled["by_angle"] = {name: _pool_flat([report["by_angle"][name] for report in reports]) for name in bins}
-    return pooled
-
-
-def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    pooled: dict[str, Any] = {name: sum(item[name] for item in items) for name in ("num_points", "num_matches")}
-    for name in items[0]:
-        if name.startswith("recall_"):
-            weight = "num_matches"
-        elif name in ("mean_cosine", "centred_cosine", "l1"):
-            weight = "num_points"
-        else:
-            continue
-        # Where there are no points the figure is NaN, which must not enter the sum.
-        total = sum(item[name] * item[weight] for item in items if item[weight])
-        pooled[name] = total / pooled[weight] if pooled[weight] else float("nan")
-    return pooled
+        return _Views(capture.scene_id, token_maps, depth_views, capture.metric_scale)
 
 
 def _keep_recalls(figures: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in figures.items() if name.startswith("recall_") or name == "num_matches"}
+    counts = ("num_matches", "num_ratio_matches")
+    kept = {name: value for name, value in figures.items() if "recall_" in name or name in counts}
     by_angle = figures.get("by_angle")
     return (
         kept if by_angle is None else {**kept, "by_angle": {name: _keep_recalls(by_angle[name]) for name in by_angle}}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from fit3d_ns.data.labelled_folder import DEFAULT_DEPTH_SCALE
 from fit3d_ns.data.labelled_frames import (
     LabelledSet,
     LabelledSplit,
@@ -17,7 +18,7 @@ from fit3d_ns.data.labelled_frames import (
     join_sets,
 )
 from fit3d_ns.data.labelled_scannetpp import is_scannetpp_scene
-from fit3d_ns.data.labelled_sets import LabelledOptions, read_labelled_set
+from fit3d_ns.data.labelled_sets import LabelledOptions, check_depth_options, read_labelled_set
 from fit3d_ns.probing.classification_probe import (
     PAPER_CLASSIFICATION,
     ClassificationConfig,
@@ -117,7 +118,7 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
     described = describe_backbones(request.backbones, norm=request.task != "depth")
     train, test = _read_sets(request)
     config = request.config or DEFAULT_CONFIGS[request.task]
-    settings = {
+    settings: dict[str, Any] = {
         "task": request.task,
         "assembly": request.backbones.assembly,
         "backbones": describe_settings(described),
@@ -128,6 +129,9 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
         "run": {name: getattr(request.run, name) for name in _DECISIVE_RUN_FIELDS},
         "precision": request.precision,
     }
+    if request.options.depth_scale not in (None, DEFAULT_DEPTH_SCALE):
+        # The hash of the data reads no pixel, so another unit has to name other figures here.
+        settings["depth_scale"] = request.options.depth_scale
     file = ResultFile(
         Path(request.output_path), f"probe/{request.task}", settings, _is_random(described, request.backbones)
     )
@@ -152,6 +156,7 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
             "loss_last": outcome.loss_last,
             "scores": {str(iteration): score for iteration, score in outcome.scores.items()},
             "seconds": time.perf_counter() - start,
+            **outcome.choices,
         }
         training["training"] = {**training.get("training", {}), str(seed): trained}
         if accelerator.is_main_process:
@@ -183,6 +188,7 @@ def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
     for paths, flag in ((train, "--train"), (test, "--test")):
         if not paths:
             raise ValueError(f"A {task} probe needs data; name folders with {flag}.")
+    check_depth_options([*train, *test], task, request.options)
     splits = resolve_scene_splits(train, test)
     sets = [
         join_sets([read_labelled_set(path, split, task, request.options) for path, split in zip(part, of, strict=True)])
@@ -218,12 +224,13 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     for path in paths:
         if not path.exists():
             raise ValueError(f"No such capture or scene file: {path}; check --test.")
+    check_depth_options(paths, request.task, request.options)
     settings = {
         "task": request.task,
         "assembly": chosen.assembly,
         "backbones": describe_settings(described),
         "test": {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]},
-        "config": {name: value for name, value in asdict(config).items() if name != "data_root"},
+        "config": config.describe(),
     }
     file = ResultFile(
         Path(request.output_path), f"probe/{request.task}", settings, _is_random(described, request.backbones)

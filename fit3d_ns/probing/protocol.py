@@ -93,6 +93,8 @@ class SeedOutcome:
     """Mean loss of the last tenth."""
     scores: dict[int, float] = field(default_factory=dict)
     """Selection scores by iteration."""
+    choices: dict[str, Any] = field(default_factory=dict)
+    """What else was chosen on the selection data, for the record."""
     head: nn.Module | None = None
     """The trained head; not part of records."""
 

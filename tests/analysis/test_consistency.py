@@ -109,6 +109,82 @@ def test_report__is_plain_json():
     assert content["recall_10px"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("units_per_metre", "expected"), [(49.0, [0.0, 0.0, 1.0]), (51.0, [0.0, 1.0, 1.0]), (101.0, [1.0, 1.0, 1.0])]
+)
+def test_consistency__centimetres_follow_the_unit_of_the_poses(units_per_metre, expected):
+    """Tokens that stay on the image are found two tokens away, which is one unit on the wall."""
+    tokens, views = make_tokens(), [make_view(0.0), make_view(1.0)]
+    config = ConsistencyConfig(grid_scale=0.0, ratio_matches=1000)
+    report = compute_consistency([tokens, tokens], views, config=config, units_per_metre=units_per_metre)
+    content = report.to_dict()
+    assert [content[f"recall_{limit}cm"] for limit in (1, 2, 5)] == expected
+    assert [content[f"ratio_recall_{limit}cm"] for limit in (1, 2, 5)] == expected
+    assert content["by_angle"]["0-15"]["recall_2cm"] == expected[1]
+    unknown = compute_consistency([tokens, tokens], views, config=config).to_dict()
+    assert not any("cm" in name for name in unknown)
+    # All other figures are the same whether there are metres or not.
+    assert {name: value for name, value in content.items() if "cm" not in name and name != "by_angle"} == {
+        name: value for name, value in unknown.items() if name != "by_angle"
+    }
+
+
+def test_consistency__a_match_without_depth_is_missed():
+    tokens = make_tokens()
+    views = [make_view(0.0), make_view(0.0)]
+    config = ConsistencyConfig(grid_scale=0.0, recall_pixels=(16.0,))
+    # The second picture shows everything one token further left than it is, at the left edge where depth is missing.
+    hole = views[1].depth.clone()
+    hole[:, :32] = 0.0
+    holed = [views[0], DepthView(hole, K, views[1].camera_to_world)]
+    content = compute_consistency([tokens, shift(tokens, 1)], holed, config=config, units_per_metre=1e-3).to_dict()
+    # Columns 4 to 7 are seen by both, each from both sides. From the first view, column 4 is found at column 3,
+    # which has no depth; from the second, column 7 shows something else.
+    assert content["num_matches"] == 2 * 4 * 8
+    metres = compute_consistency([tokens, shift(tokens, 1)], views, config=config, units_per_metre=1e-3).to_dict()
+    assert metres["recall_5cm"] == 0.0 and content["recall_5cm"] == 0.0
+    near = compute_consistency([tokens, shift(tokens, 1)], views, config=config, units_per_metre=20.0).to_dict()
+    cut = compute_consistency([tokens, shift(tokens, 1)], holed, config=config, units_per_metre=20.0).to_dict()
+    # One token is half a unit, 2.5 cm.
+    assert near["recall_2cm"] == cut["recall_2cm"] == 0.0 and 0.0 < cut["recall_5cm"] < near["recall_5cm"]
+
+
+def test_consistency__ratio_matches_are_counted_whether_they_are_seen_or_not():
+    tokens = make_tokens()
+    views = [make_view(0.0), make_view(1.0)]
+    maps = [tokens, shift(tokens, 2)]
+    figures = {}
+    for number in (48, 64, 1000):
+        config = ConsistencyConfig(grid_scale=0.0, ratio_matches=number)
+        figures[number] = compute_consistency(maps, views, config=config).to_dict()
+    # Six of eight columns of the first view are in the second, and these are matched exactly.
+    assert figures[48]["ratio_recall_5px"] == 1.0 and figures[48]["num_ratio_matches"] == 48
+    # The other two lie 4 and 12 pixels beyond its edge, 8 at least from the first token centre.
+    assert figures[64]["ratio_recall_5px"] == 48 / 64 and figures[64]["num_ratio_matches"] == 64
+    assert figures[64]["by_angle"]["0-15"]["ratio_recall_5px"] == 48 / 64
+    # One way only, from the first view of a pair to the second, so there are no more.
+    assert figures[1000]["ratio_recall_5px"] == 48 / 64 and figures[1000]["num_ratio_matches"] == 64
+    assert figures[64]["num_matches"] == 2 * 48 and figures[64]["recall_5px"] == 1.0
+    plain = compute_consistency(maps, views, config=ConsistencyConfig(grid_scale=0.0)).to_dict()
+    assert not any("ratio" in name for name in plain)
+    assert plain["recall_10px"] == figures[64]["recall_10px"] and plain["num_matches"] == figures[64]["num_matches"]
+
+
+def test_consistency__turns_beyond_the_last_edge_are_in_no_bin():
+    tokens = make_tokens()
+    half_turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0]))
+    turned = torch.rot90(tokens, k=2, dims=(0, 1))
+    views = [make_view(), make_view(rotation=half_turn)]
+    config = ConsistencyConfig(angle_edges=(0.0, 30.0, 60.0, 90.0, 120.0), ratio_matches=5)
+    report = compute_consistency([tokens, turned], views, config=config)
+    assert report.overall.num_points == 128 and all(figures.num_points == 0 for figures in report.by_angle.values())
+    assert compute_consistency([tokens, turned], views).by_angle["60-180"].num_points == 128
+    with pytest.raises(ValueError, match="two ascending numbers of degrees"):
+        ConsistencyConfig(angle_edges=(0.0, 60.0, 30.0))
+    with pytest.raises(ValueError, match="-1 ratio matches"):
+        ConsistencyConfig(ratio_matches=-1)
+
+
 def test_create_pairs__gaps_and_bounds():
     assert create_pairs(4) == [(0, 1), (1, 2), (2, 3), (0, 2), (1, 3), (0, 3)]
     assert create_pairs(5, gaps=[2]) == [(0, 2), (1, 3), (2, 4)]

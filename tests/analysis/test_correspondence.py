@@ -12,8 +12,10 @@ from fit3d_ns.analysis.correspondence import (
     create_grid_points,
     draw_points,
     find_covisible,
+    find_matches,
     find_nearest,
-    measure_matching_errors,
+    measure_angles,
+    measure_match_errors,
     measure_rotation,
     sample_tokens,
 )
@@ -132,23 +134,68 @@ def test_find_nearest__equals_a_loop():
     assert find_nearest(queries, candidates, chunk_size=2).tolist() == expected
 
 
-def test_matching_errors__one_hot_tokens_find_their_shifted_place():
+def test_find_matches__one_hot_tokens_find_their_shifted_place():
     tokens = torch.eye(12).reshape(3, 4, 12)
     # In the other image everything lies one token (16 pixels) further left.
     shifted = tokens.roll(-1, dims=1)
     points = create_grid_points(64, 48, (3, 4)).reshape(3, 4, 2)[:, 1:].reshape(-1, 2)
     truth = points - torch.tensor([16.0, 0.0])
-    covisible = CovisiblePoints(points, truth, torch.zeros(9))
-    errors = measure_matching_errors(tokens, shifted, covisible, (64, 48), (64, 48))
-    torch.testing.assert_close(errors, torch.zeros(9))
-    moved = CovisiblePoints(points, truth + torch.tensor([3.0, 4.0]), torch.zeros(9))
-    errors = measure_matching_errors(tokens, shifted, moved, (64, 48), (64, 48))
-    torch.testing.assert_close(errors, torch.full((9,), 5.0))
+    torch.testing.assert_close(find_matches(tokens, shifted, points, (64, 48), (64, 48)), truth)
     # On a finer grid the candidates stand 4 pixels apart, none nearer than this to a token's centre. At the border
     # features are constant for half a token, so only inner tokens (truth in row 1, columns 1 and 2) are that exact.
-    fine = measure_matching_errors(tokens, shifted, covisible, (64, 48), (64, 48), grid=(12, 16))
+    fine = (find_matches(tokens, shifted, points, (64, 48), (64, 48), grid=(12, 16)) - truth).norm(dim=1)
     torch.testing.assert_close(fine[4:6], torch.full((2,), math.hypot(2, 2)))
     assert (fine <= math.hypot(6, 6) + 1e-4).all()
+
+
+def test_match_errors__pixels_of_a_homography_and_distances_on_the_plane():
+    view = look_at_floor(turn("x", 12) @ turn("z", 20), [0.3, -0.2, 3.0])
+    other = look_at_floor(turn("y", -14), [0.5, 0.1, 2.5])
+    points = create_grid_points(WIDTH, HEIGHT, (48, 64))
+    seen = find_covisible(view, other, points)
+    # Matches at the pixel that the true place falls into are wrong by less than a pixel, and by what it spans.
+    matched = seen.other_points.floor() + 0.5
+    errors = measure_match_errors(view, other, seen.points, matched)
+    homography = compute_homography(view, other)
+    mapped = np.concatenate([seen.points.numpy(), np.ones((len(seen), 1))], axis=1) @ homography.T
+    offsets = matched.numpy() - mapped[:, :2] / mapped[:, 2:]
+    np.testing.assert_allclose(errors.pixels, np.linalg.norm(offsets, axis=1), atol=1e-3)
+
+    def hit_floor(v, pixels):
+        rays = torch.stack([(pixels[:, 0] - 30) / 50, -(pixels[:, 1] - 21) / 48, -torch.ones(len(pixels))], dim=1)
+        directions = rays @ v.camera_to_world[:, :3].T
+        position = v.camera_to_world[:, 3]
+        return position - directions * (position[2] / directions[:, 2])[:, None]
+
+    expected = (hit_floor(view, seen.points) - hit_floor(other, matched)).norm(dim=1)
+    assert expected.max() > 0.02
+    torch.testing.assert_close(errors.distances, expected, rtol=1e-3, atol=1e-4)  # depth maps are float32
+
+
+def test_match_errors__unknown_where_depth_is_missing_or_behind_the_camera():
+    view = look_at_floor(torch.eye(3), [0.0, 0.0, 3.0])
+    depth = view.depth.clone()
+    depth[:24] = 0.0
+    holed = DepthView(depth, K, view.camera_to_world)
+    points = torch.tensor([[10.5, 10.5], [10.5, 40.5]])
+    without_own = measure_match_errors(holed, view, points, points)
+    assert without_own.pixels.isnan().tolist() == without_own.distances.isnan().tolist() == [True, False]
+    # Where the match has no depth, its place in the picture is known all the same.
+    without_other = measure_match_errors(view, holed, points, points + 3.0)
+    torch.testing.assert_close(without_other.pixels, torch.full((2,), math.hypot(3, 3)))
+    assert without_other.distances.isnan().tolist() == [True, False]
+    behind = DepthView(view.depth, K, torch.cat([turn("y", 180), torch.tensor([[0.0], [0.0], [3.0]])], dim=1))
+    assert measure_match_errors(view, behind, points, points).pixels.isnan().all()
+
+
+def test_measure_angles__points_that_are_not_seen_have_one_too():
+    left, right = look_at_floor(torch.eye(3), [-1.0, 0.0, 3.0]), look_at_floor(torch.eye(3), [1.0, 0.0, 3.0])
+    points = create_grid_points(WIDTH, HEIGHT, (6, 8))
+    seen = find_covisible(left, right, points, angle_kind="parallax")
+    angles = measure_angles(left, right, points, "parallax")
+    assert 0 < len(seen) < len(points) == len(angles)
+    by_place = {tuple(point): angle for point, angle in zip(points.tolist(), angles.tolist(), strict=True)}
+    assert [by_place[tuple(point)] for point in seen.points.tolist()] == pytest.approx(seen.angles.tolist())
 
 
 def test_draw_points__is_seeded_and_bounded():

@@ -21,7 +21,7 @@ from fit3d_ns.data.labelled_frames import (
 )
 from fit3d_ns.data.labelled_nyu import NYU13_NAMES
 from fit3d_ns.data.labelled_scannet import NYU40_NAMES
-from fit3d_ns.data.labelled_sets import LabelledOptions, read_labelled_set
+from fit3d_ns.data.labelled_sets import LabelledOptions, check_depth_options, read_labelled_set
 
 SIZE = (12, 8)
 """Width and height of the miniature pictures."""
@@ -466,6 +466,36 @@ def test_split_validation__parts_are_disjoint_whole_and_of_the_asked_size(is_seq
         assert not {frame.group for frame in train.frames} & {frame.group for frame in held.frames}
     elif is_sequence:
         assert {name[-2:] for name in out} == {"18", "19"}, "the end of each sequence"
+
+
+@pytest.mark.parametrize("flag", ["depth_scale", "max_depth"])
+@pytest.mark.parametrize("layout", ["nyu", "kitti", "scannet"])
+def test_depth_options__official_sets_refuse_what_they_would_ignore(folder: Path, flag: str, layout: str) -> None:
+    name = f"--{flag.replace('_', '-')}"
+    given = {flag: 5.0}
+    with pytest.raises(ValueError, match=f"{name} sets .* is in the layout {layout}, which has its own; leave it out"):
+        check_depth_options([folder], "depth", LabelledOptions(layout=layout, **given))  # type: ignore[arg-type]
+    # A plain folder reads both, also beside an official set.
+    check_depth_options([folder], "depth", LabelledOptions(**given))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{name} means nothing to the segmentation probe"):
+        check_depth_options([folder], "segmentation", LabelledOptions(**given))  # type: ignore[arg-type]
+
+
+def test_depth_options__one_plain_folder_is_enough(folder: Path, scannet: Path) -> None:
+    options = LabelledOptions(depth_scale=500.0)
+    with pytest.raises(ValueError, match="--depth-scale"):
+        check_depth_options([scannet], "depth", options)
+    check_depth_options([scannet, folder], "depth", options)
+    # The official set keeps its unit all the same.
+    frame = read_labelled_set(scannet, "train", "depth", options).frames[0]
+    assert frame.load_depth is not None
+    torch.testing.assert_close(frame.load_depth()[0, 1], torch.tensor(2.0))
+
+
+def test_depth_options__scenes_have_a_unit_but_no_range(scannetpp_scene: Path) -> None:
+    with pytest.raises(ValueError, match="layout scannetpp"):
+        check_depth_options([scannetpp_scene], "depth", LabelledOptions(depth_scale=500.0))
+    check_depth_options([scannetpp_scene], "depth", LabelledOptions(max_depth=5.0))
 
 
 def test_split_validation__one_frame_cannot_be_split() -> None:

@@ -156,6 +156,29 @@ def test_probe__other_settings_put_the_old_record_aside(rooms: Path, tmp_path: P
     assert json.loads(aside.read_text()) == first
 
 
+def test_probe__another_depth_unit_is_another_record(tmp_path: Path) -> None:
+    """No pixel is read for the hash of the data, so the unit itself has to tell the records apart."""
+    data = tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for kind in ("images", "depths"):
+        (data / kind).mkdir(parents=True)
+    for index in range(4):
+        Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(data / f"images/{index}.png")
+        Image.fromarray(rng.integers(1000, 4000, (32, 48)).astype(np.uint16)).save(data / f"depths/{index}.png")
+    output = tmp_path / "r.json"
+    arguments = ["depth", "--train", data, "--test", data, "--output-path", output, "--backbone", BACKBONE]
+    arguments += ["--num-iterations", "2", "--batch-size", "2", "--device", "cpu"]
+    records = []
+    for flags in ((), ("--depth-scale", "1000"), ("--depth-scale", "500")):
+        args = [str(item) for item in (*arguments, *flags)]
+        run_command(ProbeCommand, probe, prog="fit3d-probe", description="", args=args)
+        records.append(json.loads(output.read_text()))
+    assert records[0] == records[1], "the default, written out"
+    assert records[2]["settings"]["depth_scale"] == 500.0
+    assert records[2]["settings"]["key"] != records[0]["settings"]["key"]
+    assert records[2]["metrics"]["rmse"] != records[0]["metrics"]["rmse"], "measured again"
+
+
 def test_probe__same_seed_same_figures(rooms: Path, tmp_path: Path) -> None:
     for cache in ("always", "never"):
         records = [
@@ -169,9 +192,9 @@ def test_probe__same_seed_same_figures(rooms: Path, tmp_path: Path) -> None:
 def test_probe__multiview_of_a_capture(rooms: Path, tmp_path: Path, task: str, assembly: str) -> None:
     flags = ("--assembly", assembly, "--finetuned", str(rooms / "finetuned"), "--seeds", "0", "1")
     metrics = run(rooms, tmp_path / "r.json", task, *flags)["metrics"]
-    # probe3d's distances and bins for pairs of rooms.
-    recalls = [name for name in metrics if name.startswith("recall_")]
-    assert recalls == ["recall_5px", "recall_10px", "recall_20px"]
+    # Distances and bins for pairs of rooms; this capture is in metres.
+    recalls = [name for name in metrics if "recall_" in name]
+    assert recalls == [f"recall_{limit}" for limit in ("5px", "10px", "20px", "1cm", "2cm", "5cm")]
     assert list(metrics["by_angle"]) == ["0-15", "15-30", "30-60", "60-180"]
     assert 0.0 <= metrics["recall_5px"] <= metrics["recall_10px"] <= metrics["recall_20px"] <= 1.0
     # The camera moves without turning.
@@ -179,6 +202,28 @@ def test_probe__multiview_of_a_capture(rooms: Path, tmp_path: Path, task: str, a
     assert metrics["by_angle"]["30-60"]["num_matches"] == 0
     assert ("centred_cosine" in metrics) == (task == "consistency")
     assert metrics["per_seed"]["0"]["per_scene"]["room_1"]["num_matches"] > 0
+
+
+def test_probe__correspondence_as_probe3d_measures_it(rooms: Path, tmp_path: Path) -> None:
+    plain = run(rooms, tmp_path / "r.json", "correspondence")
+    flags = ("--ratio-matches", "30", "--angle-edges", "0", "30", "60", "90", "120")
+    record = run(rooms, tmp_path / "s.json", "correspondence", *flags)
+    metrics = record["metrics"]
+    recalls = [name for name in metrics if name.startswith("ratio_recall_")]
+    assert recalls == [
+        f"ratio_recall_{limit}" for limit in ("5px", "10px", "20px", "40px", "80px", "1cm", "2cm", "5cm")
+    ]
+    assert list(metrics["by_angle"]) == ["0-30", "30-60", "60-90", "90-120"]
+    # Ten pairs of five views.
+    assert metrics["num_ratio_matches"] == metrics["by_angle"]["0-30"]["num_ratio_matches"] == 300
+    assert metrics["by_angle"]["60-90"]["ratio_recall_20px"] is None
+    # What was there before is the same, and so is the record of those who do not ask for it.
+    assert all(metrics[name] == plain["metrics"][name] for name in plain["metrics"] if name.startswith("recall_"))
+    assert record["settings"]["config"] == {
+        **plain["settings"]["config"],
+        "ratio_matches": 30,
+        "angle_edges": [0, 30, 60, 90, 120],
+    }
 
 
 @pytest.mark.parametrize("task", ["segmentation", "depth", "consistency"])
@@ -223,6 +268,8 @@ def test_probe__classification_record(tmp_path: Path) -> None:
         (("segmentation", "--train", "nowhere"), "No such data folder: nowhere"),
         (("consistency", "--assembly", "linear", "--finetuned", "FINETUNED"), "consistency trains nothing"),
         (("depth", "--class-token", "finetuned"), "only original runs"),
+        (("depth", "--depth-scale", "500"), "in the layout scannetpp, which has its own; leave it out"),
+        (("consistency", "--depth-scale", "500"), "--depth-scale means nothing to the consistency probe"),
     ],
 )
 def test_probe__errors_are_one_sentence(

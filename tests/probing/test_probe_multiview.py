@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor, describe_backbone
 from fit3d_ns.geometry.cameras import unproject_depth
 from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones
-from fit3d_ns.probing.multiview_probe import MultiviewConfig, MultiviewProbe, pool_figures
+from fit3d_ns.probing.multiview_probe import MultiviewConfig, MultiviewProbe
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
@@ -45,15 +46,41 @@ def test_multiview__equals_the_analysis_of_the_captures_own_tokens(room: Path) -
         maps.append(extractor(image).maps[0])
         views.append(DepthView(depth, view.K, view.camera_to_world, capture.load_valid_mask(view)))
     for task, scale in (("consistency", 0.0), ("correspondence", 0.25)):
-        config = ConsistencyConfig(grid_scale=scale, seed=5)
-        expected = compute_consistency(maps, views, create_pairs(5), config).to_dict()
-        figures = create_probe(task, room).compute(5)
-        names = ["recall_5px", "recall_20px", "num_matches"]
+        config = ConsistencyConfig(grid_scale=scale, seed=5, ratio_matches=40)
+        # The scene is written and read in metres.
+        expected = compute_consistency(maps, views, create_pairs(5), config, units_per_metre=1.0).to_dict()
+        figures = create_probe(task, room, ratio_matches=40).compute(5)
+        names = ["recall_5px", "recall_20px", "num_matches", "recall_1cm", "recall_2cm", "recall_5cm"]
+        names += ["ratio_recall_20px", "ratio_recall_80px", "ratio_recall_5cm", "num_ratio_matches"]
         # Two copies of a token have the cosines and the mean absolute difference of one.
         names += ["mean_cosine", "centred_cosine", "l1", "num_points"] if task == "consistency" else []
         for name in names:
             assert figures[name] == pytest.approx(expected[name], rel=1e-4), name
         assert figures["per_scene"]["room"]["num_matches"] == expected["num_matches"] > 0
+        assert figures["num_ratio_matches"] == 10 * min(40, 6 if task == "consistency" else 96)
+    # Points of the grid lie a fifth of a metre apart on the wall; some are found all the same.
+    assert 0.0 < figures["recall_5cm"] < 1.0
+
+
+def test_multiview__centimetres_follow_the_unit_of_the_capture(room: Path) -> None:
+    probe = create_probe("correspondence", room)
+    assert probe.scenes[0].units_per_metre == 1.0
+    metric = probe.compute(0)
+    # Errors are multiples of 10 cm on this wall; in a room of a fifth of the size, of 2 cm.
+    probe.scenes[0] = replace(probe.scenes[0], units_per_metre=5.0)
+    small = probe.compute(0)
+    assert small["recall_1cm"] == metric["recall_1cm"] and small["recall_5cm"] > metric["recall_5cm"]
+    assert small["recall_10px"] == metric["recall_10px"]
+    probe.scenes[0] = replace(probe.scenes[0], units_per_metre=None)
+    assert not any("cm" in name for name in probe.compute(0))
+
+
+def test_multiview_config__records_name_later_options_where_they_are_used() -> None:
+    plain = MultiviewConfig().describe()
+    assert plain["max_views"] == 32 and not {"ratio_matches", "angle_edges", "data_root"} & set(plain)
+    assert MultiviewConfig(ratio_matches=1000).describe() == {**plain, "ratio_matches": 1000}
+    with pytest.raises(ValueError, match="ascending"):
+        MultiviewConfig(angle_edges=(60.0, 0.0))
 
 
 def test_multiview__scene_files_render_the_depth_they_need(room: Path, tmp_path: Path) -> None:
@@ -96,18 +123,3 @@ def test_multiview__views_are_chosen_by_split_and_number(room: Path) -> None:
     assert len(create_probe("consistency", room, splits=("train",)).scenes[0].token_maps) == 4
     with pytest.raises(ValueError, match="has 1 views of test; two are needed"):
         create_probe("consistency", room, splits=("test",))
-
-
-def test_pool_figures__weights_are_points_and_matches() -> None:
-    def report(points: int, matches: int, value: float) -> dict[str, object]:
-        flat = {"mean_cosine": value, "centred_cosine": value, "l1": value, "recall_10px": value}
-        flat |= {"num_points": points, "num_matches": matches}
-        return {**flat, "effective_rank": value, "num_pairs": 2, "by_angle": {"0-15": dict(flat)}}
-
-    pooled = pool_figures([report(10, 1, 1.0), report(30, 3, 5.0), report(0, 0, float("nan"))])
-    for figures in (pooled, pooled["by_angle"]["0-15"]):
-        assert figures["mean_cosine"] == figures["recall_10px"] == (10 * 1.0 + 30 * 5.0) / 40
-        assert figures["num_points"] == 40 and figures["num_matches"] == 4
-    assert pooled["num_pairs"] == 6
-    empty = pool_figures([report(0, 0, float("nan"))])
-    assert math.isnan(empty["centred_cosine"]) and empty["num_matches"] == 0

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from probe_backbones import MeanColourBackbones
+from probe_scenes import BACKBONE
 from test_probe_training import create_segmentation_probe, create_striped_frame
 
-from fit3d_ns.data.labelled_frames import LabelledSet
+from fit3d_ns.data.labelled_frames import LabelledFrame, LabelledSet
+from fit3d_ns.probing.classification_probe import ClassificationConfig, ClassificationProbe
 from fit3d_ns.probing.depth_probe import DepthConfig, DepthProbe
+from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.head_trainer import create_accelerator
 from fit3d_ns.probing.protocol import ProbeSets, RunConfig
 
@@ -34,10 +37,13 @@ def train(process: int, num_processes: int, folder: str) -> None:
     frames = [create_striped_frame(index) for index in range(3)]
     odd = probe.evaluate(outcome.head, LabelledSet("odd", frames, ("red", "green")))  # type: ignore[arg-type]
     depth = create_depth_probe().run_seed(0)
+    classification = create_classification_probe().run_seed(0)
     if process == 0:
-        assert outcome.head is not None and depth.head is not None
+        assert outcome.head is not None and depth.head is not None and classification.head is not None
         result = {"head": outcome.head.state_dict(), "metrics": outcome.metrics, "odd": odd, "loss": outcome.loss_last}
         result |= {"depth_head": depth.head.state_dict(), "depth": depth.metrics, "depth_scores": depth.scores}
+        result |= {"class_head": classification.head.state_dict(), "classification": classification.metrics}
+        result |= {"class_scores": classification.scores, "class_loss": classification.loss_last}
         torch.save(result, Path(folder) / f"{num_processes}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -57,6 +63,21 @@ def create_depth_probe() -> DepthProbe:
     return DepthProbe(
         config, RunConfig(num_evaluations=2), sets, MeanColourBackbones(), "original", create_accelerator("cpu")
     )
+
+
+def create_classification_probe() -> ClassificationProbe:
+    """Pictures of one colour each with noise, cropped anew for every draw; five to measure, so shares differ."""
+    frames = []
+    for index in range(15):
+        image = torch.randint(0, 60, (40, 48, 3), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+        image[..., index % 3] += 120
+        frames.append(LabelledFrame(str(index), lambda image=image: image, class_index=index % 3))
+    names = ("red", "green", "blue")
+    sets = ProbeSets(*(LabelledSet("toy", part, names) for part in (frames[:7], frames[7:12], frames[12:])))
+    config = ClassificationConfig(num_iterations=12, batch_size=8, resize_side=40, crop_side=32)
+    backbones = create_frozen_backbones(BackboneConfig("original", BACKBONE), norm=True)
+    run = RunConfig(cache="never", num_evaluations=2, num_threads=1)
+    return ClassificationProbe(config, run, sets, backbones, "original", create_accelerator("cpu"))
 
 
 @pytest.mark.slow
@@ -83,3 +104,8 @@ def test_probe__two_processes_equal_one(tmp_path: Path) -> None:
     assert two["depth"]["pooled"]["rmse"] == pytest.approx(one["depth"]["pooled"]["rmse"], rel=1e-4)
     assert two["depth_scores"] == pytest.approx(one["depth_scores"], rel=1e-4) and set(one["depth_scores"]) == {6, 12}
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    for name, tensor in one["class_head"].items():
+        torch.testing.assert_close(two["class_head"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert two["classification"] == one["classification"] and one["classification"]["num_images"] == 5
+    assert two["class_scores"] == one["class_scores"] and set(one["class_scores"]) == {6, 12}
+    assert two["class_loss"] == pytest.approx(one["class_loss"], rel=1e-4)

@@ -94,7 +94,8 @@ def test_paper__every_value_of_the_public_depth_and_classification_code() -> Non
     sets = ProbeSets(*[LabelledSet("toy", frames, ("a",))] * 3)
     accelerator = create_accelerator("cpu")
     probe = DepthProbe(PAPER_DEPTH, PAPER_RUNS["depth"], sets, backbones, "original", accelerator)
-    assert probe._create_optimization() == OptimizationConfig(
+    assert probe.sources == ("auto",), "the original's class token"
+    assert probe._create_optimization("auto") == OptimizationConfig(
         Schedule("cosine", 38_400, 12_800, warmup_ratio=1e-3, min_ratio=1e-8),
         batch_size=16,
         learning_rate=1e-4,
