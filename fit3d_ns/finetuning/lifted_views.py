@@ -10,7 +10,13 @@ MAX_AVERAGED_VIEWS = 64
 
 
 def find_lifted(scene: FeatureScene) -> list[View]:
-    """The views that a scene was lifted from: its training views, or as many as the lift took of them."""
+    """The views that a scene was lifted from, as its file says.
+
+    Files of earlier versions do not name them: then its training views, or as many of them as the lift's figures
+    count, chosen as those versions chose.
+    """
+    if scene.lifted_views is not None:
+        return [scene.posed_capture.name_to_view[name] for name in scene.lifted_views]
     train = scene.posed_capture.select("train")
     number = scene.figures.get("num_train_views")
     return select_evenly(train, number if isinstance(number, int) else None)

@@ -9,6 +9,7 @@ from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting import view_average
 from fit3d_ns.rasterization import project, rasterize_features
+from fit3d_ns.scene import load_scene, save_scene
 
 
 def blend_one_hot(scene, view):
@@ -74,6 +75,18 @@ def test_average_lifted_views__only_views_that_were_lifted_count(tmp_path):
     few = replace(scene, figures={"num_train_views": 2})
     assert len(find_lifted(scene)) == 6 and len(find_lifted(few)) == 2
     assert not torch.equal(average_lifted_views(scene).gaussians.features, average_lifted_views(few).gaussians.features)
+
+
+def test_find_lifted__takes_the_record_before_what_figures_say(tmp_path, monkeypatch):
+    """Names that no even choice of two would give, the held-out view among them."""
+    monkeypatch.setattr(view_average, "SAMPLES_PER_PATCH", 0)
+    names = ("images/5.png", "images/0.png")
+    scene = replace(create_scene(tmp_path), figures={"num_train_views": 2}, lifted_views=names)
+    save_scene(scene, tmp_path / "scene.safetensors")
+    opened = load_scene(tmp_path / "scene.safetensors")
+    assert [view.name for view in find_lifted(opened)] == list(names)
+    expected = average_by_loop(opened, [opened.posed_capture.name_to_view[name] for name in names])
+    np.testing.assert_allclose(average_lifted_views(opened).gaussians.features.float(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_bank__prepares_a_scene_each_time_it_becomes_ready(tmp_path):
