@@ -87,7 +87,7 @@ class FinetuneConfig:
         for name in ("epochs", "min_steps", "max_steps"):
             content["optimization"].pop(name)
         content["anchors"].pop("wise_ft")
-        for name in ("cache", "cache_gb", "cache_folder"):
+        for name in ("cache", "cache_gb", "cache_folder", "average_gb"):
             content["targets"].pop(name)
         return {**content, "splits": run["splits"]}
 

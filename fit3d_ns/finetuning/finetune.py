@@ -28,7 +28,7 @@ from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.model_card import write_card
 from fit3d_ns.finetuning.processes import Processes, create_accelerator
 from fit3d_ns.finetuning.scene_bank import SceneBank, check_backbones
-from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_cache, create_preparation
+from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_averages, create_cache
 from fit3d_ns.finetuning.token_module import compute_outputs
 from fit3d_ns.finetuning.trainable import merge_trained
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
@@ -88,12 +88,8 @@ def finetune(
     accelerator = accelerator or create_accelerator(config.optimization.precision, chosen, run.trackers, output_folder)
     processes = Processes(accelerator)
     seed_everything(config.sampling.seed)
-    bank = SceneBank(
-        [*inputs.scenes, *inputs.validation_scenes],
-        accelerator.device,
-        run.scene_memory_gb,
-        create_preparation(config.targets),
-    )
+    bank = SceneBank([*inputs.scenes, *inputs.validation_scenes], accelerator.device, run.scene_memory_gb)
+    bank.averages = create_averages(config.targets, bank, output_folder, run.data_root)
     description = _describe_backbone(inputs, bank)
     check_backbones(bank, SceneBackbone.from_description(description))
     views = _find_views(bank, inputs, config)
@@ -265,6 +261,7 @@ def _summarise(
         "num_frozen_parameters": len(trainer.frozen),
         "num_targets_rendered": None if cache is None else cache.num_rendered,
         "num_scene_loads": bank.num_loads,
+        "num_scenes_averaged": None if bank.averages is None else bank.averages.num_averaged,
         "peak_memory_mb": measure_peak_memory_mb(),
         "losses": thin_out(history.losses),
         "epochs": trainer.step * trainer.images_per_step / trainer.sequence.num_images,

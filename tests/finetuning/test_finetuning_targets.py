@@ -169,9 +169,9 @@ def test_cache__is_of_use_on_cpus_alone_unless_asked_for(tmp_path):
     assert create_cache(TargetConfig(), cpu, tmp_path, is_of_use=True) is not None
     assert create_cache(TargetConfig(), cuda, tmp_path, is_of_use=True) is None
     assert create_cache(TargetConfig(), cpu, tmp_path, is_of_use=False) is None
-    assert create_cache(TargetConfig(cache="memory"), cuda, tmp_path, is_of_use=True).folder is None
+    assert create_cache(TargetConfig(cache="memory"), cuda, tmp_path, is_of_use=True).store.folder is None
     kept = create_cache(TargetConfig(cache_folder=tmp_path / "shared"), cuda, tmp_path, is_of_use=True)
-    assert kept.keep_on_disk and kept.folder == tmp_path / "shared"
+    assert kept.store.keep_on_disk and kept.store.folder == tmp_path / "shared"
 
 
 def test_target__features_that_are_not_finite_name_scene_and_view(tmp_path):
