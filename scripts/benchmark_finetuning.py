@@ -32,7 +32,7 @@ from fit3d_ns.finetuning import (
     TargetRenderer,
 )
 from fit3d_ns.finetuning.processes import create_accelerator
-from fit3d_ns.finetuning.targets import TargetConfig, create_cache, create_preparation
+from fit3d_ns.finetuning.targets import TargetConfig, create_averages, create_cache
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.scene import (
@@ -122,7 +122,8 @@ def time_training(
     paths: Sequence[Path], description: BackboneDescription, config: Config, folder: Path
 ) -> dict[str, Any]:
     """Seconds per step of the first and of the later epochs, the target's two ways, and the memory of scenes."""
-    bank = SceneBank(paths, config.device, prepare=create_preparation(TargetConfig()))
+    bank = SceneBank(paths, config.device)
+    bank.averages = create_averages(TargetConfig(), bank, folder)
     views = TrainingViews(bank.on_disk, [("train",)] * len(bank))
     per_epoch = limit_views(views, config.optimization.batch_size, config.max_steps)
     optimization = replace(config.optimization, max_steps=config.epochs * per_epoch, accumulation_steps=1)
@@ -221,19 +222,21 @@ def time_target(
 def describe_memory(scene: FeatureScene, description: BackboneDescription) -> dict[str, float]:
     """What this scene takes, and what the paper's scenes of a million Gaussians would.
 
-    Files are mapped: the system may hold them all in memory or drop them. What must fit is the budget for ready scenes.
+    Files are mapped: the system may hold them all in memory or drop them. What must fit are the budgets for ready
+    scenes and for averaged features; averaged features beyond theirs lie on disk or are computed again.
     """
     count = scene.gaussians.num_gaussians
     ready = scene.num_bytes / count
     files_gb = PAPER_SCENES * PAPER_GAUSSIANS * scene.gaussians.bytes_per_gaussian / 1e9
-    budget_gb = RunConfig().scene_memory_gb
+    budget_gb, average_gb = RunConfig().scene_memory_gb, TargetConfig().average_gb
     return {
         "file_bytes_per_gaussian": scene.gaussians.bytes_per_gaussian,
         "ready_bytes_per_gaussian": ready,
         "paper_files_gb": files_gb,
         "paper_ready_scene_gb": PAPER_GAUSSIANS * ready / 1e9,
         "paper_ready_scenes_in_budget": float(int(budget_gb * 1e9 // (PAPER_GAUSSIANS * ready))),
-        "paper_files_and_budget_gb": files_gb + budget_gb,
+        "paper_averaged_features_gb": PAPER_SCENES * PAPER_GAUSSIANS * 2 * scene.gaussians.feature_dim / 1e9,
+        "paper_files_and_budget_gb": files_gb + budget_gb + average_gb,
     }
 
 

@@ -24,15 +24,20 @@ class AnchorConfig:
     """Strengths relative to the feature loss; 0 switches a term off."""
 
     l2_sp: float = 0.0
-    """Pull of the weights towards the original's."""
+    """L2-SP: adds half this times the squared distance of the trained weights from where they began to the loss; 0
+    (off) and above."""
     feature_anchor: float = 0.0
-    """L1 to the original's patch tokens on the same images."""
+    """Feature anchor: weight of the L1 between patch tokens and the original backbone's on the same images; 0 (off) and
+    above."""
     prefix_anchor: float = 0.0
-    """L1 to the original's class token and registers, before and after the final norm."""
+    """Prefix anchor: weight of the L1 between class token and registers and the original's, before and after the final
+    norm; 0 (off) and above."""
     pre_norm: float = 0.0
-    """L1 of the tokens before the final norm to the target moved there."""
+    """Weight of the L1 between patch tokens before the final norm, which depth probes read, and the target moved there;
+    0 (off) and above."""
     wise_ft: tuple[float, ...] = ()
-    """Also save mixtures of original and fine-tuned weights, with these shares of the fine-tuned ones, 0 to 1."""
+    """WiSE-FT: also saves mixtures of original and fine-tuned weights, in a folder `wise-ft-SHARE` for each of these
+    shares of the fine-tuned ones; each 0 to 1, none by default."""
 
     def __post_init__(self) -> None:
         if min(self.l2_sp, self.feature_anchor, self.prefix_anchor, self.pre_norm) < 0:

@@ -118,6 +118,8 @@ def draw_augmentation(
 ) -> Augmentation:
     """The augmentation of one draw: a function of (seed, epoch, frame) and nothing else.
 
+    Where a frame may come twice in an epoch (i.i.d. sampling), the number of the draw belongs to it as well.
+
     Args:
         width: Of the view, in pixels.
         height: Of the view, in pixels.
@@ -125,7 +127,8 @@ def draw_augmentation(
         seed: The run's seed.
         draw: Whose augmentation.
     """
-    generator = create_generator(seed, "augmentation", draw.epoch, draw.scene, draw.view)
+    repeat = [] if draw.repeat is None else [draw.repeat]
+    generator = create_generator(seed, "augmentation", draw.epoch, draw.scene, draw.view, *repeat)
     side, place_x, place_y, scale, flip, *colours = torch.rand(9, generator=generator, dtype=torch.float64).tolist()
     fraction = config.min_crop + (1.0 - config.min_crop) * side
     crop_width = max(round(width * fraction), min(patch_size, width))

@@ -18,7 +18,8 @@ class RunConfig:
     """How the run works, saves and reports; nothing here changes the weights that come out."""
 
     splits: tuple[Split, ...] = ("train",)
-    """Views that are trained on. Those the lift left out (`test`) are taught as novel views."""
+    """Views that are trained on. Those the lift left out (`test`, and what `fit3d-lift --views` passed over) are taught
+    as novel views."""
     data_root: Path | None = None
     """Where the photographs are now, if they were moved: a capture's folder or one above several."""
     strict: bool = False
@@ -39,7 +40,8 @@ class RunConfig:
     max_validation_views: int = 24
     """Views per scene that are validated, evenly spread."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Where curves are logged."""
+    """Where curves are logged: in files below the output folder (`tensorboard`), by wandb (`pip install wandb`; with
+    WANDB_MODE=offline below the output folder only), by both, or, with none named, nowhere."""
     format: Literal["timm", "fit3d"] = "timm"
     """`fit3d` also writes the plain state dict, as FiT3D publishes it."""
 
@@ -74,6 +76,10 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.trainable.train == "adapter" and self.anchors.wise_ft:
             raise ValueError("--wise-ft mixes backbone weights, which --train adapter leaves alone; drop one of them.")
+        if self.trainable.train == "adapter" and max(self.anchors.prefix_anchor, self.anchors.pre_norm) > 0:
+            raise ValueError(
+                "--prefix-anchor and --pre-norm act on tokens that --train adapter leaves alone; drop one of them."
+            )
 
     def to_metadata(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -87,9 +93,16 @@ class FinetuneConfig:
         for name in ("epochs", "min_steps", "max_steps"):
             content["optimization"].pop(name)
         content["anchors"].pop("wise_ft")
-        for name in ("cache", "cache_gb", "cache_folder"):
+        for name in ("cache", "cache_gb", "cache_folder", "average_gb"):
             content["targets"].pop(name)
         return {**content, "splits": run["splits"]}
+
+    @property
+    def reported(self) -> dict[str, Any]:
+        """The settings that report and model card name, plain JSON values: `decisive`, and the mixtures saved after."""
+        content = self.decisive
+        content["anchors"]["wise_ft"] = list(self.anchors.wise_ft)
+        return content
 
 
 PAPER = FinetuneConfig(

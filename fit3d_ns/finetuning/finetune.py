@@ -25,11 +25,13 @@ from fit3d_ns.finetuning.anchors import copy_original, interpolate_weights
 from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned
 from fit3d_ns.finetuning.comparison import save_comparison
 from fit3d_ns.finetuning.config import FinetuneConfig
+from fit3d_ns.finetuning.lifted_views import find_lifted
 from fit3d_ns.finetuning.model_card import write_card
 from fit3d_ns.finetuning.processes import Processes, create_accelerator
 from fit3d_ns.finetuning.scene_bank import SceneBank, check_backbones
-from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_cache, create_preparation
+from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_averages, create_cache
 from fit3d_ns.finetuning.token_module import compute_outputs
+from fit3d_ns.finetuning.trackers import track_run
 from fit3d_ns.finetuning.trainable import merge_trained
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.finetuning.training_views import TrainingViews
@@ -43,8 +45,6 @@ from fit3d_ns.utils.seeds import seed_everything
 
 REPORT_NAME = "report.json"
 COMPARISON_NAME = "comparison.png"
-PROJECT_NAME = "fit3d-finetune"
-"""What trackers call the run."""
 _ALL_SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -88,12 +88,8 @@ def finetune(
     accelerator = accelerator or create_accelerator(config.optimization.precision, chosen, run.trackers, output_folder)
     processes = Processes(accelerator)
     seed_everything(config.sampling.seed)
-    bank = SceneBank(
-        [*inputs.scenes, *inputs.validation_scenes],
-        accelerator.device,
-        run.scene_memory_gb,
-        create_preparation(config.targets),
-    )
+    bank = SceneBank([*inputs.scenes, *inputs.validation_scenes], accelerator.device, run.scene_memory_gb)
+    bank.averages = create_averages(config.targets, bank, output_folder, run.data_root)
     description = _describe_backbone(inputs, bank)
     check_backbones(bank, SceneBackbone.from_description(description))
     views = _find_views(bank, inputs, config)
@@ -134,26 +130,17 @@ def finetune(
         if config.targets.cache_folder is None:
             shutil.rmtree(output_folder / TARGET_FOLDER, ignore_errors=True)
 
-    processes.run_on_main(measure_original)
     trainer = FinetuneTrainer(
         token_model, bank, views, targets, config, accelerator, output_folder, identity, validate, original=original
     )
-    if run.trackers:
-        accelerator.init_trackers(
-            PROJECT_NAME,
-            config={"settings": json.dumps(config.decisive)},
-            init_kwargs={"tensorboard": {"purge_step": trainer.step + 1}} if "tensorboard" in run.trackers else {},
-        )
-    try:
+    # Before anything is measured: what does not start should not take an hour to say so.
+    with track_run(accelerator, processes, run.trackers, output_folder, json.dumps(config.reported), trainer.step + 1):
+        processes.run_on_main(measure_original)
         trainer.run()
         trainer.use_averages()
         trained = merge_trained(trainer.bare.token_model, config.trainable)
         report = _summarise(trainer, validation, bank, inputs, description, config)
         processes.run_on_main(lambda: finish(trained, report))
-    finally:
-        # Curves are written when a tracker closes; the processes still have to talk, so they part later.
-        for tracker in accelerator.trackers if run.trackers else ():
-            tracker.finish()
     return report
 
 
@@ -258,6 +245,7 @@ def _summarise(
         "images_per_second": trainer.step * trainer.images_per_step / max(history.seconds, 1e-9),
         "phase_seconds": trainer.timer.seconds,
         "num_images": trainer.sequence.num_images,
+        "num_novel_images": _count_novel(trainer.views, bank),
         "num_missing_images": trainer.views.num_missing,
         "num_missing_validation_images": validation.views.num_missing,
         "num_processes": trainer.processes.number,
@@ -265,6 +253,7 @@ def _summarise(
         "num_frozen_parameters": len(trainer.frozen),
         "num_targets_rendered": None if cache is None else cache.num_rendered,
         "num_scene_loads": bank.num_loads,
+        "num_scenes_averaged": None if bank.averages is None else bank.averages.num_averaged,
         "peak_memory_mb": measure_peak_memory_mb(),
         "losses": thin_out(history.losses),
         "epochs": trainer.step * trainer.images_per_step / trainer.sequence.num_images,
@@ -274,10 +263,16 @@ def _summarise(
         ],
         "validation_scenes": [str(path) for path in inputs.validation_scenes],
         "backbone": description.to_metadata(),
-        "settings": config.decisive,
+        "settings": config.reported,
         "run_settings": config.to_metadata()["run"],
         "versions": collect_versions(),
     }
+
+
+def _count_novel(views: TrainingViews, bank: SceneBank) -> int:
+    """Images that are trained on and that their scene was lifted without."""
+    lifted = [{view.name for view in find_lifted(scene)} for scene in bank.on_disk]
+    return sum(view.name not in names for names, own in zip(lifted, views.views, strict=True) for view in own)
 
 
 def thin_out(losses: Sequence[float], at_most: int = 500) -> list[float]:

@@ -31,6 +31,9 @@ def write_card(
     ]
     if share < 1.0:
         lines += [f"Weights: {share:g} of the fine-tuned and {1.0 - share:g} of the original ones (WiSE-FT).", ""]
+    elif report["settings"]["anchors"]["wise_ft"]:
+        folders = ", ".join(f"`wise-ft-{mixed:g}`" for mixed in report["settings"]["anchors"]["wise_ft"])
+        lines += [f"Mixtures with the original weights (WiSE-FT), by the share of these: {folders}.", ""]
     usage = [
         "import timm",
         'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',

@@ -50,6 +50,8 @@ class Draw:
     """Index of the scene."""
     view: int
     """Index into the scene's training views."""
+    repeat: int | None = None
+    """Where an image may be drawn again in the same epoch, the draw's number in it: what tells the repeats apart."""
 
 
 class DrawSequence:
@@ -79,7 +81,7 @@ class DrawSequence:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, create_order(self.views_per_scene, self.config, epoch)
         scene, view = self._order[index]
-        return Draw(epoch, int(scene), int(view))
+        return Draw(epoch, int(scene), int(view), None if self.config.sampling == "epoch" else index)
 
 
 def create_order(views_per_scene: Sequence[int], config: SamplingConfig, epoch: int) -> Int[np.ndarray, "draws 2"]:

@@ -7,36 +7,30 @@ leaves. 230 scenes of a million Gaussians are 39 GB of files, and each takes 0.4
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from fit3d_ns.finetuning.scene_averages import SceneAverages
+from fit3d_ns.finetuning.scene_fingerprint import compute_fingerprint
 from fit3d_ns.scene import FeatureScene, SceneBackbone, load_scene
-from fit3d_ns.utils.files import hash_bytes
-
-_NUM_HASHED_BLOCKS, _HASHED_ROWS = 4, 256
-"""Rows that name a scene: a few whole stretches, because single rows far apart would page in the whole file."""
 
 
 class SceneBank:
-    """Scenes by index; `bank[i]` is ready to render on the device."""
+    """Scenes by index; `bank[i]` is ready to render on the device.
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        device: torch.device | str = "cpu",
-        memory_gb: float = 8.0,
-        prepare: Callable[[FeatureScene], FeatureScene] | None = None,
-    ):
+    `averages` is None, or what replaces the features of each scene before they are rendered (`scene_averages.py`).
+    """
+
+    def __init__(self, paths: Sequence[Path], device: torch.device | str = "cpu", memory_gb: float = 8.0):
         """Opens all scene files.
 
         Args:
             paths: Scene files.
             device: Where scenes are rendered.
             memory_gb: Ready scenes take at most this many 1e9 bytes, above 0.
-            prepare: What is done to a scene each time it has been moved to the device; it may not grow.
 
         Raises:
             ValueError: No path, a file that is no whole scene, or a scene larger than the budget.
@@ -49,9 +43,10 @@ class SceneBank:
         self.device = torch.device(device)
         self.max_bytes = int(memory_gb * 1e9)
         self.on_disk = [load_scene(path) for path in self.paths]
+        self.averages: SceneAverages | None = None
         self.num_loads = 0
-        self._prepare = prepare
         self._ready: OrderedDict[int, FeatureScene] = OrderedDict()
+        self._averaged: set[int] = set()
         for path, scene in zip(self.paths, self.on_disk, strict=True):
             if scene.num_bytes > self.max_bytes:
                 raise ValueError(
@@ -63,20 +58,26 @@ class SceneBank:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> FeatureScene:
+        scene = self.get_geometry(index)
+        if self.averages is not None and index not in self._averaged:
+            scene = self._ready[index] = self.averages.apply(index, scene)
+            self._averaged.add(index)
+        return scene
+
+    def get_geometry(self, index: int) -> FeatureScene:
+        """The scene ready to render colour and depth; its features may not be averaged yet, which takes its time."""
         if index in self._ready:
             self._ready.move_to_end(index)
             return self._ready[index]
         needed = self.on_disk[index].num_bytes
         while self._ready and self.num_bytes + needed > self.max_bytes:
-            self._ready.popitem(last=False)
+            oldest, _ = self._ready.popitem(last=False)
+            self._averaged.discard(oldest)
         scene = self.on_disk[index]
         # A copy, so that what is activated for rendering leaves with it; the mapped file stays open.
-        ready = replace(scene) if self.device.type == "cpu" else scene.to(self.device)
-        if self._prepare is not None:
-            ready = self._prepare(ready)
-        self._ready[index] = ready
+        self._ready[index] = replace(scene) if self.device.type == "cpu" else scene.to(self.device)
         self.num_loads += 1
-        return ready
+        return self._ready[index]
 
     @property
     def num_bytes(self) -> int:
@@ -96,18 +97,8 @@ class SceneBank:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def compute_fingerprint(self, index: int) -> str:
-        """Names a scene by its content (decoder, and stretches of all its Gaussians' tensors), wherever its file lies.
-
-        Every tensor counts: whatever a target is rendered or weighted from must change the name.
-        """
-        scene = self.on_disk[index]
-        count = scene.gaussians.num_gaussians
-        starts = sorted({count * block // _NUM_HASHED_BLOCKS for block in range(_NUM_HASHED_BLOCKS)})
-        tensors = [value.detach() for value in scene.decoder.parameters()]
-        for value in scene.gaussians.tensors().values():
-            tensors += [value[start : start + _HASHED_ROWS] for start in starts]
-        settings = f"{count} {scene.rasterize_mode} {scene.eps2d}"
-        return hash_bytes(settings.encode(), *(tensor.contiguous().numpy().tobytes() for tensor in tensors))
+        """Names a scene by its content, see `scene_fingerprint.py`."""
+        return compute_fingerprint(self.on_disk[index])
 
 
 def check_backbones(bank: SceneBank, backbone: SceneBackbone) -> None:

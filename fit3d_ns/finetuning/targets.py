@@ -5,9 +5,7 @@ decoding and resizing, computed where it is read. Each token's weight is the sha
 the accumulated opacity and a factor that falls with the features' variance over the lifted views.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,16 +15,20 @@ from torch import Tensor
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.leave_one_out import leave_view_out
-from fit3d_ns.finetuning.lifted_views import average_lifted_views, find_lifted
+from fit3d_ns.finetuning.lifted_views import MAX_AVERAGED_VIEWS
+from fit3d_ns.finetuning.scene_averages import SceneAverages
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.target_cache import TargetCache, store_target
+from fit3d_ns.finetuning.tensor_store import TensorStore
 from fit3d_ns.finetuning.training_views import Sample, TrainingViews
 from fit3d_ns.rasterization import rasterize_features
-from fit3d_ns.scene import FeatureScene, RenderedFeatures, TokenReadingRule, View, create_token_reader
+from fit3d_ns.scene import FeatureScene, RenderedFeatures, TokenReadingRule, create_token_reader
 from fit3d_ns.utils.files import hash_bytes
 
 TARGET_FOLDER = "targets"
 """Below the output folder; removed when training has ended."""
+AVERAGE_FOLDER = "averages"
+"""Below the folder of the targets: the averaged features of scenes."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,12 @@ class TargetConfig:
     """How a token reads the rendered map: as the scene was lifted, at its centre (public code), or averaged over its
     patch."""
     average_views: bool = True
-    """Average each scene's features over the views and patches that show them before targets are rendered: a solved
-    lift also fits what each view alone said, which is the noise that fine-tuning shall remove. The public code does
-    not, nor does a weighted-sum lift (`fit3d-lift --max-passes 0`) need it."""
+    """Average each scene's features over the lifted views and the patches that show them, masked pixels excepted,
+    before targets are rendered: a solved lift also fits what each view alone said, which is the noise that fine-tuning
+    shall remove. The public code does not, nor does a weighted-sum lift (`fit3d-lift --max-passes 0`) need it."""
+    average_gb: float = 4.0
+    """Averaged features in memory take at most this many 1e9 bytes, 0 and above (0.13 for a million Gaussians of 64
+    channels); others lie on disk where `cache` keeps targets there, else they are averaged again."""
     weight_by_opacity: bool = True
     """Weight each token by its accumulated opacity, so that holes teach nothing; the public code weighs all alike."""
     variance_weight: float = 0.0
@@ -54,8 +59,11 @@ class TargetConfig:
     """Where all targets are kept on disk for other runs and machines; None: in the output folder, while it trains."""
 
     def __post_init__(self) -> None:
-        if self.variance_weight < 0 or self.cache_gb < 0:
-            raise ValueError(f"variance_weight {self.variance_weight} and cache_gb {self.cache_gb} must be 0 or above.")
+        if min(self.variance_weight, self.cache_gb, self.average_gb) < 0:
+            raise ValueError(
+                f"variance_weight {self.variance_weight}, cache_gb {self.cache_gb} and average_gb {self.average_gb} "
+                "must be 0 or above."
+            )
 
     def get_rule(self, scene: FeatureScene) -> TokenReadingRule:
         """The reading rule for a scene."""
@@ -145,13 +153,14 @@ class TargetRenderer:
     def _name(self, sample: Sample) -> str:
         scene, view, window = sample.draw.scene, sample.view, sample.augmentation.window
         if scene not in self._fingerprints:
-            self._fingerprints[scene] = self.bank.compute_fingerprint(scene)
-            if self.config.average_views:
-                self._fingerprints[scene] += _hash_views(find_lifted(self.bank.on_disk[scene]))
+            averages = self.bank.averages
+            self._fingerprints[scene] = (
+                self.bank.compute_fingerprint(scene) if averages is None else averages.compute_name(scene)
+            )
         config = self.config
         parts: list[object] = [self._fingerprints[scene], view.name, window, sample.grid, self.rules[scene]]
         parts += [view.camera_to_world.tolist(), view.K.tolist()]
-        parts += [config.average_views, config.weight_by_opacity, config.variance_weight, config.leave_one_out]
+        parts += [config.weight_by_opacity, config.variance_weight, config.leave_one_out]
         return hash_bytes(*(repr(part).encode() for part in parts))
 
 
@@ -181,18 +190,23 @@ def render_values(
     return reader.read(rasterize_features(values, info, pixels=reader.pixels.to(values.device)))[0]
 
 
-def create_preparation(config: TargetConfig) -> Callable[[FeatureScene], FeatureScene] | None:
-    """What a configuration asks to be done to scenes before targets are rendered, for `SceneBank`."""
+def create_averages(
+    config: TargetConfig, bank: SceneBank, output_folder: Path, data_root: Path | None = None
+) -> SceneAverages | None:
+    """What a configuration asks to be done to the features of a bank's scenes before targets are rendered.
+
+    Args:
+        output_folder: Of the run, for averages that outgrow the memory.
+        data_root: Where captures and their masks lie now, if they were moved.
+    """
     if not config.average_views:
         return None
+    folder = _find_folder(config, bank.device, output_folder)
+    folder = None if folder is None else folder / AVERAGE_FOLDER
+    store = TensorStore(config.average_gb, folder, keep_on_disk=config.cache_folder is not None)
     # A view can only be left out of an average that it is part of.
-    return partial(average_lifted_views, max_views=None) if config.leave_one_out else average_lifted_views
-
-
-def _hash_views(views: Sequence[View]) -> str:
-    """Names the cameras over which features are averaged."""
-    cameras = [(view.name, view.width, view.height, view.K.tolist(), view.camera_to_world.tolist()) for view in views]
-    return hash_bytes(repr(cameras).encode())
+    max_views = None if config.leave_one_out else MAX_AVERAGED_VIEWS
+    return SceneAverages(bank.on_disk, store, data_root, max_views)
 
 
 def create_cache(
@@ -205,12 +219,18 @@ def create_cache(
         output_folder: Of the run, for targets that outgrow the memory.
         is_of_use: False where no target is asked for twice (random crops).
     """
-    kind = config.cache
-    if kind == "auto":
-        kind = "disk" if config.cache_folder is not None or device.type == "cpu" else "none"
-    if kind == "none" or not is_of_use:
+    if _find_kind(config, device) == "none" or not is_of_use:
         return None
-    if kind == "memory":
-        return TargetCache(config.cache_gb, None)
-    folder = config.cache_folder or output_folder / TARGET_FOLDER
-    return TargetCache(config.cache_gb, folder, keep_on_disk=config.cache_folder is not None)
+    folder = _find_folder(config, device, output_folder)
+    return TargetCache(config.cache_gb, folder, keep_on_disk=folder is not None and config.cache_folder is not None)
+
+
+def _find_kind(config: TargetConfig, device: torch.device) -> Literal["none", "memory", "disk"]:
+    if config.cache != "auto":
+        return config.cache
+    return "disk" if config.cache_folder is not None or device.type == "cpu" else "none"
+
+
+def _find_folder(config: TargetConfig, device: torch.device, output_folder: Path) -> Path | None:
+    """Where targets and averages go that outgrow the memory; None where they are forgotten."""
+    return (config.cache_folder or output_folder / TARGET_FOLDER) if _find_kind(config, device) == "disk" else None

@@ -13,16 +13,17 @@ class TrainableConfig:
     """What is trained."""
 
     train: TrainedPart = "all"
-    """`all` (paper), `last-blocks`, `lora` (needs the extra `lora`; merged when saved), or `adapter`: one Swin block
-    behind the frozen backbone (paper, Table 6)."""
+    """What is trained: `all` (paper), `last-blocks`, `lora` (matrices beside the attention's projections, merged when
+    saved; needs the extra `lora`), or `adapter` (one Swin block behind the frozen backbone; paper, Table 6)."""
     num_blocks: int = 4
-    """Number of last blocks for `last-blocks`, 1 and above; the final norm is trained with them."""
+    """With `--train last-blocks`: number of last blocks that are trained, and the final norm with them; 1 to the
+    backbone's number of blocks."""
     lora_rank: int = 8
-    """Rank of LoRA's matrices, 1 and above."""
+    """With `--train lora`: rank of the matrices, 1 and above."""
     lora_alpha: float = 8.0
-    """LoRA's scale is this over the rank; above 0."""
+    """With `--train lora`: the matrices' product is multiplied by this over the rank; above 0."""
     adapter_window: int = 7
-    """Side of the Swin block's windows in tokens, 1 and above."""
+    """With `--train adapter`: side of the Swin block's windows in tokens, 1 and above."""
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1 or self.lora_rank < 1 or self.adapter_window < 1 or not self.lora_alpha > 0:

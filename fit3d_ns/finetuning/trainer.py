@@ -104,6 +104,9 @@ class FinetuneTrainer:
         self.num_steps = optimization.count_steps(self.sequence.num_images, self.processes.number)
         if anchors.pre_norm > 0 and not token_model.description.norm:
             raise ValueError("--pre-norm: these scenes hold tokens before the final norm already; leave it out.")
+        if anchors.prefix_anchor > 0 and token_model.description.num_prefix_tokens == 0:
+            label = token_model.description.label
+            raise ValueError(f"--prefix-anchor: {label} has neither class token nor registers; leave it out.")
         if anchors.needs_original:
             original = (original or copy_original(token_model)).to(accelerator.device)
         token_model = select_trainable(token_model.to(accelerator.device), config.trainable)

@@ -113,7 +113,7 @@ class Validation:
         if depth is not None and capture.metric_scale is not None:
             depth = depth * capture.metric_scale
         else:
-            scene = self.bank[sample.draw.scene]
+            scene = self.bank.get_geometry(sample.draw.scene)
             rendered, alphas = scene.render_depth(view.camera_to_world, view.K, view.width, view.height)
             depth = torch.where(alphas >= MIN_DEPTH_ALPHA, rendered, 0.0).cpu()
         return DepthView(depth, view.K, view.camera_to_world, capture.load_valid_mask(view))

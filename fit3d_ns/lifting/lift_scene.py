@@ -146,7 +146,7 @@ def solve_scene(
         "source": source.description,
         "lift": asdict(config),
     }
-    return replace(scene, figures=figures), result
+    return replace(scene, figures=figures, lifted_views=tuple(view.name for view in chosen.lifted)), result
 
 
 def measure_lift_memory_mb(device: torch.device | str) -> float:

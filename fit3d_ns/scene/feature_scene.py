@@ -58,6 +58,8 @@ class FeatureScene:
     """Blur of projected Gaussians in squared pixels, as trained."""
     figures: Mapping[str, Any] = field(default_factory=dict)
     """Figures of the run that made the scene, plain JSON values."""
+    lifted_views: tuple[str, ...] | None = None
+    """Names of the captured views whose tokens the features came from; None where that was not recorded."""
 
     def __post_init__(self) -> None:
         if self.decoder.feature_dim != self.gaussians.feature_dim:
@@ -74,6 +76,9 @@ class FeatureScene:
             raise ValueError(
                 f"The PCA basis is {self.pca.mean.shape[0]} wide, the decoded features {self.decoder.embed_dim}."
             )
+        unknown = [name for name in self.lifted_views or () if name not in self.posed_capture.name_to_view]
+        if unknown:
+            raise ValueError(f"The capture has no view {unknown[0]}, from which the features are said to be lifted.")
 
     @property
     def scene_id(self) -> str:

@@ -56,6 +56,7 @@ def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> Non
         "pca_total_variance": None if scene.pca is None else scene.pca.total_variance,
         "bytes_per_gaussian": gaussians.bytes_per_gaussian,
         "figures": dict(scene.figures),
+        "lifted_views": None if scene.lifted_views is None else list(scene.lifted_views),
     }
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with write_atomically(Path(path)) as temporary:
@@ -84,6 +85,7 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
             rasterize_mode=header["rasterize_mode"],
             eps2d=float(header["eps2d"]),
             figures=header["figures"],
+            lifted_views=_parse_lifted(header),
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole scene file ({error!r}); export the scene anew.") from error
@@ -136,6 +138,12 @@ def _check_length(path: Path) -> None:
             raise ValueError(f"{path} has a damaged header; copy or export it anew.") from error
     if size < 8 + length + end:
         raise ValueError(f"{path} is cut short: {size} of {8 + length + end} bytes; copy or export it anew.")
+
+
+def _parse_lifted(header: dict[str, Any]) -> tuple[str, ...] | None:
+    """Files of earlier versions say nothing; a reader of such a version passes over what newer ones say."""
+    names = header.get("lifted_views")
+    return None if names is None else tuple(str(name) for name in names)
 
 
 def _parse_pca(tensors: dict[str, Tensor], header: dict[str, Any]) -> PcaBasis | None:

@@ -1,10 +1,14 @@
-from collections import Counter
+import hashlib
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+import torch
 
+from fit3d_ns.finetuning.augmentation import AugmentationConfig, draw_augmentation
 from fit3d_ns.finetuning.sampling import DrawSequence, SamplingConfig, create_order
 
+VARIED = AugmentationConfig(min_crop=0.5, jitter=0.2)
 SIZES = [37, 5, 0, 18]
 EVERY = {(scene, view) for scene, size in enumerate(SIZES) for view in range(size)}
 
@@ -62,6 +66,41 @@ def test_order__hangs_on_seed_and_epoch_alone():
     positions = [0, 61, 5, 150, 59]
     expected = {position: forwards[position] for position in sorted(positions)}
     assert {position: backwards[position] for position in positions} == expected
+
+
+@pytest.mark.parametrize("rule", ["uniform", "scenes"])
+@pytest.mark.parametrize("images_per_visit", [0, 16])
+def test_iid__repeats_of_an_image_in_an_epoch_are_varied_anew(rule, images_per_visit):
+    """And each in the same way again, in whatever order and by whichever process it is asked for."""
+    config = SamplingConfig(sampling=rule, images_per_visit=images_per_visit, seed=3)
+    number = sum(SIZES)
+    sequence = DrawSequence(SIZES, config)
+    draws = [sequence[position] for position in range(2 * number)]
+    assert len(set(draws)) == 2 * number
+    varied = [draw_augmentation(VARIED, 40, 32, 8, 3, draw) for draw in draws]
+    by_image = defaultdict(list)
+    for draw, augmentation in zip(draws[:number], varied, strict=False):
+        by_image[draw.scene, draw.view].append(augmentation)
+    repeated = [augmentations for augmentations in by_image.values() if len(augmentations) > 1]
+    assert len(repeated) > 5
+    # Jitter is continuous: no two draws of different numbers are alike.
+    assert all(len(set(augmentations)) == len(augmentations) for augmentations in repeated)
+    other = DrawSequence(SIZES, config)
+    for position in (2 * number - 1, 0, number, 7):
+        assert other[position] == draws[position]
+        assert draw_augmentation(VARIED, 40, 32, 8, 3, other[position]) == varied[position]
+
+
+def test_epoch__augmentation_hangs_on_seed_epoch_and_frame_as_ever():
+    """Runs of earlier versions go on to the same weights: the generator's seed, by hashlib, from those four alone."""
+    sequence = DrawSequence(SIZES, SamplingConfig(seed=3))
+    for position in range(0, 2 * sum(SIZES), 7):
+        draw = sequence[position]
+        text = f"3/augmentation/{draw.epoch}/{draw.scene}/{draw.view}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+        side, *_, flip = torch.rand(9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[:5].tolist()
+        found = draw_augmentation(VARIED, 400, 320, 8, 3, draw)
+        assert found.flip == (flip < 0.5) and found.window.crop_width == round(400 * (0.5 + 0.5 * side))
 
 
 def test_sequence__refuses_scenes_without_views():

@@ -73,6 +73,14 @@ def test_lift_scene__figures_are_those_of_the_file(scene, cache, tmp_path):
     assert loaded.pca is not None and int(loaded.gaussians.num_views.int().max()) <= 10
 
 
+def test_lift_scene__records_the_views_that_it_lifted(source, scene, cache):
+    assert list(scene.lifted_views) == [view.name for view in source.capture.select("train")]
+    few = lift_scene(source, cache.description, cache, CONFIG, LiftSceneConfig(views=3))
+    train = [view.name for view in source.capture.select("train")]
+    # The middles of three equal parts of ten.
+    assert list(few.lifted_views) == [train[1], train[5], train[8]]
+
+
 @pytest.mark.parametrize("world", ["dataset", "colmap", "training", "training of nerfstudio's own dataparser"])
 def test_read_ply_source__every_world_shows_the_same_pictures(capture, source, tmp_path, world):
     root, raw = capture

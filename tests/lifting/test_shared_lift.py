@@ -86,6 +86,7 @@ def test_lift_together__figures_are_those_of_the_shared_decoder(tasks, cache):
     for scene, task in zip(scenes, tasks, strict=True):
         alone = lift_scene(task.read(), cache.description, cache, CONFIG)
         assert scene.figures["num_scenes_sharing_decoder"] == 2
+        assert scene.lifted_views == alone.lifted_views == tuple(v.name for v in scene.posed_capture.select("train"))
         assert scene.figures["feature_l1"] < scene.figures["feature_l1_mean_token"]
         assert scene.figures["feature_l1_mean_token"] == pytest.approx(alone.figures["feature_l1_mean_token"])
         # A shared basis of six directions keeps less of a scene than six of its own.

@@ -64,6 +64,8 @@ def test_scene__carries_by_products_frames_and_the_random_mark(trained: dict[str
     assert scene.gaussians.blend_weight.max() > 0
     assert int(scene.gaussians.num_views.int().max()) <= 6
     assert [view.split for view in scene.posed_capture.views].count("test") == 2
+    views = scene.posed_capture.views
+    assert list(scene.lifted_views or ()) == [view.name for view in views if view.split == "train"]
     assert scene.pca is not None and scene.figures["num_gaussians"] == scene.gaussians.num_gaussians
 
 

@@ -71,6 +71,26 @@ def test_round_trip__keeps_the_capture(make_scene, path):
     assert torch.equal(loaded.load_image(loaded.views[1]), scene.posed_capture.load_image(scene.posed_capture.views[1]))
 
 
+@pytest.mark.parametrize("names", [None, (), ("images/2.png", "images/0.png")])
+def test_round_trip__keeps_which_views_were_lifted(make_scene, path, names):
+    save_scene(make_scene(lifted_views=names), path)
+    assert load_scene(path).lifted_views == names
+
+
+def test_file__of_an_earlier_version_does_not_say_which_views_were_lifted(make_scene, path):
+    save_scene(make_scene(lifted_views=("images/0.png",)), path)
+    rewrite_header(path, lambda header, tensors: header.pop("lifted_views"))
+    loaded = load_scene(path)
+    assert loaded.lifted_views is None and loaded.figures == {"psnr": 20.5}
+
+
+def test_errors__a_lifted_view_that_the_capture_does_not_have(make_scene, path):
+    save_scene(make_scene(), path)
+    rewrite_header(path, lambda header, tensors: header.update(lifted_views=["images/0.png", "images/9.png"]))
+    with pytest.raises(ValueError, match=r"not a whole scene file.*no view images/9.png"):
+        load_scene(path)
+
+
 def test_file__bytes_per_gaussian_are_170_at_64_dimensions(make_scene, path):
     scene = make_scene(num_gaussians=10)
     wide = replace(scene.gaussians, features=torch.zeros(10, 64, dtype=torch.float16))
