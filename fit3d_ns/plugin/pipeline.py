@@ -53,6 +53,7 @@ class FeaturePipeline(VanillaPipeline):
         self.passes_spent = 0
         self.solve_cost_spent = 0.0
         self.lift_state: dict[str, Tensor] = {}
+        self.lifted_views: list[str] = []
         if self.branch.is_on:
             self.branch.load_tokens = self.datamanager.load_tokens_of_camera
             # nerfstudio looks for viewer elements among the attributes of modules only, so they stand here one by one.
@@ -123,6 +124,7 @@ class FeaturePipeline(VanillaPipeline):
             "num_views": result.num_views,
             "feature_variance": result.feature_variance,
         }
+        self.lifted_views = [view.name for view in views]
 
     def get_average_eval_image_metrics(
         self, step: int | None = None, output_path: Path | None = None, get_std: bool = False
@@ -162,6 +164,7 @@ class FeaturePipeline(VanillaPipeline):
             "passes_spent": self.passes_spent,
             "solve_cost_spent": self.solve_cost_spent,
             "lift": self.lift_state,
+            "lifted_views": self.lifted_views,
             "backbone": self.datamanager.train_dataset.metadata.get("backbone"),
         }
 
@@ -175,6 +178,7 @@ class FeaturePipeline(VanillaPipeline):
         self.passes_spent = int(state["passes_spent"])
         self.solve_cost_spent = float(state.get("solve_cost_spent", 0.0))
         self.lift_state = state["lift"]
+        self.lifted_views = list(state.get("lifted_views", []))
 
     @property
     def _solve_costs(self) -> SolveCosts:

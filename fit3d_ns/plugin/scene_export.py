@@ -62,8 +62,8 @@ def create_run_scene(run: SplatRun, drop_unseen: bool = False) -> FeatureScene:
         token_reading=model.lift.token_reading,
         rasterize_mode=run.rasterize_mode,
         figures=read_run_figures(run.config_path),
-        # A run trains and lifts on the same frames, and reads all others as `test`.
-        lifted_views=tuple(view.name for view in run.capture.select("train")),
+        # A short run may have lifted fewer than it trained on; gradient steps see all, and older runs keep no names.
+        lifted_views=tuple(run.run_state.get("lifted_views") or (view.name for view in run.capture.select("train"))),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fit3d_ns.plugin.solve_budget import estimate_solve_costs
+from fit3d_ns.plugin.solve_budget import compute_solve_budget, estimate_solve_costs
 
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 
@@ -153,6 +153,10 @@ def test_average__leaves_out_frames_without_a_figure_and_knows_the_spread_of_one
 
 def test_train__solves_again_at_an_interval_for_the_viewer(make_config: Any, train: Any) -> None:
     pipeline = train(make_config(steps=30, steps_per_solve=10)).pipeline
-    # Three solves of two passes each (weighted sum, decoder); only the last counts against the budget.
+    # Three solves of two passes each (weighted sum, decoder); only the last counts, and that within its share.
     assert pipeline.passes_spent == 6
-    assert pipeline.solve_cost_spent == pytest.approx(estimate_solve_costs(8).smallest)
+    num_views = len(pipeline.datamanager.train_dataset)
+    budget = compute_solve_budget(30, num_views, pipeline.model.config.solve_share)
+    plan = estimate_solve_costs(8).plan(budget, max_passes=16)
+    assert pipeline.solve_cost_spent == pytest.approx(estimate_solve_costs(8).compute(plan)) <= budget
+    assert len(pipeline.lifted_views) == plan.count_views(num_views) <= num_views
