@@ -25,6 +25,7 @@ from lifting_methods import (
     lift_closed_form,
     measure,
 )
+from lifting_run import measure_run
 from lifting_scaling import AXES, measure_scaling
 from torch import Tensor
 
@@ -68,6 +69,10 @@ class BenchmarkConfig:
     """Feature dimensions of the dimension table; empty for none."""
     picture_path: Path | None = None
     """PNG with the PCA colours of one held-out view: tokens, then each method."""
+    methods: bool = True
+    """Compare the methods at one geometry; off, only what is asked for below is measured."""
+    run_steps: int = 0
+    """Also train a whole run of this many steps, and compare its time with that of its colour alone; 0 for none."""
     scaling: bool = False
     """Also measure time and memory against views, Gaussians and dims on synthetic scenes."""
     lift: LiftConfig = LiftConfig()
@@ -76,8 +81,10 @@ class BenchmarkConfig:
 
 def main(config: BenchmarkConfig) -> None:
     record: dict[str, Any] = {"settings": asdict(config), "versions": collect_versions()}
-    if config.data is not None:
+    if config.data is not None and config.methods:
         record.update(measure_scene(config))
+    if config.data is not None and config.run_steps > 0:
+        record["run"] = measure_run(config.data, config.backbone, config.backbone_weights, config.run_steps)
     if config.scaling:
         record["scaling"] = measure_scaling(AXES)
     write_json(config.output_path, record)
