@@ -60,7 +60,7 @@ class ProbeData:
     name: str
     """As in `AblationTable.data`, `task:data set`."""
     train: tuple[Path, ...]
-    """Of fit3d-probe; empty for consistency."""
+    """Of fit3d-probe; empty for consistency and correspondence."""
     test: tuple[Path, ...]
     """Of fit3d-probe."""
 
@@ -103,7 +103,12 @@ class Plan:
 
     def create_cells(self, table: AblationTable) -> list[Cell]:
         """The probes of a table, row by row; what they need hangs on them."""
-        chosen = [data for data in self.data if table.only_task in (None, data.task)]
+        # Correspondence asks of the same views what consistency asks, and more; a table of its own is enough.
+        chosen = [
+            data
+            for data in self.data
+            if table.only_task == data.task or (table.only_task is None and data.task != "correspondence")
+        ]
         return [
             self._create_probe(table, backbone, variant, data)
             for backbone in table.backbones

@@ -104,6 +104,13 @@ TABLES: dict[str, AblationTable] = {
         ("segmentation:scannetpp", "depth:scannetpp"),
         (_ORIGINAL, Variant("duplicate"), _OURS),
     ),
+    "correspondence": AblationTable(
+        "Matches between views, random points and probe3d's 1000 most distinct (ours)",
+        ("correspondence:scannetpp",),
+        (_ORIGINAL, Variant("duplicate"), _ALONE, _OURS),
+        only_task="correspondence",
+        probe_flags=("--ratio-matches", "1000"),
+    ),
     "concatenation": AblationTable(
         "Fine-tuned features alone or beside the original (ours)", _INDOORS, (_ORIGINAL, _ALONE, _OURS)
     ),

@@ -24,7 +24,7 @@ from fit3d_ns.utils.progress import notice
 
 RANDOM_BACKBONE = "random:vit_tiny_patch16_224"
 NUM_CONSISTENCY_SCENES = 5
-"""Validation scenes of ScanNet++ on which consistency is measured."""
+"""Validation scenes of ScanNet++ on which consistency and correspondence are measured."""
 
 Execute = Callable[[Cell, Path], bool]
 """Runs a cell with its output in a log file; True if it ended well."""
@@ -37,7 +37,7 @@ class CommonFlags:
     output: Path = Path("ablations")
     """Folder of all results; the same folder goes on with what it holds."""
     tables: tuple[str, ...] = ()
-    """Which tables: 1 to 13 of the paper, and concatenation anchors keeping targets leave-one-out; all by default."""
+    """Which tables: 1 to 13 of the paper, and correspondence concatenation anchors keeping targets leave-one-out; all by default."""
     seeds: tuple[int, ...] = (0,)
     """Of the probes."""
     show: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
@@ -110,7 +110,7 @@ def run_paper(flags: PaperFlags) -> None:
     for name in dict.fromkeys(name for table in TABLES.values() for name in table.data):
         root = given[name.split(":")[1]]
         if root is not None:
-            is_trained = not name.startswith("consistency")
+            is_trained = not name.startswith(("consistency", "correspondence"))
             data[name] = ProbeData(name, (root,), (root,)) if is_trained else ProbeData(name, (), consistency)
     plan = Plan(
         output=flags.output.absolute(),
@@ -263,7 +263,7 @@ def find_scene_data(train: Sequence[Path], test: Sequence[Path]) -> list[ProbeDa
         if all((scene / "dslr" / folder).is_dir() for scene in (*train, *test)):
             found.append(ProbeData(f"{task}:scenes", tuple(train), tuple(test)))
     if all((scene / "dslr" / "render_depth").is_dir() for scene in test):
-        found.append(ProbeData("consistency:scenes", (), tuple(test)))
+        found += [ProbeData(f"{task}:scenes", (), tuple(test)) for task in ("consistency", "correspondence")]
     if not found:
         raise ValueError(f"{train[0]} and the other scenes have neither depth (dslr/render_depth) nor dslr/labels.")
     return found

@@ -12,7 +12,7 @@
 #   scripts/reproduce_paper.sh --tables 9 10 --scannetpp DIR --nyu DIR --nyu-depth DIR --ade20k DIR --kitti DIR   ViT-B
 #   scripts/reproduce_paper.sh --tables 11 --scannetpp DIR --imagenet DIR   image classification
 #   scripts/reproduce_paper.sh --tables 12 13 --scannetpp DIR           DPT head; duplicated features
-#   scripts/reproduce_paper.sh --tables concatenation anchors keeping targets leave-one-out --scannetpp DIR --nyu DIR --nyu-depth DIR
+#   scripts/reproduce_paper.sh --tables correspondence concatenation anchors keeping targets leave-one-out --scannetpp DIR --nyu DIR --nyu-depth DIR
 #
 # Without --tables: all. --paper takes every value of the public code. --list shows what is done and what is missing.
 # Finished commands are never run again, interrupted ones go on. Further: --output DIR (ablations)  --seeds 0 1 2

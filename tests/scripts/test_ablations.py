@@ -246,7 +246,11 @@ def test_small__probes_what_the_scenes_have(tmp_path: Path, capsys: pytest.Captu
     assert "depth-scenes" in printed.out and "consistency-scenes" in printed.out and "segmentation" not in printed.out
     assert "Table 4 is left out: it needs --more-backbones" in printed.err
     assert "Table 11 is left out" in printed.err and "RANDOM weights" in printed.err
+    assert "correspondence" not in printed.out
     assert not (tmp_path / "out").exists()
+    run_small(replace(flags, tables=("correspondence",)))
+    listed = capsys.readouterr().out
+    assert listed.count("missing probe/correspondence-scenes") == 4 and "depth-scenes" not in listed
     run_small(replace(flags, tables=("9",), more_backbones=("vit_small_patch16_224",)))
     listed = capsys.readouterr().out
     assert "vit_small_patch16_224" in listed and "vit_tiny_patch16_224" in listed
