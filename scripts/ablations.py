@@ -37,8 +37,8 @@ class CommonFlags:
     output: Path = Path("ablations")
     """Folder of all results; the same folder goes on with what it holds."""
     tables: tuple[str, ...] = ()
-    """Which tables: 1 to 13 of the paper, and correspondence concatenation anchors keeping targets leave-one-out; all by
-    default."""
+    """Which tables: 1 to 13 of the paper, and correspondence concatenation anchors keeping targets leave-one-out; by
+    default all."""
     seeds: tuple[int, ...] = (0,)
     """Of the probes."""
     show: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
