@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # From a clone to a fine-tuned backbone: install, make (or take) a scene, train, evaluate on held-out frames, export,
-# draw, and teach the backbone what the scene shows.
+# draw, teach the backbone what the scene shows, and probe whether that helped.
 #
 #   scripts/quickstart.sh                          a small synthetic room, minutes on two cores, no GPU needed
 #   scripts/quickstart.sh --data SCENE             your own capture (ScanNet++, nerfstudio or COLMAP layout)
 #   scripts/quickstart.sh --backbone-weights FILE  weights of --backbone from a file (machines without network)
-#   further: --backbone NAME (dinov2_small)  --steps N  --finetune-steps N (150; 0 stops before stage II)
+#   further: --backbone NAME (dinov2_small)  --steps N  --finetune-steps N (150; 0 stops before stages II and III)
 #            --output DIR (quickstart)
 set -euo pipefail
 
@@ -54,6 +54,7 @@ train_flags=()
 for flag in "${backbone_flags[@]}"; do train_flags+=("${flag/#--/--pipeline.datamanager.}"); done
 [ -n "$steps" ] && train_flags+=(--max-num-iterations "$steps")
 
+second=""
 if [ -z "$data" ]; then
     [ -n "$steps" ] || train_flags+=(--max-num-iterations 1000)
     if [ ! -d "$output/rooms" ]; then
@@ -61,6 +62,7 @@ if [ -z "$data" ]; then
         fit3d-synthesize --output-dir "$output/rooms" --num-scenes 2 --seed 0
     fi
     data=$(find "$output/rooms" -mindepth 1 -maxdepth 1 -type d | sort | head -n 1)
+    second=$(find "$output/rooms" -mindepth 1 -maxdepth 1 -type d | sort | tail -n 1)
 fi
 scene=$(basename "$data")
 
@@ -89,6 +91,22 @@ if [ "$finetune_steps" != 0 ]; then
         --max-steps "$finetune_steps" ${weights:+--backbone-weights "$weights"} 2>&1 | tee "$output/finetune.log" | grep -v Warning \
         || { tail -n 3 "$output/finetune.log" >&2; exit 1; }
     finetuned="  backbone   $output/finetuned   (report.json: original against fine-tuned; comparison.png: the same in colours)
+"
+    if [ -n "$second" ]; then
+        echo "== Stage III: a linear depth probe, trained in the room that was lifted and tested in the other"
+        probe_flags=(depth --train "$data" --test "$second" --num-iterations 300)
+    else
+        echo "== Stage III: does a point look the same from two views?"
+        probe_flags=(consistency --test "$output/$scene.safetensors" --max-views 12 --max-pairs 30)
+    fi
+    for assembly in original finetuned; do
+        fit3d-probe "${probe_flags[@]}" "${backbone_flags[@]}" --assembly "$assembly" --finetuned "$output/finetuned" \
+            --output-path "$output/probes/$scene-$assembly.json" 2>&1 | tee "$output/probe.log" | grep -E "^probe/|error" \
+            || { tail -n 3 "$output/probe.log" >&2; exit 1; }
+    done
+    fit3d-report "$output/probes" "$output/finetuned/report.json" --output-dir "$output/report" > "$output/report.log" 2>&1 \
+        || { tail -n 3 "$output/report.log" >&2; exit 1; }
+    finetuned="$finetuned  probe      $output/report/tables.html   (original against fine-tuned backbone; also .md, .tex)
 "
 fi
 

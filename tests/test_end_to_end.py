@@ -1,4 +1,4 @@
-"""The quickstart itself, on a CPU with random weights: every command of stage I, one after the other."""
+"""The quickstart itself, on a CPU with random weights: the commands of all stages, one after the other."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-def test_quickstart__goes_from_a_synthetic_room_to_figures_pictures_and_a_scene_file(tmp_path: Path) -> None:
+def test_quickstart__goes_from_a_synthetic_room_to_a_probed_backbone(tmp_path: Path) -> None:
     command = ["bash", "scripts/quickstart.sh", "--output", tmp_path / "out", "--steps", "60", "--finetune-steps", "6"]
     command += ["--backbone", "random:vit_tiny_patch16_224"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -46,6 +46,12 @@ def test_quickstart__goes_from_a_synthetic_room_to_figures_pictures_and_a_scene_
     assert report["steps"] == 6 and report["is_random"] is True
     assert set(report["consistency"]) >= {"original", "finetuned"}
     assert (tmp_path / "out" / "finetuned" / "model.safetensors").is_file()
+    probes = [json.loads((tmp_path / "out" / "probes" / f"{scene_name}-{name}.json").read_text())
+              for name in ("original", "finetuned")]  # fmt: skip
+    assert all(probe["kind"] == "probe/depth" and 0 < probe["metrics"]["rmse"] < 5 for probe in probes)
+    assert probes[0]["metrics"] != probes[1]["metrics"]
+    tables = (tmp_path / "out" / "report" / "tables.md").read_text()
+    assert "random" in tables.lower() and "RMSE" in tables
 
 
 def test_ns_train__refuses_a_missing_scene_in_one_sentence(tmp_path: Path) -> None:
