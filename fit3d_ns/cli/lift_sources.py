@@ -24,8 +24,17 @@ def read_run_source(path: Path, data: Path | None, device: str, smallest_psnr: f
 
 
 def name_run(path: Path) -> str:
-    """A run's experiment: of nerfstudio's OUTPUT/EXPERIMENT/METHOD/TIMESTAMP/config.yml the second part."""
-    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    """A run's experiment: of nerfstudio's OUTPUT/EXPERIMENT/METHOD/TIMESTAMP/config.yml the second part.
+
+    Args:
+        path: As `read_run` takes it: the config.yml, its folder, or a folder above it that holds one run.
+    """
+    folder = path.absolute()
+    if not folder.is_dir():
+        folder = folder.parent
+    elif not (folder / "config.yml").is_file():
+        # None or several are refused where the run is read.
+        folder = next((config.parent for config in sorted(folder.glob("**/config.yml"))), folder)
     return folder.parents[1].name if len(folder.parents) > 2 else folder.name
 
 

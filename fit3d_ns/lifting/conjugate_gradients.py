@@ -83,7 +83,9 @@ class ConjugateGradients:
 
     def _start(self, initial: Float[Tensor, "num_gaussians dim"] | None) -> None:
         tensors, numbers = self._tensors, self._numbers
-        tensors["solution"] = torch.zeros_like(self._right_side) if initial is None else initial.clone()
+        start = torch.zeros_like(self._right_side) if initial is None else initial
+        # Sums are made like it and added to in place, so rows have to lie one after the other.
+        tensors["solution"] = start.clone(memory_format=torch.contiguous_format)
         tensors["residual"] = self._right_side.clone()
         tensors["direction"] = torch.zeros_like(self._right_side)
         tensors["residual_products"] = self._right_side.new_zeros(self._right_side.shape[1])

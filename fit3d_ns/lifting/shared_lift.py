@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +24,7 @@ from fit3d_ns.lifting.lift_source import LiftSource, create_lift_gaussians
 from fit3d_ns.lifting.state import compute_identity
 from fit3d_ns.lifting.token_basis import add_view_tokens, fit_token_basis
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
-from fit3d_ns.utils.files import write_atomically
+from fit3d_ns.utils.files import hash_bytes, write_atomically
 from fit3d_ns.utils.progress import notice
 
 SUMS_SUFFIX = ".decoder-sums"
@@ -154,7 +153,7 @@ def _lift(
     gaussians = create_lift_gaussians(source, device)
     identity = compute_identity(gaussians, views, config, backbone.identity, space.basis, None)
     identity["setting of the scene"] = json.dumps({**asdict(options), "include_sh": include_sh})
-    found = _read_sums(task.sums_path, identity, device) if task.output_path.is_file() else None
+    found = _read_sums(task, identity, device)
     if found is not None:
         notice(f"{task.output_path.name} is lifted already.")
         return found
@@ -166,19 +165,27 @@ def _lift(
     sums = result.decoder_statistics
     tensors = {"regressors": sums.regressors.cpu(), "products": sums.products.cpu()}
     with write_atomically(task.sums_path) as temporary:
-        save_file(tensors, temporary, metadata={"identity": json.dumps(identity)})
+        save_file(tensors, temporary, metadata=_describe(identity, scene))
     return sums
 
 
-def _read_sums(path: Path, identity: dict[str, str], device: torch.device | str) -> DecoderStatistics | None:
-    """Statistics of the same lift, else None."""
-    if not path.is_file():
+def _read_sums(task: LiftTask, identity: dict[str, str], device: torch.device | str) -> DecoderStatistics | None:
+    """Statistics of the same lift, whose features its file still holds; else None."""
+    if not task.sums_path.is_file() or not task.output_path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            stored: Any = json.loads((file.metadata() or {}).get("identity", "null"))
-            if stored != identity:
+        with safe_open(task.sums_path, framework="pt") as file:
+            if file.metadata() != _describe(identity, load_scene(task.output_path)):
                 return None
             return DecoderStatistics(*(file.get_tensor(name).to(device) for name in ("regressors", "products")))
-    except SafetensorError:
+    except (SafetensorError, ValueError):
+        # Either file is damaged; both are made anew.
         return None
+
+
+def _describe(identity: dict[str, str], scene: FeatureScene) -> dict[str, str]:
+    """What statistics belong to: a lift, and the features it found; another command may have replaced its file."""
+    return {
+        "identity": json.dumps(identity),
+        "features": hash_bytes(scene.gaussians.features.contiguous().numpy().tobytes()),
+    }

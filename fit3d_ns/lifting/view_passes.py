@@ -73,6 +73,10 @@ class ViewPasses:
         if self.group is None and self.state_path is not None:
             with StopRequest() as stop:
                 self._add_views(name, add, stop)
+            # Only here no signal is lost: one that came while the last view's state was written is granted, too.
+            if stop.is_requested:
+                self._save()
+                raise KeyboardInterrupt
         else:
             self._add_views(name, add, None)
         sum_over_processes([state.tensors[key] for key in sums], self.group)
@@ -87,8 +91,7 @@ class ViewPasses:
             state.next_view += 1
             self._report(name)
             if stop is not None and stop.is_requested:
-                self._save()
-                raise KeyboardInterrupt
+                return
             if self.group is None:
                 self._save_if_due()
 

@@ -52,6 +52,7 @@ class FeaturePipeline(VanillaPipeline):
         super().__init__(config, device, *args, **kwargs)
         self.passes_spent = 0
         self.solve_cost_spent = 0.0
+        self.early_cost_spent = 0.0
         self.lift_state: dict[str, Tensor] = {}
         self.lifted_views: list[str] = []
         if self.branch.is_on:
@@ -87,17 +88,21 @@ class FeaturePipeline(VanillaPipeline):
         if not self.branch.is_on or config.feature_schedule != "solve":
             return
         costs = self._solve_costs
-        left = compute_solve_budget(max_num_iterations, self._num_views, config.solve_share) - self.solve_cost_spent
+        # A run that goes on after its end solves anew; what that end cost, its own steps have paid.
+        left = compute_solve_budget(max_num_iterations, self._num_views, config.solve_share) - self.early_cost_spent
         done = step + 1
         if done == max_num_iterations:
+            self.solve_cost_spent = self.early_cost_spent
             self.solve_features(costs.plan(left, config.lift.max_passes))
-            notice(f"Features solved in {self.passes_spent} passes over {self._num_views} views.")
+            notice(f"Features solved in {self.passes_spent} passes over {len(self.lifted_views)} views.")
         elif config.steps_per_solve > 0 and done % config.steps_per_solve == 0:
             self.solve_features(EARLY_SOLVE, is_counted=False)
         elif done in (config.early_solve_at, config.stop_split_at):
             # Early features are for the viewer; the last solve is the one that counts.
             if left >= costs.compute(EARLY_SOLVE) + costs.compute(LAST_SOLVE):
+                spent = self.solve_cost_spent
                 self.solve_features(EARLY_SOLVE)
+                self.early_cost_spent += self.solve_cost_spent - spent
 
     def solve_features(self, plan: SolvePlan, is_counted: bool = True) -> None:
         """Lifts the captured tokens onto the Gaussians as they are now, by least squares (`fit3d_ns.lifting`).
@@ -163,6 +168,7 @@ class FeaturePipeline(VanillaPipeline):
             "strategy": {key: value for key, value in self.model.strategy_state.items()},
             "passes_spent": self.passes_spent,
             "solve_cost_spent": self.solve_cost_spent,
+            "early_cost_spent": self.early_cost_spent,
             "lift": self.lift_state,
             "lifted_views": self.lifted_views,
             "backbone": self.datamanager.train_dataset.metadata.get("backbone"),
@@ -177,6 +183,7 @@ class FeaturePipeline(VanillaPipeline):
         }
         self.passes_spent = int(state["passes_spent"])
         self.solve_cost_spent = float(state.get("solve_cost_spent", 0.0))
+        self.early_cost_spent = float(state.get("early_cost_spent", 0.0))
         self.lift_state = state["lift"]
         self.lifted_views = list(state.get("lifted_views", []))
 

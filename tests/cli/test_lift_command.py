@@ -112,7 +112,10 @@ def test_lift__refuses_what_only_one_scene_can_have(run, capture, tmp_path):
 def test_name_run__is_the_experiment(tmp_path):
     run = tmp_path / "outputs" / "kitchen" / "splatfacto" / "2024-01-01"
     run.mkdir(parents=True)
+    (run / "config.yml").touch()
     assert name_run(run) == name_run(run / "config.yml") == "kitchen"
+    # A run is also found from a folder above it.
+    assert name_run(run.parent) == name_run(run.parents[1]) == "kitchen"
 
 
 def test_lift__dry_run_predicts_and_writes_nothing(run, tmp_path):

@@ -167,6 +167,18 @@ def test_solve_features__starting_at_the_solution_stops_after_checking_it(gaussi
     torch.testing.assert_close(again.features, solved.features)
 
 
+def test_solve_features__a_start_may_lie_in_memory_by_columns(gaussians, views):
+    config = replace(EXACT, max_passes=2)
+    solved = solve_features(gaussians, views, config)
+    by_columns = solved.features.T.contiguous().T
+    assert not by_columns.is_contiguous()
+    expected, found = (
+        solve_features(gaussians, views, config, basis=solved.basis, initial=start)
+        for start in (solved.features, by_columns)
+    )
+    assert torch.equal(found.features, expected.features)
+
+
 def test_solve_features__last_residual_is_a_true_one(gaussians, views):
     result = solve_features(gaussians, views, replace(EXACT, tolerance=1e-3, regularization=0.0))
     assert 1 < len(result.residuals) < 60 and result.residuals[-1] <= 1e-3

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from fit3d_ns.lifting import LiftConfig, solve_features
+from fit3d_ns.lifting.state import LiftState, load_state
+from fit3d_ns.lifting.view_passes import ViewPasses
 
 CONFIG = LiftConfig(
     feature_dim=3,
@@ -124,3 +126,28 @@ def test_solve_features__ctrl_c_in_the_middle_of_a_view_saves_after_it(gaussians
     )
     assert calls[0] == ("weighted sum", 3)
     assert torch.equal(resumed.features, expected.features) and resumed.residuals == expected.residuals
+
+
+def test_view_passes__a_signal_while_the_last_views_state_is_written_is_not_lost(tmp_path, monkeypatch):
+    """Writing gigabytes takes seconds, in which a scheduler's SIGTERM comes but once."""
+    state_path, added, written = tmp_path / "lift.state", [], []
+    save = LiftState.save
+
+    def save_under_signal(state, path):
+        written.append(state.next_view)
+        if len(written) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        save(state, path)
+
+    monkeypatch.setattr(LiftState, "save", save_under_signal)
+
+    def run(name, state):
+        passes = ViewPasses(state, 2, state_path=state_path, seconds_per_checkpoint=0.0)
+        passes.run(name, {name: torch.zeros(1)}, lambda index: added.append((name, index)))
+
+    with pytest.raises(KeyboardInterrupt):
+        run("one", LiftState({}))
+    resumed = load_state(state_path, {}, torch.device("cpu"))
+    run("one", resumed)
+    run("two", resumed)
+    assert added == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]

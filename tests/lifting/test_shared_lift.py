@@ -18,7 +18,7 @@ from fit3d_ns.lifting.ply_world import PlyConfig, read_ply_source
 from fit3d_ns.lifting.shared_lift import LiftTask, fit_shared_space, lift_together
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators
-from fit3d_ns.scene import load_scene
+from fit3d_ns.scene import load_scene, save_scene
 
 CONFIG, OPTIONS = LiftConfig(feature_dim=6, max_passes=2), LiftSceneConfig()
 
@@ -127,6 +127,25 @@ def test_lift_together__other_settings_lift_again(tasks, cache, monkeypatch):
     other = LiftConfig(feature_dim=5, max_passes=2)
     lift_together(tasks, cache.description, cache, other, OPTIONS)
     assert len(found) == 2 and load_scene(tasks[0].output_path).gaussians.feature_dim == 5
+
+
+@pytest.mark.parametrize("ending", ["another lift's", "cut short"])
+def test_lift_together__a_file_that_is_no_longer_its_own_is_lifted_again(tasks, cache, monkeypatch, ending):
+    """Features of another basis under the shared decoder would be noise, and nobody would be told."""
+    whole = lift(tasks, cache)
+    monkeypatch.setattr(module, "fit_decoder", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lift(tasks, cache)
+    monkeypatch.undo()
+    task = tasks[0]
+    if ending == "another lift's":
+        # Same settings, without the shared basis.
+        save_scene(lift_scene(task.read(), cache.description, cache, CONFIG, OPTIONS), task.output_path)
+    else:
+        task.output_path.write_bytes(task.output_path.read_bytes()[:-100])
+    for scene, expected in zip(lift(tasks, cache), whole, strict=True):
+        assert torch.equal(scene.gaussians.features, expected.gaussians.features)
+        assert scene.figures["feature_l1"] == expected.figures["feature_l1"]
 
 
 def test_fit_shared_space__refuses_nothing(cache):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fit3d_ns.plugin.solve_budget import compute_solve_budget, estimate_solve_costs
+from fit3d_ns.plugin.solve_budget import SolvePlan, compute_solve_budget, estimate_solve_costs
 
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 
@@ -68,6 +68,31 @@ def test_resume__does_not_run_past_the_total(make_config: Callable[..., Any], tr
     resumed = train(again)
     assert resumed.step == 9
     assert torch.equal(done.pipeline.model.means, resumed.pipeline.model.means)
+
+
+def test_resume__a_longer_run_solves_as_if_it_had_not_ended_before(
+    make_config: Callable[..., Any], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first end cost is not taken from the second: features would be worse after more steps."""
+    from fit3d_ns.plugin.pipeline import FeaturePipeline
+
+    plans: list[SolvePlan] = []
+    solve = FeaturePipeline.solve_features
+
+    def solve_and_note(self: Any, plan: SolvePlan, is_counted: bool = True) -> None:
+        plans.append(plan)
+        solve(self, plan, is_counted)
+
+    monkeypatch.setattr(FeaturePipeline, "solve_features", solve_and_note)
+    config = make_config("parts", 60)
+    train(config)
+    longer = make_config("parts", 70)
+    longer.load_dir = config.get_checkpoint_dir()
+    resumed = train(longer)
+    assert resumed._start_step == 60
+    whole = train(make_config("whole", 70))
+    assert len(plans) == 3 and plans[1] == plans[2] and plans[2].max_passes > 0
+    assert resumed.pipeline.solve_cost_spent == whole.pipeline.solve_cost_spent
 
 
 def test_mcmc_strategy__grows_to_its_cap_on_the_cpu_and_carries_features(
