@@ -142,7 +142,11 @@ def test_card__names_the_licence_only_where_it_is_known(bank):
         "seconds": 1.0,
         "loss_first": 2.0,
         "loss_last": None,
-        "settings": {"trainable": {"train": "all"}, "optimization": {"learning_rate": 1e-5}},
+        "settings": {
+            "trainable": {"train": "all"},
+            "optimization": {"learning_rate": 1e-5},
+            "anchors": {"wise_ft": []},
+        },
         "consistency": {"views": "6 views", "original": figures, "finetuned": figures},
         "versions": {"torch": "2"},
     }
