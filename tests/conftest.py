@@ -1,6 +1,7 @@
 """What all tests share: one thread per process for torch's small operations, and no GPU tests where there is none."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -18,3 +19,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gpu:
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]
+
+
+# A shell that starts the tests in the background lets them, and every command they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
