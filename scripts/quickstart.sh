@@ -71,7 +71,7 @@ run="$output/runs/$scene/fit3d-features/latest"
 rm -f "$run/results.json"
 set +e
 ns-train fit3d-features --data "$data" --output-dir "$output/runs" --experiment-name "$scene" --timestamp latest \
-    --vis tensorboard "${train_flags[@]}" 2>&1 | tee "$output/train.log" | grep -E "error|Features|solved|Loading|scene|│|done"
+    --vis tensorboard "${train_flags[@]}" 2>&1 | tee "$output/train.log" | grep -E "error|Features|solved|Loading|ScanNet|│|done"
 status=${PIPESTATUS[0]}
 set -e
 [ "$status" -eq 0 ] && [ -f "$run/results.json" ] || { echo "Training failed; see $output/train.log" >&2; exit 1; }
@@ -90,7 +90,8 @@ if [ "$finetune_steps" != 0 ]; then
     fit3d-finetune --ckpts "$output/$scene.safetensors" --output-dir "$output/finetuned" --resume never \
         --max-steps "$finetune_steps" ${weights:+--backbone-weights "$weights"} 2>&1 | tee "$output/finetune.log" | grep -v Warning \
         || { tail -n 3 "$output/finetune.log" >&2; exit 1; }
-    finetuned="  backbone   $output/finetuned   (report.json: original against fine-tuned; comparison.png: the same in colours)
+    finetuned="  backbone   $output/finetuned   (report.json: original against fine-tuned)
+  look first $output/finetuned/comparison.png   (PCA of original, fine-tuned and lifted features)
 "
     if [ -n "$second" ]; then
         echo "== Stage III: a linear depth probe, trained in the room that was lifted and tested in the other"
@@ -106,7 +107,8 @@ if [ "$finetune_steps" != 0 ]; then
     done
     fit3d-report "$output/probes" "$output/finetuned/report.json" --output-dir "$output/report" > "$output/report.log" 2>&1 \
         || { tail -n 3 "$output/report.log" >&2; exit 1; }
-    finetuned="$finetuned  probe      $output/report/tables.html   (original against fine-tuned backbone; also .md, .tex)
+    finetuned="$finetuned  probe      $output/report/tables.html   (original against fine-tuned backbone; also .md, .tex. One scene and
+             one seed teach little: the README has what several scenes and seeds give)
 "
 fi
 

@@ -12,7 +12,7 @@ import tyro
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.cli.export import describe_scene
-from fit3d_ns.cli.lift_sources import name_run, read_ply, read_run_source, read_scene
+from fit3d_ns.cli.lift_sources import find_backbone, name_run, read_ply, read_run_source, read_scene
 from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheConfig, describe_backbone
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_forecast import LiftForecast, forecast_lift
@@ -47,13 +47,15 @@ class LiftCommand:
     shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lift all scenes on one basis, with one decoder and one set of picture colours; each then keeps a little less of
     its own tokens than with a basis to itself."""
-    backbone: str = "dinov2_small"
-    """`dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base`, any timm ViT id, a fine-tuned
-    backbone's folder, or `random:<timm id>` for untrained weights (tests only)."""
+    backbone: str | None = None
+    """By default what the first run or scene has features of, weights file and normalization included, else
+    dinov2_small. Any of `dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base`, a timm ViT id, a
+    fine-tuned backbone's folder, or `random:<timm id>` for untrained weights (tests only)."""
     backbone_weights: Path | None = None
     """Weights file (.safetensors, .pth) instead of timm's download, for machines without network."""
-    normalization: Literal["timm", "imagenet"] = "timm"
-    """Mean and standard deviation: the backbone's own, or ImageNet's for all as in the authors' code."""
+    normalization: Literal["timm", "imagenet"] | None = None
+    """Mean and standard deviation: the backbone's own (`timm`, the default), or ImageNet's for all as in the authors'
+    code."""
     feature_cache: Path = Path.home() / ".cache" / "fit3d_ns" / "features"
     """Folder of the feature cache, shared with runs: tokens of a photograph and a backbone are extracted once."""
     include_sh: bool = False
@@ -76,7 +78,7 @@ def lift(command: LiftCommand) -> None:
     """Reads, lifts, and writes each scene and a JSON with its figures."""
     _check(command)
     device = _choose_device(command.device)
-    backbone = describe_backbone(command.backbone, command.backbone_weights, command.normalization)
+    backbone = choose_backbone(command)
     check_dimensions(command.lift, backbone)
     cache = FeatureCache(FeatureCacheConfig(directory=command.feature_cache), backbone)
     tasks = create_tasks(command, device)
@@ -123,6 +125,21 @@ def lift(command: LiftCommand) -> None:
             if task.state_path.is_file():
                 notice(f"The lift so far is kept in {task.state_path}; the same command goes on from there.")
         raise
+
+
+def choose_backbone(command: LiftCommand) -> BackboneDescription:
+    """The backbone that is asked for, else the source's own.
+
+    Raises:
+        ValueError: It is unknown, or its weights cannot be had.
+    """
+    if command.backbone is not None:
+        return describe_backbone(command.backbone, command.backbone_weights, command.normalization or "timm")
+    known = find_backbone(command.load_config, command.scene)
+    notice(f"Features of {known.name}{' (of the source)' if known.is_recorded else ''}; another with --backbone.")
+    return describe_backbone(
+        known.name, command.backbone_weights or known.weights, command.normalization or known.normalization
+    )
 
 
 def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:

@@ -1,11 +1,48 @@
 """Reading what `fit3d-lift` lifts from: a run, a PLY or a scene file, compared with its photographs first."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fit3d_ns.lifting.lift_source import LiftSource, compare_with_photographs, create_lift_source, read_scene_source
 from fit3d_ns.lifting.ply_world import PlyConfig, read_ply_source
+from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_costs import find_geometry_seconds
 from fit3d_ns.utils.progress import notice
+
+
+@dataclass(frozen=True)
+class KnownBackbone:
+    """Whose features a source has."""
+
+    name: str = "dinov2_small"
+    """As `--backbone` takes it."""
+    weights: Path | None = None
+    """Its weights file, where one was given and is still there."""
+    normalization: Any = "timm"
+    """As `--normalization` takes it."""
+    is_recorded: bool = False
+    """False for the default of sources without features."""
+
+
+def find_backbone(runs: Sequence[Path], scenes: Sequence[Path]) -> KnownBackbone:
+    """The backbone of the first scene or run, or the default; what is wrong with a run is said when it is read."""
+    if scenes:
+        known = load_scene(scenes[0]).backbone
+        return KnownBackbone(known.backbone, None, known.normalization, is_recorded=True)
+    if not runs:
+        return KnownBackbone()
+    try:
+        from fit3d_ns.plugin.run_reader import read_backbone
+    except ImportError:
+        return KnownBackbone()
+    found = read_backbone(runs[0])
+    if found is None:
+        return KnownBackbone()
+    name, weights, normalization = found
+    is_there = weights is not None and weights.is_file()
+    return KnownBackbone(name, weights if is_there else None, normalization, is_recorded=True)
 
 
 def read_ply(path: Path, data: Path, config: PlyConfig, device: str) -> LiftSource:

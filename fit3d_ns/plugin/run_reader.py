@@ -94,6 +94,18 @@ def read_run(path: Path, data: Path | None = None) -> SplatRun:
     )
 
 
+def read_backbone(path: Path) -> tuple[str, Path | None, str] | None:
+    """Name, weights file and normalization of the backbone in a run's config; None where the method has no features.
+
+    Raises:
+        ValueError: There is no run, or its config cannot be read.
+    """
+    config: Any = _load_config(find_config(path))
+    datamanager = config.pipeline.datamanager
+    name = getattr(datamanager, "backbone", None)
+    return None if name is None else (name, datamanager.backbone_weights, datamanager.normalization)
+
+
 def find_config(path: Path) -> Path:
     """The config.yml a path means.
 

@@ -118,6 +118,20 @@ def test_name_run__is_the_experiment(tmp_path):
     assert name_run(run.parent) == name_run(run.parents[1]) == "kitchen"
 
 
+def test_lift__takes_the_backbone_of_the_scene_it_lifts_anew(run, capture, tmp_path, capsys):
+    root, _, _ = capture
+    assert run("--feature-dim", 4, "--normalization", "imagenet", name="a.safetensors")[0] == 0
+    words = ["--scene", tmp_path / "a.safetensors", "--output-path", tmp_path / "b.safetensors", "--feature-dim", 5]
+    words += ["--feature-cache", root.parent / "tokens", "--max-passes", 1, "--device", "cpu"]
+    module.main([str(word) for word in words])
+    first, second = (load_scene(tmp_path / f"{name}.safetensors").backbone for name in ("a", "b"))
+    assert first == second and second.backbone == BACKBONE and second.normalization == "imagenet"
+    assert "(of the source)" in capsys.readouterr().err
+    # What is asked for wins, with the backbone's own normalization.
+    module.main([str(word) for word in (*words, "--backbone", BACKBONE)])
+    assert load_scene(tmp_path / "b.safetensors").backbone.normalization == "timm"
+
+
 def test_lift__dry_run_predicts_and_writes_nothing(run, tmp_path):
     code, out, _ = run("--feature-dim", 4, "--dry-run")
     assert code == 0

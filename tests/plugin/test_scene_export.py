@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from fit3d_ns.features import create_extractor
-from fit3d_ns.plugin.run_reader import find_config, read_run
+from fit3d_ns.plugin.run_reader import find_config, read_backbone, read_run
 from fit3d_ns.plugin.scene_export import load_run_scene
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 
@@ -38,6 +38,12 @@ def test_scene__renders_the_features_that_ns_eval_measured(trained: dict[str, An
     # fp16 storage of features, scales and opacities.
     assert cosine == pytest.approx(figures["feature_cosine"], abs=2e-3)
     assert l1 == pytest.approx(figures["feature_l1"], rel=1e-2)
+
+
+def test_read_backbone__is_what_the_run_was_told(trained: dict[str, Any]) -> None:
+    datamanager = trained["trainer"].config.pipeline.datamanager
+    expected = (datamanager.backbone, datamanager.backbone_weights, datamanager.normalization)
+    assert read_backbone(trained["config_path"]) == read_backbone(trained["config_path"].parent) == expected
 
 
 def measure_scene(scene: FeatureScene) -> tuple[float, float]:
