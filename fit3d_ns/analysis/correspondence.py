@@ -105,14 +105,14 @@ def find_covisible(
         angle_kind: `rotation`: between the orientations of the two cameras (probe3d's bins), the same for all points;
             `parallax`: between the directions from the point to the two cameras.
     """
-    depth = _look_up(view.usable_depth, points)
+    depth = look_up(view.usable_depth, points)
     in_world = _unproject(points, depth, view)
     viewmat = viewmats_from_camera_to_worlds(other.camera_to_world)
     other_points, other_depth = project_points(in_world, viewmat, other.K)
     height, width = other.depth.shape
     inside = (other_points >= 0).all(dim=1) & (other_points[:, 0] < width) & (other_points[:, 1] < height)
     visible = (depth > 0) & (other_depth > 0) & inside
-    measured = _look_up(other.usable_depth, torch.where(visible[:, None], other_points, 0.0))
+    measured = look_up(other.usable_depth, torch.where(visible[:, None], other_points, 0.0))
     visible &= (measured > 0) & ((measured - other_depth).abs() <= depth_tolerance * other_depth)
     angles = _measure_angles(view, other, in_world, angle_kind)
     return CovisiblePoints(points, other_points, angles).select(visible.nonzero()[:, 0])
@@ -129,7 +129,7 @@ def measure_angles(
         points: (x, y) in the first image, where its depth is known.
         angle_kind: As for `find_covisible`.
     """
-    return _measure_angles(view, other, _unproject(points, _look_up(view.usable_depth, points), view), angle_kind)
+    return _measure_angles(view, other, _unproject(points, look_up(view.usable_depth, points), view), angle_kind)
 
 
 def measure_rotation(camera_to_world: Float[Tensor, "3 4"], other: Float[Tensor, "3 4"]) -> Float[Tensor, ""]:
@@ -197,7 +197,7 @@ def measure_match_errors(
         points: (x, y) in the first image.
         matched: (x, y) in the second image, where something took each point to be.
     """
-    depth, matched_depth = _look_up(view.usable_depth, points), _look_up(other.usable_depth, matched)
+    depth, matched_depth = look_up(view.usable_depth, points), look_up(other.usable_depth, matched)
     in_world, matched_in_world = _unproject(points, depth, view), _unproject(matched, matched_depth, other)
     places, other_depth = project_points(in_world, viewmats_from_camera_to_worlds(other.camera_to_world), other.K)
     unknown = in_world.new_tensor(float("nan"))
@@ -214,7 +214,7 @@ def draw_points(covisible: CovisiblePoints, max_points: int, seed: int, *purpose
     return covisible.select(order[:max_points].sort().values.to(covisible.points.device))
 
 
-def _look_up(values: Float[Tensor, "height width"], points: Float[Tensor, "points 2"]) -> Float[Tensor, " points"]:
+def look_up(values: Float[Tensor, "height width"], points: Float[Tensor, "points 2"]) -> Float[Tensor, " points"]:
     """The value of the pixel that each point falls into; depth is never interpolated over edges."""
     height, width = values.shape
     columns = points[:, 0].floor().long().clamp(0, width - 1)

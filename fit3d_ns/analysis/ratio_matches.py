@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.correspondence import DepthView, create_grid_points, sample_tokens
+from fit3d_ns.analysis.correspondence import DepthView, create_grid_points, look_up, sample_tokens
 
 SMALLEST_DISTANCE = 1e-9
 """Distances below it count as this much (probe3d), so that equal features have the ratio 1."""
@@ -83,5 +83,4 @@ def _list_measured(view: DepthView, grid: tuple[int, int]) -> Float[Tensor, "poi
     """Points of a grid whose pixel has usable depth."""
     height, width = view.depth.shape
     points = create_grid_points(width, height, grid).to(view.depth)
-    columns, rows = points.floor().long().unbind(dim=1)
-    return points[view.usable_depth[rows, columns] > 0]
+    return points[look_up(view.usable_depth, points) > 0]

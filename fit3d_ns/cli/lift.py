@@ -17,7 +17,7 @@ from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheCon
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_forecast import LiftForecast, forecast_lift
 from fit3d_ns.lifting.lift_scene import check_dimensions, lift_scene
-from fit3d_ns.lifting.lift_source import LiftSource
+from fit3d_ns.lifting.lift_source import LiftSource, compare_with_photographs, warn_of_poor_fit
 from fit3d_ns.lifting.ply_world import PlyConfig
 from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
 from fit3d_ns.scene import FeatureScene, save_scene
@@ -25,6 +25,8 @@ from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord
 
+DEFAULT_BACKBONE = "dinov2_small"
+"""Of sources that have no features yet."""
 _FLAT = tyro.conf.arg(name="")
 
 
@@ -87,10 +89,11 @@ def lift(command: LiftCommand) -> None:
         _write_figures(scene, path, backbone, device)
 
     if command.dry_run:
-        forecasts = [
-            forecast_lift(task.read(), cache, command.lift, command.options, device, command.include_sh)
-            for task in tasks
-        ]
+        forecasts = []
+        for task in tasks:
+            source = task.read()
+            warn_of_poor_fit(source, compare_with_photographs(source, device))
+            forecasts.append(forecast_lift(source, cache, command.lift, command.options, device, command.include_sh))
         print("\n".join(map(describe_forecast, forecasts)))
         if len(tasks) > 1:
             print(f"{len(tasks)} scenes: about {sum(forecast.seconds for forecast in forecasts):.0f} s together")
@@ -109,7 +112,7 @@ def lift(command: LiftCommand) -> None:
             )
             return
         for task in tasks:
-            scene = lift_scene(
+            scene, _ = lift_scene(
                 task.read(),
                 backbone,
                 cache,
@@ -133,13 +136,15 @@ def choose_backbone(command: LiftCommand) -> BackboneDescription:
     Raises:
         ValueError: It is unknown, or its weights cannot be had.
     """
-    if command.backbone is not None:
-        return describe_backbone(command.backbone, command.backbone_weights, command.normalization or "timm")
-    known = find_backbone(command.load_config, command.scene)
-    notice(f"Features of {known.name}{' (of the source)' if known.is_recorded else ''}; another with --backbone.")
-    return describe_backbone(
-        known.name, command.backbone_weights or known.weights, command.normalization or known.normalization
-    )
+    name = command.backbone
+    if name is None:
+        own = find_backbone(command.load_config, command.scene, command.backbone_weights, command.normalization)
+        if own is not None:
+            notice(f"Features of {own.label}, as the source has them; another with --backbone.")
+            return own
+        name = DEFAULT_BACKBONE
+        notice(f"Features of {name}; another with --backbone.")
+    return describe_backbone(name, command.backbone_weights, command.normalization or "timm")
 
 
 def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
@@ -148,15 +153,14 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
     Raises:
         ValueError: Two scenes would get one name.
     """
-    smallest = command.from_ply.smallest_psnr
     readers: list[tuple[str, Callable[[], LiftSource]]] = []
     if command.ply is not None:
         assert command.data is not None
         readers.append((command.ply.stem, partial(read_ply, command.ply, command.data, command.from_ply, device)))
     for path in command.scene:
-        readers.append((path.stem, partial(read_scene, path, command.data, device, smallest)))
+        readers.append((path.stem, partial(read_scene, path, command.data)))
     for path in command.load_config:
-        readers.append((name_run(path), partial(read_run_source, path, command.data, device, smallest)))
+        readers.append((name_run(path), partial(read_run_source, path, command.data)))
     names = [name for name, _ in readers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice and command.is_folder:

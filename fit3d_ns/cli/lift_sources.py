@@ -1,48 +1,47 @@
-"""Reading what `fit3d-lift` lifts from: a run, a PLY or a scene file, compared with its photographs first."""
+"""Reading what `fit3d-lift` lifts from, a run, a PLY or a scene file, and whose features it has already."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.lifting.lift_source import LiftSource, compare_with_photographs, create_lift_source, read_scene_source
+from fit3d_ns.features import BackboneDescription, describe_backbone
+from fit3d_ns.lifting.lift_source import LiftSource, create_lift_source, read_scene_source
 from fit3d_ns.lifting.ply_world import PlyConfig, read_ply_source
 from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_costs import find_geometry_seconds
 from fit3d_ns.utils.progress import notice
 
 
-@dataclass(frozen=True)
-class KnownBackbone:
-    """Whose features a source has."""
+def find_backbone(
+    runs: Sequence[Path], scenes: Sequence[Path], weights: Path | None, normalization: str | None
+) -> BackboneDescription | None:
+    """The backbone that the first scene or run has features of; None where it has none.
 
-    name: str = "dinov2_small"
-    """As `--backbone` takes it."""
-    weights: Path | None = None
-    """Its weights file, where one was given and is still there."""
-    normalization: Any = "timm"
-    """As `--normalization` takes it."""
-    is_recorded: bool = False
-    """False for the default of sources without features."""
+    Args:
+        weights: Its weights file, if it is not where it was, or nowhere on record.
+        normalization: Another than the recorded one.
 
-
-def find_backbone(runs: Sequence[Path], scenes: Sequence[Path]) -> KnownBackbone:
-    """The backbone of the first scene or run, or the default; what is wrong with a run is said when it is read."""
+    Raises:
+        ValueError: The scene or run cannot be read, or the weights cannot be had.
+    """
     if scenes:
         known = load_scene(scenes[0]).backbone
-        return KnownBackbone(known.backbone, None, known.normalization, is_recorded=True)
+        return (known if normalization is None else replace(known, normalization=normalization)).describe(weights)
     if not runs:
-        return KnownBackbone()
+        return None
     try:
         from fit3d_ns.plugin.run_reader import read_backbone
     except ImportError:
-        return KnownBackbone()
+        # Reading the run says what is missing.
+        return None
     found = read_backbone(runs[0])
     if found is None:
-        return KnownBackbone()
-    name, weights, normalization = found
-    is_there = weights is not None and weights.is_file()
-    return KnownBackbone(name, weights if is_there else None, normalization, is_recorded=True)
+        return None
+    name, recorded, recorded_normalization = found
+    known_file = recorded if recorded is not None and recorded.is_file() else None
+    chosen: Any = normalization or recorded_normalization
+    return describe_backbone(name, weights or known_file, chosen)
 
 
 def read_ply(path: Path, data: Path, config: PlyConfig, device: str) -> LiftSource:
@@ -50,14 +49,14 @@ def read_ply(path: Path, data: Path, config: PlyConfig, device: str) -> LiftSour
     return _report_dropped(read_ply_source(path, data, config, device))
 
 
-def read_scene(path: Path, data: Path | None, device: str, smallest_psnr: float) -> LiftSource:
-    """A scene file, with a notice where its Gaussians do not look like the photographs."""
-    return _report_dropped(_compare(read_scene_source(path, data), device, smallest_psnr))
+def read_scene(path: Path, data: Path | None) -> LiftSource:
+    """A scene file."""
+    return _report_dropped(read_scene_source(path, data))
 
 
-def read_run_source(path: Path, data: Path | None, device: str, smallest_psnr: float) -> LiftSource:
-    """A nerfstudio run, with a notice where its Gaussians do not look like the photographs."""
-    return _report_dropped(_compare(_read_run(path, data), device, smallest_psnr))
+def read_run_source(path: Path, data: Path | None) -> LiftSource:
+    """A nerfstudio run."""
+    return _report_dropped(_read_run(path, data))
 
 
 def name_run(path: Path) -> str:
@@ -73,17 +72,6 @@ def name_run(path: Path) -> str:
         # None or several are refused where the run is read.
         folder = next((config.parent for config in sorted(folder.glob("**/config.yml"))), folder)
     return folder.parents[1].name if len(folder.parents) > 2 else folder.name
-
-
-def _compare(source: LiftSource, device: str, smallest_psnr: float) -> LiftSource:
-    fit = compare_with_photographs(source, device)
-    if not fit.is_seen or fit.psnr < smallest_psnr:
-        # Geometry and cameras were trained together: a low figure means an early stop, or other photographs.
-        notice(
-            f"Renderings of {source.description} are {fit.psnr:.1f} dB from their photographs (below "
-            f"{smallest_psnr:g}); was the run trained to its end, and does --data hold the same photographs?"
-        )
-    return source
 
 
 def _report_dropped(source: LiftSource) -> LiftSource:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fit3d_ns.data.frames import Split
-from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model, describe_backbone
+from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model
 from fit3d_ns.finetuning.anchors import copy_original, interpolate_weights
 from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned
 from fit3d_ns.finetuning.comparison import save_comparison
@@ -90,7 +90,8 @@ def finetune(
     seed_everything(config.sampling.seed)
     bank = SceneBank([*inputs.scenes, *inputs.validation_scenes], accelerator.device, run.scene_memory_gb)
     bank.averages = create_averages(config.targets, bank, output_folder, run.data_root)
-    description = _describe_backbone(inputs, bank)
+    # With the first scene's preprocessing; the others are checked against it.
+    description = bank.on_disk[0].backbone.describe(inputs.weights, inputs.backbone)
     check_backbones(bank, SceneBackbone.from_description(description))
     views = _find_views(bank, inputs, config)
     token_model = create_token_model(description).to(accelerator.device)
@@ -142,18 +143,6 @@ def finetune(
         report = _summarise(trainer, validation, bank, inputs, description, config)
         processes.run_on_main(lambda: finish(trained, report))
     return report
-
-
-def _describe_backbone(inputs: FinetuneInputs, bank: SceneBank) -> BackboneDescription:
-    """The backbone that is asked for, with the first scene's preprocessing; the scenes are checked against it after."""
-    recorded = bank.on_disk[0].backbone
-    return describe_backbone(
-        inputs.backbone or recorded.backbone,
-        inputs.weights,
-        recorded.normalization,  # type: ignore[arg-type]
-        norm=recorded.norm,
-        resize_rule=recorded.resize_rule,  # type: ignore[arg-type]
-    )
 
 
 def _find_views(bank: SceneBank, inputs: FinetuneInputs, config: FinetuneConfig) -> TrainingViews:

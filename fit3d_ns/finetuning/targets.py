@@ -222,7 +222,7 @@ def create_cache(
     if _find_kind(config, device) == "none" or not is_of_use:
         return None
     folder = _find_folder(config, device, output_folder)
-    return TargetCache(config.cache_gb, folder, keep_on_disk=folder is not None and config.cache_folder is not None)
+    return TargetCache(config.cache_gb, folder, keep_on_disk=config.cache_folder is not None)
 
 
 def _find_kind(config: TargetConfig, device: torch.device) -> Literal["none", "memory", "disk"]:

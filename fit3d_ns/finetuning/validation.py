@@ -9,6 +9,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +18,19 @@ from torch import Tensor
 
 from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs
 from fit3d_ns.analysis.consistency_report import pool_consistency
-from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.finetuning.augmentation import AugmentationConfig
 from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum
 from fit3d_ns.finetuning.sampling import Draw
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetRenderer
-from fit3d_ns.finetuning.training_views import Sample, TrainingViews
+from fit3d_ns.finetuning.training_views import TrainingViews
+from fit3d_ns.scene import create_depth_view
 
 ComputeTokens = Callable[[Tensor], Tensor]
 """Images [1, 3, H, W] in [0, 1] to patch tokens [1, h*w, E]."""
 
 MAX_PAIRS_PER_SCENE = 60
 """Pairs of views that are compared in each scene, drawn at random but always the same ones."""
-MIN_DEPTH_ALPHA = 0.5
-"""Rendered depth counts where at least this much opacity stands behind it."""
 
 NO_AUGMENTATION = AugmentationConfig(flip_probability=0.0)
 
@@ -97,7 +96,8 @@ class Validation:
                 own += torch.stack([figure.double().cpu() for figure in figures])
                 # (1, h*w, e) -> (h, w, e)
                 maps.append(tokens[0].unflatten(0, sample.grid).cpu())
-                depth_views.append(self._create_depth_view(sample))
+                get_geometry = partial(self.bank.get_geometry, scene)
+                depth_views.append(create_depth_view(self.views.captures[scene], sample.view, get_geometry))
             pairs = create_pairs(len(draws), max_pairs=MAX_PAIRS_PER_SCENE)
             report = compute_consistency(maps, depth_views, pairs, ConsistencyConfig()).to_dict()
             reports.append(report)
@@ -106,17 +106,6 @@ class Validation:
             name = name if name not in per_scene else f"{name} ({scene})"
             per_scene[name] = {**_divide(own), "num_views": len(draws), "consistency": report}
         return ValidationFigures(**_divide(sums), consistency=pool_consistency(reports), per_scene=per_scene)
-
-    def _create_depth_view(self, sample: Sample) -> DepthView:
-        capture, view = self.views.captures[sample.draw.scene], sample.view
-        depth = capture.load_depth(view) if capture.metric_scale is not None else None
-        if depth is not None and capture.metric_scale is not None:
-            depth = depth * capture.metric_scale
-        else:
-            scene = self.bank.get_geometry(sample.draw.scene)
-            rendered, alphas = scene.render_depth(view.camera_to_world, view.K, view.width, view.height)
-            depth = torch.where(alphas >= MIN_DEPTH_ALPHA, rendered, 0.0).cpu()
-        return DepthView(depth, view.K, view.camera_to_world, capture.load_valid_mask(view))
 
 
 def spread_evenly(number: int, at_most: int) -> list[int]:

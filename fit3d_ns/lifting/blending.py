@@ -84,7 +84,6 @@ class ViewBlender:
         self.samples_per_patch = samples_per_patch
         self._kept: dict[int, PreparedView] = {}
         self._bytes_left = int(memory_mb * 1e6)
-        self._sums: Tensor | None = None
 
     def prepare(self, index: int) -> PreparedView:
         """Projects a view and reads its tokens, or takes it from the kept ones.
@@ -99,13 +98,6 @@ class ViewBlender:
             self._bytes_left -= prepared.num_bytes
             self._kept[index] = prepared
         return prepared
-
-    def backproject_targets(self, view: PreparedView, basis: PcaBasis) -> ViewSums:
-        """The view's part of the weighted sum, valid until the next call, which writes into the same memory."""
-        shape = (len(self.gaussians), basis.components.shape[0] + 1)
-        if self._sums is None or self._sums.shape != shape:
-            self._sums = self.gaussians.means.new_zeros(shape)
-        return backproject_targets(view, basis, self.config, self._sums.zero_())
 
     def add_normal(
         self,

@@ -26,6 +26,7 @@ from fit3d_ns.lifting.lift_source import (
     create_lift_gaussians,
     render_photograph,
     select_evenly,
+    warn_of_poor_fit,
 )
 from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.solver import solve_features
@@ -45,28 +46,6 @@ def check_dimensions(config: LiftConfig, backbone: BackboneDescription) -> None:
 
 
 def lift_scene(
-    source: LiftSource,
-    backbone: BackboneDescription,
-    cache: FeatureCache,
-    config: LiftConfig,
-    options: LiftSceneConfig | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    state_path: Path | None = None,
-    progress: Progress | None = None,
-) -> FeatureScene:
-    """Lifts a backbone's tokens onto a source; see `solve_scene` for the arguments and errors.
-
-    Returns:
-        The scene on the CPU, with the lift's figures.
-    """
-    scene, _ = solve_scene(
-        source, backbone, cache, config, options, device=device, state_path=state_path, progress=progress
-    )
-    return scene
-
-
-def solve_scene(
     source: LiftSource,
     backbone: BackboneDescription,
     cache: FeatureCache,
@@ -105,6 +84,7 @@ def solve_scene(
     chosen = choose_views(source.capture, options.views)
     with timer.phase("photographs"):
         fit = compare_with_photographs(source, device)
+    warn_of_poor_fit(source, fit)
     with timer.phase("tokens"):
         views = load_views(source.capture, [*chosen.lifted, *chosen.held_out], cache, options, device)
     lifted, held_out = views[: len(chosen.lifted)], views[len(chosen.lifted) :]

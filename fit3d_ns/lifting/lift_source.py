@@ -21,9 +21,13 @@ from fit3d_ns.scene.capture_record import parse_capture, record_capture
 from fit3d_ns.scene.feature_scene import RasterizeMode
 from fit3d_ns.scene.gaussians import activate
 from fit3d_ns.scene.scene_costs import find_geometry_seconds
+from fit3d_ns.utils.progress import notice
 
 NUM_CHECKED_VIEWS = 3
 """Views that are rendered and compared with their photographs before a lift."""
+
+SMALLEST_PSNR = 12.0
+"""Mean PSNR in dB over them, below which Gaussians and photographs hardly belong together."""
 
 _Item = TypeVar("_Item")
 
@@ -156,6 +160,16 @@ def compare_with_photographs(
     fits = [_compare(source, view, device) for view in select_evenly(source.capture.select("train"), num_views)]
     return PhotoFit(
         psnr=sum(fit.psnr for fit in fits) / len(fits), coverage=sum(fit.coverage for fit in fits) / len(fits)
+    )
+
+
+def warn_of_poor_fit(source: LiftSource, fit: PhotoFit) -> None:
+    """A notice where Gaussians and cameras belong together and renderings still do not look like the photographs."""
+    if fit.is_seen and fit.psnr >= SMALLEST_PSNR:
+        return
+    notice(
+        f"Renderings of {source.description} are {fit.psnr:.1f} dB from their photographs (below {SMALLEST_PSNR:g}); "
+        "was it trained to its end, and does --data hold the same photographs?"
     )
 
 

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.data.layouts import read_capture
-from fit3d_ns.lifting.lift_source import LiftSource, PhotoFit, compare_with_photographs, create_lift_source
+from fit3d_ns.lifting.lift_source import (
+    SMALLEST_PSNR,
+    LiftSource,
+    PhotoFit,
+    compare_with_photographs,
+    create_lift_source,
+)
 from fit3d_ns.scene import create_posed_capture, read_ply
 from fit3d_ns.scene.feature_scene import RasterizeMode
 from fit3d_ns.utils.files import read_json
@@ -46,7 +52,7 @@ class PlyConfig:
     """With --ply: the mode the Gaussians were trained in."""
     downscale_factor: int = 1
     """With --ply: photographs are reduced by this factor, at least 1."""
-    smallest_psnr: float = 12.0
+    smallest_psnr: float = SMALLEST_PSNR
     """With --ply: below this many dB between three renderings and their photographs the lift is refused, and where
     another world fits clearly better; 0 never refuses (for photographs before another background than black)."""
 

@@ -19,7 +19,7 @@ from fit3d_ns.features import BackboneDescription, FeatureCache
 from fit3d_ns.lifting.chosen_views import MAX_PICTURE_TOKENS, choose_views, load_views, sample_tokens
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
-from fit3d_ns.lifting.lift_scene import check_dimensions, measure_held_out, solve_scene
+from fit3d_ns.lifting.lift_scene import check_dimensions, lift_scene, measure_held_out
 from fit3d_ns.lifting.lift_source import LiftSource, create_lift_gaussians
 from fit3d_ns.lifting.state import compute_identity
 from fit3d_ns.lifting.token_basis import add_view_tokens, fit_token_basis
@@ -85,7 +85,7 @@ def lift_together(
         on_scene: Called with each finished scene and its file.
 
     Raises:
-        ValueError: No scene, or what `solve_scene` and `save_scene` refuse.
+        ValueError: No scene, or what `lift_scene` and `save_scene` refuse.
     """
     options = options or LiftSceneConfig()
     check_dimensions(config, backbone)
@@ -157,7 +157,7 @@ def _lift(
     if found is not None:
         notice(f"{task.output_path.name} is lifted already.")
         return found
-    scene, result = solve_scene(
+    scene, result = lift_scene(
         source, backbone, cache, config, options, device=device, state_path=task.state_path, basis=space.basis,
         pca=space.pca,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
-from fit3d_ns.lifting.blending import ViewBlender, compute_weights
+from fit3d_ns.lifting.blending import ViewBlender, backproject_targets, compute_weights
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
@@ -164,11 +164,12 @@ class _Lift:
     def _accumulate_weighted_sum(self, basis: PcaBasis) -> None:
         tensors = self._tensors
         zeros = self.blender.gaussians.means.new_zeros(len(self.blender.gaussians))
+        memory = zeros.new_empty(len(zeros), self.config.feature_dim + 1)
 
         def add(index: int) -> None:
             view = self.blender.prepare(index)
             self._check_width(view.tokens, index)
-            sums = self.blender.backproject_targets(view, basis)
+            sums = backproject_targets(view, basis, self.config, memory.zero_())
             tensors["numerator"] += sums.numerator
             tensors["denominator"] += sums.denominator
             tensors["blend_weight"] += sums.blend_weight
@@ -225,9 +226,10 @@ class _Lift:
     def _accumulate_right_side(self, blender: ViewBlender, basis: PcaBasis, names: tuple[str, str]) -> None:
         tensors, count = self._tensors, len(blender.gaussians)
         zeros = blender.gaussians.means.new_zeros(count)
+        memory = zeros.new_empty(count, self.config.feature_dim + 1)
 
         def add(index: int) -> None:
-            found = blender.backproject_targets(blender.prepare(index), basis)
+            found = backproject_targets(blender.prepare(index), basis, self.config, memory.zero_())
             tensors[names[0]] += found.numerator
             tensors[names[1]] += found.denominator
 

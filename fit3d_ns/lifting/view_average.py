@@ -53,7 +53,7 @@ def average_over_views(
         low, alphas = rasterize_features(features_and_one, info)[0].tensor_split([-1], dim=-1)
         weights = alphas * mask[..., None]
         averaged = average_over_cells(low, weights[..., 0], grid)
-        sums += backproject_features(torch.cat([averaged * weights, weights], dim=-1)[None], info)[0]
+        backproject_features(torch.cat([averaged * weights, weights], dim=-1)[None], info, add_to=sums)
     total = sums[:, -1:]
     averages = sums[:, :-1] / total.clamp(min=1e-12)
     features = torch.where(total > 0, averages, features_and_one[:, :-1])

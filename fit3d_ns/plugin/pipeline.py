@@ -51,7 +51,6 @@ class FeaturePipeline(VanillaPipeline):
         config.datamanager.tokens_in_training = config.model.feature_schedule == "joint"
         super().__init__(config, device, *args, **kwargs)
         self.passes_spent = 0
-        self.solve_cost_spent = 0.0
         self.early_cost_spent = 0.0
         self.lift_state: dict[str, Tensor] = {}
         self.lifted_views: list[str] = []
@@ -92,24 +91,21 @@ class FeaturePipeline(VanillaPipeline):
         left = compute_solve_budget(max_num_iterations, self._num_views, config.solve_share) - self.early_cost_spent
         done = step + 1
         if done == max_num_iterations:
-            self.solve_cost_spent = self.early_cost_spent
             self.solve_features(costs.plan(left, config.lift.max_passes))
             notice(f"Features solved in {self.passes_spent} passes over {len(self.lifted_views)} views.")
         elif config.steps_per_solve > 0 and done % config.steps_per_solve == 0:
-            self.solve_features(EARLY_SOLVE, is_counted=False)
+            self.solve_features(EARLY_SOLVE)
         elif done in (config.early_solve_at, config.stop_split_at):
             # Early features are for the viewer; the last solve is the one that counts.
             if left >= costs.compute(EARLY_SOLVE) + costs.compute(LAST_SOLVE):
-                spent = self.solve_cost_spent
                 self.solve_features(EARLY_SOLVE)
-                self.early_cost_spent += self.solve_cost_spent - spent
+                self.early_cost_spent += costs.compute(EARLY_SOLVE)
 
-    def solve_features(self, plan: SolvePlan, is_counted: bool = True) -> None:
+    def solve_features(self, plan: SolvePlan) -> None:
         """Lifts the captured tokens onto the Gaussians as they are now, by least squares (`fit3d_ns.lifting`).
 
         Args:
             plan: How thoroughly.
-            is_counted: Whether the cost counts against the run's budget.
         """
         config = self.model.config
         decoder_share = min(config.lift.decoder_share, plan.decoder_share)
@@ -122,8 +118,6 @@ class FeaturePipeline(VanillaPipeline):
             self.model.features.copy_(result.features)
         self.branch.set_decoder(result.decoder)
         self.passes_spent += result.num_passes
-        if is_counted:
-            self.solve_cost_spent += self._solve_costs.compute(replace(plan, max_passes=len(result.residuals)))
         self.lift_state = {
             "blend_weight": result.blend_weight,
             "num_views": result.num_views,
@@ -167,7 +161,6 @@ class FeaturePipeline(VanillaPipeline):
             "datamanager": self.datamanager.capture_order(),
             "strategy": {key: value for key, value in self.model.strategy_state.items()},
             "passes_spent": self.passes_spent,
-            "solve_cost_spent": self.solve_cost_spent,
             "early_cost_spent": self.early_cost_spent,
             "lift": self.lift_state,
             "lifted_views": self.lifted_views,
@@ -182,7 +175,6 @@ class FeaturePipeline(VanillaPipeline):
             key: value.to(device) if isinstance(value, Tensor) else value for key, value in state["strategy"].items()
         }
         self.passes_spent = int(state["passes_spent"])
-        self.solve_cost_spent = float(state.get("solve_cost_spent", 0.0))
         self.early_cost_spent = float(state.get("early_cost_spent", 0.0))
         self.lift_state = state["lift"]
         self.lifted_views = list(state.get("lifted_views", []))

@@ -7,7 +7,7 @@ centimetres are there where the capture's unit is known.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +19,11 @@ from fit3d_ns.analysis import ConsistencyConfig, DepthView, compute_consistency,
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.probing.assembly import Assembler, Assembly
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
-from fit3d_ns.scene import FeatureScene, PosedCapture, View, create_posed_capture, load_scene
+from fit3d_ns.scene import FeatureScene, PosedCapture, View, create_depth_view, create_posed_capture, load_scene
 from fit3d_ns.utils.progress import track
 
 MultiviewTask = Literal["consistency", "correspondence"]
-MIN_ALPHA = 0.5
-"""Rendered depth counts where at least this much opacity stands behind it."""
 PROBE3D_GRID_SCALE = 0.25
-_LATER = ("angle_edges", "ratio_matches")
-"""Options that records written before they existed do not name."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,6 @@ class MultiviewConfig:
             raise ValueError(f"{self.max_views} views and {self.max_pairs} pairs; give at least 2 views and 1 pair.")
         # Refuses edges and numbers of matches before features are computed.
         self.create_consistency("consistency", 0)
-
-    def describe(self) -> dict[str, Any]:
-        """What figures depend on, for the record; options that came later count from where they are used, so that
-        earlier records stay valid."""
-        later = [item.name for item in fields(self) if item.name in _LATER and getattr(self, item.name) == item.default]
-        return {name: value for name, value in asdict(self).items() if name not in (*later, "data_root")}
 
     def create_consistency(self, task: MultiviewTask, seed: int) -> ConsistencyConfig:
         """How two views are compared."""
@@ -141,9 +131,10 @@ class MultiviewProbe:
         chosen = [chosen[index * len(chosen) // count] for index in range(count)] if count else []
         if len(chosen) < 2:
             raise ValueError(f"{path} has {len(chosen)} views of {', '.join(self.config.splits)}; two are needed.")
+        get_scene = None if scene is None else lambda: scene
         token_maps, depth_views = [], []
         for view in track(chosen, f"Features of {capture.scene_id}"):
-            depth_views.append(_create_depth_view(capture, view, scene, path))
+            depth_views.append(create_depth_view(capture, view, get_scene))
             token_maps.append(_compute_map(capture, view, backbones, assembler))
         return _Views(capture.scene_id, token_maps, depth_views, capture.metric_scale)
 
@@ -155,20 +146,6 @@ def _keep_recalls(figures: dict[str, Any]) -> dict[str, Any]:
     return (
         kept if by_angle is None else {**kept, "by_angle": {name: _keep_recalls(by_angle[name]) for name in by_angle}}
     )
-
-
-def _create_depth_view(capture: PosedCapture, view: View, scene: FeatureScene | None, path: Path) -> DepthView:
-    depth = capture.load_depth(view) if capture.metric_scale is not None else None
-    if depth is not None and capture.metric_scale is not None:
-        depth = depth * capture.metric_scale
-    elif scene is not None:
-        rendered, alphas = scene.render_depth(view.camera_to_world, view.K, view.width, view.height)
-        depth = torch.where(alphas >= MIN_ALPHA, rendered, 0.0).cpu()
-    else:
-        raise ValueError(
-            f"{path} has no depth map for {view.name}; give a capture with depth (dslr/render_depth) or a scene file."
-        )
-    return DepthView(depth, view.K, view.camera_to_world, capture.load_valid_mask(view))
 
 
 def _compute_map(

@@ -230,7 +230,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         "assembly": chosen.assembly,
         "backbones": describe_settings(described),
         "test": {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]},
-        "config": config.describe(),
+        "config": {name: value for name, value in asdict(config).items() if name != "data_root"},
     }
     file = ResultFile(
         Path(request.output_path), f"probe/{request.task}", settings, _is_random(described, request.backbones)

@@ -1,5 +1,6 @@
 """What a capture and a lifted scene are: `PosedCapture`, `FeatureScene`, `FeatureDecoder`, and their files."""
 
+from fit3d_ns.scene.depth_views import create_depth_view
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_features
 from fit3d_ns.scene.gaussians import FeatureGaussians, create_gaussians, find_invalid
@@ -21,6 +22,7 @@ __all__ = [
     "TokenReadingRule",
     "View",
     "colour_features",
+    "create_depth_view",
     "create_gaussians",
     "create_posed_capture",
     "create_token_reader",

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from fit3d_ns.features.backbones import BackboneDescription
+from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 
 # What decides the tokens of an image; names alone may differ for the same weights.
 _DECISIVE = ("patch_size", "embed_dim", "mean", "std", "resize_rule", "norm", "weights_hash")
@@ -53,6 +54,24 @@ class SceneBackbone:
         for name in ("mean", "std"):
             known[name] = tuple(float(value) for value in known[name])
         return cls(**known)
+
+    def describe(self, weights: Path | None = None, backbone: str | None = None) -> BackboneDescription:
+        """A backbone that sees images as this one does: its own, or another of the same preprocessing.
+
+        Args:
+            weights: Weights file; timm's download if None.
+            backbone: Another one's name.
+
+        Raises:
+            ValueError: What `describe_backbone` refuses.
+        """
+        return describe_backbone(
+            backbone or self.backbone,
+            weights,
+            self.normalization,  # type: ignore[arg-type]
+            norm=self.norm,
+            resize_rule=self.resize_rule,  # type: ignore[arg-type]
+        )
 
     def to_metadata(self) -> dict[str, Any]:
         """Plain values for JSON."""

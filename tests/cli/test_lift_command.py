@@ -126,7 +126,7 @@ def test_lift__takes_the_backbone_of_the_scene_it_lifts_anew(run, capture, tmp_p
     module.main([str(word) for word in words])
     first, second = (load_scene(tmp_path / f"{name}.safetensors").backbone for name in ("a", "b"))
     assert first == second and second.backbone == BACKBONE and second.normalization == "imagenet"
-    assert "(of the source)" in capsys.readouterr().err
+    assert "as the source has them" in capsys.readouterr().err
     # What is asked for wins, with the backbone's own normalization.
     module.main([str(word) for word in (*words, "--backbone", BACKBONE)])
     assert load_scene(tmp_path / "b.safetensors").backbone.normalization == "timm"

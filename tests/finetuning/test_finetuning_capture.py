@@ -72,7 +72,7 @@ def lift(root, folder):
     capture = create_posed_capture(read_capture(root))
     description = describe_backbone(BACKBONE)
     cache = FeatureCache(FeatureCacheConfig(folder / "tokens"), description)
-    scene = lift_scene(
+    scene, _ = lift_scene(
         LiftSource(gaussians, capture, "made by a test"), description, cache, LiftConfig(feature_dim=4, max_passes=2)
     )
     save_scene(scene, folder / "scene.safetensors")

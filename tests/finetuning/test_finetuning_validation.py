@@ -16,13 +16,13 @@ from fit3d_ns.finetuning import SceneBank, TargetConfig, TargetRenderer
 from fit3d_ns.finetuning.model_card import write_card
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import (
-    MIN_DEPTH_ALPHA,
     NO_AUGMENTATION,
     Validation,
     format_consistency,
     spread_evenly,
 )
-from fit3d_ns.scene import save_scene
+from fit3d_ns.scene import create_depth_view, save_scene
+from fit3d_ns.scene.depth_views import MIN_DEPTH_ALPHA
 
 
 @pytest.fixture
@@ -103,7 +103,8 @@ def test_validation__takes_measured_depth_where_the_capture_has_it(tmp_path):
         save_scene(changed, tmp_path / "scene.safetensors")
         validation = validate(SceneBank([tmp_path / "scene.safetensors"]))
         sample = validation.views.load_sample(validation.draws[0][0], NO_AUGMENTATION, PATCH, 0, "bilinear")
-        view, found = sample.view, validation._create_depth_view(sample)
+        capture_used, bank = validation.views.captures[0], validation.bank
+        view, found = sample.view, create_depth_view(capture_used, sample.view, lambda bank=bank: bank.get_geometry(0))
         if expected is None:
             depth, alphas = scene.render_depth(view.camera_to_world, view.K, WIDTH, HEIGHT)
             expected = torch.where(alphas >= MIN_DEPTH_ALPHA, depth, 0.0)

@@ -6,7 +6,7 @@ from finetuning_scene import PATCH, create_scene, save_new_scene
 
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.images import save_image
-from fit3d_ns.finetuning import scene_averages
+from fit3d_ns.finetuning import scene_averages, validation
 from fit3d_ns.finetuning.lifted_views import average_lifted_views
 from fit3d_ns.finetuning.sampling import Draw
 from fit3d_ns.finetuning.scene_averages import SceneAverages
@@ -122,8 +122,8 @@ def test_validation__depth_alone_averages_nothing(tmp_path, monkeypatch):
     """Where all targets are kept, a validation renders depth only; and depth is the same before and after averaging."""
     paths = save_rooms(tmp_path)
     depths: list[DepthView] = []
-    create = Validation._create_depth_view
-    monkeypatch.setattr(Validation, "_create_depth_view", lambda *args: depths.append(create(*args)) or depths[-1])
+    create = validation.create_depth_view
+    monkeypatch.setattr(validation, "create_depth_view", lambda *args: depths.append(create(*args)) or depths[-1])
 
     def compute_tokens(images):
         return images.new_ones(1, (images.shape[2] // PATCH) * (images.shape[3] // PATCH), 16)

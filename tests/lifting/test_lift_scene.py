@@ -40,7 +40,7 @@ def source(capture):
 
 @pytest.fixture(scope="module")
 def scene(source, cache):
-    return lift_scene(source, cache.description, cache, CONFIG)
+    return lift_scene(source, cache.description, cache, CONFIG)[0]
 
 
 def move_to_colmap(raw):
@@ -75,7 +75,7 @@ def test_lift_scene__figures_are_those_of_the_file(scene, cache, tmp_path):
 
 def test_lift_scene__records_the_views_that_it_lifted(source, scene, cache):
     assert list(scene.lifted_views) == [view.name for view in source.capture.select("train")]
-    few = lift_scene(source, cache.description, cache, CONFIG, LiftSceneConfig(views=3))
+    few, _ = lift_scene(source, cache.description, cache, CONFIG, LiftSceneConfig(views=3))
     train = [view.name for view in source.capture.select("train")]
     # The middles of three equal parts of ten.
     assert list(few.lifted_views) == [train[1], train[5], train[8]]
@@ -185,7 +185,7 @@ def test_lift_scene__resumed_equals_uninterrupted(source, scene, cache, tmp_path
         lift_scene(source, cache.description, cache, CONFIG, state_path=state, progress=interrupt)
     assert state.is_file()
     passes = []
-    resumed = lift_scene(
+    resumed, _ = lift_scene(
         source, cache.description, cache, CONFIG, state_path=state, progress=lambda name, *_: passes.append(name)
     )
     assert passes[0] == "solve 2" and "basis" not in passes and not state.exists()
@@ -216,8 +216,8 @@ def test_lift_scene__dropping_unseen_gaussians_changes_no_lifted_view(capture, c
     hidden = {name: torch.cat([tensor, tensor[:5]]) for name, tensor in raw.items()}
     hidden["means"][-5:] = torch.tensor([0.0, 0.0, 40.0])
     with_hidden = read_ply_source(write_gaussians(tmp_path / "hidden.ply", hidden), root, PlyConfig())
-    kept = lift_scene(with_hidden, cache.description, cache, CONFIG)
-    dropped = lift_scene(with_hidden, cache.description, cache, CONFIG, LiftSceneConfig(drop_unseen=True))
+    kept, _ = lift_scene(with_hidden, cache.description, cache, CONFIG)
+    dropped, _ = lift_scene(with_hidden, cache.description, cache, CONFIG, LiftSceneConfig(drop_unseen=True))
     number = dropped.figures["num_dropped_unseen_gaussians"]
     assert number == kept.figures["num_unseen_gaussians"] >= 5
     assert dropped.gaussians.num_gaussians == kept.gaussians.num_gaussians - number
@@ -232,7 +232,7 @@ def test_lift_scene__dropping_unseen_gaussians_changes_no_lifted_view(capture, c
 
 def test_read_scene_source__lifts_a_scene_file_as_its_source(source, scene, cache, tmp_path):
     save_scene(scene, tmp_path / "ring.safetensors")
-    again = lift_scene(read_scene_source(tmp_path / "ring.safetensors"), cache.description, cache, CONFIG)
+    again, _ = lift_scene(read_scene_source(tmp_path / "ring.safetensors"), cache.description, cache, CONFIG)
     torch.testing.assert_close(again.gaussians.features, scene.gaussians.features, rtol=1e-2, atol=1e-2)  # half
     assert again.figures["feature_cosine"] == pytest.approx(scene.figures["feature_cosine"], abs=1e-3)
 
@@ -280,9 +280,18 @@ def test_forecast__knows_the_size_of_the_file(source, cache, tmp_path):
     many = {name: tensor.repeat_interleave(50, dim=0) for name, tensor in source.gaussians.tensors().items()}
     many["sh_rest"] = torch.zeros(2000, 15, 3, dtype=torch.float16)
     large = replace(source, gaussians=replace(source.gaussians, **many))
-    lifted = lift_scene(large, cache.description, cache, LiftConfig(feature_dim=6, max_passes=0))
+    lifted, _ = lift_scene(large, cache.description, cache, LiftConfig(feature_dim=6, max_passes=0))
     for include_sh in (False, True):
         forecast = forecast_lift(large, cache, LiftConfig(feature_dim=6, max_passes=0), include_sh=include_sh)
         save_scene(lifted, tmp_path / "large.safetensors", include_sh=include_sh)
         size = (tmp_path / "large.safetensors").stat().st_size / 1e6
         assert forecast.file_mb == pytest.approx(size, rel=0.1)  # frames and names in the header
+
+
+def test_lift_scene__says_where_renderings_do_not_look_like_the_photographs(source, cache, capsys):
+    shuffled = source.gaussians.sh_dc.flip(0) - 3.0
+    wrong = replace(source, gaussians=replace(source.gaussians, sh_dc=shuffled.to(source.gaussians.sh_dc.dtype)))
+    lift_scene(wrong, cache.description, cache, LiftConfig(feature_dim=4, max_passes=0))
+    assert "dB from their photographs (below 12)" in capsys.readouterr().err
+    lift_scene(source, cache.description, cache, LiftConfig(feature_dim=4, max_passes=0))
+    assert "dB from their photographs" not in capsys.readouterr().err

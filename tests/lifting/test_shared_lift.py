@@ -84,7 +84,7 @@ def test_lift_together__is_one_decoder_of_all_statistics_on_one_basis(tasks, cac
 def test_lift_together__figures_are_those_of_the_shared_decoder(tasks, cache):
     scenes = lift(tasks, cache)
     for scene, task in zip(scenes, tasks, strict=True):
-        alone = lift_scene(task.read(), cache.description, cache, CONFIG)
+        alone, _ = lift_scene(task.read(), cache.description, cache, CONFIG)
         assert scene.figures["num_scenes_sharing_decoder"] == 2
         assert scene.lifted_views == alone.lifted_views == tuple(v.name for v in scene.posed_capture.select("train"))
         assert scene.figures["feature_l1"] < scene.figures["feature_l1_mean_token"]
@@ -98,7 +98,7 @@ def test_lift_together__interrupted_goes_on_without_lifting_again(tasks, cache, 
     whole = lift(tasks, cache)
     for task in tasks:
         task.output_path.unlink()
-    solve, calls = module.solve_scene, []
+    solve, calls = module.lift_scene, []
 
     def interrupted(source, *args, **kwargs):
         calls.append(source.capture.scene_id)
@@ -106,7 +106,7 @@ def test_lift_together__interrupted_goes_on_without_lifting_again(tasks, cache, 
             raise KeyboardInterrupt
         return solve(source, *args, **kwargs)
 
-    monkeypatch.setattr(module, "solve_scene", interrupted)
+    monkeypatch.setattr(module, "lift_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lift(tasks, cache)
     assert tasks[0].sums_path.is_file() and not tasks[1].sums_path.exists()
@@ -122,8 +122,8 @@ def test_lift_together__other_settings_lift_again(tasks, cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         lift(tasks, cache)
     monkeypatch.undo()
-    found, solve = [], module.solve_scene
-    monkeypatch.setattr(module, "solve_scene", lambda *args, **kwargs: found.append(1) or solve(*args, **kwargs))
+    found, solve = [], module.lift_scene
+    monkeypatch.setattr(module, "lift_scene", lambda *args, **kwargs: found.append(1) or solve(*args, **kwargs))
     other = LiftConfig(feature_dim=5, max_passes=2)
     lift_together(tasks, cache.description, cache, other, OPTIONS)
     assert len(found) == 2 and load_scene(tasks[0].output_path).gaussians.feature_dim == 5
@@ -140,7 +140,7 @@ def test_lift_together__a_file_that_is_no_longer_its_own_is_lifted_again(tasks, 
     task = tasks[0]
     if ending == "another lift's":
         # Same settings, without the shared basis.
-        save_scene(lift_scene(task.read(), cache.description, cache, CONFIG, OPTIONS), task.output_path)
+        save_scene(lift_scene(task.read(), cache.description, cache, CONFIG, OPTIONS)[0], task.output_path)
     else:
         task.output_path.write_bytes(task.output_path.read_bytes()[:-100])
     for scene, expected in zip(lift(tasks, cache), whole, strict=True):

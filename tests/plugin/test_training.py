@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fit3d_ns.plugin.pipeline import EARLY_SOLVE, FeaturePipeline
 from fit3d_ns.plugin.solve_budget import SolvePlan, compute_solve_budget, estimate_solve_costs
 
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
@@ -74,14 +75,12 @@ def test_resume__a_longer_run_solves_as_if_it_had_not_ended_before(
     make_config: Callable[..., Any], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the first end cost is not taken from the second: features would be worse after more steps."""
-    from fit3d_ns.plugin.pipeline import FeaturePipeline
-
     plans: list[SolvePlan] = []
     solve = FeaturePipeline.solve_features
 
-    def solve_and_note(self: Any, plan: SolvePlan, is_counted: bool = True) -> None:
+    def solve_and_note(self: Any, plan: SolvePlan) -> None:
         plans.append(plan)
-        solve(self, plan, is_counted)
+        solve(self, plan)
 
     monkeypatch.setattr(FeaturePipeline, "solve_features", solve_and_note)
     config = make_config("parts", 60)
@@ -92,7 +91,7 @@ def test_resume__a_longer_run_solves_as_if_it_had_not_ended_before(
     assert resumed._start_step == 60
     whole = train(make_config("whole", 70))
     assert len(plans) == 3 and plans[1] == plans[2] and plans[2].max_passes > 0
-    assert resumed.pipeline.solve_cost_spent == whole.pipeline.solve_cost_spent
+    assert resumed.pipeline.early_cost_spent == whole.pipeline.early_cost_spent
 
 
 def test_mcmc_strategy__grows_to_its_cap_on_the_cpu_and_carries_features(
@@ -176,13 +175,21 @@ def test_average__leaves_out_frames_without_a_figure_and_knows_the_spread_of_one
     assert _average([{"x": float("nan")}], with_std=True) == {}
 
 
-def test_train__solves_again_at_an_interval_for_the_viewer(make_config: Any, train: Any) -> None:
+def test_train__solves_again_at_an_interval_for_the_viewer(
+    make_config: Any, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans, solve = [], FeaturePipeline.solve_features
+
+    def note(pipeline: FeaturePipeline, plan: SolvePlan) -> None:
+        plans.append(plan)
+        solve(pipeline, plan)
+
+    monkeypatch.setattr(FeaturePipeline, "solve_features", note)
     pipeline = train(make_config(steps=30, steps_per_solve=10)).pipeline
     # Three solves of two passes each (weighted sum, decoder); only the last counts, and that within its share.
-    assert pipeline.passes_spent == 6
-    num_views = len(pipeline.datamanager.train_dataset)
+    assert pipeline.passes_spent == 6 and pipeline.early_cost_spent == 0
+    num_views, costs = len(pipeline.datamanager.train_dataset), estimate_solve_costs(8)
     budget = compute_solve_budget(30, num_views, pipeline.model.config.solve_share)
-    plan = estimate_solve_costs(8).plan(budget, max_passes=16)
-    assert pipeline.solve_cost_spent == pytest.approx(estimate_solve_costs(8).compute(plan))
-    assert pipeline.solve_cost_spent <= budget
-    assert len(pipeline.lifted_views) == plan.count_views(num_views) <= num_views
+    assert plans == [EARLY_SOLVE, EARLY_SOLVE, costs.plan(budget, max_passes=16)]
+    assert costs.compute(plans[-1]) <= budget * (1 + 1e-9)
+    assert len(pipeline.lifted_views) == plans[-1].count_views(num_views) <= num_views

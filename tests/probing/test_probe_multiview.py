@@ -75,14 +75,6 @@ def test_multiview__centimetres_follow_the_unit_of_the_capture(room: Path) -> No
     assert not any("cm" in name for name in probe.compute(0))
 
 
-def test_multiview_config__records_name_later_options_where_they_are_used() -> None:
-    plain = MultiviewConfig().describe()
-    assert plain["max_views"] == 32 and not {"ratio_matches", "angle_edges", "data_root"} & set(plain)
-    assert MultiviewConfig(ratio_matches=1000).describe() == {**plain, "ratio_matches": 1000}
-    with pytest.raises(ValueError, match="ascending"):
-        MultiviewConfig(angle_edges=(60.0, 0.0))
-
-
 def test_multiview__scene_files_render_the_depth_they_need(room: Path, tmp_path: Path) -> None:
     capture = create_posed_capture(read_capture(room))
     points = []

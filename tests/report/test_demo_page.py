@@ -1,6 +1,5 @@
 """The demo page: its pictures, and the page itself in a real headless Chromium that may load from nowhere else."""
 
-import importlib.util
 import io
 import json
 import os
@@ -10,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,6 @@ def test_check_gradio__says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_create_page__keeps_no_statistics_and_no_public_endpoints(analyser: ImageAnalyser) -> None:
-    pytest.importorskip("gradio", reason="gradio is not installed")
     page = create_page(analyser)
     assert page.analytics_enabled is False
     assert all(event.api_visibility == "private" for event in page.fns.values())
@@ -111,8 +110,18 @@ def is_open(port: int) -> bool:
 
 
 @pytest.mark.slow
+def test_demo__serves_its_page_and_ends_on_ctrl_c(demo: tuple[subprocess.Popen[str], str]) -> None:
+    """What needs no browser: machines without one hold the command to this much."""
+    process, address = demo
+    with urllib.request.urlopen(address, timeout=60) as answer:
+        page = answer.read().decode()
+    assert answer.status == 200 and all(name in page for name in ("pca-0", "kmeans-1", "similarity-1"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
-@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
 def test_demo__shows_maps_and_similarity_of_a_clicked_pixel(
     demo: tuple[subprocess.Popen[str], str], tmp_path: Path
 ) -> None:

@@ -209,7 +209,6 @@ def test_run_cells__a_command_that_leaves_no_result_has_failed(tmp_path: Path) -
     assert (tmp_path / "logs" / "probe-x.log").read_text() == "hello\n"
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGINT") or os.name == "nt", reason="needs POSIX signals")
 def test_execute_cell__ctrl_c_waits_until_the_command_has_saved(tmp_path: Path) -> None:
     child = (
         "import pathlib, signal, sys, time\n"

@@ -1,4 +1,3 @@
-import os
 import stat
 from pathlib import Path
 
@@ -7,7 +6,6 @@ import pytest
 from fit3d_ns.utils.files import write_atomically
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
 def test_write_atomically__leaves_a_file_that_others_may_read(tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.touch()
