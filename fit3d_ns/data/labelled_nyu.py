@@ -159,11 +159,12 @@ def _read_numbers(path: Path, key: str) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"No {path}; it comes with the NYUv2 meta data, beside {LABELLED_FILE}.")
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     try:
         content = loadmat(str(path))
-    # scipy answers MATLAB 7.3 files with NotImplementedError.
-    except (OSError, ValueError, NotImplementedError) as error:
+    # scipy answers MATLAB 7.3 files with NotImplementedError, and files that are cut short with one of the others.
+    except (OSError, ValueError, IndexError, NotImplementedError, MatReadError) as error:
         raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
     if key not in content:
         raise ValueError(f"{path} has no `{key}`; download it again.")

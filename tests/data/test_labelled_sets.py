@@ -295,6 +295,16 @@ def test_nyu__each_missing_piece_is_named(nyu: Path) -> None:
         read_labelled_set(nyu, "train", "depth")
 
 
+def test_nyu__a_split_that_cannot_be_read_is_named(nyu: Path) -> None:
+    """Cut short anywhere, or of MATLAB's HDF5 format, which scipy does not read."""
+    whole = (nyu / "splits.mat").read_bytes()
+    hdf5 = b"MATLAB 7.3".ljust(124) + b"\x00\x02IM" + bytes(512)
+    for content in (b"", whole[:3], whole[:100], whole[:130], whole[:160], hdf5):
+        (nyu / "splits.mat").write_bytes(content)
+        with pytest.raises(ValueError, match=r"splits\.mat cannot be read .*; download it again"):
+            read_labelled_set(nyu, "train", "depth")
+
+
 def test_scannetpp__one_scene_with_depth_masks_and_labels(scannetpp_scene: Path) -> None:
     dslr = scannetpp_scene / "dslr"
     # The miniature's depth belongs to its fisheye pictures; as pinhole ones nothing has to be undistorted.
