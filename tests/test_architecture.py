@@ -12,6 +12,7 @@ LAYERS = [
     {"utils"},
     {"geometry"},
     {"rasterization", "features", "analysis", "data"},
+    {"synthetic"},
     {"scene"},
     {"lifting"},
     {"plugin", "finetuning", "probing", "report"},

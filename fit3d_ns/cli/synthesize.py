@@ -1,7 +1,7 @@
 """`fit3d-synthesize`: makes small furnished rooms in ScanNet++'s layout, to try everything on."""
 
 from fit3d_ns.cli.command import run_command
-from fit3d_ns.data.synthetic import FIGURES_NAME, SynthesisConfig, synthesize_scenes
+from fit3d_ns.synthetic.synthesize import FIGURES_NAME, SynthesisConfig, synthesize_scenes
 
 
 def main() -> None:

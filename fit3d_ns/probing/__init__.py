@@ -1,13 +1,13 @@
 """Stage III: what are the features worth? Linear probes, multi-view consistency and correspondence."""
 
 from fit3d_ns.probing.assembly import Assembly
-from fit3d_ns.probing.classification_probe import ClassificationConfig
-from fit3d_ns.probing.depth_probe import DepthConfig
+from fit3d_ns.probing.classification.probe import ClassificationConfig
+from fit3d_ns.probing.depth.probe import DepthConfig
 from fit3d_ns.probing.frozen_backbones import BackboneConfig
-from fit3d_ns.probing.multiview_probe import MultiviewConfig
+from fit3d_ns.probing.multiview.probe import MultiviewConfig
 from fit3d_ns.probing.probe_runs import ProbeRequest, run_probe
 from fit3d_ns.probing.protocol import RunConfig
-from fit3d_ns.probing.segmentation_probe import SegmentationConfig
+from fit3d_ns.probing.segmentation.probe import SegmentationConfig
 
 __all__ = [
     "Assembly",

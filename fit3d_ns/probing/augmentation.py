@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
-from fit3d_ns.data.labelled_frames import IGNORE_INDEX
-from fit3d_ns.probing.slide_windows import Window
+from fit3d_ns.probing.datasets.frames import IGNORE_INDEX
+from fit3d_ns.probing.segmentation.slide_windows import Window
 
 Picture = UInt8[np.ndarray, "height width 3"]
 

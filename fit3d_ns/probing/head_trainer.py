@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.probing.assembly import FrozenFeatures
 from fit3d_ns.probing.batch_order import BatchOrder, Draw, check_batch
-from fit3d_ns.probing.depth_losses import LossSum
+from fit3d_ns.probing.depth.losses import LossSum
 from fit3d_ns.probing.schedules import Schedule, compute_one_cycle_momentum
 from fit3d_ns.utils.progress import create_progress, notice
 

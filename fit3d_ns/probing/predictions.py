@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fit3d_ns.data.images import save_depth, save_image, save_index_map
-from fit3d_ns.probing.depth_probe import DepthProbe
+from fit3d_ns.probing.depth.probe import DepthProbe
 from fit3d_ns.probing.protocol import SeedOutcome, spread_over
-from fit3d_ns.probing.segmentation_probe import SegmentationProbe
+from fit3d_ns.probing.segmentation.probe import SegmentationProbe
 from fit3d_ns.utils.files import write_json
 
 

@@ -8,8 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from fit3d_ns.data.labelled_folder import DEFAULT_DEPTH_SCALE
-from fit3d_ns.data.labelled_frames import (
+from fit3d_ns.probing.classification.probe import (
+    PAPER_CLASSIFICATION,
+    ClassificationConfig,
+    ClassificationProbe,
+)
+from fit3d_ns.probing.datasets.folder import DEFAULT_DEPTH_SCALE
+from fit3d_ns.probing.datasets.frames import (
     LabelledSet,
     LabelledSplit,
     ProbeTask,
@@ -17,14 +22,9 @@ from fit3d_ns.data.labelled_frames import (
     compute_data_hash,
     join_sets,
 )
-from fit3d_ns.data.labelled_scannetpp import is_scannetpp_scene
-from fit3d_ns.data.labelled_sets import LabelledOptions, check_depth_options, read_labelled_set
-from fit3d_ns.probing.classification_probe import (
-    PAPER_CLASSIFICATION,
-    ClassificationConfig,
-    ClassificationProbe,
-)
-from fit3d_ns.probing.depth_probe import PAPER_DEPTH, DepthConfig, DepthProbe
+from fit3d_ns.probing.datasets.scannetpp import is_scannetpp_scene
+from fit3d_ns.probing.datasets.sets import LabelledOptions, check_depth_options, read_labelled_set
+from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.finetuning_costs import is_finetuned_from_random, read_costs
 from fit3d_ns.probing.frozen_backbones import (
     BackboneConfig,
@@ -33,12 +33,12 @@ from fit3d_ns.probing.frozen_backbones import (
     describe_settings,
 )
 from fit3d_ns.probing.head_trainer import create_accelerator
-from fit3d_ns.probing.multiview_probe import MultiviewConfig, MultiviewProbe
+from fit3d_ns.probing.multiview.probe import MultiviewConfig, MultiviewProbe
 from fit3d_ns.probing.predictions import save_predictions
 from fit3d_ns.probing.protocol import ProbeSets, RunConfig, create_sets
 from fit3d_ns.probing.result_records import ResultFile, summarise_seeds
-from fit3d_ns.probing.segmentation_pictures import name_frame
-from fit3d_ns.probing.segmentation_probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.probing.segmentation.pictures import name_frame
+from fit3d_ns.probing.segmentation.probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fit3d_ns.data.labelled_frames import LabelledFrame, LabelledSet, split_validation
+from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, split_validation
 from fit3d_ns.probing.feature_memory import BYTES_PER_GB
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
 from fit3d_ns.probing.head_trainer import Selection, TrainedHead

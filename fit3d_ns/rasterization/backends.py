@@ -15,7 +15,7 @@ from fit3d_ns.rasterization.tile_lists import BlendGeometry
 
 BackendName = Literal["auto", "reference", "cpu", "gsplat"]
 
-_MODULES = {"reference": "reference", "cpu": "cpu_backend", "gsplat": "gsplat_backend"}
+_MODULES = {"reference": "reference", "cpu": "cpu.backend", "gsplat": "gsplat_backend"}
 
 
 @runtime_checkable

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lift_capture import BACKBONE, write_capture, write_gaussians
 
 from fit3d_ns.cli import lift as module
 from fit3d_ns.cli.lift_sources import name_run
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.scene import load_scene
 from fit3d_ns.utils.results import load_result
+from tests.lift_capture import BACKBONE, write_capture, write_gaussians
 
 
 @pytest.fixture(scope="module")

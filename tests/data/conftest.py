@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from miniature_captures import INTRINSICS, make_pose, write_json_file, write_picture
+
+from tests.data.miniature_captures import INTRINSICS, make_pose, write_json_file, write_picture
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature_captures import HEIGHT, WIDTH, write_picture
 
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
+from tests.data.miniature_captures import HEIGHT, WIDTH, write_picture
 
 pytest.importorskip("pycolmap")
 

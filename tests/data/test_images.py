@@ -3,7 +3,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from miniature_captures import write_picture
 from PIL import Image
 
 from fit3d_ns.data.images import (
@@ -15,6 +14,7 @@ from fit3d_ns.data.images import (
     save_image,
     save_index_map,
 )
+from tests.data.miniature_captures import write_picture
 
 
 def random_picture(height: int, width: int) -> torch.Tensor:

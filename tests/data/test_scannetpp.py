@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature_captures import edit_json, make_pose, write_picture
 
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.scannetpp import read_scannetpp
+from tests.data.miniature_captures import edit_json, make_pose, write_picture
 
 
 def test_read_scannetpp__takes_the_undistorted_variant_when_complete(scannetpp_scene: Path) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from miniature_captures import edit_json, make_pose, write_picture
 
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.points import write_colmap_points, write_ply_points
+from tests.data.miniature_captures import edit_json, make_pose, write_picture
 
 POINTS = PointCloud(torch.tensor([[1.0, 2.0, 3.0], [-4.0, 5.0, 0.5]]), torch.tensor([[1, 2, 3], [4, 5, 6]]).byte())
 

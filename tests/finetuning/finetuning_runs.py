@@ -5,9 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import finetuning_scene  # noqa: F401 - registers the backbone with timm.
 import torch
-from finetuning_scene import BACKBONE
 
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning import FinetuneConfig, FinetuneTrainer, RunConfig, SceneBank, TargetRenderer
@@ -15,6 +13,8 @@ from fit3d_ns.finetuning.anchors import copy_original
 from fit3d_ns.finetuning.processes import create_accelerator
 from fit3d_ns.finetuning.target_cache import TargetCache
 from fit3d_ns.finetuning.training_views import TrainingViews
+from tests.finetuning import finetuning_scene  # noqa: F401 - registers the backbone with timm.
+from tests.finetuning.finetuning_scene import BACKBONE
 
 RUN = RunConfig(trackers=(), num_workers=1, steps_per_checkpoint=10**6)
 

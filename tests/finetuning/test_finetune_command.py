@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from finetuning_scene import BACKBONE, create_scene, save_new_scene
 from safetensors.torch import load_file
 
 from fit3d_ns.cli import command as command_module
@@ -24,6 +23,7 @@ from fit3d_ns.finetuning import processes as processes_module
 from fit3d_ns.finetuning.checkpoints import CheckpointFolder
 from fit3d_ns.finetuning.lifted_views import average_lifted_views
 from fit3d_ns.scene import load_scene, save_scene
+from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
 
 NUM_KILLS = int(os.environ.get("FIT3D_TEST_KILLS", "3"))
 """Ten make a thorough run; every life starts Python anew, which takes most of the time."""

@@ -4,10 +4,8 @@ import json
 import re
 from dataclasses import replace
 
-import finetuning_runs
 import pytest
 import torch
-from finetuning_scene import BACKBONE, save_new_scene
 from safetensors.torch import load_file
 
 from fit3d_ns.cli import finetune as module
@@ -15,6 +13,8 @@ from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning import FinetuneConfig, TrainableConfig
 from fit3d_ns.finetuning.anchors import AnchorConfig
 from fit3d_ns.finetuning.token_module import compute_outputs
+from tests.finetuning import finetuning_runs
+from tests.finetuning.finetuning_scene import BACKBONE, save_new_scene
 
 # Few fast steps: what is compared is the direction in which a flag moves the result.
 SMALL = ["--max-steps", "8", "--max-validation-views", "2", "--device", "cpu", "--learning-rate", "3e-3"]

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from finetuning_scene import HEIGHT, PATCH, WIDTH, create_lens, create_scene
 
 from fit3d_ns.data.images import save_image
 from fit3d_ns.finetuning.lifted_views import average_lifted_views, find_lifted, name_average
@@ -14,6 +13,7 @@ from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting import view_average
 from fit3d_ns.rasterization import project, rasterize_features
 from fit3d_ns.scene import load_scene, save_scene
+from tests.finetuning.finetuning_scene import HEIGHT, PATCH, WIDTH, create_lens, create_scene
 
 
 def blend_one_hot(scene, view):

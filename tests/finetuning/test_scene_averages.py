@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from finetuning_scene import PATCH, create_scene, save_new_scene
 
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.images import save_image
@@ -17,6 +16,7 @@ from fit3d_ns.finetuning.tensor_store import TensorStore
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import NO_AUGMENTATION, Validation
 from fit3d_ns.scene import save_scene
+from tests.finetuning.finetuning_scene import PATCH, create_scene, save_new_scene
 
 VISITS = (0, 0, 1, 2, 0, 1, 2, 1)
 """With room for one scene and a half, every change of scene loads one."""

@@ -1,7 +1,7 @@
 import pytest
-from lifting_scene import create_gaussians, create_views
 
 from fit3d_ns.lifting import LiftGaussians, LiftView
+from tests.lifting.lifting_scene import create_gaussians, create_views
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lift_capture import BACKBONE, COLMAP_TO_WORLD, move_gaussians, write_capture, write_gaussians
 
 from fit3d_ns.features import FeatureCache, FeatureCacheConfig, compute_feature_key, describe_backbone
 from fit3d_ns.lifting.chosen_views import choose_views
@@ -16,6 +15,7 @@ from fit3d_ns.lifting.lift_scene import lift_scene
 from fit3d_ns.lifting.lift_source import compare_with_photographs, read_scene_source, select_evenly
 from fit3d_ns.lifting.ply_world import PlyConfig, WorldChange, invert_similarity, read_ply_source
 from fit3d_ns.scene import create_gaussians, load_scene, save_scene, write_ply
+from tests.lift_capture import BACKBONE, COLMAP_TO_WORLD, move_gaussians, write_capture, write_gaussians
 
 CONFIG = LiftConfig(feature_dim=6, max_passes=3, seconds_per_checkpoint=0.0)
 

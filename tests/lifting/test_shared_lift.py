@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from lift_capture import BACKBONE, write_capture, write_gaussians
 
 from fit3d_ns.analysis.pca import PcaAccumulator
 from fit3d_ns.features import FeatureCache, FeatureCacheConfig, describe_backbone
@@ -19,6 +18,7 @@ from fit3d_ns.lifting.shared_lift import LiftTask, fit_shared_space, lift_togeth
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators
 from fit3d_ns.scene import load_scene, save_scene
+from tests.lift_capture import BACKBONE, write_capture, write_gaussians
 
 CONFIG, OPTIONS = LiftConfig(feature_dim=6, max_passes=2), LiftSceneConfig()
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from fit3d_ns.data.frames import PointCloud
-from fit3d_ns.data.scannetpp_writer import SceneFrame, write_scannetpp
 from fit3d_ns.features import create_extractor
 from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.synthetic.scannetpp_writer import SceneFrame, write_scannetpp
 
 WIDTH, HEIGHT = 48, 32
 BACKBONE = "random:test_vit"

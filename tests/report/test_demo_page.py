@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from figure_scenes import BACKBONE, write_finetuned, write_photographs
 from PIL import Image
 
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.demo_maps import ImageAnalyser
 from fit3d_ns.report.demo_page import check_gradio, create_page, find_share
+from tests.report.figure_scenes import BACKBONE, write_finetuned, write_photographs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SECONDS_TO_START = 240

@@ -5,7 +5,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from figure_scenes import BACKBONE, HEIGHT, WIDTH, write_finetuned, write_photographs, write_scene
 from PIL import Image
 
 from fit3d_ns.features import create_extractor
@@ -16,6 +15,7 @@ from fit3d_ns.report.figure_images import load_figure_images, open_scenes, resiz
 from fit3d_ns.report.token_colours import fit_cluster_colours, fit_pca_colours
 from fit3d_ns.report.token_columns import FrameTokens, TokenColumn, extract_columns, list_column_labels
 from fit3d_ns.report.video_files import is_clip, read_clip, write_video
+from tests.report.figure_scenes import BACKBONE, HEIGHT, WIDTH, write_finetuned, write_photographs, write_scene
 
 
 def draw_map(seed: int, h: int = 5, w: int = 6, embed: int = 9) -> torch.Tensor:

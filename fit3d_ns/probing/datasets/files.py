@@ -1,0 +1,172 @@
+"""Label maps and depth maps as they lie on disk, for the readers of labelled sets; every error names the file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from fit3d_ns.data.images import load_image, read_image_header
+from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledFrame, check_labels
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+"""Photographs, in lower case."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTable:
+    """From the numbers in a label file to class indices."""
+
+    num_classes: int
+    """Number of classes after the translation."""
+    mapping: Mapping[int, int] | None = None
+    """Number in the file to class index or 255; numbers that are not in it stay as they are and are checked."""
+
+    def apply(self, raw: Int[Tensor, "height width"], source: Path | str) -> UInt8[Tensor, "height width"]:
+        """Translates and checks.
+
+        Raises:
+            ValueError: A number is no class; the message names it as it stands in the file.
+        """
+        if self.mapping is None:
+            return check_labels(raw, self.num_classes, source)
+        largest = max(max(self.mapping), int(raw.max()), IGNORE_INDEX)
+        # Numbers without a translation become negative, so that the check finds them.
+        table = torch.full((largest + 1,), -1, dtype=torch.int64)
+        table[IGNORE_INDEX] = IGNORE_INDEX
+        for number, index in self.mapping.items():
+            table[number] = index
+        translated = table[raw.long()]
+        if (translated < 0).any():
+            value = int(raw[translated < 0][0])
+            raise ValueError(f"{source} has label {value}, which the class list does not know; check its version.")
+        return check_labels(translated, self.num_classes, source)
+
+
+def create_zero_ignoring_table(num_classes: int) -> LabelTable:
+    """Files that count classes from 1 and write 0 where there is no label (`reduce_zero_label` of mmsegmentation)."""
+    return LabelTable(num_classes, {0: IGNORE_INDEX, **{number: number - 1 for number in range(1, num_classes + 1)}})
+
+
+def load_label_map(path: Path, table: LabelTable) -> UInt8[Tensor, "height width"]:
+    """Reads an index map: 8-bit grey, palette (its indices count) or 16-bit grey.
+
+    Raises:
+        ValueError: Missing or damaged file, a colour picture, or a label outside the class list.
+    """
+    return table.apply(torch.from_numpy(read_grey(path, "Label map").astype(np.int64)), path)
+
+
+def load_depth_map(path: Path, depth_scale: float) -> Float[Tensor, "height width"]:
+    """Reads a 16-bit depth map and divides by `depth_scale`, the units per metre.
+
+    Raises:
+        ValueError: Missing or damaged file, or one of 8 bits.
+    """
+    header = read_image_header(path, "Depth map")
+    if not header.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"Depth map {path} has pixel format {header.mode} (8 bits), which cannot hold depth; "
+            "it was probably rewritten by a tool that reads 16 bits as 8: get the original."
+        )
+    return torch.from_numpy(read_grey(path, "Depth map").astype(np.float32) / depth_scale)
+
+
+def read_grey(path: Path, what: str) -> np.ndarray:
+    """One number per pixel, as stored.
+
+    Raises:
+        ValueError: Missing or damaged file, or a picture with colours.
+    """
+    header = read_image_header(path, what)
+    if header.mode not in ("L", "P", "1", "F") and not header.mode.startswith("I"):
+        raise ValueError(
+            f"{what} {path} is a colour picture ({header.mode}), expected one index per pixel; "
+            "convert colours to class indices first."
+        )
+    try:
+        with Image.open(path) as image:
+            return np.array(image)
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
+
+
+def create_frame(
+    image_path: Path,
+    *,
+    name: str,
+    group: str = "",
+    label_path: Path | None = None,
+    table: LabelTable | None = None,
+    depth_path: Path | None = None,
+    depth_scale: float = 1000.0,
+    resize_image: bool = False,
+) -> LabelledFrame:
+    """A frame out of files; sizes are compared now, pixels are read later.
+
+    Args:
+        image_path: The photograph.
+        name: As `LabelledFrame.name`.
+        group: As `LabelledFrame.group`.
+        label_path: Its label map.
+        table: How to read the label map.
+        depth_path: Its depth map.
+        depth_scale: Units of the depth map per metre.
+        resize_image: The data set's photographs are larger than its maps by design (ScanNet); bring them to the maps'
+            size instead of refusing.
+
+    Raises:
+        ValueError: A file is missing, or sizes differ.
+    """
+    image = read_image_header(image_path)
+    size: tuple[int, int] | None = None
+    for path, what in ((label_path, "Label map"), (depth_path, "Depth map")):
+        if path is None:
+            continue
+        header = read_image_header(path, what)
+        if (header.width, header.height) != (image.width, image.height):
+            if not resize_image:
+                raise ValueError(
+                    f"{what} {path} is {header.width}x{header.height}, its image {image_path} is "
+                    f"{image.width}x{image.height}; they must have one size."
+                )
+            size = (header.width, header.height)
+    assert label_path is None or table is not None
+    return LabelledFrame(
+        name=name,
+        group=group,
+        load_image=partial(load_image, image_path) if size is None else partial(_load_resized_image, image_path, size),
+        load_labels=None if label_path is None or table is None else partial(load_label_map, label_path, table),
+        load_depth=None if depth_path is None else partial(load_depth_map, depth_path, depth_scale),
+        files=tuple(path for path in (image_path, label_path, depth_path) if path is not None),
+    )
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Photographs below a folder, in the order of names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def read_lines(path: Path, hint: str) -> list[str]:
+    """Non-empty lines of a text file.
+
+    Raises:
+        ValueError: The file is missing (`hint` says where to get it) or has no line.
+    """
+    if not path.is_file():
+        raise ValueError(f"No such file: {path}; {hint}.")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} lists nothing; {hint}.")
+    return lines
+
+
+def _load_resized_image(path: Path, size: tuple[int, int]) -> UInt8[Tensor, "height width 3"]:
+    resized = cv2.resize(load_image(path).numpy(), size, interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(resized)

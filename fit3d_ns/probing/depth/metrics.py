@@ -1,0 +1,108 @@
+"""Figures of depth estimation, as means of per-image values (published) and over all pixels together.
+
+p prediction, d target, in metres, over pixels with min < d < max: rmse = sqrt(mean (p - d)^2),
+abs_rel = mean |p - d| / d, sq_rel = mean (p - d)^2 / d, log10 = mean |log10 p - log10 d|,
+silog = 100 sqrt(var(log p - log d)) with n in the denominator, d1 d2 d3 = share of pixels with max(p / d, d / p) below
+1.25, 1.25^2, 1.25^3.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fit3d_ns.probing.datasets.frames import EvaluationWindow
+
+METRIC_NAMES = ("rmse", "abs_rel", "sq_rel", "log10", "silog", "d1", "d2", "d3")
+_SUMS = ("squared", "abs_rel", "sq_rel", "log10", "log", "log_squared", "d1", "d2", "d3")
+
+
+@dataclass
+class DepthMetrics:
+    """Adds up images; `merge` joins what several processes have seen."""
+
+    min_depth: float = 0.001
+    """Metres; targets must be above."""
+    max_depth: float = 10.0
+    """Metres; targets must be below; predictions are clamped to the range."""
+    window: EvaluationWindow = "none"
+    """Part of the image that counts."""
+    sums: Tensor = field(default_factory=lambda: torch.zeros(len(_SUMS) + 1, dtype=torch.float64))
+    """Sums over all pixels, the pixel count last."""
+    per_image: Tensor = field(default_factory=lambda: torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64))
+    """Sums of per-image values, the image count last."""
+
+    def update(self, prediction: Float[Tensor, "height width"], target: Float[Tensor, "height width"]) -> None:
+        """Adds one image; one without valid pixels does not count (nanmean)."""
+        valid = self.find_valid(target)
+        if not valid.any():
+            return
+        sums = _sum_errors(prediction[valid].double().clamp(self.min_depth, self.max_depth), target[valid].double())
+        self.sums += sums
+        self.per_image += torch.cat([_finish(sums), torch.ones(1, dtype=torch.float64)])
+
+    def find_valid(self, target: Float[Tensor, "height width"]) -> Bool[Tensor, "height width"]:
+        """Pixels that count: measured, in range, inside the window."""
+        valid = (target > self.min_depth) & (target < self.max_depth)
+        return valid & create_window(self.window, *target.shape)
+
+    def compute(self) -> dict[str, Any]:
+        """Means of per-image values under their names, over all pixels below `pooled`.
+
+        Raises:
+            ValueError: No image had a valid pixel.
+        """
+        if self.per_image[-1] == 0:
+            raise ValueError(
+                f"No test pixel has depth between {self.min_depth} and {self.max_depth} m; check unit and --max-depth."
+            )
+        means = self.per_image[:-1] / self.per_image[-1]
+        metrics: dict[str, Any] = dict(zip(METRIC_NAMES, means.tolist(), strict=True))
+        metrics["pooled"] = dict(zip(METRIC_NAMES, _finish(self.sums).tolist(), strict=True))
+        metrics["num_images"] = int(self.per_image[-1])
+        return metrics
+
+
+def create_window(window: EvaluationWindow, height: int, width: int) -> Bool[Tensor, "height width"]:
+    """True inside the part of an image that counts.
+
+    Eigen's window is given for 480x640 and scales with the size; Garg's is relative by definition.
+    """
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    if window == "eigen":
+        top, bottom, left, right = 45 / 480, 471 / 480, 41 / 640, 601 / 640
+    elif window == "garg":
+        top, bottom, left, right = 0.40810811, 0.99189189, 0.03594771, 0.96405229
+    else:
+        return ~inside
+    # The tolerance keeps 45 / 480 * 480 from becoming 44.
+    rows = slice(int(top * height + 1e-6), int(bottom * height + 1e-6))
+    inside[rows, int(left * width + 1e-6) : int(right * width + 1e-6)] = True
+    return inside
+
+
+def _sum_errors(prediction: Float[Tensor, " pixels"], target: Float[Tensor, " pixels"]) -> Float[Tensor, " sums"]:
+    difference = prediction - target
+    logs = prediction.log() - target.log()
+    ratio = torch.maximum(prediction / target, target / prediction)
+    return torch.stack(
+        [
+            difference.square().sum(),
+            (difference.abs() / target).sum(),
+            (difference.square() / target).sum(),
+            (prediction.log10() - target.log10()).abs().sum(),
+            logs.sum(),
+            logs.square().sum(),
+            *((ratio < 1.25**power).double().sum() for power in (1, 2, 3)),
+            torch.tensor(float(len(target)), dtype=torch.float64, device=target.device),
+        ]
+    ).cpu()
+
+
+def _finish(sums: Float[Tensor, " sums"]) -> Float[Tensor, " metrics"]:
+    """From sums over pixels to the figures, in the order of `METRIC_NAMES`."""
+    squared, abs_rel, sq_rel, log10, log, log_squared, d1, d2, d3 = (sums[:-1] / sums[-1]).unbind()
+    silog = 100.0 * (log_squared - log.square()).clamp_min(0.0).sqrt()
+    return torch.stack([squared.sqrt(), abs_rel, sq_rel, log10, silog, d1, d2, d3])

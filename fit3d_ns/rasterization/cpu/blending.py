@@ -1,0 +1,233 @@
+"""Blending of colours on the CPU, forward and backward; `reference.py` is the definition.
+
+Backward walks each block's list back to front. With w = alpha T, q = color . v_image at a pixel, and B the sum of w q
+over everything behind plus T_final (background . v_image - v_alpha):
+
+    v_alpha_i = T_i q_i - B / (1 - alpha_i),    h = alpha_i v_alpha_i (zero where alpha was cut at 0.999)
+
+and with d = centre - pixel the sums over the pixels of h, h dx, h dy, h dx^2, h dx dy, h dy^2 give the gradients of
+opacity, centre and conic. Colours go by groups of four, padded with zeros.
+"""
+
+import numpy as np
+
+from fit3d_ns.rasterization.cpu.options import compiled
+from fit3d_ns.rasterization.cpu.tiles import BLOCKS_PER_SIDE, BLOCKS_PER_TILE
+from fit3d_ns.rasterization.cpu.vectors import (
+    BLOCK_SIZE,
+    NUM_LANES,
+    absolute,
+    add_sums,
+    block_columns,
+    block_rows,
+    broadcast,
+    load,
+    select,
+    spread,
+    store,
+)
+from fit3d_ns.rasterization.cpu.weights import (
+    PARAMS,
+    UNROLL,
+    gather_tile,
+    longest_tile,
+    open_block,
+    pixel_index,
+    tile_corner,
+    tile_range,
+    weigh_block,
+)
+from fit3d_ns.rasterization.reference import MAX_ALPHA
+
+GROUP = 4
+"""Channels that are handled together."""
+MOMENTS = 8
+"""Sums per Gaussian beside the colours: h, h dx, h dy, h dx^2, h dx dy, h dy^2, and the two of `absgrad`."""
+
+_MAX_ALPHA = np.float32(MAX_ALPHA)
+
+
+@compiled
+def blend(
+    task, num_bands, band_rows, tile_width, tile_height, width, height, tile_ends, flatten_ids, block_masks,
+    means2d, conics, opacities, colors, channels, backgrounds, images, image_alphas,
+):  # fmt: skip
+    """Fills `images` [C*H*W*channels] and `image_alphas` [C*H*W] of one band; empty `backgrounds` are black."""
+    first, end = tile_range(task, num_bands, band_rows, tile_width, tile_height)
+    longest = longest_tile(first, end, tile_ends)
+    padded = -(-channels // GROUP) * GROUP
+    params, entries = np.empty(longest * PARAMS, np.float32), np.empty(longest, np.int64)
+    lists, counts = np.empty(longest * BLOCKS_PER_TILE + 1, np.int32), np.empty(BLOCKS_PER_TILE, np.int64)
+    hits = np.empty(longest + UNROLL, np.int64)
+    weights, unused = np.empty((longest + UNROLL) * NUM_LANES, np.float32), np.empty(0, np.float32)
+    open_lanes, final = np.empty(NUM_LANES, np.float32), np.empty(NUM_LANES, np.float32)
+    tile_colors, sums = np.zeros(longest * padded, np.float32), np.empty(padded * NUM_LANES, np.float32)
+    for tile in range(first, end):
+        camera, left, top = tile_corner(tile, tile_width, tile_height)
+        n = gather_tile(
+            tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile], left, top,
+            flatten_ids, block_masks, means2d, conics, opacities, params, entries, lists, counts,
+        )  # fmt: skip
+        _gather_colors(n, entries, flatten_ids, colors, channels, padded, tile_colors)
+        for block in range(BLOCKS_PER_TILE):
+            if not open_block(block, left, top, width, height, open_lanes):
+                continue
+            num_hits = weigh_block(
+                block, params, lists, counts, entries.size, open_lanes, hits, weights, unused, unused, final, False
+            )
+            for channel in range(0, padded, GROUP):
+                red, green = broadcast(np.float32(0.0)), broadcast(np.float32(0.0))
+                blue, more = broadcast(np.float32(0.0)), broadcast(np.float32(0.0))
+                for j in range(num_hits):
+                    c, weight = hits[j] * padded + channel, load(weights, j * NUM_LANES)
+                    red = red + weight * spread(tile_colors, c)
+                    green = green + weight * spread(tile_colors, c + 1)
+                    blue = blue + weight * spread(tile_colors, c + 2)
+                    more = more + weight * spread(tile_colors, c + 3)
+                store(sums, channel * NUM_LANES, red)
+                store(sums, (channel + 1) * NUM_LANES, green)
+                store(sums, (channel + 2) * NUM_LANES, blue)
+                store(sums, (channel + 3) * NUM_LANES, more)
+            for lane in range(NUM_LANES):
+                if open_lanes[lane] == 0.0:
+                    continue
+                pixel = camera * width * height + pixel_index(block, lane, left, top, width)
+                image_alphas[pixel] = np.float32(1.0) - final[lane]
+                for channel in range(channels):
+                    value = sums[channel * NUM_LANES + lane]
+                    if backgrounds.size > 0:
+                        value += final[lane] * backgrounds[camera * channels + channel]
+                    images[pixel * channels + channel] = value
+
+
+@compiled
+def blend_backward(
+    task, num_bands, band_rows, tile_width, tile_height, width, height, tile_ends, flatten_ids, block_masks, slots,
+    means2d, conics, opacities, colors, channels, backgrounds, v_images, v_image_alphas, absgrad, partials,
+):  # fmt: skip
+    """Adds the sums of one band to its rows of `partials` [slots, MOMENTS + padded channels], flat."""
+    first, end = tile_range(task, num_bands, band_rows, tile_width, tile_height)
+    longest = longest_tile(first, end, tile_ends)
+    padded = -(-channels // GROUP) * GROUP
+    stride = MOMENTS + padded
+    params, entries = np.empty(longest * PARAMS, np.float32), np.empty(longest, np.int64)
+    lists, counts = np.empty(longest * BLOCKS_PER_TILE + 1, np.int32), np.empty(BLOCKS_PER_TILE, np.int64)
+    hits = np.empty(longest + UNROLL, np.int64)
+    weights = np.empty((longest + UNROLL) * NUM_LANES, np.float32)
+    alphas, befores = np.empty(longest * NUM_LANES, np.float32), np.empty(longest * NUM_LANES, np.float32)
+    open_lanes, final = np.empty(NUM_LANES, np.float32), np.empty(NUM_LANES, np.float32)
+    tile_colors = np.zeros(longest * padded, np.float32)
+    gradients = np.zeros((padded + 1) * NUM_LANES, np.float32)
+    tile_sums = np.empty(longest * stride, np.float32)
+    for tile in range(first, end):
+        camera, left, top = tile_corner(tile, tile_width, tile_height)
+        n = gather_tile(
+            tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile], left, top,
+            flatten_ids, block_masks, means2d, conics, opacities, params, entries, lists, counts,
+        )  # fmt: skip
+        _gather_colors(n, entries, flatten_ids, colors, channels, padded, tile_colors)
+        tile_sums[: n * stride] = 0.0
+        for block in range(BLOCKS_PER_TILE):
+            if not open_block(block, left, top, width, height, open_lanes):
+                continue
+            num_hits = weigh_block(
+                block, params, lists, counts, entries.size, open_lanes, hits, weights, alphas, befores, final, True
+            )
+            if num_hits == 0:
+                continue
+            for lane in range(NUM_LANES):
+                if open_lanes[lane] == 0.0:
+                    for channel in range(padded + 1):
+                        gradients[channel * NUM_LANES + lane] = 0.0
+                    continue
+                pixel = camera * width * height + pixel_index(block, lane, left, top, width)
+                # In the last row: what is behind everything, the background less the alpha.
+                behind = -v_image_alphas[pixel]
+                for channel in range(channels):
+                    gradients[channel * NUM_LANES + lane] = v_images[pixel * channels + channel]
+                    if backgrounds.size > 0:
+                        behind += v_images[pixel * channels + channel] * backgrounds[camera * channels + channel]
+                gradients[padded * NUM_LANES + lane] = behind * final[lane]
+            _add_block(
+                block, num_hits, hits, params, weights, alphas, befores, tile_colors, padded, gradients, absgrad,
+                tile_sums,
+            )  # fmt: skip
+        for i in range(n):
+            for k in range(stride):
+                partials[slots[entries[i]] * stride + k] += tile_sums[i * stride + k]
+
+
+@compiled
+def _add_block(
+    block, num_hits, hits, params, weights, alphas, befores, tile_colors, padded, gradients, absgrad, tile_sums
+):
+    """Adds one block's sums to the rows [MOMENTS + padded] of its Gaussians, back to front."""
+    columns = block_columns() + np.float32((block % BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
+    rows = block_rows() + np.float32((block // BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
+    zero, one = broadcast(np.float32(0.0)), broadcast(np.float32(1.0))
+    stride = MOMENTS + padded
+    behind = load(gradients, padded * NUM_LANES)
+    for j in range(num_hits - 1, -1, -1):
+        i = hits[j]
+        p, row = i * PARAMS, i * stride
+        weight, alpha = load(weights, j * NUM_LANES), load(alphas, j * NUM_LANES)
+        q = zero
+        for channel in range(0, padded, GROUP):
+            c, at = i * padded + channel, channel * NUM_LANES
+            v_red, v_green = load(gradients, at), load(gradients, at + NUM_LANES)
+            v_blue, v_more = load(gradients, at + 2 * NUM_LANES), load(gradients, at + 3 * NUM_LANES)
+            q = q + v_red * spread(tile_colors, c) + v_green * spread(tile_colors, c + 1)
+            q = q + v_blue * spread(tile_colors, c + 2) + v_more * spread(tile_colors, c + 3)
+            add_sums(
+                tile_sums, row + MOMENTS + channel, (weight * v_red, weight * v_green, weight * v_blue, weight * v_more)
+            )
+        v_alpha = load(befores, j * NUM_LANES) * q - behind / (one - alpha)
+        behind = behind + weight * q
+        h = select(alpha < _MAX_ALPHA, alpha * v_alpha, zero)
+        dx, dy = spread(params, p) - columns, spread(params, p + 1) - rows
+        h_dx, h_dy = h * dx, h * dy
+        abs_x, abs_y = zero, zero
+        if absgrad:
+            xy = params[p + 3]
+            abs_x = absolute(h_dx * (params[p + 2] * np.float32(2.0)) + h_dy * xy)
+            abs_y = absolute(h_dx * xy + h_dy * (params[p + 4] * np.float32(2.0)))
+        add_sums(tile_sums, row, (h, h_dx, h_dy, h_dx * dx, h_dx * dy, h_dy * dy, abs_x, abs_y))
+
+
+CHUNK = 1024
+"""Gaussians per task of `collect_gradients`."""
+
+
+@compiled
+def collect_gradients(
+    task, slot_starts, partials, channels, conics, opacities, v_means2d, v_conics, v_opacities, v_colors, v_absolute
+):
+    """Adds up each Gaussian's slots, in their order, and turns the sums into gradients; `v_absolute` may be empty."""
+    padded = -(-channels // GROUP) * GROUP
+    stride = MOMENTS + padded
+    sums = np.empty(stride, np.float32)
+    for g in range(task * CHUNK, min((task + 1) * CHUNK, opacities.size)):
+        sums[:] = 0.0
+        for slot in range(slot_starts[g], slot_starts[g + 1]):
+            for k in range(stride):
+                sums[k] += partials[slot * stride + k]
+        xx, xy, yy = conics[3 * g], conics[3 * g + 1], conics[3 * g + 2]
+        # sigma falls where alpha rises: v_sigma = -h.
+        v_means2d[2 * g] = -(xx * sums[1] + xy * sums[2])
+        v_means2d[2 * g + 1] = -(xy * sums[1] + yy * sums[2])
+        v_conics[3 * g] = np.float32(-0.5) * sums[3]
+        v_conics[3 * g + 1] = -sums[4]
+        v_conics[3 * g + 2] = np.float32(-0.5) * sums[5]
+        v_opacities[g] = sums[0] / opacities[g] if opacities[g] > 0.0 else np.float32(0.0)
+        if v_absolute.size > 0:
+            v_absolute[2 * g], v_absolute[2 * g + 1] = sums[6], sums[7]
+        for channel in range(channels):
+            v_colors[g * channels + channel] = sums[MOMENTS + channel]
+
+
+@compiled
+def _gather_colors(n, entries, flatten_ids, colors, channels, padded, tile_colors):
+    for i in range(n):
+        g = flatten_ids[entries[i]]
+        for channel in range(channels):
+            tile_colors[i * padded + channel] = colors[g * channels + channel]

@@ -1,0 +1,206 @@
+"""Tile lists on the CPU: counting, sorting and distributing, and which blocks of a tile each Gaussian can reach.
+
+A tile of 16x16 pixels holds 4x4 *blocks* of 4x4 pixels. For each entry of the tile lists a mask says in which blocks
+the Gaussian's alpha can be at least 1/255; there the ellipse sigma <= ln(255 opacity) crosses it. The test is
+exact up to a margin on the safe side, it is done once, and all passes skip the other blocks.
+
+An entry also knows its *slot*: a row in which the sums of one Gaussian over one band of tile rows are kept. A band is
+worked on by one thread, and a Gaussian's slots follow each other, so that adding them up has one fixed order.
+"""
+
+import math
+
+import numpy as np
+
+from fit3d_ns.rasterization.cpu.options import compiled
+from fit3d_ns.rasterization.cpu.vectors import BLOCK_SIZE
+from fit3d_ns.rasterization.projection import TILE_SIZE
+
+BLOCKS_PER_SIDE = TILE_SIZE // BLOCK_SIZE
+BLOCKS_PER_TILE = BLOCKS_PER_SIDE * BLOCKS_PER_SIDE
+MAX_BANDS = 32
+"""Bands per camera; more give more tasks to share out, and more slots to add up."""
+ALL_BLOCKS = (1 << BLOCKS_PER_TILE) - 1
+CHUNK = 1024
+"""Gaussians per task of `measure_reach`."""
+REACH_MARGIN = 0.01
+"""Added to the squared reach of the ellipse relatively, and to its extent in pixels, against rounding."""
+
+_RADIX_BITS = 11
+_RADIX_PASSES = 3
+
+
+def rows_per_band(tile_height: int) -> int:
+    """Tile rows in each band of an image, except for the last."""
+    return max(1, math.ceil(tile_height / MAX_BANDS))
+
+
+@compiled
+def count_entries(radii, means2d, tile_width, tile_height, band_rows, tile_spans, tiles_per_gauss, tile_ends):
+    """Counts the tiles of each Gaussian and the entries of each tile.
+
+    Fills `tile_spans` [C*N, 4] (first column, end column, first row, end row), `tiles_per_gauss` [C*N] and `tile_ends`
+    [C*tiles] (running totals of the entries). Returns the number of bands that all Gaussians touch together.
+    """
+    num_gaussians = radii.shape[1]
+    num_tiles = tile_width * tile_height
+    num_slots = 0
+    scale = np.float32(1.0 / TILE_SIZE)
+    tile_ends[:] = 0
+    for camera in range(radii.shape[0]):
+        for gaussian in range(num_gaussians):
+            index = camera * num_gaussians + gaussian
+            tile_spans[index] = 0
+            tiles_per_gauss[index] = 0
+            if radii[camera, gaussian] <= 0:
+                continue
+            reach = np.float32(radii[camera, gaussian]) * scale
+            x, y = means2d[camera, gaussian, 0] * scale, means2d[camera, gaussian, 1] * scale
+            left = min(max(np.floor(x - reach), 0.0), np.float32(tile_width))
+            right = min(max(np.ceil(x + reach), 0.0), np.float32(tile_width))
+            top = min(max(np.floor(y - reach), 0.0), np.float32(tile_height))
+            bottom = min(max(np.ceil(y + reach), 0.0), np.float32(tile_height))
+            tile_spans[index, 0], tile_spans[index, 1] = np.int32(left), np.int32(right)
+            tile_spans[index, 2], tile_spans[index, 3] = np.int32(top), np.int32(bottom)
+            tiles_per_gauss[index] = np.int32((right - left) * (bottom - top))
+            if tiles_per_gauss[index] > 0:
+                num_slots += (tile_spans[index, 3] - 1) // band_rows - tile_spans[index, 2] // band_rows + 1
+            for row in range(tile_spans[index, 2], tile_spans[index, 3]):
+                for column in range(tile_spans[index, 0], tile_spans[index, 1]):
+                    tile_ends[camera * num_tiles + row * tile_width + column] += 1
+    total = 0
+    for tile in range(tile_ends.size):
+        total += tile_ends[tile]
+        tile_ends[tile] = total
+    return num_slots
+
+
+@compiled
+def order_by_depth(depths, tiles_per_gauss, order, keys, spare_order, spare_keys):
+    """Indices of the Gaussians that enter a tile, nearest first and by index where depths are equal; returns how many.
+
+    A radix sort: `depths` [C*N] are the bits of positive float32 numbers as uint32, which are ordered like the numbers.
+    """
+    count = 0
+    for index in range(depths.size):
+        if tiles_per_gauss[index] > 0:
+            order[count], keys[count] = index, depths[index]
+            count += 1
+    mask = np.uint32((1 << _RADIX_BITS) - 1)
+    for step in range(_RADIX_PASSES):
+        shift = np.uint32(step * _RADIX_BITS)
+        starts = np.zeros((1 << _RADIX_BITS) + 1, np.int64)
+        for i in range(count):
+            starts[((keys[i] >> shift) & mask) + 1] += 1
+        for digit in range(1 << _RADIX_BITS):
+            starts[digit + 1] += starts[digit]
+        for i in range(count):
+            digit = (keys[i] >> shift) & mask
+            place = starts[digit]
+            starts[digit] += 1
+            spare_order[place], spare_keys[place] = order[i], keys[i]
+        order, spare_order = spare_order, order
+        keys, spare_keys = spare_keys, keys
+    # After an odd number of passes the two names have changed places: this writes into the caller's `order`.
+    for i in range(count):
+        spare_order[i] = order[i]
+    return count
+
+
+@compiled
+def fill_entries(
+    order, count, num_gaussians, depths, tile_spans, tile_width, tile_height, band_rows, tile_ends, slot_starts,
+    flatten_ids, isect_ids, slots, cursors,
+):  # fmt: skip
+    """Puts each Gaussian into its tiles, nearest first, and numbers the slots; `cursors` is scratch [C*tiles]."""
+    num_tiles = tile_width * tile_height
+    tile_bits = 0
+    while (1 << tile_bits) <= num_tiles:
+        tile_bits += 1
+    for tile in range(tile_ends.size):
+        cursors[tile] = tile_ends[tile - 1] if tile > 0 else 0
+    num_slots = 0
+    for index in range(tile_spans.shape[0]):
+        slot_starts[index] = num_slots
+        if tile_spans[index, 1] > tile_spans[index, 0] and tile_spans[index, 3] > tile_spans[index, 2]:
+            num_slots += (tile_spans[index, 3] - 1) // band_rows - tile_spans[index, 2] // band_rows + 1
+    slot_starts[tile_spans.shape[0]] = num_slots
+    for i in range(count):
+        index = order[i]
+        camera = np.int64(index // num_gaussians)
+        first_band = tile_spans[index, 2] // band_rows
+        for row in range(tile_spans[index, 2], tile_spans[index, 3]):
+            slot = slot_starts[index] + row // band_rows - first_band
+            for column in range(tile_spans[index, 0], tile_spans[index, 1]):
+                tile = np.int64(row * tile_width + column)
+                place = cursors[camera * num_tiles + tile]
+                cursors[camera * num_tiles + tile] += 1
+                flatten_ids[place] = index
+                isect_ids[place] = (((camera << tile_bits) | tile) << 32) | np.int64(depths[index])
+                slots[place] = slot
+
+
+@compiled
+def measure_reach(task, conics, opacities, tiles_per_gauss, reach):
+    """Fills `reach` [C*N, 6] of one chunk with what `_reached_blocks` needs of each Gaussian's ellipse.
+
+    The ellipse holds the points with xx dx^2 + 2 xy dx dy + yy dy^2 <= level = 2 ln(255 opacity): half its height, the
+    row of its rightmost point, xx level, the determinant, the slope -xy / xx of its middle line, and 1 / xx. The height
+    is -1 if there are no such points, and NaN if the conic is no ellipse in float32; then all blocks are reached.
+    """
+    for g in range(task * CHUNK, min((task + 1) * CHUNK, opacities.size)):
+        visible = 255.0 * np.float64(opacities[g])
+        if tiles_per_gauss[g] == 0 or not visible >= 1.0:
+            reach[g, 0] = -1.0
+            continue
+        xx, xy, yy = np.float64(conics[3 * g]), np.float64(conics[3 * g + 1]), np.float64(conics[3 * g + 2])
+        determinant = xx * yy - xy * xy
+        if not (determinant > 0.0 and xx > 0.0 and yy > 0.0):
+            reach[g, 0] = np.nan
+            continue
+        level = 2.0 * math.log(visible) * (1.0 + REACH_MARGIN) + REACH_MARGIN
+        reach[g, 0] = math.sqrt(level * xx / determinant)
+        reach[g, 1] = -xy / yy * math.sqrt(level * yy / determinant)
+        reach[g, 2], reach[g, 3] = xx * level, determinant
+        reach[g, 4], reach[g, 5] = -xy / xx, 1.0 / xx
+
+
+@compiled
+def mark_blocks(task, tile_width, tile_height, tile_ends, flatten_ids, means2d, reach, block_masks):
+    """Fills the block masks of one row of tiles; `task` counts the tile rows of all cameras."""
+    row = task % tile_height
+    for column in range(tile_width):
+        tile = task * tile_width + column
+        for entry in range(tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile]):
+            g = flatten_ids[entry]
+            x, y = means2d[2 * g] - TILE_SIZE * column, means2d[2 * g + 1] - TILE_SIZE * row
+            block_masks[entry] = _reached_blocks(x, y, reach, g)
+
+
+@compiled
+def _reached_blocks(x, y, reach, g):
+    """Bit 4 * block row + block column is set where the ellipse around (x, y), in pixels of the tile, crosses a block.
+
+    Within a strip of rows the right end of the ellipse is furthest out at the row of its rightmost point, or at the
+    strip's row next to that; likewise on the left.
+    """
+    half_height, rightmost, xx_level, determinant = reach[g, 0], reach[g, 1], reach[g, 2], reach[g, 3]
+    if half_height != half_height:
+        return np.uint16(ALL_BLOCKS)
+    slope, inverse = reach[g, 4], reach[g, 5]
+    mask = 0
+    for strip in range(BLOCKS_PER_SIDE):
+        low = max(strip * BLOCK_SIZE + 0.5 - REACH_MARGIN - y, -half_height)
+        high = min(strip * BLOCK_SIZE + BLOCK_SIZE - 0.5 + REACH_MARGIN - y, half_height)
+        if low > high:
+            continue
+        at_right, at_left = min(max(rightmost, low), high), min(max(-rightmost, low), high)
+        right = x + slope * at_right + inverse * math.sqrt(max(xx_level - determinant * at_right * at_right, 0.0))
+        left = x + slope * at_left - inverse * math.sqrt(max(xx_level - determinant * at_left * at_left, 0.0))
+        # Block j holds pixel centres from 4 j + 0.5 to 4 j + 3.5.
+        first = max(np.ceil((left - REACH_MARGIN + 0.5) * (1.0 / BLOCK_SIZE) - 1.0), 0.0)
+        last = min(np.floor((right + REACH_MARGIN - 0.5) * (1.0 / BLOCK_SIZE)), BLOCKS_PER_SIDE - 1.0)
+        if first <= last:
+            bits = ((2 << int(last)) - 1) & ~((1 << int(first)) - 1)
+            mask |= bits << (strip * BLOCKS_PER_SIDE)
+    return np.uint16(mask)

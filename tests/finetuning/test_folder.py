@@ -1,0 +1,128 @@
+"""What comes out must load in timm with no other argument, in our own tools, and as FiT3D's state dicts do."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from fit3d_ns.features import TokenModel, create_extractor, create_token_model, describe_backbone
+from fit3d_ns.features.adapters import add_adapter
+from fit3d_ns.finetuning import load_finetuned, save_finetuned
+from fit3d_ns.finetuning.backbone_folder import find_licence
+from tests.finetuning.finetuning_scene import BACKBONE
+
+
+@pytest.fixture
+def trained():
+    """A backbone whose weights differ from every fresh one's."""
+    token_model = create_token_model(BACKBONE)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in token_model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return token_model.eval()
+
+
+def save(folder, trained, **settings):
+    save_finetuned(folder, trained, trained.model.state_dict(), "# card", **settings)
+
+
+def test_folder__timm_loads_it_to_the_bit_for_another_non_square_size(tmp_path, trained):
+    save(tmp_path / "out", trained)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.rand(2, 3, 24, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(images), trained.model.forward_features(images))
+        assert torch.equal(model(images), trained.model(images))
+    assert model.pretrained_cfg["mean"] == [0.4, 0.5, 0.6] and model.num_classes == 0
+    data = timm.data.resolve_model_data_config(model)
+    assert tuple(data["mean"]) == (0.4, 0.5, 0.6) and tuple(data["std"]) == (0.2, 0.25, 0.3)
+
+
+def test_folder__is_a_backbone_of_ours(tmp_path, trained):
+    save(tmp_path / "out", trained)
+    description = describe_backbone(str(tmp_path / "out"))
+    assert (description.mean, description.std) == (trained.description.mean, trained.description.std)
+    assert not description.is_random and description.weights_hash != trained.description.weights_hash
+    images = torch.rand(1, 3, 40, 24)
+    with torch.no_grad():
+        expected = trained(images)
+    tokens = create_extractor(str(tmp_path / "out"))(images)
+    assert torch.equal(tokens.patch_tokens, expected.patch_tokens)
+    model = load_finetuned(tmp_path / "out")
+    assert not model.training and model.pretrained_cfg["std"] == (0.2, 0.25, 0.3)
+    assert all(torch.equal(value, trained.model.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_folder__other_means_are_kept(tmp_path):
+    imagenet = create_token_model(BACKBONE, normalization="imagenet")
+    save(tmp_path / "out", imagenet)
+    assert load_finetuned(tmp_path / "out").pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+
+def test_folder__fit3d_state_dict_is_bare_and_loads(tmp_path, trained):
+    save(tmp_path / "out", trained, add_fit3d=True)
+    state_dict = torch.load(tmp_path / "out" / "fit3d.pth", weights_only=True)
+    plain = timm.create_model("finetuning_vit", num_classes=0, dynamic_img_size=True)
+    plain.load_state_dict(state_dict, strict=True)
+    extractor = create_extractor("finetuning_vit", tmp_path / "out" / "fit3d.pth")
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(extractor(images).patch_tokens, trained(images).patch_tokens)
+
+
+def test_folder__weights_are_safetensors_alone_and_nothing_points_elsewhere(tmp_path, trained):
+    save(tmp_path / "out", trained)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == trained.model.state_dict().keys()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == "finetuning_vit" and config["num_classes"] == 0
+    assert config["model_args"] == {"num_classes": 0, "dynamic_img_size": True}
+    assert "nobody" not in json.dumps(config) and "hf_hub_id" not in json.dumps(config)
+
+
+def test_folder__states_the_licence_of_weights_whose_licence_is_known(tmp_path, trained):
+    """timm's own download has timm's; a file of the user's may hold anything, whatever timm says of its name."""
+    kinds = {
+        "published": (replace(trained.description, is_random=False, backbone="finetuning_vit"), "apache-2.0"),
+        "own file": (replace(trained.description, is_random=False, weights=tmp_path / "own.pth"), None),
+        "random": (trained.description, None),
+    }
+    for name, (description, licence) in kinds.items():
+        model = TokenModel(trained.model, description)
+        save(tmp_path / name, model)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["pretrained_cfg"].get("license") == licence == find_licence(model)
+    # Fine-tuned once more, it is still derived from the first original.
+    for name, licence in (("published", "apache-2.0"), ("own file", None)):
+        assert find_licence(create_token_model(str(tmp_path / name))) == licence
+    again = create_token_model(str(tmp_path / "published"), tmp_path / "own file" / "model.safetensors")
+    assert find_licence(again) is None
+
+
+def test_load_finetuned__says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        load_finetuned(tmp_path)
+
+
+def test_folder__with_an_adapter_opens_in_our_tools_and_never_as_the_original(tmp_path):
+    adapted = add_adapter(create_token_model(BACKBONE), window_size=2).eval()
+    torch.nn.init.normal_(adapted.adapter.block.mlp.fc2.weight)
+    save(tmp_path / "out", adapted)
+    images = torch.rand(1, 3, 24, 40)
+    extractor = create_extractor(f"local-dir:{tmp_path / 'out'}")
+    with torch.no_grad():
+        assert torch.equal(extractor(images).patch_tokens, adapted(images).patch_tokens)
+    assert not torch.equal(create_extractor(BACKBONE)(images).patch_tokens, extractor(images).patch_tokens)
+    before = describe_backbone(str(tmp_path / "out")).identity
+    torch.nn.init.normal_(adapted.adapter.block.mlp.fc2.weight)
+    save(tmp_path / "out", adapted)
+    assert describe_backbone(str(tmp_path / "out")).identity != before
+    with pytest.raises(ValueError, match="create_extractor"):
+        load_finetuned(tmp_path / "out")
+    (tmp_path / "out" / "adapter.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no adapter.safetensors"):
+        describe_backbone(str(tmp_path / "out"))

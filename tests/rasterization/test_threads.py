@@ -1,0 +1,101 @@
+"""The CPU backend under threads and forks: same bits always, no lock-ups."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import torch
+
+from tests.rasterization.rasterization_scenes import make_scene, render_everything
+
+
+def _render_with(num_threads, scene):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        return render_everything(scene, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
+def _assert_same_bits(first, second):
+    for name in first.keys() - {"info"}:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_cpu__repeats_to_the_bit_with_any_number_of_threads():
+    scene = make_scene(num_gaussians=3000, num_cameras=2, width=80, height=70, scale=(0.01, 0.2), num_features=24)
+    first = _render_with(2, scene)
+    for num_threads in (2, 1, 3, 5):
+        _assert_same_bits(_render_with(num_threads, scene), first)
+
+
+def test_cpu__two_threads_can_render_at_once():
+    scenes = [make_scene(num_gaussians=500, seed=seed) for seed in range(2)]
+    expected = [render_everything(scene, "cpu") for scene in scenes]
+    failures = []
+
+    def render_often(index):
+        try:
+            for _ in range(5):
+                _assert_same_bits(render_everything(scenes[index], "cpu"), expected[index])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=render_often, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+_FORK = """
+import os, sys, torch
+sys.path.insert(0, {folder!r})
+from tests.rasterization.rasterization_scenes import make_scene, render_everything
+torch.set_num_threads(2)
+scene = make_scene(num_gaussians=500, num_cameras=2)
+def render():
+    with torch.no_grad():
+        from fit3d_ns.rasterization import rasterization, rasterize_features
+        image, _, info = rasterization(**scene.arguments(), colors=scene.features[:, :3].contiguous(), backend="cpu")
+        return image, rasterize_features(scene.features, info)
+render_everything(scene, "cpu")
+expected = render()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads({child_threads})
+    same = all(torch.equal(a, b) for a, b in zip(render(), expected))
+    os._exit(0 if same else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_cpu__a_child_forked_after_a_render_renders_the_same():
+    # In a fresh process, so that the child does not inherit the test runner; with two threads, as a loader would not.
+    code = _FORK.format(folder=os.path.dirname(__file__), child_threads=2)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout.strip() == "0", (result.stdout, result.stderr[-2000:])
+
+
+class _Renders(torch.utils.data.Dataset):
+    def __init__(self, scene):
+        self.scene = scene
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return render_everything(self.scene, "cpu")["images"]
+
+
+def test_cpu__loader_workers_can_render_after_the_parent_did():
+    scene = make_scene(num_gaussians=200)
+    expected = render_everything(scene, "cpu")["images"]
+    loader = torch.utils.data.DataLoader(
+        _Renders(scene), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=240
+    )
+    for image in loader:
+        assert torch.equal(image, expected)
