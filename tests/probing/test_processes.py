@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.probing.test_training import create_segmentation_probe, create_striped_frame
 
 from fit3d_ns.probing.classification.probe import ClassificationConfig, ClassificationProbe
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
@@ -17,6 +16,7 @@ from fit3d_ns.probing.head_trainer import create_accelerator
 from fit3d_ns.probing.protocol import ProbeSets, RunConfig
 from tests.probing.probe_backbones import MeanColourBackbones
 from tests.probing.probe_scenes import BACKBONE
+from tests.probing.test_training import create_segmentation_probe, create_striped_frame
 
 
 def train(process: int, num_processes: int, folder: str) -> None:

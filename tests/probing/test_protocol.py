@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.probing.test_training import create_segmentation_probe, create_striped_frame
 
 from fit3d_ns.probing.assembly import ASSEMBLIES
 from fit3d_ns.probing.classification.probe import PAPER_CLASSIFICATION, ClassificationProbe
@@ -24,6 +23,7 @@ from fit3d_ns.probing.protocol import (
 from fit3d_ns.probing.schedules import Schedule
 from fit3d_ns.probing.segmentation.probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from tests.probing.probe_backbones import MeanColourBackbones
+from tests.probing.test_training import create_segmentation_probe, create_striped_frame
 
 
 def test_resolve_iterations__small_sets_are_trained_for_sixty_epochs() -> None:
