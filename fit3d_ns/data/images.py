@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 MILLIMETRES_PER_METRE = 1000.0
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+"""Suffixes of photographs, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ def read_image_header(path: Path, what: str = "Image") -> ImageHeader:
     """
     with _open_image(path, what) as image:
         return ImageHeader(image.width, image.height, image.mode)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Photographs below a folder, in the order of names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def load_image(path: Path) -> UInt8[Tensor, "height width 3"]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from fit3d_ns.probing.datasets.files import list_images
+from fit3d_ns.data.images import list_images
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice
 

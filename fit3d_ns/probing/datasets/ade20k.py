@@ -8,7 +8,8 @@ ADEChallengeData2016/
 
 from pathlib import Path
 
-from fit3d_ns.probing.datasets.files import create_frame, create_zero_ignoring_table, list_images, read_lines
+from fit3d_ns.data.images import list_images
+from fit3d_ns.probing.datasets.files import create_frame, create_zero_ignoring_table, read_lines
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, ProbeTask
 
 NUM_CLASSES = 150

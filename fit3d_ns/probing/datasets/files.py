@@ -15,9 +15,6 @@ from torch import Tensor
 from fit3d_ns.data.images import load_image, read_image_header
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledFrame, check_labels
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""Photographs, in lower case."""
-
 
 @dataclass(frozen=True, eq=False)
 class LabelTable:
@@ -146,11 +143,6 @@ def create_frame(
         load_depth=None if depth_path is None else partial(load_depth_map, depth_path, depth_scale),
         files=tuple(path for path in (image_path, label_path, depth_path) if path is not None),
     )
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Photographs below a folder, in the order of names."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def read_lines(path: Path, hint: str) -> list[str]:

@@ -12,7 +12,8 @@
 
 from pathlib import Path
 
-from fit3d_ns.probing.datasets.files import LabelTable, create_frame, list_images
+from fit3d_ns.data.images import list_images
+from fit3d_ns.probing.datasets.files import LabelTable, create_frame
 from fit3d_ns.probing.datasets.frames import (
     IGNORE_INDEX,
     DepthConvention,

@@ -10,8 +10,7 @@ Classes are numbered in the order of their folder names; both parts must have th
 from functools import partial
 from pathlib import Path
 
-from fit3d_ns.data.images import load_image
-from fit3d_ns.probing.datasets.files import list_images
+from fit3d_ns.data.images import list_images, load_image
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, ProbeTask
 
 
