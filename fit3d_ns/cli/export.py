@@ -59,7 +59,7 @@ def describe_scene(scene: FeatureScene, path: Path) -> dict[str, object]:
         "num_views": {split: splits.count(split) for split in ("train", "val", "test")},
         "backbone": scene.backbone.to_metadata(),
         "is_random": scene.backbone.is_random,
-        "run": dict(scene.figures),
+        "run": dict(scene.metrics),
     }
 
 

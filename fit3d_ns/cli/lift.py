@@ -221,8 +221,8 @@ def _write_figures(scene: FeatureScene, path: Path, backbone: BackboneDescriptio
     """The JSON beside a scene, and a line for whoever waits."""
     record = ResultRecord(
         kind="lift",
-        metrics=dict(scene.figures),
-        settings={"source": scene.figures["source"], "backbone": backbone.to_metadata(), "device": device},
+        metrics=dict(scene.metrics),
+        settings={"source": scene.metrics["source"], "backbone": backbone.to_metadata(), "device": device},
         is_random=backbone.is_random,
     )
     description = describe_scene(scene, path)
@@ -231,7 +231,7 @@ def _write_figures(scene: FeatureScene, path: Path, backbone: BackboneDescriptio
     figures_path = path.with_suffix(".json")
     write_json(figures_path, {**dataclasses.asdict(record), **description})
     print(f"Scene: {path}\nFigures: {figures_path}")
-    print(_summarize(dict(scene.figures)))
+    print(_summarize(dict(scene.metrics)))
 
 
 def _choose_device(device: Literal["auto", "cuda", "cpu"]) -> str:

@@ -23,7 +23,7 @@ def find_lifted(scene: FeatureScene) -> list[View]:
     if scene.lifted_views is not None:
         return [scene.posed_capture.name_to_view[name] for name in scene.lifted_views]
     train = scene.posed_capture.select("train")
-    number = scene.figures.get("num_train_views")
+    number = scene.metrics.get("num_train_views")
     return select_evenly(train, number if isinstance(number, int) else None)
 
 

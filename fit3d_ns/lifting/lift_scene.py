@@ -126,7 +126,7 @@ def lift_scene(
         "source": source.description,
         "lift": asdict(config),
     }
-    return replace(scene, figures=figures, lifted_views=tuple(view.name for view in chosen.lifted)), result
+    return replace(scene, metrics=figures, lifted_views=tuple(view.name for view in chosen.lifted)), result
 
 
 def measure_lift_memory_mb(device: torch.device | str) -> float:

@@ -123,7 +123,7 @@ def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
         f"scene file {Path(path).name}",
         rasterize_mode=scene.rasterize_mode,
         eps2d=scene.eps2d,
-        training_seconds=find_geometry_seconds(scene.figures),
+        training_seconds=find_geometry_seconds(scene.metrics),
     )
 
 

@@ -103,7 +103,7 @@ def lift_together(
         # The baseline's figures stay those of the scene's own mean token.
         figures = {name: value for name, value in measure_held_out(scene, views, space.basis.mean, device).items()
                    if not name.endswith("_mean_token")}  # fmt: skip
-        scene = replace(scene, figures={**scene.figures, **figures, "num_scenes_sharing_decoder": len(tasks)})
+        scene = replace(scene, metrics={**scene.metrics, **figures, "num_scenes_sharing_decoder": len(tasks)})
         save_scene(scene, task.output_path, include_sh=include_sh)
         if on_scene is not None:
             on_scene(scene, task.output_path)

@@ -61,7 +61,7 @@ def create_run_scene(run: SplatRun, drop_unseen: bool = False) -> FeatureScene:
         pca=_read_picture_basis(run.state),
         token_reading=model.lift.token_reading,
         rasterize_mode=run.rasterize_mode,
-        figures=read_run_figures(run.config_path),
+        metrics=read_run_figures(run.config_path),
         # A short run may have lifted fewer than it trained on; gradient steps see all, and older runs keep no names.
         lifted_views=tuple(run.run_state.get("lifted_views") or (view.name for view in run.capture.select("train"))),
     )

@@ -56,8 +56,8 @@ class FeatureScene:
     """Mode the Gaussians were trained in; rendering in another one changes their size."""
     eps2d: float = 0.3
     """Blur of projected Gaussians in squared pixels, as trained."""
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    """Figures of the run that made the scene, plain JSON values."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers of the run that made the scene, plain JSON values."""
     lifted_views: tuple[str, ...] | None = None
     """Names of the captured views whose tokens the features came from; None where that was not recorded."""
 
@@ -87,7 +87,7 @@ class FeatureScene:
 
     @property
     def metric_scale(self) -> float | None:
-        """Units of the frame per metre, or None; figures in metres divide by it."""
+        """Units of the frame per metre, or None; lengths in metres divide by it."""
         return self.posed_capture.metric_scale
 
     @property

@@ -36,21 +36,21 @@ class SceneCosts:
 def read_scene_costs(scene: FeatureScene, path: Path) -> SceneCosts:
     """Costs of a scene that was loaded from `path`."""
     gaussians = scene.gaussians
-    hours = compute_stage1_hours(scene.figures)
+    hours = compute_stage1_hours(scene.metrics)
     return SceneCosts(scene.scene_id, gaussians.feature_dim, gaussians.num_gaussians, path.stat().st_size / 1e6, hours)
 
 
-def compute_stage1_hours(figures: Mapping[str, Any]) -> float | None:
-    """Hours of stage I out of a scene's figures; None where the training of its geometry is not among them."""
-    phases = {**_read_phases(figures.get("seconds")), **_read_phases(figures.get(TRAINING_FIGURE))}
+def compute_stage1_hours(metrics: Mapping[str, Any]) -> float | None:
+    """Hours of stage I out of a scene's metrics; None where the training of its geometry is not among them."""
+    phases = {**_read_phases(metrics.get("seconds")), **_read_phases(metrics.get(TRAINING_FIGURE))}
     if not phases.get("colour"):
         return None
     return sum(seconds for name, seconds in phases.items() if name not in _UNCOUNTED_PHASES) / _SECONDS_PER_HOUR
 
 
-def find_geometry_seconds(figures: Mapping[str, Any]) -> dict[str, float]:
+def find_geometry_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
     """What a scene or run says about the training of its geometry, for a scene that is lifted from it."""
-    known = {**_read_phases(figures.get("seconds")), **_read_phases(figures.get(TRAINING_FIGURE))}
+    known = {**_read_phases(metrics.get("seconds")), **_read_phases(metrics.get(TRAINING_FIGURE))}
     return {name: known[name] for name in GEOMETRY_PHASES if name in known}
 
 

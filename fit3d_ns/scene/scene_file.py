@@ -55,7 +55,8 @@ def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> Non
         "eps2d": scene.eps2d,
         "pca_total_variance": None if scene.pca is None else scene.pca.total_variance,
         "bytes_per_gaussian": gaussians.bytes_per_gaussian,
-        "figures": dict(scene.figures),
+        # The key is from the first version of the format.
+        "figures": dict(scene.metrics),
         "lifted_views": None if scene.lifted_views is None else list(scene.lifted_views),
     }
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -84,7 +85,7 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
             token_reading=header["token_reading"],
             rasterize_mode=header["rasterize_mode"],
             eps2d=float(header["eps2d"]),
-            figures=header["figures"],
+            metrics=header["figures"],
             lifted_views=_parse_lifted(header),
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:

@@ -89,7 +89,7 @@ def test_lift__several_scenes_go_into_a_folder(run, tmp_path, shared):
     assert [scene.gaussians.feature_dim for scene in scenes] == [6, 6]
     for name, scene in zip(("a", "b"), scenes, strict=True):
         figures = load_result(tmp_path / "all" / f"{name}.json")
-        assert figures.metrics["feature_l1"] == scene.figures["feature_l1"]
+        assert figures.metrics["feature_l1"] == scene.metrics["feature_l1"]
         assert ("num_scenes_sharing_decoder" in figures.metrics) == bool(shared)
         assert f"Scene: {tmp_path / 'all' / name}.safetensors" in out
     assert sorted(path.suffix for path in (tmp_path / "all").iterdir()) == [".json"] * 2 + [".safetensors"] * 2

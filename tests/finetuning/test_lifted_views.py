@@ -160,7 +160,7 @@ def test_name_average__changes_with_masks_and_views_and_nothing_else(tmp_path):
 
 def test_average_lifted_views__only_views_that_were_lifted_count(tmp_path):
     scene = create_scene(tmp_path, num_frames=7)
-    few = replace(scene, figures={"num_train_views": 2})
+    few = replace(scene, metrics={"num_train_views": 2})
     assert len(find_lifted(scene)) == 6 and len(find_lifted(few)) == 2
     assert not torch.equal(average_lifted_views(scene).gaussians.features, average_lifted_views(few).gaussians.features)
 
@@ -169,7 +169,7 @@ def test_find_lifted__takes_the_record_before_what_figures_say(tmp_path, monkeyp
     """Names that no even choice of two would give, the held-out view among them."""
     monkeypatch.setattr(view_average, "SAMPLES_PER_PATCH", 0)
     names = ("images/5.png", "images/0.png")
-    scene = replace(create_scene(tmp_path), figures={"num_train_views": 2}, lifted_views=names)
+    scene = replace(create_scene(tmp_path), metrics={"num_train_views": 2}, lifted_views=names)
     save_scene(scene, tmp_path / "scene.safetensors")
     opened = load_scene(tmp_path / "scene.safetensors")
     assert [view.name for view in find_lifted(opened)] == list(names)

@@ -275,7 +275,7 @@ def test_leave_one_out__moves_towards_a_lift_without_the_view(tmp_path):
 )
 def test_leave_one_out__a_view_that_was_not_lifted_changes_nothing(tmp_path, split, recorded, figures, lifted):
     scene = create_scene(tmp_path, num_test=3)
-    save_scene(replace(scene, figures=figures, lifted_views=recorded), tmp_path / "scene.safetensors")
+    save_scene(replace(scene, metrics=figures, lifted_views=recorded), tmp_path / "scene.safetensors")
     original = create_token_model(BACKBONE).eval().requires_grad_(False)
     bank = SceneBank([tmp_path / "scene.safetensors"])
     views = TrainingViews(bank.on_disk, [(split,)])

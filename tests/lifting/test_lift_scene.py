@@ -49,7 +49,7 @@ def move_to_colmap(raw):
 
 
 def test_lift_scene__beats_the_mean_token_on_held_out_views(scene):
-    figures = scene.figures
+    figures = scene.metrics
     assert figures["num_train_views"] == 10 and figures["num_eval_views"] == 2
     assert figures["feature_cosine"] > figures["feature_cosine_mean_token"] + 0.01
     assert figures["feature_l1"] < figures["feature_l1_mean_token"]
@@ -68,7 +68,7 @@ def test_lift_scene__figures_are_those_of_the_file(scene, cache, tmp_path):
         rendered = loaded.render_features_with_alpha(view.camera_to_world, view.K, view.width, view.height, size)
         covered = rendered.alphas > 0.5
         cosines.append(torch.nn.functional.cosine_similarity(rendered.features, tokens, dim=-1)[covered])
-    assert float(torch.cat(cosines).mean()) == pytest.approx(scene.figures["feature_cosine"], abs=1e-4)
+    assert float(torch.cat(cosines).mean()) == pytest.approx(scene.metrics["feature_cosine"], abs=1e-4)
     assert loaded.token_reading == CONFIG.token_reading and loaded.backbone.is_random
     assert loaded.pca is not None and int(loaded.gaussians.num_views.int().max()) <= 10
 
@@ -192,8 +192,8 @@ def test_lift_scene__resumed_equals_uninterrupted(source, scene, cache, tmp_path
     for name, tensor in scene.gaussians.tensors().items():
         assert torch.equal(resumed.gaussians.tensors()[name], tensor), name
     assert torch.equal(resumed.decoder.weight, scene.decoder.weight)
-    assert resumed.figures["is_resumed"] and not scene.figures["is_resumed"]
-    assert resumed.figures["feature_cosine"] == scene.figures["feature_cosine"]
+    assert resumed.metrics["is_resumed"] and not scene.metrics["is_resumed"]
+    assert resumed.metrics["feature_cosine"] == scene.metrics["feature_cosine"]
 
 
 def test_lift_scene__refuses_an_interrupted_lift_of_another_backbone(source, cache, tmp_path):
@@ -218,10 +218,10 @@ def test_lift_scene__dropping_unseen_gaussians_changes_no_lifted_view(capture, c
     with_hidden = read_ply_source(write_gaussians(tmp_path / "hidden.ply", hidden), root, PlyConfig())
     kept, _ = lift_scene(with_hidden, cache.description, cache, CONFIG)
     dropped, _ = lift_scene(with_hidden, cache.description, cache, CONFIG, LiftSceneConfig(drop_unseen=True))
-    number = dropped.figures["num_dropped_unseen_gaussians"]
-    assert number == kept.figures["num_unseen_gaussians"] >= 5
+    number = dropped.metrics["num_dropped_unseen_gaussians"]
+    assert number == kept.metrics["num_unseen_gaussians"] >= 5
     assert dropped.gaussians.num_gaussians == kept.gaussians.num_gaussians - number
-    assert dropped.figures["largest_change_by_dropping"] == 0.0
+    assert dropped.metrics["largest_change_by_dropping"] == 0.0
     for view in dropped.posed_capture.select("train"):
         pictures = [
             lifted.render_features(view.camera_to_world, view.K, view.width, view.height, (3, 4))
@@ -234,7 +234,7 @@ def test_read_scene_source__lifts_a_scene_file_as_its_source(source, scene, cach
     save_scene(scene, tmp_path / "ring.safetensors")
     again, _ = lift_scene(read_scene_source(tmp_path / "ring.safetensors"), cache.description, cache, CONFIG)
     torch.testing.assert_close(again.gaussians.features, scene.gaussians.features, rtol=1e-2, atol=1e-2)  # half
-    assert again.figures["feature_cosine"] == pytest.approx(scene.figures["feature_cosine"], abs=1e-3)
+    assert again.metrics["feature_cosine"] == pytest.approx(scene.metrics["feature_cosine"], abs=1e-3)
 
 
 def test_read_ply_source__keeps_directional_colour(source, tmp_path, capture):

@@ -53,7 +53,7 @@ def lift(tasks, cache, **kwargs):
 
 def test_lift_together__is_one_decoder_of_all_statistics_on_one_basis(tasks, cache):
     reported = []
-    scenes = lift(tasks, cache, on_scene=lambda scene, path: reported.append((scene.figures["feature_l1"], path)))
+    scenes = lift(tasks, cache, on_scene=lambda scene, path: reported.append((scene.metrics["feature_l1"], path)))
     sums, statistics, sources = [], [], [task.read() for task in tasks]
     views = [load_views(s.capture, choose_views(s.capture, None).lifted, cache, OPTIONS, "cpu") for s in sources]
     for lifted in views:
@@ -85,13 +85,13 @@ def test_lift_together__figures_are_those_of_the_shared_decoder(tasks, cache):
     scenes = lift(tasks, cache)
     for scene, task in zip(scenes, tasks, strict=True):
         alone, _ = lift_scene(task.read(), cache.description, cache, CONFIG)
-        assert scene.figures["num_scenes_sharing_decoder"] == 2
+        assert scene.metrics["num_scenes_sharing_decoder"] == 2
         assert scene.lifted_views == alone.lifted_views == tuple(v.name for v in scene.posed_capture.select("train"))
-        assert scene.figures["feature_l1"] < scene.figures["feature_l1_mean_token"]
-        assert scene.figures["feature_l1_mean_token"] == pytest.approx(alone.figures["feature_l1_mean_token"])
+        assert scene.metrics["feature_l1"] < scene.metrics["feature_l1_mean_token"]
+        assert scene.metrics["feature_l1_mean_token"] == pytest.approx(alone.metrics["feature_l1_mean_token"])
         # A shared basis of six directions keeps less of a scene than six of its own.
-        assert scene.figures["explained_share"] < alone.figures["explained_share"]
-        assert scene.figures["feature_l1"] != alone.figures["feature_l1"]
+        assert scene.metrics["explained_share"] < alone.metrics["explained_share"]
+        assert scene.metrics["feature_l1"] != alone.metrics["feature_l1"]
 
 
 def test_lift_together__interrupted_goes_on_without_lifting_again(tasks, cache, monkeypatch):
@@ -145,7 +145,7 @@ def test_lift_together__a_file_that_is_no_longer_its_own_is_lifted_again(tasks, 
         task.output_path.write_bytes(task.output_path.read_bytes()[:-100])
     for scene, expected in zip(lift(tasks, cache), whole, strict=True):
         assert torch.equal(scene.gaussians.features, expected.gaussians.features)
-        assert scene.figures["feature_l1"] == expected.figures["feature_l1"]
+        assert scene.metrics["feature_l1"] == expected.metrics["feature_l1"]
 
 
 def test_fit_shared_space__refuses_nothing(cache):

@@ -72,7 +72,7 @@ def test_scene__carries_by_products_frames_and_the_random_mark(trained: dict[str
     assert [view.split for view in scene.posed_capture.views].count("test") == 2
     views = scene.posed_capture.views
     assert list(scene.lifted_views or ()) == [view.name for view in views if view.split == "train"]
-    assert scene.pca is not None and scene.figures["num_gaussians"] == scene.gaussians.num_gaussians
+    assert scene.pca is not None and scene.metrics["num_gaussians"] == scene.gaussians.num_gaussians
 
 
 def test_scene__without_unseen_gaussians_renders_captured_views_alike(trained: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def make_scene(make_files, backbone):
             posed_capture=settings.pop("capture", None) or create_posed_capture(make_files()),
             backbone=backbone,
             pca=fit_pca(draw(50, EMBED), 3),
-            figures={"psnr": 20.5},
+            metrics={"psnr": 20.5},
             **settings,
         )
 

@@ -1,4 +1,4 @@
-"""Hours of stage I from figures typed here."""
+"""Hours of stage I from numbers typed here."""
 
 import pytest
 
@@ -13,12 +13,12 @@ def test_stage1_hours__of_a_run_leave_out_what_only_measures_or_shows() -> None:
 def test_stage1_hours__of_a_lift_count_the_run_it_stands_on() -> None:
     run = {"seconds": {"setup": 100.0, "colour": 3000.0, "solve": 400.0, "features": 50.0}}
     lift = {"seconds": {"tokens": 200.0, "conjugate_gradients": 300.0, "photographs": 9.0}}
-    figures = {**lift, "training_seconds": find_geometry_seconds(run)}
+    metrics = {**lift, "training_seconds": find_geometry_seconds(run)}
     # The run's own solve is not what this scene's features come from.
-    assert figures["training_seconds"] == {"setup": 100.0, "colour": 3000.0}
-    assert compute_stage1_hours(figures) == pytest.approx(1.0)
+    assert metrics["training_seconds"] == {"setup": 100.0, "colour": 3000.0}
+    assert compute_stage1_hours(metrics) == pytest.approx(1.0)
     # A scene lifted from this one stands on the same run.
-    assert find_geometry_seconds(figures) == figures["training_seconds"]
+    assert find_geometry_seconds(metrics) == metrics["training_seconds"]
 
 
 def test_stage1_hours__unknown_without_the_training_of_the_geometry() -> None:

@@ -43,7 +43,7 @@ def test_round_trip__keeps_every_value(make_scene, path, bias):
     assert loaded.pca.total_variance == scene.pca.total_variance
     assert loaded.backbone == scene.backbone
     assert (loaded.token_reading, loaded.rasterize_mode, loaded.eps2d) == ("area", "antialiased", 0.1)
-    assert loaded.figures == {"psnr": 20.5}
+    assert loaded.metrics == {"psnr": 20.5}
     assert loaded.metric_scale == 1.0
 
 
@@ -81,7 +81,7 @@ def test_file__of_an_earlier_version_does_not_say_which_views_were_lifted(make_s
     save_scene(make_scene(lifted_views=("images/0.png",)), path)
     rewrite_header(path, lambda header, tensors: header.pop("lifted_views"))
     loaded = load_scene(path)
-    assert loaded.lifted_views is None and loaded.figures == {"psnr": 20.5}
+    assert loaded.lifted_views is None and loaded.metrics == {"psnr": 20.5}
 
 
 def test_errors__a_lifted_view_that_the_capture_does_not_have(make_scene, path):
