@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.features.sources import ADAPTER_KEY, ADAPTER_NAME
 from fit3d_ns.features.tokens import TokenModel, Tokens
-from fit3d_ns.utils.files import read_json
+from fit3d_ns.utils.files import first_line, read_json
 
 _LORA_MODULES = r"blocks\.\d+\.attn\.(qkv|q_proj|k_proj|v_proj|proj)"
 _HEAD_DIM = 32
@@ -102,7 +102,7 @@ def attach_adapter(token_model: TokenModel, folder: Path) -> AdaptedTokenModel:
         adapter.load_state_dict(load_file(folder / ADAPTER_NAME))
     except Exception as error:
         raise ValueError(
-            f"The adapter in {folder} cannot be read ({str(error).splitlines()[0]}); copy the folder again."
+            f"The adapter in {folder} cannot be read ({first_line(error)}); copy the folder again."
         ) from error
     return AdaptedTokenModel(token_model, adapter)
 

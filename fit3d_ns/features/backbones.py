@@ -1,5 +1,11 @@
-"""What can be known of a vision transformer without loading it, and how timm builds it; names are in `sources.py`."""
+"""What can be known of a vision transformer without loading it, and how timm builds it, also with published weights.
 
+Names are in `sources.py`, weights from files in `weights.py`.
+"""
+
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -8,12 +14,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fit3d_ns.features.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ResizeRule
-from fit3d_ns.features.sources import find_backbone_folder, resolve_source
-from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.features.sources import RANDOM_PREFIX, find_backbone_folder, resolve_source
+from fit3d_ns.utils.files import first_line, hash_bytes
 
 Normalization = Literal["timm", "imagenet"]
 """`timm`: each model's own mean and deviation; `imagenet`: ImageNet's for all, as the paper's code does."""
+ResizeRule = Literal["bilinear", "bilinear-antialias"]
+"""`bilinear` samples four pixels, as both of the paper's stages do (cv2 and `F.interpolate` without antialias); the
+image shrinks by less than one patch, so there is little to alias. `bilinear-antialias` widens the filter by the scale
+factor, which matters for images of a few patches only."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Channel means of ImageNet's images in [0, 1]."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Channel deviations of ImageNet's images in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,35 @@ def create_timm_model(architecture: str, model_args: tuple[tuple[str, Any], ...]
     return model
 
 
+def download_timm_model(description: BackboneDescription) -> nn.Module:
+    """Builds a backbone with the weights that timm publishes for it.
+
+    Raises:
+        ValueError: The weights are not on this machine and cannot be downloaded.
+    """
+    cached = _find_cached_weights(description)
+    cause: Exception | None = None
+    problem = "" if cached else _find_network_problem()
+    if not problem:
+        try:
+            return create_timm_model(
+                description.architecture,
+                description.model_args,
+                pretrained=True,
+                # A custom loader reads the format of the original download, not what the hub keeps.
+                pretrained_cfg_overlay={"file": cached, "custom_load": False} if cached else {},
+            )
+        except ValueError:
+            raise
+        except Exception as error:  # The hub's client has errors of several libraries, by version.
+            problem, cause = f"{type(error).__name__}: {first_line(error).rstrip('.')}", error
+    place = f"in {cached} cannot be used" if cached else "are not on this machine and cannot be downloaded"
+    raise ValueError(
+        f"The weights of {description.architecture} {place} ({problem}); "
+        f"give --backbone-weights FILE, or {RANDOM_PREFIX}{description.backbone} to go on with random weights."
+    ) from cause
+
+
 @dataclass(frozen=True)
 class _Shape:
     patch_size: int
@@ -193,3 +236,34 @@ def _measure_architecture(architecture: str, model_args: tuple[tuple[str, Any], 
         mean=(float(mean[0]), float(mean[1]), float(mean[2])),
         std=(float(std[0]), float(std[1]), float(std[2])),
     )
+
+
+def _find_cached_weights(description: BackboneDescription) -> str | None:
+    """Where an earlier download of a timm backbone lies, or None.
+
+    Found files are used as they are: asking the hub first costs most of a minute where there is no network.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from timm.models import get_pretrained_cfg
+
+    config: Any = get_pretrained_cfg(description.architecture)
+    if config is None or not config.hf_hub_id or config.custom_load == "hf":
+        return None
+    cached = try_to_load_from_cache(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+    return cached if isinstance(cached, str) else None
+
+
+def _find_network_problem() -> str:
+    """Empty if the hub answers or may be reached through a proxy; the hub's own client retries for most of a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    url = urllib.parse.urlparse(constants.ENDPOINT)
+    if urllib.request.getproxies():
+        return ""
+    try:
+        with socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10):
+            return ""
+    except OSError as error:
+        return f"no connection to {url.hostname}: {error}"

@@ -1,4 +1,4 @@
-"""`FeatureCache`: tokens of images on disk, one file per image, shared by runs and processes.
+"""`FeatureCache`: tokens of images on disk, shared by runs and processes, and `extract_features`, which fills it.
 
     DIRECTORY / <backbone identity> / <height>x<width>-<dtype> / <first two digits> / <hash of the pixels>.safetensors
 
@@ -10,6 +10,8 @@ but never disturb each other. Each file carries a checksum, verified whenever it
 
 import json
 import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,11 +23,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fit3d_ns.features.backbones import BackboneDescription
-from fit3d_ns.features.preprocessing import compute_patch_grid
-from fit3d_ns.utils.files import hash_bytes, write_atomically
-from fit3d_ns.utils.progress import notice
+from fit3d_ns.features.extractor import FeatureExtractor, create_extractor
+from fit3d_ns.features.tokens import compute_patch_grid
+from fit3d_ns.utils.files import first_line, hash_bytes, write_atomically
+from fit3d_ns.utils.progress import notice, track
 
+LazyImage = Callable[[], Tensor]
+"""Returns one undistorted image [height, width, 3], 8-bit or floating point in [0, 1]."""
 _SCHEMA = "1"
+_MAX_PENDING_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ class FeatureCache:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            return str(error).splitlines()[0]
+            return first_line(error)
         if metadata.get("schema") != _SCHEMA:
             return f"schema {metadata.get('schema')} instead of {_SCHEMA}"
         description = self.description
@@ -154,6 +160,41 @@ class FeatureCache:
         if metadata.get("checksum") != _compute_checksum(tensors):
             return "its checksum is wrong"
         return CachedTokens(tensors["patch_tokens"], tensors["prefix_tokens"])
+
+
+def extract_features(
+    images: Sequence[LazyImage], cache: FeatureCache, *, device: torch.device | str = "cpu", batch_size: int = 4
+) -> list[FeatureKey]:
+    """Makes sure that the tokens of all images are in the cache; the backbone is built only if some are missing.
+
+    Every image is read once, by one thread beside the backbone, to know its content; at most a few batches are in
+    memory at a time. Images of one size form batches. Nothing here draws from a global random generator.
+
+    Args:
+        images: Called once each, in order.
+        cache: Where tokens are kept, and of which backbone.
+        device: Where the backbone runs.
+        batch_size: Images per pass of the backbone, at least 1.
+
+    Returns:
+        One key per image, in the order of `images`, for `cache.load`.
+
+    Raises:
+        ValueError: The backbone cannot be built, or the disk is full. What was extracted until then stays.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
+    keys: list[FeatureKey] = []
+    extractor: FeatureExtractor | None = None
+    for batch in _find_missing(images, cache, batch_size, keys):
+        if extractor is None:
+            extractor = create_extractor(cache.description, device=device)
+        # (h, w, 3) each -> (b, 3, h, w)
+        pixels = torch.stack([_as_float(image).permute(2, 0, 1) for _, image in batch])
+        tokens = extractor(pixels.to(device))
+        for (key, _), patch_tokens, prefix_tokens in zip(batch, tokens.maps, tokens.prefix_tokens, strict=True):
+            cache.save(key, patch_tokens, prefix_tokens)
+    return keys
 
 
 def compute_feature_key(image: Tensor) -> FeatureKey:
@@ -184,3 +225,45 @@ def _compute_checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
     return f"{checksum:08x}"
+
+
+def _find_missing(
+    images: Sequence[LazyImage], cache: FeatureCache, batch_size: int, keys: list[FeatureKey]
+) -> Iterator[list[tuple[FeatureKey, Tensor]]]:
+    """Batches of images of one size whose tokens are not in the cache; appends the keys of all images to `keys`."""
+    pending: dict[tuple[int, int], list[tuple[FeatureKey, Tensor]]] = {}
+    yielded: set[FeatureKey] = set()
+    title = f"Extracting features ({cache.description.label})"
+    for image in track(_prefetch(images, 2 * batch_size), title, total=len(images)):
+        key = compute_feature_key(image)
+        keys.append(key)
+        if key in yielded or cache.contains(key):
+            continue
+        yielded.add(key)
+        size = (key.height, key.width)
+        pending.setdefault(size, []).append((key, image))
+        if len(pending[size]) == batch_size:
+            yield pending.pop(size)
+        elif sum(map(len, pending.values())) >= _MAX_PENDING_BATCHES * batch_size:
+            yield pending.pop(max(pending, key=lambda size: len(pending[size])))
+    yield from pending.values()
+
+
+def _as_float(image: Tensor) -> Tensor:
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
+def _prefetch(images: Sequence[LazyImage], depth: int) -> Iterator[Tensor]:
+    """Reads ahead in one thread, so that decoding goes on while the backbone runs."""
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        waiting: list[Future[Tensor]] = []
+        try:
+            for image in images:
+                waiting.append(executor.submit(image))
+                if len(waiting) > depth:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()

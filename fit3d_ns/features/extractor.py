@@ -1,17 +1,21 @@
 """`create_extractor`: a frozen vision transformer with its preprocessing; images in, tokens out."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fit3d_ns.features.adapters import attach_adapter
-from fit3d_ns.features.backbones import BackboneDescription, Normalization, create_timm_model, describe_backbone
-from fit3d_ns.features.downloads import download_timm_model
-from fit3d_ns.features.preprocessing import ResizeRule
+from fit3d_ns.features.backbones import (
+    BackboneDescription,
+    Normalization,
+    ResizeRule,
+    create_timm_model,
+    describe_backbone,
+    download_timm_model,
+)
 from fit3d_ns.features.sources import ADAPTER_NAME, RANDOM_SEED, find_backbone_folder
 from fit3d_ns.features.tokens import TokenModel, Tokens
 from fit3d_ns.features.weights import load_weights
@@ -19,11 +23,19 @@ from fit3d_ns.utils.seeds import derive_seed
 
 
 class FeatureExtractor:
-    """A frozen backbone with its preprocessing; made by `create_extractor`."""
+    """A frozen backbone with its preprocessing; made by `create_extractor`.
+
+    `model` is timm's module; the other attributes mean what they mean in `BackboneDescription`.
+    """
 
     def __init__(self, token_model: TokenModel, device: torch.device | str, dtype: torch.dtype) -> None:
         self.token_model = token_model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self.description = token_model.description
+        self.model = token_model.model
+        self.description = description = token_model.description
+        self.backbone, self.weights_hash = description.backbone, description.weights_hash
+        self.patch_size, self.embed_dim = description.patch_size, description.embed_dim
+        self.mean, self.std = description.mean, description.std
+        self.is_random = description.is_random
         self.device = torch.device(device)
         self.dtype = dtype
 
@@ -54,46 +66,6 @@ class FeatureExtractor:
             for tokens in outputs
         ]
 
-    @property
-    def model(self) -> nn.Module:
-        """timm's module."""
-        return self.token_model.model
-
-    @property
-    def backbone(self) -> str:
-        """The name as the user gave it."""
-        return self.description.backbone
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return self.description.patch_size
-
-    @property
-    def embed_dim(self) -> int:
-        """Length of a token."""
-        return self.description.embed_dim
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Subtracted from images in [0, 1]."""
-        return self.description.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Divides images after that."""
-        return self.description.std
-
-    @property
-    def weights_hash(self) -> str:
-        """Names the weights; see `BackboneDescription`."""
-        return self.description.weights_hash
-
-    @property
-    def is_random(self) -> bool:
-        """True for untrained weights."""
-        return self.description.is_random
-
 
 def create_extractor(
     backbone: str | BackboneDescription,
@@ -108,7 +80,7 @@ def create_extractor(
     """Builds a frozen backbone and loads its weights.
 
     Args:
-        backbone: A name (`backbones.py` lists the kinds), or a description, whose settings then replace those below.
+        backbone: A name (`sources.py` lists the kinds), or a description, whose settings then replace those below.
         weights: A file with weights; None: timm's download, the folder's or, if the name says so, random ones.
         device: Where the backbone runs.
         dtype: In which type it runs.
@@ -154,7 +126,9 @@ def create_token_model(
             )
     else:
         description = describe_backbone(backbone, weights, normalization, norm=norm, resize_rule=resize_rule)
-    with _isolated_random_state(derive_seed(RANDOM_SEED, "weights", description.architecture)):
+    # Building a model must not draw from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(RANDOM_SEED, "weights", description.architecture))
         if description.is_random:
             model = create_timm_model(description.architecture, description.model_args)
         elif description.weights is not None:
@@ -167,11 +141,3 @@ def create_token_model(
     if folder is not None and (folder / ADAPTER_NAME).is_file():
         return attach_adapter(token_model, folder)
     return token_model
-
-
-@contextmanager
-def _isolated_random_state(seed: int) -> Iterator[None]:
-    """Seeds torch's CPU generator inside the block and restores it after, so that building a model draws nothing."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -1,6 +1,9 @@
 """`Tokens`, what a vision transformer says about images, and `TokenModel`, the module that says it.
 
-Images are [B, 3, H, W] in [0, 1]; (h, w) = (H // p, W // p) is the patch grid, tokens are in row-major order of it.
+Images are [B, 3, H, W] in [0, 1]. They are resized to the largest multiple of the patch size p that fits into them
+(paper code, `forward_2d_model`), so the patch grid is (h, w) = (H // p, W // p); tokens are in its row-major order. The
+resize keeps the image's borders in place: with pixel centres at +0.5, token (i, j) stands at x = (j + 0.5) W / w,
+y = (i + 0.5) H / h of the image before the resize.
 """
 
 from collections.abc import Sequence
@@ -9,9 +12,9 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fit3d_ns.features.backbones import BackboneDescription
-from fit3d_ns.features.preprocessing import compute_patch_grid, fit_to_patch_grid, normalize_images
+from fit3d_ns.features.backbones import BackboneDescription, ResizeRule
 
 _UNUSED_MODULES = ("fc_norm", "attn_pool", "head", "head_dist")
 
@@ -70,11 +73,12 @@ class TokenModel(nn.Module):
         description = self.description
         patch_grid = compute_patch_grid(images.shape[-2], images.shape[-1], description.patch_size)
         fitted = fit_to_patch_grid(images, description.patch_size, description.resize_rule)
-        normalized = normalize_images(fitted, images.new_tensor(description.mean), images.new_tensor(description.std))
+        # (3,) -> (3, 1, 1)
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (description.mean, description.std))
         has_prefix = description.num_prefix_tokens > 0
         outputs = self.model.forward_intermediates(
             # Resizing and normalising keep the images' precision; a half-precision backbone is fed in its own.
-            normalized.to(self.model.patch_embed.proj.weight.dtype),
+            ((fitted - mean) / std).to(self.model.patch_embed.proj.weight.dtype),
             indices=sorted(layers),
             # Eva fails when asked for prefix tokens it does not have.
             return_prefix_tokens=has_prefix,
@@ -89,3 +93,30 @@ class TokenModel(nn.Module):
     def apply_norm(self, tokens: Tokens) -> Tokens:
         """Applies the backbone's final norm to tokens that were made without it."""
         return Tokens(self.model.norm(tokens.patch_tokens), self.model.norm(tokens.prefix_tokens), tokens.patch_grid)
+
+
+def compute_patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """Number of patch rows and columns of an image.
+
+    Raises:
+        ValueError: The image is smaller than one patch.
+    """
+    if height < patch_size or width < patch_size:
+        raise ValueError(
+            f"Image of {width}x{height} pixels is smaller than one patch of {patch_size}x{patch_size}; "
+            "give a larger image or a backbone with smaller patches."
+        )
+    return height // patch_size, width // patch_size
+
+
+def fit_to_patch_grid(
+    images: Float[Tensor, "batch channels height width"], patch_size: int, resize_rule: ResizeRule = "bilinear"
+) -> Float[Tensor, "batch channels fitted_height fitted_width"]:
+    """Resizes to the floor multiple of the patch size; images that are one already are returned as they are."""
+    height, width = images.shape[-2:]
+    rows, columns = compute_patch_grid(height, width, patch_size)
+    size = (rows * patch_size, columns * patch_size)
+    if size == (height, width):
+        return images
+    antialias = resize_rule == "bilinear-antialias"
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=antialias)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fit3d_ns.utils.files import first_line
+
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 """Where checkpoints keep the weights, best first: averaged weights are what their authors evaluate."""
 _UNUSED_PREFIXES = (
@@ -117,8 +119,7 @@ def _read_torch(path: Path) -> Any:
             "save its state dict as .safetensors."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"Weights file {path} cannot be read ({reason}); get the file again.") from error
+        raise ValueError(f"Weights file {path} cannot be read ({first_line(error)}); get the file again.") from error
 
 
 def _check_patch_size(state_dict: dict[str, Tensor], model: Any, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fit3d_ns.features.preprocessing import compute_patch_grid
+from fit3d_ns.features import compute_patch_grid
 from fit3d_ns.finetuning.training_views import locate_capture
 from fit3d_ns.lifting.lift_source import select_evenly
 from fit3d_ns.lifting.view_average import SAMPLES_PER_PATCH, average_over_views

@@ -47,7 +47,7 @@ def load_views(
 ) -> list[LiftView]:
     """Fills the cache with the tokens of `views`, where they are missing, and returns the views of a lift."""
     images = [_lazy_image(capture, view) for view in views]
-    keys = extract_features(images, cache.description, cache, device=device, batch_size=options.feature_batch_size)
+    keys = extract_features(images, cache, device=device, batch_size=options.feature_batch_size)
     by_name: dict[str, FeatureKey] = {view.name: key for view, key in zip(views, keys, strict=True)}
 
     def load_tokens(view: View) -> Float[Tensor, "h w embed"]:

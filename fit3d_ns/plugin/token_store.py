@@ -8,9 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.features.backbones import describe_backbone
-from fit3d_ns.features.cache import FeatureCache, FeatureCacheConfig, FeatureKey, compute_feature_key
-from fit3d_ns.features.extraction import extract_features
-from fit3d_ns.features.preprocessing import compute_patch_grid
+from fit3d_ns.features.cache import (
+    FeatureCache,
+    FeatureCacheConfig,
+    FeatureKey,
+    compute_feature_key,
+    extract_features,
+)
+from fit3d_ns.features.tokens import compute_patch_grid
 from fit3d_ns.plugin.dataset import UndistortedDataset
 
 KEY = "feature_key"
@@ -57,7 +62,7 @@ class TokenStore:
         if all(KEY in frame for frame in frames):
             return
         images = [_lazy_image(frame) for frame in frames]
-        keys = extract_features(images, self.description, self.cache, device=self.device, batch_size=self.batch_size)
+        keys = extract_features(images, self.cache, device=self.device, batch_size=self.batch_size)
         for frame, key in zip(frames, keys, strict=True):
             frame[KEY] = key
 

@@ -58,6 +58,11 @@ def is_disk_full(error: BaseException) -> bool:
     return "No space left on device" in text or "PytorchStreamWriter failed writing file" in text
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a sentence about the file at fault; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` atomically as indented JSON; NaN and infinities become null, which every reader accepts."""
     with write_atomically(path) as temporary:

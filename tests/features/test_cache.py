@@ -27,47 +27,35 @@ def _images(sizes, seed=0):
     return [torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8) for size in sizes]
 
 
-def _as_callables(images):
-    return [lambda image=image: image for image in images]
+@pytest.fixture(autouse=True)
+def batch_shapes(monkeypatch):
+    """For each backbone that `extract_features` builds, the shapes of the batches that it sees."""
+    built = []
 
+    def create(description, **kwargs):
+        extractor, shapes = create_extractor(description, **kwargs), []
+        built.append(shapes)
+        return lambda images: shapes.append(tuple(images.shape)) or extractor(images)
 
-class _CountingCreate:
-    """Counts how often the backbone is built and how many images it sees."""
-
-    def __init__(self):
-        self.num_built = 0
-        self.batch_shapes = []
-
-    def __call__(self, description, device):
-        self.num_built += 1
-        extractor = create_extractor(description, device=device)
-
-        def run(images):
-            self.batch_shapes.append(tuple(images.shape))
-            return extractor(images)
-
-        return run
+    monkeypatch.setattr("fit3d_ns.features.cache.create_extractor", create)
+    return built
 
 
 def _setup(tmp_path, **config):
-    description = describe_backbone(BACKBONE)
-    return description, FeatureCache(FeatureCacheConfig(tmp_path, **config), description)
+    return FeatureCache(FeatureCacheConfig(tmp_path, **config), describe_backbone(BACKBONE))
 
 
-def _extract(images, description, cache, **kwargs):
-    create = _CountingCreate()
-    keys = extract_features(_as_callables(images), description, cache, create=create, **kwargs)
-    return keys, create
+def _extract(images, cache, **kwargs):
+    return extract_features([lambda image=image: image for image in images], cache, **kwargs)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-10), ("float32", 1e-5)])
-def test_extract_features__stores_what_the_extractor_gives(tmp_path, dtype, tolerance):
-    description, cache = _setup(tmp_path, dtype=dtype)
+def test_extract_features__stores_what_the_extractor_gives(tmp_path, batch_shapes, dtype, tolerance):
+    cache = _setup(tmp_path, dtype=dtype)
     sizes = [(30, 45), (30, 45), (44, 28), (30, 45)]
     images = _images(sizes)
-    keys, create = _extract(images, description, cache, batch_size=2)
-    assert create.num_built == 1
-    assert sorted(shape[0] for shape in create.batch_shapes) == [1, 1, 2]
+    keys = _extract(images, cache, batch_size=2)
+    assert len(batch_shapes) == 1 and sorted(shape[0] for shape in batch_shapes[0]) == [1, 1, 2]
     extractor = create_extractor(BACKBONE)
     for image, key, (height, width) in zip(images, keys, sizes, strict=True):
         tokens = cache.load(key)
@@ -82,66 +70,57 @@ def test_extract_features__stores_what_the_extractor_gives(tmp_path, dtype, tole
         )
 
 
-def test_extract_features__builds_no_backbone_when_nothing_is_missing(tmp_path):
-    description, cache = _setup(tmp_path)
+def test_extract_features__builds_no_backbone_when_nothing_is_missing(tmp_path, batch_shapes):
+    cache = _setup(tmp_path)
     images = _images([(30, 45)] * 3)
-    keys, _ = _extract(images, description, cache)
-    again, create = _extract(images, description, cache)
-    assert again == keys and create.num_built == 0
-    _, create = _extract([*images, *_images([(30, 45)], seed=9)], description, cache)
-    assert create.batch_shapes == [(1, 3, 30, 45)]
+    keys = _extract(images, cache)
+    assert _extract(images, cache) == keys and len(batch_shapes) == 1
+    _extract([*images, *_images([(30, 45)], seed=9)], cache)
+    assert batch_shapes[1] == [(1, 3, 30, 45)]
 
 
-def test_extract_features__extracts_equal_images_once(tmp_path):
-    description, cache = _setup(tmp_path)
+def test_extract_features__extracts_equal_images_once(tmp_path, batch_shapes):
     image = _images([(28, 28)])[0]
-    keys, create = _extract([image] * 5, description, cache, batch_size=2)
+    keys = _extract([image] * 5, _setup(tmp_path), batch_size=2)
     assert len(set(keys)) == 1 and len(keys) == 5
-    assert sum(shape[0] for shape in create.batch_shapes) == 1
+    assert batch_shapes == [[(1, 3, 28, 28)]]
 
 
-def test_extract_features__holds_few_images_of_many_sizes(tmp_path):
-    description, cache = _setup(tmp_path)
+def test_extract_features__holds_few_images_of_many_sizes(tmp_path, monkeypatch):
+    cache = _setup(tmp_path)
     images = _images([(28 + index, 30) for index in range(20)])
-    seen = []
-    callables = [lambda image=image: (seen.append(1), image)[1] for image in images]
-    runs = []
-    extractor = create_extractor(description)
+    seen, runs = [], []
+    extractor = create_extractor(cache.description)
 
     def run(batch):
         runs.append(len(seen))
         return extractor(batch)
 
-    extract_features(callables, description, cache, batch_size=1, create=lambda *_: run)
+    monkeypatch.setattr("fit3d_ns.features.cache.create_extractor", lambda *args, **kwargs: run)
+    extract_features([lambda image=image: (seen.append(1), image)[1] for image in images], cache, batch_size=1)
     # Batches of one: each image runs as soon as it is read; at most a handful is read ahead.
     assert len(runs) == 20 and all(read - done <= 4 for done, read in enumerate(runs))
 
 
 def test_extract_features__leaves_global_random_state_alone(tmp_path):
-    description, cache = _setup(tmp_path)
+    cache = _setup(tmp_path)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    extract_features(_as_callables(_images([(28, 28)])), description, cache)
+    _extract(_images([(28, 28)]), cache)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_extract_features__passes_on_what_reading_an_image_raises(tmp_path):
-    description, cache = _setup(tmp_path)
+    cache = _setup(tmp_path)
     image = _images([(28, 28)])[0]
 
     def fail():
         raise ValueError("No such image: frame_7.jpg.")
 
     with pytest.raises(ValueError, match="frame_7.jpg"):
-        extract_features([lambda: image, fail], description, cache, batch_size=1)
+        extract_features([lambda: image, fail], cache, batch_size=1)
     # What was extracted before stays.
     assert cache.contains(compute_feature_key(image))
-
-
-def test_extract_features__refuses_cache_of_another_backbone(tmp_path):
-    _, cache = _setup(tmp_path)
-    with pytest.raises(ValueError, match="cache holds features of tiny_dinov2_reg.* not of tiny_plain16"):
-        extract_features([], describe_backbone("random:tiny_plain16"), cache)
 
 
 def _truncate(path):
@@ -156,9 +135,8 @@ def _flip_a_bit(path):
 
 def _copy_other_size(path):
     """A file of an image of another size under this image's name."""
-    description = describe_backbone(BACKBONE)
-    other = FeatureCache(FeatureCacheConfig(path.parent / "other"), description)
-    key = extract_features(_as_callables(_images([(56, 56)])), description, other)[0]
+    other = _setup(path.parent / "other")
+    key = _extract(_images([(56, 56)]), other)[0]
     path.write_bytes(other.get_path(key).read_bytes())
 
 
@@ -172,10 +150,10 @@ def _copy_other_size(path):
         (_copy_other_size, r"patch_tokens is not \[2, 3, 16\]"),
     ],
 )
-def test_cache__damaged_file_is_reported_and_made_again(tmp_path, capsys, damage, reason):
-    description, cache = _setup(tmp_path)
+def test_cache__damaged_file_is_reported_and_made_again(tmp_path, capsys, batch_shapes, damage, reason):
+    cache = _setup(tmp_path)
     images = _images([(30, 45)])
-    keys, _ = _extract(images, description, cache)
+    keys = _extract(images, cache)
     path = cache.get_path(keys[0])
     # Copies: a file that is cut short under a memory map would end the process.
     whole = {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -183,21 +161,21 @@ def test_cache__damaged_file_is_reported_and_made_again(tmp_path, capsys, damage
     with pytest.raises(ValueError, match=f"{path.name} are damaged.*({reason})"):
         cache.load(keys[0])
     capsys.readouterr()
-    _, create = _extract(images, description, cache)
-    assert create.num_built == 1
+    _extract(images, cache)
+    assert batch_shapes[-1] == [(1, 3, 30, 45)] and len(batch_shapes) >= 2
     assert "are damaged" in capsys.readouterr().err
     again = load_file(path)
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 def test_cache__missing_file_names_its_path(tmp_path):
-    _, cache = _setup(tmp_path)
+    cache = _setup(tmp_path)
     with pytest.raises(ValueError, match="No cached features at .*; start the run again"):
         cache.load(FeatureKey("0" * 16, 28, 28))
 
 
 def test_cache__full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    description, cache = _setup(tmp_path)
+    cache = _setup(tmp_path)
 
     def fail(self, content):
         with open(self, "wb") as file:
@@ -206,20 +184,19 @@ def test_cache__full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypat
 
     monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(ValueError, match="No space left for .*; free some disk space"):
-        extract_features(_as_callables(_images([(28, 28)])), description, cache)
+        _extract(_images([(28, 28)]), cache)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_cache__folder_that_is_a_file_is_one_sentence(tmp_path):
-    description = describe_backbone(BACKBONE)
     (tmp_path / "cache").write_text("")
-    cache = FeatureCache(FeatureCacheConfig(tmp_path / "cache"), description)
+    cache = _setup(tmp_path / "cache")
     with pytest.raises(ValueError, match="Cannot write features to .*; choose another folder"):
-        extract_features(_as_callables(_images([(28, 28)])), description, cache)
+        _extract(_images([(28, 28)]), cache)
 
 
 def test_cache__refuses_tokens_beyond_half_precision(tmp_path):
-    _, cache = _setup(tmp_path)
+    cache = _setup(tmp_path)
     tokens = torch.full((2, 2, 16), 1e5)
     with pytest.raises(ValueError, match="too large for float16; .*store float32"):
         cache.save(FeatureKey("0" * 16, 28, 28), tokens, torch.zeros(5, 16))
@@ -229,14 +206,14 @@ def test_cache__refuses_tokens_beyond_half_precision(tmp_path):
 
 
 def test_cache__layout_is_sharded_and_separate_by_backbone_and_size(tmp_path):
-    description, cache = _setup(tmp_path)
+    cache = _setup(tmp_path)
     images = _images([(30, 45), (44, 28)])
-    keys, _ = _extract(images, description, cache)
+    keys = _extract(images, cache)
     other = FeatureCache(FeatureCacheConfig(tmp_path), describe_backbone(BACKBONE, norm=False))
     assert not other.contains(keys[0])
     for key, size in zip(keys, ("30x45", "44x28"), strict=True):
         relative = cache.get_path(key).relative_to(tmp_path).parts
-        assert relative[0] == description.identity and "random" in relative[0]
+        assert relative[0] == cache.description.identity and "random" in relative[0]
         assert relative[1].startswith(size) and relative[2] == key.pixels_hash[:2]
         assert set(load_file(cache.get_path(key))) == {"patch_tokens", "prefix_tokens"}
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2

@@ -3,22 +3,22 @@
 import pytest
 import torch
 
-from fit3d_ns.features import (
-    compute_patch_grid,
-    compute_token_centers,
-    compute_token_coordinates,
-    compute_token_footprints,
-    create_extractor,
-)
-from fit3d_ns.features.preprocessing import fit_to_patch_grid
-
-SIZES = [(584, 876), (61, 45), (30, 200), (28, 42), (47, 16)]
+from fit3d_ns.features import compute_patch_grid, create_extractor
+from fit3d_ns.features.tokens import fit_to_patch_grid
 
 
 def _position_coded_image(height, width):
     """Red holds x, green holds y of every pixel centre, in pixels; blue is 1."""
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     return torch.stack([x, y, torch.ones_like(x)])
+
+
+def _compute_token_centres(height, width, patch_grid):
+    """(x, y) of each token in the image before the resize, by the module's docstring."""
+    rows, columns = patch_grid
+    return torch.tensor(
+        [[((j + 0.5) * width / columns, (i + 0.5) * height / rows) for j in range(columns)] for i in range(rows)]
+    )
 
 
 def _make_patch_averaging(model):
@@ -36,31 +36,26 @@ def _make_patch_averaging(model):
         model.patch_embed.proj.bias.zero_()
 
 
-@pytest.mark.parametrize(("height", "width"), SIZES)
-def test_compute_token_centers__match_patch_means_of_position_coded_image(height, width):
-    patch_size = 14
-    image = _position_coded_image(height, width)
-    fitted = fit_to_patch_grid(image[None], patch_size)[0]
-    rows, columns = compute_patch_grid(height, width, patch_size)
-    assert fitted.shape == (3, rows * patch_size, columns * patch_size)
-    for i in range(rows):
-        for j in range(columns):
-            patch = fitted[:2, i * patch_size : (i + 1) * patch_size, j * patch_size : (j + 1) * patch_size]
-            # Coordinates up to 876 through a float32 interpolation.
-            expected = compute_token_centers(height, width, (rows, columns))[i, j]
-            torch.testing.assert_close(patch.mean(dim=(1, 2)), expected, rtol=1e-5, atol=1e-3)
+@pytest.mark.parametrize(("height", "width"), [(584, 876), (61, 45), (30, 200), (28, 42), (47, 16)])
+def test_fit_to_patch_grid__patches_stand_at_the_token_centres(height, width):
+    fitted = fit_to_patch_grid(_position_coded_image(height, width)[None], 14)
+    rows, columns = compute_patch_grid(height, width, 14)
+    assert fitted.shape == (1, 3, rows * 14, columns * 14)
+    means = torch.nn.functional.avg_pool2d(fitted, 14)[0, :2].permute(1, 2, 0)
+    # Coordinates up to 876 through a float32 interpolation.
+    torch.testing.assert_close(means, _compute_token_centres(height, width, (rows, columns)), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize(("height", "width"), [(61, 45), (30, 100)])
-def test_compute_token_centers__match_what_real_vits_see(tiny_backbone, height, width):
+def test_token_centres__are_what_real_vits_see(tiny_backbone, height, width):
     extractor = create_extractor(tiny_backbone, norm=False)
     _make_patch_averaging(extractor.model)
     scale = torch.tensor([width, height, 1.0])[:, None, None]
     tokens = extractor((_position_coded_image(height, width) / scale)[None])
     mean, std = torch.tensor(extractor.mean), torch.tensor(extractor.std)
     seen = (tokens.maps[0, :, :, :3] * std + mean) * scale[:, 0, 0]
-    centers = compute_token_centers(height, width, tokens.patch_grid)
-    torch.testing.assert_close(seen[..., :2], centers, rtol=1e-4, atol=1e-3)
+    centres = _compute_token_centres(height, width, tokens.patch_grid)
+    torch.testing.assert_close(seen[..., :2], centres, rtol=1e-4, atol=1e-3)
 
 
 def test_fit_to_patch_grid__antialias_keeps_inner_positions():
@@ -75,27 +70,6 @@ def test_fit_to_patch_grid__antialias_keeps_inner_positions():
 def test_fit_to_patch_grid__leaves_fitting_images_alone():
     images = torch.rand(1, 3, 28, 42)
     assert fit_to_patch_grid(images, 14) is images
-
-
-def test_compute_token_footprints__tile_the_image():
-    footprints = compute_token_footprints(61, 45, (4, 3))
-    assert footprints[0, 0, :2].tolist() == [0.0, 0.0]
-    torch.testing.assert_close(footprints[3, 2, 2:], torch.tensor([45.0, 61.0]))
-    torch.testing.assert_close(footprints[:, 1:, 0], footprints[:, :-1, 2])
-    torch.testing.assert_close(footprints[1:, :, 1], footprints[:-1, :, 3])
-
-
-def test_compute_token_coordinates__invert_centers_and_name_the_patch_of_each_pixel():
-    height, width, grid = 61, 45, (4, 3)
-    centers = compute_token_centers(height, width, grid)
-    rows, columns = torch.meshgrid(torch.arange(4) + 0.5, torch.arange(3) + 0.5, indexing="ij")
-    back = compute_token_coordinates(centers, height, width, grid)
-    torch.testing.assert_close(back, torch.stack([columns, rows], dim=-1))
-    footprints = compute_token_footprints(height, width, grid)
-    for x, y in [(0.5, 0.5), (44.5, 60.5), (14.5, 15.5), (20.5, 40.5)]:
-        column, row = compute_token_coordinates(torch.tensor([x, y]), height, width, grid).floor().long().tolist()
-        x0, y0, x1, y1 = footprints[row, column].tolist()
-        assert x0 <= x <= x1 and y0 <= y <= y1
 
 
 @pytest.mark.parametrize(("height", "width"), [(13, 100), (100, 13)])
