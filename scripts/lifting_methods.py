@@ -22,9 +22,8 @@ from fit3d_ns.lifting import (
     solve_features,
 )
 from fit3d_ns.lifting.blending import ViewBlender
-from fit3d_ns.lifting.config import ReadingRule
 from fit3d_ns.rasterization import rasterize_features
-from fit3d_ns.scene import FeatureDecoder
+from fit3d_ns.scene import FeatureDecoder, TokenReadingRule
 from fit3d_ns.utils.progress import measure_peak_memory_mb
 from fit3d_ns.utils.seeds import create_generator
 
@@ -93,7 +92,7 @@ class JointTraining:
     def on_step(self, step: int, view: Any, info: dict[str, Any], alphas: Tensor) -> None:
         tokens = self.tokens[view.name].float().to(self.features.device)
         start = time.perf_counter()
-        config = FeatureLossConfig(multiple=0, token_to_pixel="bilinear", accumulation_aware=False)
+        config = FeatureLossConfig(multiple=0, token_to_pixel="bilinear", alpha_weighting=False)
         loss = FeatureLoss(view.width, view.height, (tokens.shape[0], tokens.shape[1]), config)
         loss.compute(rasterize_features(self.features, info)[0], alphas, self.decoder, tokens).backward()
         self.optimizer.step()
@@ -164,7 +163,7 @@ def measure(
 ) -> dict[str, Any]:
     """Held-out figures and costs of one method; each is read by the rule that suits it better, both are kept."""
     readings: dict[str, FeatureMetrics] = {}
-    rule: ReadingRule
+    rule: TokenReadingRule
     for rule in ("bilinear", "area"):
         readings[rule] = evaluate_features(
             gaussians, lifted.features, lifted.decoder, test_views, mean_token, token_reading=rule

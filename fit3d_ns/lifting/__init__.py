@@ -3,10 +3,15 @@
 from fit3d_ns.lifting.capture_views import create_lift_views
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
-from fit3d_ns.lifting.evaluation import FeatureMetrics, evaluate_features
+from fit3d_ns.lifting.feature_error import (
+    FeatureLoss,
+    FeatureLossConfig,
+    FeatureMetrics,
+    compute_masked_l1,
+    evaluate_features,
+)
 from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
 from fit3d_ns.lifting.leave_one_out import compute_leave_one_out
-from fit3d_ns.lifting.losses import FeatureLoss, FeatureLossConfig, compute_masked_l1
 from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators

@@ -19,8 +19,8 @@ from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
 from fit3d_ns.lifting.sampled_camera import compute_stride, sample_camera
 from fit3d_ns.lifting.token_basis import project_tokens
-from fit3d_ns.lifting.token_grid import average_over_cells, spread_tokens
 from fit3d_ns.rasterization import backproject_features, project, rasterize_features
+from fit3d_ns.scene.token_grid import average_over_cells, spread_tokens
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 """`LiftConfig`: every choice of the closed-form lift, with the reason for its default; and which views it sees."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-SpreadingRule = Literal["bilinear", "nearest", "area"]
-ReadingRule = Literal["bilinear", "area"]
+from fit3d_ns.scene.token_grid import TokenReadingRule, TokenSpreadingRule
 
 
 @dataclass(frozen=True)
@@ -13,14 +11,14 @@ class LiftConfig:
 
     feature_dim: int = 64
     """Numbers per Gaussian (paper section 3.1: 64); at least 1 and at most the backbone's embedding size."""
-    token_to_pixel: SpreadingRule = "area"
+    token_to_pixel: TokenSpreadingRule = "area"
     """How a token is compared with pixels: `bilinear` upsamples the tokens (paper section 3.1), `nearest` holds each
     constant over its patch, `area` compares it with the mean of the rendered features over its patch, which the
     backbone saw as a whole. Held-out error falls in this order."""
     within_patch_weight: float = 0.3
     """For `area` alone: weight of the rendered features' spread within each patch, 0 to 1. At 0 only the patch's mean
     counts and detail below the patch is noise; at 1 the rule equals `nearest`."""
-    token_reading: ReadingRule = "area"
+    token_reading: TokenReadingRule = "area"
     """How tokens are read off a rendered map, by the decoder's fit and by all later stages: `area` averages it over
     each patch, `bilinear` samples it at the token centres (paper's stage II)."""
     max_passes: int = 16

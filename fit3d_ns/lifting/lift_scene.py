@@ -18,7 +18,7 @@ from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription, FeatureCache
 from fit3d_ns.lifting.chosen_views import ChosenViews, choose_views, fit_picture_basis, load_views
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
-from fit3d_ns.lifting.evaluation import evaluate_features
+from fit3d_ns.lifting.feature_error import evaluate_features
 from fit3d_ns.lifting.inputs import LiftView
 from fit3d_ns.lifting.lift_source import (
     LiftSource,

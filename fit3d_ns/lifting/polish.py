@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fit3d_ns.lifting.blending import ViewBlender
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.losses import FeatureLoss, FeatureLossConfig
+from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig
 from fit3d_ns.lifting.reduction import sum_over_processes
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
@@ -45,7 +45,7 @@ def polish_features(
         multiple=1,
         token_to_pixel=config.token_to_pixel,
         token_reading=config.token_reading,
-        accumulation_aware=config.accumulation_aware,
+        alpha_weighting=config.accumulation_aware,
     )
     generator = create_generator(0, "polish")
     num_processes = 1 if group is None else dist.get_world_size(group)

@@ -32,7 +32,7 @@ from fit3d_ns.lifting.token_basis import add_view_tokens, fit_token_basis
 from fit3d_ns.lifting.view_passes import Progress, ViewPasses
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
-from fit3d_ns.scene.token_reading import create_token_reader
+from fit3d_ns.scene.token_grid import create_token_reader
 from fit3d_ns.utils.progress import PhaseTimer, notice
 
 

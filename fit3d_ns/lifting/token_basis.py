@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, apply_pca
-from fit3d_ns.lifting.token_grid import sum_over_cells
+from fit3d_ns.scene.token_grid import sum_over_cells
 
 
 def add_view_tokens(

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.lifting.sampled_camera import compute_stride, sample_camera
-from fit3d_ns.lifting.token_grid import average_over_cells
 from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureScene, View
+from fit3d_ns.scene.token_grid import average_over_cells
 
 SAMPLES_PER_PATCH = 4
 """Samples along a patch's side; more change nothing but the time."""

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis, apply_pca, fit_colours, fit_mapped_pca, map_to_colours
-from fit3d_ns.lifting.losses import FeatureLoss, FeatureLossConfig
+from fit3d_ns.lifting.feature_error import COVERED, FeatureLoss, FeatureLossConfig, FeatureMetrics, sum_token_errors
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import colour_features
-from fit3d_ns.scene.token_reading import TokenReader, create_token_reader, read_at_tokens
+from fit3d_ns.scene.token_grid import TokenReader, create_token_reader, read_at_tokens
 from fit3d_ns.utils.seeds import create_generator
 
 FEATURE_SEED = 0
@@ -30,9 +30,6 @@ INITIAL_FEATURE_SCALE = 0.01
 
 MAX_COLOUR_ROWS = 20_000
 """Pixels whose decoded features set the colour ranges of a refitted basis."""
-
-COVERED_ALPHA = 0.5
-"""Tokens with less rendered opacity, or less valid area, are not compared in evaluation."""
 
 
 class FeatureBranch(nn.Module):
@@ -113,7 +110,7 @@ class FeatureBranch(nn.Module):
     def compute_metrics(
         self, features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], batch: dict[str, Any]
     ) -> dict[str, float]:
-        """`feature_l1` and `feature_cosine` over covered, valid tokens; and the cosine of the mean token beside it."""
+        """Errors over covered tokens, and the share of tokens that are covered; NaN errors where none is."""
         if not self.is_on:
             return {}
         tokens = batch["patch_tokens"].to(features.device).float()
@@ -127,16 +124,12 @@ class FeatureBranch(nn.Module):
         if "mask" in batch:
             mask = _resize_mask(batch["mask"].to(features.device), height, width)
             valid = read_at_tokens(mask[..., None], size, self.config.lift.token_reading)[..., 0]
-        covered = (alpha_at_tokens > COVERED_ALPHA) & (valid > COVERED_ALPHA)
-        if not bool(covered.any()):
-            unknown = dict.fromkeys(("feature_l1", "feature_cosine", "feature_cosine_mean_token"), float("nan"))
-            return unknown | {"feature_coverage": 0.0}
-        prediction, truth = decoded[covered], tokens[covered]
+        metrics = FeatureMetrics.from_sums(sum_token_errors(decoded, tokens, alpha_at_tokens, valid, self.pca_mean))
         return {
-            "feature_l1": float((prediction - truth).abs().mean()),
-            "feature_cosine": float(F.cosine_similarity(prediction, truth, dim=-1).mean()),
-            "feature_cosine_mean_token": float(F.cosine_similarity(self.pca_mean[None], truth, dim=-1).mean()),
-            "feature_coverage": float(covered.float().mean()),
+            "feature_l1": metrics.feature_l1,
+            "feature_cosine": metrics.feature_cosine,
+            "feature_cosine_mean_token": metrics.mean_token_cosine,
+            "feature_coverage": metrics.num_tokens / (size[0] * size[1]),
         }
 
     @torch.no_grad()
@@ -208,7 +201,7 @@ class FeatureBranch(nn.Module):
         if self._last_picture is None:
             return None
         features_low, alpha = self._last_picture
-        covered = alpha > COVERED_ALPHA
+        covered = alpha > COVERED
         if int(covered.sum()) < self.config.feature_dim:
             return None
         rows = features_low[covered] / alpha[covered][:, None]
@@ -222,7 +215,7 @@ class FeatureBranch(nn.Module):
         key = (width, height, patch_grid)
         if key not in self._losses:
             config = FeatureLossConfig(
-                multiple=self.config.feature_grid_multiple, accumulation_aware=self.config.accumulation_weighting
+                multiple=self.config.feature_grid_multiple, alpha_weighting=self.config.accumulation_weighting
             )
             self._losses[key] = FeatureLoss(width, height, patch_grid, config)
         return self._losses[key]

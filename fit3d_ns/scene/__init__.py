@@ -8,7 +8,7 @@ from fit3d_ns.scene.ply import ReadGaussians, read_fit3d, read_ply, write_fit3d,
 from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture
 from fit3d_ns.scene.scene_backbone import SceneBackbone
 from fit3d_ns.scene.scene_file import load_scene, save_scene
-from fit3d_ns.scene.token_reading import TokenReader, TokenReadingRule, create_token_reader, read_at_tokens
+from fit3d_ns.scene.token_grid import TokenReader, TokenReadingRule, create_token_reader, read_at_tokens
 
 __all__ = [
     "FeatureDecoder",

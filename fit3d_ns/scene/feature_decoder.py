@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.scene.token_reading import TokenReader, TokenReadingRule, create_token_reader
+from fit3d_ns.scene.token_grid import TokenReader, TokenReadingRule, create_token_reader
 
 KERNEL_SIZE = 3
 NUM_TAPS = KERNEL_SIZE * KERNEL_SIZE

@@ -21,7 +21,7 @@ from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.gaussians import ActivatedGaussians, FeatureGaussians, activate
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.scene.scene_backbone import SceneBackbone
-from fit3d_ns.scene.token_reading import TokenReadingRule, create_token_reader
+from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader
 
 RasterizeMode = Literal["classic", "antialiased"]
 

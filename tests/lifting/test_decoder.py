@@ -7,7 +7,7 @@ from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
 from fit3d_ns.lifting import DecoderStatistics, LiftConfig, fit_decoder, solve_features
 from fit3d_ns.lifting.decoder_fit import create_pca_decoder
 from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators, project_tokens
-from fit3d_ns.scene.token_reading import create_token_reader
+from fit3d_ns.scene.token_grid import create_token_reader
 
 WIDTH, HEIGHT, GRID = 30, 24, (8, 10)
 

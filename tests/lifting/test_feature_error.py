@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fit3d_ns.lifting import FeatureLoss, FeatureLossConfig, compute_masked_l1
+from fit3d_ns.lifting import FeatureLoss, FeatureLossConfig, compute_masked_l1, evaluate_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from tests.lifting.lifting_scene import EMBED_DIM, compute_dense_blending
+from tests.lifting.lifting_scene import GRID as TOKEN_GRID
 
 WIDTH, HEIGHT, GRID = 20, 12, (3, 5)
 
@@ -38,7 +42,7 @@ def compute_by_full_maps(rendered, size, aware):
 @pytest.mark.parametrize("multiple, size", [(1, GRID), (2, (6, 10)), (0, (HEIGHT, WIDTH))])
 def test_feature_loss__equals_resized_full_maps(rendered, multiple, size, aware):
     features_low, alphas, tokens, mask, decoder = rendered
-    loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=multiple, accumulation_aware=aware))
+    loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=multiple, alpha_weighting=aware))
     expected = compute_by_full_maps(rendered, size, aware)
     assert float(loss.compute(features_low, alphas, decoder, tokens, mask)) == pytest.approx(expected, rel=1e-4)
 
@@ -84,3 +88,45 @@ def test_compute_masked_l1__is_the_weighted_mean():
 def test_feature_loss_config__refuses_negative_multiples():
     with pytest.raises(ValueError, match="multiple is -1"):
         FeatureLossConfig(multiple=-1)
+
+
+def test_evaluate_features__equals_loop_over_tokens(gaussians, views):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(len(gaussians), 3, generator=generator)
+    decoder = FeatureDecoder(3, EMBED_DIM, bias=True).requires_grad_(False)
+    decoder.bias.copy_(torch.randn(EMBED_DIM, generator=generator))
+    mean_token = torch.randn(EMBED_DIM, generator=generator)
+    distances, cosines, mean_distances, mean_cosines = [], [], [], []
+    for view in views[:2]:
+        blending, alphas = (tensor.float() for tensor in compute_dense_blending(gaussians, view))
+        low = (blending @ features).permute(2, 0, 1)[None]
+        high = F.conv2d(low, decoder.weight, padding=1) + decoder.bias[:, None, None] * alphas
+        maps = torch.cat([high[0], alphas[None], view.load_mask().float()[None]])[None]
+        read = F.interpolate(maps, size=TOKEN_GRID, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+        for row in range(TOKEN_GRID[0]):
+            for column in range(TOKEN_GRID[1]):
+                *token, alpha, mask = read[row, column].tolist()
+                if alpha <= 0.5 or mask <= 0.5:
+                    continue
+                expected = view.load_tokens()[row, column].numpy()
+                for guess, l1, cosine in (
+                    (np.array(token), distances, cosines),
+                    (mean_token.numpy(), mean_distances, mean_cosines),
+                ):
+                    l1.append(np.abs(guess - expected).mean())
+                    cosine.append(guess @ expected / np.linalg.norm(guess) / np.linalg.norm(expected))
+    assert 0 < len(distances) < 2 * TOKEN_GRID[0] * TOKEN_GRID[1]
+    metrics = evaluate_features(gaussians, features, decoder, views[:2], mean_token, token_reading="bilinear")
+    assert metrics.num_tokens == len(distances)
+    assert metrics.feature_l1 == pytest.approx(np.mean(distances), rel=1e-4)
+    assert metrics.feature_cosine == pytest.approx(np.mean(cosines), rel=1e-4)
+    assert metrics.mean_token_l1 == pytest.approx(np.mean(mean_distances), rel=1e-4)
+    assert metrics.mean_token_cosine == pytest.approx(np.mean(mean_cosines), rel=1e-4)
+
+
+def test_evaluate_features__says_when_nothing_is_covered(gaussians, views):
+    away = replace(gaussians, means=gaussians.means + 100.0)
+    decoder = FeatureDecoder(3, EMBED_DIM)
+    with pytest.raises(ValueError, match="No token of the evaluated views is covered"):
+        mean_token = torch.zeros(EMBED_DIM)
+        evaluate_features(away, torch.zeros(len(away), 3), decoder, views, mean_token, token_reading="area")

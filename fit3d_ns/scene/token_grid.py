@@ -1,9 +1,13 @@
-"""Reading a rendered map at the token grid: which pixels count for a token, and with which weights.
+"""Between a token grid and pixels: reading a rendered map at the tokens, and spreading tokens over the pixels.
 
-A token grid (h, w) divides the image into h x w equal cells. `bilinear` is what `F.interpolate(mode="bilinear",
-align_corners=False, antialias=False)` computes: the two nearest pixel rows and columns of each cell centre. `area` is
-the average over the cell, pixels on its border counted by the part inside. Both are separable, so a reading is one
-short run of pixel rows per token row, one run of columns per token column, and their weights.
+A patch grid (h, w) divides the image into h x w equal cells.
+
+Reading: `bilinear` is what `F.interpolate(mode="bilinear", align_corners=False, antialias=False)` computes: the two
+nearest pixel rows and columns of each cell centre. `area` is the average over the cell, pixels on its border counted by
+the part inside. Both are separable, so a reading is one short run of pixel rows per token row, one run of columns per
+token column, and their weights.
+
+Spreading: a pixel belongs to the token whose cell holds the pixel's centre.
 """
 
 import math
@@ -14,8 +18,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 TokenReadingRule = Literal["bilinear", "area"]
+TokenSpreadingRule = Literal["bilinear", "nearest", "area"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,53 @@ def read_at_tokens(
     return reader.read(reader.gather(maps))
 
 
+def spread_tokens(
+    tokens: Float[Tensor, "h w channels"], width: int, height: int, rule: TokenSpreadingRule
+) -> Float[Tensor, "height width channels"]:
+    """The value each pixel is compared with.
+
+    Args:
+        rule: `bilinear` interpolates between token centres (paper section 3.1, `align_corners=False`); `nearest` and
+            `area` give each pixel its own token's value.
+    """
+    if rule == "bilinear":
+        # (h, w, c) -> (1, c, h, w) -> (H, W, c)
+        channels_first = tokens.permute(2, 0, 1)[None]
+        spread = F.interpolate(channels_first, size=(height, width), mode="bilinear", align_corners=False)
+        return spread[0].permute(1, 2, 0)
+    rows = _assign_cells(height, tokens.shape[0], tokens.device)
+    columns = _assign_cells(width, tokens.shape[1], tokens.device)
+    return tokens[rows][:, columns]
+
+
+def sum_over_cells(
+    maps: Float[Tensor, "height width channels"], patch_grid: tuple[int, int]
+) -> Float[Tensor, "h w channels"]:
+    """Sums a pixel map over each token's cell; the adjoint of `spread_tokens` with `nearest`.
+
+    Written as two matrix products, which repeat to the bit where scattered additions on a GPU do not.
+    """
+    height, width, channels = maps.shape
+    rows = F.one_hot(_assign_cells(height, patch_grid[0], maps.device), patch_grid[0]).to(maps)
+    columns = F.one_hot(_assign_cells(width, patch_grid[1], maps.device), patch_grid[1]).to(maps)
+    # (h, H) x (H, W*c) -> (h, W, c), then (w, W) x (h, W, c) -> (h, w, c)
+    by_row = (rows.T @ maps.reshape(height, width * channels)).reshape(patch_grid[0], width, channels)
+    return columns.T @ by_row
+
+
+def average_over_cells(
+    maps: Float[Tensor, "height width channels"], weights: Float[Tensor, "height width"], patch_grid: tuple[int, int]
+) -> Float[Tensor, "height width channels"]:
+    """Replaces each pixel by the weighted mean over its token's cell; cells without weight become zero.
+
+    Multiplied by `weights` this is symmetric and positive semidefinite, so conjugate gradients may use it.
+    """
+    sums = sum_over_cells(torch.cat([maps * weights[..., None], weights[..., None]], dim=-1), patch_grid)
+    total = sums[..., -1:]
+    means = torch.where(total > 0, sums[..., :-1] / total.clamp(min=1e-12), 0.0)
+    return spread_tokens(means, maps.shape[1], maps.shape[0], "nearest")
+
+
 @dataclass(frozen=True)
 class _Axis:
     read: Int[Tensor, " read"]
@@ -171,3 +224,9 @@ def _weigh_area(length: int, num_tokens: int) -> tuple[Int[Tensor, " tokens"], F
     # Rounding leaves slivers of a pixel that must not be read.
     shares = torch.where(shares > 1e-9, shares, 0.0)
     return first, shares / shares.sum(dim=1, keepdim=True)
+
+
+def _assign_cells(length: int, num_cells: int, device: torch.device) -> Int[Tensor, " length"]:
+    # Integer arithmetic: floor((pixel + 0.5) * cells / length) without rounding.
+    pixels = torch.arange(length, device=device)
+    return ((2 * pixels + 1) * num_cells // (2 * length)).clamp(max=num_cells - 1)

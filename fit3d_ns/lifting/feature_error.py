@@ -1,0 +1,196 @@
+"""How far decoded rendered features are from the backbone's tokens: `FeatureLoss` to train, `FeatureMetrics` to report.
+
+The loss is taken on a grid of `multiple` x the token grid, which needs only the pixels around its points, or at image
+size as in the paper (section 3.1). Its weights are the mask, times alpha with `alpha_weighting`; alpha is detached, so
+a loss never gains by making a pixel empty. Metrics are means over the *covered* tokens: those whose alpha and mask,
+read as the features are read, exceed one half.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from fit3d_ns.lifting.blending import prepare_view
+from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
+from fit3d_ns.rasterization import rasterize_features
+from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.token_grid import (
+    TokenReader,
+    TokenReadingRule,
+    TokenSpreadingRule,
+    create_token_reader,
+    spread_tokens,
+)
+
+COVERED = 0.5
+"""Tokens with no more rendered alpha, or no more valid area, than this are not compared."""
+
+
+@dataclass(frozen=True)
+class FeatureLossConfig:
+    """Where and how rendered features are compared with tokens."""
+
+    multiple: int = 2
+    """The loss grid is this many times as fine as the token grid, 1 and above; 0 takes the loss at every pixel of the
+    image (paper section 3.1)."""
+    token_to_pixel: TokenSpreadingRule = "bilinear"
+    """How tokens are spread over a finer grid: `bilinear` (paper section 3.1), `nearest` and `area` hold them constant
+    over their patch."""
+    token_reading: TokenReadingRule = "bilinear"
+    """How rendered features are read at the grid's points: sampled there (paper), or the mean of each cell."""
+    alpha_weighting: bool = True
+    """Weight each point by its rendered alpha; the paper weighs all alike."""
+
+    def __post_init__(self) -> None:
+        if self.multiple < 0:
+            raise ValueError(f"The loss multiple is {self.multiple}; choose 1 or above, or 0 for image size.")
+
+
+class FeatureLoss:
+    """The loss for images and token grids of one size."""
+
+    def __init__(self, width: int, height: int, patch_grid: tuple[int, int], config: FeatureLossConfig):
+        """Args:
+        width: Image width in pixels.
+        height: Image height in pixels.
+        patch_grid: Token grid (h, w).
+        """
+        self.width = width
+        self.height = height
+        self.config = config
+        self.size = (height, width)
+        self._reader: TokenReader | None = None
+        if config.multiple > 0:
+            self.size = (config.multiple * patch_grid[0], config.multiple * patch_grid[1])
+            self._reader = create_token_reader(width, height, self.size, config.token_reading)
+
+    @property
+    def pixels(self) -> Int[Tensor, "pixels 2"] | None:
+        """(row, col) of the pixels the loss needs, for `rasterize_features`; None where it needs the whole image."""
+        return None if self._reader is None else self._reader.pixels
+
+    def compute(
+        self,
+        features_low: Float[Tensor, "height width dim"] | Float[Tensor, "pixels dim"],
+        alphas: Float[Tensor, "height width"],
+        decoder: FeatureDecoder,
+        patch_tokens: Float[Tensor, "h w embed"],
+        valid_mask: Bool[Tensor, "height width"] | Float[Tensor, "height width"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean absolute difference over the weighted points and all channels; zero where nothing is valid.
+
+        Args:
+            features_low: Rendered features, of the whole image or at `pixels`.
+            alphas: Rendered opacity of the whole image, 0 to 1; no gradient passes through it.
+            decoder: From rendered features to tokens.
+            patch_tokens: The original backbone's tokens of this view.
+            valid_mask: True, or a weight above 0, where pixels count.
+        """
+        alphas = alphas.detach()
+        mask = torch.ones_like(alphas) if valid_mask is None else valid_mask.to(alphas)
+        weights = mask * alphas if self.config.alpha_weighting else mask
+        if self._reader is None:
+            decoded = decoder(features_low, alphas)
+        else:
+            at_pixels = features_low if features_low.ndim == 2 else self._reader.gather(features_low)
+            decoded = decoder.decode_pixels(at_pixels, self._reader.gather(alphas[..., None])[..., 0], self._reader)
+            weights = self._reader.read(self._reader.gather(weights[..., None]))[..., 0]
+        target = spread_tokens(patch_tokens, self.size[1], self.size[0], self.config.token_to_pixel)
+        return compute_masked_l1(decoded, target, weights)
+
+
+def compute_masked_l1(
+    predicted: Float[Tensor, "*batch embed"], target: Float[Tensor, "*batch embed"], weights: Float[Tensor, "*batch"]
+) -> Float[Tensor, ""]:
+    """sum(weights |predicted - target|) / (sum(weights) E); zero, with gradients, where all weights are zero."""
+    distance = (predicted - target).abs().mean(dim=-1)
+    return (distance * weights).sum() / weights.sum().clamp(min=1e-8)
+
+
+@dataclass(frozen=True)
+class FeatureMetrics:
+    """Means over all covered tokens of all views; NaN where there is none."""
+
+    feature_l1: float
+    """Absolute difference per channel, in units of the tokens."""
+    feature_cosine: float
+    """Cosine similarity, -1 to 1."""
+    mean_token_l1: float
+    """What predicting one constant token everywhere gives; a lift must be below."""
+    mean_token_cosine: float
+    """What predicting one constant token everywhere gives; a lift must be above."""
+    num_tokens: int
+    """Covered tokens."""
+
+    @classmethod
+    def from_sums(cls, sums: Float[Tensor, "5"]) -> "FeatureMetrics":
+        """The metrics of what `sum_token_errors` gave, of one view or added up over several."""
+        *errors, num_tokens = sums.tolist()
+        return cls(*(error / num_tokens if num_tokens else float("nan") for error in errors), int(num_tokens))
+
+
+@torch.no_grad()
+def sum_token_errors(
+    predicted: Float[Tensor, "h w embed"],
+    tokens: Float[Tensor, "h w embed"],
+    alphas: Float[Tensor, "h w"],
+    mask: Float[Tensor, "h w"],
+    mean_token: Float[Tensor, " embed"],
+) -> Float[Tensor, "5"]:
+    """Sums over a view's covered tokens, float64, in the order of the fields of `FeatureMetrics`.
+
+    Args:
+        predicted: Decoded features, read at the tokens.
+        tokens: The backbone's tokens.
+        alphas: Rendered alpha, read at the tokens.
+        mask: Valid area of each token, 0 to 1.
+        mean_token: The constant token of the baseline.
+    """
+    covered = (alphas > COVERED) & (mask > COVERED)
+    expected = tokens[covered]
+    sums = []
+    for guess in (predicted[covered], mean_token.to(expected).expand_as(expected)):
+        sums.append((guess - expected).abs().mean(dim=-1).sum())
+        sums.append(F.cosine_similarity(guess, expected, dim=-1).sum())
+    return torch.stack([value.double() for value in (*sums, covered.sum())])
+
+
+@torch.no_grad()
+def evaluate_features(
+    gaussians: LiftGaussians,
+    features: Float[Tensor, "num_gaussians dim"],
+    decoder: FeatureDecoder,
+    views: Sequence[LiftView],
+    mean_token: Float[Tensor, " embed"],
+    *,
+    token_reading: TokenReadingRule,
+) -> FeatureMetrics:
+    """Renders views that a lift has not seen and compares them with their tokens.
+
+    Args:
+        views: Views that the lift has not seen.
+        mean_token: The mean token of the views that it has seen, for the baseline; `LiftResult.basis.mean`.
+        token_reading: How the map is read, `LiftConfig.token_reading` of the lift.
+
+    Raises:
+        ValueError: No token is covered in any view.
+    """
+    sums = torch.zeros(5, dtype=torch.float64, device=features.device)
+    valid = gaussians.find_valid()
+    gaussians, features = gaussians.select(valid), features[valid]
+    for view in views:
+        prepared = prepare_view(gaussians, view)
+        reader = create_token_reader(view.width, view.height, prepared.grid, token_reading)
+        features_low = rasterize_features(features, prepared.info, pixels=reader.pixels.to(features.device))[0]
+        decoded = decoder.decode_pixels(features_low, reader.gather(prepared.alphas[..., None])[..., 0], reader)
+        maps = torch.stack([prepared.alphas, prepared.mask], dim=-1)
+        alphas, mask = reader.read(reader.gather(maps)).unbind(dim=-1)
+        sums += sum_token_errors(decoded, prepared.tokens, alphas, mask, mean_token)
+    metrics = FeatureMetrics.from_sums(sums)
+    if metrics.num_tokens == 0:
+        raise ValueError("No token of the evaluated views is covered by Gaussians and mask; check the cameras.")
+    return metrics
