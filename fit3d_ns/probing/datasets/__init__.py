@@ -1,0 +1,119 @@
+"""`read_labelled_set`: looks at a folder, recognises the labelled layout in it and reads it; one reader per layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fit3d_ns.probing.datasets.ade20k_voc import find_ade20k, find_voc, read_ade20k, read_voc
+from fit3d_ns.probing.datasets.folders import read_folder, read_image_folder
+from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, ProbeTask
+from fit3d_ns.probing.datasets.nyu_kitti import is_kitti, is_nyu, read_kitti, read_nyu
+from fit3d_ns.probing.datasets.scannet import find_scannet, read_scannet
+from fit3d_ns.probing.datasets.scannetpp import find_scannetpp_scenes, is_scannetpp_scene, read_scannetpp_labelled
+
+LabelledLayout = Literal["scannetpp", "scannet", "nyu", "kitti", "ade20k", "voc", "folder", "imagefolder"]
+
+
+@dataclass(frozen=True)
+class LabelledOptions:
+    """What a folder does not say about itself."""
+
+    layout: LabelledLayout | Literal["auto"] = "auto"
+    """Disk layout; `auto` looks at the folder."""
+    nyu_classes: Literal[13, 40] | None = None
+    """Class list of NYUv2; None: 13, as in the paper."""
+    depth_scale: float | None = None
+    """Units per metre of the depth maps of plain folders, positive; None: 1000. Official sets keep their own."""
+    max_depth: float | None = None
+    """Depth from here on does not count, in metres; None: 20 for ScanNet++ scenes, 10 for plain folders. Official sets
+    keep their own."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("Depth scale", self.depth_scale), ("Maximal depth", self.max_depth)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value} must be positive.")
+
+
+def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
+    """The layout of a folder; ValueError if there is no such folder or no layout is recognised in it."""
+    if not path.is_dir():
+        raise ValueError(f"No such data folder: {path}; check --train and --test.")
+    if task == "classification":
+        return "imagefolder"
+    if is_scannetpp_scene(path) or find_scannetpp_scenes(path) is not None:
+        return "scannetpp"
+    if is_nyu(path):
+        return "nyu"
+    if is_kitti(path):
+        return "kitti"
+    if find_ade20k(path) is not None:
+        return "ade20k"
+    if find_voc(path) is not None:
+        return "voc"
+    if find_scannet(path) is not None:
+        return "scannet"
+    if (path / "images").is_dir():
+        return "folder"
+    raise ValueError(
+        f"{path} holds no labelled set: no dslr/ (ScanNet++), scene*_*/color/ (ScanNet), nyu_depth_v2_labeled.mat or "
+        "nyu_train.txt (NYU), kitti_eigen_train.txt (KITTI), objectInfo150.txt (ADE20K), JPEGImages/ (VOC) or images/ "
+        "(plain folder); check the path."
+    )
+
+
+def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) -> None:
+    """Raises ValueError for an option that none of the folders would read, so that none is ignored silently.
+
+    One folder that reads an option is enough: a head may be trained on a plain folder and tested on an official set.
+    """
+    plain, scenes = "plain folders (images/ and depths/)", "ScanNet++ scenes"
+    readers: tuple[tuple[str, Any, ProbeTask, tuple[LabelledLayout, ...], str], ...] = (
+        ("--depth-scale", options.depth_scale, "depth", ("folder",), f"the unit of {plain}"),
+        ("--max-depth", options.max_depth, "depth", ("folder", "scannetpp"), f"the range of {plain} and {scenes}"),
+        ("--nyu-classes", options.nyu_classes, "segmentation", ("nyu",), "the class list of NYUv2"),
+    )
+    for flag, value, only_task, layouts, meaning in readers:
+        if value is None:
+            continue
+        if task != only_task:
+            raise ValueError(f"{flag} means nothing to the {task} probe; leave it out.")
+        found = {options.layout if options.layout != "auto" else find_labelled_layout(path, only_task) for path in paths}
+        if found.isdisjoint(layouts):
+            raise ValueError(
+                f"{flag} sets {meaning}, but {paths[0]} is in the layout {', '.join(sorted(found))}, "
+                "which has its own; leave it out."
+            )
+
+
+def read_labelled_set(
+    path: Path, split: LabelledSplit | None, task: ProbeTask, options: LabelledOptions | None = None
+) -> LabelledSet:
+    """Reads one split of a labelled set; headers are checked, pixels are loaded later.
+
+    Args:
+        path: A scene, a plain folder, or the root of an official data set.
+        split: Which part; None takes all frames of a single ScanNet++ scene and means `train` elsewhere.
+        task: What is probed.
+        options: What the folder does not say about itself.
+
+    Raises:
+        ValueError: A piece is missing or wrong, or the set does not have this task; the message names it.
+    """
+    path, options = Path(path), options or LabelledOptions()
+    layout = find_labelled_layout(path, task) if options.layout == "auto" else options.layout
+    if layout == "scannetpp":
+        return read_scannetpp_labelled(path, split, task, options.max_depth)
+    part: LabelledSplit = split or "train"
+    if layout == "folder":
+        return read_folder(path, part, task, options.depth_scale, options.max_depth)
+    if layout == "nyu":
+        return read_nyu(path, part, task, options.nyu_classes)
+    readers = {
+        "scannet": read_scannet,
+        "kitti": read_kitti,
+        "ade20k": read_ade20k,
+        "voc": read_voc,
+        "imagefolder": read_image_folder,
+    }
+    return readers[layout](path, part, task)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fit3d_ns.data.images import load_image, read_image_header
-from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledFrame, check_labels
+from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledFrame
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,27 +23,29 @@ class LabelTable:
     num_classes: int
     """Number of classes after the translation."""
     mapping: Mapping[int, int] | None = None
-    """Number in the file to class index or 255; numbers that are not in it stay as they are and are checked."""
+    """Number in the file to class index or 255; None: the numbers are class indices already."""
 
     def apply(self, raw: Int[Tensor, "height width"], source: Path | str) -> UInt8[Tensor, "height width"]:
-        """Translates and checks.
+        """Translates and checks; raises ValueError with the number and the `source` where a number is not a class."""
+        labels = raw if self.mapping is None else self._translate(raw, self.mapping, source)
+        wrong = (labels != IGNORE_INDEX) & ((labels >= self.num_classes) | (labels < 0))
+        if wrong.any():
+            raise ValueError(
+                f"{source} has label {int(labels[wrong][0])} at {int(wrong.sum())} pixels, outside the "
+                f"{self.num_classes} classes; correct the class list, or write {IGNORE_INDEX} where pixels must not count."
+            )
+        return labels.to(torch.uint8)
 
-        Raises:
-            ValueError: A number is no class; the message names it as it stands in the file.
-        """
-        if self.mapping is None:
-            return check_labels(raw, self.num_classes, source)
-        largest = max(max(self.mapping), int(raw.max()), IGNORE_INDEX)
-        # Numbers without a translation become negative, so that the check finds them.
-        table = torch.full((largest + 1,), -1, dtype=torch.int64)
+    def _translate(self, raw: Tensor, mapping: Mapping[int, int], source: Path | str) -> Tensor:
+        # Numbers without a translation become negative.
+        table = torch.full((max(*mapping, int(raw.max()), IGNORE_INDEX) + 1,), -1, dtype=torch.int64)
         table[IGNORE_INDEX] = IGNORE_INDEX
-        for number, index in self.mapping.items():
-            table[number] = index
-        translated = table[raw.long()]
-        if (translated < 0).any():
-            value = int(raw[translated < 0][0])
+        table[list(mapping)] = torch.tensor(list(mapping.values()))
+        labels = table[raw.long()]
+        if (labels < 0).any():
+            value = int(raw[labels < 0][0])
             raise ValueError(f"{source} has label {value}, which the class list does not know; check its version.")
-        return check_labels(translated, self.num_classes, source)
+        return labels
 
 
 def create_zero_ignoring_table(num_classes: int) -> LabelTable:
@@ -52,46 +54,19 @@ def create_zero_ignoring_table(num_classes: int) -> LabelTable:
 
 
 def load_label_map(path: Path, table: LabelTable) -> UInt8[Tensor, "height width"]:
-    """Reads an index map: 8-bit grey, palette (its indices count) or 16-bit grey.
-
-    Raises:
-        ValueError: Missing or damaged file, a colour picture, or a label outside the class list.
-    """
-    return table.apply(torch.from_numpy(read_grey(path, "Label map").astype(np.int64)), path)
+    """Reads an index map: 8-bit grey, palette (its indices count) or 16-bit grey."""
+    return table.apply(torch.from_numpy(_read_grey(path, "Label map").astype(np.int64)), path)
 
 
 def load_depth_map(path: Path, depth_scale: float) -> Float[Tensor, "height width"]:
-    """Reads a 16-bit depth map and divides by `depth_scale`, the units per metre.
-
-    Raises:
-        ValueError: Missing or damaged file, or one of 8 bits.
-    """
+    """Reads a 16-bit depth map and divides by `depth_scale`, the units per metre."""
     header = read_image_header(path, "Depth map")
     if not header.mode.startswith(("I", "F")):
         raise ValueError(
             f"Depth map {path} has pixel format {header.mode} (8 bits), which cannot hold depth; "
             "it was probably rewritten by a tool that reads 16 bits as 8: get the original."
         )
-    return torch.from_numpy(read_grey(path, "Depth map").astype(np.float32) / depth_scale)
-
-
-def read_grey(path: Path, what: str) -> np.ndarray:
-    """One number per pixel, as stored.
-
-    Raises:
-        ValueError: Missing or damaged file, or a picture with colours.
-    """
-    header = read_image_header(path, what)
-    if header.mode not in ("L", "P", "1", "F") and not header.mode.startswith("I"):
-        raise ValueError(
-            f"{what} {path} is a colour picture ({header.mode}), expected one index per pixel; "
-            "convert colours to class indices first."
-        )
-    try:
-        with Image.open(path) as image:
-            return np.array(image)
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
+    return torch.from_numpy(_read_grey(path, "Depth map").astype(np.float32) / depth_scale)
 
 
 def create_frame(
@@ -116,10 +91,7 @@ def create_frame(
         depth_path: Its depth map.
         depth_scale: Units of the depth map per metre.
         resize_image: The data set's photographs are larger than its maps by design (ScanNet); bring them to the maps'
-            size instead of refusing.
-
-    Raises:
-        ValueError: A file is missing, or sizes differ.
+            size instead of raising ValueError.
     """
     image = read_image_header(image_path)
     size: tuple[int, int] | None = None
@@ -146,17 +118,28 @@ def create_frame(
 
 
 def read_lines(path: Path, hint: str) -> list[str]:
-    """Non-empty lines of a text file.
-
-    Raises:
-        ValueError: The file is missing (`hint` says where to get it) or has no line.
-    """
+    """Non-empty lines of a text file; where it is missing or empty, `hint` tells the user where to get it."""
     if not path.is_file():
         raise ValueError(f"No such file: {path}; {hint}.")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} lists nothing; {hint}.")
     return lines
+
+
+def _read_grey(path: Path, what: str) -> np.ndarray:
+    """One number per pixel, as stored."""
+    header = read_image_header(path, what)
+    if header.mode not in ("L", "P", "1", "F") and not header.mode.startswith("I"):
+        raise ValueError(
+            f"{what} {path} is a colour picture ({header.mode}), expected one index per pixel; "
+            "convert colours to class indices first."
+        )
+    try:
+        with Image.open(path) as image:
+            return np.array(image)
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
 
 
 def _load_resized_image(path: Path, size: tuple[int, int]) -> UInt8[Tensor, "height width 3"]:

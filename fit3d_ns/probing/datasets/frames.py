@@ -1,20 +1,21 @@
-"""What every labelled set is read into: photographs with class labels, depth or a class of the whole picture.
+"""What every labelled set is read into: photographs with class labels, depth, or one class for the whole picture.
 
-Labels are class indices 0 .. num_classes - 1 and `IGNORE_INDEX` where a pixel must never count. Depth is z-depth in
-metres, 0 where there is no measurement. Pixels are loaded when asked for; frames can be sent to loader workers.
+Labels are class indices 0 .. num_classes - 1, and `IGNORE_INDEX` where a pixel never counts. Depth is z-depth in
+metres, 0 where nothing was measured. Pixels are loaded when asked for; frames can be sent to loader workers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.selection import select_evenly
 
 IGNORE_INDEX = 255
 """Label of pixels that never count."""
@@ -45,10 +46,15 @@ class LabelledFrame:
     files: tuple[Path, ...] = ()
     """Files it is made from, for `compute_data_hash`."""
 
+    @property
+    def key(self) -> Hashable:
+        """Names the frame across sets."""
+        return (self.files, self.name)
+
 
 @dataclass(frozen=True)
 class DepthConvention:
-    """How a depth set is trained and evaluated on (FACTS "Linear depth probe")."""
+    """How a depth set is trained and evaluated on. Its `repr` is part of `compute_data_hash`."""
 
     min_depth: float = 0.001
     """Metres; only depth above it counts."""
@@ -88,17 +94,9 @@ class LabelledSet:
         """Number of classes."""
         return len(self.class_names)
 
-    def select(self, frames: Sequence[LabelledFrame]) -> "LabelledSet":
-        """The same set with some of its frames."""
-        return replace(self, frames=list(frames))
-
 
 def join_sets(sets: Sequence[LabelledSet]) -> LabelledSet:
-    """One set out of several, for example scenes that are trained on together.
-
-    Raises:
-        ValueError: Their classes differ, or the depth ranges of sets without classes.
-    """
+    """One set out of several, for example scenes that are trained on together; they must be of the same kind."""
     first = sets[0]
     if len(sets) == 1:
         return first
@@ -116,12 +114,9 @@ def join_sets(sets: Sequence[LabelledSet]) -> LabelledSet:
 def check_same_kind(first: LabelledSet, other: LabelledSet) -> None:
     """Raises ValueError unless a probe trained on `first` can be tested on `other`."""
     if first.class_names != other.class_names:
+        pairs = enumerate(zip(first.class_names, other.class_names, strict=False))
         differing = next(
-            (
-                f"class {index} is {a!r} and {b!r}"
-                for index, (a, b) in enumerate(zip(first.class_names, other.class_names, strict=False))
-                if a != b
-            ),
+            (f"class {index} is {a!r} and {b!r}" for index, (a, b) in pairs if a != b),
             f"{first.num_classes} and {other.num_classes} classes",
         )
         raise ValueError(f"{first.name} and {other.name} have other classes ({differing}); use sets of one class list.")
@@ -133,44 +128,36 @@ def check_same_kind(first: LabelledSet, other: LabelledSet) -> None:
 
 
 def split_validation(labelled_set: LabelledSet, fraction: float) -> tuple[LabelledSet, LabelledSet]:
-    """Takes a validation part out of training data, in a way that leaks little.
+    """Splits training data into a training and a validation part that have little in common.
 
     Five groups or more: whole groups are held out. Fewer groups of a sequence: the last part of each, because frames
     next to each other look alike. Otherwise every k-th frame in the order of names.
 
     Args:
-        labelled_set: The training data.
+        labelled_set: The training data, at least two frames.
         fraction: Share of the frames to hold out, in (0, 0.5].
-
-    Returns:
-        The training part and the validation part, both non-empty.
-
-    Raises:
-        ValueError: Fewer than two frames.
     """
     frames = labelled_set.frames
     if len(frames) < 2:
         raise ValueError(
             f"{labelled_set.name} has one training frame, which cannot give a validation part; use --selection last."
         )
+    ordered = sorted(frames, key=lambda frame: frame.name)
     groups: dict[str, list[LabelledFrame]] = {}
-    for frame in sorted(frames, key=lambda frame: frame.name):
+    for frame in ordered:
         groups.setdefault(frame.group, []).append(frame)
-    held: set[str] = set()
+    every = max(round(1 / fraction), 2)
+    held: list[LabelledFrame] = []
     if len(groups) >= 5:
-        every = max(round(1 / fraction), 2)
-        for index, members in enumerate(groups.values()):
-            if index % every == every - 1:
-                held.update(frame.name for frame in members)
+        held = [frame for members in list(groups.values())[every - 1 :: every] for frame in members]
     if not held and labelled_set.is_sequence:
-        for members in groups.values():
-            count = round(len(members) * fraction)
-            held.update(frame.name for frame in members[len(members) - count :])
+        held = [frame for members in groups.values() for frame in members[len(members) - round(len(members) * fraction) :]]
     if not held:
-        every = min(max(round(1 / fraction), 2), len(frames))
-        held = {frame.name for frame in sorted(frames, key=lambda frame: frame.name)[every - 1 :: every]}
-    kept = [frame for frame in frames if frame.name not in held]
-    return labelled_set.select(kept), labelled_set.select([frame for frame in frames if frame.name in held])
+        every = min(every, len(frames))
+        held = ordered[every - 1 :: every]
+    names = {frame.name for frame in held}
+    kept, validation = ([frame for frame in frames if (frame.name in names) == is_held] for is_held in (False, True))
+    return replace(labelled_set, frames=kept), replace(labelled_set, frames=validation)
 
 
 def compute_data_hash(labelled_set: LabelledSet) -> str:
@@ -182,58 +169,25 @@ def compute_data_hash(labelled_set: LabelledSet) -> str:
     return hash_bytes(*(line.encode() for line in lines))
 
 
-def measure_median_depth(labelled_set: LabelledSet, num_frames: int = 8) -> float:
-    """Median of the measured depth of a few frames spread over the set, in metres; 0 where nothing is measured."""
-    frames = [frame for frame in labelled_set.frames if frame.load_depth is not None]
-    values = []
-    for frame in frames[:: max(len(frames) // num_frames, 1)][:num_frames]:
-        assert frame.load_depth is not None
-        depth = frame.load_depth()
-        values.append(depth[depth > 0][::17])
-    joined = torch.cat(values) if values else torch.zeros(0)
-    return float(joined.median()) if len(joined) else 0.0
-
-
 def warn_about_depth_unit(labelled_set: LabelledSet) -> str | None:
-    """Says so if depth looks as if its unit were another one, with the factor it looks like; returns the sentence.
-
-    Raises:
-        ValueError: No frame has any measured depth.
-    """
-    median = measure_median_depth(labelled_set)
-    convention = labelled_set.depth
-    if median == 0.0:
+    """Prints, and returns, a warning if the median depth of a few frames looks as if it had another unit."""
+    loaders = [frame.load_depth for frame in labelled_set.frames if frame.load_depth is not None]
+    depths = [load() for load in select_evenly(loaders, 8)]
+    measured = torch.cat([torch.zeros(0), *(depth[depth > 0][::17] for depth in depths)])
+    if len(measured) == 0:
         raise ValueError(f"{labelled_set.name} has no measured depth; check its depth maps (0 means no measurement).")
+    median = float(measured.median())
     # Medians of real sets lie at a tenth to a half of the range (NYU 2.5 of 10 m, KITTI 15 of 80 m, ScanNet++ 2 of 20).
-    low, high = convention.max_depth / 100, convention.max_depth
-    if low <= median <= high:
+    high = labelled_set.depth.max_depth
+    if high / 100 <= median <= high:
         return None
-    center = convention.max_depth / 5
-    factor = min(_UNIT_FACTORS, key=lambda factor: abs(torch.tensor(median * factor / center).log()))
+    factor = min(_UNIT_FACTORS, key=lambda factor: abs(torch.tensor(median * factor / (high / 5)).log()))
     sentence = (
-        f"Depth of {labelled_set.name} has a median of {median:.4g} m, outside {low:.4g} to {high:.4g} m; "
+        f"Depth of {labelled_set.name} has a median of {median:.4g} m, outside {high / 100:.4g} to {high:.4g} m; "
         f"it looks as if it had to be multiplied by {factor:.6g} (check --depth-scale and --max-depth)."
     )
     notice(sentence)
     return sentence
-
-
-def check_labels(
-    labels: Int[Tensor, "height width"], num_classes: int, source: Path | str
-) -> UInt8[Tensor, "height width"]:
-    """Labels as 8-bit indices.
-
-    Raises:
-        ValueError: A value is neither a class nor `IGNORE_INDEX`; the message names value and file.
-    """
-    wrong = (labels != IGNORE_INDEX) & ((labels >= num_classes) | (labels < 0))
-    if wrong.any():
-        value = int(labels[wrong][0])
-        raise ValueError(
-            f"{source} has label {value} at {int(wrong.sum())} pixels, outside the {num_classes} classes; "
-            f"correct the class list, or write {IGNORE_INDEX} where pixels must not count."
-        )
-    return labels.to(torch.uint8)
 
 
 _UNIT_FACTORS = (1000.0, 256.0, 100.0, 10.0, 5.0, 0.2, 0.1, 0.01, 1 / 256, 0.001, 1e-4, 1e-6)

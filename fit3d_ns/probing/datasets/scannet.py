@@ -1,4 +1,4 @@
-"""Reads ScanNet's 25k frames (scannet_frames_25k.zip), which the paper's ScanNet figures are about.
+"""Reads ScanNet's 25k frames (scannet_frames_25k.zip), which the paper's ScanNet results are about.
 
     <root>/
       scannet_frames_25k/scene0000_00/            the folder itself may be given, too
@@ -25,11 +25,9 @@ from fit3d_ns.probing.datasets.frames import (
 )
 
 NYU40_NAMES = tuple(
-    (
-        "wall,floor,cabinet,bed,chair,sofa,table,door,window,bookshelf,picture,counter,blinds,desk,shelves,curtain,"
-        "dresser,pillow,mirror,floor mat,clothes,ceiling,books,refrigerator,television,paper,towel,shower curtain,box,"
-        "whiteboard,person,night stand,toilet,sink,lamp,bathtub,bag,otherstructure,otherfurniture,otherprop"
-    ).split(",")
+    "wall,floor,cabinet,bed,chair,sofa,table,door,window,bookshelf,picture,counter,blinds,desk,shelves,curtain,"
+    "dresser,pillow,mirror,floor mat,clothes,ceiling,books,refrigerator,television,paper,towel,shower curtain,box,"
+    "whiteboard,person,night stand,toilet,sink,lamp,bathtub,bag,otherstructure,otherfurniture,otherprop".split(",")
 )
 """The 40 classes of NYUv2 in the order of their ids, which ScanNet uses too."""
 
@@ -46,11 +44,7 @@ def find_scannet(root: Path) -> Path | None:
 
 
 def read_scannet(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
-    """Reads the scenes of the official train or validation list.
-
-    Raises:
-        ValueError: A piece is missing; the message names it.
-    """
+    """Reads the scenes of the official train or validation list."""
     if task == "classification":
         raise ValueError("ScanNet has no classes of whole pictures; probe segmentation or depth.")
     folder = find_scannet(root)
@@ -66,13 +60,8 @@ def read_scannet(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledS
             raise ValueError(f"{path} names {scene}, which has no color/ below {folder}; download the scene.")
         for image in sorted((folder / scene / "color").glob("*.jpg")):
             frames.append(_create(root, folder / scene, image, task, tables))
-    return LabelledSet(
-        "scannet",
-        frames,
-        NYU40_NAMES if task == "segmentation" else (),
-        depth=CONVENTION,
-        is_sequence=True,
-    )
+    names = NYU40_NAMES if task == "segmentation" else ()
+    return LabelledSet("scannet", frames, names, depth=CONVENTION, is_sequence=True)
 
 
 def _create(root: Path, scene: Path, image: Path, task: ProbeTask, tables: dict[str, LabelTable]) -> LabelledFrame:
@@ -83,14 +72,8 @@ def _create(root: Path, scene: Path, image: Path, task: ProbeTask, tables: dict[
     kind = "label" if (scene / "label").is_dir() else "label-filt"
     if kind not in tables:
         tables[kind] = create_zero_ignoring_table(len(NYU40_NAMES)) if kind == "label" else _read_table(root)
-    return create_frame(
-        image,
-        name=name,
-        group=scene.name,
-        label_path=scene / kind / f"{image.stem}.png",
-        table=tables[kind],
-        resize_image=True,
-    )
+    label_path, table = scene / kind / f"{image.stem}.png", tables[kind]
+    return create_frame(image, name=name, group=scene.name, label_path=label_path, table=table, resize_image=True)
 
 
 def _read_table(root: Path) -> LabelTable:

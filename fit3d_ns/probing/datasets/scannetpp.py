@@ -16,7 +16,7 @@ the paper does. Pixels that the anonymisation masks hide do not count. A single 
 train or test list; frames marked as bad are left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from fit3d_ns.data.images import load_image, load_mask
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.probing.datasets.files import LabelTable, create_frame, load_depth_map, load_label_map, read_lines
-from fit3d_ns.probing.datasets.folder import read_class_names
+from fit3d_ns.probing.datasets.folders import read_class_names
 from fit3d_ns.probing.datasets.frames import (
     IGNORE_INDEX,
     DepthConvention,
@@ -51,8 +51,11 @@ HALVED_FROM_WIDTH = 1600
 class _LabelSource:
     folder: Path
     keeps_suffix: bool
-    table: LabelTable
     class_names: tuple[str, ...]
+
+    @property
+    def table(self) -> LabelTable:
+        return LabelTable(len(self.class_names))
 
 
 def is_scannetpp_scene(path: Path) -> bool:
@@ -69,7 +72,7 @@ def find_scannetpp_scenes(root: Path) -> Path | None:
 
 
 def read_scannetpp_labelled(
-    path: Path, split: LabelledSplit | None, task: ProbeTask, *, max_depth: float | None = None
+    path: Path, split: LabelledSplit | None, task: ProbeTask, max_depth: float | None = None
 ) -> LabelledSet:
     """Reads a scene, or the scenes of the official split list.
 
@@ -79,9 +82,6 @@ def read_scannetpp_labelled(
             scenes.
         task: Decides whether depth or labels are needed.
         max_depth: Depth from here on does not count, metres; 20 by default.
-
-    Raises:
-        ValueError: A piece is missing; the message names it.
     """
     if task == "classification":
         raise ValueError("ScanNet++ has no classes of whole pictures; probe segmentation or depth.")
@@ -138,8 +138,7 @@ def _find_labels(dslr: Path, root: Path) -> _LabelSource:
         listing = next((place / "classes.json" for place in places if (place / "classes.json").is_file()), None)
         if listing is None:
             raise ValueError(f"{dslr / 'labels'} comes without classes.json; write it into {scene}.")
-        names = read_class_names(listing)
-        return _LabelSource(dslr / "labels", False, LabelTable(len(names)), names)
+        return _LabelSource(dslr / "labels", False, read_class_names(listing))
     folder = root / "semantics" / scene.name
     if not folder.is_dir():
         raise ValueError(
@@ -149,72 +148,65 @@ def _find_labels(dslr: Path, root: Path) -> _LabelSource:
     listing = root / "metadata" / "semantic_benchmark" / "top100.txt"
     names = tuple(read_lines(listing, "download the metadata folder of ScanNet++"))
     # The toolkit appends to the whole name: DSC00001.JPG.png.
-    return _LabelSource(folder, True, LabelTable(len(names)), names)
+    return _LabelSource(folder, True, names)
 
 
 def _create(frame: Frame, scene_id: str, source: _LabelSource | None) -> LabelledFrame:
-    name = f"{scene_id}/{frame.image_path.stem}"
-    label_path = None
+    label_path, depth_path = None, frame.depth_path
     if source is not None:
-        stem = frame.image_path.name if source.keeps_suffix else frame.image_path.stem
-        label_path = source.folder / f"{stem}.png"
-    depth_path = None if source is not None else frame.depth_path
+        image_name = frame.image_path.name if source.keeps_suffix else frame.image_path.stem
+        label_path, depth_path = source.folder / f"{image_name}.png", None
     plain = create_frame(
         frame.image_path,
-        name=name,
+        name=f"{scene_id}/{frame.image_path.stem}",
         group=scene_id,
         label_path=label_path,
         table=source.table if source else None,
         depth_path=depth_path,
     )
-    return LabelledFrame(
-        name=name,
-        group=scene_id,
+    return replace(
+        plain,
         load_image=partial(_load_image, frame),
         load_labels=None if label_path is None or source is None else partial(_load_labels, frame, label_path, source),
-        load_depth=None if depth_path is None else partial(_load_depth, frame),
+        load_depth=None if depth_path is None else partial(_load_depth, frame, depth_path),
         files=(*plain.files, *((frame.mask_path,) if frame.mask_path else ())),
     )
 
 
 def _load_image(frame: Frame) -> UInt8[Tensor, "height width 3"]:
-    image = load_image(frame.image_path)
-    undistortion = _compute_undistortion(frame)
+    image, undistortion = load_image(frame.image_path), _compute_undistortion(frame)
     size = (undistortion.lens.width, undistortion.lens.height)
     if (image.shape[1], image.shape[0]) != size:
         image = torch.from_numpy(cv2.resize(image.numpy(), size, interpolation=cv2.INTER_CUBIC))
     return undistortion.apply_to_image(image)
 
 
-def _load_depth(frame: Frame) -> Float[Tensor, "height width"]:
-    assert frame.depth_path is not None
-    depth = _reduce(load_depth_map(frame.depth_path, 1000.0), frame)
-    return torch.where(_load_valid_mask(frame), _compute_undistortion(frame).apply_to_depth(depth), 0.0)
+def _load_depth(frame: Frame, path: Path) -> Float[Tensor, "height width"]:
+    undistortion = _compute_undistortion(frame)
+    depth = undistortion.apply_to_depth(_reduce(load_depth_map(path, 1000.0), undistortion))
+    return torch.where(_load_valid_mask(frame, undistortion), depth, 0.0)
 
 
 def _load_labels(frame: Frame, path: Path, source: _LabelSource) -> UInt8[Tensor, "height width"]:
-    labels = _reduce(load_label_map(path, source.table).float(), frame)
-    moved = _compute_undistortion(frame).apply_to_depth(labels).to(torch.uint8)
-    return torch.where(_load_valid_mask(frame), moved, IGNORE_INDEX).to(torch.uint8)
-
-
-def _load_valid_mask(frame: Frame) -> Bool[Tensor, "height width"]:
     undistortion = _compute_undistortion(frame)
+    labels = undistortion.apply_to_depth(_reduce(load_label_map(path, source.table).float(), undistortion))
+    return torch.where(_load_valid_mask(frame, undistortion), labels, IGNORE_INDEX).to(torch.uint8)
+
+
+def _load_valid_mask(frame: Frame, undistortion: Undistortion) -> Bool[Tensor, "height width"]:
     if frame.mask_path is None:
         return undistortion.inside
-    mask = _reduce(load_mask(frame.mask_path).float(), frame) > 0.5
-    return undistortion.apply_to_mask(mask)
+    return undistortion.apply_to_mask(_reduce(load_mask(frame.mask_path).float(), undistortion) > 0.5)
 
 
-def _reduce(values: Float[Tensor, "height width"], frame: Frame) -> Float[Tensor, "new_height new_width"]:
+def _reduce(
+    values: Float[Tensor, "height width"], undistortion: Undistortion
+) -> Float[Tensor, "new_height new_width"]:
     """To the size that is probed, by nearest neighbour, because classes and depths must not be mixed."""
-    lens = _compute_undistortion(frame).lens
-    if values.shape == (lens.height, lens.width):
+    size = (undistortion.lens.width, undistortion.lens.height)
+    if values.shape == size[::-1]:
         return values
-    resized = cv2.resize(
-        np.ascontiguousarray(values.numpy()), (lens.width, lens.height), interpolation=cv2.INTER_NEAREST_EXACT
-    )
-    return torch.from_numpy(resized)
+    return torch.from_numpy(cv2.resize(values.numpy(), size, interpolation=cv2.INTER_NEAREST_EXACT))
 
 
 def _compute_undistortion(frame: Frame) -> Undistortion:

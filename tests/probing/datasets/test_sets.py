@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
 from fit3d_ns.probing.datasets.frames import (
     DepthConvention,
     LabelledFrame,
@@ -18,9 +19,9 @@ from fit3d_ns.probing.datasets.frames import (
     split_validation,
     warn_about_depth_unit,
 )
-from fit3d_ns.probing.datasets.nyu import NYU13_NAMES
+from fit3d_ns.probing.datasets.nyu_kitti import NYU13_NAMES
 from fit3d_ns.probing.datasets.scannet import NYU40_NAMES
-from fit3d_ns.probing.datasets.sets import LabelledOptions, check_depth_options, read_labelled_set
+from tests.data.conftest import scannetpp_scene  # noqa: F401 - a fixture
 from tests.data.miniature_captures import edit_json
 
 SIZE = (12, 8)
@@ -484,18 +485,18 @@ def test_depth_options__official_sets_refuse_what_they_would_ignore(folder: Path
     name = f"--{flag.replace('_', '-')}"
     given = {flag: 5.0}
     with pytest.raises(ValueError, match=f"{name} sets .* is in the layout {layout}, which has its own; leave it out"):
-        check_depth_options([folder], "depth", LabelledOptions(layout=layout, **given))  # type: ignore[arg-type]
+        check_options([folder], "depth", LabelledOptions(layout=layout, **given))  # type: ignore[arg-type]
     # A plain folder reads both, also beside an official set.
-    check_depth_options([folder], "depth", LabelledOptions(**given))  # type: ignore[arg-type]
+    check_options([folder], "depth", LabelledOptions(**given))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"{name} means nothing to the segmentation probe"):
-        check_depth_options([folder], "segmentation", LabelledOptions(**given))  # type: ignore[arg-type]
+        check_options([folder], "segmentation", LabelledOptions(**given))  # type: ignore[arg-type]
 
 
 def test_depth_options__one_plain_folder_is_enough(folder: Path, scannet: Path) -> None:
     options = LabelledOptions(depth_scale=500.0)
     with pytest.raises(ValueError, match="--depth-scale"):
-        check_depth_options([scannet], "depth", options)
-    check_depth_options([scannet, folder], "depth", options)
+        check_options([scannet], "depth", options)
+    check_options([scannet, folder], "depth", options)
     # The official set keeps its unit all the same.
     frame = read_labelled_set(scannet, "train", "depth", options).frames[0]
     assert frame.load_depth is not None
@@ -504,8 +505,8 @@ def test_depth_options__one_plain_folder_is_enough(folder: Path, scannet: Path) 
 
 def test_depth_options__scenes_have_a_unit_but_no_range(scannetpp_scene: Path) -> None:
     with pytest.raises(ValueError, match="layout scannetpp"):
-        check_depth_options([scannetpp_scene], "depth", LabelledOptions(depth_scale=500.0))
-    check_depth_options([scannetpp_scene], "depth", LabelledOptions(max_depth=5.0))
+        check_options([scannetpp_scene], "depth", LabelledOptions(depth_scale=500.0))
+    check_options([scannetpp_scene], "depth", LabelledOptions(max_depth=5.0))
 
 
 def test_split_validation__one_frame_cannot_be_split() -> None:

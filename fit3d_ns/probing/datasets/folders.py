@@ -1,18 +1,24 @@
-"""Reads labelled pictures from a plain folder.
+"""Reads plain folders: photographs with label or depth maps, or pictures sorted into one folder per class.
 
-    <root>/
+    <root>/                      for segmentation and depth
       images/*.jpg               or images/train/*.jpg and images/test/*.jpg
       labels/*.png               8-bit class indices, 255 = does not count; same path and stem as the image
       depths/*.png               16-bit millimetres, 0 = no measurement; same path and stem as the image
       classes.json               {"classes": ["sky", ...], "ignore_index": 255}
 
+    <root>/                      for classification, as torchvision's `ImageFolder` and ImageNet have it
+      train/<class>/*.jpg
+      val/<class>/*.jpg          or test/<class>/*.jpg; both parts must have the same class folders
+
 `labels/` with `classes.json` is needed for segmentation, `depths/` for depth. Folders may be nested; those below
-`images/` (after `train` or `test`) are the groups, scenes or videos for example.
+`images/` (after `train` or `test`) are the groups, for example scenes or videos. Classes of whole pictures are numbered
+in the order of their folder names.
 """
 
+from functools import partial
 from pathlib import Path
 
-from fit3d_ns.data.images import list_images
+from fit3d_ns.data.images import list_images, load_image
 from fit3d_ns.probing.datasets.files import LabelTable, create_frame
 from fit3d_ns.probing.datasets.frames import (
     IGNORE_INDEX,
@@ -25,28 +31,20 @@ from fit3d_ns.probing.datasets.frames import (
 from fit3d_ns.utils.files import read_json
 
 DEFAULT_DEPTH_SCALE = 1000.0
-"""Units per metre of 16-bit depth maps, where nothing else is said."""
+"""Units per metre of 16-bit depth maps, unless the user says otherwise."""
 
 
 def read_folder(
-    root: Path,
-    split: LabelledSplit,
-    task: ProbeTask,
-    *,
-    depth_scale: float = DEFAULT_DEPTH_SCALE,
-    max_depth: float | None = None,
+    root: Path, split: LabelledSplit, task: ProbeTask, depth_scale: float | None, max_depth: float | None
 ) -> LabelledSet:
     """Reads one split; a folder without `train` and `test` below `images/` gives all its frames to either.
 
     Args:
-        root: The folder drawn above.
+        root: The first folder drawn above.
         split: Which part.
         task: Decides whether labels or depth are needed.
-        depth_scale: Units of the depth maps per metre.
-        max_depth: Depth from here on does not count, metres; 10 by default.
-
-    Raises:
-        ValueError: A piece is missing; the message names it.
+        depth_scale: Units of the depth maps per metre; None: 1000.
+        max_depth: Depth from here on does not count, metres; None: 10, the range of hand-held sensors.
     """
     images = root / "images"
     if not images.is_dir():
@@ -54,7 +52,7 @@ def read_folder(
     has_splits = (images / "train").is_dir() or (images / "test").is_dir()
     top = images / split if has_splits else images
     if not top.is_dir():
-        raise ValueError(f"{root} has no images/{split}/ beside its other split; add it or give another folder.")
+        raise ValueError(f"{root} has no images/{split}/ next to its other split; add it or give another folder.")
     paths = list_images(top)
     if not paths:
         raise ValueError(f"{top} holds no images (jpg, png, bmp, webp); the {split} split is empty.")
@@ -77,20 +75,14 @@ def read_folder(
                 label_path=target if kind == "labels" else None,
                 table=table,
                 depth_path=target if kind == "depths" else None,
-                depth_scale=depth_scale,
+                depth_scale=depth_scale or DEFAULT_DEPTH_SCALE,
             )
         )
-    # 20 m is ScanNet++'s range, 10 m that of hand-held sensors.
-    convention = DepthConvention(max_depth=max_depth or 10.0)
-    return LabelledSet(root.name, frames, class_names, depth=convention)
+    return LabelledSet(root.name, frames, class_names, depth=DepthConvention(max_depth=max_depth or 10.0))
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Names of the classes out of `classes.json`: `{"classes": [...]}` or a bare list.
-
-    Raises:
-        ValueError: The file is missing, or is no list of different names.
-    """
+    """Names of the classes out of `classes.json`: `{"classes": [...]}` or a bare list of different names."""
     if not path.is_file():
         raise ValueError(f'No class list {path}; write {{"classes": ["name of class 0", ...]}}.')
     content = read_json(path)
@@ -105,3 +97,25 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     if isinstance(content, dict) and content.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
         raise ValueError(f"{path} has ignore_index {content['ignore_index']}, expected {IGNORE_INDEX}.")
     return tuple(names)
+
+
+def read_image_folder(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
+    """Reads one part of the second layout; a root whose folders are classes gives all its pictures to either."""
+    if task != "classification":
+        raise ValueError(f"{root} has folders of classes only, no labels for {task}; give another data set.")
+    parts = ("train",) if split == "train" else ("val", "test")
+    top = next((root / part for part in parts if (root / part).is_dir()), root)
+    if top == root and any((root / part).is_dir() for part in ("train", "val", "test")):
+        raise ValueError(f"{root} has no {' or '.join(part + '/' for part in parts)} next to its other part; add it.")
+    classes = sorted(child.name for child in top.iterdir() if child.is_dir()) if top.is_dir() else []
+    if not classes:
+        raise ValueError(f"{top} has no folders; expected one folder of pictures per class.")
+    frames: list[LabelledFrame] = []
+    for index, name in enumerate(classes):
+        paths = list_images(top / name)
+        if not paths:
+            raise ValueError(f"Class folder {top / name} holds no pictures; remove it or fill it.")
+        for path in paths:
+            relative = path.relative_to(top).as_posix()
+            frames.append(LabelledFrame(relative, partial(load_image, path), class_index=index, files=(path,)))
+    return LabelledSet(root.name, frames, tuple(classes))

@@ -1,0 +1,85 @@
+"""Reads the two outdoor label sets: ADE20K as the scene parsing challenge hands it out, and Pascal VOC 2012.
+
+ADEChallengeData2016/                         from ADEChallengeData2016.zip
+  images/{training,validation}/*.jpg
+  annotations/{training,validation}/*.png     0 = no class, 1 .. 150
+  objectInfo150.txt                           tab-separated, the last column names the class
+
+VOCdevkit/VOC2012/                            from VOCtrainval_11-May-2012.tar
+  JPEGImages/*.jpg
+  SegmentationClass/*.png                     palette: 0 = background, 1 .. 20, 255 = does not count
+  ImageSets/Segmentation/{train,val}.txt      stems; the paper trains on train.txt, not on the augmented list
+"""
+
+from pathlib import Path
+
+from fit3d_ns.data.images import list_images
+from fit3d_ns.probing.datasets.files import LabelTable, create_frame, create_zero_ignoring_table, read_lines
+from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, ProbeTask
+
+NUM_ADE20K_CLASSES = 150
+VOC_NAMES = tuple(
+    "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,"
+    "pottedplant,sheep,sofa,train,tvmonitor".split(",")
+)
+
+
+def find_ade20k(root: Path) -> Path | None:
+    """The challenge folder at or below `root`, or None."""
+    for folder in (root, root / "ADEChallengeData2016"):
+        if (folder / "annotations").is_dir() and (folder / "objectInfo150.txt").is_file():
+            return folder
+    return None
+
+
+def read_ade20k(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
+    """Reads `training` or `validation`; label 0 does not count."""
+    if task != "segmentation":
+        raise ValueError(f"ADE20K has labels only, no {task}; give another data set.")
+    folder = find_ade20k(root)
+    if folder is None:
+        raise ValueError(
+            f"{root} is not an ADE20K challenge folder: annotations/ or objectInfo150.txt is missing; "
+            "unpack ADEChallengeData2016.zip."
+        )
+    lines = read_lines(folder / "objectInfo150.txt", "it comes with ADEChallengeData2016.zip")
+    names = tuple(line.split("\t")[-1].strip() for line in lines if line.split("\t")[0].strip().isdigit())
+    if len(names) != NUM_ADE20K_CLASSES:
+        raise ValueError(f"{folder / 'objectInfo150.txt'} names {len(names)} classes, expected {NUM_ADE20K_CLASSES}.")
+    part = "training" if split == "train" else "validation"
+    images = list_images(folder / "images" / part)
+    if not images:
+        raise ValueError(f"{folder / 'images' / part} holds no images; unpack ADEChallengeData2016.zip again.")
+    labels, table = folder / "annotations" / part, create_zero_ignoring_table(NUM_ADE20K_CLASSES)
+    frames = [
+        create_frame(path, name=path.stem, label_path=labels / f"{path.stem}.png", table=table) for path in images
+    ]
+    return LabelledSet("ade20k", frames, names)
+
+
+def find_voc(root: Path) -> Path | None:
+    """The VOC2012 folder at or below `root`, or None."""
+    for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        if (folder / "JPEGImages").is_dir():
+            return folder
+    return None
+
+
+def read_voc(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
+    """Reads `train` or, for testing, `val`; background is a class."""
+    if task != "segmentation":
+        raise ValueError(f"Pascal VOC is read for segmentation, not for {task}; give another data set.")
+    folder = find_voc(root)
+    if folder is None or not (folder / "SegmentationClass").is_dir():
+        raise ValueError(
+            f"{root} is not a Pascal VOC folder: JPEGImages/ or SegmentationClass/ is missing; "
+            "unpack VOCtrainval_11-May-2012.tar."
+        )
+    listing = folder / "ImageSets" / "Segmentation" / ("train.txt" if split == "train" else "val.txt")
+    stems = read_lines(listing, "it comes with VOCtrainval_11-May-2012.tar")
+    images, labels, table = folder / "JPEGImages", folder / "SegmentationClass", LabelTable(len(VOC_NAMES))
+    frames = [
+        create_frame(images / f"{stem}.jpg", name=stem, label_path=labels / f"{stem}.png", table=table)
+        for stem in stems
+    ]
+    return LabelledSet("voc2012", frames, VOC_NAMES)

@@ -1,0 +1,226 @@
+"""Reads the two depth benchmarks: NYUv2, which has labels as well, and KITTI with Eigen's split.
+
+    <nyu>/                                  labels (13 or 40 classes), depth of the same 1,449 frames
+      nyu_depth_v2_labeled.mat              images, labels, depths
+      splits.mat                            trainNdxs (795), testNdxs (654), counted from 1
+      classMapping40.mat                    from 894 names to 40 classes
+      class13Mapping.mat                    from 40 to 13 classes; only for 13
+
+    <nyu>/                                  depth as published, 24,000 training frames
+      nyu_train.txt, nyu_test.txt           IMAGE DEPTH FOCAL per line, relative to the root
+      <scene>/rgb_*.jpg, <scene>/sync_depth_*.png     16-bit millimetres
+
+    <kitti>/
+      2011_09_26/<drive>/image_02/data/*.png          raw data (may also lie below raw/ or input/)
+      data_depth_annotated/{train,val}/<drive>/proj_depth/groundtruth/image_02/*.png
+                                                      16-bit, metres x 256 (may also lie below gt_depth/<drive>/)
+      kitti_eigen_train.txt, kitti_eigen_test.txt     IMAGE DEPTH FOCAL per line
+
+NYU's two `Mapping` files come from the "nyuv2-meta-data" collection. Its depth is trained inside rows 45-471, columns
+43-607 and evaluated inside Eigen's window. KITTI's lists name images relative to the raw data and depth relative to the
+annotated depth, `None` where an image has no depth: such lines are left out, as published. Its images and depth are
+seen in the lower 352x1216 pixels; Garg's window counts.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from fit3d_ns.probing.datasets.files import LabelTable, create_frame, read_lines
+from fit3d_ns.probing.datasets.frames import (
+    IGNORE_INDEX,
+    DepthConvention,
+    LabelledFrame,
+    LabelledSet,
+    LabelledSplit,
+    ProbeTask,
+)
+from fit3d_ns.probing.datasets.scannet import NYU40_NAMES
+
+LABELLED_FILE = "nyu_depth_v2_labeled.mat"
+NYU13_NAMES = tuple("bed,books,ceiling,chair,floor,furniture,objects,painting,sofa,table,tv,wall,window".split(","))
+"""The 13 classes of the paper's NYUv2 results, in the order of their ids."""
+NYU_CONVENTION = DepthConvention(max_depth=10.0, evaluation_window="eigen", train_crop=(45, 472, 43, 608))
+KITTI_CONVENTION = DepthConvention(
+    max_depth=80.0, evaluation_window="garg", bottom_crop=(352, 1216), brightness_range=(0.9, 1.1)
+)
+KITTI_DEPTH_SCALE = 256.0
+_KITTI_IMAGE_ROOTS = ("", "raw", "input", "raw_data")
+_KITTI_DEPTH_ROOTS = ("data_depth_annotated/train", "data_depth_annotated/val", "gt_depth", "")
+
+
+def is_nyu(root: Path) -> bool:
+    """True where one of the two layouts begins."""
+    return any((root / name).is_file() for name in (LABELLED_FILE, "nyu_train.txt", "nyu_test.txt"))
+
+
+def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int | None = None) -> LabelledSet:
+    """Reads one official split; for depth the published list wins where both layouts are there.
+
+    Args:
+        root: A folder drawn above.
+        split: Which part.
+        task: Segmentation or depth.
+        num_classes: 13 or 40; None: 13, as in the paper.
+    """
+    if task == "classification":
+        raise ValueError("NYUv2 has no classes of whole pictures; probe segmentation or depth.")
+    if task == "depth" and (root / f"nyu_{split}.txt").is_file():
+        return _read_nyu_list(root, split)
+    path = root / LABELLED_FILE
+    if not path.is_file():
+        raise ValueError(f"{root} has no {LABELLED_FILE}; download the labelled NYUv2 set (2.8 GB).")
+    numbers = _read_numbers(root / "splits.mat", "trainNdxs" if split == "train" else "testNdxs")
+    with _open_hdf5(path, "images") as file:
+        count = int(file["images"].shape[0])
+    if numbers.min() < 1 or numbers.max() > count:
+        raise ValueError(f"{root / 'splits.mat'} names frame {numbers.max()}, {path} has {count}; download both again.")
+    num_classes = num_classes or 13
+    table, names = _read_table(root, num_classes) if task == "segmentation" else (None, ())
+    frames = [
+        LabelledFrame(
+            name=f"{number:04d}",
+            load_image=partial(_load_image, path, int(number) - 1),
+            load_labels=None if table is None else partial(_load_labels, path, int(number) - 1, table),
+            load_depth=partial(_load_depth, path, int(number) - 1),
+            files=(path,),
+        )
+        for number in numbers
+    ]
+    name = f"nyu{num_classes}" if task == "segmentation" else "nyu-labelled"
+    return LabelledSet(name, frames, names, depth=NYU_CONVENTION)
+
+
+def is_kitti(root: Path) -> bool:
+    """True where one of Eigen's lists lies."""
+    return any((root / name).exists() for name in ("kitti_eigen_train.txt", "kitti_eigen_test.txt"))
+
+
+def read_kitti(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
+    """Reads Eigen's train or test part."""
+    if task != "depth":
+        raise ValueError(f"KITTI is read for depth, not for {task}; give another data set.")
+    listing = root / f"kitti_eigen_{split}.txt"
+    frames: list[LabelledFrame] = []
+    for image_name, depth_name in _read_depth_list(listing):
+        if depth_name == "None":
+            continue
+        image = _find(root, _KITTI_IMAGE_ROOTS, image_name, listing, "raw image")
+        depth = _find(root, _KITTI_DEPTH_ROOTS, depth_name, listing, "depth map")
+        drive = next((part for part in Path(image_name).parts if "_drive_" in part), "")
+        name = Path(image_name).with_suffix("").as_posix()
+        frames.append(create_frame(image, name=name, group=drive, depth_path=depth, depth_scale=KITTI_DEPTH_SCALE))
+    if not frames:
+        raise ValueError(f"{listing} lists no image with depth; get the list again.")
+    return LabelledSet("kitti", frames, depth=KITTI_CONVENTION, is_sequence=True)
+
+
+def _read_nyu_list(root: Path, split: LabelledSplit) -> LabelledSet:
+    frames: list[LabelledFrame] = []
+    for names in _read_depth_list(root / f"nyu_{split}.txt"):
+        relative, depth = (Path(name.lstrip("/")) for name in names)
+        name = relative.with_suffix("").as_posix()
+        group = relative.parent.as_posix()
+        frames.append(create_frame(root / relative, name=name, group=group, depth_path=root / depth))
+    return LabelledSet("nyu", frames, depth=NYU_CONVENTION, is_sequence=True)
+
+
+def _read_depth_list(listing: Path) -> list[tuple[str, str]]:
+    """Names of images and of their depth maps."""
+    pairs = []
+    for line in read_lines(listing, "it names an image, its depth map and the focal length on each line"):
+        parts = line.split()
+        if len(parts) < 2:
+            raise ValueError(f"{listing} has the line {line!r}, expected IMAGE DEPTH FOCAL.")
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _find(root: Path, folders: tuple[str, ...], name: str, listing: Path, what: str) -> Path:
+    # Some lists begin with a slash, or with the date twice.
+    relative = Path(name.lstrip("/"))
+    for folder in folders:
+        for candidate in (root / folder / relative, root / folder / Path(*relative.parts[1:])):
+            if candidate.is_file():
+                return candidate
+    raise ValueError(
+        f"{listing} names the {what} {name}, which is not below {root} "
+        f"({', '.join(folder + '/' for folder in folders if folder)} were searched); "
+        "download KITTI's raw data and its annotated depth maps."
+    )
+
+
+# MATLAB stores columns first, so pictures lie [channels, width, height] in the file.
+
+
+def _load_image(path: Path, index: int) -> UInt8[Tensor, "height width 3"]:
+    # (3, w, h) -> (h, w, 3)
+    return torch.from_numpy(_read_entry(path, "images", index).transpose(2, 1, 0).astype(np.uint8))
+
+
+def _load_labels(path: Path, index: int, table: LabelTable) -> UInt8[Tensor, "height width"]:
+    raw = torch.from_numpy(_read_entry(path, "labels", index).T.astype(np.int64))
+    return table.apply(raw, f"{path} (frame {index + 1})")
+
+
+def _load_depth(path: Path, index: int) -> Float[Tensor, "height width"]:
+    return torch.from_numpy(_read_entry(path, "depths", index).T.astype(np.float32))
+
+
+def _read_entry(path: Path, key: str, index: int) -> np.ndarray:
+    with _open_hdf5(path, key) as file:
+        return np.asarray(file[key][index])
+
+
+def _open_hdf5(path: Path, key: str) -> Any:
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path} is an HDF5 file; install h5py to read it (pip install h5py).") from error
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
+    if key not in file:
+        raise ValueError(f"{path} has no `{key}`; download it again.")
+    return file
+
+
+def _read_table(root: Path, num_classes: int) -> tuple[LabelTable, tuple[str, ...]]:
+    to_40 = _read_numbers(root / "classMapping40.mat", "mapClass")
+    if num_classes == 40:
+        mapping = {0: IGNORE_INDEX, **{number: int(target) - 1 for number, target in enumerate(to_40, start=1)}}
+        return LabelTable(40, mapping), NYU40_NAMES
+    to_13 = _read_numbers(root / "class13Mapping.mat", "classMapping13")
+    mapping = {0: IGNORE_INDEX}
+    for number, target in enumerate(to_40, start=1):
+        index = int(to_13[int(target) - 1]) if target > 0 else 0
+        mapping[number] = index - 1 if index > 0 else IGNORE_INDEX
+    return LabelTable(13, mapping), NYU13_NAMES
+
+
+def _read_numbers(path: Path, key: str) -> np.ndarray:
+    """A list of numbers out of a MATLAB file; structs are opened up to their first field."""
+    if not path.is_file():
+        raise ValueError(f"No {path}; it comes with the NYUv2 meta data and belongs next to {LABELLED_FILE}.")
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        content = loadmat(str(path))
+    # scipy answers MATLAB 7.3 files with NotImplementedError, and files that are cut short with one of the others.
+    except (OSError, ValueError, IndexError, NotImplementedError, MatReadError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
+    if key not in content:
+        raise ValueError(f"{path} has no `{key}`; download it again.")
+    values = content[key]
+    while values.dtype.names or values.dtype == object:
+        values = values.reshape(-1)[0]
+        if isinstance(values, np.void):
+            values = values[0]
+    return np.asarray(values).reshape(-1).astype(np.int64)
