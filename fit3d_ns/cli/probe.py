@@ -8,7 +8,7 @@ import tyro
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.probing.assembly import Assembly
-from fit3d_ns.probing.datasets.sets import LabelledLayout, LabelledOptions
+from fit3d_ns.probing.datasets import LabelledLayout, LabelledOptions
 from fit3d_ns.probing.depth.probe import ClassTokenChoice
 from fit3d_ns.probing.frozen_backbones import BackboneConfig
 from fit3d_ns.probing.head_trainer import Selection

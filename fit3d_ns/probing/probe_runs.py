@@ -13,7 +13,8 @@ from fit3d_ns.probing.classification.probe import (
     ClassificationConfig,
     ClassificationProbe,
 )
-from fit3d_ns.probing.datasets.folder import DEFAULT_DEPTH_SCALE
+from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
+from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
 from fit3d_ns.probing.datasets.frames import (
     LabelledSet,
     LabelledSplit,
@@ -23,7 +24,6 @@ from fit3d_ns.probing.datasets.frames import (
     join_sets,
 )
 from fit3d_ns.probing.datasets.scannetpp import is_scannetpp_scene
-from fit3d_ns.probing.datasets.sets import LabelledOptions, check_depth_options, read_labelled_set
 from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.finetuning_costs import is_finetuned_from_random, read_costs
 from fit3d_ns.probing.frozen_backbones import (
@@ -188,7 +188,7 @@ def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
     for paths, flag in ((train, "--train"), (test, "--test")):
         if not paths:
             raise ValueError(f"A {task} probe needs data; name folders with {flag}.")
-    check_depth_options([*train, *test], task, request.options)
+    check_options([*train, *test], task, request.options)
     splits = resolve_scene_splits(train, test)
     sets = [
         join_sets([read_labelled_set(path, split, task, request.options) for path, split in zip(part, of, strict=True)])
@@ -224,7 +224,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     for path in paths:
         if not path.exists():
             raise ValueError(f"No such capture or scene file: {path}; check --test.")
-    check_depth_options(paths, request.task, request.options)
+    check_options(paths, request.task, request.options)
     settings = {
         "task": request.task,
         "assembly": chosen.assembly,

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from fit3d_ns.features import create_extractor
 from fit3d_ns.probing.assembly import Assembler, FrozenFeatures
 from fit3d_ns.probing.classification.probe import ClassificationConfig, ClassificationHeads, ClassificationProbe
+from fit3d_ns.probing.datasets import read_labelled_set
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.datasets.sets import read_labelled_set
 from fit3d_ns.probing.depth.head import LinearDepthHead
 from fit3d_ns.probing.depth.probe import DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones

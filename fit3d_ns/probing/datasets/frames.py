@@ -151,7 +151,9 @@ def split_validation(labelled_set: LabelledSet, fraction: float) -> tuple[Labell
     if len(groups) >= 5:
         held = [frame for members in list(groups.values())[every - 1 :: every] for frame in members]
     if not held and labelled_set.is_sequence:
-        held = [frame for members in groups.values() for frame in members[len(members) - round(len(members) * fraction) :]]
+        held = [
+            frame for members in groups.values() for frame in members[len(members) - round(len(members) * fraction) :]
+        ]
     if not held:
         every = min(every, len(frames))
         held = ordered[every - 1 :: every]

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -199,9 +198,7 @@ def _load_valid_mask(frame: Frame, undistortion: Undistortion) -> Bool[Tensor, "
     return undistortion.apply_to_mask(_reduce(load_mask(frame.mask_path).float(), undistortion) > 0.5)
 
 
-def _reduce(
-    values: Float[Tensor, "height width"], undistortion: Undistortion
-) -> Float[Tensor, "new_height new_width"]:
+def _reduce(values: Float[Tensor, "height width"], undistortion: Undistortion) -> Float[Tensor, "new_height new_width"]:
     """To the size that is probed, by nearest neighbour, because classes and depths must not be mixed."""
     size = (undistortion.lens.width, undistortion.lens.height)
     if values.shape == size[::-1]:

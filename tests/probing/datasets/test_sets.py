@@ -21,7 +21,6 @@ from fit3d_ns.probing.datasets.frames import (
 )
 from fit3d_ns.probing.datasets.nyu_kitti import NYU13_NAMES
 from fit3d_ns.probing.datasets.scannet import NYU40_NAMES
-from tests.data.conftest import scannetpp_scene  # noqa: F401 - a fixture
 from tests.data.miniature_captures import edit_json
 
 SIZE = (12, 8)
@@ -501,6 +500,15 @@ def test_depth_options__one_plain_folder_is_enough(folder: Path, scannet: Path) 
     frame = read_labelled_set(scannet, "train", "depth", options).frames[0]
     assert frame.load_depth is not None
     torch.testing.assert_close(frame.load_depth()[0, 1], torch.tensor(2.0))
+
+
+def test_nyu_classes__are_refused_where_no_nyu_is_read(folder: Path, nyu: Path) -> None:
+    options = LabelledOptions(nyu_classes=40)
+    check_options([folder, nyu], "segmentation", options)
+    with pytest.raises(ValueError, match="--nyu-classes sets the class list of NYUv2, but .* is in the layout folder"):
+        check_options([folder], "segmentation", options)
+    with pytest.raises(ValueError, match="--nyu-classes means nothing to the depth probe"):
+        check_options([nyu], "depth", options)
 
 
 def test_depth_options__scenes_have_a_unit_but_no_range(scannetpp_scene: Path) -> None:
