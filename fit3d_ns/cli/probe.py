@@ -87,8 +87,8 @@ class ProbeCommand:
     """Where the photographs of scene files lie now, if they were moved."""
     layout: LabelledLayout | Literal["auto"] = "auto"
     """Disk layout of the folders."""
-    nyu_classes: Literal[13, 40] = 13
-    """Class list of NYUv2."""
+    nyu_classes: Literal[13, 40] | None = None
+    """Class list of NYUv2 (segmentation): 13 classes, as in the paper, unless 40 are asked for."""
     depth_scale: float | None = None
     """Units per metre of the depth maps of plain folders, 1000 by default; refused where no plain folder is given,
     because official sets have their own."""

@@ -78,9 +78,8 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
             continue
         if task != only_task:
             raise ValueError(f"{flag} means nothing to the {task} probe; leave it out.")
-        found = {
-            options.layout if options.layout != "auto" else find_labelled_layout(path, only_task) for path in paths
-        }
+        layout = None if options.layout == "auto" else options.layout
+        found = {layout or find_labelled_layout(path, only_task) for path in paths}
         if found.isdisjoint(layouts):
             raise ValueError(
                 f"{flag} sets {meaning}, but {paths[0]} is in the layout {', '.join(sorted(found))}, "

@@ -30,9 +30,10 @@ class LabelTable:
         labels = raw if self.mapping is None else self._translate(raw, self.mapping, source)
         wrong = (labels != IGNORE_INDEX) & ((labels >= self.num_classes) | (labels < 0))
         if wrong.any():
+            value = int(labels[wrong][0])
             raise ValueError(
-                f"{source} has label {int(labels[wrong][0])} at {int(wrong.sum())} pixels, outside the "
-                f"{self.num_classes} classes; correct the class list, or write {IGNORE_INDEX} where pixels must not count."
+                f"{source} has label {value} at {int(wrong.sum())} pixels, outside the {self.num_classes} classes; "
+                f"correct the class list, or write {IGNORE_INDEX} where pixels must not count."
             )
         return labels.to(torch.uint8)
 
