@@ -1,6 +1,6 @@
 """`Undistortion`: the pinhole camera that replaces a distorted lens, and how pictures are moved into it.
 
-One implementation for the whole product, so that every stage sees the same pixels.
+One implementation serves all stages, so that they see the same pixels.
 Our pixel centres are at +0.5, OpenCV's at integers: only this file converts between the two.
 
 The pinhole camera has the photograph's size, and its whole picture was seen by the lens:
@@ -101,7 +101,7 @@ def compute_undistortion(lens: Lens) -> Undistortion:
     """The undistortion of a lens; the last few are kept, as most captures have one lens.
 
     Raises:
-        ValueError: The distortion cannot be undone: the coefficients are no description of a real lens.
+        ValueError: The distortion cannot be undone: the coefficients do not describe a real lens.
     """
     if not lens.is_distorted:
         return Undistortion(replace(lens, model="pinhole", distortion=()))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fit3d_ns.rasterization.backends import BackendName
+from fit3d_ns.rasterization import BackendName
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.inputs import LiftGaussians
-from fit3d_ns.rasterization import rasterization
+from fit3d_ns.rasterization import RasterizeMode, rasterization
 from fit3d_ns.scene import FeatureGaussians, PosedCapture, View, create_gaussians, find_invalid, load_scene
 from fit3d_ns.scene.capture_record import parse_capture, record_capture
-from fit3d_ns.scene.feature_scene import RasterizeMode
 from fit3d_ns.scene.gaussians import activate
 from fit3d_ns.scene.scene_costs import find_geometry_seconds
 from fit3d_ns.utils.progress import notice

@@ -25,8 +25,8 @@ from fit3d_ns.lifting.lift_source import (
     compare_with_photographs,
     create_lift_source,
 )
+from fit3d_ns.rasterization import RasterizeMode
 from fit3d_ns.scene import create_posed_capture, read_ply
-from fit3d_ns.scene.feature_scene import RasterizeMode
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import notice
 

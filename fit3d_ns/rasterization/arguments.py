@@ -1,4 +1,4 @@
-"""Checks of what callers of the rasterizer pass in: one sentence for each thing that can be wrong."""
+"""Checks of what callers of the rasterizer pass in: one sentence, a ValueError, for each thing that can be wrong."""
 
 from typing import Any, Literal, get_args
 
@@ -21,11 +21,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
 
 
 def check_fixed_options(**options: Any) -> None:
-    """Refuses values of gsplat's options that this rasterizer does not offer.
-
-    Raises:
-        ValueError: An option has another value than the one that is built in.
-    """
+    """Refuses values of gsplat's options other than the one that is built in."""
     for name, value in options.items():
         expected, advice = _FIXED[name]
         if value is not expected and value != expected:
@@ -34,17 +30,11 @@ def check_fixed_options(**options: Any) -> None:
 
 
 def check_modes(render_mode: str, rasterize_mode: str) -> None:
-    """Refuses unknown modes.
-
-    Raises:
-        ValueError: A mode has no such name.
-    """
-    if render_mode not in get_args(RenderMode):
-        raise ValueError(f"Unknown `render_mode` {render_mode!r}; choose one of {', '.join(get_args(RenderMode))}.")
-    if rasterize_mode not in get_args(RasterizeMode):
-        raise ValueError(
-            f"Unknown `rasterize_mode` {rasterize_mode!r}; choose one of {', '.join(get_args(RasterizeMode))}."
-        )
+    """Refuses unknown modes."""
+    modes = [("render_mode", render_mode, RenderMode), ("rasterize_mode", rasterize_mode, RasterizeMode)]
+    for name, value, choices in modes:
+        if value not in get_args(choices):
+            raise ValueError(f"Unknown `{name}` {value!r}; choose one of {', '.join(get_args(choices))}.")
 
 
 def check_geometry(
@@ -57,11 +47,7 @@ def check_geometry(
     width: int,
     height: int,
 ) -> None:
-    """Compares the shapes, dtypes and devices of Gaussians and cameras.
-
-    Raises:
-        ValueError: A tensor does not fit the others, or the image is empty.
-    """
+    """Compares the shapes, dtypes and devices of Gaussians and cameras; the image must not be empty."""
     num_gaussians, num_cameras = means.shape[0], viewmats.shape[0]
     expected = {
         "means": (means, (num_gaussians, 3)),
@@ -83,11 +69,7 @@ def check_geometry(
 def check_colors(
     colors: Tensor, backgrounds: Tensor | None, sh_degree: int | None, means: Tensor, num_cameras: int
 ) -> None:
-    """Checks colours or harmonics coefficients, and backgrounds, against Gaussians and cameras.
-
-    Raises:
-        ValueError: A shape, dtype, device or the degree does not fit.
-    """
+    """Checks colours or harmonics coefficients, their degree, and backgrounds against Gaussians and cameras."""
     num_gaussians = means.shape[0]
     _check_like("colors", colors, "means", means)
     shared, per_camera = (num_gaussians,), (num_cameras, num_gaussians)
@@ -108,17 +90,12 @@ def check_colors(
             f" {colors.shape[-2]}; lower the degree."
         )
     if backgrounds is not None:
-        channels = colors.shape[-1]
-        _check_shape("backgrounds", backgrounds, (num_cameras, channels))
+        _check_shape("backgrounds", backgrounds, (num_cameras, colors.shape[-1]))
         _check_like("backgrounds", backgrounds, "means", means)
 
 
 def check_features(features: Tensor, num_gaussians: int, like: Tensor) -> None:
-    """Checks per-Gaussian features against the Gaussians of an `info`.
-
-    Raises:
-        ValueError: Shape, dtype or device differ.
-    """
+    """Checks per-Gaussian features against the Gaussians of an `info`."""
     if features.ndim != 2 or features.shape[0] != num_gaussians or features.shape[1] == 0:
         raise ValueError(
             f"`features` has shape {list(features.shape)}, expected [N, D] with N={num_gaussians} (the Gaussians that"
@@ -128,11 +105,7 @@ def check_features(features: Tensor, num_gaussians: int, like: Tensor) -> None:
 
 
 def check_pixels(pixels: Tensor, width: int, height: int) -> None:
-    """Checks a list of (row, column) positions.
-
-    Raises:
-        ValueError: It is no integer tensor [P, 2], or a position lies outside the image.
-    """
+    """Checks that `pixels` are integers [P, 2], (row, column) positions within the image."""
     if pixels.ndim != 2 or pixels.shape[1] != 2 or pixels.is_floating_point() or pixels.dtype == torch.bool:
         raise ValueError(
             f"`pixels` is a {pixels.dtype} tensor of shape {list(pixels.shape)}; pass integers [P, 2] as (row, column)."
@@ -148,11 +121,7 @@ def check_pixels(pixels: Tensor, width: int, height: int) -> None:
 
 
 def check_feature_maps(feature_maps: Tensor, num_cameras: int, width: int, height: int, like: Tensor) -> None:
-    """Checks per-pixel maps against the images of an `info`.
-
-    Raises:
-        ValueError: Shape, dtype or device differ.
-    """
+    """Checks per-pixel maps against the images of an `info`."""
     if feature_maps.ndim != 4 or tuple(feature_maps.shape[:3]) != (num_cameras, height, width):
         raise ValueError(
             f"`feature_maps` has shape {list(feature_maps.shape)}, expected [{num_cameras}, {height}, {width}, D];"
@@ -162,11 +131,7 @@ def check_feature_maps(feature_maps: Tensor, num_cameras: int, width: int, heigh
 
 
 def check_sums(add_to: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Checks sums that are added to in place.
-
-    Raises:
-        ValueError: Shape, dtype or device differ, or rows are not contiguous.
-    """
+    """Checks sums that are added to in place: they must be contiguous."""
     _check_shape("add_to", add_to, shape)
     _check_like("add_to", add_to, "`feature_maps`", like)
     if not add_to.is_contiguous():

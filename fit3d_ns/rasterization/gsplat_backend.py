@@ -7,24 +7,18 @@ they come from atomic additions and do not repeat to the bit.
 import warnings
 
 import torch
-from gsplat.cuda._wrapper import (
-    fully_fused_projection,
-    isect_offset_encode,
-    isect_tiles,
-    rasterize_to_pixels,
-    spherical_harmonics,
-)
-from jaxtyping import Float, Int
+from gsplat import fully_fused_projection, isect_offset_encode, isect_tiles, rasterize_to_pixels, spherical_harmonics
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectedGaussians, ProjectionSettings
+from fit3d_ns.rasterization.reference import BlendGeometry, TileLists
 from fit3d_ns.rasterization.spherical_harmonics import COLOR_OFFSET
-from fit3d_ns.rasterization.tile_lists import BlendGeometry, TileLists
 
 COMPILED_CHANNELS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513)
 """Channel counts that gsplat 1.4 has kernels for; other counts are padded by it."""
 BYTES_PER_PIXEL = 28
-"""Shared memory of gsplat's backward kernel per pixel of a tile, beside 4 bytes per channel."""
+"""Shared memory of gsplat's backward kernel per pixel of a tile, in addition to 4 bytes per channel."""
 DEFAULT_SHARED_BYTES = 48 * 1024
 """What every card grants to one block of threads."""
 
@@ -103,8 +97,9 @@ def blend(
     colors: Float[Tensor, "num_cameras num_gaussians channels"],
     backgrounds: Float[Tensor, "num_cameras channels"] | None,
     absgrad: bool,
+    masks: Bool[Tensor, "num_cameras tile_height tile_width"] | None = None,
 ) -> tuple[Float[Tensor, "num_cameras height width channels"], Float[Tensor, "num_cameras height width 1"]]:
-    """As `reference.blend`.
+    """As `reference.blend`; with `masks`, images and alphas of tiles that are False hold whatever was in memory.
 
     The gradient by alpha goes through the first chunk of channels alone. With several chunks `absgrad` is that of the
     last one: gsplat overwrites it.
@@ -116,7 +111,7 @@ def blend(
             f" card blends {chunk} at a time.",
             stacklevel=2,
         )
-    images, alphas = [], None
+    images, alphas = [], []
     for first in range(0, colors.shape[-1], chunk):
         part = slice(first, first + chunk)
         image, alpha = rasterize_to_pixels(
@@ -130,12 +125,12 @@ def blend(
             geometry.tiles.isect_offsets,
             geometry.tiles.flatten_ids,
             backgrounds=None if backgrounds is None else backgrounds[..., part],
+            masks=masks,
             absgrad=absgrad,
         )
         images.append(image)
-        alphas = alpha if alphas is None else alphas
-    assert alphas is not None, "There is always at least one channel."
-    return images[0] if len(images) == 1 else torch.cat(images, dim=-1), alphas
+        alphas.append(alpha)
+    return images[0] if len(images) == 1 else torch.cat(images, dim=-1), alphas[0]
 
 
 def blend_features(
@@ -144,31 +139,15 @@ def blend_features(
     pixels: Int[Tensor, "num_pixels 2"] | None,
 ) -> Float[Tensor, "num_cameras *pixels channels"]:
     """As `reference.blend_features`; with `pixels`, tiles without any are skipped."""
-    settings, tiles = geometry.settings, geometry.tiles
     masks = None
     if pixels is not None:
-        is_read = torch.zeros(settings.tile_height, settings.tile_width, dtype=torch.bool, device=features.device)
+        size = (geometry.settings.tile_height, geometry.settings.tile_width)
+        is_read = torch.zeros(size, dtype=torch.bool, device=features.device)
         is_read[pixels[:, 0].long() // TILE_SIZE, pixels[:, 1].long() // TILE_SIZE] = True
         masks = is_read.expand(geometry.num_cameras, -1, -1)
-    chunk = channels_per_call(features.device)
-    images = []
-    for first in range(0, features.shape[1], chunk):
-        colors = features[:, first : first + chunk].expand(geometry.num_cameras, -1, -1)
-        # Alphas are not read: gsplat leaves them as they are in memory where a tile is masked.
-        image, _ = rasterize_to_pixels(
-            geometry.means2d,
-            geometry.conics,
-            colors,
-            geometry.opacities,
-            settings.width,
-            settings.height,
-            TILE_SIZE,
-            tiles.isect_offsets,
-            tiles.flatten_ids,
-            masks=masks,
-        )
-        images.append(image)
-    image = images[0] if len(images) == 1 else torch.cat(images, dim=-1)
+    colors = features.expand(geometry.num_cameras, -1, -1)
+    fixed = (geometry.means2d, geometry.conics, geometry.opacities)
+    image, _ = blend(geometry, *fixed, colors, backgrounds=None, absgrad=False, masks=masks)
     return image if pixels is None else image[:, pixels[:, 0].long(), pixels[:, 1].long()]
 
 
@@ -192,8 +171,7 @@ def backproject(
 def channels_per_call(device: torch.device) -> int:
     """The most channels whose backward pass fits into the shared memory that the card grants to one tile."""
     properties = torch.cuda.get_device_properties(device)
-    granted = getattr(properties, "shared_memory_per_block_optin", DEFAULT_SHARED_BYTES)
-    return largest_channel_count(granted)
+    return largest_channel_count(getattr(properties, "shared_memory_per_block_optin", DEFAULT_SHARED_BYTES))
 
 
 def largest_channel_count(shared_bytes: int) -> int:

@@ -2,9 +2,13 @@
 
 `rasterization` is a drop-in for `gsplat.rendering.rasterization` 1.4 with pinhole cameras. Frames: `means` in the
 world, `viewmats` world-to-camera in OpenCV axes, `Ks` and all image coordinates in pixels with centres at +0.5.
+
+A backend is a module with the functions that `reference` lists in `__all__`; `reference` defines their meaning.
 """
 
-from typing import Any
+import importlib
+import importlib.util
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,12 +16,15 @@ from torch import Tensor
 
 from fit3d_ns.rasterization import arguments
 from fit3d_ns.rasterization.arguments import RasterizeMode, RenderMode
-from fit3d_ns.rasterization.backends import Backend, BackendName, load_backend, resolve_backend
 from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectionSettings
-from fit3d_ns.rasterization.tile_lists import BlendGeometry
+from fit3d_ns.rasterization.reference import BlendGeometry
 
-MIN_DEPTH_ALPHA = 1e-10
+BackendName = Literal["auto", "reference", "cpu", "gsplat"]
+
+ALPHA_FLOOR_OF_EXPECTED_DEPTH = 1e-10
 """Expected depth is divided by at least this alpha, as in gsplat."""
+
+_MODULES = {"reference": "reference", "cpu": "cpu.backend", "gsplat": "gsplat_backend"}
 
 
 def rasterization(
@@ -66,14 +73,14 @@ def rasterization(
         render_mode: `D` is sum(w z), `ED` the same divided by alpha; `RGB+` puts it after the colours.
         absgrad: Whether backward leaves the sums of absolute gradients in `info["means2d"].absgrad`.
         rasterize_mode: `antialiased` scales the opacities by the loss of area that the blur would cause.
-        channel_chunk: Taken for compatibility; the backends choose chunks by themselves.
+        channel_chunk: Accepted for compatibility; the backends choose chunks by themselves.
         backend: `auto` follows the device of `means`.
 
     Returns:
         Images [C, H, W, X], accumulated alphas [C, H, W, 1], and `info`: gsplat's keys (`radii`, `means2d`, `depths`,
         `conics`, `opacities` with the compensation, `tiles_per_gauss`, `flatten_ids`, ...) and `backend`. `means2d`
         takes part in the graph. `packed`, `sparse_grad`, `tile_size`, `distributed`, `camera_model` and `covars` are
-        accepted at the default alone.
+        accepted only at their defaults.
 
     Raises:
         ValueError: An argument is unknown, not offered, or does not fit the others.
@@ -87,17 +94,13 @@ def rasterization(
         camera_model=camera_model,
         covars=covars,
     )
-    arguments.check_geometry(means, quats, scales, opacities, viewmats, Ks, width, height)
     uses_colors = render_mode not in ("D", "ED")
     if uses_colors:
         arguments.check_colors(colors, backgrounds, sh_degree, means, len(viewmats))
-    settings = ProjectionSettings(
-        width, height, near_plane, far_plane, radius_clip, eps2d, antialiased=rasterize_mode == "antialiased"
-    )
-    name = resolve_backend(backend, means)
-    engine = load_backend(name)
-    info = _project(engine, name, means, quats, scales, opacities, viewmats, Ks, settings)
-    geometry: BlendGeometry = info["blend_geometry"]
+    antialiased = rasterize_mode == "antialiased"
+    settings = ProjectionSettings(width, height, near_plane, far_plane, radius_clip, eps2d, antialiased)
+    info = _project(means, quats, scales, opacities, viewmats, Ks, settings, backend)
+    engine = load_backend(info["backend"])
 
     channels = []
     if uses_colors:
@@ -112,12 +115,17 @@ def rasterization(
         if backgrounds is not None:
             nothing = backgrounds.new_zeros(len(viewmats), 1)
             backgrounds = torch.cat([backgrounds, nothing], dim=-1) if uses_colors else nothing
-    blended = channels[0] if len(channels) == 1 else torch.cat(channels, dim=-1)
     images, alphas = engine.blend(
-        geometry, info["means2d"], info["conics"], info["opacities"], blended, backgrounds, absgrad
+        info["blend_geometry"],
+        info["means2d"],
+        info["conics"],
+        info["opacities"],
+        channels[0] if len(channels) == 1 else torch.cat(channels, dim=-1),
+        backgrounds,
+        absgrad,
     )
     if render_mode in ("ED", "RGB+ED"):
-        expected = images[..., -1:] / alphas.clamp(min=MIN_DEPTH_ALPHA)
+        expected = images[..., -1:] / alphas.clamp(min=ALPHA_FLOOR_OF_EXPECTED_DEPTH)
         images = torch.cat([images[..., :-1], expected], dim=-1)
     return images, alphas, info
 
@@ -145,12 +153,9 @@ def project(
     Arguments, keys and errors are those of `rasterization`.
     """
     arguments.check_modes("RGB", rasterize_mode)
-    arguments.check_geometry(means, quats, scales, opacities, viewmats, Ks, width, height)
-    settings = ProjectionSettings(
-        width, height, near_plane, far_plane, radius_clip, eps2d, antialiased=rasterize_mode == "antialiased"
-    )
-    name = resolve_backend(backend, means)
-    return _project(load_backend(name), name, means, quats, scales, opacities, viewmats, Ks, settings)
+    antialiased = rasterize_mode == "antialiased"
+    settings = ProjectionSettings(width, height, near_plane, far_plane, radius_clip, eps2d, antialiased)
+    return _project(means, quats, scales, opacities, viewmats, Ks, settings, backend)
 
 
 def rasterize_features(
@@ -205,19 +210,53 @@ def backproject_features(
     settings = geometry.settings
     arguments.check_feature_maps(feature_maps, geometry.num_cameras, settings.width, settings.height, geometry.means2d)
     shape = (geometry.num_gaussians, feature_maps.shape[-1])
-    if add_to is None:
-        sums = feature_maps.new_zeros(shape)
-    else:
+    if add_to is not None:
         arguments.check_sums(add_to, shape, feature_maps)
-        sums = add_to
+    sums = feature_maps.new_zeros(shape) if add_to is None else add_to
     totals = feature_maps.new_zeros(geometry.num_gaussians)
     load_backend(info["backend"]).backproject(feature_maps, geometry, sums, totals)
     return sums, totals
 
 
+def available_backends() -> list[str]:
+    """Names of the backends that can run on this machine, the one that `auto` prefers on its best device first."""
+    names = ["cpu", "reference"]
+    if torch.cuda.is_available() and importlib.util.find_spec("gsplat") is not None:
+        names.insert(0, "gsplat")
+    return names
+
+
+def resolve_backend(name: str, means: Tensor) -> str:
+    """The backend that a call with these tensors gets.
+
+    Raises:
+        ValueError: There is no such backend, or it cannot work on the tensors' device or dtype.
+    """
+    if name not in ("auto", *_MODULES):
+        raise ValueError(f"Unknown rasterization backend {name!r}; choose one of auto, {', '.join(_MODULES)}.")
+    device = means.device.type
+    if name == "auto":
+        if device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"No rasterization backend serves {device} tensors; move them to the CPU or a CUDA device."
+            )
+        name = "gsplat" if device == "cuda" else "cpu"
+    needed = {"cpu": "cpu", "gsplat": "cuda"}.get(name, device)
+    if device != needed:
+        raise ValueError(f"Rasterization backend {name!r} needs {needed} tensors, but `means` is on {means.device}.")
+    if name == "gsplat" and importlib.util.find_spec("gsplat") is None:
+        raise ValueError("Rasterization on CUDA needs gsplat, which is not installed; install `gsplat>=1.4.0,<1.6`.")
+    if name != "reference" and means.dtype != torch.float32:
+        raise ValueError(f"Rasterization backend {name!r} works in float32, but `means` is {means.dtype}; convert it.")
+    return name
+
+
+def load_backend(name: str) -> Any:
+    """The module of a backend, imported on first use, since importing gsplat or numba takes time."""
+    return importlib.import_module(f"fit3d_ns.rasterization.{_MODULES[name]}")
+
+
 def _project(
-    engine: Backend,
-    name: str,
     means: Tensor,
     quats: Tensor,
     scales: Tensor,
@@ -225,12 +264,16 @@ def _project(
     viewmats: Tensor,
     Ks: Tensor,
     settings: ProjectionSettings,
+    backend: str,
 ) -> dict[str, Any]:
+    arguments.check_geometry(means, quats, scales, opacities, viewmats, Ks, settings.width, settings.height)
+    name = resolve_backend(backend, means)
+    engine = load_backend(name)
     projected = engine.project_gaussians(means, quats, scales, viewmats, Ks, settings)
     opacities = opacities.expand(len(viewmats), -1)
     if projected.compensations is not None:
         opacities = opacities * projected.compensations
-    geometry = engine.build_geometry(projected, opacities, settings)
+    geometry: BlendGeometry = engine.build_geometry(projected, opacities, settings)
     return {
         "camera_ids": None,
         "gaussian_ids": None,

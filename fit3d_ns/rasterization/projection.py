@@ -114,14 +114,6 @@ def project_gaussians(
     )
 
 
-def compute_covariances(
-    quats: Float[Tensor, "num_gaussians 4"], scales: Float[Tensor, "num_gaussians 3"]
-) -> Float[Tensor, "num_gaussians 3 3"]:
-    """World covariances Q diag(scales)^2 Q^T, as `gsplat.quat_scale_to_covar_preci` gives them on CUDA alone."""
-    axes = rotations_from_quats(quats) * scales[:, None, :]
-    return axes @ axes.transpose(-1, -2)
-
-
 def rotations_from_quats(quats: Float[Tensor, "num_gaussians 4"]) -> Float[Tensor, "num_gaussians 3 3"]:
     """Rotation matrices of quaternions (wxyz) of any length but zero."""
     w, x, y, z = (quats / quats.norm(dim=-1, keepdim=True)).unbind(dim=-1)

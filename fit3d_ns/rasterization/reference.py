@@ -1,6 +1,8 @@
-"""The reference backend: blending of Gaussians in plain PyTorch, dense within each tile, float32 or float64.
+"""The reference backend: tile lists and blending in plain PyTorch, dense within each tile, float32 or float64.
 
 It is the definition that the fast backends are tested against, so it is written to be read; gradients are autograd's.
+A Gaussian enters each 16x16 tile that the square of its radius around its centre touches. Entries are ordered by
+camera, tile, z-depth (as float32) and, among equal depths, by index: gsplat 1.4's order, in lists of its layout.
 At a pixel, with the Gaussians of its tile in front-to-back order (Kerbl et al. 2023, Eq. 3):
 
     alpha_i = min(0.999, opacity_i * exp(-sigma_i)),  0 where it is below 1/255 or sigma_i is negative
@@ -9,14 +11,16 @@ At a pixel, with the Gaussians of its tile in front-to-back order (Kerbl et al. 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectedGaussians, ProjectionSettings, project_gaussians
 from fit3d_ns.rasterization.spherical_harmonics import evaluate_harmonics
-from fit3d_ns.rasterization.tile_lists import BlendGeometry, list_tiles
 
 MAX_ALPHA = 0.999
 """No Gaussian is more opaque than this."""
@@ -26,6 +30,46 @@ MIN_TRANSMITTANCE = 1e-4
 """A pixel is finished before the Gaussian that would bring its transmittance down to this."""
 
 __all__ = ["backproject", "blend", "blend_features", "build_geometry", "evaluate_harmonics", "project_gaussians"]
+
+
+@dataclass(frozen=True)
+class TileLists:
+    """The sorted pairs of Gaussian and tile of all cameras, without gradients."""
+
+    tiles_per_gauss: Int[Tensor, "num_cameras num_gaussians"]
+    """Number of tiles that each Gaussian enters."""
+    isect_ids: Int[Tensor, " num_entries"]
+    """int64 sort keys: camera | tile | bits of the float32 depth (32 bits)."""
+    flatten_ids: Int[Tensor, " num_entries"]
+    """int32 index camera * N + Gaussian of each entry."""
+    isect_offsets: Int[Tensor, "num_cameras tile_height tile_width"]
+    """int32 position of each tile's first entry; a tile ends where the next one begins."""
+
+
+@dataclass(frozen=True)
+class BlendGeometry:
+    """Everything that blending needs to know about the Gaussians, detached: what `info` keeps for the features."""
+
+    means2d: Float[Tensor, "num_cameras num_gaussians 2"]
+    """Centres (x, y) in pixels."""
+    conics: Float[Tensor, "num_cameras num_gaussians 3"]
+    """Inverse covariances, xx, xy, yy."""
+    opacities: Float[Tensor, "num_cameras num_gaussians"]
+    """In [0, 1], compensation included."""
+    tiles: TileLists
+    """Which Gaussians are blended in which tile, in which order."""
+    settings: ProjectionSettings
+    """Image size and limits of the projection."""
+    extra: Any = None
+    """What one backend keeps for itself between its passes."""
+
+    @property
+    def num_cameras(self) -> int:
+        return self.means2d.shape[0]
+
+    @property
+    def num_gaussians(self) -> int:
+        return self.means2d.shape[1]
 
 
 def build_geometry(
@@ -38,6 +82,41 @@ def build_geometry(
         opacities=opacities.detach(),
         tiles=list_tiles(projected, settings),
         settings=settings,
+    )
+
+
+@torch.no_grad()
+def list_tiles(projected: ProjectedGaussians, settings: ProjectionSettings) -> TileLists:
+    """Sorts the Gaussians of each tile by depth."""
+    num_cameras, num_gaussians = projected.radii.shape
+    shape = projected.radii.new_tensor([settings.tile_width, settings.tile_height])
+    centres = projected.means2d.float() / TILE_SIZE
+    reach = projected.radii[..., None].float() / TILE_SIZE
+    first = torch.floor(centres - reach).int().clamp(min=0).minimum(shape)
+    last = torch.ceil(centres + reach).int().clamp(min=0).minimum(shape)
+    extent = (last - first) * (projected.radii > 0)[..., None]
+    tiles_per_gauss = extent.prod(dim=-1, dtype=torch.int32)
+
+    counts = tiles_per_gauss.flatten().long()
+    flatten_ids = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
+    within = torch.arange(flatten_ids.numel(), device=counts.device) - (counts.cumsum(0) - counts)[flatten_ids]
+    columns = extent.reshape(-1, 2)[flatten_ids, 0]
+    tile_x = first.reshape(-1, 2)[flatten_ids, 0] + within % columns
+    tile_y = first.reshape(-1, 2)[flatten_ids, 1] + within // columns
+    camera_ids = flatten_ids // max(num_gaussians, 1)
+    tile_ids = tile_y.long() * settings.tile_width + tile_x
+
+    num_tiles = settings.tile_width * settings.tile_height
+    depth_bits = projected.depths.float().view(torch.int32).flatten()[flatten_ids].long()
+    keys = (camera_ids << (32 + num_tiles.bit_length())) | (tile_ids << 32) | depth_bits
+    isect_ids, order = torch.sort(keys, stable=True)
+    entries_per_tile = torch.bincount(camera_ids * num_tiles + tile_ids, minlength=num_cameras * num_tiles)
+    isect_offsets = entries_per_tile.cumsum(0) - entries_per_tile
+    return TileLists(
+        tiles_per_gauss=tiles_per_gauss,
+        isect_ids=isect_ids,
+        flatten_ids=flatten_ids[order].int(),
+        isect_offsets=isect_offsets.int().reshape(num_cameras, settings.tile_height, settings.tile_width),
     )
 
 
@@ -58,13 +137,13 @@ def blend(
     absolute = torch.zeros_like(means2d, requires_grad=False) if absgrad and means2d.requires_grad else None
     if absolute is not None:
         means2d.absgrad = absolute  # type: ignore[attr-defined]
-    cameras = []
+    images, alphas = [], []
     for camera in range(geometry.num_cameras):
         pixels, values, transmittances = [], [], []
         for tile_pixels, ids in _iterate_tiles(geometry, camera):
             centres = means2d[camera, ids].expand(len(tile_pixels), -1, -1)
             if absolute is not None and len(ids):
-                centres.register_hook(_absolute_sum_hook(absolute[camera], ids))
+                centres.register_hook(partial(_add_absolute, absolute[camera], ids))
             weights, transmittance = _blend_weights(tile_pixels, centres, conics[camera, ids], opacities[camera, ids])
             pixels.append(tile_pixels)
             values.append(weights @ colors[camera, ids])
@@ -72,12 +151,12 @@ def blend(
         # The tiles cover each pixel once; this brings the pixels from tile order into rows.
         rows = torch.cat(pixels)
         order = torch.argsort(rows[:, 0] * settings.width + rows[:, 1])
-        image, transmittance = torch.cat(values)[order], torch.cat(transmittances)[order]
+        image, transmittance = torch.cat(values)[order], torch.cat(transmittances)[order, None]
         if backgrounds is not None:
-            image = image + transmittance[:, None] * backgrounds[camera]
-        cameras.append(torch.cat([image, 1.0 - transmittance[:, None]], dim=-1))
-    stacked = torch.stack(cameras).reshape(geometry.num_cameras, settings.height, settings.width, -1)
-    return stacked[..., :-1], stacked[..., -1:]
+            image = image + transmittance * backgrounds[camera]
+        images.append(image.reshape(settings.height, settings.width, -1))
+        alphas.append(1.0 - transmittance.reshape(settings.height, settings.width, 1))
+    return torch.stack(images), torch.stack(alphas)
 
 
 def blend_features(
@@ -86,14 +165,9 @@ def blend_features(
     pixels: Int[Tensor, "num_pixels 2"] | None,
 ) -> Float[Tensor, "num_cameras *pixels channels"]:
     """Blended features, [C, H, W, D] or at pixels (row, column) [C, P, D]; differentiable by the features alone."""
-    settings = geometry.settings
     colors = features.expand(geometry.num_cameras, -1, -1)
     image, _ = blend(geometry, geometry.means2d, geometry.conics, geometry.opacities, colors, None, absgrad=False)
-    if pixels is None:
-        return image
-    return image.reshape(geometry.num_cameras, settings.height * settings.width, -1)[
-        :, pixels[:, 0].long() * settings.width + pixels[:, 1].long()
-    ]
+    return image if pixels is None else image[:, pixels[:, 0].long(), pixels[:, 1].long()]
 
 
 @torch.no_grad()
@@ -123,17 +197,12 @@ def _blend_weights(
     dy = centres[..., 1] - (pixels[:, 0, None] + 0.5)
     sigmas = 0.5 * (conics[:, 0] * dx * dx + conics[:, 2] * dy * dy) + conics[:, 1] * dx * dy
     alphas = (opacities * torch.exp(-sigmas)).clamp(max=MAX_ALPHA)
-    alphas = torch.where(is_visible(sigmas, alphas), alphas, 0.0)
+    alphas = torch.where((sigmas >= 0) & (alphas >= MIN_ALPHA), alphas, 0.0)
     after = torch.cumprod(1.0 - alphas, dim=-1)
     before = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], dim=-1)
     # `after` never rises, so this mask is True up to the last Gaussian that is blended.
     alphas = torch.where(after > MIN_TRANSMITTANCE, alphas, 0.0)
     return alphas * before, torch.prod(1.0 - alphas, dim=-1)
-
-
-def is_visible(sigmas: Float[Tensor, "*batch"], alphas: Float[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
-    """Whether a contribution counts."""
-    return (sigmas >= 0) & (alphas >= MIN_ALPHA)
 
 
 def _iterate_tiles(geometry: BlendGeometry, camera: int) -> Iterator[tuple[Int[Tensor, "p 2"], Int[Tensor, " n"]]]:
@@ -149,10 +218,6 @@ def _iterate_tiles(geometry: BlendGeometry, camera: int) -> Iterator[tuple[Int[T
         yield torch.cartesian_prod(rows, columns), ids
 
 
-def _absolute_sum_hook(absolute: Tensor, ids: Tensor):
-    """A hook on per-pixel centres that adds the absolute values of their gradients up."""
-
-    def add(gradient: Tensor) -> None:
-        absolute.index_add_(0, ids, gradient.abs().sum(dim=0))
-
-    return add
+def _add_absolute(absolute: Tensor, ids: Tensor, gradient: Tensor) -> None:
+    """Adds up the absolute values of the gradients by per-pixel centres: a hook, once its first arguments are given."""
+    absolute.index_add_(0, ids, gradient.abs().sum(dim=0))

@@ -16,14 +16,12 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis, map_to_colours
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
-from fit3d_ns.rasterization import project, rasterization, rasterize_features
+from fit3d_ns.rasterization import RasterizeMode, project, rasterization, rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.gaussians import ActivatedGaussians, FeatureGaussians, activate
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.scene.scene_backbone import SceneBackbone
 from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader
-
-RasterizeMode = Literal["classic", "antialiased"]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from fit3d_ns.geometry.cameras import (
     resize_Ks,
     transform_camera_to_worlds,
     transform_points,
-    unproject_depth,
     viewmats_from_camera_to_worlds,
 )
+from tests.unprojection import unproject_depth
 
 
 def rotation_about_x(angle: float) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 from fit3d_ns.analysis import ConsistencyConfig, DepthView, compute_consistency, create_pairs
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor, describe_backbone
-from fit3d_ns.geometry.cameras import unproject_depth
 from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.multiview.probe import MultiviewConfig, MultiviewProbe
 from fit3d_ns.scene import (
@@ -23,6 +22,7 @@ from fit3d_ns.scene import (
     save_scene,
 )
 from tests.probing.probe_scenes import BACKBONE, create_scene
+from tests.unprojection import unproject_depth
 
 
 @pytest.fixture

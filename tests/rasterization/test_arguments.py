@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fit3d_ns.rasterization import arguments, backproject_features, rasterization, rasterize_features
-from fit3d_ns.rasterization.backends import resolve_backend
+from fit3d_ns.rasterization.interface import resolve_backend
 
 
 def _scene(num_gaussians=3):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fit3d_ns.rasterization import rasterize_features, reference
+from fit3d_ns.rasterization.reference import TileLists, list_tiles
 from fit3d_ns.rasterization.spherical_harmonics import compute_sh_basis
-from fit3d_ns.rasterization.tile_lists import TileLists, list_tiles
 from tests.rasterization.rasterization_scenes import assert_same_rendering, make_scene, render_everything
 
 gsplat_backend = pytest.importorskip("fit3d_ns.rasterization.gsplat_backend")
@@ -59,11 +59,11 @@ def test_largest_channel_count__follows_from_shared_memory():
 @pytest.fixture
 def kernels_on_cpu(monkeypatch):
     """Replaces gsplat's kernels by the reference; each call must fit the signature of the function it replaces."""
-    wrapper = importlib.import_module("gsplat.cuda._wrapper")
+    gsplat = importlib.import_module("gsplat")
     calls = []
 
     def replace(name, function):
-        signature = inspect.signature(getattr(wrapper, name))
+        signature = inspect.signature(getattr(gsplat, name))
 
         def call(*args, **kwargs):
             bound = signature.bind(*args, **kwargs)

@@ -1,12 +1,13 @@
 """The reference backend against a numpy loop, gsplat's PyTorch formulas, and finite differences."""
 
+import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.rasterization import rasterization, rasterize_features
+from fit3d_ns.rasterization import interface, rasterization, rasterize_features, reference
 from fit3d_ns.rasterization.projection import ProjectionSettings, project_gaussians
 from fit3d_ns.rasterization.reference import _blend_weights, _iterate_tiles
 from fit3d_ns.rasterization.spherical_harmonics import compute_sh_basis, evaluate_harmonics
@@ -197,3 +198,14 @@ def test_rasterization__float32_and_float64_agree():
     )
     assert double_image.dtype == torch.float64
     assert relative_error(single_image, double_image) < 2e-4
+
+
+@pytest.mark.parametrize("name", ["cpu", "gsplat"])
+def test_backends__have_the_functions_of_the_reference(name):
+    if name == "gsplat":
+        pytest.importorskip("gsplat")
+    engine = interface.load_backend(name)
+    for function in reference.__all__:
+        expected = list(inspect.signature(getattr(reference, function)).parameters)
+        actual = inspect.signature(getattr(engine, function)).parameters.values()
+        assert [parameter.name for parameter in actual if parameter.default is inspect.Parameter.empty] == expected

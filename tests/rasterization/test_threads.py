@@ -54,7 +54,7 @@ def test_cpu__two_threads_can_render_at_once():
 _FORK = """
 import os, sys, torch
 sys.path.insert(0, {folder!r})
-from tests.rasterization.rasterization_scenes import make_scene, render_everything
+from rasterization_scenes import make_scene, render_everything
 torch.set_num_threads(2)
 scene = make_scene(num_gaussians=500, num_cameras=2)
 def render():

@@ -12,7 +12,7 @@ from fit3d_ns.data.colmap import read_colmap
 from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.data.images import load_depth, load_image, load_mask
 from fit3d_ns.data.layouts import read_capture
-from fit3d_ns.geometry.cameras import project_points, unproject_depth, viewmats_from_camera_to_worlds
+from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.geometry.undistortion import compute_undistortion
 from fit3d_ns.synthetic import synthesize as synthetic
@@ -21,6 +21,7 @@ from fit3d_ns.synthetic.scannetpp_writer import compute_quaternion
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from fit3d_ns.synthetic.views import RoomRenderer
 from fit3d_ns.synthetic.walk import walk_through
+from tests.unprojection import unproject_depth
 
 SMALL = {"num_frames": 9, "width": 64, "height": 48, "num_points": 500}
 

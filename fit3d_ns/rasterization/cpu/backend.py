@@ -22,7 +22,7 @@ from fit3d_ns.rasterization.cpu.scratch import take_zeros
 from fit3d_ns.rasterization.cpu.threads import run_tasks
 from fit3d_ns.rasterization.cpu.vectors import NUM_LANES
 from fit3d_ns.rasterization.projection import ProjectedGaussians, ProjectionSettings
-from fit3d_ns.rasterization.tile_lists import BlendGeometry, TileLists
+from fit3d_ns.rasterization.reference import BlendGeometry, TileLists
 
 
 @dataclass(frozen=True)
