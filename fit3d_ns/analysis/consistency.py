@@ -6,22 +6,22 @@ that view shows the same point. All means are over points, pooled over all pairs
 - `mean_cosine`: cosine of the two tokens. It also rises when all tokens become alike.
 - `centred_cosine`: the same after the mean token of all given views is subtracted: collapse does not raise it.
 - `l1`: mean absolute difference of the tokens, in their own unit.
-- `recall_Npx`: share of the points that both views see whose match lies within N pixels; see `correspondence.py`.
+- `recall_Npx`: share of the points that both views see whose match lies within N pixels; see `find_matches`.
 - `recall_Ncm`: within N centimetres of the true surface point, where the unit of the poses is known; a match at a place
   without depth counts as missed.
-- `ratio_recall_Npx`, `ratio_recall_Ncm`: of the most distinct matches, as probe3d takes them; see `ratio_matches.py`.
+- `ratio_recall_Npx`, `ratio_recall_Ncm`: of the most distinct matches, as probe3d takes them; see `find_ratio_matches`.
 - `effective_rank`: of all tokens of all views.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.consistency_report import ConsistencyFigures, ConsistencyReport
 from fit3d_ns.analysis.correspondence import (
     AngleKind,
     CovisiblePoints,
@@ -30,18 +30,21 @@ from fit3d_ns.analysis.correspondence import (
     draw_points,
     find_covisible,
     find_matches,
+    find_ratio_matches,
     measure_angles,
     measure_match_errors,
     sample_tokens,
 )
 from fit3d_ns.analysis.pca import compute_effective_rank
-from fit3d_ns.analysis.ratio_matches import find_ratio_matches
 from fit3d_ns.utils.seeds import create_generator
+
+_Maps = tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]]
+_Views = tuple[DepthView, DepthView]
 
 
 @dataclass(frozen=True)
 class ConsistencyConfig:
-    """What is compared, and how figures are binned."""
+    """What is compared, and how metrics are binned."""
 
     depth_tolerance: float = 0.05
     """Largest relative difference of depth for two views to see the same point."""
@@ -71,6 +74,51 @@ class ConsistencyConfig:
             raise ValueError(f"{self.ratio_matches} ratio matches are asked for, expected 0 or more.")
         if len(self.angle_edges) < 2 or list(self.angle_edges) != sorted(set(self.angle_edges)):
             raise ValueError(f"Angle edges {self.angle_edges} must be at least two ascending numbers of degrees.")
+
+
+@dataclass(frozen=True)
+class ConsistencyMetrics:
+    """Metrics over a set of points; NaN where there are none."""
+
+    mean_cosine: float
+    """In [-1, 1]."""
+    centred_cosine: float
+    """In [-1, 1]; 0 for unrelated tokens."""
+    l1: float
+    """At least 0."""
+    recall: dict[str, float]
+    """`recall_5px` and so on, in [0, 1]; `recall_2cm` and so on where the unit of the poses is known."""
+    num_points: int
+    """Token centres that were compared."""
+    num_matches: int
+    """Points that were matched for recall."""
+    ratio_recall: dict[str, float] = field(default_factory=dict)
+    """`ratio_recall_20px` and so on likewise, of the most distinct matches; empty where they were not asked for."""
+    num_ratio_matches: int = 0
+    """Most distinct matches that were measured."""
+
+
+@dataclass(frozen=True)
+class ConsistencyReport:
+    """Metrics of one backbone on one set of views."""
+
+    overall: ConsistencyMetrics
+    """Over all points of all pairs."""
+    by_angle: dict[str, ConsistencyMetrics]
+    """By bin, such as `15-30`."""
+    effective_rank: float
+    """Of all tokens; `embed` at most."""
+    num_pairs: int
+    """Pairs with at least one common point."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; recalls stand next to the other metrics."""
+        return {
+            **_flatten(self.overall),
+            "effective_rank": self.effective_rank,
+            "num_pairs": self.num_pairs,
+            "by_angle": {name: _flatten(metrics) for name, metrics in self.by_angle.items()},
+        }
 
 
 def create_pairs(
@@ -107,7 +155,7 @@ def compute_consistency(
         views: Depth and camera of each view, in the same order.
         pairs: Which views to compare; all pairs by default.
         config: Tolerances, bins and thresholds.
-        units_per_metre: Length of a metre in the unit of the poses; None leaves out figures in centimetres.
+        units_per_metre: Length of a metre in the unit of the poses; None leaves out metrics in centimetres.
 
     Raises:
         ValueError: There are not as many token maps as views.
@@ -120,91 +168,105 @@ def compute_consistency(
     samples = _Samples(config, units_per_metre)
     num_pairs = 0
     for first, second in pairs:
-        found = 0
-        for index, other in ((first, second), (second, first)):
-            maps = token_maps[index], token_maps[other]
-            found += samples.compare(maps, (views[index], views[other]), mean, (index, other))
-        num_pairs += found > 0
+        num_points = 0
+        for one, two in ((first, second), (second, first)):
+            maps, both = (token_maps[one], token_maps[two]), (views[one], views[two])
+            num_points += samples.compare(maps, both, mean)
+            samples.match(maps, both, (one, two))
+        num_pairs += num_points > 0
         if config.ratio_matches > 0:
             samples.match_by_ratio((token_maps[first], token_maps[second]), (views[first], views[second]))
     overall, by_angle = samples.summarise()
     return ConsistencyReport(overall, by_angle, compute_effective_rank(token_maps), num_pairs)
 
 
+def pool_consistency(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One table for several scenes; nothing for no scene.
+
+    Cosines and L1 are weighted by compared points and recalls by their matches, the effective rank is a plain mean, and
+    counts are added. Metrics in centimetres are those of the scenes that have them. So the result says what a random
+    co-visible token, or a random match, of all scenes sees.
+
+    Args:
+        reports: As `ConsistencyReport.to_dict` gives them, all with the same bins of angles.
+    """
+    if not reports:
+        return {}
+    pooled = _pool_flat(reports)
+    pooled["effective_rank"] = sum(report["effective_rank"] for report in reports) / len(reports)
+    pooled["num_pairs"] = sum(report["num_pairs"] for report in reports)
+    bins = reports[0]["by_angle"]
+    pooled["by_angle"] = {name: _pool_flat([report["by_angle"][name] for report in reports]) for name in bins}
+    return pooled
+
+
 class _Samples:
-    """Figures of single points, gathered over pairs."""
+    """Measurements at single points, gathered over pairs of views."""
 
     def __init__(self, config: ConsistencyConfig, units_per_metre: float | None):
         self.config = config
         self.units_per_metre = units_per_metre
         # Rows of (angle, cosine, centred cosine, l1).
-        self.agreements: list[Tensor] = []
+        self.agreements: list[Tensor] = [torch.zeros(0, 4, dtype=torch.float64)]
         # Rows of (angle, error in pixels, error in centimetres), the last NaN where there are no metres.
-        self.errors: list[Tensor] = []
-        self.ratio_errors: list[Tensor] = []
+        self.errors: list[Tensor] = [torch.zeros(0, 3, dtype=torch.float64)]
+        self.ratio_errors: list[Tensor] = [torch.zeros(0, 3, dtype=torch.float64)]
 
-    def compare(
-        self,
-        maps: tuple[Tensor, Tensor],
-        views: tuple[DepthView, DepthView],
-        mean: Float[Tensor, " embed"],
-        pair: tuple[int, int],
-    ) -> int:
-        """Adds what the first view's tokens and the second view's have to say about each other; returns the points."""
-        tokens, other_tokens = maps
-        sizes = [(view.depth.shape[1], view.depth.shape[0]) for view in views]
-        token_grid = (tokens.shape[0], tokens.shape[1])
-        covisible = self._find(views, sizes[0], token_grid)
+    def compare(self, maps: _Maps, views: _Views, mean: Float[Tensor, " embed"]) -> int:
+        """Compares the first view's tokens with what the second shows of their places; returns how many it shows."""
+        covisible = self._find_covisible(views, (maps[0].shape[0], maps[0].shape[1]))
         if len(covisible) > 0:
-            own = sample_tokens(tokens, covisible.points, *sizes[0])
-            seen = sample_tokens(other_tokens, covisible.other_points, *sizes[1])
-            figures = [
+            own = sample_tokens(maps[0], covisible.points, *views[0].size)
+            seen = sample_tokens(maps[1], covisible.other_points, *views[1].size)
+            columns = [
                 covisible.angles,
                 F.cosine_similarity(own, seen, dim=1),
                 F.cosine_similarity(own - mean, seen - mean, dim=1),
                 (own - seen).abs().mean(dim=1),
             ]
-            self.agreements.append(torch.stack([figure.double() for figure in figures], dim=1).cpu())
-        grids = self._choose_grids(maps, views)
-        matched = covisible if grids[0] == token_grid else self._find(views, sizes[0], grids[0])
-        matched = draw_points(matched, self.config.max_points, self.config.seed, *pair)
-        if len(matched) > 0:
-            places = find_matches(tokens, other_tokens, matched.points, sizes[0], sizes[1], grids[1])
-            distances = measure_match_errors(*views, matched.points, places).distances
-            pixels = (places - matched.other_points).norm(dim=1)
-            self.errors.append(self._stack(matched.angles, pixels, distances))
+            self.agreements.append(torch.stack([column.double() for column in columns], dim=1).cpu())
         return len(covisible)
 
-    def match_by_ratio(self, maps: tuple[Tensor, Tensor], views: tuple[DepthView, DepthView]) -> None:
+    def match(self, maps: _Maps, views: _Views, pair: tuple[int, int]) -> None:
+        """Matches points of the first view in the second; the numbers of the `pair` seed which points those are."""
+        covisible = self._find_covisible(views, self._choose_grid(maps[0], views[0]))
+        covisible = draw_points(covisible, self.config.max_points, self.config.seed, *pair)
+        if len(covisible) > 0:
+            matched = find_matches(maps, views, covisible.points, self._choose_grid(maps[1], views[1]))
+            distances = measure_match_errors(*views, covisible.points, matched).distances
+            pixels = (matched - covisible.other_points).norm(dim=1)
+            self.errors.append(self._stack(covisible.angles, pixels, distances))
+
+    def match_by_ratio(self, maps: _Maps, views: _Views) -> None:
         """Adds the most distinct matches of the first view in the second."""
-        found = find_ratio_matches(maps, views, self._choose_grids(maps, views), self.config.ratio_matches)
+        grids = self._choose_grid(maps[0], views[0]), self._choose_grid(maps[1], views[1])
+        found = find_ratio_matches(maps, views, grids, self.config.ratio_matches)
         if len(found) > 0:
             errors = measure_match_errors(*views, found.points, found.other_points)
             angles = measure_angles(*views, found.points, self.config.angle_kind)
             self.ratio_errors.append(self._stack(angles, errors.pixels, errors.distances))
 
-    def summarise(self) -> tuple[ConsistencyFigures, dict[str, ConsistencyFigures]]:
-        """Figures of everything, and of each bin of angles."""
-        tables = [_join(self.agreements, 4), _join(self.errors, 3), _join(self.ratio_errors, 3)]
+    def summarise(self) -> tuple[ConsistencyMetrics, dict[str, ConsistencyMetrics]]:
+        """Metrics of everything, and of each bin of angles."""
+        tables = [torch.cat(rows) for rows in (self.agreements, self.errors, self.ratio_errors)]
         edges = self.config.angle_edges
         by_angle = {}
         for low, high in zip(edges, edges[1:], strict=False):
-            is_last = high == edges[-1]
             # The last bin includes its upper edge, which half a turn may miss by rounding.
-            end = high + 1e-3 if is_last else high
+            end = high + 1e-3 if high == edges[-1] else high
             parts = [rows[(rows[:, 0] >= low) & (rows[:, 0] < end)] for rows in tables]
             by_angle[f"{low:g}-{high:g}"] = self._average(*parts)
         return self._average(*tables), by_angle
 
-    def _average(self, agreements: Tensor, errors: Tensor, ratio_errors: Tensor) -> ConsistencyFigures:
+    def _average(self, agreements: Tensor, errors: Tensor, ratio_errors: Tensor) -> ConsistencyMetrics:
         # The mean of nothing is NaN, which JSON readers get as null.
         means = agreements.mean(dim=0).tolist()
         recall = self._measure_recall("recall", errors, self.config.recall_pixels)
-        figures = ConsistencyFigures(means[1], means[2], means[3], recall, agreements.shape[0], errors.shape[0])
+        metrics = ConsistencyMetrics(means[1], means[2], means[3], recall, agreements.shape[0], errors.shape[0])
         if self.config.ratio_matches == 0:
-            return figures
+            return metrics
         ratio_recall = self._measure_recall("ratio_recall", ratio_errors, self.config.ratio_pixels)
-        return replace(figures, ratio_recall=ratio_recall, num_ratio_matches=ratio_errors.shape[0])
+        return replace(metrics, ratio_recall=ratio_recall, num_ratio_matches=ratio_errors.shape[0])
 
     def _measure_recall(self, name: str, errors: Tensor, pixels: tuple[float, ...]) -> dict[str, float]:
         # NaN, where an error is unknown, is within no distance.
@@ -218,29 +280,41 @@ class _Samples:
         scale = float("nan") if self.units_per_metre is None else 100.0 / self.units_per_metre
         return torch.stack([angles.double(), pixels.double(), distances.double() * scale], dim=1).cpu()
 
-    def _choose_grids(
-        self, maps: tuple[Tensor, Tensor], views: tuple[DepthView, DepthView]
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(h, w) of the points that are matched, in either image."""
-        first, second = (
-            _scale(view.depth, self.config.grid_scale)
-            if self.config.grid_scale > 0
-            else (tokens.shape[0], tokens.shape[1])
-            for tokens, view in zip(maps, views, strict=True)
-        )
-        return first, second
+    def _choose_grid(self, tokens: Float[Tensor, "h w embed"], view: DepthView) -> tuple[int, int]:
+        """(h, w) of the points that are matched in an image."""
+        if self.config.grid_scale <= 0:
+            return tokens.shape[0], tokens.shape[1]
+        height, width = (max(round(side * self.config.grid_scale), 1) for side in view.depth.shape)
+        return height, width
 
-    def _find(
-        self, views: tuple[DepthView, DepthView], size: tuple[int, int], grid: tuple[int, int]
-    ) -> CovisiblePoints:
-        points = create_grid_points(*size, grid).to(views[0].depth)
+    def _find_covisible(self, views: _Views, grid: tuple[int, int]) -> CovisiblePoints:
+        points = create_grid_points(*views[0].size, grid).to(views[0].depth)
         return find_covisible(*views, points, self.config.depth_tolerance, self.config.angle_kind)
 
 
-def _scale(depth: Float[Tensor, "height width"], scale: float) -> tuple[int, int]:
-    """(h, w) of the grid at a share of an image's resolution."""
-    return max(round(depth.shape[0] * scale), 1), max(round(depth.shape[1] * scale), 1)
+def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    pooled: dict[str, Any] = {}
+    for name in dict.fromkeys(name for item in items for name in item):
+        if name in ("by_angle", "effective_rank", "num_pairs"):
+            continue
+        having = [item for item in items if name in item]
+        if name.startswith("num_"):
+            pooled[name] = sum(item[name] for item in having)
+            continue
+        # The number of points that the metric is a mean over.
+        count = "num_points"
+        if name.startswith(("recall_", "ratio_recall_")):
+            count = "num_matches" if name.startswith("recall_") else "num_ratio_matches"
+        weights = [item[count] for item in having]
+        # Where there are no points the metric is NaN, which must not enter the sum.
+        total = sum(item[name] * weight for item, weight in zip(having, weights, strict=True) if weight)
+        pooled[name] = total / sum(weights) if any(weights) else float("nan")
+    return pooled
 
 
-def _join(rows: Sequence[Tensor], num_columns: int) -> Tensor:
-    return torch.cat(list(rows)) if rows else torch.zeros(0, num_columns, dtype=torch.float64)
+def _flatten(metrics: ConsistencyMetrics) -> dict[str, Any]:
+    content = asdict(metrics)
+    recalls = {**content.pop("recall"), **content.pop("ratio_recall")}
+    if not metrics.ratio_recall:
+        del content["num_ratio_matches"]
+    return {**recalls, **content}

@@ -2,12 +2,19 @@
 
 A view is a z-depth map with its camera; depths may be rendered or measured, in any unit that the poses share (0 = no
 measurement). Image points are (x, y) in pixels, pixel centres at +0.5. A token map [h, w, E] covers the whole image;
-token (i, j) stands at ((j + 0.5) W / w, (i + 0.5) H / h).
+token (i, j) stands at ((j + 0.5) W / w, (i + 0.5) H / h). Features are matched on a regular grid of each image.
 
-Recall here asks every visible place: features are read on a regular grid of both images, each point that both see
-takes its nearest neighbour by cosine among all grid points of the other image, and counts as found if that lies within
-so many pixels (of the full-size image) of the true place, or so far from the true surface point in space. probe3d asks
-for the best matches instead, see `ratio_matches.py`.
+`find_matches` asks every visible place: each point that both views see takes its nearest neighbour by cosine among all
+grid points of the other image. `find_ratio_matches` asks for the most distinct matches by Lowe's ratio test, as probe3d
+does for ScanNet and NAVI: every grid point of the first image with depth looks for its two nearest neighbours among the
+grid points of the second image with depth, by the cosine distance 1 - cos. The ratio of the two distances, nearest over
+second, is near 0 where a match is distinct and 1 where it is not. The lowest ratios are kept, whether the second view
+sees those points or not: a backbone that finds nothing in common also fails here. Matching goes from first to second.
+
+Differences to probe3d (El Banani et al., CVPR 2024; `evaluate_{scannet,navi}_correspondence.py` and
+`evals/utils/correspondence.py`): features beyond the outermost token centres stay constant (there: fade to zero), and
+depth is read at the middle of each grid cell (there: at its upper left pixel). All pixels here are of the full-size
+image; its 5, 10 and 20 px for ScanNet count in an image of a quarter of the size, so they are 20, 40 and 80 px here.
 """
 
 import math
@@ -23,6 +30,8 @@ from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_wo
 from fit3d_ns.utils.seeds import create_generator
 
 AngleKind = Literal["rotation", "parallax"]
+SMALLEST_DISTANCE = 1e-9
+"""Distances of features below it count as this much (probe3d), so that equal features have the ratio 1."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,11 @@ class DepthView:
     """OpenGL pose; its translation has the unit of `depth`."""
     valid_mask: Bool[Tensor, "height width"] | None = None
     """True where the image may be used; everywhere by default."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.depth.shape[1], self.depth.shape[0]
 
     @property
     def usable_depth(self) -> Float[Tensor, "height width"]:
@@ -67,6 +81,21 @@ class CovisiblePoints:
 
 
 @dataclass(frozen=True)
+class RatioMatches:
+    """Matches in the order of their ratios, the most distinct first."""
+
+    points: Float[Tensor, "matches 2"]
+    """(x, y) in the first image."""
+    other_points: Float[Tensor, "matches 2"]
+    """(x, y) in the second image, where features find them."""
+    ratios: Float[Tensor, " matches"]
+    """In [0, 1]."""
+
+    def __len__(self) -> int:
+        return self.points.shape[0]
+
+
+@dataclass(frozen=True)
 class MatchErrors:
     """How far matched places are from the true ones; NaN, which no threshold lets through, where that is unknown."""
 
@@ -77,10 +106,10 @@ class MatchErrors:
     """In space, between the two surface points, in the unit of the poses; NaN where either view has no depth."""
 
 
-def create_grid_points(width: int, height: int, size: tuple[int, int]) -> Float[Tensor, "points 2"]:
+def create_grid_points(width: int, height: int, grid: tuple[int, int]) -> Float[Tensor, "points 2"]:
     """Centres (x, y) of the cells of a grid (h, w) over the image, rows first."""
-    rows = (torch.arange(size[0]) + 0.5) * (height / size[0])
-    columns = (torch.arange(size[1]) + 0.5) * (width / size[1])
+    rows = (torch.arange(grid[0]) + 0.5) * (height / grid[0])
+    columns = (torch.arange(grid[1]) + 0.5) * (width / grid[1])
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([x, y], dim=-1).reshape(-1, 2)
 
@@ -109,12 +138,12 @@ def find_covisible(
     in_world = _unproject(points, depth, view)
     viewmat = viewmats_from_camera_to_worlds(other.camera_to_world)
     other_points, other_depth = project_points(in_world, viewmat, other.K)
-    height, width = other.depth.shape
+    width, height = other.size
     inside = (other_points >= 0).all(dim=1) & (other_points[:, 0] < width) & (other_points[:, 1] < height)
     visible = (depth > 0) & (other_depth > 0) & inside
     measured = look_up(other.usable_depth, torch.where(visible[:, None], other_points, 0.0))
     visible &= (measured > 0) & ((measured - other_depth).abs() <= depth_tolerance * other_depth)
-    angles = _measure_angles(view, other, in_world, angle_kind)
+    angles = measure_angles(view, other, points, angle_kind)
     return CovisiblePoints(points, other_points, angles).select(visible.nonzero()[:, 0])
 
 
@@ -129,7 +158,13 @@ def measure_angles(
         points: (x, y) in the first image, where its depth is known.
         angle_kind: As for `find_covisible`.
     """
-    return _measure_angles(view, other, _unproject(points, look_up(view.usable_depth, points), view), angle_kind)
+    if angle_kind == "rotation":
+        return measure_rotation(view.camera_to_world, other.camera_to_world).expand(points.shape[0])
+    in_world = _unproject(points, look_up(view.usable_depth, points), view)
+    towards = F.normalize(view.camera_to_world[:, 3] - in_world, dim=1)
+    other_towards = F.normalize(other.camera_to_world[:, 3] - in_world, dim=1)
+    # The half-angle form is exact for small angles, where acos loses half of the digits.
+    return torch.rad2deg(2 * torch.atan2((towards - other_towards).norm(dim=1), (towards + other_towards).norm(dim=1)))
 
 
 def measure_rotation(camera_to_world: Float[Tensor, "3 4"], other: Float[Tensor, "3 4"]) -> Float[Tensor, ""]:
@@ -162,28 +197,58 @@ def find_nearest(
 
 
 def find_matches(
-    tokens: Float[Tensor, "h w embed"],
-    other_tokens: Float[Tensor, "h_other w_other embed"],
+    maps: tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]],
+    views: tuple[DepthView, DepthView],
     points: Float[Tensor, "points 2"],
-    image_size: tuple[int, int],
-    other_image_size: tuple[int, int],
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, int],
 ) -> Float[Tensor, "points 2"]:
     """Where features find each point of the first image in the second, as (x, y) of a grid point there.
 
     Args:
-        tokens: Token map of the first view.
-        other_tokens: Token map of the second view.
+        maps: Token maps of the two views.
+        views: The two views.
         points: (x, y) in the first image.
-        image_size: (width, height) of the first image.
-        other_image_size: (width, height) of the second image.
-        grid: (h, w) of the candidates in the second image; its token grid by default.
+        grid: (h, w) of the candidates in the second image.
     """
-    queries = sample_tokens(tokens, points, *image_size)
-    grid = (other_tokens.shape[0], other_tokens.shape[1]) if grid is None else grid
-    places = create_grid_points(*other_image_size, grid).to(tokens)
-    candidates = sample_tokens(other_tokens, places, *other_image_size)
-    return places[find_nearest(queries, candidates)]
+    places = create_grid_points(*views[1].size, grid).to(maps[0])
+    candidates = sample_tokens(maps[1], places, *views[1].size)
+    return places[find_nearest(sample_tokens(maps[0], points, *views[0].size), candidates)]
+
+
+def find_ratio_matches(
+    maps: tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]],
+    views: tuple[DepthView, DepthView],
+    grids: tuple[tuple[int, int], tuple[int, int]],
+    max_matches: int = 1000,
+    chunk_size: int = 2048,
+) -> RatioMatches:
+    """The most distinct matches of the first view's grid in the second's; none where that has fewer than two points.
+
+    Args:
+        maps: Token maps of the two views.
+        views: Their depth and cameras.
+        grids: (h, w) of the points that features are read at, in either image.
+        max_matches: Matches that are kept, at least 1 (probe3d: 1000).
+        chunk_size: Rows of cosines in memory at a time.
+    """
+    points, places = (_list_measured(view, grid) for view, grid in zip(views, grids, strict=True))
+    if len(points) == 0 or len(places) < 2:
+        return RatioMatches(points[:0], places[:0], points.new_zeros(0))
+    queries = F.normalize(sample_tokens(maps[0], points, *views[0].size), dim=1)
+    candidates = F.normalize(sample_tokens(maps[1], places, *views[1].size), dim=1)
+    ratios, nearest = [], []
+    for rows in queries.split(chunk_size):
+        cosines = rows @ candidates.T
+        best = cosines.max(dim=1)
+        # Faster than a top-2: the maximum is struck out, and what is then the maximum is the second.
+        second = cosines.scatter_(1, best.indices[:, None], -2.0).amax(dim=1)
+        distances = [(1 - values).clamp_min(SMALLEST_DISTANCE) for values in (best.values, second)]
+        ratios.append(distances[0] / distances[1])
+        nearest.append(best.indices)
+    # A stable order, so that equal ratios are chosen alike on every machine.
+    ordered = torch.cat(ratios).sort(stable=True)
+    chosen = ordered.indices[:max_matches]
+    return RatioMatches(points[chosen], places[torch.cat(nearest)[chosen]], ordered.values[:max_matches])
 
 
 def measure_match_errors(
@@ -222,17 +287,6 @@ def look_up(values: Float[Tensor, "height width"], points: Float[Tensor, "points
     return values[rows, columns]
 
 
-def _measure_angles(
-    view: DepthView, other: DepthView, in_world: Float[Tensor, "points 3"], angle_kind: AngleKind
-) -> Float[Tensor, " points"]:
-    if angle_kind == "rotation":
-        return measure_rotation(view.camera_to_world, other.camera_to_world).expand(in_world.shape[0])
-    towards = F.normalize(view.camera_to_world[:, 3] - in_world, dim=1)
-    other_towards = F.normalize(other.camera_to_world[:, 3] - in_world, dim=1)
-    # The half-angle form is exact for small angles, where acos loses half of the digits.
-    return torch.rad2deg(2 * torch.atan2((towards - other_towards).norm(dim=1), (towards + other_towards).norm(dim=1)))
-
-
 def _unproject(
     points: Float[Tensor, "points 2"], depth: Float[Tensor, " points"], view: DepthView
 ) -> Float[Tensor, "points 3"]:
@@ -242,3 +296,9 @@ def _unproject(
     # OpenCV camera axes to OpenGL ones.
     in_camera = torch.stack([x * depth, -y * depth, -depth], dim=-1)
     return in_camera @ view.camera_to_world[:, :3].T + view.camera_to_world[:, 3]
+
+
+def _list_measured(view: DepthView, grid: tuple[int, int]) -> Float[Tensor, "points 2"]:
+    """Points of a grid whose pixel has usable depth."""
+    points = create_grid_points(*view.size, grid).to(view.depth)
+    return points[look_up(view.usable_depth, points) > 0]

@@ -174,11 +174,6 @@ def apply_pca(features: Float[Tensor, "*batch embed"], basis: PcaBasis) -> Float
     return (features - basis.mean.to(features)) @ basis.components.to(features).T
 
 
-def invert_pca(coefficients: Float[Tensor, "*batch components"], basis: PcaBasis) -> Float[Tensor, "*batch embed"]:
-    """Features that the coefficients stand for."""
-    return coefficients @ basis.components.to(coefficients) + basis.mean.to(coefficients)
-
-
 def map_to_colours(coefficients: Float[Tensor, "*batch components"], basis: PcaBasis) -> Float[Tensor, "*batch 3"]:
     """Colours in [0, 1] of coefficients, always by the basis' fixed ranges; missing components are drawn as 0."""
     low, high = basis.colour_low.to(coefficients), basis.colour_high.to(coefficients)

@@ -1,9 +1,85 @@
-"""How alike tokens are to one of them."""
+"""Which tokens are alike, by cosine: clusters of them, and the similarity of all to one."""
+
+import colorsys
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Directions that stand for groups of features."""
+
+    centres: Float[Tensor, "clusters embed"]
+    """Unit vectors, the largest cluster first."""
+    mean: Float[Tensor, " embed"]
+    """Subtracted before directions are compared; zero if features were not centred."""
+
+
+def fit_kmeans(
+    features: Float[Tensor, "*batch embed"], num_clusters: int, seed: int = 0, centre: bool = True
+) -> Clusters:
+    """Groups features by direction with scikit-learn's k-means (k-means++ start) on unit vectors.
+
+    On the unit sphere squared distance is 2 - 2 cosine, so assignments go by cosine.
+
+    Args:
+        features: Rows to group.
+        num_clusters: At least 1, at most the number of rows.
+        seed: Seed of the start.
+        centre: Subtract the mean first, so that what all features share does not hide what tells them apart.
+
+    Raises:
+        ValueError: More clusters than features are asked for.
+    """
+    from sklearn.cluster import KMeans
+
+    rows = features.detach().reshape(-1, features.shape[-1]).float()
+    if not 1 <= num_clusters <= rows.shape[0]:
+        raise ValueError(f"{num_clusters} clusters of {rows.shape[0]} features; take from 1 to as many as features.")
+    mean = rows.mean(dim=0) if centre else torch.zeros_like(rows[0])
+    unit = F.normalize(rows - mean, dim=1)
+    fitted = KMeans(num_clusters, n_init=4, random_state=seed).fit(unit.cpu().numpy())
+    centres = F.normalize(torch.from_numpy(fitted.cluster_centers_).to(unit), dim=1)
+    # Numbered by size, so that colours do not depend on the start.
+    sizes = torch.bincount(torch.from_numpy(fitted.labels_).long(), minlength=num_clusters)
+    return Clusters(centres[sizes.argsort(descending=True, stable=True).to(centres.device)], mean)
+
+
+def apply_kmeans(features: Float[Tensor, "*batch embed"], clusters: Clusters) -> Int[Tensor, "*batch"]:
+    """The cluster with the largest cosine to each feature."""
+    return ((features - clusters.mean.to(features)) @ clusters.centres.to(features).T).argmax(dim=-1)
+
+
+def map_clusters_to_colours(labels: Int[Tensor, "*batch"], num_clusters: int) -> Float[Tensor, "*batch 3"]:
+    """A colour in [0, 1] for each cluster, hues apart by the golden ratio."""
+    golden_ratio = 0.618034
+    palette = [colorsys.hsv_to_rgb(index * golden_ratio % 1.0, 0.65, 0.95) for index in range(num_clusters)]
+    return torch.tensor(palette, device=labels.device)[labels]
+
+
+def match_clusters(
+    labels: Int[Tensor, "*batch"], reference: Int[Tensor, "*batch"], num_clusters: int
+) -> Int[Tensor, " clusters"]:
+    """Renames clusters so that as many tokens as possible carry the number they have in `reference`.
+
+    The one-to-one renaming with the largest overlap (Hungarian algorithm): `match_clusters(...)[labels]` is comparable
+    with `reference`, whose colours it then shares.
+
+    Args:
+        labels: Cluster of each token, 0 to `num_clusters - 1`.
+        reference: Another clustering of the same tokens with as many clusters.
+        num_clusters: Number of clusters of both.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    pairs = labels.flatten().long() * num_clusters + reference.flatten().long()
+    overlap = torch.bincount(pairs, minlength=num_clusters**2).reshape(num_clusters, num_clusters)
+    _, renamed = linear_sum_assignment(overlap.cpu().numpy(), maximize=True)
+    return torch.from_numpy(renamed).to(labels.device)
 
 
 def compute_similarity(

@@ -7,7 +7,7 @@ out are points that leave the picture, that flow forth and back does not bring h
 that look different where they went (cuts, where flow stands still both ways).
 
 Flow is blind where nothing has texture: there a point counts as resting. Bilinear reading costs a little agreement
-between patches even for perfect tokens. Both hit all backbones alike, so compare figures of one clip only.
+between patches even for perfect tokens. Both hit all backbones alike, so compare metrics of one clip only.
 """
 
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ class TemporalConfig:
 
 
 @dataclass(frozen=True)
-class TemporalFigures:
-    """Figures of one backbone on one clip, pooled over all pairs of consecutive frames; NaN without points."""
+class TemporalMetrics:
+    """Metrics of one backbone on one clip, pooled over all pairs of consecutive frames; NaN without points."""
 
     mean_cosine: float
     """Cosine of a token and the one it became, in [-1, 1]; it also rises when all tokens become alike."""
     centred_cosine: float
-    """The same after the clip's mean token is subtracted: the figure to compare; 0 for unrelated tokens."""
+    """The same after the clip's mean token is subtracted: the number to compare; 0 for unrelated tokens."""
     num_points: int
     """Token centres that were followed."""
     followed_share: float
@@ -60,7 +60,7 @@ def compute_temporal_consistency(
     clips: Sequence[Sequence[Float[Tensor, "..."]]],
     images: Sequence[UInt8[Tensor, "height width 3"]],
     config: TemporalConfig | None = None,
-) -> list[TemporalFigures]:
+) -> list[TemporalMetrics]:
     """Follows the tokens of several backbones through one clip.
 
     Args:
@@ -151,8 +151,8 @@ def _compute_mean(maps: Sequence[Tensor]) -> Float[Tensor, " embed"]:
     return (torch.stack([tokens.double().sum(dim=(0, 1)) for tokens in maps]).sum(dim=0) / rows).float()
 
 
-def _summarise(maps: Sequence[Tensor], rows: list[Tensor]) -> TemporalFigures:
+def _summarise(maps: Sequence[Tensor], rows: list[Tensor]) -> TemporalMetrics:
     agreements = torch.cat(rows)
     total = sum(tokens.shape[0] * tokens.shape[1] for tokens in maps[:-1])
     mean_cosine, centred_cosine = agreements.mean(dim=0).tolist()
-    return TemporalFigures(mean_cosine, centred_cosine, len(agreements), len(agreements) / total, len(rows))
+    return TemporalMetrics(mean_cosine, centred_cosine, len(agreements), len(agreements) / total, len(rows))

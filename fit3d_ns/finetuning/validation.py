@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs
-from fit3d_ns.analysis.consistency_report import pool_consistency
+from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
 from fit3d_ns.finetuning.augmentation import AugmentationConfig
 from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum
 from fit3d_ns.finetuning.sampling import Draw

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fit3d_ns.analysis.pictures import compose_panel
-from fit3d_ns.analysis.temporal_consistency import TemporalFigures, compute_temporal_consistency
+from fit3d_ns.analysis.temporal_consistency import TemporalMetrics, compute_temporal_consistency
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, describe_group, fit_colours_of, paint_row
 from fit3d_ns.report.figure_images import FigureImage, SceneShelf, load_figure_image, resize
@@ -104,7 +104,7 @@ def save_feature_video(
 
 def measure_columns(
     groups: Sequence[Sequence[TokenColumn]], images: Sequence[FigureImage]
-) -> list[dict[str, TemporalFigures]]:
+) -> list[dict[str, TemporalMetrics]]:
     """Temporal consistency of every backbone's column, by the column's label; rendered features are left out."""
     measured = [
         (number, column.label, [frame.tokens for frame in column.frames if frame is not None])
@@ -113,7 +113,7 @@ def measure_columns(
         if not (column.is_rendered or column.is_empty)
     ]
     figures = compute_temporal_consistency([maps for *_, maps in measured], [image.pixels for image in images])
-    found: list[dict[str, TemporalFigures]] = [{} for _ in groups]
+    found: list[dict[str, TemporalMetrics]] = [{} for _ in groups]
     for (number, label, _), value in zip(measured, figures, strict=True):
         found[number][label] = value
     return found
@@ -135,5 +135,5 @@ def _draw(
         yield np.asarray(compose_panel(rows, column_labels, row_labels))
 
 
-def _say(figures: dict[str, TemporalFigures]) -> str:
+def _say(figures: dict[str, TemporalMetrics]) -> str:
     return ", ".join(f"{label} {value.centred_cosine:.3f}" for label, value in figures.items())

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fit3d_ns.analysis.kmeans import Clusters, apply_kmeans, fit_kmeans, map_clusters_to_colours, match_clusters
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, apply_pca, fit_colours, map_to_colours
 from fit3d_ns.analysis.pictures import upscale
+from fit3d_ns.analysis.similarity import Clusters, apply_kmeans, fit_kmeans, map_clusters_to_colours, match_clusters
 from fit3d_ns.report.token_columns import FrameTokens, TokenColumn
 
 MAX_SAMPLED_TOKENS = 20_000

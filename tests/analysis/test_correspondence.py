@@ -14,6 +14,7 @@ from fit3d_ns.analysis.correspondence import (
     find_covisible,
     find_matches,
     find_nearest,
+    find_ratio_matches,
     measure_angles,
     measure_match_errors,
     measure_rotation,
@@ -140,10 +141,11 @@ def test_find_matches__one_hot_tokens_find_their_shifted_place():
     shifted = tokens.roll(-1, dims=1)
     points = create_grid_points(64, 48, (3, 4)).reshape(3, 4, 2)[:, 1:].reshape(-1, 2)
     truth = points - torch.tensor([16.0, 0.0])
-    torch.testing.assert_close(find_matches(tokens, shifted, points, (64, 48), (64, 48)), truth)
+    views = (look_at_floor(torch.eye(3), [0.0, 0.0, 3.0]),) * 2
+    torch.testing.assert_close(find_matches((tokens, shifted), views, points, (3, 4)), truth)
     # On a finer grid the candidates stand 4 pixels apart, none nearer than this to a token's centre. At the border
     # features are constant for half a token, so only inner tokens (truth in row 1, columns 1 and 2) are that exact.
-    fine = (find_matches(tokens, shifted, points, (64, 48), (64, 48), grid=(12, 16)) - truth).norm(dim=1)
+    fine = (find_matches((tokens, shifted), views, points, (12, 16)) - truth).norm(dim=1)
     torch.testing.assert_close(fine[4:6], torch.full((2,), math.hypot(2, 2)))
     assert (fine <= math.hypot(6, 6) + 1e-4).all()
 
@@ -205,3 +207,64 @@ def test_draw_points__is_seeded_and_bounded():
     assert len(drawn) == 4 and torch.equal(drawn.points, draw_points(covisible, 4, 0, 1, 2).points)
     assert len(set(drawn.points[:, 0].tolist())) == 4
     assert draw_points(covisible, 10, 0) is covisible
+
+
+GRIDS = ((8, 8), (8, 8))
+
+
+def look_at_wall(mask=None):
+    """A wall at depth 2, at 64x64 pixels, without depth where `mask` (8x8 cells) is 0."""
+    depth = torch.full((64, 64), 2.0)
+    if mask is not None:
+        depth = depth * mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    return DepthView(depth, torch.tensor([[32.0, 0.0, 32.0], [0.0, 32.0, 32.0], [0.0, 0.0, 1.0]]), torch.eye(4)[:3])
+
+
+def make_tokens(seed):
+    return torch.randn(8, 8, 6, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("max_matches", [10, 1000])
+def test_ratio_matches__equal_a_loop_over_measured_points(max_matches):
+    masks = [(torch.rand(8, 8, generator=torch.Generator().manual_seed(seed)) > 0.3).float() for seed in (2, 3)]
+    maps, views = (make_tokens(0), make_tokens(1)), (look_at_wall(masks[0]), look_at_wall(masks[1]))
+    found = find_ratio_matches(maps, views, GRIDS, max_matches, chunk_size=7)
+    centres = create_grid_points(64, 64, GRIDS[0]).numpy()
+    sides = []
+    for tokens, mask in zip(maps, masks, strict=True):
+        kept = mask.flatten().bool().numpy()
+        sides.append((centres[kept], tokens.flatten(0, 1).double().numpy()[kept]))
+    expected = []
+    for place, query in zip(*sides[0], strict=True):
+        distances = []
+        for other, candidate in zip(*sides[1], strict=True):
+            cosine = query @ candidate / np.linalg.norm(query) / np.linalg.norm(candidate)
+            distances.append((1 - cosine, tuple(other)))
+        first, second = sorted(distances)[:2]
+        expected.append((first[0] / second[0], tuple(place), first[1]))
+    expected = sorted(expected)[:max_matches]
+    assert len(found) == len(expected) == min(max_matches, int(masks[0].sum()))
+    np.testing.assert_allclose(found.ratios, [ratio for ratio, _, _ in expected], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.points, [place for _, place, _ in expected])
+    np.testing.assert_allclose(found.other_points, [other for _, _, other in expected])
+
+
+def test_ratio_matches__what_stands_there_once_comes_first():
+    tokens = torch.eye(64).reshape(8, 8, 64)
+    other = tokens.clone()
+    # Rows 4 and 5 stand there twice, rows 6 and 7 not at all: both have the ratio 1 (0 / 0 and 1 / 1).
+    other[6:] = other[4:6]
+    found = find_ratio_matches((tokens, other), (look_at_wall(), look_at_wall()), GRIDS, max_matches=64)
+    torch.testing.assert_close(found.ratios, torch.tensor([0.0, 1.0]).repeat_interleave(32))
+    assert (found.points[:32, 1] < 32).all() and torch.equal(found.points[:32], found.other_points[:32])
+    best = find_ratio_matches((tokens, other), (look_at_wall(), look_at_wall()), GRIDS, max_matches=32)
+    assert torch.equal(best.points, found.points[:32])
+
+
+def test_ratio_matches__nothing_to_compare_with():
+    one = torch.zeros(8, 8)
+    one[3, 3] = 1.0
+    maps = make_tokens(0), make_tokens(1)
+    assert len(find_ratio_matches(maps, (look_at_wall(), look_at_wall(one)), GRIDS)) == 0
+    assert len(find_ratio_matches(maps, (look_at_wall(torch.zeros(8, 8)), look_at_wall()), GRIDS)) == 0
+    assert len(find_ratio_matches(maps, (look_at_wall(one), look_at_wall()), GRIDS)) == 1

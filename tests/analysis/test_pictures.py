@@ -1,14 +1,12 @@
-"""Pictures, clusters and similarity maps, looked at pixel by pixel."""
+"""Pictures, looked at pixel by pixel."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fit3d_ns.analysis.kmeans import apply_kmeans, fit_kmeans, map_clusters_to_colours
 from fit3d_ns.analysis.pca import apply_pca, fit_pca, map_to_colours
 from fit3d_ns.analysis.pictures import PanelConfig, compose_panel, draw_pca, save_picture, upscale
-from fit3d_ns.analysis.similarity import compute_similarity, map_similarity_to_colours, pick_token
 
 
 def fill(height, width, *rgb):
@@ -59,41 +57,3 @@ def test_draw_pca__colours_are_those_of_the_basis():
     expected = map_to_colours(apply_pca(tokens, basis), basis)
     torch.testing.assert_close(picture[::2, ::2], expected)
     torch.testing.assert_close(picture[1::2, 1::2], expected)
-
-
-def test_kmeans__finds_directions_whatever_their_length():
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.eye(3, 8)
-    labels = torch.tensor([0] * 30 + [1] * 20 + [2] * 10)
-    lengths = 1 + 9 * torch.rand(60, 1, generator=generator)
-    features = lengths * (directions[labels] + 0.02 * torch.randn(60, 8, generator=generator))
-    clusters = fit_kmeans(features, 3, centre=False)
-    # Clusters are numbered by size, so labels come back as they were made.
-    assert torch.equal(apply_kmeans(features, clusters), labels)
-    torch.testing.assert_close(clusters.centres, directions, atol=0.05, rtol=0.0)
-    assert apply_kmeans(features.reshape(6, 10, 8), clusters).shape == (6, 10)
-    assert map_clusters_to_colours(labels, 3).unique(dim=0).shape[0] == 3
-    with pytest.raises(ValueError, match="9 clusters of 4 features"):
-        fit_kmeans(features[:4], 9)
-
-
-def test_kmeans__centring_removes_what_all_share():
-    features = torch.tensor([[100.0, 1.0], [100.0, 2.0], [100.0, -1.0], [100.0, -2.0]])
-    labels = apply_kmeans(features, fit_kmeans(features, 2))
-    assert labels[0] == labels[1] != labels[2] == labels[3]
-
-
-def test_similarity__is_the_cosine_to_the_picked_token():
-    tokens = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
-    query = pick_token(tokens, (29.9, 16.0), 30, 20)
-    assert torch.equal(query, tokens[1, 2])
-    similarity = compute_similarity(tokens, query)
-    assert similarity[1, 2] == pytest.approx(1.0)
-    expected = np.dot(tokens[0, 1], query) / np.linalg.norm(tokens[0, 1]) / np.linalg.norm(query)
-    assert similarity[0, 1].item() == pytest.approx(float(expected), rel=1e-5)
-    shifted = compute_similarity(tokens + 5.0, query + 5.0, mean=torch.full((4,), 5.0))
-    torch.testing.assert_close(shifted, similarity, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="lies outside the 30x20 image"):
-        pick_token(tokens, (30.0, 5.0), 30, 20)
-    colours = map_similarity_to_colours(torch.tensor([-1.0, 0.0, 1.0]))
-    assert colours.tolist() == [[0.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fit3d_ns.analysis import TemporalConfig, compute_temporal_consistency
+from fit3d_ns.analysis.temporal_consistency import TemporalConfig, compute_temporal_consistency
 
 PATCH = 8
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fit3d_ns.analysis import ConsistencyConfig, DepthView, compute_consistency, create_pairs
+from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs
+from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor, describe_backbone
 from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.analysis import ConsistencyConfig, DepthView, compute_consistency, create_pairs, pool_consistency
+from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
+from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.probing.assembly import Assembler, Assembly
 from fit3d_ns.probing.frozen_backbones import FrozenBackbones
