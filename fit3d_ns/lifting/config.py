@@ -1,4 +1,8 @@
-"""`LiftConfig`: every choice of the closed-form lift, with the reason for its default; and which views it sees."""
+"""`LiftConfig`: every choice of the closed-form lift, with the reason for its default; and which views it sees.
+
+`SolveConfig` is the part of it that `ns-train` offers as `--pipeline.model.lift.*`: there the model has its own options
+for the size of the features, the decoder and the weighting.
+"""
 
 from dataclasses import dataclass
 
@@ -6,11 +10,9 @@ from fit3d_ns.scene.token_grid import TokenReadingRule, TokenSpreadingRule
 
 
 @dataclass(frozen=True)
-class LiftConfig:
-    """How patch tokens are lifted onto fixed Gaussians."""
+class SolveConfig:
+    """How features are solved, whatever their size and whatever decodes them."""
 
-    feature_dim: int = 64
-    """Numbers per Gaussian (paper section 3.1: 64); at least 1 and at most the backbone's embedding size."""
     token_to_pixel: TokenSpreadingRule = "area"
     """How a token is compared with pixels: `bilinear` upsamples the tokens (paper section 3.1), `nearest` holds each
     constant over its patch, `area` compares it with the mean of the rendered features over its patch, which the
@@ -34,11 +36,6 @@ class LiftConfig:
     regularization: float = 0.001
     """Weight of the pull towards the weighted sum, as a fraction of the mean blend weight of a seen Gaussian; 0 or
     above."""
-    accumulation_aware: bool = True
-    """Weight each pixel by its rendered alpha, so that empty pixels teach nothing."""
-    decoder_bias: bool = True
-    """Give the decoder a bias, multiplied by alpha; False fits an uncentred basis as the paper's bias-free decoder
-    needs."""
     decoder_ridge: float = 0.003
     """Pull of the decoder fit towards the PCA decoder, as a fraction of the mean squared regressor; 0 or above.
     Infinity keeps the PCA decoder."""
@@ -51,12 +48,8 @@ class LiftConfig:
     """Adam's step for the features during the polish, as a fraction of their root mean square."""
     cache_memory_mb: float = 1024.0
     """Projections of views are kept between passes up to this many 1e6 bytes; the others are made again each time."""
-    seconds_per_checkpoint: float = 60.0
-    """Time between two writes of the state file, in seconds, where one is asked for."""
 
     def __post_init__(self) -> None:
-        if self.feature_dim < 1:
-            raise ValueError(f"feature_dim is {self.feature_dim}; it must be at least 1.")
         counts = (self.max_passes, self.samples_per_patch, self.polish_steps, self.steps_per_true_residual)
         if min(counts) < 0:
             raise ValueError(
@@ -71,6 +64,26 @@ class LiftConfig:
                 f"regularization is {self.regularization} and decoder_ridge {self.decoder_ridge}; "
                 "both must be 0 or above."
             )
+
+
+@dataclass(frozen=True)
+class LiftConfig(SolveConfig):
+    """How patch tokens are lifted onto fixed Gaussians."""
+
+    feature_dim: int = 64
+    """Numbers per Gaussian (paper section 3.1: 64); at least 1 and at most the backbone's embedding size."""
+    accumulation_aware: bool = True
+    """Weight each pixel by its rendered alpha, so that empty pixels teach nothing."""
+    decoder_bias: bool = True
+    """Give the decoder a bias, multiplied by alpha; False fits an uncentred basis as the paper's bias-free decoder
+    needs."""
+    seconds_per_checkpoint: float = 60.0
+    """Time between two writes of the state file, in seconds, where one is asked for."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feature_dim < 1:
+            raise ValueError(f"feature_dim is {self.feature_dim}; it must be at least 1.")
 
 
 @dataclass(frozen=True)

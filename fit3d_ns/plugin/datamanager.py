@@ -49,10 +49,6 @@ class FeatureDatamanagerConfig(FullImageDatamanagerConfig):
     """Folder of the feature cache, shared between runs and scenes."""
     feature_batch_size: int = 4
     """Images per forward pass of the backbone while features are extracted."""
-    tokens_in_training: bool = True
-    """Set by the pipeline: False where no training step reads tokens, because features are solved."""
-    with_features: bool = True
-    """Set by the pipeline: False where the feature loss weight is 0."""
 
 
 class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
@@ -63,6 +59,8 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
     eval_dataset: UndistortedDataset
     train_unseen_cameras: list[int]
     eval_unseen_cameras: list[int]
+    tokens_in_training: bool = True
+    """False where no training step reads tokens, because features are solved; the pipeline knows."""
 
     def __init__(self, config: FeatureDatamanagerConfig, device: Any = "cpu", **kwargs: Any) -> None:
         if torch.device(device).type == "cpu":
@@ -70,9 +68,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         super().__init__(config, device=device, **kwargs)
         if len(self.eval_dataset) == 0:
             raise ValueError("The dataparser holds out no frame for evaluation; hold out at least one.")
-        self.tokens: TokenStore | None = None
-        if config.with_features:
-            self.tokens = self._create_token_store(torch.device(device))
+        self.tokens = self._create_token_store(torch.device(device))
         if self.tokens is not None:
             for dataset in (self.train_dataset, self.eval_dataset):
                 dataset.metadata |= self.tokens.describe(dataset)
@@ -167,7 +163,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
             self.train_unseen_cameras = self.sample_train_cameras()
         camera = self.train_cameras[index : index + 1]
         camera.metadata = {"cam_idx": index}
-        return camera, self._create_batch(self.cached_train[index], self.config.tokens_in_training)
+        return camera, self._create_batch(self.cached_train[index], self.tokens_in_training)
 
     def next_eval_image(self, step: int) -> tuple[Cameras, dict[str, Any]]:
         """A held-out frame that was not drawn since all had been."""

@@ -47,7 +47,7 @@ class FeatureBranch(nn.Module):
         """Args: options of the model, and the dataset's metadata with `embed_dim` where features are on."""
         super().__init__()
         self.config = config
-        self.resize(int(metadata.get("embed_dim", 1)))
+        self.resize(int(metadata.get("embed_dim", 1)) if self.is_on else 1)
         self.register_buffer("pca_low", torch.zeros(3))
         self.register_buffer("pca_high", torch.ones(3))
         self.register_buffer("pca_variance", torch.zeros(3))
@@ -116,14 +116,14 @@ class FeatureBranch(nn.Module):
         tokens = batch["patch_tokens"].to(features.device).float()
         size = (tokens.shape[0], tokens.shape[1])
         width, height = int(info["width"]), int(info["height"])
-        reader = create_token_reader(width, height, size, self.config.lift.token_reading)
+        reader = create_token_reader(width, height, size, self.config.token_reading)
         low, alpha = _render_pixels(features, info, reader)
         decoded = self.decoder.decode_pixels(low, alpha, reader)
         alpha_at_tokens = reader.read(alpha[:, None])[..., 0]
         valid = torch.ones(size, device=features.device)
         if "mask" in batch:
             mask = _resize_mask(batch["mask"].to(features.device), height, width)
-            valid = read_at_tokens(mask[..., None], size, self.config.lift.token_reading)[..., 0]
+            valid = read_at_tokens(mask[..., None], size, self.config.token_reading)[..., 0]
         metrics = FeatureMetrics.from_sums(sum_token_errors(decoded, tokens, alpha_at_tokens, valid, self.pca_mean))
         return {
             "feature_l1": metrics.feature_l1,

@@ -10,6 +10,7 @@ from nerfstudio.plugins.types import MethodSpecification
 from fit3d_ns.plugin.compatibility import check_versions
 from fit3d_ns.plugin.datamanager import FeatureDatamanagerConfig
 from fit3d_ns.plugin.dataparser import FeatureDataParserConfig
+from fit3d_ns.plugin.model import FeatureSplatfactoModel
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.plugin.pipeline import FeaturePipelineConfig
 from fit3d_ns.plugin.schedulers import FusedAdamOptimizerConfig, RunLengthDecaySchedulerConfig
@@ -71,6 +72,7 @@ def _create_config(
     decoder_lr: float,
 ) -> FeatureTrainerConfig:
     datamanager.dataparser = dataparser
+    model._target = FeatureSplatfactoModel
     return FeatureTrainerConfig(
         method_name=method_name,
         max_num_iterations=GPU_ITERATIONS if HAS_CUDA else CPU_ITERATIONS,

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from nerfstudio.models.base_model import Model
 from nerfstudio.models.splatfacto import RGB2SH, SplatfactoModel, num_sh_bases, random_quat_tensor
 from nerfstudio.utils.colors import get_color
@@ -43,7 +42,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
         splatfacto's own version needs CUDA and downloads LPIPS weights, so nothing of it is called.
 
         Raises:
-            ValueError: `feature_dim` is below 1, or a step count was left open.
+            ValueError: A feature option is out of range, or a step count was left open.
         """
         # Two seconds of import that commands of other methods need not pay.
         from torchmetrics.image import PeakSignalNoiseRatio
@@ -51,8 +50,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
         Model.populate_modules(self)
         # A collider clips rays; a splatting model has none.
         self.collider = None
-        if self.config.feature_dim < 1:
-            raise ValueError(f"--pipeline.model.feature-dim is {self.config.feature_dim}; it must be at least 1.")
+        self.config.check_features()
         if self.config.refine_every is None:
             raise ValueError("Step counts are open; `FeatureTrainerConfig.resolve` fills them before set-up.")
         self.gauss_params = torch.nn.ParameterDict(self._create_gaussians())
@@ -142,10 +140,6 @@ class FeatureSplatfactoModel(SplatfactoModel):
                 )
             self.gauss_params[name] = Parameter(torch.zeros(shape, device=parameter.device))
         return Model.load_state_dict(self, state, strict=strict, **kwargs)
-
-    def get_training_callbacks(self, training_callback_attributes: TrainingCallbackAttributes) -> list[Any]:
-        """splatfacto's callbacks: the step, and the strategy after each backward pass."""
-        return super().get_training_callbacks(training_callback_attributes)
 
     def step_post_backward(self, step: int) -> None:
         """Lets the strategy densify, prune or relocate."""

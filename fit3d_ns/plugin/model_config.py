@@ -1,26 +1,21 @@
 """Options of the `fit3d-features` model: splatfacto's, with open step counts, and the feature branch's."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 
-from fit3d_ns.lifting.config import LiftConfig
-
-
-def _load_model_class() -> Any:
-    """The model's class, imported when a config is made and not when this module is."""
-    from fit3d_ns.plugin.model import FeatureSplatfactoModel
-
-    return FeatureSplatfactoModel
+from fit3d_ns.lifting.config import LiftConfig, SolveConfig
+from fit3d_ns.scene.token_grid import TokenReadingRule
 
 
 @dataclass
 class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
-    """Splatfacto with one feature vector per Gaussian and a 3x3 convolution that decodes rendered features."""
+    """Splatfacto with one feature vector per Gaussian and a 3x3 convolution that decodes rendered features.
 
-    _target: type = field(default_factory=_load_model_class)
-    """The model's class."""
+    `method.py` fills in `_target`, the model's class, which this module does not know.
+    """
+
     feature_dim: int = 64
     """Channels per Gaussian, D in the paper (section 3.1); 32 to 128 are usual, at least 1."""
     feature_loss_weight: float = 1.0
@@ -43,8 +38,8 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
     steps_per_solve: int = 0
     """Steps between further quick solves, so that the viewer shows features of the geometry as it is; each costs about
     three colour steps per view, beyond `solve_share`. 0 for none."""
-    lift: LiftConfig = field(default_factory=LiftConfig)
-    """How features are solved."""
+    lift: SolveConfig = field(default_factory=SolveConfig)
+    """How features are solved, where `feature_schedule` is `solve`."""
     strategy: Literal["default", "mcmc"] = "default"
     """Densification: splatfacto's, or 3D Gaussian splatting as Markov chain Monte Carlo."""
     mcmc_cap: int = 200_000
@@ -74,32 +69,39 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
     stop_split_at: int | None = None  # type: ignore[assignment]
     """Step at which densification ends; half the run by default."""
 
-    def resolve_features(self) -> None:
-        """Writes the options that stand in two places into both, so that config.yml tells the truth.
+    @property
+    def token_reading(self) -> TokenReadingRule:
+        """How tokens are read off a rendered map: gradient steps compare features at points (paper)."""
+        return "bilinear" if self.feature_schedule == "joint" else self.lift.token_reading
 
-        Raises:
-            ValueError: A feature option is out of range.
+    def create_lift_config(self, max_passes: int, decoder_share: float) -> LiftConfig:
+        """The options of one solve.
+
+        Args:
+            max_passes: Passes of this solve, 0 or above.
+            decoder_share: Largest share of the views that the decoder is fitted to; `lift.decoder_share` may be less.
         """
-        if self.feature_dim < 1:
-            raise ValueError(f"--pipeline.model.feature-dim is {self.feature_dim}; it must be at least 1.")
-        if self.feature_loss_weight < 0:
-            raise ValueError(
-                f"--pipeline.model.feature-loss-weight is {self.feature_loss_weight}; it must be 0 or above."
-            )
-        if self.feature_grid_multiple < 0:
-            raise ValueError(
-                f"--pipeline.model.feature-grid-multiple is {self.feature_grid_multiple}; 0 is image size."
-            )
-        if self.steps_per_solve < 0:
-            raise ValueError(f"--pipeline.model.steps-per-solve is {self.steps_per_solve}; it must be 0 or above.")
-        if not 0 < self.solve_share <= 1:
-            raise ValueError(f"--pipeline.model.solve-share is {self.solve_share}; it must be in (0, 1].")
-        # Gradient steps compare features at points; a map that they fitted is read at points too (paper).
-        reading = "bilinear" if self.feature_schedule == "joint" else self.lift.token_reading
-        self.lift = replace(
-            self.lift,
-            token_reading=reading,
+        # Runs from before `SolveConfig` hold a whole `LiftConfig`; the options of its own are the model's here.
+        solve = {item.name: getattr(self.lift, item.name) for item in fields(SolveConfig)}
+        solve |= {"max_passes": max_passes, "decoder_share": min(self.lift.decoder_share, decoder_share)}
+        return LiftConfig(
+            **solve,
             feature_dim=self.feature_dim,
             decoder_bias=self.decoder_bias,
             accumulation_aware=self.accumulation_weighting,
         )
+
+    def check_features(self) -> None:
+        """Refuses feature options that are out of range.
+
+        Raises:
+            ValueError: The sentence names the flag.
+        """
+        smallest = {"feature_dim": 1, "feature_loss_weight": 0, "feature_grid_multiple": 0, "steps_per_solve": 0}
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if value < least:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--pipeline.model.{flag} is {value}; it must be at least {least}.")
+        if not 0 < self.solve_share <= 1:
+            raise ValueError(f"--pipeline.model.solve-share is {self.solve_share}; it must be in (0, 1].")

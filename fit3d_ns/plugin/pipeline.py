@@ -1,7 +1,7 @@
 """`FeaturePipeline`: where captured tokens meet the Gaussians: solving features, figures, what a resume needs."""
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,15 @@ class FeaturePipeline(VanillaPipeline):
     def __init__(self, config: FeaturePipelineConfig, device: str, *args: Any, **kwargs: Any) -> None:
         # `ns-eval` and its siblings come here without passing our trainer config.
         install_error_sentences()
-        config.datamanager.with_features = config.model.feature_loss_weight > 0
-        config.datamanager.tokens_in_training = config.model.feature_schedule == "joint"
         super().__init__(config, device, *args, **kwargs)
         self.passes_spent = 0
         self.early_cost_spent = 0.0
         self.lift_state: dict[str, Tensor] = {}
         self.lifted_views: list[str] = []
-        if self.branch.is_on:
+        self.datamanager.tokens_in_training = self.branch.is_joint
+        if not self.branch.is_on:
+            self.datamanager.tokens = None
+        else:
             self.branch.load_tokens = self.datamanager.load_tokens_of_camera
             # nerfstudio looks for viewer elements among the attributes of modules only, so they stand here one by one.
             controls = FeatureViewerControls(self.branch)
@@ -108,8 +109,7 @@ class FeaturePipeline(VanillaPipeline):
             plan: How thoroughly.
         """
         config = self.model.config
-        decoder_share = min(config.lift.decoder_share, plan.decoder_share)
-        lift = replace(config.lift, max_passes=plan.max_passes, decoder_share=decoder_share)
+        lift = config.create_lift_config(plan.max_passes, plan.decoder_share)
         poses = self.model.correct_poses(self.datamanager.train_dataset.cameras)
         views = self.datamanager.create_lift_views(poses)
         views = select_evenly(views, plan.count_views(len(views)))

@@ -59,7 +59,7 @@ def create_run_scene(run: SplatRun, drop_unseen: bool = False) -> FeatureScene:
         posed_capture=run.capture,
         backbone=_describe_backbone(run),
         pca=_read_picture_basis(run.state),
-        token_reading=model.lift.token_reading,
+        token_reading=model.token_reading,
         rasterize_mode=run.rasterize_mode,
         metrics=read_run_figures(run.config_path),
         # A short run may have lifted fewer than it trained on; gradient steps see all, and older runs keep no names.

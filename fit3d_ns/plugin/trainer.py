@@ -78,7 +78,7 @@ class FeatureTrainerConfig(TrainerConfig):
             # A relative path would be lost to commands that start in another folder.
             datamanager.backbone_weights = Path(datamanager.backbone_weights).resolve()
         resolve_model_steps(self.pipeline.model, self.max_num_iterations)
-        self.pipeline.model.resolve_features()
+        self.pipeline.model.check_features()
         tenth = max(self.max_num_iterations // 10, 1)
         if self.steps_per_save is None:
             self.steps_per_save = tenth
