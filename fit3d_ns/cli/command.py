@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from fit3d_ns.utils.files import is_disk_full
+from fit3d_ns.utils.errors import describe_error, shows_tracebacks
 
 Config = TypeVar("Config")
 
@@ -40,7 +40,7 @@ def run_command(
     """
     arguments = list(sys.argv[1:] if args is None else args)
     # Asked for by name before parsing: a config that refuses its values does so while it is built.
-    debug = os.environ.get("FIT3D_DEBUG", "") not in ("", "0") or "--debug" in arguments
+    debug = shows_tracebacks() or "--debug" in arguments
     try:
         parsed: Any = tyro.cli(
             _command_line_class(config_class),
@@ -63,17 +63,6 @@ def run_command(
         if not debug:
             print("FIT3D_DEBUG=1 shows the traceback.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-
-
-def describe_error(error: BaseException) -> str:
-    """An error as one sentence a user can act on."""
-    if is_disk_full(error):
-        return "the disk is full; free some space or choose another folder, then run the same command again."
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"no such file or folder: {error.filename}."
-    if isinstance(error, PermissionError) and error.filename is not None:
-        return f"no permission for {error.filename}; check its owner or choose another place."
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _command_line_class(config_class: type) -> type:

@@ -73,7 +73,7 @@ def _is_listed() -> bool | str:
     if importlib.util.find_spec("nerfstudio") is None:
         return "nerfstudio is not installed"
     try:
-        from fit3d_ns.plugin.registration import is_listed_by_ns_train
+        from fit3d_ns.plugin.method import is_listed_by_ns_train
 
         return is_listed_by_ns_train()
     except Exception as error:

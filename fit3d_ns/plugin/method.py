@@ -3,17 +3,21 @@
 Every `ns-*` command of every method imports this module, so it imports no kernels and no timm.
 """
 
+import warnings
+from importlib import metadata
+
 import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.plugins.registry import discover_methods
 from nerfstudio.plugins.types import MethodSpecification
+from packaging.version import Version
 
-from fit3d_ns.plugin.compatibility import check_versions
 from fit3d_ns.plugin.datamanager import FeatureDatamanagerConfig
 from fit3d_ns.plugin.dataparser import FeatureDataParserConfig
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.plugin.pipeline import FeaturePipelineConfig
-from fit3d_ns.plugin.schedulers import FusedAdamOptimizerConfig, RunLengthDecaySchedulerConfig
+from fit3d_ns.plugin.schedulers import create_optimizers
 from fit3d_ns.plugin.trainer import FeatureTrainerConfig
 
 HAS_CUDA = torch.cuda.is_available()
@@ -29,49 +33,53 @@ GPU_DENSIFY_THRESHOLD = 0.0008
 CPU_DENSIFY_THRESHOLD = 0.002
 """Held-out PSNR and features of short runs are the same with 2.5 times fewer Gaussians; see the README."""
 
-ADAM_EPS = 1e-15
-"""Adam's epsilon of 3D Gaussian splatting, also of the paper's code for features and decoder (FACTS 2.2)."""
-
 PAPER_FEATURE_LR = 0.0025 / 40
 """Learning rate of features and decoder in the paper's code."""
 
 
-def _create_optimizers(feature_lr: float, decoder_lr: float) -> dict[str, dict[str, object]]:
-    def constant(lr: float) -> dict[str, object]:
-        return {"optimizer": FusedAdamOptimizerConfig(lr=lr, eps=ADAM_EPS), "scheduler": None}
+SUPPORTED = {"nerfstudio": ("1.1.5", "1.2"), "gsplat": ("1.4.0", "1.6"), "timm": ("1.0.20", "2")}
+"""Package to the first supported version and the first that is not, `[from, to)`."""
 
-    return {
-        "means": {
-            "optimizer": FusedAdamOptimizerConfig(lr=1.6e-4, eps=ADAM_EPS),
-            "scheduler": RunLengthDecaySchedulerConfig(lr_final=1.6e-6),
-        },
-        "features_dc": constant(0.0025),
-        "features_rest": constant(0.0025 / 20),
-        "opacities": constant(0.05),
-        "scales": constant(0.005),
-        "quats": constant(0.001),
-        "features": constant(feature_lr),
-        "decoder": constant(decoder_lr),
-        "camera_opt": {
-            "optimizer": FusedAdamOptimizerConfig(lr=1e-4, eps=ADAM_EPS),
-            "scheduler": RunLengthDecaySchedulerConfig(lr_final=5e-7, lr_pre_warmup=0.0, warmup_share=1 / 30),
-        },
-        "bilateral_grid": {
-            "optimizer": FusedAdamOptimizerConfig(lr=2e-3, eps=ADAM_EPS),
-            "scheduler": RunLengthDecaySchedulerConfig(lr_final=1e-4, lr_pre_warmup=0.0, warmup_share=1 / 30),
-        },
-    }
+
+def check_versions() -> None:
+    """Warns of each package that is too old or too new; a wrong guess must not stop `ns-train`."""
+    for package, (first, beyond) in SUPPORTED.items():
+        problem = describe_problem(package, first, beyond)
+        if problem:
+            warnings.warn(problem, stacklevel=2)
+
+
+def describe_problem(package: str, first: str, beyond: str) -> str | None:
+    """What is wrong with the installed version of a package, or None.
+
+    Args:
+        package: Name of the distribution.
+        first: Oldest version that works.
+        beyond: Oldest version that is not known to work.
+    """
+    try:
+        installed = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"fit3d_ns needs {package} >= {first}, which is not installed; see the README's install section."
+    if Version(installed) < Version(first):
+        return f"fit3d_ns needs {package} >= {first}, found {installed}, too old; see the README's install section."
+    if Version(installed) >= Version(beyond):
+        return f"fit3d_ns is tried with {package} < {beyond}, found {installed}, which is newer; expect differences."
+    return None
+
+
+def is_listed_by_ns_train() -> bool:
+    """True if nerfstudio finds every method of ours."""
+    return {"fit3d-features", "fit3d-features-paper"} <= set(discover_methods()[0])
 
 
 def _create_config(
     method_name: str,
-    dataparser: FeatureDataParserConfig,
     datamanager: FeatureDatamanagerConfig,
     model: FeatureSplatfactoModelConfig,
     feature_lr: float,
     decoder_lr: float,
 ) -> FeatureTrainerConfig:
-    datamanager.dataparser = dataparser
     model._target = FeatureSplatfactoModel
     return FeatureTrainerConfig(
         method_name=method_name,
@@ -81,7 +89,7 @@ def _create_config(
         machine=MachineConfig(device_type="cuda" if HAS_CUDA else "cpu"),
         mixed_precision=False,
         pipeline=FeaturePipelineConfig(datamanager=datamanager, model=model),
-        optimizers=_create_optimizers(feature_lr, decoder_lr),
+        optimizers=create_optimizers(feature_lr, decoder_lr),
         viewer=ViewerConfig(num_rays_per_chunk=1 << 15, quit_on_train_completion=True),
         vis="viewer+tensorboard",
     )
@@ -92,8 +100,7 @@ check_versions()
 fit3d_features = MethodSpecification(
     config=_create_config(
         "fit3d-features",
-        FeatureDataParserConfig(),
-        FeatureDatamanagerConfig(cache_images_type="uint8"),
+        FeatureDatamanagerConfig(dataparser=FeatureDataParserConfig(), cache_images_type="uint8"),
         FeatureSplatfactoModelConfig(densify_grad_thresh=GPU_DENSIFY_THRESHOLD if HAS_CUDA else CPU_DENSIFY_THRESHOLD),
         feature_lr=0.0025,
         decoder_lr=1e-3,
@@ -105,8 +112,9 @@ fit3d_features_paper = MethodSpecification(
     config=_create_config(
         "fit3d-features-paper",
         # The public code trains on test frames too and leaves poses as they are.
-        FeatureDataParserConfig(eval_mode="all"),
-        FeatureDatamanagerConfig(cache_images_type="uint8", normalization="imagenet"),
+        FeatureDatamanagerConfig(
+            dataparser=FeatureDataParserConfig(eval_mode="all"), cache_images_type="uint8", normalization="imagenet"
+        ),
         FeatureSplatfactoModelConfig(
             feature_schedule="joint",
             feature_grid_multiple=0,
@@ -122,5 +130,5 @@ fit3d_features_paper = MethodSpecification(
         feature_lr=PAPER_FEATURE_LR,
         decoder_lr=PAPER_FEATURE_LR,
     ),
-    description="FiT3D stage I as its authors published it: features by gradient descent beside the colours.",
+    description="FiT3D stage I as its authors published it: features by gradient descent along with the colours.",
 )

@@ -3,6 +3,7 @@
 Colour moves the geometry, features never do: `rasterize_features` blends them through the same projection, detached.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +19,19 @@ from torch.nn import Parameter
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.inputs import LiftGaussians
 from fit3d_ns.plugin.feature_branch import FeatureBranch
-from fit3d_ns.plugin.lpips import LazyLPIPS
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.plugin.strategies import create_strategy
 from fit3d_ns.rasterization import rasterization
+from fit3d_ns.utils.progress import notice
 
 VISER_BACKGROUND = (0.1490, 0.1647, 0.2157)
 """Colour behind the splats in the viewer when training uses random backgrounds, as in splatfacto."""
 
 INITIAL_OPACITY = 0.1
 """splatfacto's opacity of a seed point."""
+
+ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
+"""Name under which torch's hub cache keeps torchvision's AlexNet, which LPIPS needs."""
 
 
 class FeatureSplatfactoModel(SplatfactoModel):
@@ -58,7 +62,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
         self.camera_optimizer = self.config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
         self.psnr = PeakSignalNoiseRatio(data_range=1.0)
         self.ssim = SSIM(data_range=1.0, size_average=True, channel=3)
-        self.lpips = LazyLPIPS(self.config.lpips)
+        self.lpips = LazyLPIPS(is_wanted=self.config.lpips == "auto")
         self.step = 0
         self.crop_box = None
         is_random = self.config.background_color == "random"
@@ -294,3 +298,26 @@ class FeatureSplatfactoModel(SplatfactoModel):
         assert self.config.sh_degree_interval is not None
         degree = min(self.step // self.config.sh_degree_interval, self.config.sh_degree)
         return torch.cat([parameters["features_dc"][:, None], parameters["features_rest"]], dim=1), degree
+
+
+class LazyLPIPS:
+    """LPIPS (AlexNet), built on first use where its weights are at hand. It is not a module, so nothing is saved."""
+
+    def __init__(self, is_wanted: bool) -> None:
+        self._is_wanted = is_wanted
+        self._metric: Any = None
+
+    def compute(
+        self, truth: Float[Tensor, "1 3 height width"], prediction: Float[Tensor, "1 3 height width"]
+    ) -> float | None:
+        """LPIPS of two images in [0, 1], or None where it is off or its weights are not at hand, which it says once."""
+        if self._is_wanted and not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE).is_file():
+            notice(f"LPIPS is left out: torch's hub cache has no {ALEXNET_FILE} (torchvision's AlexNet).")
+            self._is_wanted = False
+        if not self._is_wanted:
+            return None
+        if self._metric is None:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            self._metric = LearnedPerceptualImagePatchSimilarity(normalize=True).to(truth.device)
+        return float(self._metric(truth.clamp(0, 1), prediction.clamp(0, 1)))

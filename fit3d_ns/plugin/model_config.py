@@ -1,4 +1,8 @@
-"""Options of the `fit3d-features` model: splatfacto's, with open step counts, and the feature branch's."""
+"""Options of the `fit3d-features` model: splatfacto's, with open step counts, and the feature branch's.
+
+Open step counts become fractions of the run, so that 1,000 steps go through every phase of 30,000. The fractions are
+splatfacto's own defaults divided by its 30,000 iterations; at 30,000 steps nothing changes.
+"""
 
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -7,6 +11,30 @@ from nerfstudio.models.splatfacto import SplatfactoModelConfig
 
 from fit3d_ns.lifting.config import LiftConfig, SolveConfig
 from fit3d_ns.scene.token_grid import TokenReadingRule
+
+SPLATFACTO_ITERATIONS = 30_000
+
+MODEL_STEPS = {
+    "warmup_length": 500,
+    "resolution_schedule": 3_000,
+    "sh_degree_interval": 1_000,
+    "stop_screen_size_at": 4_000,
+    "stop_split_at": 15_000,
+    "early_solve_at": 1_500,
+}
+"""Defaults of a 30,000-step run; a shorter run scales them in proportion."""
+
+STEPS_PER_REFINEMENT = 100
+"""splatfacto's interval between densifications."""
+
+MIN_STEPS_PER_REFINEMENT = 25
+"""Gradient statistics of fewer views than this are too noisy to densify on."""
+
+REFINEMENTS_PER_RESET = 30
+"""splatfacto resets opacities every 30 densifications."""
+
+MIN_STEPS_PER_RESET = 1_500
+"""Opacities need some hundreds of steps to recover; shorter runs are not reset at all."""
 
 
 @dataclass
@@ -105,3 +133,28 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
                 raise ValueError(f"--pipeline.model.{flag} is {value}; it must be at least {least}.")
         if not 0 < self.solve_share <= 1:
             raise ValueError(f"--pipeline.model.solve-share is {self.solve_share}; it must be in (0, 1].")
+
+    def resolve_steps(self, max_num_iterations: int) -> None:
+        """Fills every step count that the user left open; values the user gave stay.
+
+        Args:
+            max_num_iterations: Length of the whole run in steps.
+
+        Raises:
+            ValueError: The run has no steps.
+        """
+        if max_num_iterations < 1:
+            raise ValueError(f"--max-num-iterations must be at least 1, not {max_num_iterations}.")
+        scale = max_num_iterations / SPLATFACTO_ITERATIONS
+        for name, steps in MODEL_STEPS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, max(round(steps * scale), 1))
+        if self.refine_every is None:
+            self.refine_every = max(round(STEPS_PER_REFINEMENT * min(scale, 1.0)), MIN_STEPS_PER_REFINEMENT)
+        if self.reset_alpha_every is None:
+            steps_per_reset = REFINEMENTS_PER_RESET * STEPS_PER_REFINEMENT * scale
+            if steps_per_reset < MIN_STEPS_PER_RESET:
+                # More refinements than the run has: the strategy never comes to its first reset.
+                self.reset_alpha_every = max_num_iterations // self.refine_every + 1
+            else:
+                self.reset_alpha_every = max(round(steps_per_reset / self.refine_every), 1)

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.viewer.viewer_elements import ViewerButton
 from torch import Tensor
 
-from fit3d_ns.analysis.pca import fit_pca
+from fit3d_ns.analysis.pca import PcaBasis, fit_pca
 from fit3d_ns.analysis.pictures import save_picture
 from fit3d_ns.lifting.lift_source import select_evenly
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.plugin.datamanager import FeatureDatamanager
-from fit3d_ns.plugin.errors import install_error_sentences
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
 from fit3d_ns.plugin.solve_budget import SolveCosts, SolvePlan, compute_solve_budget, estimate_solve_costs
-from fit3d_ns.plugin.viewer import FeatureViewerControls
+from fit3d_ns.utils.errors import install_error_sentences
 from fit3d_ns.utils.progress import notice, track
 
 MAX_PICTURE_TOKENS = 50_000
@@ -57,9 +57,10 @@ class FeaturePipeline(VanillaPipeline):
             self.datamanager.tokens = None
         else:
             self.branch.load_tokens = self.datamanager.load_tokens_of_camera
-            # nerfstudio looks for viewer elements among the attributes of modules only, so they stand here one by one.
-            controls = FeatureViewerControls(self.branch)
-            self.fit_feature_colours, self.reset_feature_colours = controls.fit_button, controls.reset_button
+            # nerfstudio finds viewer elements among a module's attributes. Colours change only when one is pressed.
+            self.fit_feature_colours = ViewerButton("Fit feature colours to this view", cb_hook=self._fit_colours)
+            self.reset_feature_colours = ViewerButton("Feature colours of the scene", cb_hook=self._reset_colours)
+            self._scene_basis: PcaBasis | None = None
 
     @property
     def branch(self) -> Any:
@@ -178,6 +179,16 @@ class FeaturePipeline(VanillaPipeline):
         self.early_cost_spent = float(state.get("early_cost_spent", 0.0))
         self.lift_state = state["lift"]
         self.lifted_views = list(state.get("lifted_views", []))
+
+    def _fit_colours(self, button: ViewerButton) -> None:
+        fitted = self.branch.fit_basis_to_last_picture()
+        if self.branch.picture_basis is not None and fitted is not None:
+            self._scene_basis = self._scene_basis or self.branch.picture_basis
+            self.branch.set_picture_basis(fitted)
+
+    def _reset_colours(self, button: ViewerButton) -> None:
+        if self._scene_basis is not None:
+            self.branch.set_picture_basis(self._scene_basis)
 
     @property
     def _solve_costs(self) -> SolveCosts:

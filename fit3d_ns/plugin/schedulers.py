@@ -1,4 +1,7 @@
-"""Optimizer and learning-rate decay of our methods: nerfstudio's, faster on a CPU and as long as the run."""
+"""Optimizers and learning rates of our methods: nerfstudio's, faster on a CPU and as long as the run.
+
+The config.yml of every run names the classes of this module.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +10,32 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.schedulers import ExponentialDecayScheduler, ExponentialDecaySchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+ADAM_EPS = 1e-15
+"""Adam's epsilon of 3D Gaussian splatting, which the paper's code also has for features and decoder."""
+
+
+def create_optimizers(feature_lr: float, decoder_lr: float) -> dict[str, dict[str, Any]]:
+    """One optimizer per parameter group, at splatfacto's rates but for features and decoder."""
+
+    def decay(lr: float, **schedule: float) -> dict[str, Any]:
+        return constant(lr) | {"scheduler": RunLengthDecaySchedulerConfig(**schedule)}
+
+    def constant(lr: float) -> dict[str, Any]:
+        return {"optimizer": FusedAdamOptimizerConfig(lr=lr, eps=ADAM_EPS), "scheduler": None}
+
+    return {
+        "means": decay(1.6e-4, lr_final=1.6e-6),
+        "features_dc": constant(0.0025),
+        "features_rest": constant(0.0025 / 20),
+        "opacities": constant(0.05),
+        "scales": constant(0.005),
+        "quats": constant(0.001),
+        "features": constant(feature_lr),
+        "decoder": constant(decoder_lr),
+        "camera_opt": decay(1e-4, lr_final=5e-7, lr_pre_warmup=0.0, warmup_share=1 / 30),
+        "bilateral_grid": decay(2e-3, lr_final=1e-4, lr_pre_warmup=0.0, warmup_share=1 / 30),
+    }
 
 
 @dataclass
@@ -30,7 +59,7 @@ class RunLengthDecaySchedulerConfig(ExponentialDecaySchedulerConfig):
 
 
 class RunLengthDecayScheduler(ExponentialDecayScheduler):
-    """As nerfstudio's, with plain floats: numpy's would make the checkpoint unreadable for `torch.load`."""
+    """nerfstudio's, with plain floats: numpy's would make the checkpoint unreadable for `torch.load`."""
 
     config: RunLengthDecaySchedulerConfig
 

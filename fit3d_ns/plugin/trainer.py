@@ -28,9 +28,8 @@ from fit3d_ns.plugin.checkpoints import (
     restore_random_states,
     save_checkpoint_file,
 )
-from fit3d_ns.plugin.errors import install_error_sentences
-from fit3d_ns.plugin.schedule import resolve_model_steps
 from fit3d_ns.plugin.summary import write_run_summary
+from fit3d_ns.utils.errors import install_error_sentences
 from fit3d_ns.utils.progress import PhaseTimer, notice
 
 EXIT_INTERRUPTED = 130
@@ -77,7 +76,7 @@ class FeatureTrainerConfig(TrainerConfig):
         if datamanager.backbone_weights is not None:
             # A relative path would be lost to commands that start in another folder.
             datamanager.backbone_weights = Path(datamanager.backbone_weights).resolve()
-        resolve_model_steps(self.pipeline.model, self.max_num_iterations)
+        self.pipeline.model.resolve_steps(self.max_num_iterations)
         self.pipeline.model.check_features()
         tenth = max(self.max_num_iterations // 10, 1)
         if self.steps_per_save is None:

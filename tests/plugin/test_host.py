@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from fit3d_ns.plugin.compatibility import describe_problem
-from fit3d_ns.plugin.registration import is_listed_by_ns_train
+from fit3d_ns.plugin.method import describe_problem, is_listed_by_ns_train
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +49,7 @@ def test_methods_are_listed() -> None:
 
 def test_errors__become_one_sentence_with_exit_code_1() -> None:
     code = (
-        "from fit3d_ns.plugin.errors import install_error_sentences\n"
+        "from fit3d_ns.utils.errors import install_error_sentences\n"
         "install_error_sentences()\n"
         "raise ValueError('No such scene: x; check the path.')\n"
     )
