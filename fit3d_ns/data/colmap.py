@@ -1,45 +1,41 @@
-"""Reads a COLMAP model (`sparse/0` or `colmap/sparse/0`, text or binary) with its `images` folder, through pycolmap.
+"""Reads a COLMAP model (`sparse/0` or `colmap/sparse/0`, text or binary) with its `images` folder, or only its points.
 
 The dataset's world is COLMAP's own. Masks are `masks/<image name>.png` (COLMAP's rule) or `masks/<stem>.png`.
-Every 8th image in order of names is test.
+Every 8th image in order of names is test. Models go through pycolmap. Points are read here: pycolmap has no reader
+for them alone, and gives those of a model in an order of its own.
 """
 
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fit3d_ns.data.camera_entries import (
+from fit3d_ns.data.frames import (
     FRAMES_PER_TEST_FRAME,
+    CaptureFiles,
+    Frame,
+    PointCloud,
     check_camera_to_world,
     check_frame_files,
     choose_splits,
     count_splits,
     create_lens,
+    create_points,
     resolve_inside,
 )
-from fit3d_ns.data.frames import CaptureFiles, Frame
-from fit3d_ns.data.points import find_colmap_points, read_colmap_points
 from fit3d_ns.geometry.cameras import camera_to_worlds_from_viewmats
 from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.utils.files import write_atomically
 
 _MODEL_FOLDERS = ("sparse/0", "colmap/sparse/0", "sparse", "colmap/sparse", "colmap")
-
-# Positions of fx, fy, cx, cy in COLMAP's parameters; all that follows is distortion, in OpenCV's order.
-_PERSPECTIVE_LAYOUTS = {
-    "SIMPLE_PINHOLE": (0, 0, 1, 2),
-    "PINHOLE": (0, 1, 2, 3),
-    "SIMPLE_RADIAL": (0, 0, 1, 2),
-    "RADIAL": (0, 0, 1, 2),
-    "OPENCV": (0, 1, 2, 3),
-    "FULL_OPENCV": (0, 1, 2, 3),
+_NUM_FOCAL_LENGTHS = {
+    **{"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2, "FULL_OPENCV": 2},
+    **{"SIMPLE_RADIAL_FISHEYE": 1, "RADIAL_FISHEYE": 1, "OPENCV_FISHEYE": 2},
 }
-_FISHEYE_LAYOUTS = {
-    "SIMPLE_RADIAL_FISHEYE": (0, 0, 1, 2),
-    "RADIAL_FISHEYE": (0, 0, 1, 2),
-    "OPENCV_FISHEYE": (0, 1, 2, 3),
-}
+"""Of COLMAP's camera models. In their parameters, the principal point and the distortion in OpenCV's order follow."""
 
 
 def find_colmap_model(root: Path) -> Path | None:
@@ -64,7 +60,7 @@ def read_colmap(path: Path) -> CaptureFiles:
     images = [image for image in reconstruction.images.values() if image.has_pose]
     images.sort(key=lambda image: image.name)
     if not images:
-        raise ValueError(f"The COLMAP model {model} has no registered images; reconstruct the capture anew.")
+        raise ValueError(f"The COLMAP model {model} has no registered images; reconstruct the capture again.")
     lenses = {
         camera_id: _read_lens(camera, f"Camera {camera_id} of {model}")
         for camera_id, camera in reconstruction.cameras.items()
@@ -81,10 +77,7 @@ def read_colmap(path: Path) -> CaptureFiles:
         )
         check_frame_files(frame)
         frames.append(frame)
-    found = find_colmap_points(model)
-    points = read_colmap_points(found) if found is not None else None
-    if points is not None and not len(points.xyz):
-        points = None
+    points = read_colmap_points(model)
     return CaptureFiles(
         root=root,
         layout="colmap",
@@ -99,11 +92,32 @@ def read_colmap(path: Path) -> CaptureFiles:
     )
 
 
+def read_colmap_points(folder: Path) -> PointCloud | None:
+    """The points of `points3D.bin`, else `points3D.txt`, in COLMAP's own world; None where there are none.
+
+    Raises:
+        ValueError: The file is malformed or cut short, or a point is not finite.
+    """
+    path = next((path for path in (folder / "points3D.bin", folder / "points3D.txt") if path.is_file()), None)
+    if path is None:
+        return None
+    xyz, rgb = _parse_binary_points(path) if path.suffix == ".bin" else _parse_text_points(path)
+    return create_points(xyz, rgb, path)
+
+
+def write_colmap_points(points: PointCloud, path: Path) -> None:
+    """Writes a `points3D.txt` without tracks; positions to four decimals, a tenth of a millimetre."""
+    lines = ["# POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[] as (IMAGE_ID, POINT2D_IDX)"]
+    rows = zip(points.xyz.tolist(), points.rgb.tolist(), strict=True)
+    for index, ((x, y, z), (red, green, blue)) in enumerate(rows, start=1):
+        lines.append(f"{index} {x:.4f} {y:.4f} {z:.4f} {red} {green} {blue} 0")
+    with write_atomically(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
+
+
 def _load_model(model: Path) -> Any:
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise ValueError("Reading COLMAP models needs pycolmap; run `pip install pycolmap`.") from error
+    import pycolmap
+
     suffix = ".bin" if (model / "cameras.bin").is_file() else ".txt"
     for name in ("images", "points3D"):
         if not (model / f"{name}{suffix}").is_file():
@@ -111,30 +125,22 @@ def _load_model(model: Path) -> Any:
     try:
         return pycolmap.Reconstruction(str(model))
     except Exception as error:
-        raise ValueError(f"The COLMAP model {model} cannot be read ({_first_line(error)}); copy it again.") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"The COLMAP model {model} cannot be read ({reason}); copy it again.") from error
 
 
 def _read_lens(camera: Any, source: str) -> Lens:
     model = getattr(camera.model, "name", str(camera.model))
-    layouts = {**_PERSPECTIVE_LAYOUTS, **_FISHEYE_LAYOUTS}
-    if model not in layouts:
+    if model not in _NUM_FOCAL_LENGTHS:
         raise ValueError(
-            f"{source} has the camera model {model}; known are {', '.join(layouts)}. "
+            f"{source} has the camera model {model}; known are {', '.join(_NUM_FOCAL_LENGTHS)}. "
             "Undistort the images with COLMAP first."
         )
-    values = [float(value) for value in camera.params]
-    fx, fy, cx, cy = (values[position] for position in layouts[model])
-    return create_lens(
-        fx=fx,
-        fy=fy,
-        cx=cx,
-        cy=cy,
-        width=float(camera.width),
-        height=float(camera.height),
-        is_fisheye=model in _FISHEYE_LAYOUTS,
-        distortion=values[max(layouts[model]) + 1 :],
-        source=source,
-    )
+    num_focal = _NUM_FOCAL_LENGTHS[model]
+    cx, cy, *distortion = camera.params[num_focal:]
+    intrinsics = camera.params[0], camera.params[num_focal - 1], cx, cy
+    size = float(camera.width), float(camera.height)
+    return create_lens(intrinsics, size, distortion, model.endswith("FISHEYE"), source)
 
 
 def _read_pose(image: Any, source: str) -> torch.Tensor:
@@ -150,5 +156,33 @@ def _find_mask(folder: Path, name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _parse_text_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with warnings.catch_warnings():
+            # numpy warns where a file holds no points.
+            warnings.simplefilter("ignore", UserWarning)
+            # id x y z r g b error track...
+            values = np.loadtxt(path, usecols=range(1, 7), ndmin=2, encoding="utf-8").reshape(-1, 6)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a COLMAP points3D file ({error}); restore it.") from error
+    return values[:, :3].astype(np.float32), values[:, 3:].clip(0, 255).astype(np.uint8)
+
+
+def _parse_binary_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    # One point: id u64, xyz 3 f64, rgb 3 u8, error f64, track length u64, then 8 bytes for each of its elements.
+    record = struct.Struct("<Q3d3BdQ")
+    content = path.read_bytes()
+    num_points = int.from_bytes(content[:8], "little")
+    cut_short = ValueError(f"Point cloud {path} is cut short: fewer than {num_points} points; copy it again.")
+    if len(content) < 8 + num_points * record.size:
+        raise cut_short
+    xyz = np.empty((num_points, 3), np.float32)
+    rgb = np.empty((num_points, 3), np.uint8)
+    offset = 8
+    for index in range(num_points):
+        if offset + record.size > len(content):
+            raise cut_short
+        values = record.unpack_from(content, offset)
+        xyz[index], rgb[index] = values[1:4], values[4:7]
+        offset += record.size + 8 * values[8]
+    return xyz, rgb

@@ -1,19 +1,34 @@
-"""What every disk layout is read into: frames with their lenses and poses, and the seed points.
+"""Frames with their lenses and poses: what every disk layout is read into, and the checks that all readers share.
 
 All poses and points of one `CaptureFiles` share one world, the dataset's own, before any orientation or scaling.
+Below, `entry` is one JSON object of a `transforms.json`, and `source` says in errors where it stands.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.data.images import check_depth_mode, read_image_header
+from fit3d_ns.geometry.cameras import transform_points
+from fit3d_ns.geometry.lenses import Lens, LensModel
 
 Split = Literal["train", "val", "test"]
 Layout = Literal["scannetpp", "nerfstudio", "colmap"]
+
+FRAMES_PER_TEST_FRAME = 8
+"""Without lists, every 8th frame in order of names is held out, as the splatting literature does."""
+
+_PERSPECTIVE_MODELS = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV")
+_FISHEYE_MODEL = "OPENCV_FISHEYE"
+_COEFFICIENTS = ("k1", "k2", "k3", "k4", "p1", "p2")
+_LARGEST_SHEAR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -38,12 +53,16 @@ class Frame:
 
 @dataclass(frozen=True)
 class PointCloud:
-    """Coloured seed points in the dataset's world."""
+    """Coloured seed points."""
 
     xyz: Float[Tensor, "points 3"]
     """Positions, float32."""
     rgb: UInt8[Tensor, "points 3"]
     """Colours, 0-255."""
+
+    def transform(self, transform: Float[Tensor, "3 4"], scale: float = 1.0) -> "PointCloud":
+        """The points after their world was moved by `transform` and then multiplied by `scale`."""
+        return PointCloud(transform_points(self.xyz, transform, scale), self.rgb)
 
 
 @dataclass(frozen=True)
@@ -59,10 +78,223 @@ class CaptureFiles:
     frames: list[Frame]
     """All frames in file order, bad ones included."""
     points: PointCloud | None = None
-    """Seed points, or None where the capture has none."""
+    """Seed points in the dataset's world, or None where the capture has none."""
     is_metric: bool = False
     """True where the dataset's world is in metres (ScanNet++)."""
-    scene_id: str = field(default="")
+    scene_id: str = ""
     """Name of the scene, the folder's name by default."""
     colmap_to_world: Float[Tensor, "3 4"] | None = None
     """Moves points of the capture's COLMAP world into the dataset's world; None where no COLMAP world is known."""
+
+
+def create_points(
+    xyz: Float[np.ndarray, "points 3"], rgb: UInt8[np.ndarray, "points 3"], source: Path
+) -> PointCloud | None:
+    """The points that were read from the file `source`; None where it holds none.
+
+    Raises:
+        ValueError: A position is not finite.
+    """
+    num_bad = int((~np.isfinite(xyz).all(axis=-1)).sum())
+    if num_bad:
+        raise ValueError(f"{num_bad} of {len(xyz)} points in {source} are not finite; remove them.")
+    return PointCloud(torch.from_numpy(xyz), torch.from_numpy(rgb)) if len(xyz) else None
+
+
+def list_entries(meta: Any, source: Path, *keys: str) -> list[dict[str, Any]]:
+    """All frames that a camera file lists under `keys`; only some of the lists may be missing.
+
+    Raises:
+        ValueError: There is no frame, one without a `file_path`, or one named twice.
+    """
+    entries: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for key in keys:
+        listed = (meta.get(key) or []) if isinstance(meta, dict) else None
+        if not isinstance(listed, list):
+            raise ValueError(f"{source} has no list `{key}`; restore the file.")
+        for index, entry in enumerate(listed):
+            name = entry.get("file_path") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                raise ValueError(f"Entry {index} of `{key}` in {source} has no file_path; remove or correct it.")
+            if name in seen:
+                raise ValueError(f"{source} lists {name} more than once; remove the repeated frame.")
+            seen.add(name)
+            entries.append(entry)
+    if not entries:
+        raise ValueError(f"{source} lists no frames; it must hold a list `{keys[0]}` with one entry per image.")
+    return entries
+
+
+def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
+    """Reads `fl_x fl_y cx cy w h camera_model k1..k4 p1 p2` (or `distortion_params`) of a transforms.json.
+
+    As in nerfstudio, a perspective model may carry any coefficients, whatever its name is; without `camera_model` it is
+    perspective.
+
+    Raises:
+        ValueError: A key is missing, a value is not finite or not positive, or the model is unknown.
+    """
+    missing = [key for key in ("fl_x", "cx", "cy", "w", "h") if key not in entry]
+    if missing:
+        raise ValueError(f"{source} has no {', '.join(missing)}; add the intrinsics to the file or to each frame.")
+    values = {**dict.fromkeys(_COEFFICIENTS, 0.0), "fl_y": entry["fl_x"], **entry}
+    if "distortion_params" in entry:
+        listed = entry["distortion_params"]
+        if not isinstance(listed, list) or len(listed) != len(_COEFFICIENTS):
+            raise ValueError(
+                f"{source} has distortion_params {listed!r}; expected the six numbers {' '.join(_COEFFICIENTS)}."
+            )
+        values.update(zip(_COEFFICIENTS, listed, strict=True))
+    fx, fy, cx, cy = (_parse_number(values, key, source) for key in ("fl_x", "fl_y", "cx", "cy"))
+    width, height = (_parse_number(values, key, source) for key in ("w", "h"))
+    k1, k2, k3, k4, p1, p2 = (_parse_number(values, key, source) for key in _COEFFICIENTS)
+    model = str(entry.get("camera_model", "OPENCV"))
+    known = (*_PERSPECTIVE_MODELS, _FISHEYE_MODEL)
+    if model not in known:
+        raise ValueError(f"{source} has the camera model {model}; known are {', '.join(known)}.")
+    is_fisheye = model == _FISHEYE_MODEL
+    if not is_fisheye and k4 != 0.0:
+        raise ValueError(f"{source} has k4 = {k4}, which the camera model {model} does not know; set it to 0.")
+    distortion = (k1, k2, k3, k4) if is_fisheye else (k1, k2, p1, p2, k3)
+    return create_lens((fx, fy, cx, cy), (width, height), distortion, is_fisheye, source)
+
+
+def create_lens(
+    intrinsics: tuple[float, float, float, float],
+    size: tuple[float, float],
+    distortion: Sequence[float],
+    is_fisheye: bool,
+    source: str,
+) -> Lens:
+    """A checked lens; perspective ones become pinhole when all coefficients are zero.
+
+    Args:
+        intrinsics: fx, fy, cx, cy in pixels.
+        size: Width and height in pixels.
+        distortion: Coefficients in OpenCV's order.
+
+    Raises:
+        ValueError: A number is not finite, or a focal length or size is not positive.
+    """
+    fx, fy, cx, cy = map(float, intrinsics)
+    width, height = size
+    if not all(math.isfinite(value) for value in (*intrinsics, *size, *distortion)):
+        raise ValueError(f"{source} has intrinsics that are not finite; correct the camera file.")
+    if fx <= 0 or fy <= 0 or width < 1 or height < 1 or width != int(width) or height != int(height):
+        raise ValueError(
+            f"{source} has focal lengths {fx:g}, {fy:g} and size {width:g}x{height:g}; "
+            "they must be positive, sizes whole numbers."
+        )
+    if not is_fisheye and not any(distortion):
+        return Lens(fx, fy, cx, cy, int(width), int(height))
+    model: LensModel = "fisheye" if is_fisheye else "opencv"
+    return Lens(fx, fy, cx, cy, int(width), int(height), model, tuple(float(value) for value in distortion))
+
+
+def parse_camera_to_world(entry: Mapping[str, Any], source: str) -> Float[Tensor, "3 4"]:
+    """Reads `transform_matrix`, a 4x4 or 3x4 OpenGL camera pose.
+
+    Raises:
+        ValueError: The matrix is missing, of another shape, not finite, singular, or not a rotation.
+    """
+    try:
+        matrix = np.array(entry["transform_matrix"], dtype=np.float64)
+    except KeyError as error:
+        raise ValueError(f"{source} has no transform_matrix; add the frame's pose or remove the frame.") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} has a transform_matrix that is not a 4x4 matrix of numbers; correct it.") from error
+    if matrix.shape not in ((4, 4), (3, 4)):
+        raise ValueError(f"{source} has a transform_matrix of shape {matrix.shape}; expected 4x4 or 3x4.")
+    return check_camera_to_world(matrix[:3], source)
+
+
+def check_camera_to_world(matrix: Float[np.ndarray, "3 4"], source: str) -> Float[Tensor, "3 4"]:
+    """The pose as float32, its rotation freed from rounding in the file.
+
+    Raises:
+        ValueError: The pose is not finite, singular, or its axes are not orthonormal and right-handed.
+    """
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{source} has a transform_matrix with NaN or infinite values; remove the frame or its mark.")
+    left, stretch, right = np.linalg.svd(matrix[:, :3])
+    if stretch[2] < 1e-6:
+        raise ValueError(f"{source} has a singular transform_matrix; remove the frame or correct its pose.")
+    if np.abs(stretch - 1.0).max() > _LARGEST_SHEAR or np.linalg.det(matrix[:, :3]) < 0:
+        raise ValueError(
+            f"{source} has a transform_matrix that is not a rotation (axes stretched by {stretch.min():.3g} to "
+            f"{stretch.max():.3g}, determinant {np.linalg.det(matrix[:, :3]):.3g}); correct the pose."
+        )
+    return torch.from_numpy(np.concatenate([left @ right, matrix[:, 3:]], axis=1)).float()
+
+
+def resolve_inside(root: Path, relative: str, source: str) -> Path:
+    """The path `relative` below `root`; links inside the folder are followed, climbing out of it is not.
+
+    Raises:
+        ValueError: The path is not text, absolute outside `root`, or climbs out by `..`.
+    """
+    if not isinstance(relative, str) or not relative:
+        raise ValueError(f"{source} names a file by {relative!r}; expected a path relative to {root}.")
+    pure = PurePosixPath(relative.replace("\\", "/"))
+    if pure.is_absolute():
+        if not pure.is_relative_to(root.absolute().as_posix()):
+            raise ValueError(f"{source} names {relative}, which is outside of {root}; use paths relative to it.")
+        pure = pure.relative_to(root.absolute().as_posix())
+    depth = 0
+    for part in pure.parts:
+        depth += -1 if part == ".." else 1
+        if depth < 0:
+            raise ValueError(f"{source} names {relative}, which climbs out of {root}; use paths inside of it.")
+    return root / pure
+
+
+def check_frame_files(frame: Frame) -> None:
+    """Reads the headers of a frame's files: they must be there and of the camera's size.
+
+    Raises:
+        ValueError: A file is missing, empty, not an image, or of another size than the camera.
+    """
+    expected = frame.lens.width, frame.lens.height
+    image = read_image_header(frame.image_path)
+    if (image.width, image.height) != expected:
+        raise ValueError(
+            f"Image {frame.image_path} is {image.width}x{image.height}, its camera says {expected[0]}x{expected[1]}; "
+            "correct w and h or use the images that belong to the cameras."
+        )
+    for path, what in ((frame.mask_path, "Mask"), (frame.depth_path, "Depth map")):
+        if path is None:
+            continue
+        header = read_image_header(path, what)
+        if (header.width, header.height) != expected:
+            raise ValueError(
+                f"{what} {path} is {header.width}x{header.height}, its image {expected[0]}x{expected[1]}; "
+                "make it again at the image's size or remove it."
+            )
+        if what == "Depth map":
+            check_depth_mode(path, header.mode)
+
+
+def choose_splits(names: Sequence[str]) -> list[Split]:
+    """Every 8th name in sorted order is test, the others train; a lone frame trains."""
+    order = sorted(range(len(names)), key=lambda index: names[index])
+    splits: list[Split] = ["train"] * len(names)
+    if len(names) > 1:
+        for index in order[::FRAMES_PER_TEST_FRAME]:
+            splits[index] = "test"
+    return splits
+
+
+def count_splits(frames: Sequence[Frame]) -> str:
+    """For descriptions: "56 train, 8 test frames (2 bad)"."""
+    counts = {split: sum(frame.split == split for frame in frames) for split in ("train", "val", "test")}
+    listed = ", ".join(f"{count} {split}" for split, count in counts.items() if count)
+    num_bad = sum(frame.is_bad for frame in frames)
+    return f"{listed} frames" + (f" ({num_bad} of them bad)" if num_bad else "")
+
+
+def _parse_number(entry: Mapping[str, Any], key: str, source: str) -> float:
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{source} has {key} = {value!r}; expected a number.")
+    return float(value)

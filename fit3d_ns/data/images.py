@@ -1,7 +1,7 @@
-"""Photographs, masks and depth maps as they lie on disk; every error names the file.
+"""Photographs, masks and depth maps on disk; every error names the file.
 
 EXIF orientation is ignored on purpose: cameras are given for the pixels as stored, and nerfstudio reads them so too.
-Reading a header (`read_image_header`) is cheap and finds wrong sizes early; damage further on shows when loading.
+Reading a header (`read_image_header`) is cheap and finds wrong sizes early; other damage shows when loading.
 """
 
 import warnings
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the first bytes of an image file tell."""
+    """What the first bytes of an image file say."""
 
     width: int
     """Width in pixels, as stored."""
@@ -39,10 +38,10 @@ def read_image_header(path: Path, what: str = "Image") -> ImageHeader:
 
     Args:
         path: The file.
-        what: How the file is called in errors, for example "Mask".
+        what: What errors call the file, for example "Mask".
 
     Raises:
-        ValueError: The file is missing, empty or no image.
+        ValueError: The file is missing, empty or not an image.
     """
     with _open_image(path, what) as image:
         return ImageHeader(image.width, image.height, image.mode)
@@ -93,14 +92,14 @@ def load_depth(path: Path, units_per_metre: float = MILLIMETRES_PER_METRE) -> Fl
 
 
 def check_depth_mode(path: Path, mode: str) -> None:
-    """Raises ValueError if Pillow's `mode` of the file is no 16-bit grey (or, as older Pillows open it, 32-bit)."""
+    """Raises ValueError if Pillow's `mode` of the file is not 16-bit grey (or 32-bit, as older Pillows open it)."""
     if not mode.startswith("I"):
         raise ValueError(f"Depth map {path} has pixel format {mode}; write 16-bit grey PNGs in millimetres.")
 
 
 def save_image(image: UInt8[Tensor, "height width 3"], path: Path, quality: int = 95) -> None:
     """Writes an RGB picture; the suffix chooses the format, `quality` is JPEG's (without colour subsampling)."""
-    Image.fromarray(image.numpy()).save(path, **_save_options(path, quality))
+    Image.fromarray(image.numpy()).save(path, quality=quality, subsampling=0)
 
 
 def save_index_map(indices: UInt8[Tensor, "height width"], path: Path) -> None:
@@ -133,8 +132,3 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
                 yield image
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
-
-
-def _save_options(path: Path, quality: int) -> dict[str, Any]:
-    is_jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
-    return {"quality": quality, "subsampling": 0} if is_jpeg else {}

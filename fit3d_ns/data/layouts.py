@@ -1,4 +1,4 @@
-"""`read_capture`: looks at a folder, takes the layout it finds and reads it."""
+"""`read_capture`: finds out which layout a folder has and reads it."""
 
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ _READERS = {"scannetpp": read_scannetpp, "nerfstudio": read_transforms, "colmap"
 
 
 def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto") -> CaptureFiles:
-    """Reads a scene from disk; headers of all files are checked, no picture is decoded.
+    """Reads a scene from disk; the headers of all files are checked, no image is decoded.
 
     Args:
         path: The scene folder, the `dslr` folder of a ScanNet++ scene, or a camera file (`*.json`).
@@ -25,20 +25,15 @@ def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto") -> Captu
     path = Path(path)
     if not path.exists():
         raise ValueError(f"No such scene: {path}; check the path given as --data.")
-    chosen = find_layout(path) if layout == "auto" else layout
+    chosen = _find_layout(path) if layout == "auto" else layout
     capture = _READERS[chosen](path)
     if not any(frame.split == "train" and not frame.is_bad for frame in capture.frames):
         raise ValueError(f"{path} has no usable train frame; all are bad or held out.")
     return capture
 
 
-def find_layout(path: Path) -> Layout:
-    """The layout of an existing folder or camera file.
-
-    Raises:
-        ValueError: None is known; where the folder holds several scenes, the message names some of them.
-    """
-    path = Path(path)
+def _find_layout(path: Path) -> Layout:
+    """The layout of an existing folder or camera file; where the folder holds scenes, the error names some of them."""
     if path.is_file():
         if path.suffix == ".json":
             return "nerfstudio"

@@ -19,17 +19,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.data.camera_entries import (
+from fit3d_ns.data.colmap import read_colmap_points
+from fit3d_ns.data.frames import (
+    CaptureFiles,
+    Frame,
+    Split,
     check_frame_files,
-    check_unique,
     count_splits,
     list_entries,
     parse_camera_to_world,
     parse_lens,
     resolve_inside,
 )
-from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud, Split
-from fit3d_ns.data.points import find_colmap_points, move_points, read_colmap_points
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.utils.files import read_json
 
@@ -54,7 +55,7 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
 
     Args:
         path: The scene folder; its name may hold underscores, it may be a symbolic link.
-        variant: Which pictures to take; `auto` takes the undistorted ones if all of them are there.
+        variant: Which images to take; `auto` takes the undistorted ones if all of them are there.
 
     Raises:
         ValueError: A piece is missing or wrong; the message names it.
@@ -62,7 +63,7 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
     path = Path(path)
     dslr = path / "dslr" if (path / "dslr").is_dir() else path
     if not (dslr / "nerfstudio").is_dir():
-        raise ValueError(f"{path} is no ScanNet++ scene: there is no dslr/nerfstudio folder with the camera files.")
+        raise ValueError(f"{path} is not a ScanNet++ scene: there is no dslr/nerfstudio folder with the camera files.")
     reason = ""
     if variant == "auto":
         missing = _find_missing_piece(dslr, "undistorted")
@@ -73,7 +74,7 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
     if not transforms.is_file():
         raise ValueError(f"No camera file {transforms}; download the scene's dslr/nerfstudio folder.")
     frames, num_without_camera = _read_frames(dslr, variant, read_json(transforms))
-    points = _read_points(dslr)
+    points = read_colmap_points(dslr / "colmap")
     skipped = f"; {num_without_camera} listed train frames have no camera" if num_without_camera else ""
     return CaptureFiles(
         root=path,
@@ -83,7 +84,7 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
             f"{count_splits(frames)}, {len(points.xyz) if points else 'no'} COLMAP points{skipped}."
         ),
         frames=frames,
-        points=points,
+        points=points.transform(colmap_to_world()) if points else None,
         is_metric=True,
         scene_id=dslr.absolute().parent.name if dslr.name == "dslr" else path.absolute().name,
         colmap_to_world=colmap_to_world(),
@@ -91,7 +92,7 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
 
 
 def colmap_to_world() -> Float[Tensor, "3 4"]:
-    """What brings COLMAP's points into the world of the transforms files: (x, y, z) -> (y, x, -z)."""
+    """Moves COLMAP's points into the world of the transforms files: (x, y, z) -> (y, x, -z)."""
     return torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]])
 
 
@@ -102,19 +103,16 @@ def _find_missing_piece(dslr: Path, variant: Variant) -> str | None:
     if not transforms.is_file():
         return str(transforms.relative_to(dslr))
     meta = read_json(transforms)
-    entries = _list_entries(meta, transforms)
     for folder in (files.images, files.masks) if meta.get("has_mask", True) else (files.images,):
         if not (dslr / folder).is_dir():
             return f"{folder}/"
-    for entry in entries:
+    for entry in list_entries(meta, transforms, "frames", "test_frames"):
         if entry.get("is_bad", False):
             continue
         image = resolve_inside(dslr / files.images, entry["file_path"], str(transforms))
-        if not image.is_file():
-            return str(image.relative_to(dslr))
-        mask = _find_mask(dslr, files, meta, entry)
-        if mask is not None and not mask.is_file():
-            return str(mask.relative_to(dslr))
+        for piece in (image, _find_mask(dslr, files, meta, entry)):
+            if piece is not None and not piece.is_file():
+                return str(piece.relative_to(dslr))
     return None
 
 
@@ -122,20 +120,18 @@ def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple
     """All frames, and how many names of the train list have no camera."""
     files = _VARIANTS[variant]
     transforms = dslr / "nerfstudio" / files.transforms
-    entries = _list_entries(meta, transforms)
+    entries = list_entries(meta, transforms, "frames", "test_frames")
     names = [entry["file_path"] for entry in entries]
-    check_unique(names, transforms)
     listed, num_without_camera = _read_split_lists(dslr, set(names))
-    num_train = len(list_entries(meta, "frames", transforms))
+    num_train = len(meta.get("frames") or [])
     depth_lens = _read_depth_lens(dslr)
     frames = []
     for index, (name, entry) in enumerate(zip(names, entries, strict=True)):
         source = f"Frame {name} in {transforms}"
         lens = parse_lens({**meta, **entry}, source)
-        image_path = resolve_inside(dslr / files.images, name, source)
         depth_path = dslr / "render_depth" / f"{Path(name).stem}.png"
         frame = Frame(
-            image_path=image_path,
+            image_path=resolve_inside(dslr / files.images, name, source),
             lens=lens,
             camera_to_world=parse_camera_to_world(entry, source),
             split=listed.get(name, "train" if index < num_train else "test"),
@@ -147,13 +143,6 @@ def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple
             check_frame_files(frame)
         frames.append(frame)
     return frames, num_without_camera
-
-
-def _list_entries(meta: Mapping[str, Any], transforms: Path) -> list[dict[str, Any]]:
-    entries = [*list_entries(meta, "frames", transforms), *list_entries(meta, "test_frames", transforms)]
-    if not entries:
-        raise ValueError(f"{transforms} lists no frames; restore the file.")
-    return entries
 
 
 def _read_split_lists(dslr: Path, names: set[str]) -> tuple[dict[str, Split], int]:
@@ -188,11 +177,3 @@ def _read_depth_lens(dslr: Path) -> Lens | None:
     if not transforms.is_file() or not (dslr / "render_depth").is_dir():
         return None
     return parse_lens(read_json(transforms), str(transforms))
-
-
-def _read_points(dslr: Path) -> PointCloud | None:
-    found = find_colmap_points(dslr / "colmap")
-    if found is None:
-        return None
-    points = read_colmap_points(found)
-    return move_points(points, colmap_to_world()) if len(points.xyz) else None

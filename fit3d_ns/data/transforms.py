@@ -1,7 +1,7 @@
-"""Reads nerfstudio's layout: a `transforms.json` beside the pictures it names.
+"""Reads nerfstudio's layout: a `transforms.json` next to the pictures it names.
 
-Intrinsics stand once for all frames or with each frame. Seed points come from `ply_file_path`, which is in the world
-of the poses, else from `colmap/sparse/0` moved by `applied_transform`. Frames that `train_filenames`,
+Intrinsics are given once for all frames or with each frame. Seed points come from `ply_file_path`, which is in the
+world of the poses, else from `colmap/sparse/0` moved by `applied_transform`. Frames that `train_filenames`,
 `val_filenames` and `test_filenames` leave out are left out here too; without these lists every 8th frame is test.
 """
 
@@ -14,10 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.data.camera_entries import (
+from fit3d_ns.data.colmap import read_colmap_points
+from fit3d_ns.data.frames import (
     FRAMES_PER_TEST_FRAME,
+    CaptureFiles,
+    Frame,
+    PointCloud,
+    Split,
     check_frame_files,
-    check_unique,
     choose_splits,
     count_splits,
     list_entries,
@@ -25,10 +29,10 @@ from fit3d_ns.data.camera_entries import (
     parse_lens,
     resolve_inside,
 )
-from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud, Split
-from fit3d_ns.data.points import find_colmap_points, move_points, read_colmap_points, read_ply_points
+from fit3d_ns.data.ply import read_ply_points
 from fit3d_ns.utils.files import read_json
 
+_COLMAP_FOLDER = "colmap/sparse/0"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG")
 
 
@@ -42,11 +46,8 @@ def read_transforms(path: Path) -> CaptureFiles:
     transforms = path if path.suffix == ".json" else path / "transforms.json"
     root = transforms.parent
     meta = read_json(transforms)
-    entries = list_entries(meta, "frames", transforms)
-    if not entries:
-        raise ValueError(f"{transforms} lists no frames; it must hold a list `frames` with one entry per image.")
+    entries = list_entries(meta, transforms, "frames")
     names = [entry["file_path"] for entry in entries]
-    check_unique(names, transforms)
     splits, how = _read_splits(meta, names, transforms)
     frames: list[Frame] = []
     for name, entry, split in zip(names, entries, splits, strict=True):
@@ -56,7 +57,8 @@ def read_transforms(path: Path) -> CaptureFiles:
         if not frame.is_bad:
             check_frame_files(frame)
         frames.append(frame)
-    points, origin = _read_points(root, meta, transforms)
+    colmap_to_world = _read_colmap_to_world(root, meta, transforms)
+    points, origin = _read_points(root, meta, colmap_to_world, transforms)
     return CaptureFiles(
         root=path,
         layout="nerfstudio",
@@ -64,7 +66,7 @@ def read_transforms(path: Path) -> CaptureFiles:
         frames=frames,
         points=points,
         scene_id=root.absolute().name,
-        colmap_to_world=_read_colmap_to_world(root, meta, transforms),
+        colmap_to_world=colmap_to_world,
     )
 
 
@@ -84,7 +86,7 @@ def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], s
 
 
 def _find_image(path: Path) -> Path:
-    """The path, with the suffix that older files leave away."""
+    """The path, with the suffix that older files leave out."""
     if path.suffix or path.is_file():
         return path
     candidates = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
@@ -116,21 +118,19 @@ def _read_splits(meta: Mapping[str, Any], names: list[str], transforms: Path) ->
     return splits, "split by its lists" + (f", {num_left_out} in none of them" if num_left_out else "")
 
 
-def _read_points(root: Path, meta: Mapping[str, Any], transforms: Path) -> tuple[PointCloud | None, str]:
+def _read_points(
+    root: Path, meta: Mapping[str, Any], colmap_to_world: Float[Tensor, "3 4"] | None, transforms: Path
+) -> tuple[PointCloud | None, str]:
+    """The seed points, and for the description where they come from."""
     if meta.get("ply_file_path"):
-        path = resolve_inside(root, meta["ply_file_path"], str(transforms))
-        points = read_ply_points(path)
+        origin = meta["ply_file_path"]
+        points = read_ply_points(resolve_inside(root, origin, str(transforms)))
     else:
-        found = find_colmap_points(root / "colmap" / "sparse" / "0")
-        if found is None:
-            return None, "no points"
-        path = found
-        colmap_to_world = _read_colmap_to_world(root, meta, transforms)
-        assert colmap_to_world is not None
-        points = move_points(read_colmap_points(path), colmap_to_world)
-    if not len(points.xyz):
-        return None, "no points"
-    return points, f"{len(points.xyz)} points of {path.relative_to(root)}"
+        origin = _COLMAP_FOLDER
+        points = read_colmap_points(root / origin)
+        if points is not None and colmap_to_world is not None:
+            points = points.transform(colmap_to_world)
+    return (points, f"{len(points.xyz)} points of {origin}") if points is not None else (None, "no points")
 
 
 def _read_colmap_to_world(root: Path, meta: Mapping[str, Any], transforms: Path) -> Float[Tensor, "3 4"] | None:
@@ -138,8 +138,8 @@ def _read_colmap_to_world(root: Path, meta: Mapping[str, Any], transforms: Path)
     if "applied_transform" in meta:
         matrix = np.array(meta["applied_transform"], dtype=np.float64)
         if matrix.shape not in ((3, 4), (4, 4)) or not np.isfinite(matrix).all():
-            raise ValueError(f"{transforms} has an applied_transform that is no finite 3x4 matrix; correct it.")
+            raise ValueError(f"{transforms} has an applied_transform that is not a finite 3x4 matrix; correct it.")
         return torch.from_numpy(matrix[:3]).float() * float(meta.get("applied_scale", 1.0))
-    if (root / "colmap" / "sparse" / "0").is_dir():
+    if (root / _COLMAP_FOLDER).is_dir():
         return torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]])
     return None

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from fit3d_ns.data.ply import read_ply_vertices, write_ply_vertices
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
 from fit3d_ns.scene.gaussians import FeatureGaussians, create_gaussians, find_invalid
@@ -20,11 +22,6 @@ from fit3d_ns.scene.scene_backbone import SceneBackbone
 from fit3d_ns.utils.files import write_atomically
 
 _NUM_REST = (0, 9, 24, 45, 72)
-_TYPES = {
-    **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
-    **{"float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
-    **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
-}
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,10 @@ def write_ply(gaussians: FeatureGaussians, path: Path, sh_degree: int | None = N
     """Writes Gaussians with their features as binary little-endian PLY, atomically.
 
     Args:
-        gaussians: The Gaussians, in the frame that the file shall have.
+        gaussians: The Gaussians, in the frame that the file is to have.
         path: The file.
-        sh_degree: Degree the file shall have, 0 to 4; coefficients are cut or filled with zeros. As stored by default.
-            FiT3D's and Inria's readers want 3.
+        sh_degree: Degree in the file, 0 to 4; coefficients are cut or filled with zeros. As stored by default. FiT3D's
+            and Inria's readers want 3.
 
     Raises:
         ValueError: The disk is full; nothing is written.
@@ -68,21 +65,19 @@ def write_ply(gaussians: FeatureGaussians, path: Path, sh_degree: int | None = N
     }
     names = [name for group in columns for name in group]
     values = torch.cat([tensor.detach().float().cpu() for tensor in columns.values()], dim=1).numpy()
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {num}"]
-    header += [f"property float {name}" for name in names] + ["end_header", ""]
-    with write_atomically(Path(path)) as temporary, open(temporary, "wb") as file:
-        file.write("\n".join(header).encode("ascii"))
-        file.write(values.astype("<f4").tobytes())
+    write_ply_vertices(values.astype("<f4").view([(name, "<f4") for name in names])[:, 0], path)
 
 
 def read_ply(path: Path) -> ReadGaussians:
-    """Reads Gaussians of Inria's, gsplat's, nerfstudio's, SuperSplat's (uncompressed) or FiT3D's making.
+    """Reads Gaussians that Inria's code, gsplat, nerfstudio, SuperSplat (uncompressed) or FiT3D wrote.
 
     Raises:
-        ValueError: The file is missing, cut short, no binary PLY, or lacks what a Gaussian needs.
+        ValueError: The file is missing, cut short, not a PLY, or lacks what a Gaussian needs.
     """
-    vertices = _read_vertices(Path(path))
+    vertices = read_ply_vertices(path)
     names = vertices.dtype.names or ()
+    if not len(vertices):
+        raise ValueError(f"{path} holds no Gaussians.")
     if "packed_position" in names:
         raise ValueError(f"{path} is a compressed PLY; save it uncompressed in SuperSplat.")
     if "opacity" not in names:
@@ -95,7 +90,7 @@ def read_ply(path: Path) -> ReadGaussians:
     if num_rest not in _NUM_REST:
         raise ValueError(
             f"{path} has {num_rest} f_rest properties, which belong to no SH degree (0, 9, 24, 45 or 72); "
-            "it was cut or edited: export it anew."
+            "it was cut or edited: export it again."
         )
 
     def take(*group: str) -> Tensor:
@@ -142,7 +137,7 @@ def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None
 def read_fit3d(
     ply_path: Path, decoder_path: Path, capture: PosedCapture, backbone: SceneBackbone
 ) -> tuple[FeatureScene, int]:
-    """Reads what FiT3D published or `write_fit3d` wrote.
+    """Reads a scene that FiT3D published or `write_fit3d` wrote, and how many Gaussians were dropped.
 
     Args:
         ply_path: Gaussians with `sem_*`.
@@ -151,28 +146,19 @@ def read_fit3d(
             `CaptureFiles.colmap_to_world` as `dataparser_transform` (ScanNet++: (x, y, z) to (y, x, -z)).
         backbone: The ViT whose tokens were lifted; the files do not say.
 
-    Returns:
-        The scene, and how many Gaussians were dropped.
-
     Raises:
         ValueError: One of the files is not what it should be, or they do not belong together.
     """
-    read = read_ply(ply_path)
-    if read.gaussians.feature_dim == 0:
-        raise ValueError(f"{ply_path} has no sem_* properties: it carries no features; lift it with fit3d-lift --ply.")
-    weight = _read_decoder(Path(decoder_path))
+    read, weight = read_ply(ply_path), _read_decoder(Path(decoder_path))
     if weight.shape[1] != read.gaussians.feature_dim:
         raise ValueError(
             f"{ply_path} has {read.gaussians.feature_dim} sem_* properties, {decoder_path} takes {weight.shape[1]} "
             "channels; give the checkpoint that was saved with the PLY."
         )
-    scene = FeatureScene(read.gaussians, FeatureDecoder.from_weights(weight), capture, backbone)
-    return scene, read.num_dropped
+    return FeatureScene(read.gaussians, FeatureDecoder.from_weights(weight), capture, backbone), read.num_dropped
 
 
-def _read_decoder(path: Path) -> Tensor:
-    if not path.is_file():
-        raise ValueError(f"No such checkpoint: {path}.")
+def _read_decoder(path: Path) -> Float[Tensor, "embed dim 3 3"]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -181,54 +167,6 @@ def _read_decoder(path: Path) -> Tensor:
     if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"{path} has no 3x3 convolution under `0.weight`; give FiT3D's feat_decoder checkpoint.")
     return weight.float()
-
-
-def _read_vertices(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise ValueError(f"No such PLY file: {path}.")
-    with open(path, "rb") as file:
-        if file.readline().strip() != b"ply":
-            raise ValueError(f"{path} is not a PLY file.")
-        lines: list[list[str]] = []
-        while True:
-            line = file.readline()
-            if not line or len(lines) > 10_000:
-                raise ValueError(f"{path} has a PLY header without end; copy or export it anew.")
-            words = line.decode("ascii", errors="replace").split()
-            if words == ["end_header"]:
-                break
-            if words and words[0] in ("format", "element", "property"):
-                lines.append(words)
-        data_start = file.tell()
-    try:
-        offset, num, dtype = _find_vertices(path, lines)
-    except (IndexError, KeyError, StopIteration) as error:
-        raise ValueError(f"{path} has a damaged PLY header ({error!r}); export it anew.") from error
-    if num == 0:
-        raise ValueError(f"{path} holds no Gaussians.")
-    if path.stat().st_size < data_start + offset + num * dtype.itemsize:
-        raise ValueError(f"{path} is cut short: it promises {num} Gaussians; copy or export it anew.")
-    return np.memmap(path, dtype=dtype, mode="r", offset=data_start + offset, shape=(num,))
-
-
-def _find_vertices(path: Path, lines: list[list[str]]) -> tuple[int, int, np.dtype]:
-    """Bytes before the vertices, their number and their layout."""
-    layout = next(words[1] for words in lines if words[0] == "format")
-    if layout not in ("binary_little_endian", "binary_big_endian"):
-        raise ValueError(f"{path} is a PLY in {layout} format; save it as binary.")
-    order = "<" if layout == "binary_little_endian" else ">"
-    offset = 0
-    starts = [index for index, words in enumerate(lines) if words[0] == "element"]
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
-        name, count = lines[start][1], int(lines[start][2])
-        properties = lines[start + 1 : end]
-        if any(words[1] == "list" for words in properties):
-            raise ValueError(f"{path} has lists in its element `{name}`: it is a mesh, not Gaussians.")
-        dtype = np.dtype([(words[2], order + _TYPES[words[1]]) for words in properties])
-        if name == "vertex":
-            return offset, count, dtype
-        offset += count * dtype.itemsize
-    raise ValueError(f"{path} has no element `vertex`; it holds no Gaussians.")
 
 
 def _numbered(prefix: str, count: int) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud, Split
 from fit3d_ns.data.images import load_depth, load_image, load_mask
-from fit3d_ns.geometry.cameras import transform_camera_to_worlds, transform_points
+from fit3d_ns.geometry.cameras import transform_camera_to_worlds
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 
@@ -171,16 +171,13 @@ def create_posed_capture(
         raise ValueError(f"{files.root} has no usable frame: all {len(files.frames)} are marked as bad.")
     # `--data` may have named the camera file; the photographs lie below its folder.
     root = files.root.parent if files.root.is_file() else Path(files.root)
-    points = files.points
-    if points is not None:
-        points = replace(points, xyz=transform_points(points.xyz.float(), transform, dataparser_scale))
     return PosedCapture(
         root=root,
         views=[_create_view(frame, root, transform, dataparser_scale, downscale_factor) for frame in usable],
         dataparser_transform=transform,
         dataparser_scale=float(dataparser_scale),
         metric_scale=float(dataparser_scale) if files.is_metric else None,
-        points=points,
+        points=None if files.points is None else files.points.transform(transform, dataparser_scale),
         num_bad=len(files.frames) - len(usable),
         scene_id=files.scene_id or root.absolute().name,
         layout=files.layout,

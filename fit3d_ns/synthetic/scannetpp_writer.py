@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from fit3d_ns.data.colmap import write_colmap_points
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.images import save_depth, save_image, save_index_map
-from fit3d_ns.data.points import write_colmap_points
 from fit3d_ns.data.scannetpp import colmap_to_world
 from fit3d_ns.geometry.cameras import transform_camera_to_worlds, viewmats_from_camera_to_worlds
 from fit3d_ns.geometry.lenses import Lens

@@ -5,12 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from fit3d_ns.data.colmap import read_colmap_points, write_colmap_points
+from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
 from tests.data.miniature_captures import HEIGHT, WIDTH, write_picture
 
 pytest.importorskip("pycolmap")
 
+XYZ = [[1.5, -2.0, 3.25], [0.0, 4.0, -1.0]]
+RGB = [[1, 2, 3], [250, 128, 0]]
+CLOUD = PointCloud(torch.tensor(XYZ), torch.tensor(RGB, dtype=torch.uint8))
 NAMES = [f"{index}.png" for index in range(9)] + ["upper/9.png"]
 
 
@@ -131,3 +136,37 @@ def test_read_colmap__names_that_leave_the_folder_are_refused(colmap_scene: Path
     images.write_text(images.read_text().replace(" 0.png", " ../0.png"))
     with pytest.raises(ValueError, match="climbs out of"):
         read_capture(colmap_scene)
+
+
+def pack_colmap_points() -> bytes:
+    """COLMAP's documented binary: the first point has a track of two elements, the second none."""
+    first = struct.pack("<Q3d3BdQ", 7, *XYZ[0], *RGB[0], 0.5, 2) + struct.pack("<4i", 1, 2, 3, 4)
+    return struct.pack("<Q", 2) + first + struct.pack("<Q3d3BdQ", 9, *XYZ[1], *RGB[1], 0.1, 0)
+
+
+def test_read_colmap_points__binary_skips_tracks(tmp_path: Path) -> None:
+    (tmp_path / "points3D.bin").write_bytes(pack_colmap_points())
+    cloud = read_colmap_points(tmp_path)
+    assert cloud is not None and cloud.xyz.tolist() == XYZ and cloud.rgb.tolist() == RGB
+    (tmp_path / "points3D.bin").write_bytes(pack_colmap_points()[:-9])
+    with pytest.raises(ValueError, match="cut short: fewer than 2 points"):
+        read_colmap_points(tmp_path)
+
+
+def test_read_colmap_points__text_with_dark_colours_and_tracks(tmp_path: Path) -> None:
+    (tmp_path / "points3D.txt").write_text("# comment\n\n1 1.5 -2 3.25 1 0 1 0.5 8 9 8 9\n2 0 4 -1 0 1 1 0\n")
+    cloud = read_colmap_points(tmp_path)
+    assert cloud is not None and cloud.xyz.tolist() == XYZ
+    assert cloud.rgb.tolist() == [[1, 0, 1], [0, 1, 1]]
+    (tmp_path / "points3D.txt").write_text("1 2 3\n")
+    with pytest.raises(ValueError, match="is not a COLMAP points3D file"):
+        read_colmap_points(tmp_path)
+
+
+def test_write_colmap_points__round_trip_and_binary_first(tmp_path: Path) -> None:
+    assert read_colmap_points(tmp_path) is None
+    write_colmap_points(CLOUD, tmp_path / "points3D.txt")
+    cloud = read_colmap_points(tmp_path)
+    assert cloud is not None and torch.equal(cloud.xyz, CLOUD.xyz) and torch.equal(cloud.rgb, CLOUD.rgb)
+    (tmp_path / "points3D.bin").write_bytes(struct.pack("<Q", 0))
+    assert read_colmap_points(tmp_path) is None

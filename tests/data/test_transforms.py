@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from fit3d_ns.data.colmap import write_colmap_points
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.layouts import read_capture
-from fit3d_ns.data.points import write_colmap_points, write_ply_points
 from tests.data.miniature_captures import edit_json, make_pose, write_picture
 
 POINTS = PointCloud(torch.tensor([[1.0, 2.0, 3.0], [-4.0, 5.0, 0.5]]), torch.tensor([[1, 2, 3], [4, 5, 6]]).byte())
@@ -92,7 +92,8 @@ def test_read_transforms__reads_masks_depths_and_ply(nerfstudio_scene: Path) -> 
     write_picture(nerfstudio_scene / "depths" / "0.png", 900, mode="I;16")
     edit_frame(nerfstudio_scene, 0, mask_path="masks/0.png", depth_file_path="depths/0.png")
     edit_json(nerfstudio_scene / "transforms.json", ply_file_path="sparse.ply")
-    write_ply_points(POINTS, nerfstudio_scene / "sparse.ply")
+    header = "ply\nformat ascii 1.0\nelement vertex 2\n" + "".join(f"property float {axis}\n" for axis in "xyz")
+    (nerfstudio_scene / "sparse.ply").write_text(f"{header}end_header\n1 2 3\n-4 5 0.5\n")
     capture = read_capture(nerfstudio_scene)
     assert capture.frames[0].mask_path == nerfstudio_scene / "masks" / "0.png"
     assert capture.frames[0].depth_path == nerfstudio_scene / "depths" / "0.png"
@@ -129,9 +130,9 @@ def test_read_transforms__moves_colmap_points_by_applied_transform(nerfstudio_sc
         ({"k4": 0.5}, "k4 = 0.5"),
         ({"w": 13}, r"Image .*00.png is 12x8, its camera says 13x8"),
         ({"test_filenames": ["images/77.png"]}, r"1 test frames in test_filenames .*images/77.png"),
-        ({"ply_file_path": "none.ply"}, "Point cloud .*none.ply is missing"),
+        ({"ply_file_path": "none.ply"}, "PLY file .*none.ply is missing"),
         ({"ply_file_path": "../none.ply"}, "climbs out of"),
-        ({"applied_transform": [[1.0]]}, "applied_transform that is no finite 3x4"),
+        ({"applied_transform": [[1.0]]}, "applied_transform that is not a finite 3x4"),
     ],
 )
 def test_read_transforms__refuses_what_is_wrong(nerfstudio_scene: Path, changes: dict[str, Any], message: str) -> None:
@@ -145,10 +146,10 @@ def test_read_transforms__refuses_what_is_wrong(nerfstudio_scene: Path, changes:
     [
         ([[float("nan")] * 4] * 4, "NaN or infinite"),
         ([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0.0, 0], [0, 0, 0, 1]], "singular"),
-        ([[2.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 2.0, 0], [0, 0, 0, 1]], "no rotation"),
-        ([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, -1.0, 0], [0, 0, 0, 1]], "no rotation"),
+        ([[2.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 2.0, 0], [0, 0, 0, 1]], "not a rotation"),
+        ([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, -1.0, 0], [0, 0, 0, 1]], "not a rotation"),
         ([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]], r"shape \(3, 3\)"),
-        ("identity", "no 4x4 matrix of numbers"),
+        ("identity", "not a 4x4 matrix of numbers"),
     ],
 )
 def test_read_transforms__refuses_wrong_poses_and_names_the_frame(

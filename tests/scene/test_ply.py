@@ -129,16 +129,13 @@ def test_fit3d__files_render_as_the_scene_did(make_scene, tmp_path, bias):
 
 def test_errors__say_what_the_file_is(tmp_path, make_scene):
     path = tmp_path / "scene.ply"
-    with pytest.raises(ValueError, match="No such PLY file"):
+    with pytest.raises(ValueError, match="scene.ply is missing"):
         read_ply(path)
     path.write_text("solid cube\n")
     with pytest.raises(ValueError, match="is not a PLY file"):
         read_ply(path)
-    path.write_text("ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nend_header\n0\n")
-    with pytest.raises(ValueError, match="in ascii format; save it as binary"):
-        read_ply(path)
-    path.write_text("ply\nformat binary_little_endian 1.0\nelement vertex 1\n")
-    with pytest.raises(ValueError, match="header without end"):
+    path.write_text("ply\nformat ascii 1.0\nelement vertex 0\nproperty float x\nend_header\n")
+    with pytest.raises(ValueError, match="holds no Gaussians"):
         read_ply(path)
     write_by_hand(path, [{"x": 0.0, "y": 0.0, "z": 0.0}])
     with pytest.raises(ValueError, match="has no `opacity`"):
@@ -156,7 +153,7 @@ def test_errors__say_what_the_file_is(tmp_path, make_scene):
         read_ply(path)
     write_by_hand(path, [make_row(0), make_row(1)])
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="cut short: it promises 2 Gaussians"):
+    with pytest.raises(ValueError, match="cut short: fewer than 2 vertices"):
         read_ply(path)
 
 
@@ -165,7 +162,7 @@ def test_errors__files_that_do_not_belong_together(tmp_path, make_scene):
     ply, decoder = tmp_path / "scene.ply", tmp_path / "decoder.pth"
     write_by_hand(ply, [make_row(0, sem_0=1.0, sem_1=2.0)])
     others = (scene.posed_capture, scene.backbone)
-    with pytest.raises(ValueError, match="No such checkpoint"):
+    with pytest.raises(ValueError, match="not a readable checkpoint .FileNotFoundError"):
         read_fit3d(ply, decoder, *others)
     torch.save({"0.weight": torch.zeros(7, 3, 3, 3)}, decoder)
     with pytest.raises(ValueError, match=r"has 2 sem_\* properties, .*decoder.pth takes 3 channels"):
@@ -176,6 +173,7 @@ def test_errors__files_that_do_not_belong_together(tmp_path, make_scene):
     decoder.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         read_fit3d(ply, decoder, *others)
+    torch.save({"0.weight": torch.zeros(7, 3, 3, 3)}, decoder)
     write_by_hand(ply, [make_row(0)])
-    with pytest.raises(ValueError, match="carries no features"):
+    with pytest.raises(ValueError, match="has 0 sem_. properties"):
         read_fit3d(ply, decoder, *others)

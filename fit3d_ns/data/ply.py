@@ -1,0 +1,126 @@
+"""PLY files: the vertices as a structured numpy array, and point clouds made of them.
+
+Text and both binary byte orders are read, little-endian binary is written. Elements after the vertices are ignored;
+those before them must consist of plain numbers. Works without open3d, which fails to import where libusb is missing.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from fit3d_ns.data.frames import PointCloud, create_points
+from fit3d_ns.utils.files import write_atomically
+
+_TYPES = {
+    **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
+    **{"float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
+    **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
+}
+_ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": "="}
+_MAX_HEADER_BYTES = 2**20
+_GREY = 128
+
+
+def read_ply_vertices(path: Path) -> np.ndarray:
+    """Reads all vertices as a 1-D structured array with one field per property; binary files are memory-mapped.
+
+    Raises:
+        ValueError: The file is missing, cut short, not a PLY, or has lists among the vertices or before them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"PLY file {path} is missing; restore it or name another one.")
+    with open(path, "rb") as file:
+        start = file.read(_MAX_HEADER_BYTES)
+    end = re.search(rb"^end_header[ \r]*\n", start, re.MULTILINE)
+    if not start.startswith(b"ply") or end is None:
+        raise ValueError(f"{path} is not a PLY file: it has no PLY header; restore the file or make it again.")
+    order, elements = _parse_header(start[: end.start()].decode("ascii", errors="replace"), path)
+    *before, (count, dtype) = elements
+    if order == "=":
+        return _parse_text(path.read_bytes()[end.end() :], sum(number for number, _ in before), count, dtype, path)
+    offset = end.end() + sum(number * kind.itemsize for number, kind in before)
+    if path.stat().st_size < offset + count * dtype.itemsize:
+        raise ValueError(f"{path} is cut short: fewer than {count} vertices; copy it again.")
+    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
+
+
+def write_ply_vertices(vertices: np.ndarray, path: Path) -> None:
+    """Writes a structured array as little-endian binary PLY, atomically.
+
+    Raises:
+        ValueError: The disk is full; nothing is written.
+    """
+    names = {kind: name for name, kind in reversed(_TYPES.items())}
+    fields = {name: vertices.dtype[name].str[1:] for name in vertices.dtype.names or ()}
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}"]
+    header += [f"property {names[kind]} {name}" for name, kind in fields.items()] + ["end_header", ""]
+    with write_atomically(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write("\n".join(header).encode("ascii"))
+        file.write(vertices.astype(vertices.dtype.newbyteorder("<"), copy=False).tobytes())
+
+
+def read_ply_points(path: Path) -> PointCloud | None:
+    """Reads positions and `red green blue` of a PLY file's vertices; None where it has no vertices.
+
+    Colours are 8-bit, or floats in [0, 1]; points without colours are grey.
+
+    Raises:
+        ValueError: As `read_ply_vertices`, or some positions are missing or not finite.
+    """
+    vertices = read_ply_vertices(path)
+    names = vertices.dtype.names or ()
+    if not {"x", "y", "z"} <= set(names):
+        raise ValueError(f"{path} has no vertex properties x, y, z but {', '.join(names)}.")
+    xyz = np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], axis=-1)
+    if {"red", "green", "blue"} <= set(names):
+        rgb = np.stack([_to_bytes(vertices[colour]) for colour in ("red", "green", "blue")], axis=-1)
+    else:
+        rgb = np.full(xyz.shape, _GREY, dtype=np.uint8)
+    return create_points(xyz, rgb, path)
+
+
+def _parse_header(header: str, path: Path) -> tuple[str, list[tuple[int, np.dtype]]]:
+    """The byte order, and number and layout of each element up to the vertices, which come last."""
+    order, element = None, ""
+    elements: list[tuple[int, list[tuple[str, str]]]] = []
+    for line in header.splitlines():
+        match line.split():
+            case ["format", layout, *_]:
+                order = _ORDERS.get(layout)
+            case ["element", *_] if element == "vertex":
+                break
+            case ["element", element, count] if count.isdecimal():
+                elements.append((int(count), []))
+            case ["property", kind, name] if kind in _TYPES and elements:
+                elements[-1][1].append((name, (order or "=") + _TYPES[kind]))
+            case ["element" | "property", *_]:
+                raise ValueError(f"{path} has `{line.strip()}` in its header, which is not a plain number per vertex.")
+    if order is None or element != "vertex" or not elements[-1][1]:
+        raise ValueError(f"{path} has an incomplete PLY header: no known format or no vertices; make the file again.")
+    try:
+        return order, [(count, np.dtype(properties)) for count, properties in elements]
+    except ValueError as error:
+        raise ValueError(f"{path} has a damaged PLY header ({error}); make the file again.") from error
+
+
+def _parse_text(body: bytes, num_before: int, count: int, dtype: np.dtype, path: Path) -> np.ndarray:
+    names = dtype.names or ()
+    rows = [line.split() for line in body.splitlines() if line.strip()][num_before : num_before + count]
+    if len(rows) < count or any(len(row) != len(names) for row in rows):
+        raise ValueError(f"{path} is cut short: fewer than {count} vertices of {len(names)} numbers; copy it again.")
+    try:
+        values = np.array(rows, dtype=np.float64).reshape(count, len(names))
+    except ValueError as error:
+        raise ValueError(f"{path} holds something that is not a number ({error}); make the file again.") from error
+    vertices = np.empty(count, dtype)
+    for index, name in enumerate(names):
+        vertices[name] = values[:, index]
+    return vertices
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind == "f" and values.size and 0.0 <= values.min() and values.max() <= 1.0:
+        values = values * 255.0
+    return np.clip(np.round(values), 0, 255).astype(np.uint8)
