@@ -31,7 +31,6 @@ from fit3d_ns.finetuning import (
     SceneBank,
     TargetRenderer,
 )
-from fit3d_ns.finetuning.processes import create_accelerator
 from fit3d_ns.finetuning.targets import TargetConfig, create_averages, create_cache
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.geometry.lenses import Lens
@@ -46,6 +45,7 @@ from fit3d_ns.scene import (
     load_scene,
     save_scene,
 )
+from fit3d_ns.training.accelerator import create_accelerator
 from fit3d_ns.utils.progress import PhaseTimer, measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import ResultRecord, save_result
 
@@ -132,7 +132,7 @@ def time_training(
     cache = create_cache(whole.targets, torch.device(config.device), folder, is_of_use=True)
     targets = TargetRenderer(bank, views, whole.targets, cache)
     token_model = create_token_model(description)
-    accelerator = create_accelerator(optimization.precision, config.device, (), folder)
+    accelerator = create_accelerator(config.device, optimization.precision)
     timer = SynchronisedTimer()
     laps: list[dict[str, float]] = []
 

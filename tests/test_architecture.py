@@ -14,7 +14,7 @@ LAYERS = [
     {"rasterization", "features", "analysis", "data"},
     {"synthetic"},
     {"scene"},
-    {"lifting"},
+    {"lifting", "training"},
     {"plugin", "finetuning", "probing", "report"},
     {"cli"},
 ]

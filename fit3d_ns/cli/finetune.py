@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,13 +14,15 @@ from fit3d_ns.finetuning.augmentation import AugmentationConfig
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig, RunConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
 from fit3d_ns.finetuning.optimization import OptimizationConfig
-from fit3d_ns.finetuning.processes import Processes, create_accelerator
 from fit3d_ns.finetuning.sampling import SamplingConfig
 from fit3d_ns.finetuning.scene_files import find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.targets import TargetConfig
 from fit3d_ns.finetuning.trainable import TrainableConfig
 from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.scene import FeatureScene
+from fit3d_ns.training.accelerator import create_accelerator
+from fit3d_ns.training.processes import Processes
+from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.progress import notice
 
 EXPORT_FOLDER = "exported_scenes"
@@ -44,7 +46,7 @@ class FinetuneCommand:
     """Name of the backbone; by default the one the scenes were lifted with."""
     backbone_weights: Path | None = None
     """File with the backbone's weights; by default timm's download."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: DeviceChoice = "auto"
     """Where to train; `auto` takes CUDA where there is one."""
     paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Set every value of the paper's public code; flags given besides still win."""
@@ -92,8 +94,7 @@ def run_finetune(command: FinetuneCommand) -> None:
     both = sorted(set(scenes) & set(validation))
     if both:
         raise ValueError(f"{both[0]} is given to --ckpts and to --val-ckpts; take it out of one of them.")
-    device = _choose_device(command.device)
-    accelerator = create_accelerator(config.optimization.precision, device, config.run.trackers, folder)
+    accelerator = create_accelerator(command.device, config.optimization.precision, config.run.trackers, folder)
     processes = Processes(accelerator)
 
     def export() -> None:
@@ -107,7 +108,7 @@ def run_finetune(command: FinetuneCommand) -> None:
     ]
     inputs = FinetuneInputs(files[0], files[1], command.backbone, command.backbone_weights)
     try:
-        finetune(inputs, config, folder, device, accelerator)
+        finetune(inputs, config, folder, command.device, accelerator)
     except Interrupted as interruption:
         if processes.is_main:
             notice(f"Fine-tuning {interruption}.")
@@ -130,14 +131,6 @@ def main(args: Sequence[str] | None = None) -> None:
         description="Fine-tunes a vision transformer on lifted scenes. Several cards: accelerate launch or torchrun.",
         args=[argument for argument in arguments if argument != _PAPER_FLAG],
     )
-
-
-def _choose_device(device: Literal["auto", "cuda", "cpu"]) -> Literal["cuda", "cpu"]:
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _load_run(config: Path) -> FeatureScene:

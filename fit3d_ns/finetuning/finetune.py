@@ -13,9 +13,8 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -27,17 +26,18 @@ from fit3d_ns.finetuning.comparison import save_comparison
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.lifted_views import find_lifted
 from fit3d_ns.finetuning.model_card import write_card
-from fit3d_ns.finetuning.processes import Processes, create_accelerator
 from fit3d_ns.finetuning.scene_bank import SceneBank, check_backbones
 from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_averages, create_cache
 from fit3d_ns.finetuning.token_module import compute_outputs
-from fit3d_ns.finetuning.trackers import track_run
 from fit3d_ns.finetuning.trainable import merge_trained
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import ComputeTokens, Validation, ValidationFigures, format_consistency
 from fit3d_ns.scene import SceneBackbone
 from fit3d_ns.scene.scene_costs import read_scene_costs
+from fit3d_ns.training.accelerator import create_accelerator, track_run
+from fit3d_ns.training.processes import Processes
+from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import collect_versions
@@ -66,7 +66,7 @@ def finetune(
     inputs: FinetuneInputs,
     config: FinetuneConfig,
     output_folder: Path,
-    device: Literal["auto", "cuda", "cpu"] = "auto",
+    device: DeviceChoice = "auto",
     accelerator: Accelerator | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes a backbone on lifted scenes and writes the folder.
@@ -83,9 +83,8 @@ def finetune(
         Interrupted: A signal came; a checkpoint was written.
     """
     output_folder = Path(output_folder)
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     run = config.run
-    accelerator = accelerator or create_accelerator(config.optimization.precision, chosen, run.trackers, output_folder)
+    accelerator = accelerator or create_accelerator(device, config.optimization.precision, run.trackers, output_folder)
     processes = Processes(accelerator)
     seed_everything(config.sampling.seed)
     bank = SceneBank([*inputs.scenes, *inputs.validation_scenes], accelerator.device, run.scene_memory_gb)
@@ -135,7 +134,7 @@ def finetune(
         token_model, bank, views, targets, config, accelerator, output_folder, identity, validate, original=original
     )
     # Before anything is measured: what does not start should not take an hour to say so.
-    with track_run(accelerator, processes, run.trackers, output_folder, json.dumps(config.reported), trainer.step + 1):
+    with track_run(processes, run.trackers, output_folder, json.dumps(config.reported), trainer.step + 1):
         processes.run_on_main(measure_original)
         trainer.run()
         trainer.use_averages()

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["fp32", "bf16", "fp16"]
+from fit3d_ns.training.accelerator import Precision
 
 
 @dataclass(frozen=True)

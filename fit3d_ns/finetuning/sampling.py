@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
+from fit3d_ns.training.epochs import EpochSequence
 from fit3d_ns.utils.seeds import derive_seed
 
 SamplingRule = Literal["epoch", "uniform", "scenes"]
@@ -68,8 +69,9 @@ class DrawSequence:
         self.config = config
         if self.num_images < 1:
             raise ValueError("The scenes have no training views; check their splits.")
-        self._epoch = -1
-        self._order = np.zeros((0, 2), dtype=np.int64)
+        self._rows: EpochSequence[np.ndarray] = EpochSequence(
+            self.num_images, lambda epoch: create_order(self.views_per_scene, config, epoch)
+        )
 
     @property
     def num_images(self) -> int:
@@ -77,11 +79,9 @@ class DrawSequence:
         return sum(self.views_per_scene)
 
     def __getitem__(self, position: int) -> Draw:
-        epoch, index = divmod(position, self.num_images)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, create_order(self.views_per_scene, self.config, epoch)
-        scene, view = self._order[index]
-        return Draw(epoch, int(scene), int(view), None if self.config.sampling == "epoch" else index)
+        place = self._rows[position]
+        scene, view = place.item.tolist()
+        return Draw(place.epoch, scene, view, None if self.config.sampling == "epoch" else place.index)
 
 
 def create_order(views_per_scene: Sequence[int], config: SamplingConfig, epoch: int) -> Int[np.ndarray, "draws 2"]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from fit3d_ns.finetuning.lifted_views import MAX_AVERAGED_VIEWS, average_lifted_views, name_average
 from fit3d_ns.finetuning.scene_fingerprint import compute_fingerprint
-from fit3d_ns.finetuning.tensor_store import TensorStore
 from fit3d_ns.scene import FeatureScene
 from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.utils.tensor_store import TensorStore
 
 
 class SceneAverages:

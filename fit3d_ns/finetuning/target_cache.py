@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.finetuning.tensor_store import TensorStore
+from fit3d_ns.utils.tensor_store import TensorStore
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from fit3d_ns.finetuning.lifted_views import MAX_AVERAGED_VIEWS
 from fit3d_ns.finetuning.scene_averages import SceneAverages
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.target_cache import TargetCache, store_target
-from fit3d_ns.finetuning.tensor_store import TensorStore
 from fit3d_ns.finetuning.training_views import Sample, TrainingViews
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene import FeatureScene, RenderedFeatures, TokenReadingRule, create_token_reader
 from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.utils.tensor_store import TensorStore
 
 TARGET_FOLDER = "targets"
 """Below the output folder; removed when training has ended."""

@@ -20,9 +20,9 @@ from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.anchors import AnchorConfig, StepTotals, compute_l2_sp, compute_token_anchors
 from fit3d_ns.finetuning.batches import Batch
 from fit3d_ns.finetuning.losses import SMALLEST_WEIGHT, compute_l1_sum
-from fit3d_ns.finetuning.processes import Processes
 from fit3d_ns.finetuning.token_module import TokenModule, compute_outputs
 from fit3d_ns.finetuning.training_views import Sample
+from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.progress import PhaseTimer
 

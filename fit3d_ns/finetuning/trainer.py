@@ -18,17 +18,18 @@ from accelerate import Accelerator
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.anchors import copy_original
 from fit3d_ns.finetuning.batches import Batch, create_batch
-from fit3d_ns.finetuning.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.optimization import MovingAverage, create_optimizer
-from fit3d_ns.finetuning.processes import Processes
 from fit3d_ns.finetuning.sampling import Draw, DrawSequence
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.token_module import TokenModule, freeze_unreachable
 from fit3d_ns.finetuning.train_step import NotFiniteError, StepResult, TrainStep, save_evidence, sum_totals
 from fit3d_ns.finetuning.trainable import select_trainable
-from fit3d_ns.finetuning.training_views import Sample, TrainingViews, load_ahead
+from fit3d_ns.finetuning.training_views import Sample, TrainingViews
+from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
+from fit3d_ns.training.epochs import list_positions, load_ahead
+from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, notice
 from fit3d_ns.utils.stopping import StopRequest
 
@@ -191,28 +192,13 @@ class FinetuneTrainer:
             "averages": None if self.average is None else self.average.averages,
             "losses": torch.tensor(self.history.losses, dtype=torch.float64),
         }
-        self.checkpoints.save(
-            self._describe_progress(),
-            state,
-            rank=self.processes.rank,
-            wait=self.processes.wait,
-            agree=self.processes.agree,
-        )
+        self.checkpoints.save(self._describe_progress(), state, self.processes)
 
     def _iterate(self, stop: StopRequest) -> Iterator[tuple[StepResult, bool]]:
         """Does the steps; yields each one's result, and whether any process wishes to stop."""
         optimization, run = self.config.optimization, self.config.run
         depth = max(2 * optimization.batch_size * optimization.accumulation_steps, 8)
-        samples = load_ahead(
-            self.views,
-            self._draw(),
-            self.config.augmentation,
-            self.bare.token_model.description.patch_size,
-            self.config.sampling.seed,
-            self.targets.rules,
-            run.num_workers,
-            depth,
-        )
+        samples = load_ahead(self._draw(), self._load, run.num_workers, depth)
         try:
             while self.step < self.num_steps:
                 start = time.perf_counter()
@@ -259,20 +245,24 @@ class FinetuneTrainer:
             return [], str(error) or type(error).__name__
         return batches, ""
 
+    def _load(self, draw: Draw) -> Sample:
+        config, patch_size = self.config, self.bare.token_model.description.patch_size
+        rule = self.targets.rules[draw.scene]
+        return self.views.load_sample(draw, config.augmentation, patch_size, config.sampling.seed, rule)
+
     def _draw(self) -> Iterator[Draw]:
         """This process's draws from the present step on; a scene that comes up is announced to the disk."""
         optimization, processes = self.config.optimization, self.processes
         announced = -1
         for step in range(self.step, self.num_steps):
-            for batch in range(optimization.accumulation_steps):
-                first = step * self.images_per_step
-                first += (batch * processes.number + processes.rank) * optimization.batch_size
-                for position in range(first, first + optimization.batch_size):
-                    draw = self.sequence[position]
-                    if draw.scene != announced:
-                        self.bank.announce(draw.scene)
-                        announced = draw.scene
-                    yield draw
+            for position in list_positions(
+                step, optimization.batch_size, processes.rank, processes.number, optimization.accumulation_steps
+            ):
+                draw = self.sequence[position]
+                if draw.scene != announced:
+                    self.bank.announce(draw.scene)
+                    announced = draw.scene
+                yield draw
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Loads the newest checkpoint if the configuration wants it; returns the scaler's state."""
@@ -289,7 +279,7 @@ class FinetuneTrainer:
                 raise ValueError(f"There is no checkpoint in {self.checkpoints.folder} to resume; use --resume auto.")
             return None
         path = self.checkpoints.get_path(steps[-1])
-        progress, state = self.checkpoints.load(steps[-1], rank=self.processes.rank)
+        progress, state = self.checkpoints.load(steps[-1], self.processes.rank)
         check_resumable(progress, self._describe_progress(), path)
         if progress.step > self.num_steps:
             raise ValueError(

@@ -4,8 +4,7 @@ Pixels come from `PosedCapture.load_image`, as in the lift: resized and undistor
 that worker threads do; rendering belongs to the main thread.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,42 +150,3 @@ def locate_capture(scene: FeatureScene, data_root: Path | None) -> PosedCapture:
         f"The photographs of scene {scene.scene_id} are not below --data-root {data_root} (looked for {first} there "
         f"and in its folder {recorded.root.name}); give the folder that holds them."
     )
-
-
-def load_ahead(
-    views: TrainingViews,
-    draws: Iterable[Draw],
-    config: AugmentationConfig,
-    patch_size: int,
-    seed: int,
-    rules: Sequence[TokenReadingRule],
-    num_workers: int,
-    depth: int,
-) -> Iterator[Sample]:
-    """Samples in the order of `draws`, loaded by threads up to `depth` draws ahead; one error ends it, in its turn.
-
-    Decoding, resizing and undistorting release Python's lock, so threads are enough, and a rasterizer's thread pool is
-    never forked.
-
-    Args:
-        rules: How the tokens of each scene are read.
-        num_workers: Threads; 0 loads in the caller.
-        depth: Draws in memory at a time, besides the one given out.
-    """
-    if num_workers == 0:
-        for draw in draws:
-            yield views.load_sample(draw, config, patch_size, seed, rules[draw.scene])
-        return
-    with ThreadPoolExecutor(max_workers=num_workers) as executor:
-        waiting: list[Future[Sample]] = []
-        try:
-            for draw in draws:
-                rule = rules[draw.scene]
-                waiting.append(executor.submit(views.load_sample, draw, config, patch_size, seed, rule))
-                if len(waiting) > depth:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -6,7 +6,6 @@ containers of them, because `torch.load` refuses everything else.
 """
 
 import os
-import random
 import re
 import uuid
 from pathlib import Path
@@ -97,35 +96,6 @@ def load_latest_checkpoint(folder: Path, step: int | None = None) -> tuple[dict[
         except ValueError as error:
             notice(f"{error} Trying the one before.")
     raise ValueError(f"No readable checkpoint in {folder}; start the run anew without --load-dir.")
-
-
-def capture_random_states() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's generators as tensors and plain values."""
-    version, keys, gauss = random.getstate()
-    state: Any = np.random.get_state()  # noqa: NPY002 - nerfstudio's own.
-    _, numpy_keys, position, has_gauss, cached = state
-    states: dict[str, Any] = {
-        "python": [version, list(keys), gauss],
-        "numpy": [torch.from_numpy(numpy_keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Puts back what `capture_random_states` took."""
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    numpy_keys, position, has_gauss, cached = states["numpy"]
-    state = ("MT19937", numpy_keys.numpy().astype(np.uint32), position, has_gauss, cached)
-    np.random.set_state(state)  # noqa: NPY002 - nerfstudio draws from the legacy generator.
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        # A run may go on with fewer devices than it began with.
-        for index, cuda_state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(cuda_state, index)
 
 
 def make_plain(value: Any) -> Any:

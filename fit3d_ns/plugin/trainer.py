@@ -21,16 +21,15 @@ from nerfstudio.utils.misc import step_check
 from nerfstudio.utils.writer import EventName, TimeWriter
 
 from fit3d_ns.plugin.checkpoints import (
-    capture_random_states,
     load_checkpoint_file,
     load_latest_checkpoint,
     make_plain,
-    restore_random_states,
     save_checkpoint_file,
 )
 from fit3d_ns.plugin.summary import write_run_summary
 from fit3d_ns.utils.errors import install_error_sentences
 from fit3d_ns.utils.progress import PhaseTimer, notice
+from fit3d_ns.utils.seeds import capture_random_states, restore_random_states
 
 EXIT_INTERRUPTED = 130
 

@@ -35,7 +35,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
             # Not every file system (FAT, some network shares) has permissions to give.
             os.chmod(temporary, 0o666 & ~_get_umask())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        flush_to_disk(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error):
@@ -84,6 +84,15 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); restore the file or make it anew.") from error
 
 
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, would survive a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def hash_bytes(*chunks: bytes) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the chunks, each preceded by its length."""
     digest = hashlib.sha256()
@@ -100,14 +109,6 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _finite(value: Any) -> Any:

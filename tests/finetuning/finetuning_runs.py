@@ -10,9 +10,9 @@ import torch
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning import FinetuneConfig, FinetuneTrainer, RunConfig, SceneBank, TargetRenderer
 from fit3d_ns.finetuning.anchors import copy_original
-from fit3d_ns.finetuning.processes import create_accelerator
 from fit3d_ns.finetuning.target_cache import TargetCache
 from fit3d_ns.finetuning.training_views import TrainingViews
+from fit3d_ns.training.accelerator import create_accelerator
 from tests.finetuning import finetuning_scene  # noqa: F401 - registers the backbone with timm.
 from tests.finetuning.finetuning_scene import BACKBONE
 
@@ -26,7 +26,7 @@ def create_trainer(scenes: Sequence[Path], folder: Path, config: FinetuneConfig,
     cache = TargetCache(1.0, None)
     targets = TargetRenderer(bank, views, config.targets, cache, copy_original(token_model))
     accelerator = settings.pop("accelerator", None)
-    accelerator = accelerator or create_accelerator(config.optimization.precision, "cpu", (), folder)
+    accelerator = accelerator or create_accelerator("cpu", config.optimization.precision)
     identity = settings.pop("identity", {"test": True})
     return FinetuneTrainer(token_model, bank, views, targets, config, accelerator, folder, identity, **settings)
 

@@ -19,10 +19,10 @@ from fit3d_ns.cli import command as command_module
 from fit3d_ns.cli import finetune as module
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning import PAPER, FinetuneConfig, load_finetuned
-from fit3d_ns.finetuning import processes as processes_module
-from fit3d_ns.finetuning.checkpoints import CheckpointFolder
 from fit3d_ns.finetuning.lifted_views import average_lifted_views
 from fit3d_ns.scene import load_scene, save_scene
+from fit3d_ns.training import accelerator as accelerator_module
+from fit3d_ns.training.checkpoints import CheckpointFolder
 from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
 
 NUM_KILLS = int(os.environ.get("FIT3D_TEST_KILLS", "3"))
@@ -255,7 +255,7 @@ def test_command__lora_is_merged_into_timms_own_weights(tmp_path, capsys):
 
 def test_command__refuses_a_tracker_that_is_not_installed(tmp_path, capsys, monkeypatch):
     scene = save_new_scene(tmp_path)
-    monkeypatch.setattr(processes_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(accelerator_module, "find_spec", lambda name: None)
     code, errors = run(capsys, "--ckpts", scene, "--output-dir", tmp_path / "out", *SMALL, "--trackers", "wandb")
     assert code == 1 and "--trackers wandb: it is not installed" in errors
 

@@ -7,7 +7,7 @@ import torch
 
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning import OptimizationConfig
-from fit3d_ns.finetuning.processes import create_accelerator
+from fit3d_ns.training.accelerator import create_accelerator
 from fit3d_ns.utils.stopping import StopRequest
 from tests.finetuning.finetuning_runs import RUN, collect_weights, configure, create_trainer
 from tests.finetuning.finetuning_scene import BACKBONE, create_lens, save_new_scene
@@ -22,7 +22,7 @@ def scenes(tmp_path):
 
 def create_half_precision(precision, folder, scale=2.0**10):
     """bf16 as it is; fp16 as on CUDA, on a CPU: accelerate scales losses on devices alone, torch does so anywhere."""
-    accelerator = create_accelerator("bf16", "cpu", (), folder)
+    accelerator = create_accelerator("cpu", "bf16")
     if precision == "fp16":
         accelerator.state._mixed_precision = "fp16"
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)

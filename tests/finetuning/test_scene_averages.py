@@ -12,10 +12,10 @@ from fit3d_ns.finetuning.scene_averages import SceneAverages
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.target_cache import TargetCache
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_averages
-from fit3d_ns.finetuning.tensor_store import TensorStore
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import NO_AUGMENTATION, Validation
 from fit3d_ns.scene import save_scene
+from fit3d_ns.utils.tensor_store import TensorStore
 from tests.finetuning.finetuning_scene import PATCH, create_scene, save_new_scene
 
 VISITS = (0, 0, 1, 2, 0, 1, 2, 1)
@@ -48,7 +48,7 @@ def test_averages__a_second_load_finds_what_the_first_one_computed(tmp_path, kep
         assert torch.equal(scene.gaussians.features, expected[index])
         # What rendering activates are the averaged ones.
         assert torch.equal(scene.activated.features_and_one[:, :-1], expected[index].float())
-        assert bank.num_bytes <= bank.max_bytes and store.num_bytes <= store.max_bytes
+        assert bank.num_bytes <= bank.max_bytes and store.memory.num_bytes <= store.memory.max_bytes
     assert bank.num_loads == 7
     assert bank.averages.num_averaged == (7 if kept_in == "nothing" else 3)
     assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == {"disk": 3, "both": 2}.get(kept_in, 0)
@@ -83,7 +83,7 @@ def test_averages__go_where_targets_go(tmp_path):
     assert find_store(average_views=False) is None
     # On a CPU, in the output folder once memory is full; gone with the targets when training has ended.
     assert find_store().folder == tmp_path / "out" / "targets" / "averages" and not find_store().keep_on_disk
-    assert find_store().max_bytes == 4_000_000_000 and find_store(average_gb=0.5).max_bytes == 500_000_000
+    assert find_store().memory.max_bytes == 4_000_000_000 and find_store(average_gb=0.5).memory.max_bytes == 500_000_000
     assert find_store(cache="none").folder is None and find_store(cache="memory").folder is None
     shared = find_store(cache_folder=tmp_path / "shared")
     assert shared.folder == tmp_path / "shared" / "averages" and shared.keep_on_disk

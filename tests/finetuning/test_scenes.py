@@ -12,13 +12,11 @@ import pytest
 import torch
 
 from fit3d_ns.features import describe_backbone
-from fit3d_ns.finetuning.augmentation import AugmentationConfig
-from fit3d_ns.finetuning.sampling import Draw
 from fit3d_ns.finetuning.scene_bank import SceneBank, check_backbones
 from fit3d_ns.finetuning.scene_files import find_scenes, prepare_scene_files
-from fit3d_ns.finetuning.training_views import TrainingViews, load_ahead
+from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import FeatureDecoder, SceneBackbone, feature_scene, load_scene, save_scene
-from tests.finetuning.finetuning_scene import BACKBONE, PATCH, create_scene, save_new_scene
+from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc")
 
@@ -244,19 +242,3 @@ def test_views__held_out_views_train_only_if_they_are_asked_for(tmp_path):
     assert TrainingViews([scene, scene], [("train", "test"), ()]).views_per_scene == [6, 0]
     with pytest.raises(ValueError, match="no views of split val"):
         TrainingViews([scene], [("val",)])
-
-
-@pytest.mark.parametrize("num_workers", [0, 3])
-def test_load_ahead__keeps_the_order_and_raises_in_turn(tmp_path, num_workers):
-    views = TrainingViews([create_scene(tmp_path)], [("train",)])
-    draws = [Draw(epoch, 0, view) for epoch in range(3) for view in (4, 0, 2)]
-    arguments = (AugmentationConfig(), PATCH, 0, ["bilinear"], num_workers, 2)
-    loaded = list(load_ahead(views, draws, *arguments))
-    assert [sample.draw for sample in loaded] == draws
-    alone = views.load_sample(draws[4], AugmentationConfig(), PATCH, 0, "bilinear")
-    assert torch.equal(loaded[4].image, alone.image) and torch.equal(loaded[4].mask, alone.mask)
-    views.views[0][2].frame.image_path.write_bytes(b"broken")
-    samples = load_ahead(views, draws, *arguments)
-    assert next(samples).draw == draws[0] and next(samples).draw == draws[1]
-    with pytest.raises(ValueError, match="2.png"):
-        next(samples)

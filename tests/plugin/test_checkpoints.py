@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, plain values only, damaged ones passed over."""
 
 import errno
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,8 @@ import torch
 
 from fit3d_ns.plugin import checkpoints
 from fit3d_ns.plugin.checkpoints import (
-    capture_random_states,
-    load_checkpoint_file,
     load_latest_checkpoint,
     make_plain,
-    restore_random_states,
     save_checkpoint_file,
 )
 
@@ -73,17 +69,6 @@ def test_save__on_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monk
         save_checkpoint_file(create_state(2), folder / "step-000000002.ckpt")
     assert [path.name for path in folder.iterdir()] == ["step-000000001.ckpt"]
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
-
-
-def test_random_states__continue_all_three_generators_through_a_file(tmp_path: Path) -> None:
-    random.seed(1)
-    np.random.seed(2)  # noqa: NPY002 - the legacy generator is what is tested.
-    torch.manual_seed(3)
-    torch.randn(3)
-    save_checkpoint_file({**create_state(0), "random": capture_random_states()}, tmp_path / "a" / "step-000000000.ckpt")
-    expected = (random.random(), np.random.rand(), torch.rand(1))  # noqa: NPY002
-    restore_random_states(load_checkpoint_file(tmp_path / "a" / "step-000000000.ckpt")["random"])
-    assert (random.random(), np.random.rand(), torch.rand(1)) == expected  # noqa: NPY002
 
 
 def test_make_plain__turns_numpy_numbers_into_pythons_everywhere() -> None:

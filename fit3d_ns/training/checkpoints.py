@@ -1,24 +1,24 @@
-"""Checkpoints of a fine-tuning run: one folder per step, whole or not there.
+"""Checkpoints of a training: one folder per step, whole or not there.
 
-    OUTPUT / checkpoints / step-00000500 / state.pt          parameters, optimizer, scaler, averages, losses
-                                           rng-0.pt ...      random generators, one file per process
-                                           progress.json     step, processes, batch size, settings, format
+    CHECKPOINTS / step-00000500 / state.pt          parameters, optimizer, scaler, averages, losses
+                                  rng-0.pt ...      random generators, one file per process
+                                  progress.json     step, processes, batch size, settings, format
 
-A checkpoint is written to `step-N.tmp/`, every file is flushed to disk, and only then the folder gets its name. Older
-ones leave after that. So a full disk or a kill at any moment leaves the previous checkpoint whole.
+A checkpoint is written to `step-N.tmp/`, every file is flushed to disk, and only then does the folder get its name.
+Older ones are removed after that. So a full disk or a kill at any moment leaves the previous checkpoint whole.
 """
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fit3d_ns.utils.files import is_disk_full, read_json, write_json
+from fit3d_ns.training.processes import Processes
+from fit3d_ns.utils.files import flush_to_disk, is_disk_full, read_json, write_json
+from fit3d_ns.utils.seeds import capture_random_states, restore_random_states
 
 FORMAT_VERSION = 1
 _PREFIX = "step-"
@@ -49,6 +49,9 @@ class CheckpointFolder:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, keep: int):
+        """Args:
+        keep: Number of newest checkpoints that stay.
+        """
         self.folder = folder
         self.keep = keep
 
@@ -61,33 +64,22 @@ class CheckpointFolder:
         """Folder of a checkpoint."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
-    def save(
-        self,
-        progress: CheckpointProgress,
-        state: dict[str, Any],
-        *,
-        rank: int = 0,
-        wait: Callable[[], None] = lambda: None,
-        agree: Callable[[str], None] = lambda problem: None,
-    ) -> None:
-        """Writes a checkpoint; called by all processes, rank 0 writes the shared part.
+    def save(self, progress: CheckpointProgress, state: dict[str, Any], processes: Processes) -> None:
+        """Writes a checkpoint; called by all processes, of which the first writes the shared part.
 
         Args:
-            state: Tensors, numbers and strings in dictionaries and lists; used on rank 0.
-            rank: This process.
-            wait: A barrier over all processes.
-            agree: Called by every process with its problem ("" for none); raises on all if any has one.
+            state: Tensors, numbers and strings in dictionaries and lists.
 
         Raises:
             ValueError: The disk is full; earlier checkpoints are untouched.
         """
-        final = self.get_path(progress.step)
+        final, is_first = self.get_path(progress.step), processes.rank == 0
         if progress.step in self.find_steps():
             # A run that was stopped right after it resumed has nothing new to say.
             return
         temporary = final.with_name(final.name + _TEMPORARY)
         problem = ""
-        if rank == 0:
+        if is_first:
             # What a kill left half-written, at whatever step.
             for stale in self.folder.glob(f"{_PREFIX}*{_TEMPORARY}"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -95,29 +87,29 @@ class CheckpointFolder:
                 temporary.mkdir(parents=True)
             except OSError as error:
                 problem = _describe(error, temporary)
-        agree(problem)
+        processes.agree(problem)
         try:
-            _save_tensors(collect_random_states(), temporary / f"rng-{rank}.pt")
-            if rank == 0:
+            _save_tensors(capture_random_states(), temporary / f"rng-{processes.rank}.pt")
+            if is_first:
                 _save_tensors(state, temporary / "state.pt")
                 write_json(temporary / "progress.json", asdict(progress))
         except (OSError, RuntimeError, ValueError) as error:
             problem = _describe(error, temporary)
         try:
-            agree(problem)
+            processes.agree(problem)
         except ValueError:
-            if rank == 0:
+            if is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        if rank == 0:
-            _sync(temporary)
+        if is_first:
+            flush_to_disk(temporary)
             os.replace(temporary, final)
-            _sync(self.folder)
+            flush_to_disk(self.folder)
             for step in self.find_steps()[: -self.keep]:
                 shutil.rmtree(self.get_path(step), ignore_errors=True)
-        wait()
+        processes.wait()
 
-    def load(self, step: int, *, rank: int = 0) -> tuple[CheckpointProgress, dict[str, Any]]:
+    def load(self, step: int, rank: int = 0) -> tuple[CheckpointProgress, dict[str, Any]]:
         """Reads a checkpoint and sets this process's random generators.
 
         Raises:
@@ -130,13 +122,12 @@ class CheckpointFolder:
         try:
             progress = CheckpointProgress(**content)
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            random_states = torch.load(path / f"rng-{rank}.pt", map_location="cpu", weights_only=True)
+            restore_random_states(torch.load(path / f"rng-{rank}.pt", map_location="cpu", weights_only=True))
         except Exception as error:
             raise ValueError(
                 f"Checkpoint {path} cannot be read ({str(error).splitlines()[0]}); remove the folder to go on from the "
                 "one before."
             ) from error
-        restore_random_states(random_states)
         return progress, state
 
     def clear(self) -> None:
@@ -154,29 +145,14 @@ def check_resumable(found: CheckpointProgress, wanted: CheckpointProgress, path:
         if getattr(found, name) != getattr(wanted, name):
             raise ValueError(
                 f"Checkpoint {path} was made with {name} {getattr(found, name)}, this run has {getattr(wanted, name)}; "
-                "resume with the same, or start anew with --resume never."
+                "resume with the same, or start over with --resume never."
             )
     differences = _compare(found.settings, wanted.settings, "")
     if differences:
         raise ValueError(
             f"Checkpoint {path} was made with other settings: {'; '.join(differences[:5])} (checkpoint against now); "
-            "resume with the same, or start anew with --resume never."
+            "resume with the same, or start over with --resume never."
         )
-
-
-def collect_random_states() -> dict[str, Any]:
-    """Torch's generators of this process; our own draws hang on seeds and need no state."""
-    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Sets what `collect_random_states` read, as far as the devices are there."""
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and len(states.get("cuda", [])) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def _compare(found: Any, wanted: Any, name: str) -> list[str]:
@@ -192,14 +168,6 @@ def _describe(error: Exception, path: Path) -> str:
     return f"The checkpoint {path} cannot be written ({str(error).splitlines()[0] if str(error) else error!r})."
 
 
-def _save_tensors(content: dict[str, Tensor] | dict[str, Any], path: Path) -> None:
+def _save_tensors(content: dict[str, Any], path: Path) -> None:
     torch.save(content, path)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(path)

@@ -1,0 +1,1 @@
+"""What every training here shares: the accelerator and its processes, the order of images, and checkpoints."""
