@@ -1,1 +1,1 @@
-"""A package, because some wheels leave a `tests` of their own in site-packages, which processes would import instead."""
+"""A package, because some wheels put their own `tests` into site-packages, which spawned processes would import."""
