@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.demo_maps import ImageAnalyser
 from fit3d_ns.report.demo_page import check_gradio, create_page, serve
+from fit3d_ns.utils.device import DeviceChoice, choose_device
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class DemoCommand:
     backbone_weights: Path | None = None
     """File with the original's weights; timm's download by default."""
     finetuned: tuple[str, ...] = ()
-    """Fine-tuned backbones to show beside it: folders that fit3d-finetune wrote, or weights files."""
+    """Fine-tuned backbones to show next to it: folders that fit3d-finetune wrote, or weights files."""
     num_clusters: int = 8
     """Clusters of k-means to start with, 2 to 20; the page has a slider."""
     longest_side: int = 640
@@ -32,7 +31,7 @@ class DemoCommand:
     """Port to serve on; by default the first free one from 7860 on."""
     normalization: Literal["timm", "imagenet"] = "timm"
     """Whose mean and deviation normalise images."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: DeviceChoice = "auto"
     """Where backbones run; `auto` takes CUDA where there is one."""
 
 
@@ -54,11 +53,7 @@ def demo(command: DemoCommand) -> None:
             f"--num-clusters {command.num_clusters} and --longest-side {command.longest_side} must lie in 2 to 20 and "
             "112 to 1344."
         )
-    if command.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine offers no CUDA device (see fit3d-info); take --device cpu.")
-    device = command.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(command.device).type
     weights = () if command.backbone_weights is None else (command.backbone_weights,)
     groups = read_models([command.backbone, *command.finetuned], weights, command.normalization)
     if len(groups) > 1:

@@ -20,7 +20,7 @@ class ExportConfig:
     """The file to write; `.safetensors` for `--format scene`, `.ply` for `--format ply`."""
     format: Literal["scene", "ply"] = "scene"
     """`scene`: all that stage II needs; `ply`: Gaussians with `sem_*` columns as FiT3D wrote them, and the
-    decoder beside as `.decoder.pth`; a decoder's bias becomes one more column."""
+    decoder as `.decoder.pth` next to it; a decoder's bias becomes one more column."""
     include_sh: bool = False
     """Also store how colour depends on the direction; the file then grows by 90 bytes per Gaussian at degree 3."""
     drop_unseen: bool = False
@@ -30,7 +30,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> None:
-    """Writes the scene and a JSON with its figures."""
+    """Writes the scene and a JSON with its metrics."""
     from fit3d_ns.plugin.scene_export import load_run_scene
 
     scene = load_run_scene(config.load_config, config.data, config.drop_unseen)
@@ -40,13 +40,13 @@ def export(config: ExportConfig) -> None:
         if not config.include_sh:
             scene = replace(scene, gaussians=replace(scene.gaussians, sh_rest=None))
         save_scene(scene, config.output_path, include_sh=config.include_sh)
-    figures = config.output_path.with_suffix(".json")
-    write_json(figures, describe_scene(scene, config.output_path))
-    print(f"Scene: {config.output_path}\nFigures: {figures}")
+    metrics = config.output_path.with_suffix(".json")
+    write_json(metrics, describe_scene(scene, config.output_path))
+    print(f"Scene: {config.output_path}\nMetrics: {metrics}")
 
 
 def describe_scene(scene: FeatureScene, path: Path) -> dict[str, object]:
-    """What the JSON beside a scene says."""
+    """What the JSON next to a scene says."""
     splits = [view.split for view in scene.posed_capture.views]
     return {
         "scene_id": scene.scene_id,

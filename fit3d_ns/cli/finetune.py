@@ -41,7 +41,7 @@ class FinetuneCommand:
     output_dir: Path
     """Folder of the result; an interrupted run goes on there."""
     val_ckpts: tuple[str, ...] = ()
-    """Scenes to validate on, as `--ckpts`. Without, views that the training leaves out are taken."""
+    """Scenes to validate on, as `--ckpts`. Without them, views that the training leaves out are taken."""
     backbone: str | None = None
     """Name of the backbone; by default the one the scenes were lifted with."""
     backbone_weights: Path | None = None
@@ -49,7 +49,7 @@ class FinetuneCommand:
     device: DeviceChoice = "auto"
     """Where to train; `auto` takes CUDA where there is one."""
     paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Set every value of the paper's public code; flags given besides still win."""
+    """Set every value of the paper's public code; flags that are given still win."""
     optimization: Annotated[OptimizationConfig, _FLAT] = field(default_factory=OptimizationConfig)
     sampling: Annotated[SamplingConfig, _FLAT] = field(default_factory=SamplingConfig)
     augmentation: Annotated[AugmentationConfig, _FLAT] = field(default_factory=AugmentationConfig)
@@ -77,7 +77,7 @@ class PaperFinetuneCommand(FinetuneCommand):
     """The same with the public code's values as defaults."""
 
     paper: bool = True
-    """Every value of the paper's public code is set; flags given besides still win."""
+    """Every value of the paper's public code is set; flags that are given still win."""
     optimization: Annotated[OptimizationConfig, _FLAT] = PAPER.optimization
     sampling: Annotated[SamplingConfig, _FLAT] = PAPER.sampling
     augmentation: Annotated[AugmentationConfig, _FLAT] = PAPER.augmentation
@@ -115,7 +115,7 @@ def run_finetune(command: FinetuneCommand) -> None:
         raise
     processes.close()
     if processes.is_main:
-        print(f"Fine-tuned backbone: {folder}\nFigures: {folder / REPORT_NAME}")
+        print(f"Fine-tuned backbone: {folder}\nMetrics: {folder / REPORT_NAME}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

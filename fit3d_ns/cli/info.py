@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fit3d_ns.cli.command import run_command
@@ -57,7 +58,9 @@ def info(config: InfoConfig) -> None:
     content = collect_info()
     table = Table(title="fit3d-info", show_header=False)
     for name, value in content.items():
-        table.add_row(name.replace("_", " "), value if isinstance(value, str) else json.dumps(value, indent=1))
+        text = value if isinstance(value, str) else json.dumps(value, indent=1)
+        # Without this, rich reads the `[demo]` of `pip install '.[demo]'` as markup.
+        table.add_row(name.replace("_", " "), escape(text))
     Console(soft_wrap=True).print(table)
     if config.output_path is not None:
         write_json(config.output_path, content)

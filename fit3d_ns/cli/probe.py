@@ -30,7 +30,7 @@ class ProbeCommand:
     output_path: Path
     """JSON record; seeds it already holds for the same settings are not run again."""
     test: Paths
-    """Folders that figures are about: a ScanNet++ scene, a plain folder (images/, labels/ or depths/), or the root
+    """Folders that metrics are about: a ScanNet++ scene, a plain folder (images/, labels/ or depths/), or the root
     of an official set; for consistency and correspondence captures or scene files."""
     train: Paths = ()
     """Folders that heads are trained on. A single scene takes part whole, unless it is in --test as well."""
@@ -39,11 +39,11 @@ class ProbeCommand:
     backbone: str = "dinov2_small"
     """The original backbone: one of the paper's names or any timm id."""
     backbone_weights: Path | None = None
-    """File with the original's weights."""
+    """File with the weights of the original backbone; by default timm's download."""
     finetuned: Path | None = None
     """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file."""
     seeds: Seeds = (0,)
-    """One head is trained for each; the record has mean and spread."""
+    """Seeds; one head is trained for each, and the record has mean and spread."""
     paper: bool = False
     """Take every value of the public code; flags that are given still win."""
     num_iterations: int | None = None
@@ -57,17 +57,17 @@ class ProbeCommand:
     head: Literal["linear", "dpt"] | None = None
     """Depth head; `dpt` is Table 12's."""
     class_token: ClassTokenChoice | None = None
-    """Whose class token the depth probe reads beside the patch tokens, `none` for no one's. `auto`, the default, takes
-    the original's as published; `validated` trains a head with and one without it and keeps the one that is better on
-    the validation part of the training data, never the test data. It costs a second training."""
+    """Whose class token the depth probe reads with the patch tokens; `none` reads none. `auto`, the default, takes the
+    original's as published; `validated` trains a head with and one without it and keeps the one that is better on the
+    validation part of the training data, never the test data, which costs a second training."""
     gradient_loss_weight: float | None = None
-    """Weight of the depth probe's loss of neighbouring pixels."""
+    """Weight of the depth probe's loss on differences between neighbouring pixels."""
     selection: Selection | None = None
     """Which checkpoint counts; by default the best on a tenth of the training data."""
     cache: CacheRule | None = None
     """Whether frozen features are computed once, which replaces random crops and colours by fixed views."""
     cache_gb: float = 4.0
-    """Largest memory for kept features, 1e9 bytes."""
+    """Most memory that kept features may take, in 1e9 bytes."""
     patch_fit: PatchFitRule | None = None
     """How images meet the patch grid."""
     normalization: Literal["timm", "imagenet"] | None = None
@@ -77,8 +77,8 @@ class ProbeCommand:
     max_pairs: int | None = None
     """Pairs of views per scene (consistency, correspondence)."""
     ratio_matches: int | None = None
-    """Recall also on so many most distinct matches of each pair, by Lowe's ratio test over all points of the grid, as
-    probe3d measures it with 1000 (consistency, correspondence); 0, the default, leaves these figures out."""
+    """Also measure recall on this many most distinct matches of each pair, by Lowe's ratio test over all points of the
+    grid, as probe3d does with 1000 (consistency, correspondence); 0, the default, leaves these metrics out."""
     angle_edges: tuple[float, ...] | None = None
     """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 by default."""
     splits: tuple[Literal["train", "val", "test"], ...] | None = None
@@ -93,13 +93,13 @@ class ProbeCommand:
     """Units per metre of the depth maps of plain folders, 1000 by default; refused where no plain folder is given,
     because official sets have their own."""
     max_depth: float | None = None
-    """Depth from here on does not count, in metres (plain folders and ScanNet++ scenes; refused without any)."""
+    """Depths of this many metres or more do not count (plain folders and ScanNet++ scenes; refused without any)."""
     predictions: Path | None = None
     """Folder for pictures of what the first seed's head says about some test frames (segmentation, depth)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where it runs; `accelerate launch -m fit3d_ns.cli.probe ...` uses several devices."""
+    """Where the probe runs; `accelerate launch -m fit3d_ns.cli.probe ...` uses several devices."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the head's training."""
+    """Precision in which the head is trained."""
 
 
 def main() -> None:
@@ -113,10 +113,10 @@ def main() -> None:
 
 
 def probe(command: ProbeCommand) -> None:
-    """Runs the probe and says where its figures are."""
+    """Runs the probe and says where its metrics are."""
     record = run_probe(create_request(command))
-    print(describe_figures(record))
-    print(f"Figures: {command.output_path}")
+    print(describe_metrics(record))
+    print(f"Metrics: {command.output_path}")
 
 
 def create_request(command: ProbeCommand) -> ProbeRequest:
@@ -157,15 +157,15 @@ def create_request(command: ProbeCommand) -> ProbeRequest:
     )
 
 
-def describe_figures(record: ResultRecord) -> str:
-    """One line with the main figures, mean and spread."""
+def describe_metrics(record: ResultRecord) -> str:
+    """One line with the main metrics, mean and spread."""
     spread = record.metrics.get("spread", {})
     parts = []
     for name, value in record.metrics.items():
         if isinstance(value, (int, float)) and not name.startswith("num_"):
             deviation = f" +- {spread[name]:.4f}" if isinstance(spread.get(name), float) else ""
             parts.append(f"{name} {value:.4f}{deviation}")
-    random = " (random weights: these figures say nothing about quality)" if record.is_random else ""
+    random = " (random weights: these metrics say nothing about quality)" if record.is_random else ""
     return f"{record.kind} {record.settings.get('assembly')}: {', '.join(parts)}{random}"
 
 

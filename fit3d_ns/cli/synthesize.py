@@ -16,13 +16,13 @@ def main() -> None:
 
 def synthesize(config: SynthesisConfig) -> None:
     """Makes the scenes and says where they are."""
-    figures = synthesize_scenes(config)
-    for scene in figures["scenes"]:
+    written = synthesize_scenes(config)
+    for scene in written["scenes"]:
         print(
             f"{config.output_dir / scene['name']}: {scene['train_frames']} train and {scene['test_frames']} test "
             f"frames, {scene['points']} points, {scene['seconds']:.1f} s"
         )
-    print(f"Figures: {config.output_dir / FIGURES_NAME}")
+    print(f"Metrics: {config.output_dir / FIGURES_NAME}")
 
 
 if __name__ == "__main__":

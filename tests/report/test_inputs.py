@@ -1,8 +1,6 @@
 """What fit3d-report says about files it cannot use, and which files it finds."""
 
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -88,33 +86,3 @@ def test_report__different_versions_of_the_data(tmp_path: Path) -> None:
     write_probe(tmp_path / "b.json", {0: {"miou": 0.5}}, assembly="duplicate", data_hash="new")
     with pytest.raises(ValueError, match=r"different versions of the test data nyu13 \('old' and 'new'\)"):
         write_report(read_results([tmp_path]), tmp_path / "out", "Results")
-
-
-def test_report_command__writes_four_files_and_shows_the_tables(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_probe(tmp_path / "a.json", {0: {"miou": 0.5}})
-    module.main([str(path), "--output-dir", str(tmp_path / "out"), "--title", "Ours"])
-    written = sorted(item.name for item in (tmp_path / "out").iterdir())
-    assert written == ["tables.html", "tables.json", "tables.md", "tables.tex"]
-    printed = capsys.readouterr().out
-    assert printed.startswith("# Ours") and "50.00" in printed and "tables.html" in printed
-
-
-@pytest.mark.parametrize("word", ["features", "predictions"])
-def test_report_command__first_words_lead_to_the_pictures(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
-    called: list[tuple[str, list[str]]] = []
-    pictures = ModuleType("fit3d_ns.cli.report_figures")
-    pictures.main_features = lambda args: called.append(("features", list(args)))  # type: ignore[attr-defined]
-    pictures.main_predictions = lambda args: called.append(("predictions", list(args)))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fit3d_ns.cli.report_figures", pictures)
-    module.main([word, "a.png", "--models", "features"])
-    assert called == [(word, ["a.png", "--models", "features"])]
-
-
-def test_report_command__help_names_the_picture_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        module.main(["--help"])
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    assert "fit3d-report features" in text and "fit3d-report predictions" in text

@@ -1,12 +1,12 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from fit3d_ns.cli.demo import DemoCommand, demo
-from fit3d_ns.cli.report_figures import main_features, main_predictions
+from fit3d_ns.cli import report as module
+from fit3d_ns.cli.report import main
+from tests.report.report_records import write_probe
 
 BACKBONE = "random:test_vit"
 
@@ -25,7 +25,7 @@ def test_features__photographs_and_a_folder_make_a_figure_and_a_video(
 ) -> None:
     output = tmp_path / "out" / "figure.png"
     folder = str(tmp_path / "photos")
-    main_features([*photographs, folder, "--models", BACKBONE, "--output-path", str(output), "--device", "cpu"])
+    main(["features", *photographs, folder, "--models", BACKBONE, "--output-path", str(output), "--device", "cpu"])
     printed = capsys.readouterr().out
     assert f"Figure: {output}" in printed and f"Video: {output.with_name('figure-photos.mp4')}" in printed
     assert "test_vit (random weights), original: temporal consistency" in printed
@@ -49,7 +49,7 @@ def test_features__what_is_wrong_is_one_sentence(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main_features(arguments)
+        main(["features", *arguments])
     assert caught.value.code == 1
     assert message in capsys.readouterr().err
 
@@ -58,17 +58,31 @@ def test_predictions__folder_without_predictions_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main_predictions([str(tmp_path), "--output-path", str(tmp_path / "figure.png")])
+        main(["predictions", str(tmp_path), "--output-path", str(tmp_path / "figure.png")])
     assert caught.value.code == 1
     assert "run fit3d-probe --predictions" in capsys.readouterr().err
 
 
-def test_demo__needs_gradio_and_one_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match="needs Gradio, which is not installed"):
-        demo(DemoCommand(backbone=BACKBONE))
-    monkeypatch.setattr("fit3d_ns.cli.demo.check_gradio", lambda: None)
-    with pytest.raises(ValueError, match="compares one architecture"):
-        demo(DemoCommand(backbone=BACKBONE, finetuned=("random:vit_tiny_patch16_224",), device="cpu"))
-    with pytest.raises(ValueError, match="must lie in 2 to 20"):
-        demo(DemoCommand(backbone=BACKBONE, num_clusters=1))
+def test_report__writes_four_files_and_shows_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_probe(tmp_path / "a.json", {0: {"miou": 0.5}})
+    main([str(path), "--output-dir", str(tmp_path / "out"), "--title", "Ours"])
+    written = sorted(item.name for item in (tmp_path / "out").iterdir())
+    assert written == ["tables.html", "tables.json", "tables.md", "tables.tex"]
+    printed = capsys.readouterr().out
+    assert printed.startswith("# Ours") and "50.00" in printed and "tables.html" in printed
+
+
+@pytest.mark.parametrize("word", ["features", "predictions"])
+def test_report__first_words_lead_to_the_figures(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(module, f"draw_{word}", called.append)
+    main([word, "a.png", "--output-path", "b.png", *(("--models", "features") if word == "features" else ())])
+    assert len(called) == 1 and word in type(called[0]).__name__.lower()
+
+
+def test_report__help_names_the_picture_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "fit3d-report features" in text and "fit3d-report predictions" in text
