@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fit3d_ns.features.sources import ADAPTER_KEY, ADAPTER_NAME
 from fit3d_ns.features.tokens import TokenModel, Tokens
-from fit3d_ns.utils.files import first_line, read_json
+from fit3d_ns.utils.errors import first_line
+from fit3d_ns.utils.files import read_json
 
 _LORA_MODULES = r"blocks\.\d+\.attn\.(qkv|q_proj|k_proj|v_proj|proj)"
 _HEAD_DIM = 32

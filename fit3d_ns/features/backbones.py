@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from fit3d_ns.features.sources import RANDOM_PREFIX, find_backbone_folder, resolve_source
-from fit3d_ns.utils.files import first_line, hash_bytes
+from fit3d_ns.utils.errors import first_line
+from fit3d_ns.utils.files import hash_bytes
 
 Normalization = Literal["timm", "imagenet"]
 """`timm`: each model's own mean and deviation; `imagenet`: ImageNet's for all, as the paper's code does."""

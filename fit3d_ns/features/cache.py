@@ -25,7 +25,8 @@ from torch import Tensor
 from fit3d_ns.features.backbones import BackboneDescription
 from fit3d_ns.features.extractor import FeatureExtractor, create_extractor
 from fit3d_ns.features.tokens import compute_patch_grid
-from fit3d_ns.utils.files import first_line, hash_bytes, write_atomically
+from fit3d_ns.utils.errors import first_line
+from fit3d_ns.utils.files import hash_bytes, write_atomically
 from fit3d_ns.utils.progress import notice, track
 
 LazyImage = Callable[[], Tensor]

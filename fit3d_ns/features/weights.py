@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fit3d_ns.utils.files import first_line
+from fit3d_ns.utils.errors import first_line
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 """Where checkpoints keep the weights, best first: averaged weights are what their authors evaluate."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fit3d_ns.utils.files import is_disk_full
+from fit3d_ns.utils.errors import first_line, is_disk_full
 from fit3d_ns.utils.progress import notice
 
 CHECKPOINT_PATTERN = re.compile(r"step-(\d{9})\.ckpt")
@@ -66,7 +66,7 @@ def load_checkpoint_file(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"Checkpoint {path} cannot be read ({_first_line(error)}); it may be cut short.") from error
+        raise ValueError(f"Checkpoint {path} cannot be read ({first_line(error)}); it may be cut short.") from error
     missing = [key for key in ("step", "pipeline", "optimizers") if key not in state]
     if missing:
         raise ValueError(f"{path} is no nerfstudio checkpoint: it has no {', '.join(missing)}.")
@@ -112,7 +112,3 @@ def make_plain(value: Any) -> Any:
 def _list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints by falling step."""
     return sorted((path for path in folder.iterdir() if CHECKPOINT_PATTERN.fullmatch(path.name)), reverse=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -20,6 +20,7 @@ from torch import Tensor
 from fit3d_ns.plugin.checkpoints import CHECKPOINT_PATTERN
 from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
 from fit3d_ns.scene.posed_capture import PosedCapture
+from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.progress import notice
 
 
@@ -131,7 +132,7 @@ def _load_config(config_path: Path) -> TrainerConfig:
     try:
         config = yaml.load(config_path.read_text(encoding="utf-8"), Loader=yaml.Loader)
     except Exception as error:
-        raise ValueError(f"{config_path} cannot be read as a nerfstudio config ({_first_line(error)}).") from error
+        raise ValueError(f"{config_path} cannot be read as a nerfstudio config ({first_line(error)}).") from error
     if not isinstance(config, TrainerConfig):
         raise ValueError(f"{config_path} is no nerfstudio run: it holds a {type(config).__name__}.")
     return config
@@ -158,7 +159,7 @@ def _load_newest(folder: Path) -> tuple[dict[str, Any], int]:
             with torch.serialization.safe_globals(_numpy_scalars()):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            notice(f"Checkpoint {path} cannot be read ({_first_line(error)}); trying the one before.")
+            notice(f"Checkpoint {path} cannot be read ({first_line(error)}); trying the one before.")
             continue
         return checkpoint, int(checkpoint["step"])
     raise ValueError(f"No readable checkpoint in {folder}.")
@@ -197,7 +198,3 @@ def _correct_poses(model: Any, cameras: Cameras, state: dict[str, Tensor]) -> li
         camera.metadata = {"cam_idx": index}
         poses.append(optimizer.apply_to_camera(camera)[0].detach())
     return poses
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

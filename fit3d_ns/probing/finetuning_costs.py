@@ -8,6 +8,7 @@ from fit3d_ns.probing.frozen_backbones import BackboneConfig
 from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_costs import SceneCosts, read_scene_costs
 from fit3d_ns.utils.files import read_json
+from fit3d_ns.utils.progress import SECONDS_PER_HOUR
 
 _TAKEN = (
     "steps",
@@ -20,7 +21,6 @@ _TAKEN = (
     "settings",
     "versions",
 )
-_SECONDS_PER_HOUR = 3600.0
 
 
 def is_finetuned_from_random(config: BackboneConfig) -> bool:
@@ -41,7 +41,7 @@ def read_costs(config: BackboneConfig) -> dict[str, Any]:
         return {}
     costs: dict[str, Any] = {name: report[name] for name in _TAKEN if name in report}
     if isinstance(report.get("seconds"), (int, float)):
-        costs["hours"] = report["seconds"] / _SECONDS_PER_HOUR
+        costs["hours"] = report["seconds"] / SECONDS_PER_HOUR
     scenes = [Path(name) for name in report.get("scenes", []) if isinstance(name, str)]
     costs["scenes"] = [scene.stem for scene in scenes]
     return {"finetuning": {**costs, **_summarise_scenes(_list_scene_costs(report, scenes))}}

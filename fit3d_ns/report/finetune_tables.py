@@ -9,8 +9,8 @@ from fit3d_ns.report.paper_values import name_backbone
 from fit3d_ns.report.result_files import FinetuneResult
 from fit3d_ns.report.settings_text import describe_settings, describe_versions, find_differences, flatten
 from fit3d_ns.report.table import NOTHING, RANDOM_TITLE, Cell, Table, create_header, mark_best
+from fit3d_ns.utils.progress import SECONDS_PER_HOUR
 
-_SECONDS_PER_HOUR = 3600.0
 _PARTS = {"original": "original", "finetuned": "fine-tuned"}
 
 
@@ -76,7 +76,7 @@ def _read_costs(report: Mapping[str, Any]) -> dict[str, Any]:
     """By the names of the cost columns; means over scenes."""
     costs: dict[str, Any] = {"epochs": report.get("epochs")}
     if isinstance(report.get("seconds"), (int, float)):
-        costs["finetune_hours"] = report["seconds"] / _SECONDS_PER_HOUR
+        costs["finetune_hours"] = report["seconds"] / SECONDS_PER_HOUR
     scenes = report.get("scene_costs") or []
     for name, known in (("feature_dim", "feature_dim"), ("scene_file_mb", "file_mb"), ("stage1_hours", "stage1_hours")):
         values = [scene.get(known) for scene in scenes]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fit3d_ns.scene.feature_scene import FeatureScene
+from fit3d_ns.utils.progress import SECONDS_PER_HOUR
 
 TRAINING_FIGURE = "training_seconds"
 """Of a scene that was lifted from a finished run: seconds by phase of the run that made its geometry."""
@@ -13,7 +14,6 @@ GEOMETRY_PHASES = ("setup", "colour")
 """Phases of a run that a lift builds on; what the run spent on features of its own is not part of it."""
 _UNCOUNTED_PHASES = ("evaluation", "viewer", "photographs", "pictures")
 """Phases that only measure or show."""
-_SECONDS_PER_HOUR = 3600.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def compute_stage1_hours(metrics: Mapping[str, Any]) -> float | None:
     phases = {**_read_phases(metrics.get("seconds")), **_read_phases(metrics.get(TRAINING_FIGURE))}
     if not phases.get("colour"):
         return None
-    return sum(seconds for name, seconds in phases.items() if name not in _UNCOUNTED_PHASES) / _SECONDS_PER_HOUR
+    return sum(seconds for name, seconds in phases.items() if name not in _UNCOUNTED_PHASES) / SECONDS_PER_HOUR
 
 
 def find_geometry_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -29,7 +29,8 @@ from fit3d_ns.synthetic.rooms import build_room
 from fit3d_ns.synthetic.scannetpp_writer import SceneFrame, write_scannetpp
 from fit3d_ns.synthetic.views import RoomRenderer, SyntheticView
 from fit3d_ns.synthetic.walk import walk_through
-from fit3d_ns.utils.files import is_disk_full, read_json, write_json
+from fit3d_ns.utils.errors import is_disk_full
+from fit3d_ns.utils.files import read_json, write_json
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.seeds import derive_seed
 

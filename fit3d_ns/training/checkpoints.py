@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fit3d_ns.training.processes import Processes
-from fit3d_ns.utils.files import flush_to_disk, is_disk_full, read_json, write_json
+from fit3d_ns.utils.errors import first_line, is_disk_full
+from fit3d_ns.utils.files import flush_to_disk, read_json, write_json
 from fit3d_ns.utils.seeds import capture_random_states, restore_random_states
 
 FORMAT_VERSION = 1
@@ -125,7 +126,7 @@ class CheckpointFolder:
             restore_random_states(torch.load(path / f"rng-{rank}.pt", map_location="cpu", weights_only=True))
         except Exception as error:
             raise ValueError(
-                f"Checkpoint {path} cannot be read ({str(error).splitlines()[0]}); remove the folder to go on from the "
+                f"Checkpoint {path} cannot be read ({first_line(error)}); remove the folder to go on from the "
                 "one before."
             ) from error
         return progress, state
@@ -165,7 +166,7 @@ def _compare(found: Any, wanted: Any, name: str) -> list[str]:
 def _describe(error: Exception, path: Path) -> str:
     if is_disk_full(error):
         return f"No space left for the checkpoint {path}; free some disk space and run the same command again."
-    return f"The checkpoint {path} cannot be written ({str(error).splitlines()[0] if str(error) else error!r})."
+    return f"The checkpoint {path} cannot be written ({first_line(error)})."
 
 
 def _save_tensors(content: dict[str, Any], path: Path) -> None:

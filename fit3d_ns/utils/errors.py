@@ -1,10 +1,9 @@
-"""Errors that a user can cause, as one sentence on standard error instead of a traceback."""
+"""Errors that a user can cause: what they say in one sentence, and that sentence instead of a traceback."""
 
+import errno
 import os
 import sys
 from types import TracebackType
-
-from fit3d_ns.utils.files import is_disk_full
 
 
 def describe_error(error: BaseException) -> str:
@@ -16,6 +15,19 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, PermissionError) and error.filename is not None:
         return f"no permission for {error.filename}; check its owner or choose another place."
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True for the ways in which Python, torch and safetensors report a full disk."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return "No space left on device" in text or "PytorchStreamWriter failed writing file" in text
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a sentence about the file at fault; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def shows_tracebacks() -> bool:

@@ -10,10 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fit3d_ns.utils.errors import is_disk_full
+
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what was written there takes the name `path` when the block ends well.
+    """Yields a temporary path next to `path`; what was written there takes the name `path` when the block ends well.
 
     The data is on disk before the name changes, so after a crash `path` holds either the old content or the new.
 
@@ -36,31 +38,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
             os.chmod(temporary, 0o666 & ~_get_umask())
         os.replace(temporary, path)
         flush_to_disk(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise ValueError(f"No space left for {path}; free some disk space or choose another folder.") from error
-        raise
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error):
             raise ValueError(f"No space left for {path}; free some disk space or choose another folder.") from error
         raise
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """True for the ways in which Python, torch and safetensors report a full disk."""
-    import errno
-
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    text = str(error)
-    return "No space left on device" in text or "PytorchStreamWriter failed writing file" in text
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, for a sentence about the file at fault; its type if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -81,7 +63,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore the file or make it anew.") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); restore the file or make it again.") from error
 
 
 def flush_to_disk(path: Path) -> None:

@@ -20,6 +20,8 @@ from rich.progress import (
 
 T = TypeVar("T")
 
+SECONDS_PER_HOUR = 3600.0
+
 
 def notice(message: str) -> None:
     """Prints one line to standard error, so that standard output stays free for results."""
@@ -43,7 +45,7 @@ def create_progress() -> Progress:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterates with a progress bar; where standard error is no terminal, one notice at the start and one at the end.
+    """Iterates with a progress bar; where there is no terminal, one notice at the start and one at the end.
 
     Args:
         items: What to go through.

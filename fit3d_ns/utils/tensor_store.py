@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice
 
@@ -70,7 +71,7 @@ class TensorStore:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (SafetensorError, OSError) as error:
-            notice(f"{path}, which was kept earlier, is damaged ({str(error).splitlines()[0]}); making it again.")
+            notice(f"{path}, which was kept earlier, is damaged ({first_line(error)}); making it again.")
             return None
         # Mapped pages are the system's to drop; what fits the budget is copied and stays.
         num_bytes = count_bytes(*tensors.values())
