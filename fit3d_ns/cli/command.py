@@ -1,15 +1,17 @@
 """`run_command`: what all `fit3d-*` commands share: parsing, errors in one sentence, exit codes."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from fit3d_ns.utils.errors import describe_error, shows_tracebacks
+from fit3d_ns.utils.errors import explain, shows_tracebacks
 
 Config = TypeVar("Config")
 
@@ -41,6 +43,9 @@ def run_command(
     arguments = list(sys.argv[1:] if args is None else args)
     # Asked for by name before parsing: a config that refuses its values does so while it is built.
     debug = shows_tracebacks() or "--debug" in arguments
+    # A polite kill ends a command as Ctrl-C does, also outside the loops that save what they have.
+    with suppress(ValueError):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         parsed: Any = tyro.cli(
             _command_line_class(config_class),
@@ -56,10 +61,13 @@ def run_command(
         # Whoever read the output (`head`) has seen enough; Python would complain once more while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_USER_ERROR)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
         if debug:
             traceback.print_exc()
-        print(f"{prog}: error: {describe_error(error)}", file=sys.stderr)
+        print(f"{prog}: error: {sentence}", file=sys.stderr)
         if not debug:
             print("FIT3D_DEBUG=1 shows the traceback.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

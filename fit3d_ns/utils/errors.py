@@ -1,28 +1,106 @@
-"""Errors that a user can cause: what they say in one sentence, and that sentence instead of a traceback."""
+"""`explain`: every exception that a user can mend, as one sentence that says what, where and what to do.
+
+Libraries report a full disk or a missing permission in words of their own; the number of the error is in the exception,
+in one that it came from, or in its text. All commands translate here, and nowhere else.
+"""
 
 import errno
 import os
+import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 
+AGAIN = "then run the same command again"
 
-def describe_error(error: BaseException) -> str:
-    """An error as one sentence a user can act on."""
-    if is_disk_full(error):
-        return "the disk is full; free some space or choose another folder, then run the same command again."
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"no such file or folder: {error.filename}."
-    if isinstance(error, PermissionError) and error.filename is not None:
-        return f"no permission for {error.filename}; check its owner or choose another place."
-    return " ".join(str(error).split()) or type(error).__name__
+_SENTENCES = {
+    errno.ENOSPC: f"the disk is full; free some space or choose another folder, {AGAIN}",
+    errno.EDQUOT: f"the disk quota of your account is used up; delete something or choose another folder, {AGAIN}",
+    errno.EFBIG: "the file would be larger than is allowed here; see `ulimit -f`, or choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "no permission; check the owner or choose another place",
+    errno.EPERM: "not permitted; check the owner or choose another place",
+    errno.EIO: f"the device reports an input/output error; check the disk, {AGAIN}",
+    errno.ELOOP: "the symbolic links there lead in a circle; remove one of them",
+    errno.EMFILE: "too many files are open; raise the limit with `ulimit -n 4096`",
+    errno.ENFILE: "too many files are open on this machine; close some programs",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
+    errno.EEXIST: "something else stands there already; choose another path",
+    errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOMEM: "there is not enough memory",
+    errno.EADDRINUSE: "the address is in use; choose another port",
+    errno.ESTALE: f"the network file system lost the file; {AGAIN.removeprefix('then ')}",
+}
+_RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENOMEM)
+"""What counts also where it is only the context of another exception: the other one is a consequence."""
+
+_TEXTS = (
+    (re.compile(r"No space left on device"), errno.ENOSPC),
+    (re.compile(r"[Qq]uota exceeded"), errno.EDQUOT),
+    (re.compile(r"File too large"), errno.EFBIG),
+    (re.compile(r"Read-only file system"), errno.EROFS),
+    (re.compile(r"Symlink loop"), errno.ELOOP),
+    # torch's writer compares positions and does not say why they differ.
+    (re.compile(r"enforce fail at inline_container.*unexpected pos|PytorchStreamWriter failed writing"), errno.ENOSPC),
+    (re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|failed to map segment"), errno.ENOMEM),
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence about an exception, with its full stop; None where only a traceback helps, because it is a bug."""
+    if isinstance(error, RecursionError):
+        return "the data is nested too deeply to be read; restore the file or make it again."
+    number, path = find_errno(error)
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError) and str(error):
+        return _as_sentence(str(error))
+    if number == errno.ENOMEM or isinstance(error, MemoryError):
+        return (
+            f"there is not enough memory ({first_line(error)}); close other programs, use smaller images or fewer "
+            "Gaussians, or a machine with more."
+        )
+    if number in _SENTENCES:
+        sentence = _SENTENCES[number]
+        return f"{path}: {sentence}." if path else f"{sentence}."
+    if isinstance(error, OSError):
+        return _as_sentence(str(error) or type(error).__name__)
+    text = str(error)
+    if "can't start new thread" in text:
+        return "the system refuses another thread; raise the limit (`ulimit -u`) or set OMP_NUM_THREADS=1."
+    if type(error).__name__ == "SafetensorError":
+        return f"a .safetensors file cannot be read or written ({first_line(error)}); restore it or make it again."
+    return None
+
+
+def find_errno(error: BaseException) -> tuple[int | None, str]:
+    """The number of the system's error behind an exception, and the path that it names ("" if none)."""
+    for link, is_context in _walk(error):
+        number, path = _read_errno(link)
+        if number is not None and (not is_context or number in _RESOURCES):
+            return number, path
+    return None, ""
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """True for the ways in which Python, torch and safetensors report a full disk."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    text = str(error)
-    return "No space left on device" in text or "PytorchStreamWriter failed writing file" in text
+    """True for the ways in which Python, torch and safetensors report that nothing more can be written."""
+    return find_errno(error)[0] in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_writable(path: Path) -> None:
+    """Tries to write next to `path` before the work that leads to it; makes the folders that are missing.
+
+    Raises:
+        OSError: The folder cannot be made or written to; `explain` has the sentence.
+    """
+    folder = Path(os.path.realpath(Path(path).expanduser())).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".fit3d-{os.getpid()}.tmp"
+    try:
+        probe.write_bytes(b"\0")
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def first_line(error: BaseException) -> str:
@@ -46,8 +124,39 @@ def install_error_sentences() -> None:
 
 
 def _print_sentence(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if isinstance(error, (ValueError, FileNotFoundError, PermissionError)):
-        print(f"fit3d: error: {describe_error(error)}", file=sys.stderr)
-        print("FIT3D_DEBUG=1 shows the traceback.", file=sys.stderr)
-    else:
+    sentence = explain(error)
+    if sentence is None:
         sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"fit3d: error: {sentence}", file=sys.stderr)
+        print("FIT3D_DEBUG=1 shows the traceback.", file=sys.stderr)
+
+
+def _walk(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
+    """An exception, what it was raised from, and what was being handled (True) at the time."""
+    seen: set[int] = set()
+    pending: list[tuple[BaseException | None, bool]] = [(error, False)]
+    while pending:
+        link, is_context = pending.pop(0)
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link, is_context
+        pending += [(link.__cause__, is_context), (link.__context__, True)]
+
+
+def _read_errno(error: BaseException) -> tuple[int | None, str]:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, str(error.filename or "")
+    text = str(error)
+    place = re.search(r'at path "([^"]+)"', text)
+    path = place.group(1) if place else ""
+    # Rust's standard library, for example in safetensors: "Disk quota exceeded (os error 122)".
+    if match := re.search(r"\(os error (\d+)\)", text):
+        return int(match.group(1)), path
+    return next((number for pattern, number in _TEXTS if pattern.search(text)), None), path
+
+
+def _as_sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text if text.endswith((".", "?", "!")) else f"{text}."

@@ -1,48 +1,120 @@
-"""Files that are never half-written, and names made from what they hold."""
+"""Files that are never half-written, folders that one process works in, and hashes of contents."""
 
+import fcntl
+import glob
 import hashlib
+import itertools
 import json
 import os
-import uuid
+import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.utils.errors import is_disk_full
+from fit3d_ns.utils.errors import explain, find_errno
+
+LOCK_NAME = ".lock"
+"""Of the file in an output folder that a running command holds."""
+
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""Process numbers mean something on their own machine only."""
+
+_NUMBERS = itertools.count()
+_OWN: set[str] = set()
+"""Temporary names that this process is writing to; several threads may write at once."""
+
+_MAX_NAME = 200
+"""File systems allow 255 bytes for a name."""
 
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`; what was written there takes the name `path` when the block ends well.
 
-    The data is on disk before the name changes, so after a crash `path` holds either the old content or the new.
+    The data is on disk before the name changes, so after a crash `path` holds either the old content or the new. A
+    symbolic link stays one: what it points to is replaced. What dead processes left of the same file is removed.
 
     Args:
-        path: The final file. Its folder is made if it is missing.
+        path: The final file or, if the block makes a folder, the final folder. Missing folders above it are made.
 
     Raises:
-        ValueError: The disk is full; nothing remains of the attempt.
+        ValueError: It cannot be written; the sentence names `path`, and nothing remains of the attempt.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(_name_temporary(path.name))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_temporaries(path)
+        _OWN.add(temporary.name)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        # Some libraries make files that only their owner may read; these become like any other file.
-        with suppress(PermissionError):
-            # Not every file system (FAT, some network shares) has permissions to give.
-            os.chmod(temporary, 0o666 & ~_get_umask())
+        _sync_tree(temporary)
+        if temporary.is_file():
+            # Some libraries make files that only their owner may read; these become like any other file.
+            with suppress(PermissionError):
+                # Not every file system (FAT, some network shares) has permissions to give.
+                os.chmod(temporary, 0o666 & ~_get_umask())
         os.replace(temporary, path)
         flush_to_disk(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise ValueError(f"No space left for {path}; free some disk space or choose another folder.") from error
+        remove(temporary)
+        number, named = find_errno(error)
+        is_ours = isinstance(error, Exception) and number is not None and not isinstance(error, ValueError)
+        # What the block reads has troubles of its own, which are not about `path`.
+        if is_ours and (not named or named.startswith(str(path.parent))):
+            raise ValueError(f"{path} cannot be written: {explain(error)}") from error
         raise
+    finally:
+        _OWN.discard(temporary.name)
+
+
+def sweep_temporaries(path: Path) -> None:
+    """Removes temporary files and folders of `path` whose writers are no longer alive on this machine."""
+    for stale in path.parent.glob(f".{glob.escape(path.name[:_MAX_NAME])}.*.tmp"):
+        host, writer = stale.name.split(".")[-3:-1]
+        process = writer.split("-")[0]
+        if host == _HOST and process.isdigit() and stale.name not in _OWN and not _is_alive(int(process)):
+            remove(stale)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a whole folder; nothing happens where there is none, or where it cannot be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of an output folder while the block runs; the system frees it when a process dies.
+
+    Raises:
+        ValueError: Another process is at work there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_NAME, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"Another process works in {folder}; wait for it, or choose another folder.") from error
+        except OSError:
+            # Some network file systems have no locks; what is written there is whole all the same.
+            pass
+        yield
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, would survive a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -66,15 +138,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); restore the file or make it again.") from error
 
 
-def flush_to_disk(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, would survive a crash."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def hash_bytes(*chunks: bytes) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the chunks, each preceded by its length."""
     digest = hashlib.sha256()
@@ -91,6 +154,30 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _name_temporary(name: str) -> str:
+    """`.NAME.HOST.PID-N.tmp`: a later writer of the same file sees whether this one is still alive."""
+    return f".{name[:_MAX_NAME]}.{_HOST}.{os.getpid()}-{next(_NUMBERS)}.tmp"
+
+
+def _is_alive(process: int) -> bool:
+    if process == os.getpid():
+        # The number came round again: what this process writes itself is known.
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sync_tree(path: Path) -> None:
+    for inner in sorted(path.rglob("*"), reverse=True) if path.is_dir() else []:
+        flush_to_disk(inner)
+    flush_to_disk(path)
 
 
 def _finite(value: Any) -> Any:

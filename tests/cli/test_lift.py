@@ -181,7 +181,7 @@ def test_lift__flags_are_the_fields_of_the_lift(monkeypatch, capture):
         (("--output-path", "scene.ply"), "must end in .safetensors"),
         (("--backbone", "no_such_vit"), "no_such_vit"),
         (("--data", "nowhere"), "No such scene: nowhere"),
-        (("--ply", "nowhere.ply"), "No such PLY file: nowhere.ply"),
+        (("--ply", "nowhere.ply"), "PLY file nowhere.ply is missing"),
         (("--shared-decoder",), "must be a folder"),
     ],
 )
