@@ -37,7 +37,6 @@ from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
-    SceneBackbone,
     View,
     create_gaussians,
     create_posed_capture,
@@ -275,7 +274,7 @@ def make_scene(description: BackboneDescription, config: Config, root: Path) -> 
         gaussians=gaussians,
         decoder=FeatureDecoder(dim, description.embed_dim, bias=True),
         posed_capture=create_posed_capture(CaptureFiles(root, "nerfstudio", "made for timing", frames)),
-        backbone=SceneBackbone.from_description(description),
+        backbone=description,
     )
 
 

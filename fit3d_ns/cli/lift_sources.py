@@ -1,11 +1,11 @@
 """Reading what `fit3d-lift` lifts from, a run, a PLY or a scene file, and whose features it has already."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fit3d_ns.features import BackboneDescription, describe_backbone
+from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.lifting.lift_source import LiftSource, create_lift_source, read_scene_source
 from fit3d_ns.lifting.ply_world import PlyConfig, read_ply_source
 from fit3d_ns.scene import load_scene
@@ -14,7 +14,7 @@ from fit3d_ns.utils.progress import notice
 
 
 def find_backbone(
-    runs: Sequence[Path], scenes: Sequence[Path], weights: Path | None, normalization: str | None
+    runs: Sequence[Path], scenes: Sequence[Path], weights: Path | None, normalization: Normalization | None
 ) -> BackboneDescription | None:
     """The backbone that the first scene or run has features of; None where it has none.
 
@@ -26,8 +26,7 @@ def find_backbone(
         ValueError: The scene or run cannot be read, or the weights cannot be had.
     """
     if scenes:
-        known = load_scene(scenes[0]).backbone
-        return (known if normalization is None else replace(known, normalization=normalization)).describe(weights)
+        return load_scene(scenes[0]).backbone.with_weights(weights, normalization=normalization)
     if not runs:
         return None
     try:

@@ -6,7 +6,8 @@ Names are in `sources.py`, weights from files in `weights.py`.
 import socket
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +32,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """Channel deviations of ImageNet's images in [0, 1]."""
 
 
+# What decides the tokens of an image; names may differ for the same weights.
+_DECISIVE = ("patch_size", "embed_dim", "mean", "std", "resize_rule", "norm", "weights_hash")
+
+
 @dataclass(frozen=True)
 class BackboneDescription:
-    """Everything about a backbone that decides which tokens an image becomes."""
+    """Everything about a backbone that decides which tokens an image becomes; files keep what `to_metadata` gives."""
 
     backbone: str
     """The name as the user gave it."""
@@ -43,49 +48,68 @@ class BackboneDescription:
     """Side of a patch in pixels."""
     embed_dim: int
     """Length E of a token."""
-    num_blocks: int
-    """Number of transformer blocks."""
-    num_prefix_tokens: int
-    """Class token plus registers."""
     mean: tuple[float, float, float]
     """Subtracted from images in [0, 1]."""
     std: tuple[float, float, float]
     """Divides images after that."""
-    normalization: Normalization
-    """Where `mean` and `std` come from."""
-    resize_rule: ResizeRule
-    """How images are resized to the patch grid."""
-    norm: bool
-    """True if the final norm is applied to the last block's tokens."""
     weights_hash: str
     """Of a file: hash of its bytes. Of a timm download: hash of the checkpoint's published name, which timm does not
     reuse. Of random weights: hash of architecture and seed. 16 hexadecimal digits."""
-    is_random: bool
+    num_prefix_tokens: int = 1
+    """Class token plus registers."""
+    normalization: Normalization = "timm"
+    """Where `mean` and `std` come from."""
+    resize_rule: ResizeRule = "bilinear"
+    """How images are resized to the patch grid."""
+    norm: bool = True
+    """True if the final norm is applied to the last block's tokens."""
+    is_random: bool = False
     """True for untrained weights; features then say nothing about quality."""
+    identity: str = ""
+    """A name fit for folders, equal only for descriptions that give the same tokens for the same image."""
+    num_blocks: int = field(default=0, compare=False)
+    """Number of transformer blocks; 0 where the description was read from a file."""
     weights: Path | None = field(default=None, compare=False)
-    """The file the weights come from; None for timm's download and for random weights."""
-    model_args: tuple[tuple[str, Any], ...] = ()
-    """Arguments of timm's constructor that a fine-tuned folder recorded."""
+    """The file the weights come from; None for timm's download, for random weights and where read from a file."""
+    model_args: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
+    """Arguments of timm's constructor that a fine-tuned folder recorded; empty where read from a file."""
 
-    @property
-    def identity(self) -> str:
-        """A name fit for folders, equal only for descriptions that give the same tokens for the same image."""
-        digest = hash_bytes(
-            *(
-                repr(part).encode()
-                for part in (
-                    self.architecture,
-                    self.model_args,
-                    self.weights_hash,
-                    tuple(map(float, self.mean)),
-                    tuple(map(float, self.std)),
-                    self.resize_rule,
-                    self.norm,
-                )
-            )
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "BackboneDescription":
+        """From what `to_metadata` gave; keys of newer versions are ignored."""
+        known = {field.name: metadata[field.name] for field in fields(cls) if field.compare and field.name in metadata}
+        for name in ("mean", "std"):
+            known[name] = tuple(float(value) for value in known[name])
+        return cls(**known)
+
+    def with_weights(
+        self, weights: Path | None, backbone: str | None = None, normalization: Normalization | None = None
+    ) -> "BackboneDescription":
+        """A backbone that can be built and sees images as this one does: its own, or another.
+
+        Args:
+            weights: Weights file; timm's download if None.
+            backbone: Another one's name.
+            normalization: Another choice of mean and deviation.
+
+        Raises:
+            ValueError: What `describe_backbone` refuses.
+        """
+        return describe_backbone(
+            backbone or self.backbone,
+            weights,
+            normalization or self.normalization,
+            norm=self.norm,
+            resize_rule=self.resize_rule,
         )
-        kind = "random-" if self.is_random else ""
-        return f"{kind}{self.architecture}-{digest}"
+
+    def find_differences(self, other: "BackboneDescription") -> list[str]:
+        """What would give other tokens for the same image, as "patch_size 14 against 16"; empty if nothing."""
+        return [
+            f"{name} {getattr(self, name)} against {getattr(other, name)}"
+            for name in _DECISIVE
+            if getattr(self, name) != getattr(other, name)
+        ]
 
     @property
     def label(self) -> str:
@@ -95,21 +119,8 @@ class BackboneDescription:
     def to_metadata(self) -> dict[str, Any]:
         """Plain values for JSON: what a scene file or a result record stores; no path of this machine."""
         name = Path(self.backbone).name if find_backbone_folder(self.backbone) is not None else self.backbone
-        return {
-            "backbone": name,
-            "architecture": self.architecture,
-            "patch_size": self.patch_size,
-            "embed_dim": self.embed_dim,
-            "num_prefix_tokens": self.num_prefix_tokens,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "normalization": self.normalization,
-            "resize_rule": self.resize_rule,
-            "norm": self.norm,
-            "weights_hash": self.weights_hash,
-            "is_random": self.is_random,
-            "identity": self.identity,
-        }
+        kept = {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
+        return {**kept, "backbone": name, "mean": list(self.mean), "std": list(self.std)}
 
 
 def describe_backbone(
@@ -134,21 +145,27 @@ def describe_backbone(
     """
     source = resolve_source(backbone, Path(weights) if weights is not None else None)
     shape = _measure_architecture(source.architecture, source.model_args)
-    timm_mean, timm_std = source.mean or shape.mean, source.std or shape.std
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if normalization == "timm":
+        mean, std = source.mean or shape.mean, source.std or shape.std
+    means, stds = tuple(map(float, mean)), tuple(map(float, std))
+    parts = (source.architecture, source.model_args, source.weights_hash, means, stds, resize_rule, norm)
+    digest = hash_bytes(*(repr(part).encode() for part in parts))
     return BackboneDescription(
         backbone=backbone,
         architecture=source.architecture,
         patch_size=shape.patch_size,
         embed_dim=shape.embed_dim,
-        num_blocks=shape.num_blocks,
         num_prefix_tokens=shape.num_prefix_tokens,
-        mean=timm_mean if normalization == "timm" else IMAGENET_MEAN,
-        std=timm_std if normalization == "timm" else IMAGENET_STD,
+        mean=mean,
+        std=std,
         normalization=normalization,
         resize_rule=resize_rule,
         norm=norm,
         weights_hash=source.weights_hash,
         is_random=source.is_random,
+        identity=f"{'random-' if source.is_random else ''}{source.architecture}-{digest}",
+        num_blocks=shape.num_blocks,
         weights=source.weights,
         model_args=source.model_args,
     )

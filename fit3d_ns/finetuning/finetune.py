@@ -33,7 +33,6 @@ from fit3d_ns.finetuning.trainable import merge_trained
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import ComputeTokens, Validation, ValidationFigures, format_consistency
-from fit3d_ns.scene import SceneBackbone
 from fit3d_ns.scene.scene_costs import read_scene_costs
 from fit3d_ns.training.accelerator import create_accelerator, track_run
 from fit3d_ns.training.processes import Processes
@@ -90,8 +89,8 @@ def finetune(
     bank = SceneBank([*inputs.scenes, *inputs.validation_scenes], accelerator.device, run.scene_memory_gb)
     bank.averages = create_averages(config.targets, bank, output_folder, run.data_root)
     # With the first scene's preprocessing; the others are checked against it.
-    description = bank.on_disk[0].backbone.describe(inputs.weights, inputs.backbone)
-    check_backbones(bank, SceneBackbone.from_description(description))
+    description = bank.on_disk[0].backbone.with_weights(inputs.weights, inputs.backbone)
+    check_backbones(bank, description)
     views = _find_views(bank, inputs, config)
     token_model = create_token_model(description).to(accelerator.device)
     original = copy_original(token_model)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from fit3d_ns.features import BackboneDescription
 from fit3d_ns.finetuning.scene_averages import SceneAverages
 from fit3d_ns.finetuning.scene_fingerprint import compute_fingerprint
-from fit3d_ns.scene import FeatureScene, SceneBackbone, load_scene
+from fit3d_ns.scene import FeatureScene, load_scene
 
 
 class SceneBank:
@@ -101,7 +102,7 @@ class SceneBank:
         return compute_fingerprint(self.on_disk[index])
 
 
-def check_backbones(bank: SceneBank, backbone: SceneBackbone) -> None:
+def check_backbones(bank: SceneBank, backbone: BackboneDescription) -> None:
     """Refuses scenes that were lifted with another backbone, other weights or other preprocessing.
 
     Raises:

@@ -31,7 +31,7 @@ from fit3d_ns.lifting.lift_source import (
 from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.view_passes import Progress
-from fit3d_ns.scene import FeatureDecoder, FeatureScene, SceneBackbone, create_gaussians
+from fit3d_ns.scene import FeatureDecoder, FeatureScene, create_gaussians
 from fit3d_ns.scene.scene_costs import TRAINING_FIGURE
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, measure_peak_memory_mb, notice
 
@@ -177,7 +177,7 @@ def _create_scene(
         gaussians=create_gaussians(**{name: value[keep] for name, value in values.items()}),
         decoder=FeatureDecoder.from_weights(decoder.weight.detach().cpu(), bias),
         posed_capture=source.capture,
-        backbone=SceneBackbone.from_description(backbone),
+        backbone=backbone,
         pca=pca,
         token_reading=result.config.token_reading,
         rasterize_mode=source.rasterize_mode,

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
-from fit3d_ns.features.backbones import describe_backbone
+from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.plugin.run_reader import SplatRun, read_run
 from fit3d_ns.plugin.summary import read_run_figures
-from fit3d_ns.scene import FeatureDecoder, FeatureScene, SceneBackbone, create_gaussians, find_invalid
+from fit3d_ns.scene import FeatureDecoder, FeatureScene, create_gaussians, find_invalid
 from fit3d_ns.utils.progress import notice
 
 
@@ -87,14 +87,13 @@ def _collect_gaussians(run: SplatRun) -> dict[str, Tensor]:
     }
 
 
-def _describe_backbone(run: SplatRun) -> SceneBackbone:
+def _describe_backbone(run: SplatRun) -> BackboneDescription:
     """The backbone's identity as the run recorded it, or from the config where it was written by an older version."""
     recorded = run.run_state.get("backbone")
     if recorded:
-        return SceneBackbone.from_metadata(recorded)
+        return BackboneDescription.from_metadata(recorded)
     datamanager: Any = run.config.pipeline.datamanager
-    description = describe_backbone(datamanager.backbone, datamanager.backbone_weights, datamanager.normalization)
-    return SceneBackbone.from_description(description)
+    return describe_backbone(datamanager.backbone, datamanager.backbone_weights, datamanager.normalization)
 
 
 def _read_picture_basis(state: dict[str, Tensor]) -> PcaBasis | None:

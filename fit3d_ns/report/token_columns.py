@@ -13,7 +13,7 @@ from torch import Tensor
 from fit3d_ns.features import compute_patch_grid, create_extractor
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.figure_images import FigureImage, SceneView
-from fit3d_ns.scene import RenderedFeatures, SceneBackbone
+from fit3d_ns.scene import RenderedFeatures
 from fit3d_ns.utils.progress import notice, track
 
 
@@ -125,7 +125,7 @@ def _is_lifted_from(group: ComparedBackbones, scene_view: SceneView) -> bool:
         return False
     if group.original is None:
         return True
-    differences = SceneBackbone.from_description(description).find_differences(lifted)
+    differences = description.find_differences(lifted)
     if differences:
         notice(
             f"Scene {scene_view.scene.scene_id} holds features of another {lifted.backbone} "

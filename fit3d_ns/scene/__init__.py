@@ -6,7 +6,6 @@ from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_
 from fit3d_ns.scene.gaussians import FeatureGaussians, create_gaussians, find_invalid
 from fit3d_ns.scene.ply import ReadGaussians, read_fit3d, read_ply, write_fit3d, write_ply
 from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture
-from fit3d_ns.scene.scene_backbone import SceneBackbone
 from fit3d_ns.scene.scene_file import load_scene, save_scene
 from fit3d_ns.scene.token_grid import TokenReader, TokenReadingRule, create_token_reader, read_at_tokens
 
@@ -17,7 +16,6 @@ __all__ = [
     "PosedCapture",
     "ReadGaussians",
     "RenderedFeatures",
-    "SceneBackbone",
     "TokenReader",
     "TokenReadingRule",
     "View",

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis, map_to_colours
+from fit3d_ns.features import BackboneDescription
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import RasterizeMode, project, rasterization, rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.gaussians import ActivatedGaussians, FeatureGaussians, activate
 from fit3d_ns.scene.posed_capture import PosedCapture
-from fit3d_ns.scene.scene_backbone import SceneBackbone
 from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader
 
 
@@ -44,7 +44,7 @@ class FeatureScene:
     """From the Gaussians' D channels to the backbone's E."""
     posed_capture: PosedCapture
     """The captured views as recorded; `capture` finds their photographs."""
-    backbone: SceneBackbone
+    backbone: BackboneDescription
     """What the features are features of."""
     pca: PcaBasis | None = None
     """Basis of the decoded features with fixed colours, if one was fitted."""

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.data.ply import read_ply_vertices, write_ply_vertices
+from fit3d_ns.features import BackboneDescription
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
 from fit3d_ns.scene.gaussians import FeatureGaussians, create_gaussians, find_invalid
 from fit3d_ns.scene.posed_capture import PosedCapture
-from fit3d_ns.scene.scene_backbone import SceneBackbone
 from fit3d_ns.utils.files import write_atomically
 
 _NUM_REST = (0, 9, 24, 45, 72)
@@ -135,7 +135,7 @@ def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None
 
 
 def read_fit3d(
-    ply_path: Path, decoder_path: Path, capture: PosedCapture, backbone: SceneBackbone
+    ply_path: Path, decoder_path: Path, capture: PosedCapture, backbone: BackboneDescription
 ) -> tuple[FeatureScene, int]:
     """Reads a scene that FiT3D published or `write_fit3d` wrote, and how many Gaussians were dropped.
 

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
+from fit3d_ns.features import BackboneDescription
 from fit3d_ns.scene.capture_record import parse_capture, record_capture
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
 from fit3d_ns.scene.gaussians import STORED_DTYPES, FeatureGaussians
-from fit3d_ns.scene.scene_backbone import SceneBackbone
 from fit3d_ns.utils.files import write_atomically
 
 SCHEMA_VERSION = 1
@@ -80,7 +80,7 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
             gaussians=gaussians,
             decoder=FeatureDecoder.from_weights(tensors["decoder.weight"], tensors.get("decoder.bias")),
             posed_capture=parse_capture(header["capture"]),
-            backbone=SceneBackbone.from_metadata(header["backbone"]),
+            backbone=BackboneDescription.from_metadata(header["backbone"]),
             pca=_parse_pca(tensors, header),
             token_reading=header["token_reading"],
             rasterize_mode=header["rasterize_mode"],

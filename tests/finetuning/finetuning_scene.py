@@ -15,7 +15,6 @@ from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
-    SceneBackbone,
     create_gaussians,
     create_posed_capture,
     save_scene,
@@ -115,7 +114,7 @@ def create_scene(
         posed_capture=create_posed_capture(
             CaptureFiles(root, "nerfstudio", "made by a test", frames, None, True, name)
         ),
-        backbone=SceneBackbone.from_description(describe_backbone(BACKBONE)),
+        backbone=describe_backbone(BACKBONE),
     )
 
 

@@ -15,7 +15,7 @@ from fit3d_ns.features import describe_backbone
 from fit3d_ns.finetuning.scene_bank import SceneBank, check_backbones
 from fit3d_ns.finetuning.scene_files import find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.training_views import TrainingViews
-from fit3d_ns.scene import FeatureDecoder, SceneBackbone, feature_scene, load_scene, save_scene
+from fit3d_ns.scene import FeatureDecoder, feature_scene, load_scene, save_scene
 from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc")
@@ -203,7 +203,7 @@ def test_bank__refuses_files_cut_in_half_and_of_a_newer_schema(tmp_path):
 
 def test_check_backbones__names_scene_and_both_sides(tmp_path):
     bank = SceneBank([save_new_scene(tmp_path)])
-    own = SceneBackbone.from_description(describe_backbone(BACKBONE))
+    own = describe_backbone(BACKBONE)
     check_backbones(bank, own)
     other = replace(own, backbone="other_vit", weights_hash="ffff", mean=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError) as error:

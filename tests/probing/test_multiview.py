@@ -17,7 +17,6 @@ from fit3d_ns.probing.multiview.probe import MultiviewConfig, MultiviewProbe
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
-    SceneBackbone,
     create_gaussians,
     create_posed_capture,
     save_scene,
@@ -97,7 +96,7 @@ def test_multiview__scene_files_render_the_depth_they_need(room: Path, tmp_path:
         feature_variance=torch.zeros(count),
     )
     decoder = FeatureDecoder.from_weights(torch.zeros(64, 2, 3, 3), None)
-    backbone = SceneBackbone.from_description(describe_backbone(BACKBONE))
+    backbone = describe_backbone(BACKBONE)
     measured = create_probe("consistency", room).compute(0)
     # Without depth files the capture alone is of no use, the scene file is.
     shutil.rmtree(room / "dslr/render_depth")

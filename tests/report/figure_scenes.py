@@ -13,7 +13,6 @@ from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
-    SceneBackbone,
     create_gaussians,
     create_posed_capture,
     save_scene,
@@ -83,7 +82,7 @@ def write_scene(path: Path, photographs: list[Path], backbone: str = BACKBONE) -
         gaussians=gaussians,
         decoder=FeatureDecoder(dim, description.embed_dim),
         posed_capture=create_posed_capture(CaptureFiles(root, "nerfstudio", "made by a test", frames, None, True)),
-        backbone=SceneBackbone.from_description(description),
+        backbone=description,
     )
     save_scene(scene, path)
     return path

@@ -8,8 +8,9 @@ from PIL import Image
 
 from fit3d_ns.analysis.pca import fit_pca
 from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud
+from fit3d_ns.features import BackboneDescription
 from fit3d_ns.geometry.lenses import Lens
-from fit3d_ns.scene import FeatureDecoder, FeatureScene, SceneBackbone, create_gaussians, create_posed_capture
+from fit3d_ns.scene import FeatureDecoder, FeatureScene, create_gaussians, create_posed_capture
 
 WIDTH, HEIGHT = 40, 30
 DIM, EMBED = 5, 7
@@ -17,7 +18,7 @@ DIM, EMBED = 5, 7
 
 @pytest.fixture
 def backbone():
-    return SceneBackbone(
+    return BackboneDescription(
         backbone="random:vit_tiny",
         architecture="vit_tiny",
         patch_size=10,
