@@ -37,8 +37,8 @@ from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
+    Gaussians,
     View,
-    create_gaussians,
     create_posed_capture,
     create_token_reader,
     load_scene,
@@ -262,7 +262,7 @@ def make_scene(description: BackboneDescription, config: Config, root: Path) -> 
     count, dim = config.num_gaussians, 64
     extent = torch.tensor([6.0, 4.0, 4.0])
     means = (torch.rand(count, 3, generator=generator) - 0.5) * extent - torch.tensor([0.0, 0.0, 4.0])
-    gaussians = create_gaussians(
+    gaussians = Gaussians.from_raw(
         means,
         torch.randn(count, 4, generator=generator),
         torch.full((count, 3), 0.03).log() + 0.5 * torch.randn(count, 3, generator=generator),

@@ -33,10 +33,10 @@ from fit3d_ns.analysis.pca import PcaBasis, fit_colours, fit_pca
 from fit3d_ns.data.images import save_image
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor
-from fit3d_ns.lifting import LiftConfig, LiftGaussians, LiftView, create_lift_views, solve_features
+from fit3d_ns.lifting import LiftConfig, LiftView, create_lift_views, solve_features
 from fit3d_ns.lifting.blending import prepare_view
 from fit3d_ns.rasterization import rasterize_features
-from fit3d_ns.scene import PosedCapture, colour_features, create_posed_capture
+from fit3d_ns.scene import ActivatedGaussians, PosedCapture, colour_features, create_posed_capture
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.results import collect_versions
@@ -149,7 +149,7 @@ def extract_tokens(capture: PosedCapture, config: BenchmarkConfig, device: torch
 
 
 def measure_dims(
-    gaussians: LiftGaussians, train: list[LiftView], test: list[LiftView], config: BenchmarkConfig
+    gaussians: ActivatedGaussians, train: list[LiftView], test: list[LiftView], config: BenchmarkConfig
 ) -> list[dict[str, Any]]:
     """Variance kept by the basis beside the held-out error after lifting, for each dimension."""
     embed_dim = train[0].read_tokens(torch.device("cpu")).shape[-1]
@@ -188,7 +188,7 @@ def print_table(methods: dict[str, dict[str, Any]]) -> None:
 
 
 @torch.no_grad()
-def save_pictures(lifted: dict[str, Lifted], gaussians: LiftGaussians, view: LiftView, path: Path) -> None:
+def save_pictures(lifted: dict[str, Lifted], gaussians: ActivatedGaussians, view: LiftView, path: Path) -> None:
     """Tokens and all methods side by side, in the colours of the tokens' own first three components."""
     prepared = prepare_view(gaussians, view)
     basis: PcaBasis = fit_pca(prepared.tokens, 3)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import Split
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
-from fit3d_ns.lifting import LiftGaussians
 from fit3d_ns.rasterization import rasterization
-from fit3d_ns.scene import PosedCapture, View
+from fit3d_ns.scene import ActivatedGaussians, PosedCapture, View
 from fit3d_ns.utils.seeds import create_generator
 
 # Learning rates of Gaussian splatting (Kerbl et al. 2023); positions are in units of the cameras' extent.
@@ -64,10 +63,10 @@ class ColourTraining:
         return self.parameters["means"].shape[0]
 
     @property
-    def gaussians(self) -> LiftGaussians:
+    def gaussians(self) -> ActivatedGaussians:
         """The present geometry, activated and detached."""
         values = {name: value.detach() for name, value in self.parameters.items()}
-        return LiftGaussians(
+        return ActivatedGaussians(
             means=values["means"].clone(),
             quats=values["quats"].clone(),
             scales=values["log_scales"].exp(),

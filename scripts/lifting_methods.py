@@ -16,14 +16,13 @@ from fit3d_ns.lifting import (
     FeatureLossConfig,
     FeatureMetrics,
     LiftConfig,
-    LiftGaussians,
     LiftView,
     evaluate_features,
     solve_features,
 )
 from fit3d_ns.lifting.blending import ViewBlender
 from fit3d_ns.rasterization import rasterize_features
-from fit3d_ns.scene import FeatureDecoder, TokenReadingRule
+from fit3d_ns.scene import ActivatedGaussians, FeatureDecoder, TokenReadingRule
 from fit3d_ns.utils.progress import measure_peak_memory_mb
 from fit3d_ns.utils.seeds import create_generator
 
@@ -109,7 +108,7 @@ class JointTraining:
 
 
 def lift_by_gradient(
-    gaussians: LiftGaussians, views: Sequence[LiftView], feature_dim: int, num_steps: int, learning_rate: float
+    gaussians: ActivatedGaussians, views: Sequence[LiftView], feature_dim: int, num_steps: int, learning_rate: float
 ) -> Lifted:
     """Adam on fixed geometry from zero features, on the cheap loss grid; the rate shrinks linearly to zero."""
     with PeakMemory() as memory, torch.random.fork_rng(devices=[]):
@@ -142,7 +141,7 @@ def lift_by_gradient(
     return Lifted(features.detach(), decoder, seconds, num_steps / len(views), memory.peak_mb)
 
 
-def lift_closed_form(gaussians: LiftGaussians, views: Sequence[LiftView], config: LiftConfig) -> Lifted:
+def lift_closed_form(gaussians: ActivatedGaussians, views: Sequence[LiftView], config: LiftConfig) -> Lifted:
     """`solve_features`, timed as a whole."""
     with PeakMemory() as memory:
         start = time.perf_counter()
@@ -159,7 +158,7 @@ def create_closed_form_configs(config: LiftConfig) -> dict[str, LiftConfig]:
 
 
 def measure(
-    lifted: Lifted, gaussians: LiftGaussians, test_views: Sequence[LiftView], mean_token: Tensor
+    lifted: Lifted, gaussians: ActivatedGaussians, test_views: Sequence[LiftView], mean_token: Tensor
 ) -> dict[str, Any]:
     """Held-out figures and costs of one method; each is read by the rule that suits it better, both are kept."""
     readings: dict[str, FeatureMetrics] = {}

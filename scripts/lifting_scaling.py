@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fit3d_ns.lifting import LiftConfig, LiftGaussians, LiftView, solve_features
+from fit3d_ns.lifting import LiftConfig, LiftView, solve_features
+from fit3d_ns.scene import ActivatedGaussians
 from fit3d_ns.utils.progress import measure_peak_memory_mb
 from fit3d_ns.utils.seeds import create_generator
 
@@ -50,14 +51,14 @@ def measure_scaling(axes: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
     return rows
 
 
-def create_room(case: ScalingCase, device: torch.device) -> tuple[LiftGaussians, list[LiftView]]:
+def create_room(case: ScalingCase, device: torch.device) -> tuple[ActivatedGaussians, list[LiftView]]:
     """Gaussians on the walls of a box, seen from its middle; their size keeps the number per pixel the same."""
     generator = create_generator(0, "room")
     num = case.num_gaussians
     points = torch.rand(num, 3, generator=generator) * 2.0 - 1.0
     axis = torch.randint(3, (num,), generator=generator)
     points[torch.arange(num), axis] = torch.randint(2, (num,), generator=generator) * 2.0 - 1.0
-    gaussians = LiftGaussians(
+    gaussians = ActivatedGaussians(
         means=(3.0 * points).to(device),
         quats=torch.randn(num, 4, generator=generator).to(device),
         # 36 units of area per unit of half-width squared, shared by all.

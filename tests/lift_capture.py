@@ -10,7 +10,7 @@ from PIL import Image
 
 from fit3d_ns.geometry.cameras import create_K, viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import rasterization
-from fit3d_ns.scene import create_gaussians, write_ply
+from fit3d_ns.scene import Gaussians, write_ply
 
 WIDTH, HEIGHT, FOCAL, NUM_GAUSSIANS = 64, 48, 40.0, 40
 BACKBONE = "random:vit_tiny_patch16_224"
@@ -67,7 +67,7 @@ def create_pose(angle: float) -> torch.Tensor:
 
 
 def write_gaussians(path: Path, raw: dict[str, torch.Tensor]) -> Path:
-    write_ply(create_gaussians(**raw, features=torch.zeros(len(raw["means"]), 0)), path)
+    write_ply(Gaussians.from_raw(**raw), path)
     return path
 
 

@@ -17,9 +17,8 @@ from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheCon
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_forecast import LiftForecast, forecast_lift
 from fit3d_ns.lifting.lift_scene import check_dimensions, lift_scene
-from fit3d_ns.lifting.lift_source import LiftSource, compare_with_photographs, warn_of_poor_fit
-from fit3d_ns.lifting.ply_world import PlyConfig
 from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
+from fit3d_ns.lifting.sources import LiftSource, PlyConfig, compare_with_photographs, warn_of_poor_fit
 from fit3d_ns.scene import FeatureScene, save_scene
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice

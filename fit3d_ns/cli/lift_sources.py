@@ -6,8 +6,7 @@ from typing import Any
 
 from fit3d_ns.features import BackboneDescription, describe_backbone
 from fit3d_ns.features.backbones import Normalization
-from fit3d_ns.lifting.lift_source import LiftSource, create_lift_source, read_scene_source
-from fit3d_ns.lifting.ply_world import PlyConfig, read_ply_source
+from fit3d_ns.lifting.sources import LiftSource, PlyConfig, read_ply_source, read_scene_source
 from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_costs import find_geometry_seconds
 from fit3d_ns.utils.progress import notice
@@ -90,19 +89,13 @@ def _read_run(path: Path, data: Path | None) -> LiftSource:
             "as a PLY and lift that."
         ) from error
     run = read_run(path, data)
-    raw = {
-        "means": run.gauss_params["means"],
-        "quats": run.gauss_params["quats"],
-        "log_scales": run.gauss_params["scales"],
-        "opacity_logits": run.gauss_params["opacities"],
-        "sh_dc": run.sh_dc,
-        "sh_rest": run.gauss_params["features_rest"],
-    }
+    gaussians = run.create_gaussians()
     description = f"{run.config.method_name} run {run.config_path.parent.name}, step {run.step}"
-    return create_lift_source(
-        raw,
+    return LiftSource(
+        gaussians,
         run.capture,
         description,
-        rasterize_mode=run.rasterize_mode,
+        run.rasterize_mode,
+        num_dropped=len(run.gauss_params["means"]) - gaussians.num_gaussians,
         training_seconds=find_geometry_seconds(read_run_figures(run.config_path)),
     )

@@ -51,7 +51,7 @@ def leave_view_out(
     if view.name not in {lifted.name for lifted in find_lifted(scene)}:
         return scene, torch.ones_like(scene.gaussians.blend_weight, dtype=torch.bool)
     device = scene.gaussians.means.device
-    features_and_one = scene.activated.features_and_one
+    features_and_one = scene.features_and_one
     info = scene.project(view.camera_to_world, view.K, view.width, view.height)
     blended = rasterize_features(features_and_one, info)[0]
     own = _lower(_read_tokens(capture, view, original, device), scene.decoder)
@@ -64,8 +64,8 @@ def leave_view_out(
     rest = total - own_weight
     is_known = rest > SMALLEST_SHARE * total
     step = torch.where(is_known[:, None], sums / rest.clamp(min=1e-12)[:, None], 0.0)
-    features = (features_and_one[:, :-1] - step).to(scene.gaussians.features.dtype)
-    return replace(scene, gaussians=replace(scene.gaussians, features=features)), is_known
+    features = features_and_one[:, :-1] - step
+    return replace(scene, gaussians=scene.gaussians.with_features(features)), is_known
 
 
 def _read_tokens(

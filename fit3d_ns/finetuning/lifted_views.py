@@ -4,11 +4,11 @@ from pathlib import Path
 
 from fit3d_ns.features import compute_patch_grid
 from fit3d_ns.finetuning.training_views import locate_capture
-from fit3d_ns.lifting.lift_source import select_evenly
 from fit3d_ns.lifting.view_average import SAMPLES_PER_PATCH, average_over_views
 from fit3d_ns.scene import FeatureScene, PosedCapture, View
 from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.selection import select_evenly
 
 MAX_AVERAGED_VIEWS = 64
 """Views that are averaged over, evenly spread; more cost time and change little."""

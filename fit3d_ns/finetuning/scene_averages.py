@@ -53,7 +53,7 @@ class SceneAverages:
         kept = self.store.load(name)
         if kept is not None:
             features = kept["features"].to(scene.gaussians.features.device)
-            return replace(scene, gaussians=replace(scene.gaussians, features=features))
+            return replace(scene, gaussians=scene.gaussians.with_features(features))
         averaged = average_lifted_views(scene, self._data_root, self._max_views)
         self.num_averaged += 1
         self.store.save(name, {"features": averaged.gaussians.features.cpu()})

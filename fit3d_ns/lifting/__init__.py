@@ -1,6 +1,5 @@
 """The closed-form lift: features solved, not trained, onto any Gaussians that already exist."""
 
-from fit3d_ns.lifting.capture_views import create_lift_views
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
 from fit3d_ns.lifting.feature_error import (
@@ -10,11 +9,10 @@ from fit3d_ns.lifting.feature_error import (
     compute_masked_l1,
     evaluate_features,
 )
-from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
-from fit3d_ns.lifting.leave_one_out import compute_leave_one_out
 from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators
+from fit3d_ns.lifting.views import LiftView, create_lift_views
 
 __all__ = [
     "DecoderStatistics",
@@ -22,10 +20,8 @@ __all__ = [
     "FeatureLossConfig",
     "FeatureMetrics",
     "LiftConfig",
-    "LiftGaussians",
     "LiftResult",
     "LiftView",
-    "compute_leave_one_out",
     "compute_masked_l1",
     "create_lift_views",
     "evaluate_features",

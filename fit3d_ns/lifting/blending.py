@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
 from fit3d_ns.lifting.sampled_camera import compute_stride, sample_camera
 from fit3d_ns.lifting.token_basis import project_tokens
-from fit3d_ns.rasterization import backproject_features, project, rasterize_features
+from fit3d_ns.lifting.views import LiftView
+from fit3d_ns.rasterization import backproject_features, rasterize_features
+from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import average_over_cells, spread_tokens
 
 
@@ -67,7 +68,7 @@ class ViewBlender:
 
     def __init__(
         self,
-        gaussians: LiftGaussians,
+        gaussians: ActivatedGaussians,
         views: Sequence[LiftView],
         config: LiftConfig,
         *,
@@ -116,7 +117,7 @@ class ViewBlender:
 
 
 @torch.no_grad()
-def prepare_view(gaussians: LiftGaussians, view: LiftView, samples_per_patch: int = 0) -> PreparedView:
+def prepare_view(gaussians: ActivatedGaussians, view: LiftView, samples_per_patch: int = 0) -> PreparedView:
     """Projects the Gaussians into a view; its tokens and mask are read.
 
     Args:
@@ -133,21 +134,7 @@ def prepare_view(gaussians: LiftGaussians, view: LiftView, samples_per_patch: in
     camera = sample_camera(view.K, view.width, view.height, gaussians.eps2d, stride)
     if stride > 1:
         mask = F.adaptive_avg_pool2d(mask[None, None], (camera.height, camera.width))[0, 0]
-    info = project(
-        gaussians.means,
-        gaussians.quats,
-        gaussians.scales,
-        gaussians.opacities,
-        view.viewmat[None].to(device, torch.float32),
-        camera.K[None].to(device, torch.float32),
-        camera.width,
-        camera.height,
-        near_plane=gaussians.near_plane,
-        far_plane=gaussians.far_plane,
-        eps2d=camera.eps2d,
-        rasterize_mode=gaussians.rasterize_mode,
-        backend=gaussians.backend,
-    )
+    info = gaussians.project(view.viewmat, camera.K, camera.width, camera.height, camera.eps2d)
     # Blending ones gives alpha.
     alphas = rasterize_features(gaussians.means.new_ones(len(gaussians), 1), info)[0, ..., 0]
     return PreparedView(info=info, alphas=alphas, mask=mask, tokens=tokens)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.lifting.blending import prepare_view
-from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
+from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import (
     TokenReader,
     TokenReadingRule,
@@ -161,7 +162,7 @@ def sum_token_errors(
 
 @torch.no_grad()
 def evaluate_features(
-    gaussians: LiftGaussians,
+    gaussians: ActivatedGaussians,
     features: Float[Tensor, "num_gaussians dim"],
     decoder: FeatureDecoder,
     views: Sequence[LiftView],

@@ -9,11 +9,11 @@ import torch
 
 from fit3d_ns.features import FeatureCache, compute_feature_key, create_extractor
 from fit3d_ns.lifting.blending import prepare_view
-from fit3d_ns.lifting.chosen_views import choose_views, load_views
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_scene import measure_lift_memory_mb
-from fit3d_ns.lifting.lift_source import LiftSource, create_lift_gaussians
 from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.sources import LiftSource
+from fit3d_ns.lifting.views import choose_views, load_views
 from fit3d_ns.scene import View
 
 _Result = TypeVar("_Result")
@@ -72,7 +72,7 @@ def forecast_lift(
     # The first pass of a backbone also reads its weights: the second is timed, on tokens that are thrown away.
     backbone_seconds = 0.0 if is_cached else _time_backbone(source, sample, cache, device)
     views = load_views(source.capture, [sample], cache, options, device)
-    gaussians = create_lift_gaussians(source, device)
+    gaussians = source.activate(device)
     one_pass = replace(config, max_passes=min(config.max_passes, 1), polish_steps=min(config.polish_steps, 1))
     solve_features(gaussians, views, one_pass)
     passes = _PassTimes()

@@ -16,24 +16,21 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription, FeatureCache
-from fit3d_ns.lifting.chosen_views import ChosenViews, choose_views, fit_picture_basis, load_views
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
-from fit3d_ns.lifting.inputs import LiftView
-from fit3d_ns.lifting.lift_source import (
-    LiftSource,
-    compare_with_photographs,
-    create_lift_gaussians,
-    render_photograph,
-    select_evenly,
-    warn_of_poor_fit,
-)
 from fit3d_ns.lifting.result import LiftResult
 from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.sources import (
+    LiftSource,
+    compare_with_photographs,
+    warn_of_poor_fit,
+)
 from fit3d_ns.lifting.view_passes import Progress
-from fit3d_ns.scene import FeatureDecoder, FeatureScene, create_gaussians
+from fit3d_ns.lifting.views import ChosenViews, LiftView, choose_views, fit_picture_basis, load_views
+from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians
 from fit3d_ns.scene.scene_costs import TRAINING_FIGURE
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, measure_peak_memory_mb, notice
+from fit3d_ns.utils.selection import select_evenly
 
 
 def check_dimensions(config: LiftConfig, backbone: BackboneDescription) -> None:
@@ -93,7 +90,7 @@ def lift_scene(
         notice(f"Going on with the interrupted lift in {state_path}.")
     with show_passes() as bar:
         result = solve_features(
-            create_lift_gaussians(source, device),
+            source.activate(device),
             lifted,
             config,
             basis=basis,
@@ -158,23 +155,19 @@ def _create_scene(
     source: LiftSource, result: LiftResult, keep: Tensor, pca: PcaBasis, backbone: BackboneDescription
 ) -> FeatureScene:
     known = source.gaussians
-    values: dict[str, Any] = {
-        "means": known.means,
-        "quats": known.quats,
-        "log_scales": known.log_scales,
-        "opacity_logits": known.opacity_logits,
-        "sh_dc": known.sh_dc,
+    lifted = {
         "features": result.features.cpu(),
         "blend_weight": result.blend_weight.cpu(),
         "num_views": result.num_views.cpu(),
         "feature_variance": result.feature_variance.cpu(),
     }
-    if known.sh_rest is not None:
-        values["sh_rest"] = known.sh_rest
+    gaussians = Gaussians.from_raw(**{**known.tensors(), **lifted})
+    # Rotations that are normalised twice are rounded twice.
+    gaussians = replace(gaussians, quats=known.quats)
     decoder = result.decoder
     bias = None if decoder.bias is None else decoder.bias.detach().cpu()
     return FeatureScene(
-        gaussians=create_gaussians(**{name: value[keep] for name, value in values.items()}),
+        gaussians=gaussians.select(keep),
         decoder=FeatureDecoder.from_weights(decoder.weight.detach().cpu(), bias),
         posed_capture=source.capture,
         backbone=backbone,
@@ -193,7 +186,7 @@ def _measure_dropping(
         return {}
     kept = replace(source, gaussians=scene.gaussians)
     changes = [
-        float((render_photograph(source, view, device)[0] - render_photograph(kept, view, device)[0]).abs().max())
+        float((source.render(view, device)[0] - kept.render(view, device)[0]).abs().max())
         for view in select_evenly(chosen.lifted, 3)
     ]
     return {"largest_change_by_dropping": max(changes)}
@@ -216,12 +209,12 @@ def measure_held_out(
     if not held_out:
         notice("No view is held out: the capture has no test views, so there are no figures for new views.")
         return {}
-    source = LiftSource(scene.gaussians, scene.posed_capture, "", scene.rasterize_mode, scene.eps2d)
+    scene = scene.to(device)
     try:
         metrics = evaluate_features(
-            create_lift_gaussians(source, device),
-            scene.gaussians.features.float().to(device),
-            scene.to(device).decoder,
+            scene.activated,
+            scene.gaussians.features.float(),
+            scene.decoder,
             held_out,
             mean_token.to(device),
             token_reading=scene.token_reading,

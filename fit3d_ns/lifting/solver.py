@@ -21,8 +21,6 @@ from fit3d_ns.lifting.blending import ViewBlender, backproject_targets, compute_
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
-from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
-from fit3d_ns.lifting.lift_source import select_evenly
 from fit3d_ns.lifting.polish import polish_features
 from fit3d_ns.lifting.reduction import select_share
 from fit3d_ns.lifting.result import LiftResult
@@ -30,14 +28,17 @@ from fit3d_ns.lifting.sampled_camera import compute_stride
 from fit3d_ns.lifting.state import LiftState, compute_identity, load_state
 from fit3d_ns.lifting.token_basis import add_view_tokens, fit_token_basis
 from fit3d_ns.lifting.view_passes import Progress, ViewPasses
+from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import create_token_reader
 from fit3d_ns.utils.progress import PhaseTimer, notice
+from fit3d_ns.utils.selection import select_evenly
 
 
 def solve_features(
-    gaussians: LiftGaussians,
+    gaussians: ActivatedGaussians,
     views: Sequence[LiftView],
     config: LiftConfig | None = None,
     *,
@@ -312,7 +313,7 @@ def _create_accumulator(weight: Tensor, first: Tensor, second: Tensor) -> PcaAcc
 
 
 def _check_sizes(
-    gaussians: LiftGaussians,
+    gaussians: ActivatedGaussians,
     views: Sequence[LiftView],
     config: LiftConfig,
     basis: PcaBasis | None,

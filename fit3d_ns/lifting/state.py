@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.inputs import LiftGaussians, LiftView
+from fit3d_ns.lifting.views import LiftView
+from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.utils.files import hash_bytes, write_atomically
 
 _FORMAT = "fit3d-lift-state-1"
@@ -95,7 +96,7 @@ def load_state(path: Path, identity: dict[str, str], device: torch.device) -> Li
 
 
 def compute_identity(
-    gaussians: LiftGaussians,
+    gaussians: ActivatedGaussians,
     views: list[LiftView],
     config: LiftConfig,
     backbone: str,
@@ -103,12 +104,10 @@ def compute_identity(
     initial: Float[Tensor, "num_gaussians dim"] | None,
 ) -> dict[str, str]:
     """What the sums of a lift depend on, by the word an error message uses for it."""
-    geometry = [gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities]
+    geometry = gaussians.geometry
     cameras = [part for view in views for part in (view.viewmat, view.K)]
     names = json.dumps([(view.name, view.width, view.height) for view in views])
-    rendering = json.dumps(
-        [gaussians.rasterize_mode, gaussians.eps2d, gaussians.near_plane, gaussians.far_plane], default=str
-    )
+    rendering = json.dumps([gaussians.rasterize_mode, gaussians.eps2d])
     # Where projections are kept and how often the file is written changes no sum.
     settings = {
         name: value for name, value in vars(config).items() if name not in ("cache_memory_mb", "seconds_per_checkpoint")

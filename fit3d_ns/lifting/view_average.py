@@ -42,7 +42,7 @@ def average_over_views(
         compute_grid: Token grid (h, w) of a view.
         load_valid_mask: A view's mask at its full size, True = use.
     """
-    features_and_one = scene.activated.features_and_one
+    features_and_one = scene.features_and_one
     sums = torch.zeros_like(features_and_one)
     for view in views:
         grid = compute_grid(view)
@@ -57,7 +57,7 @@ def average_over_views(
     total = sums[:, -1:]
     averages = sums[:, :-1] / total.clamp(min=1e-12)
     features = torch.where(total > 0, averages, features_and_one[:, :-1])
-    return replace(scene, gaussians=replace(scene.gaussians, features=features.to(scene.gaussians.features.dtype)))
+    return replace(scene, gaussians=scene.gaussians.with_features(features))
 
 
 def sample_mask(mask: Bool[Tensor, "height width"], width: int, height: int) -> Float[Tensor, "rows columns"]:

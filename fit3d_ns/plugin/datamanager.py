@@ -6,8 +6,8 @@ exporting never load a ViT.
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,7 @@ from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from torch import Tensor
 
 from fit3d_ns.data.frames import Split
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
-from fit3d_ns.lifting.inputs import LiftView
+from fit3d_ns.lifting.views import LiftView, create_lift_views
 from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
 from fit3d_ns.plugin.token_store import KEY, TokenStore
 from fit3d_ns.utils.progress import notice, track
@@ -115,34 +114,27 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
             self.tokens.extract(self.cached_train)
             self.tokens.extract(self.cached_eval)
 
-    def iterate_train_tokens(self) -> Any:
-        """Patch tokens [h, w, E] of each training view, read from the cache one by one."""
-        assert self.tokens is not None
-        for index in range(len(self.train_dataset)):
-            yield self.tokens.load(self.cached_train[index])
-
-    def create_lift_views(self, camera_to_worlds: Float[Tensor, "views 3 4"]) -> list[LiftView]:
-        """The training views as the lift takes them; tokens and masks are read when they are needed.
+    def create_lift_views(self, camera_to_worlds: Float[Tensor, "views 3 4"] | None = None) -> list[LiftView]:
+        """The training views as the lift takes them; tokens are read from the cache when they are needed.
 
         Args:
             camera_to_worlds: Poses of the training views, corrected where a camera optimizer moved them.
         """
         assert self.tokens is not None
-        cameras = self.train_dataset.cameras
-        viewmats = viewmats_from_camera_to_worlds(camera_to_worlds.to(self.device))
-        Ks = cameras.get_intrinsics_matrices().to(self.device)
-        return [
-            LiftView(
-                viewmat=viewmats[index],
-                K=Ks[index],
-                width=int(cameras.width[index]),
-                height=int(cameras.height[index]),
-                load_tokens=partial(self.tokens.load, data),
-                load_mask=partial(_load_mask, data),
-                name=self.train_dataset.capture.views[index].name,
-            )
-            for index, data in enumerate(self.cached_train)
-        ]
+        capture, load_tokens = self.train_dataset.capture, self.tokens.load
+        frames = {view.name: data for view, data in zip(capture.views, self.cached_train, strict=True)}
+        views = capture.views
+        if camera_to_worlds is not None:
+            views = [
+                replace(view, camera_to_world=pose.to(self.device))
+                for view, pose in zip(views, camera_to_worlds, strict=True)
+            ]
+        return create_lift_views(
+            capture,
+            views,
+            load_tokens=lambda view: load_tokens(frames[view.name]),
+            load_mask=lambda view: _load_mask(frames[view.name]),
+        )
 
     def load_tokens_of_camera(self, camera: Cameras) -> Float[Tensor, "h w embed"] | None:
         """Tokens of the captured frame at the camera's pose, if there is one and its tokens are in the cache."""

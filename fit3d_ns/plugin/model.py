@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
-from fit3d_ns.lifting.inputs import LiftGaussians
 from fit3d_ns.plugin.feature_branch import FeatureBranch
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.plugin.strategies import create_strategy
 from fit3d_ns.rasterization import rasterization
+from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.utils.progress import notice
 
 VISER_BACKGROUND = (0.1490, 0.1647, 0.2157)
@@ -81,9 +81,9 @@ class FeatureSplatfactoModel(SplatfactoModel):
         """Feature vector of each Gaussian."""
         return self.gauss_params["features"]
 
-    def get_lift_gaussians(self) -> LiftGaussians:
+    def get_lift_gaussians(self) -> ActivatedGaussians:
         """The Gaussians as they are now, activated and detached."""
-        return LiftGaussians(
+        return ActivatedGaussians(
             means=self.means.detach(),
             quats=self.quats.detach(),
             scales=torch.exp(self.scales.detach()),

@@ -10,18 +10,16 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from nerfstudio.viewer.viewer_elements import ViewerButton
 from torch import Tensor
 
-from fit3d_ns.analysis.pca import PcaBasis, fit_pca
+from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.analysis.pictures import save_picture
-from fit3d_ns.lifting.lift_source import select_evenly
 from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.views import fit_picture_basis
 from fit3d_ns.plugin.datamanager import FeatureDatamanager
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
 from fit3d_ns.plugin.solve_budget import SolveCosts, SolvePlan, compute_solve_budget, estimate_solve_costs
 from fit3d_ns.utils.errors import install_error_sentences
 from fit3d_ns.utils.progress import notice, track
-
-MAX_PICTURE_TOKENS = 50_000
-"""Tokens on which the colours of feature pictures are fitted."""
+from fit3d_ns.utils.selection import select_evenly
 
 EARLY_SOLVE = SolvePlan(max_passes=0, decoder_share=0.5)
 """For the viewer."""
@@ -77,11 +75,8 @@ class FeaturePipeline(VanillaPipeline):
 
     def fit_picture_basis(self) -> None:
         """Fixes the three directions and the ranges that colour feature pictures, from all training views' tokens."""
-        # Every n-th token of every view, one view at a time: colours need no more, and memory stays small.
-        first = next(self.datamanager.iterate_train_tokens())
-        stride = max(first.shape[0] * first.shape[1] * self._num_views // MAX_PICTURE_TOKENS, 1)
-        rows = torch.cat([item.flatten(0, 1)[::stride].float() for item in self.datamanager.iterate_train_tokens()])
-        self.branch.set_picture_basis(fit_pca(rows, 3).to(self.model.device))
+        basis = fit_picture_basis(self.datamanager.create_lift_views())
+        self.branch.set_picture_basis(basis.to(self.model.device))
 
     def solve_features_if_due(self, step: int, max_num_iterations: int) -> None:
         """Solves features early (one pass), when densification ends (one pass), and at the end (what is left)."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fit3d_ns.plugin.checkpoints import CHECKPOINT_PATTERN
 from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
+from fit3d_ns.scene.gaussians import Gaussians
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.progress import notice
@@ -56,6 +57,24 @@ class SplatRun:
         if self.sh_degree > 0:
             return self.gauss_params["features_dc"]
         return (torch.sigmoid(self.gauss_params["features_dc"]) - 0.5) * (2 * np.pi**0.5)
+
+    def create_gaussians(self, **lifted: Tensor) -> Gaussians:
+        """The Gaussians in their stored types, without those that cannot be stored or drawn.
+
+        Args:
+            lifted: `features` and by-products of a lift, by the argument names of `Gaussians.from_raw`.
+        """
+        raw = self.gauss_params
+        return Gaussians.from_raw(
+            means=raw["means"],
+            quats=raw["quats"],
+            log_scales=raw["scales"],
+            opacity_logits=raw["opacities"],
+            sh_dc=self.sh_dc,
+            sh_rest=raw["features_rest"],
+            **lifted,
+            drop_invalid=True,
+        )
 
 
 def read_run(path: Path, data: Path | None = None) -> SplatRun:

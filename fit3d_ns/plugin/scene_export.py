@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.plugin.run_reader import SplatRun, read_run
 from fit3d_ns.plugin.summary import read_run_figures
-from fit3d_ns.scene import FeatureDecoder, FeatureScene, create_gaussians, find_invalid
+from fit3d_ns.scene import FeatureDecoder, FeatureScene
 from fit3d_ns.utils.progress import notice
 
 
@@ -41,20 +40,19 @@ def create_run_scene(run: SplatRun, drop_unseen: bool = False) -> FeatureScene:
     is_finished = run.step + 1 >= run.config.max_num_iterations
     if model.feature_schedule == "solve" and not (is_finished and bool(run.state["feature_branch.is_solved"])):
         raise ValueError(f"{run.config_path} stopped before its features were solved; resume it with --load-dir.")
-    gaussians = _collect_gaussians(run)
-    invalid = find_invalid(**gaussians)
-    if bool(invalid.any()):
-        notice(f"Left out {int(invalid.sum())} Gaussians with NaN, infinite or oversized numbers.")
-    keep = ~invalid
-    if drop_unseen and not bool(gaussians["blend_weight"].any()):
-        raise ValueError(f"{run.config_path} kept no blend weights (joint schedule); export without --drop-unseen.")
+    gaussians = run.create_gaussians(features=run.gauss_params["features"], **_read_by_products(run))
+    num_invalid = len(run.gauss_params["means"]) - gaussians.num_gaussians
+    if num_invalid > 0:
+        notice(f"Left out {num_invalid} Gaussians with NaN, infinite or oversized numbers.")
     if drop_unseen:
-        unseen = gaussians["blend_weight"] <= 0
-        notice(f"Left out {int((unseen & keep).sum())} Gaussians that no training view weighted.")
-        keep &= ~unseen
+        seen = gaussians.blend_weight > 0
+        if not bool(seen.any()):
+            raise ValueError(f"{run.config_path} kept no blend weights (joint schedule); export without --drop-unseen.")
+        notice(f"Left out {int((~seen).sum())} Gaussians that no training view weighted.")
+        gaussians = gaussians.select(seen)
     bias = run.state.get("feature_branch.decoder.bias")
     return FeatureScene(
-        gaussians=create_gaussians(**{name: value[keep] for name, value in gaussians.items()}),
+        gaussians=gaussians,
         decoder=FeatureDecoder.from_weights(run.state["feature_branch.decoder.weight"].float(), bias),
         posed_capture=run.capture,
         backbone=_describe_backbone(run),
@@ -67,24 +65,11 @@ def create_run_scene(run: SplatRun, drop_unseen: bool = False) -> FeatureScene:
     )
 
 
-def _collect_gaussians(run: SplatRun) -> dict[str, Tensor]:
-    raw, lift = run.gauss_params, run.run_state.get("lift", {})
-    num_gaussians = len(raw["means"])
-    # By-products are of the last solve; after it no Gaussian was added or removed.
-    by_products = {
-        name: lift[name] if name in lift and len(lift[name]) == num_gaussians else torch.zeros(num_gaussians)
-        for name in ("blend_weight", "num_views", "feature_variance")
-    }
-    return {
-        "means": raw["means"],
-        "quats": raw["quats"],
-        "log_scales": raw["scales"],
-        "opacity_logits": raw["opacities"].reshape(-1),
-        "sh_dc": run.sh_dc,
-        "features": raw["features"],
-        "sh_rest": raw["features_rest"],
-        **by_products,
-    }
+def _read_by_products(run: SplatRun) -> dict[str, Tensor]:
+    """By-products of the last solve, after which no Gaussian was added or removed; none where there was no solve."""
+    lift, num_gaussians = run.run_state.get("lift", {}), len(run.gauss_params["means"])
+    names = ("blend_weight", "num_views", "feature_variance")
+    return {name: lift[name] for name in names if name in lift and len(lift[name]) == num_gaussians}
 
 
 def _describe_backbone(run: SplatRun) -> BackboneDescription:

@@ -3,16 +3,17 @@
 from fit3d_ns.scene.depth_views import create_depth_view
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_features
-from fit3d_ns.scene.gaussians import FeatureGaussians, create_gaussians, find_invalid
+from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
 from fit3d_ns.scene.ply import ReadGaussians, read_fit3d, read_ply, write_fit3d, write_ply
 from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture
 from fit3d_ns.scene.scene_file import load_scene, save_scene
 from fit3d_ns.scene.token_grid import TokenReader, TokenReadingRule, create_token_reader, read_at_tokens
 
 __all__ = [
+    "ActivatedGaussians",
     "FeatureDecoder",
-    "FeatureGaussians",
     "FeatureScene",
+    "Gaussians",
     "PosedCapture",
     "ReadGaussians",
     "RenderedFeatures",
@@ -21,10 +22,8 @@ __all__ = [
     "View",
     "colour_features",
     "create_depth_view",
-    "create_gaussians",
     "create_posed_capture",
     "create_token_reader",
-    "find_invalid",
     "load_scene",
     "read_at_tokens",
     "read_fit3d",

@@ -8,18 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis, map_to_colours
 from fit3d_ns.features import BackboneDescription
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
-from fit3d_ns.rasterization import RasterizeMode, project, rasterization, rasterize_features
+from fit3d_ns.rasterization import RasterizeMode, rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
-from fit3d_ns.scene.gaussians import ActivatedGaussians, FeatureGaussians, activate
+from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader
 
@@ -38,7 +39,7 @@ class RenderedFeatures:
 class FeatureScene:
     """Feature Gaussians, their decoder, and the captured views they came from."""
 
-    gaussians: FeatureGaussians
+    gaussians: Gaussians
     """The Gaussians, as stored."""
     decoder: FeatureDecoder
     """From the Gaussians' D channels to the backbone's E."""
@@ -98,7 +99,12 @@ class FeatureScene:
     @cached_property
     def activated(self) -> ActivatedGaussians:
         """The Gaussians as the rasterizer takes them; made at the first rendering and kept while the scene lives."""
-        return activate(self.gaussians)
+        return self.gaussians.activate(self.rasterize_mode, self.eps2d)
+
+    @cached_property
+    def features_and_one(self) -> Float[Tensor, "num_gaussians dim_and_one"]:
+        """Features, and a last channel of ones, which blends to the accumulated opacity; kept like `activated`."""
+        return F.pad(self.gaussians.features.float(), (0, 1), value=1.0)
 
     def to(self, device: torch.device | str) -> "FeatureScene":
         """The same scene on another device."""
@@ -113,21 +119,21 @@ class FeatureScene:
         self, camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"], width: int, height: int
     ) -> Float[Tensor, "height width 3"]:
         """Colour in [0, 1] before a black background; without stored SH it does not depend on the direction."""
-        gaussians = self.gaussians
-        colours = gaussians.sh_dc[:, None].float()
-        if gaussians.sh_rest is not None:
-            colours = torch.cat([colours, gaussians.sh_rest.float()], dim=1)
-        renders, _, _ = self._rasterize(colours, gaussians.sh_degree, "RGB", camera_to_world, K, width, height)
-        return renders[0].clamp(0.0, 1.0)
+        viewmat = self._compute_viewmat(camera_to_world)
+        renders, _ = self.activated.render(
+            self.gaussians.colours, viewmat, K, width, height, sh_degree=self.gaussians.sh_degree
+        )
+        return renders.clamp(0.0, 1.0)
 
     @torch.no_grad()
     def render_depth(
         self, camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"], width: int, height: int
     ) -> tuple[Float[Tensor, "height width"], Float[Tensor, "height width"]]:
         """Expected z-depth in units of the frame, 0 where nothing is, and accumulated opacity."""
-        nothing = self.gaussians.means.new_zeros(self.gaussians.num_gaussians, 1)
-        renders, alphas, _ = self._rasterize(nothing, None, "ED", camera_to_world, K, width, height)
-        return torch.where(alphas[0, ..., 0] > 0, renders[0, ..., 0], 0.0), alphas[0, ..., 0]
+        viewmat = self._compute_viewmat(camera_to_world)
+        nothing = self.activated.means.new_zeros(len(self.activated), 1)
+        depth, alphas = self.activated.render(nothing, viewmat, K, width, height, render_mode="ED")
+        return torch.where(alphas > 0, depth[..., 0], 0.0), alphas
 
     def render_features(
         self,
@@ -214,14 +220,8 @@ class FeatureScene:
             height: Height of the picture.
             eps2d: Blur in square pixels; the scene's own by default.
         """
-        return project(
-            *self._geometry,
-            *_camera(camera_to_world, K, self.activated.means),
-            width,
-            height,
-            rasterize_mode=self.rasterize_mode,
-            eps2d=self.eps2d if eps2d is None else eps2d,
-        )
+        viewmat = self._compute_viewmat(camera_to_world)
+        return self.activated.project(viewmat, K, width, height, eps2d)
 
     def capture(self, data_root: Path | None = None) -> PosedCapture:
         """The captured views with paths that exist.
@@ -242,42 +242,18 @@ class FeatureScene:
             )
         return capture
 
+    def _compute_viewmat(self, camera_to_world: Float[Tensor, "3 4"]) -> Float[Tensor, "4 4"]:
+        return viewmats_from_camera_to_worlds(camera_to_world.to(self.gaussians.means))
+
     def _blend_features(
         self, camera_to_world: Tensor, K: Tensor, width: int, height: int, pixels: Tensor | None
     ) -> tuple[Float[Tensor, "pixels dim"], Float[Tensor, " pixels"]]:
-        features = self.activated.features_and_one
+        features = self.features_and_one
         info = self.project(camera_to_world, K, width, height)
         blended = rasterize_features(features, info, pixels=pixels)
         # (1, h, w, d+1) or (1, p, d+1) -> (p, d+1)
         blended = blended.reshape(-1, blended.shape[-1])
         return blended[:, :-1], blended[:, -1]
-
-    def _rasterize(
-        self,
-        colours: Tensor,
-        sh_degree: int | None,
-        render_mode: Literal["RGB", "ED"],
-        camera_to_world: Tensor,
-        K: Tensor,
-        width: int,
-        height: int,
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        return rasterization(
-            *self._geometry,
-            colours,
-            *_camera(camera_to_world, K, self.activated.means),
-            width,
-            height,
-            sh_degree=sh_degree,
-            render_mode=render_mode,
-            rasterize_mode=self.rasterize_mode,
-            eps2d=self.eps2d,
-        )
-
-    @property
-    def _geometry(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gaussians = self.activated
-        return gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities
 
 
 def colour_features(
@@ -289,8 +265,3 @@ def colour_features(
     """PCA colours of rendered features, by a decoder projected to the basis; black where nothing is."""
     coefficients = projection(features_low, alphas)
     return map_to_colours(coefficients, basis) * alphas[..., None].clamp(0.0, 1.0)
-
-
-def _camera(camera_to_world: Tensor, K: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Batches of one view matrix and one intrinsics matrix, on the Gaussians' device and in their type."""
-    return viewmats_from_camera_to_worlds(camera_to_world.to(like))[None], K.to(like)[None]

@@ -1,15 +1,19 @@
-"""`FeatureGaussians`: what a lifted scene knows of each Gaussian, with the types it has in the scene file.
+"""`Gaussians`: what a scene knows of each Gaussian, with the types of the scene file; and what the rasterizer takes.
 
-Names follow the house: `log_scales` and `opacity_logits` are raw, `scales` and `opacities` activated; `quats` are wxyz
+Of the names, `log_scales` and `opacity_logits` are raw, `scales` and `opacities` activated; `quats` are wxyz
 of length 1. `sh_dc` is the constant coefficient of the colour: `rgb = 0.5 + sh_dc / (2 sqrt(pi))`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.nn import functional as F
+
+from fit3d_ns.rasterization import RasterizeMode, project, rasterization
 
 # torch's uint16 lacks arithmetic, so counts are int32 in memory and uint16 in the file.
 STORED_DTYPES = {
@@ -28,8 +32,8 @@ MAX_VIEWS_STORED = 2**16 - 1
 
 
 @dataclass(frozen=True)
-class FeatureGaussians:
-    """Gaussians with features, raw and as stored; `create_gaussians` makes them from any precision."""
+class Gaussians:
+    """Gaussians with their features and by-products of the lift; `from_raw` makes them from any precision."""
 
     means: Float[Tensor, "num_gaussians 3"]
     """Centres in the scene's frame."""
@@ -42,7 +46,7 @@ class FeatureGaussians:
     sh_dc: Float[Tensor, "num_gaussians 3"]
     """Constant spherical harmonics coefficient of the colour."""
     features: Float[Tensor, "num_gaussians dim"]
-    """Low-dimensional features that are blended as they are."""
+    """Low-dimensional features that are blended as they are; 0 channels before a lift."""
     blend_weight: Float[Tensor, " num_gaussians"]
     """Sum of the blending weights over all pixels of all lifted views; 0 where no view saw it or it is unknown."""
     num_views: Shaped[Tensor, " num_gaussians"]
@@ -62,6 +66,72 @@ class FeatureGaussians:
                 "expected 3, 8, 15 or 24."
             )
 
+    @classmethod
+    def from_raw(
+        cls,
+        means: Float[Tensor, "num_gaussians 3"],
+        quats: Float[Tensor, "num_gaussians 4"],
+        log_scales: Float[Tensor, "num_gaussians 3"],
+        opacity_logits: Shaped[Tensor, "num_gaussians *one"],
+        sh_dc: Float[Tensor, "num_gaussians 3"],
+        features: Float[Tensor, "num_gaussians dim"] | None = None,
+        *,
+        sh_rest: Float[Tensor, "num_gaussians coefficients 3"] | None = None,
+        blend_weight: Float[Tensor, " num_gaussians"] | None = None,
+        num_views: Shaped[Tensor, " num_gaussians"] | None = None,
+        feature_variance: Float[Tensor, " num_gaussians"] | None = None,
+        drop_invalid: bool = False,
+    ) -> "Gaussians":
+        """Brings raw Gaussians of any precision into the stored types.
+
+        Args:
+            quats: Rotations, wxyz, any length.
+            opacity_logits: [N] or [N, 1].
+            features: 0 channels by default.
+            sh_rest: None, or 0 coefficients, for colour that does not depend on the direction.
+            blend_weight: Zeros if unknown, as are `num_views` and `feature_variance`.
+            num_views: Counts, capped at 65535.
+            drop_invalid: Leave out Gaussians that cannot be stored or drawn: a number is NaN, infinite or beyond its
+                stored type's range, a rotation has no length, or a scale overflows when it is activated.
+
+        Raises:
+            ValueError: A number cannot be stored, and `drop_invalid` is off.
+        """
+        unknown = means.new_zeros(means.shape[0])
+        counts = (unknown if num_views is None else num_views).detach().to(torch.int64)
+        values: dict[str, Tensor] = {
+            "means": means,
+            "quats": F.normalize(quats.detach().float(), dim=-1),
+            "log_scales": log_scales,
+            # (n, 1) -> (n,)
+            "opacity_logits": opacity_logits.reshape(-1),
+            "sh_dc": sh_dc,
+            "features": means.new_zeros(means.shape[0], 0) if features is None else features,
+            "blend_weight": unknown if blend_weight is None else blend_weight,
+            "num_views": counts.clamp(0, MAX_VIEWS_STORED),
+            "feature_variance": unknown if feature_variance is None else feature_variance,
+        }
+        if sh_rest is not None and sh_rest.shape[1] > 0:
+            values["sh_rest"] = sh_rest
+        stored = {name: value.detach().to(STORED_DTYPES[name]).contiguous() for name, value in values.items()}
+        invalid = {
+            name: ~value.isfinite().reshape(value.shape[0], -1).all(dim=1)
+            for name, value in stored.items()
+            if value.is_floating_point()
+        }
+        gaussians = cls(**stored)
+        if drop_invalid:
+            has_length = quats.norm(dim=1) >= 1e-12
+            can_be_drawn = stored["log_scales"].float().exp().isfinite().all(dim=1)
+            return gaussians.select(has_length & can_be_drawn & ~torch.stack(list(invalid.values())).any(dim=0))
+        for name, rows in invalid.items():
+            if bool(rows.any()):
+                raise ValueError(
+                    f"`{name}` of {int(rows.sum())} Gaussians is NaN, infinite or too large for {stored[name].dtype}; "
+                    "drop those Gaussians."
+                )
+        return gaussians
+
     @property
     def num_gaussians(self) -> int:
         """N."""
@@ -78,6 +148,12 @@ class FeatureGaussians:
         return 0 if self.sh_rest is None else {3: 1, 8: 2, 15: 3, 24: 4}[self.sh_rest.shape[1]]
 
     @property
+    def colours(self) -> Float[Tensor, "num_gaussians coefficients 3"]:
+        """Spherical harmonics coefficients of all degrees, float32."""
+        constant = self.sh_dc[:, None].float()
+        return constant if self.sh_rest is None else torch.cat([constant, self.sh_rest.float()], dim=1)
+
+    @property
     def bytes_per_gaussian(self) -> float:
         """Bytes of all tensors per Gaussian, in their present types."""
         total = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
@@ -89,118 +165,123 @@ class FeatureGaussians:
             field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
         }
 
-    def select(self, keep: Bool[Tensor, " num_gaussians"]) -> "FeatureGaussians":
+    def select(self, keep: Bool[Tensor, " num_gaussians"]) -> "Gaussians":
         """The Gaussians where `keep` is True, in the same order."""
         # torch cannot index uint16 on every device; the detour through int32 is exact.
         return self._map(
             lambda tensor: tensor.int()[keep].to(tensor.dtype) if tensor.dtype == torch.uint16 else tensor[keep]
         )
 
-    def to(self, device: torch.device | str) -> "FeatureGaussians":
+    def to(self, device: torch.device | str) -> "Gaussians":
         """The same Gaussians on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
-    def _map(self, function: Any) -> "FeatureGaussians":
+    def with_features(self, features: Float[Tensor, "num_gaussians dim"]) -> "Gaussians":
+        """The same Gaussians with other features, which take the stored type."""
+        return replace(self, features=features.to(STORED_DTYPES["features"]))
+
+    def activate(self, rasterize_mode: RasterizeMode = "classic", eps2d: float = 0.3) -> "ActivatedGaussians":
+        """Exponential, sigmoid and float32; mode and blur are those the Gaussians were trained with."""
+        return ActivatedGaussians(
+            means=self.means.float(),
+            quats=self.quats.float(),
+            scales=self.log_scales.float().exp(),
+            opacities=self.opacity_logits.float().sigmoid(),
+            rasterize_mode=rasterize_mode,
+            eps2d=eps2d,
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Gaussians":
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
 
 @dataclass(frozen=True)
 class ActivatedGaussians:
-    """The same Gaussians as the rasterizer takes them, all float32."""
+    """Gaussians as the rasterizer takes them, float32."""
 
     means: Float[Tensor, "num_gaussians 3"]
-    """Centres."""
+    """Centres in world units."""
     quats: Float[Tensor, "num_gaussians 4"]
-    """Rotations, wxyz."""
+    """Rotations wxyz, of any length above zero."""
     scales: Float[Tensor, "num_gaussians 3"]
-    """Standard deviations along the axes, positive."""
+    """Standard deviations along the axes in world units, positive."""
     opacities: Float[Tensor, " num_gaussians"]
-    """Opacities in [0, 1]."""
-    features_and_one: Float[Tensor, "num_gaussians dim_and_one"]
-    """Features, and a last channel of ones: what that blends to is the accumulated opacity."""
+    """In [0, 1]."""
+    rasterize_mode: RasterizeMode = "classic"
+    """Mode the Gaussians were trained in; blending in the other one gives other weights."""
+    eps2d: float = 0.3
+    """Blur added to every projected covariance, in square pixels."""
 
+    def __len__(self) -> int:
+        return self.means.shape[0]
 
-def activate(gaussians: FeatureGaussians) -> ActivatedGaussians:
-    """Exponential, sigmoid and float32."""
-    return ActivatedGaussians(
-        means=gaussians.means.float(),
-        quats=gaussians.quats.float(),
-        scales=gaussians.log_scales.float().exp(),
-        opacities=gaussians.opacity_logits.float().sigmoid(),
-        features_and_one=torch.nn.functional.pad(gaussians.features.float(), (0, 1), value=1.0),
-    )
+    @property
+    def geometry(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Means, quaternions, scales and opacities, as the rasterizer's first arguments."""
+        return self.means, self.quats, self.scales, self.opacities
 
+    def find_valid(self) -> Bool[Tensor, " num_gaussians"]:
+        """False where any number of a Gaussian is NaN or infinite, or its quaternion is zero."""
+        columns = torch.cat([self.means, self.quats, self.scales, self.opacities[:, None]], dim=-1)
+        return torch.isfinite(columns).all(dim=-1) & (self.quats.norm(dim=-1) > 1e-12)
 
-def create_gaussians(
-    means: Float[Tensor, "num_gaussians 3"],
-    quats: Float[Tensor, "num_gaussians 4"],
-    log_scales: Float[Tensor, "num_gaussians 3"],
-    opacity_logits: Shaped[Tensor, "num_gaussians *one"],
-    sh_dc: Float[Tensor, "num_gaussians 3"],
-    features: Float[Tensor, "num_gaussians dim"],
-    *,
-    sh_rest: Float[Tensor, "num_gaussians coefficients 3"] | None = None,
-    blend_weight: Float[Tensor, " num_gaussians"] | None = None,
-    num_views: Shaped[Tensor, " num_gaussians"] | None = None,
-    feature_variance: Float[Tensor, " num_gaussians"] | None = None,
-) -> FeatureGaussians:
-    """Brings raw Gaussians of any precision into the stored types.
+    def select(self, keep: Bool[Tensor, " num_gaussians"]) -> "ActivatedGaussians":
+        """The Gaussians where `keep` is True, in the same order."""
+        means, quats, scales, opacities = (tensor[keep] for tensor in self.geometry)
+        return replace(self, means=means, quats=quats, scales=scales, opacities=opacities)
 
-    Args:
-        means: Centres.
-        quats: Rotations, wxyz, any length.
-        log_scales: Raw scales.
-        opacity_logits: Raw opacities, [N] or [N, 1].
-        sh_dc: Constant colour coefficient.
-        features: Features; use `torch.zeros(N, 0)` where there are none yet.
-        sh_rest: Further colour coefficients; none at all if it is empty.
-        blend_weight: By-product of the lift; zeros if unknown.
-        num_views: By-product of the lift, counts; zeros if unknown, capped at 65535.
-        feature_variance: By-product of the lift; zeros if unknown.
+    def project(
+        self,
+        viewmat: Float[Tensor, "4 4"],
+        K: Float[Tensor, "3 3"],
+        width: int,
+        height: int,
+        eps2d: float | None = None,
+    ) -> dict[str, Any]:
+        """The Gaussians as a camera sees them, for `rasterize_features` and `backproject_features`.
 
-    Raises:
-        ValueError: A value is NaN, infinite or beyond half precision; drop such Gaussians first, see `find_invalid`.
-    """
-    unknown = means.new_zeros(means.shape[0])
-    quats = torch.nn.functional.normalize(quats.detach().float(), dim=-1)
-    counts = (unknown if num_views is None else num_views).detach().to(torch.int64)
-    values: dict[str, Tensor] = {
-        "means": means,
-        "quats": quats,
-        "log_scales": log_scales,
-        # (n, 1) -> (n,)
-        "opacity_logits": opacity_logits.reshape(-1),
-        "sh_dc": sh_dc,
-        "features": features,
-        "blend_weight": unknown if blend_weight is None else blend_weight,
-        "num_views": counts.clamp(0, MAX_VIEWS_STORED),
-        "feature_variance": unknown if feature_variance is None else feature_variance,
-    }
-    if sh_rest is not None and sh_rest.shape[1] > 0:
-        values["sh_rest"] = sh_rest
-    stored = {name: value.detach().to(STORED_DTYPES[name]).contiguous() for name, value in values.items()}
-    for name, value in stored.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            number = int((~value.isfinite()).reshape(value.shape[0], -1).any(dim=1).sum())
-            raise ValueError(
-                f"`{name}` of {number} Gaussians is NaN, infinite or too large for {value.dtype}; drop those Gaussians."
-            )
-    return FeatureGaussians(**stored)
+        Args:
+            viewmat: World-to-camera, OpenCV axes.
+            K: Intrinsics for a picture of `width` x `height` pixels.
+            eps2d: Another blur than the Gaussians' own.
+        """
+        return project(
+            *self.geometry,
+            viewmat[None].to(self.means),
+            K[None].to(self.means),
+            width,
+            height,
+            rasterize_mode=self.rasterize_mode,
+            eps2d=self.eps2d if eps2d is None else eps2d,
+        )
 
+    def render(
+        self,
+        colours: Float[Tensor, "num_gaussians *channels"],
+        viewmat: Float[Tensor, "4 4"],
+        K: Float[Tensor, "3 3"],
+        width: int,
+        height: int,
+        *,
+        sh_degree: int | None = None,
+        render_mode: Literal["RGB", "ED"] = "RGB",
+    ) -> tuple[Float[Tensor, "height width channels"], Float[Tensor, "height width"]]:
+        """Blends colours, or expected depth, and gives them with the rendered opacity; arguments as in `project`.
 
-def find_invalid(**tensors: Shaped[Tensor, "num_gaussians ..."]) -> Bool[Tensor, " num_gaussians"]:
-    """True for Gaussians that cannot be stored or drawn.
-
-    Args:
-        tensors: By the argument names of `create_gaussians`. A row is invalid if it is NaN, infinite or beyond its
-            stored type's range, or, of `quats`, if its length is zero.
-    """
-    first = next(iter(tensors.values()))
-    invalid = torch.zeros(first.shape[0], dtype=torch.bool, device=first.device)
-    for name, tensor in tensors.items():
-        rows = tensor.reshape(tensor.shape[0], -1)
-        if name == "quats":
-            invalid |= rows.norm(dim=1) < 1e-12
-            rows = torch.nn.functional.normalize(rows, dim=1)
-        invalid |= ~rows.to(STORED_DTYPES[name]).isfinite().all(dim=1)
-    return invalid
+        Args:
+            colours: [N, C], or spherical harmonics coefficients [N, K, 3] with their `sh_degree`.
+            render_mode: `RGB` for colours, `ED` for expected z-depth.
+        """
+        renders, alphas, _ = rasterization(
+            *self.geometry,
+            colours,
+            viewmat[None].to(self.means),
+            K[None].to(self.means),
+            width,
+            height,
+            sh_degree=sh_degree,
+            render_mode=render_mode,
+            rasterize_mode=self.rasterize_mode,
+            eps2d=self.eps2d,
+        )
+        return renders[0], alphas[0, ..., 0]

@@ -17,7 +17,7 @@ from fit3d_ns.data.ply import read_ply_vertices, write_ply_vertices
 from fit3d_ns.features import BackboneDescription
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
-from fit3d_ns.scene.gaussians import FeatureGaussians, create_gaussians, find_invalid
+from fit3d_ns.scene.gaussians import Gaussians
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.utils.files import write_atomically
 
@@ -28,13 +28,13 @@ _NUM_REST = (0, 9, 24, 45, 72)
 class ReadGaussians:
     """What a PLY file held."""
 
-    gaussians: FeatureGaussians
+    gaussians: Gaussians
     """Usable Gaussians; features have 0 channels where the file has no `sem_*`."""
     num_dropped: int
     """Gaussians left out because a value was NaN, infinite or too large."""
 
 
-def write_ply(gaussians: FeatureGaussians, path: Path, sh_degree: int | None = None) -> None:
+def write_ply(gaussians: Gaussians, path: Path, sh_degree: int | None = None) -> None:
     """Writes Gaussians with their features as binary little-endian PLY, atomically.
 
     Args:
@@ -100,20 +100,19 @@ def read_ply(path: Path) -> ReadGaussians:
 
     # (n, 3*k) -> (n, k, 3)
     rest = take(*_numbered("f_rest", num_rest)).reshape(len(vertices), 3, num_rest // 3).transpose(1, 2)
-    raw = {
-        "means": take("x", "y", "z"),
-        "quats": take(*_numbered("rot", 4)),
-        "log_scales": take(*_numbered("scale", 3)),
-        "opacity_logits": take("opacity")[:, 0],
-        "sh_dc": take(*_numbered("f_dc", 3)),
-        "features": take(*_numbered("sem", _count(names, "sem", path))),
-        "sh_rest": rest,
-    }
-    valid = ~find_invalid(**raw)
-    if not valid.any():
+    gaussians = Gaussians.from_raw(
+        means=take("x", "y", "z"),
+        quats=take(*_numbered("rot", 4)),
+        log_scales=take(*_numbered("scale", 3)),
+        opacity_logits=take("opacity"),
+        sh_dc=take(*_numbered("f_dc", 3)),
+        features=take(*_numbered("sem", _count(names, "sem", path))),
+        sh_rest=rest,
+        drop_invalid=True,
+    )
+    if gaussians.num_gaussians == 0:
         raise ValueError(f"{path} holds no usable Gaussian ({len(vertices)} in the file, all NaN or infinite).")
-    gaussians = create_gaussians(**{name: tensor[valid] for name, tensor in raw.items()})
-    return ReadGaussians(gaussians, num_dropped=int((~valid).sum()))
+    return ReadGaussians(gaussians, num_dropped=len(vertices) - gaussians.num_gaussians)
 
 
 def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None:
@@ -128,7 +127,7 @@ def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None
         extra[:, 0, 1, 1] = scene.decoder.bias.detach().float().cpu()
         weight = torch.cat([weight, extra], dim=1)
         features = torch.nn.functional.pad(gaussians.features, (0, 1), value=1.0)
-        gaussians = FeatureGaussians(**{**gaussians.tensors(), "features": features})
+        gaussians = gaussians.with_features(features)
     write_ply(gaussians, ply_path, sh_degree=3)
     with write_atomically(Path(decoder_path)) as temporary:
         torch.save({"0.weight": weight.contiguous()}, temporary)

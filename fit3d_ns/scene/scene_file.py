@@ -1,6 +1,6 @@
 """The scene file: one `.safetensors` that holds a `FeatureScene`, memory-mapped when read, without pickle.
 
-Tensors: the fields of `FeatureGaussians` in their stored types, `decoder.weight` [E, D, 3, 3], `decoder.bias` [E] if
+Tensors: the fields of `Gaussians` in their stored types, `decoder.weight` [E, D, 3, 3], `decoder.bias` [E] if
 there is one, and `pca.*` if there is a basis. Everything else is JSON in the header under `fit3d_scene`.
 """
 
@@ -20,7 +20,7 @@ from fit3d_ns.features import BackboneDescription
 from fit3d_ns.scene.capture_record import parse_capture, record_capture
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
-from fit3d_ns.scene.gaussians import STORED_DTYPES, FeatureGaussians
+from fit3d_ns.scene.gaussians import STORED_DTYPES, Gaussians
 from fit3d_ns.utils.files import write_atomically
 
 SCHEMA_VERSION = 1
@@ -73,8 +73,8 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
     path = Path(path)
     header, tensors = _read_file(path)
     try:
-        gaussians = FeatureGaussians(
-            **{field.name: tensors[field.name] for field in fields(FeatureGaussians) if field.name in tensors}
+        gaussians = Gaussians(
+            **{field.name: tensors[field.name] for field in fields(Gaussians) if field.name in tensors}
         )
         scene = FeatureScene(
             gaussians=gaussians,

@@ -15,7 +15,7 @@ from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
-    create_gaussians,
+    Gaussians,
     create_posed_capture,
     save_scene,
 )
@@ -97,7 +97,7 @@ def create_scene(
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    gaussians = create_gaussians(
+    gaussians = Gaussians.from_raw(
         means=draw(num_gaussians, 3) * 0.6,
         quats=draw(num_gaussians, 4),
         log_scales=draw(num_gaussians, 3) * 0.3 - 1.7,

@@ -18,8 +18,8 @@ from fit3d_ns.finetuning.token_module import TokenModule
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.lift_scene import lift_scene
-from fit3d_ns.lifting.lift_source import LiftSource
-from fit3d_ns.scene import create_gaussians, create_posed_capture, save_scene
+from fit3d_ns.lifting.sources import LiftSource
+from fit3d_ns.scene import Gaussians, create_posed_capture, save_scene
 from tests.finetuning.finetuning_scene import BACKBONE, HEIGHT, PATCH, WIDTH
 
 NUM_FRAMES, NUM_TEST = 6, 2
@@ -66,7 +66,7 @@ def lift(root, folder):
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
 
-    gaussians = create_gaussians(
+    gaussians = Gaussians.from_raw(
         draw(60, 3) * 0.6, draw(60, 4), draw(60, 3) * 0.3 - 1.5, draw(60) + 1.0, draw(60, 3), torch.zeros(60, 0)
     )
     capture = create_posed_capture(read_capture(root))

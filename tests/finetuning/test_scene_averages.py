@@ -47,7 +47,7 @@ def test_averages__a_second_load_finds_what_the_first_one_computed(tmp_path, kep
         assert scene.scene_id == f"room{index}" and scene.gaussians.features.dtype == torch.float16
         assert torch.equal(scene.gaussians.features, expected[index])
         # What rendering activates are the averaged ones.
-        assert torch.equal(scene.activated.features_and_one[:, :-1], expected[index].float())
+        assert torch.equal(scene.features_and_one[:, :-1], expected[index].float())
         assert bank.num_bytes <= bank.max_bytes and store.memory.num_bytes <= store.memory.max_bytes
     assert bank.num_loads == 7
     assert bank.averages.num_averaged == (7 if kept_in == "nothing" else 3)

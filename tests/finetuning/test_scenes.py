@@ -15,7 +15,7 @@ from fit3d_ns.features import describe_backbone
 from fit3d_ns.finetuning.scene_bank import SceneBank, check_backbones
 from fit3d_ns.finetuning.scene_files import find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.training_views import TrainingViews
-from fit3d_ns.scene import FeatureDecoder, feature_scene, load_scene, save_scene
+from fit3d_ns.scene import FeatureDecoder, Gaussians, load_scene, save_scene
 from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc")
@@ -85,7 +85,7 @@ def test_bank__counts_the_bytes_that_a_ready_scene_holds(tmp_path):
     scene = SceneBank([save_new_scene(tmp_path)])[0]
     activated = scene.activated
     held = [*scene.gaussians.tensors().values(), scene.decoder.weight]
-    held += [activated.means, activated.quats, activated.scales, activated.opacities, activated.features_and_one]
+    held += [activated.means, activated.quats, activated.scales, activated.opacities, scene.features_and_one]
     assert scene.num_bytes == pytest.approx(sum(tensor.numel() * tensor.element_size() for tensor in held), rel=0.01)
 
 
@@ -109,15 +109,17 @@ def test_bank__tensors_of_ready_scenes_never_exceed_the_budget(tmp_path, monkeyp
     paths = [save_new_scene(tmp_path, f"room{index}", seed=index, num_gaussians=2000) for index in range(5)]
     bank = SceneBank(paths, memory_gb=2.5 * load_scene(paths[0]).num_bytes / 1e9)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in bank.on_disk[0].gaussians.tensors().values())
-    alive, peaks, activate = [], [], feature_scene.activate
+    alive, peaks, activate = [], [], Gaussians.activate
 
-    def count(gaussians):
-        made = activate(gaussians)
-        alive.append((weakref.ref(made), sum(value.numel() * value.element_size() for value in vars(made).values())))
+    def count(gaussians, *settings):
+        made = activate(gaussians, *settings)
+        features_and_one = 4 * (gaussians.feature_dim + 1) * gaussians.num_gaussians
+        size = sum(value.numel() * value.element_size() for value in made.geometry) + features_and_one
+        alive.append((weakref.ref(made), size))
         peaks.append(sum(stored + size for reference, size in alive if reference() is not None))
         return made
 
-    monkeypatch.setattr(feature_scene, "activate", count)
+    monkeypatch.setattr(Gaussians, "activate", count)
     generator = torch.Generator().manual_seed(0)
     for index in torch.randint(5, (40,), generator=generator).tolist():
         view = bank[index].posed_capture.views[0]

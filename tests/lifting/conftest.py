@@ -1,11 +1,12 @@
 import pytest
 
-from fit3d_ns.lifting import LiftGaussians, LiftView
+from fit3d_ns.lifting import LiftView
+from fit3d_ns.scene import ActivatedGaussians
 from tests.lifting.lifting_scene import create_gaussians, create_views
 
 
 @pytest.fixture
-def gaussians() -> LiftGaussians:
+def gaussians() -> ActivatedGaussians:
     return create_gaussians()
 
 

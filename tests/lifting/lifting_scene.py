@@ -3,22 +3,21 @@
 import torch
 from torch import Tensor
 
-from fit3d_ns.lifting import LiftGaussians, LiftView
+from fit3d_ns.lifting import LiftView
 from fit3d_ns.rasterization import rasterization, rasterize_features
+from fit3d_ns.scene import ActivatedGaussians
 
 WIDTH, HEIGHT, GRID, EMBED_DIM = 24, 16, (4, 6), 8
 
 
-def create_gaussians(num_gaussians: int = 10, seed: int = 0) -> LiftGaussians:
+def create_gaussians(num_gaussians: int = 10, seed: int = 0) -> ActivatedGaussians:
     generator = torch.Generator().manual_seed(seed)
     means = (torch.rand(num_gaussians, 3, generator=generator) - 0.5) * torch.tensor([2.4, 1.6, 1.0])
-    return LiftGaussians(
+    return ActivatedGaussians(
         means=means + torch.tensor([0.0, 0.0, 4.0]),
         quats=torch.randn(num_gaussians, 4, generator=generator),
         scales=0.15 + 0.25 * torch.rand(num_gaussians, 3, generator=generator),
         opacities=0.3 + 0.6 * torch.rand(num_gaussians, generator=generator),
-        # What is tested here is the lift; the definition of blending is the one to compare with.
-        backend="reference",
     )
 
 
@@ -48,7 +47,7 @@ def create_views(num_views: int = 4, seed: int = 1, with_masks: bool = True) -> 
     return views
 
 
-def compute_dense_blending(gaussians: LiftGaussians, view: LiftView) -> tuple[Tensor, Tensor]:
+def compute_dense_blending(gaussians: ActivatedGaussians, view: LiftView) -> tuple[Tensor, Tensor]:
     """R [H, W, N] in float64, by blending one-hot features, and alpha [H, W]."""
     num_gaussians = len(gaussians)
     _, alphas, info = rasterization(

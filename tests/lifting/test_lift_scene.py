@@ -8,13 +8,19 @@ import pytest
 import torch
 
 from fit3d_ns.features import FeatureCache, FeatureCacheConfig, compute_feature_key, describe_backbone
-from fit3d_ns.lifting.chosen_views import choose_views
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_forecast import forecast_lift
 from fit3d_ns.lifting.lift_scene import lift_scene
-from fit3d_ns.lifting.lift_source import compare_with_photographs, read_scene_source, select_evenly
-from fit3d_ns.lifting.ply_world import PlyConfig, WorldChange, invert_similarity, read_ply_source
-from fit3d_ns.scene import create_gaussians, load_scene, save_scene, write_ply
+from fit3d_ns.lifting.sources import (
+    PlyConfig,
+    WorldChange,
+    compare_with_photographs,
+    invert_similarity,
+    read_ply_source,
+    read_scene_source,
+)
+from fit3d_ns.lifting.views import choose_views
+from fit3d_ns.scene import Gaussians, load_scene, save_scene, write_ply
 from tests.lift_capture import BACKBONE, COLMAP_TO_WORLD, move_gaussians, write_capture, write_gaussians
 
 CONFIG = LiftConfig(feature_dim=6, max_passes=3, seconds_per_checkpoint=0.0)
@@ -152,7 +158,7 @@ def test_world_change__composes_and_inverts():
 def test_invert_similarity__refuses_mirrors_and_shears():
     with pytest.raises(ValueError, match="mirrors"):
         invert_similarity(torch.diag(torch.tensor([1.0, 1.0, -1.0, 0.0]))[:3], "x.json")
-    with pytest.raises(ValueError, match="no rotation with one scale"):
+    with pytest.raises(ValueError, match="not a rotation with one scale"):
         invert_similarity(torch.diag(torch.tensor([1.0, 2.0, 1.0, 0.0]))[:3], "x.json")
 
 
@@ -240,15 +246,12 @@ def test_read_scene_source__lifts_a_scene_file_as_its_source(source, scene, cach
 def test_read_ply_source__keeps_directional_colour(source, tmp_path, capture):
     root, raw = capture
     rest = torch.randn(len(raw["means"]), 8, 3, generator=torch.Generator().manual_seed(1)) * 0.01
-    gaussians = create_gaussians(**raw, features=torch.zeros(len(rest), 0), sh_rest=rest)
+    gaussians = Gaussians.from_raw(**raw, sh_rest=rest)
     write_ply(gaussians, tmp_path / "sh.ply")
     assert torch.equal(read_ply_source(tmp_path / "sh.ply", root, PlyConfig()).gaussians.sh_rest, gaussians.sh_rest)
 
 
 def test_choose_views__evenly_and_never_a_test_view(source):
-    assert select_evenly(list(range(10)), 5) == [1, 3, 5, 7, 9]
-    assert select_evenly(list(range(7)), 1) == [3]
-    assert select_evenly([1, 2], 5) == [1, 2] == select_evenly([1, 2], None)
     chosen = choose_views(source.capture, 2)
     assert len(chosen.lifted) == 2 and all(view.split == "train" for view in chosen.lifted)
     assert [view.split for view in chosen.held_out] == ["test", "test"]

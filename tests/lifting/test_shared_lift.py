@@ -8,15 +8,14 @@ import torch
 from fit3d_ns.analysis.pca import PcaAccumulator
 from fit3d_ns.features import FeatureCache, FeatureCacheConfig, describe_backbone
 from fit3d_ns.lifting import shared_lift as module
-from fit3d_ns.lifting.chosen_views import choose_views, load_views
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.decoder_fit import fit_decoder
 from fit3d_ns.lifting.lift_scene import lift_scene
-from fit3d_ns.lifting.lift_source import create_lift_gaussians
-from fit3d_ns.lifting.ply_world import PlyConfig, read_ply_source
 from fit3d_ns.lifting.shared_lift import LiftTask, fit_shared_space, lift_together
 from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.sources import PlyConfig, read_ply_source
 from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators
+from fit3d_ns.lifting.views import choose_views, load_views
 from fit3d_ns.scene import load_scene, save_scene
 from tests.lift_capture import BACKBONE, write_capture, write_gaussians
 
@@ -63,7 +62,7 @@ def test_lift_together__is_one_decoder_of_all_statistics_on_one_basis(tasks, cac
         sums.append(accumulator)
     basis = fit_token_basis(merge_accumulators(sums), 6)
     for source, lifted in zip(sources, views, strict=True):
-        result = solve_features(create_lift_gaussians(source), lifted, CONFIG, basis=basis)
+        result = solve_features(source.activate(), lifted, CONFIG, basis=basis)
         statistics.append(result.decoder_statistics)
     expected = fit_decoder(statistics, basis, CONFIG.decoder_ridge)
     for scene in scenes:

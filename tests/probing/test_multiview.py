@@ -17,7 +17,7 @@ from fit3d_ns.probing.multiview.probe import MultiviewConfig, MultiviewProbe
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
-    create_gaussians,
+    Gaussians,
     create_posed_capture,
     save_scene,
 )
@@ -84,7 +84,7 @@ def test_multiview__scene_files_render_the_depth_they_need(room: Path, tmp_path:
         points.append(unproject_depth(depth, view.camera_to_world, view.K).reshape(-1, 3)[::3])
     means = torch.cat(points)
     count = len(means)
-    gaussians = create_gaussians(
+    gaussians = Gaussians.from_raw(
         means=means,
         quats=torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(count, 4),
         log_scales=torch.full((count, 3), math.log(0.04)),

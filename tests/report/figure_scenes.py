@@ -13,7 +13,7 @@ from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
-    create_gaussians,
+    Gaussians,
     create_posed_capture,
     save_scene,
 )
@@ -66,7 +66,7 @@ def write_scene(path: Path, photographs: list[Path], backbone: str = BACKBONE) -
     generator = torch.Generator().manual_seed(1)
     count, dim = 40, 4
     means = torch.rand(count, 3, generator=generator) * torch.tensor([0.6, 1.0, 0.1])
-    gaussians = create_gaussians(
+    gaussians = Gaussians.from_raw(
         means=means + torch.tensor([-0.65, -0.5, -1.0]),
         quats=torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(count, 4),
         log_scales=torch.full((count, 3), -2.5),

@@ -10,7 +10,7 @@ from fit3d_ns.analysis.pca import fit_pca
 from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud
 from fit3d_ns.features import BackboneDescription
 from fit3d_ns.geometry.lenses import Lens
-from fit3d_ns.scene import FeatureDecoder, FeatureScene, create_gaussians, create_posed_capture
+from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians, create_posed_capture
 
 WIDTH, HEIGHT = 40, 30
 DIM, EMBED = 5, 7
@@ -74,7 +74,7 @@ def make_scene(make_files, backbone):
         def draw(*shape):
             return torch.randn(*shape, generator=generator)
 
-        gaussians = create_gaussians(
+        gaussians = Gaussians.from_raw(
             means=draw(num_gaussians, 3) * 0.5,
             quats=draw(num_gaussians, 4),
             log_scales=draw(num_gaussians, 3) * 0.3 - 2.0,

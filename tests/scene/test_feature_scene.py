@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fit3d_ns.analysis.pca import apply_pca, map_to_colours
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import rasterization
-from fit3d_ns.scene import FeatureDecoder, create_gaussians
+from fit3d_ns.scene import FeatureDecoder, Gaussians
 
 SIZE = (3, 4)
 
@@ -96,7 +96,7 @@ def test_render_rgb__harmonics_change_the_picture(make_scene):
 
 def test_render_depth__of_one_opaque_gaussian_is_its_distance(make_scene):
     scene = make_scene()
-    one = create_gaussians(
+    one = Gaussians.from_raw(
         means=torch.tensor([[0.0, 0.05, -1.0]]),
         quats=torch.tensor([[2.0, 0.0, 0.0, 0.0]]),
         log_scales=torch.full((1, 3), -0.5),

@@ -1,14 +1,15 @@
-"""Gaussians of a PLY and the photographs they were made from, brought together: which world is the PLY in?
+"""`LiftSource`: what a scene is lifted from, Gaussians and the photographs of the same scene; read from files.
 
-A file does not say. `dataset`: the world of the capture's camera file. `colmap`: the world of COLMAP's model, from
-which ns-process-data and ScanNet++ moved their poses. `training`: nerfstudio's training frame, as `ns-export
-gaussian-splat` writes it, known by the run's `dataparser_transforms.json`. Each is a rigid motion and a scale of the
-dataset's world; the cameras are moved into the PLY's world and the Gaussians stay as they are.
+Gaussians and views share one frame. A PLY does not say which world it is in. `dataset`: the world of the capture's
+camera file. `colmap`: the world of COLMAP's model, from which ns-process-data and ScanNet++ moved their poses.
+`training`: nerfstudio's training frame, as `ns-export gaussian-splat` writes it, known by the run's
+`dataparser_transforms.json`. Each is a rigid motion and a scale of the dataset's world. The cameras are moved into the
+PLY's world, never the Gaussians, so colours that depend on the direction stay right.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,24 +19,107 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.data.layouts import read_capture
-from fit3d_ns.lifting.lift_source import (
-    SMALLEST_PSNR,
-    LiftSource,
-    PhotoFit,
-    compare_with_photographs,
-    create_lift_source,
-)
+from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import RasterizeMode
-from fit3d_ns.scene import create_posed_capture, read_ply
+from fit3d_ns.scene import (
+    ActivatedGaussians,
+    Gaussians,
+    PosedCapture,
+    View,
+    create_posed_capture,
+    load_scene,
+    read_ply,
+)
+from fit3d_ns.scene.capture_record import parse_capture, record_capture
+from fit3d_ns.scene.scene_costs import find_geometry_seconds
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.selection import select_evenly
 
-PlyWorld = Literal["dataset", "colmap", "training"]
-TRANSFORMS_NAME = "dataparser_transforms.json"
-"""nerfstudio writes it into every run's folder."""
+NUM_CHECKED_VIEWS = 3
+"""Views that are rendered and compared with their photographs before a lift."""
+
+SMALLEST_PSNR = 12.0
+"""Mean PSNR in dB over them, below which Gaussians and photographs hardly belong together."""
+
 CLEARLY_BETTER_DB = 3.0
 """A world that fits by so much better is the right one."""
+
+TRANSFORMS_NAME = "dataparser_transforms.json"
+"""nerfstudio writes it into every run's folder."""
+
+PlyWorld = Literal["dataset", "colmap", "training"]
 _WORLDS: tuple[PlyWorld, ...] = ("dataset", "colmap", "training")
+
+
+@dataclass(frozen=True)
+class LiftSource:
+    """Fixed geometry and its capture."""
+
+    gaussians: Gaussians
+    """As they will be stored, half precision included; features are not used."""
+    capture: PosedCapture
+    """Views in the Gaussians' frame; `train` views are lifted, the others held out."""
+    description: str
+    """Where it came from, for the record and for messages."""
+    rasterize_mode: RasterizeMode = "classic"
+    """Mode the Gaussians were trained in."""
+    eps2d: float = 0.3
+    """Blur of projected Gaussians in squared pixels, as trained."""
+    num_dropped: int = 0
+    """Gaussians left out because a number was NaN, infinite or too large."""
+    training_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase of the run that made the Gaussians; empty where they are not known."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError now, not after the lift, for what cannot be lifted or stored."""
+        root = self.capture.root
+        if self.gaussians.num_gaussians == 0:
+            raise ValueError(
+                f"{self.description} holds no usable Gaussian: all {self.num_dropped} are NaN, infinite or too large."
+            )
+        if not self.capture.select("train"):
+            raise ValueError(f"The capture in {root} has no train views; there is nothing to lift from.")
+        try:
+            parse_capture(record_capture(self.capture))
+        except ValueError as error:
+            raise ValueError(
+                f"The capture in {root} cannot be written into a scene file ({error}); give the folder above all "
+                "photographs and masks as --data."
+            ) from error
+
+    def activate(self, device: torch.device | str = "cpu") -> ActivatedGaussians:
+        """The Gaussians as the rasterizer takes them, from what will be stored, so that metrics are the file's."""
+        return self.gaussians.to(device).activate(self.rasterize_mode, self.eps2d)
+
+    @torch.no_grad()
+    def render(self, view: View, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Colour [H, W, 3] in [0, 1] before black, and opacity [H, W]."""
+        activated = self.activate(device)
+        colours, alphas = activated.render(
+            self.gaussians.to(device).colours,
+            viewmats_from_camera_to_worlds(view.camera_to_world.to(activated.means)),
+            view.K,
+            view.width,
+            view.height,
+            sh_degree=self.gaussians.sh_degree,
+        )
+        return colours.clamp(0.0, 1.0), alphas
+
+
+@dataclass(frozen=True)
+class PhotoFit:
+    """How renderings agree with photographs."""
+
+    psnr: float
+    """Mean over the checked views of the peak signal-to-noise ratio in dB, before black, under the valid masks."""
+    coverage: float
+    """Mean rendered opacity, 0 to 1."""
+
+    @property
+    def is_seen(self) -> bool:
+        """False where next to nothing is drawn; `psnr` then compares photographs with black."""
+        return self.coverage >= 0.01
 
 
 @dataclass(frozen=True)
@@ -47,7 +131,7 @@ class PlyConfig:
     `training` nerfstudio's training frame (what ns-export writes)."""
     dataparser_transforms: Path | None = None
     """With --ply-world training: the run's dataparser_transforms.json or the run's folder; by default it is looked for
-    beside the PLY."""
+    next to the PLY."""
     rasterize_mode: RasterizeMode = "classic"
     """With --ply: the mode the Gaussians were trained in."""
     downscale_factor: int = 1
@@ -75,6 +159,27 @@ class WorldChange:
         return WorldChange(transform, first.scale * self.scale)
 
 
+def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
+    """Reads a scene file to lift it again: geometry, corrected cameras and splits are in it.
+
+    Args:
+        path: A scene file; its features are not used.
+        data_root: Where the photographs lie now, if they were moved.
+
+    Raises:
+        ValueError: The file is not a scene file, or its photographs are not there.
+    """
+    scene = load_scene(path)
+    return LiftSource(
+        scene.gaussians.with_features(scene.gaussians.features[:, :0]),
+        scene.capture(data_root),
+        f"scene file {Path(path).name}",
+        scene.rasterize_mode,
+        scene.eps2d,
+        training_seconds=find_geometry_seconds(scene.metrics),
+    )
+
+
 def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.device | str = "cpu") -> LiftSource:
     """Reads a PLY and its capture, and holds renderings against photographs before anything else is done.
 
@@ -85,25 +190,48 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
     read = read_ply(ply)
     files = read_capture(data)
     notice(files.description)
-    tensors = read.gaussians.tensors()
-    names = ("means", "quats", "log_scales", "opacity_logits", "sh_dc", "sh_rest")
-    raw = {name: tensors[name] for name in names if name in tensors}
+    gaussians = read.gaussians.with_features(read.gaussians.features[:, :0])
+    description = f"PLY {Path(ply).name} in the {config.ply_world} world"
 
     def create(change: WorldChange) -> LiftSource:
         capture = create_posed_capture(files, change.transform, change.scale, config.downscale_factor)
-        return create_lift_source(
-            raw,
-            capture,
-            f"PLY {Path(ply).name} in the {config.ply_world} world",
-            rasterize_mode=config.rasterize_mode,
-            num_dropped=read.num_dropped,
-        )
+        return LiftSource(gaussians, capture, description, config.rasterize_mode, num_dropped=read.num_dropped)
 
     source, fit = _find_best([create(change) for change in find_changes(config.ply_world, files, ply, config)], device)
     if config.smallest_psnr > 0:
         others = _try_other_worlds(ply, config, files, create, device)
         _check_fit(f"{ply} in the {config.ply_world} world", data, fit, others, config)
     return source
+
+
+@torch.no_grad()
+def compare_with_photographs(source: LiftSource, device: torch.device | str = "cpu") -> PhotoFit:
+    """Renders a few train views and compares them with their photographs.
+
+    Raises:
+        ValueError: A photograph or mask cannot be read.
+    """
+    psnrs, coverages = [], []
+    for view in select_evenly(source.capture.select("train"), NUM_CHECKED_VIEWS):
+        rendered, alphas = source.render(view, device)
+        photograph = source.capture.load_image(view).to(rendered.device).float() / 255.0
+        mask = source.capture.load_valid_mask(view).to(rendered.device)
+        if not bool(mask.any()):
+            mask = torch.ones_like(mask)
+        error = (rendered - photograph).square()[mask].mean().clamp(min=1e-10)
+        psnrs.append(-10.0 * float(error.log10()))
+        coverages.append(float(alphas[mask].mean()))
+    return PhotoFit(psnr=sum(psnrs) / len(psnrs), coverage=sum(coverages) / len(coverages))
+
+
+def warn_of_poor_fit(source: LiftSource, fit: PhotoFit) -> None:
+    """A notice where Gaussians and cameras belong together and renderings still do not look like the photographs."""
+    if fit.is_seen and fit.psnr >= SMALLEST_PSNR:
+        return
+    notice(
+        f"Renderings of {source.description} are {fit.psnr:.1f} dB from their photographs (below {SMALLEST_PSNR:g}); "
+        "was it trained to its end, and does --data hold the same photographs?"
+    )
 
 
 def find_changes(world: PlyWorld, files: CaptureFiles, ply: Path, config: PlyConfig) -> list[WorldChange]:
@@ -143,7 +271,7 @@ def invert_similarity(matrix: Float[Tensor, "3 4"], source: str) -> WorldChange:
     scale = determinant ** (1 / 3)
     rotation = (linear / scale).T
     if not torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64), atol=1e-3):
-        raise ValueError(f"The applied_transform of {source} is no rotation with one scale; correct it.")
+        raise ValueError(f"The applied_transform of {source} is not a rotation with one scale; correct it.")
     translation = -rotation @ matrix[:, 3].double()
     return WorldChange(torch.cat([rotation, translation[:, None]], dim=1).float(), 1.0 / scale)
 

@@ -1,0 +1,151 @@
+"""`LiftView`: a camera with the tokens it saw; and which views of a capture are lifted, which only measure.
+
+`viewmat` is world-to-camera in OpenCV axes, in the world of the Gaussians and of any scale; `K` is in pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fit3d_ns.analysis.pca import PcaBasis, fit_pca
+from fit3d_ns.features import FeatureCache, FeatureKey, extract_features
+from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
+from fit3d_ns.lifting.config import LiftSceneConfig
+from fit3d_ns.scene import PosedCapture, View
+from fit3d_ns.utils.selection import select_evenly
+
+MAX_PICTURE_TOKENS = 50_000
+"""Tokens on which the colours of feature pictures are fitted."""
+
+
+@dataclass(frozen=True)
+class LiftView:
+    """One captured view; its tokens and mask stay on disk until they are needed."""
+
+    viewmat: Float[Tensor, "4 4"]
+    """World-to-camera, OpenCV axes."""
+    K: Float[Tensor, "3 3"]
+    """Pinhole intrinsics in pixels of the `width` x `height` image."""
+    width: int
+    """Image width in pixels."""
+    height: int
+    """Image height in pixels."""
+    load_tokens: Callable[[], Float[Tensor, "h w embed"] | None]
+    """Reads the original backbone's patch tokens of this view; any float type."""
+    load_mask: Callable[[], Bool[Tensor, "height width"] | Float[Tensor, "height width"] | None] = lambda: None
+    """Reads the valid mask, or weights of 0 and above per pixel; None uses every pixel alike."""
+    name: str = ""
+    """What error messages call this view, for example the image's file name."""
+
+    def read_tokens(self, device: torch.device) -> Float[Tensor, "h w embed"]:
+        """The tokens as float32 on `device`.
+
+        Raises:
+            ValueError: The view has no tokens, or some that are not a [h, w, E] map of finite numbers.
+        """
+        tokens = self.load_tokens()
+        if tokens is None or tokens.numel() == 0:
+            raise ValueError(f"View {self.name!r} has no patch tokens; extract features for it first or leave it out.")
+        if tokens.ndim != 3:
+            raise ValueError(f"View {self.name!r} has tokens of shape {tuple(tokens.shape)}; expected [h, w, embed].")
+        tokens = tokens.detach().to(device=device, dtype=torch.float32)
+        if not bool(torch.isfinite(tokens).all()):
+            raise ValueError(f"View {self.name!r} has tokens that are not finite; delete its cached features.")
+        return tokens
+
+    def read_mask(self, device: torch.device) -> Float[Tensor, "height width"]:
+        """Weights per pixel as float32 on `device`, ones where the view has no mask.
+
+        Raises:
+            ValueError: The mask is not of the view's size.
+        """
+        mask = self.load_mask()
+        if mask is None:
+            return torch.ones(self.height, self.width, device=device)
+        if mask.shape != (self.height, self.width):
+            raise ValueError(
+                f"The mask of view {self.name!r} is {mask.shape[-1]}x{mask.shape[0]} pixels, "
+                f"its camera {self.width}x{self.height}; resize one of them."
+            )
+        return mask.detach().to(device=device, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class ChosenViews:
+    """Views of a capture by what the lift does with them."""
+
+    lifted: list[View]
+    """Training views that teach the features."""
+    held_out: list[View]
+    """Views that only measure: `test`, else `val`, else training views that were not chosen."""
+
+
+def create_lift_views(
+    capture: PosedCapture,
+    views: Sequence[View],
+    load_tokens: Callable[[View], Float[Tensor, "h w embed"] | None],
+    load_mask: Callable[[View], Bool[Tensor, "height width"] | Float[Tensor, "height width"] | None] | None = None,
+) -> list[LiftView]:
+    """Views of `capture` as a lift takes them; tokens and masks are read each time they are needed.
+
+    Args:
+        views: Which of the capture's views, for example `capture.select("train")`; poses may be corrected ones.
+        load_tokens: Reads the patch tokens of a view's undistorted photograph.
+        load_mask: Reads a view's valid mask; from the capture by default.
+    """
+    return [
+        LiftView(
+            viewmat=viewmats_from_camera_to_worlds(view.camera_to_world),
+            K=view.K,
+            width=view.width,
+            height=view.height,
+            load_tokens=partial(load_tokens, view),
+            load_mask=partial(load_mask or capture.load_valid_mask, view),
+            name=view.name,
+        )
+        for view in views
+    ]
+
+
+def choose_views(capture: PosedCapture, num_views: int | None) -> ChosenViews:
+    """Evenly chosen training views, and those to measure on."""
+    train = capture.select("train")
+    lifted = select_evenly(train, num_views)
+    names = {view.name for view in lifted}
+    left_out = [view for view in train if view.name not in names]
+    return ChosenViews(lifted, capture.select("test") or capture.select("val") or left_out)
+
+
+def load_views(
+    capture: PosedCapture,
+    views: Sequence[View],
+    cache: FeatureCache,
+    options: LiftSceneConfig,
+    device: torch.device | str,
+) -> list[LiftView]:
+    """Fills the cache with the tokens of `views`, where they are missing, and returns the views of a lift."""
+    images = [partial(capture.load_image, view) for view in views]
+    keys = extract_features(images, cache, device=device, batch_size=options.feature_batch_size)
+    by_name: dict[str, FeatureKey] = {view.name: key for view, key in zip(views, keys, strict=True)}
+
+    def load_tokens(view: View) -> Float[Tensor, "h w embed"]:
+        return cache.load(by_name[view.name]).patch_tokens
+
+    return create_lift_views(capture, views, load_tokens)
+
+
+def fit_picture_basis(views: Sequence[LiftView]) -> PcaBasis:
+    """Three directions and fixed colours for pictures of the backbone's tokens, from every n-th token of all views."""
+    rows = sample_tokens(views, MAX_PICTURE_TOKENS)
+    return fit_pca(rows, min(3, rows.shape[1]))
+
+
+def sample_tokens(views: Sequence[LiftView], max_tokens: int) -> Float[Tensor, "num_tokens embed"]:
+    """Every n-th token of all views, about `max_tokens` together, on the CPU."""
+    height, width, _ = views[0].read_tokens(torch.device("cpu")).shape
+    stride = max(height * width * len(views) // max(max_tokens, 1), 1)
+    return torch.cat([view.read_tokens(torch.device("cpu")).flatten(0, 1)[::stride] for view in views])
