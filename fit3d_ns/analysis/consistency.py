@@ -10,11 +10,14 @@ that view shows the same point. All means are over points, pooled over all pairs
 - `recall_Ncm`: within N centimetres of the true surface point, where the unit of the poses is known; a match at a place
   without depth counts as missed.
 - `ratio_recall_Npx`, `ratio_recall_Ncm`: of the most distinct matches, as probe3d takes them; see `find_ratio_matches`.
+- `num_points`, `num_matches`, `num_ratio_matches`: over how many points these are means; without any they are NaN.
 - `effective_rank`: of all tokens of all views.
+- `num_pairs`: pairs of views with at least one common point.
+- `by_angle`: all but the last two again for each bin of angles, such as `15-30`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,51 +79,6 @@ class ConsistencyConfig:
             raise ValueError(f"Angle edges {self.angle_edges} must be at least two ascending numbers of degrees.")
 
 
-@dataclass(frozen=True)
-class ConsistencyMetrics:
-    """Metrics over a set of points; NaN where there are none."""
-
-    mean_cosine: float
-    """In [-1, 1]."""
-    centred_cosine: float
-    """In [-1, 1]; 0 for unrelated tokens."""
-    l1: float
-    """At least 0."""
-    recall: dict[str, float]
-    """`recall_5px` and so on, in [0, 1]; `recall_2cm` and so on where the unit of the poses is known."""
-    num_points: int
-    """Token centres that were compared."""
-    num_matches: int
-    """Points that were matched for recall."""
-    ratio_recall: dict[str, float] = field(default_factory=dict)
-    """`ratio_recall_20px` and so on likewise, of the most distinct matches; empty where they were not asked for."""
-    num_ratio_matches: int = 0
-    """Most distinct matches that were measured."""
-
-
-@dataclass(frozen=True)
-class ConsistencyReport:
-    """Metrics of one backbone on one set of views."""
-
-    overall: ConsistencyMetrics
-    """Over all points of all pairs."""
-    by_angle: dict[str, ConsistencyMetrics]
-    """By bin, such as `15-30`."""
-    effective_rank: float
-    """Of all tokens; `embed` at most."""
-    num_pairs: int
-    """Pairs with at least one common point."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; recalls stand next to the other metrics."""
-        return {
-            **_flatten(self.overall),
-            "effective_rank": self.effective_rank,
-            "num_pairs": self.num_pairs,
-            "by_angle": {name: _flatten(metrics) for name, metrics in self.by_angle.items()},
-        }
-
-
 def create_pairs(
     num_views: int, gaps: Sequence[int] | None = None, max_pairs: int | None = None, seed: int = 0
 ) -> list[tuple[int, int]]:
@@ -147,7 +105,7 @@ def compute_consistency(
     pairs: Sequence[tuple[int, int]] | None = None,
     config: ConsistencyConfig | None = None,
     units_per_metre: float | None = None,
-) -> ConsistencyReport:
+) -> dict[str, Any]:
     """Compares the tokens of pairs of views, both ways; ratio matches go from the first view of a pair to the second.
 
     Args:
@@ -156,6 +114,9 @@ def compute_consistency(
         pairs: Which views to compare; all pairs by default.
         config: Tolerances, bins and thresholds.
         units_per_metre: Length of a metre in the unit of the poses; None leaves out metrics in centimetres.
+
+    Returns:
+        The metrics that this module's docstring lists, as plain values for JSON.
 
     Raises:
         ValueError: There are not as many token maps as views.
@@ -177,7 +138,8 @@ def compute_consistency(
         if config.ratio_matches > 0:
             samples.match_by_ratio((token_maps[first], token_maps[second]), (views[first], views[second]))
     overall, by_angle = samples.summarise()
-    return ConsistencyReport(overall, by_angle, compute_effective_rank(token_maps), num_pairs)
+    rank = compute_effective_rank(token_maps)
+    return {**overall, "effective_rank": rank, "num_pairs": num_pairs, "by_angle": by_angle}
 
 
 def pool_consistency(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -188,7 +150,7 @@ def pool_consistency(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     co-visible token, or a random match, of all scenes sees.
 
     Args:
-        reports: As `ConsistencyReport.to_dict` gives them, all with the same bins of angles.
+        reports: As `compute_consistency` gives them, all with the same bins of angles.
     """
     if not reports:
         return {}
@@ -246,7 +208,7 @@ class _Samples:
             angles = measure_angles(*views, found.points, self.config.angle_kind)
             self.ratio_errors.append(self._stack(angles, errors.pixels, errors.distances))
 
-    def summarise(self) -> tuple[ConsistencyMetrics, dict[str, ConsistencyMetrics]]:
+    def summarise(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Metrics of everything, and of each bin of angles."""
         tables = [torch.cat(rows) for rows in (self.agreements, self.errors, self.ratio_errors)]
         edges = self.config.angle_edges
@@ -258,15 +220,16 @@ class _Samples:
             by_angle[f"{low:g}-{high:g}"] = self._average(*parts)
         return self._average(*tables), by_angle
 
-    def _average(self, agreements: Tensor, errors: Tensor, ratio_errors: Tensor) -> ConsistencyMetrics:
+    def _average(self, agreements: Tensor, errors: Tensor, ratio_errors: Tensor) -> dict[str, Any]:
         # The mean of nothing is NaN, which JSON readers get as null.
-        means = agreements.mean(dim=0).tolist()
-        recall = self._measure_recall("recall", errors, self.config.recall_pixels)
-        metrics = ConsistencyMetrics(means[1], means[2], means[3], recall, agreements.shape[0], errors.shape[0])
-        if self.config.ratio_matches == 0:
-            return metrics
-        ratio_recall = self._measure_recall("ratio_recall", ratio_errors, self.config.ratio_pixels)
-        return replace(metrics, ratio_recall=ratio_recall, num_ratio_matches=ratio_errors.shape[0])
+        metrics: dict[str, Any] = self._measure_recall("recall", errors, self.config.recall_pixels)
+        if self.config.ratio_matches > 0:
+            metrics |= self._measure_recall("ratio_recall", ratio_errors, self.config.ratio_pixels)
+        _, metrics["mean_cosine"], metrics["centred_cosine"], metrics["l1"] = agreements.mean(dim=0).tolist()
+        metrics |= {"num_points": agreements.shape[0], "num_matches": errors.shape[0]}
+        if self.config.ratio_matches > 0:
+            metrics["num_ratio_matches"] = ratio_errors.shape[0]
+        return metrics
 
     def _measure_recall(self, name: str, errors: Tensor, pixels: tuple[float, ...]) -> dict[str, float]:
         # NaN, where an error is unknown, is within no distance.
@@ -310,11 +273,3 @@ def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         total = sum(item[name] * weight for item, weight in zip(having, weights, strict=True) if weight)
         pooled[name] = total / sum(weights) if any(weights) else float("nan")
     return pooled
-
-
-def _flatten(metrics: ConsistencyMetrics) -> dict[str, Any]:
-    content = asdict(metrics)
-    recalls = {**content.pop("recall"), **content.pop("ratio_recall")}
-    if not metrics.ratio_recall:
-        del content["num_ratio_matches"]
-    return {**recalls, **content}

@@ -5,6 +5,7 @@ Moments are summed in float64; with centred weighted covariance `C = V diag(vari
 `(x - mean) @ components.T`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,8 @@ class PcaBasis:
 
     def to(self, device: torch.device | str) -> "PcaBasis":
         """The same basis on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSOR_NAMES})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 class PcaAccumulator:
@@ -99,15 +101,10 @@ class PcaAccumulator:
 def fit_pca(
     features: Float[Tensor, "*batch embed"], num_components: int, weights: Float[Tensor, "*batch"] | None = None
 ) -> PcaBasis:
-    """PCA of features that fit into memory, with percentile colour ranges.
-
-    Args:
-        features: Rows to analyse.
-        num_components: How many to keep, at most `embed`.
-        weights: Importance of each row, at least 0.
+    """PCA of features that fit into memory, with percentile colour ranges; `weights` are at least 0.
 
     Raises:
-        ValueError: All weights are zero, or too many components are asked for.
+        ValueError: All weights are zero, or more components than `embed` are asked for.
     """
     accumulator = PcaAccumulator(features.shape[-1], features.device)
     accumulator.add(features, weights)
@@ -147,25 +144,23 @@ def fit_colours(
     basis: PcaBasis,
     features: Float[Tensor, "*batch embed"],
     weights: Float[Tensor, "*batch"] | None = None,
-    percentiles: tuple[float, float] = (1.0, 99.0),
 ) -> PcaBasis:
-    """Fixes the colour ranges at percentiles of a sample, so that outliers do not darken every picture.
+    """Fixes the colour ranges at the 1st and 99th percentile of a sample, so that outliers do not darken every picture.
 
     Args:
         basis: The basis whose first three components become red, green and blue.
         features: A sample in the same space as `basis.mean`.
         weights: Rows of weight zero are left out; other weights count alike.
-        percentiles: Drawn as 0 and as 1.
     """
     rows = features.detach().reshape(-1, features.shape[-1])
     if weights is not None:
         rows = rows[weights.reshape(-1) > 0]
     if rows.shape[0] == 0:
         return basis
-    ranks = torch.tensor(percentiles, dtype=torch.float64, device=rows.device) / 100.0 * (rows.shape[0] - 1)
     # Sorting has no limit on the number of rows, which `torch.quantile` has.
     ordered = _first_three(apply_pca(rows, basis)).sort(dim=0).values
-    low, high = ordered[int(ranks[0].floor())], ordered[int(ranks[1].ceil())]
+    last = rows.shape[0] - 1
+    low, high = ordered[math.floor(1.0 / 100.0 * last)], ordered[math.ceil(99.0 / 100.0 * last)]
     return replace(basis, colour_low=low.to(basis.mean), colour_high=_above(low, high).to(basis.mean))
 
 
@@ -183,41 +178,32 @@ def map_to_colours(coefficients: Float[Tensor, "*batch components"], basis: PcaB
     return colours
 
 
-def compute_effective_rank(
-    features: Float[Tensor, "*batch embed"] | Sequence[Float[Tensor, "..."]],
-    weights: Float[Tensor, "*batch"] | None = None,
-) -> float:
+def compute_effective_rank(batches: Sequence[Float[Tensor, "..."]]) -> float:
     """Exponential of the entropy of the normalised singular values of the centred features (Roy & Vetterli, 2007).
 
-    Between 1 (all features on a line) and `embed` (a ball). A falling value beside a rising cosine is collapse.
+    Between 1 (all features on a line) and `embed` (a ball). A value that falls while a cosine rises means collapse.
 
     Args:
-        features: One tensor, or several of the same width (a list of token maps of any sizes; `weights` is then None).
-        weights: Importance of each row, at least 0.
+        batches: [..., embed] each, for example token maps of any sizes.
     """
-    batches = [features] if isinstance(features, Tensor) else list(features)
     accumulator = PcaAccumulator(batches[0].shape[-1], batches[0].device)
     for batch in batches:
-        accumulator.add(batch, weights)
+        accumulator.add(batch)
     variance, _ = _decompose(accumulator.compute_covariance()[1])
     singular_values = variance.sqrt()
     shares = singular_values / singular_values.sum().clamp_min(1e-300)
     return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
 
 
-_TENSOR_NAMES = ("mean", "components", "explained_variance", "colour_low", "colour_high")
-
-
 def _create_basis(mean: Tensor, components: Tensor, variance: Tensor, total: float) -> PcaBasis:
     reach = 2.0 * _first_three(variance).sqrt()
-    low = -reach
     return PcaBasis(
         mean=mean.float(),
         components=components.float().contiguous(),
         explained_variance=variance.float(),
         total_variance=total,
-        colour_low=low.float(),
-        colour_high=_above(low, reach).float(),
+        colour_low=-reach.float(),
+        colour_high=_above(-reach, reach).float(),
     )
 
 

@@ -23,20 +23,14 @@ from torch.nn import functional as F
 from fit3d_ns.analysis.correspondence import create_grid_points, sample_tokens
 from fit3d_ns.utils.progress import track
 
+MAX_ROUND_TRIP = 1.0
+"""Largest distance in pixels between a point and where flow forth and back brings it."""
+MAX_GREY_DIFFERENCE = 0.1
+"""Largest difference of the blurred grey value at a point and where it went, of the range [0, 1]."""
+_BLUR_WIDTH = 9
+"""Side in pixels of the square over which grey values are averaged for that, odd."""
 _FLOW_SETTINGS = (0.5, 5, 21, 3, 7, 1.5, 0)
 """Farneback's scale between levels, levels, window in pixels (about a patch), iterations, and its polynomials."""
-
-
-@dataclass(frozen=True)
-class TemporalConfig:
-    """Which points are trusted."""
-
-    max_round_trip: float = 1.0
-    """Largest distance in pixels between a point and where flow forth and back brings it."""
-    max_grey_difference: float = 0.1
-    """Largest difference of the blurred grey value at a point and where it went, of the range [0, 1]."""
-    blur_width: int = 9
-    """Side of the square in pixels over which grey values are averaged for that, odd."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +53,16 @@ class TemporalMetrics:
 def compute_temporal_consistency(
     clips: Sequence[Sequence[Float[Tensor, "..."]]],
     images: Sequence[UInt8[Tensor, "height width 3"]],
-    config: TemporalConfig | None = None,
 ) -> list[TemporalMetrics]:
     """Follows the tokens of several backbones through one clip.
 
     Args:
         clips: For each backbone its token maps [h, w, E] of all frames.
         images: The frames, all of one size.
-        config: Which points are trusted.
 
     Raises:
         ValueError: Fewer than two frames, or not one token map for each frame.
     """
-    config = config or TemporalConfig()
     if len(images) < 2 or any(len(maps) != len(images) for maps in clips):
         raise ValueError(
             f"{[len(maps) for maps in clips]} token maps for {len(images)} frames; "
@@ -81,9 +72,9 @@ def compute_temporal_consistency(
     grey = [cv2.cvtColor(image.cpu().numpy(), cv2.COLOR_RGB2GRAY) for image in images]
     agreements: list[list[Tensor]] = [[] for _ in clips]
     for index in track(range(len(images) - 1), "Following tokens by optical flow"):
-        motion = _compute_motion(grey[index], grey[index + 1], config)
+        motion = _compute_motion(grey[index], grey[index + 1])
         for maps, mean, rows in zip(clips, means, agreements, strict=True):
-            rows.append(_compare(maps[index].float(), maps[index + 1].float(), mean, motion, config))
+            rows.append(_compare(maps[index].float(), maps[index + 1].float(), mean, motion))
     return [_summarise(maps, rows) for maps, rows in zip(clips, agreements, strict=True)]
 
 
@@ -100,26 +91,21 @@ class _Motion:
     next_grey: Float[Tensor, "height width 1"]
     """The second."""
 
-    def follow(
-        self, points: Float[Tensor, "points 2"], config: TemporalConfig
-    ) -> tuple[Float[Tensor, "points 2"], Bool[Tensor, " points"]]:
+    def follow(self, points: Float[Tensor, "points 2"]) -> tuple[Float[Tensor, "points 2"], Bool[Tensor, " points"]]:
         """Where points go, and whether that can be trusted."""
         height, width = self.forth.shape[:2]
         targets = points + sample_tokens(self.forth, points, width, height)
         returned = targets + sample_tokens(self.back, targets, width, height)
         looks = sample_tokens(self.grey, points, width, height), sample_tokens(self.next_grey, targets, width, height)
         is_inside = ((targets >= 0) & (targets <= targets.new_tensor([width, height]))).all(dim=1)
-        is_home = (returned - points).norm(dim=1) <= config.max_round_trip
-        return targets, is_inside & is_home & ((looks[0] - looks[1]).abs()[:, 0] <= config.max_grey_difference)
+        is_home = (returned - points).norm(dim=1) <= MAX_ROUND_TRIP
+        return targets, is_inside & is_home & ((looks[0] - looks[1]).abs()[:, 0] <= MAX_GREY_DIFFERENCE)
 
 
-def _compute_motion(grey: np.ndarray, next_grey: np.ndarray, config: TemporalConfig) -> _Motion:
+def _compute_motion(grey: np.ndarray, next_grey: np.ndarray) -> _Motion:
     flows = [_compute_flow(grey, next_grey), _compute_flow(next_grey, grey)]
-    side = config.blur_width
-    looks = [
-        torch.from_numpy(cv2.blur(picture / np.float32(255.0), (side, side)))[..., None]
-        for picture in (grey, next_grey)
-    ]
+    size = (_BLUR_WIDTH, _BLUR_WIDTH)
+    looks = [torch.from_numpy(cv2.blur(image / np.float32(255.0), size))[..., None] for image in (grey, next_grey)]
     return _Motion(flows[0], flows[1], looks[0], looks[1])
 
 
@@ -133,12 +119,11 @@ def _compare(
     next_tokens: Float[Tensor, "h w embed"],
     mean: Float[Tensor, " embed"],
     motion: _Motion,
-    config: TemporalConfig,
 ) -> Float[Tensor, "points 2"]:
     """Cosine and centred cosine of each token that can be followed."""
     height, width = motion.forth.shape[:2]
     points = create_grid_points(width, height, (tokens.shape[0], tokens.shape[1]))
-    targets, is_followed = motion.follow(points, config)
+    targets, is_followed = motion.follow(points)
     # (h, w, e) -> (h*w, e), in the order of the points
     own = tokens.flatten(0, 1)[is_followed.to(tokens.device)]
     seen = sample_tokens(next_tokens, targets[is_followed], width, height)

@@ -3,7 +3,7 @@
 LoRA (Hu et al., ICLR 2022) adds low-rank matrices to the attention's projections, through `peft`; merging them gives
 the architecture back. The adapter is one Swin Transformer block without shift on the map of normed patch tokens (paper,
 Table 6); its last layers start at zero, so training starts from the backbone's own tokens. timm does not know it: it
-lies beside the backbone's weights in `adapter.safetensors`, and `create_token_model` puts it back in.
+lies next to the backbone's weights in `adapter.safetensors`, and `create_token_model` puts it back in.
 """
 
 from pathlib import Path
@@ -118,7 +118,12 @@ def add_lora(token_model: TokenModel, rank: int = 8, alpha: float = 8.0) -> Toke
     Raises:
         ValueError: peft is not installed, or the backbone's attention cannot take the matrices.
     """
-    peft = _import_peft()
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            "LoRA needs peft, which is not installed; install it with `pip install fit3d-ns[lora]`."
+        ) from error
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=_LORA_MODULES, lora_dropout=0.0)
     token_model.requires_grad_(False)
     try:
@@ -141,13 +146,3 @@ def merge_lora(token_model: TokenModel) -> TokenModel:
     if hasattr(token_model.model, "peft_config"):
         del token_model.model.peft_config
     return token_model
-
-
-def _import_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError(
-            "LoRA needs peft, which is not installed; install it with `pip install fit3d-ns[lora]`."
-        ) from error
-    return peft

@@ -141,22 +141,23 @@ def describe_backbone(
         resize_rule: How images are resized to the patch grid.
 
     Raises:
-        ValueError: Unknown name (nearest ones are given), missing file, no vision transformer, or no weights to be had.
+        ValueError: Unknown name (nearest ones are given), missing file, no vision transformer, or no weights available.
     """
     source = resolve_source(backbone, Path(weights) if weights is not None else None)
-    shape = _measure_architecture(source.architecture, source.model_args)
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    model = _create_meta_model(source.architecture, source.model_args)
+    mean: Any = IMAGENET_MEAN
+    std: Any = IMAGENET_STD
     if normalization == "timm":
-        mean, std = source.mean or shape.mean, source.std or shape.std
-    means, stds = tuple(map(float, mean)), tuple(map(float, std))
-    parts = (source.architecture, source.model_args, source.weights_hash, means, stds, resize_rule, norm)
+        mean = tuple(map(float, source.mean or model.pretrained_cfg.get("mean", mean)))
+        std = tuple(map(float, source.std or model.pretrained_cfg.get("std", std)))
+    parts = (source.architecture, source.model_args, source.weights_hash, mean, std, resize_rule, norm)
     digest = hash_bytes(*(repr(part).encode() for part in parts))
     return BackboneDescription(
         backbone=backbone,
         architecture=source.architecture,
-        patch_size=shape.patch_size,
-        embed_dim=shape.embed_dim,
-        num_prefix_tokens=shape.num_prefix_tokens,
+        patch_size=int(model.patch_embed.patch_size[0]),
+        embed_dim=int(model.embed_dim),
+        num_prefix_tokens=int(model.num_prefix_tokens),
         mean=mean,
         std=std,
         normalization=normalization,
@@ -165,7 +166,7 @@ def describe_backbone(
         weights_hash=source.weights_hash,
         is_random=source.is_random,
         identity=f"{'random-' if source.is_random else ''}{source.architecture}-{digest}",
-        num_blocks=shape.num_blocks,
+        num_blocks=len(model.blocks),
         weights=source.weights,
         model_args=source.model_args,
     )
@@ -175,7 +176,7 @@ def create_timm_model(architecture: str, model_args: tuple[tuple[str, Any], ...]
     """Builds the timm model without head, for images of any size.
 
     Raises:
-        ValueError: The model is no `VisionTransformer` or `Eva`.
+        ValueError: The model is not a `VisionTransformer` or `Eva`.
     """
     import timm
     from timm.models.eva import Eva
@@ -226,18 +227,9 @@ def download_timm_model(description: BackboneDescription) -> nn.Module:
     ) from cause
 
 
-@dataclass(frozen=True)
-class _Shape:
-    patch_size: int
-    embed_dim: int
-    num_blocks: int
-    num_prefix_tokens: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
 @lru_cache(maxsize=64)
-def _measure_architecture(architecture: str, model_args: tuple[tuple[str, Any], ...]) -> _Shape:
+def _create_meta_model(architecture: str, model_args: tuple[tuple[str, Any], ...]) -> Any:
+    """The model without storage for its weights, to read its shape and its settings from."""
     with torch.device("meta"):
         model: Any = create_timm_model(architecture, model_args)
     patch_height, patch_width = model.patch_embed.patch_size
@@ -245,15 +237,7 @@ def _measure_architecture(architecture: str, model_args: tuple[tuple[str, Any], 
         raise ValueError(
             f"Backbone {architecture} has patches of {patch_width}x{patch_height} pixels; choose one with square ones."
         )
-    mean, std = model.pretrained_cfg.get("mean", IMAGENET_MEAN), model.pretrained_cfg.get("std", IMAGENET_STD)
-    return _Shape(
-        patch_size=int(patch_height),
-        embed_dim=int(model.embed_dim),
-        num_blocks=len(model.blocks),
-        num_prefix_tokens=int(model.num_prefix_tokens),
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
-    )
+    return model
 
 
 def _find_cached_weights(description: BackboneDescription) -> str | None:

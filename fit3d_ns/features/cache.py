@@ -3,9 +3,9 @@
     DIRECTORY / <backbone identity> / <height>x<width>-<dtype> / <first two digits> / <hash of the pixels>.safetensors
 
 Everything that decides the tokens is in the path: the identity names architecture, weights, normalisation, resize rule
-and norm. So a file is right or damaged, never out of date, and there is no index: 140,000 images need as many
-files and no memory. Files appear whole (written beside, then renamed), so processes may extract the same image twice
-but never disturb each other. Each file carries a checksum, verified whenever it is read.
+and norm. So a file is right or damaged, never out of date, and there is no index: 140,000 images need as many files and
+no memory. Files appear whole, so processes may extract the same image twice but never disturb each other. Each file
+carries a checksum, verified whenever it is read.
 """
 
 import json
@@ -84,13 +84,10 @@ class FeatureCache:
     def contains(self, key: FeatureKey) -> bool:
         """True if the image's tokens are there and whole; a damaged file is reported and counts as missing."""
         path = self.get_path(key)
-        if not path.is_file():
-            return False
-        problem = self._read(key)
-        if isinstance(problem, str):
-            notice(f"Cached features {path} are damaged ({problem}); extracting them again.")
-            return False
-        return True
+        found = self._read(key) if path.is_file() else None
+        if isinstance(found, str):
+            notice(f"Cached features {path} are damaged ({found}); extracting them again.")
+        return isinstance(found, CachedTokens)
 
     def load(self, key: FeatureKey) -> CachedTokens:
         """Reads the tokens of an image.
@@ -103,9 +100,7 @@ class FeatureCache:
             raise ValueError(f"No cached features at {path}; start the run again to extract them.")
         tokens = self._read(key)
         if isinstance(tokens, str):
-            raise ValueError(
-                f"Cached features {path} are damaged ({tokens}); start the run again to extract them anew."
-            )
+            raise ValueError(f"Cached features {path} are damaged ({tokens}); start the run again to extract them.")
         return tokens
 
     def save(
@@ -168,7 +163,7 @@ def extract_features(
 ) -> list[FeatureKey]:
     """Makes sure that the tokens of all images are in the cache; the backbone is built only if some are missing.
 
-    Every image is read once, by one thread beside the backbone, to know its content; at most a few batches are in
+    Every image is read once, by a thread of its own, to know its content; at most a few batches are in
     memory at a time. Images of one size form batches. Nothing here draws from a global random generator.
 
     Args:

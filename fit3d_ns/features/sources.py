@@ -28,7 +28,7 @@ RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
 """Seed of untrained weights: the same architecture has the same random weights on every machine."""
 ADAPTER_NAME = "adapter.safetensors"
-"""In a fine-tuned folder, beside the weights: a block behind the backbone (`adapters.py`)."""
+"""In a fine-tuned folder, next to the weights: a block behind the backbone (`adapters.py`)."""
 ADAPTER_KEY = "fit3d_adapter"
 """In the folder's `config.json`, if it has one: the arguments of `SwinAdapter`."""
 _LOCAL_PREFIX = "local-dir:"
@@ -70,12 +70,12 @@ def resolve_source(backbone: str, weights: Path | None) -> BackboneSource:
     """Finds out what a name and an optional file of weights stand for; nothing is loaded or downloaded.
 
     Raises:
-        ValueError: Unknown name, missing file or folder, random weights beside a file, or no weights to be had.
+        ValueError: Unknown name, missing file or folder, a weights file for random weights, or no weights available.
     """
     if weights is not None and not weights.is_file():
         raise ValueError(f"No such weights file: {weights}; give the path of a .safetensors or .pth file.")
     if backbone.startswith(RANDOM_PREFIX):
-        architecture = _resolve_architecture(backbone.removeprefix(RANDOM_PREFIX), backbone)
+        architecture = _resolve_architecture(backbone)
         if weights is not None:
             raise ValueError(f"{backbone} asks for random weights, but a weights file is given too; drop one of them.")
         digest = hash_bytes(b"random", architecture.encode(), str(RANDOM_SEED).encode())
@@ -83,14 +83,14 @@ def resolve_source(backbone: str, weights: Path | None) -> BackboneSource:
     folder = find_backbone_folder(backbone)
     if folder is not None:
         return _read_folder(folder, weights)
-    architecture = _resolve_architecture(backbone, backbone)
+    architecture = _resolve_architecture(backbone)
     if weights is not None:
         return BackboneSource(architecture, _hash_weights(weights), weights=weights)
     return BackboneSource(architecture, _hash_published_name(architecture))
 
 
 def find_backbone_folder(backbone: str) -> Path | None:
-    """The folder a backbone's name points to, or None where the name is no path; known names are never folders."""
+    """The folder a backbone's name points to, or None where the name is not a path; known names are never folders."""
     if backbone.startswith(_LOCAL_PREFIX):
         return Path(backbone.removeprefix(_LOCAL_PREFIX)).expanduser()
     if backbone.startswith((RANDOM_PREFIX, _HUB_PREFIX)):
@@ -104,14 +104,14 @@ def find_backbone_folder(backbone: str) -> Path | None:
 
 def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no backbone: it has no config.json; give a folder that fit3d-finetune wrote.")
+        raise ValueError(f"{folder} is not a backbone: it has no config.json; give a folder that fit3d-finetune wrote.")
     config = read_json(folder / "config.json")
     weights = weights or folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(f"{folder} has no model.safetensors; copy the folder again, or give --backbone-weights FILE.")
     if not isinstance(config, dict) or "architecture" not in config:
         raise ValueError(f"{folder / 'config.json'} names no `architecture`; give a folder that fit3d-finetune wrote.")
-    architecture = _resolve_architecture(config["architecture"], config["architecture"])
+    architecture = _resolve_architecture(config["architecture"])
     pretrained_cfg = config.get("pretrained_cfg", config)
     model_args = {key: _freeze(value) for key, value in (config.get("model_args") or {}).items()}
     for key, value in model_args.items():
@@ -135,10 +135,12 @@ def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
     )
 
 
-def _resolve_architecture(name: str, given: str) -> str:
+def _resolve_architecture(given: str) -> str:
+    """timm's name of an architecture, with the tag of its default checkpoint where none is given."""
     from timm.models import get_pretrained_cfg, is_model, split_model_name_tag
 
     # timm's own repositories on the hub carry the names of its checkpoints.
+    name = given.removeprefix(RANDOM_PREFIX)
     name = PAPER_BACKBONES.get(name, name.removeprefix(_HUB_PREFIX + "timm/"))
     architecture, _ = split_model_name_tag(name)
     if is_model(architecture):
@@ -186,7 +188,7 @@ def _read_channels(config: Any, key: str, folder: Path) -> tuple[float, float, f
     if values is None:
         return None
     if not isinstance(values, list) or len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
-        raise ValueError(f"{folder / 'config.json'} has {key}={values!r}, expected three numbers; mend the file.")
+        raise ValueError(f"{folder / 'config.json'} has {key}={values!r}, expected three numbers; correct the file.")
     return float(values[0]), float(values[1]), float(values[2])
 
 

@@ -110,12 +110,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        # Training scripts put their command line beside the weights; a Namespace is plain data.
+        # Training scripts put their command line next to the weights; a Namespace is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"Weights file {path} is no plain checkpoint (damaged, or with Python objects that loading would run); "
+            f"Weights file {path} is not a plain checkpoint (damaged, or with Python objects that loading would run); "
             "save its state dict as .safetensors."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

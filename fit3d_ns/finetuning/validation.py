@@ -43,7 +43,7 @@ class ValidationFigures:
     feature_cosine: float
     """Mean cosine to the rendered targets."""
     consistency: dict[str, Any]
-    """As `ConsistencyReport.to_dict`, pooled over scenes."""
+    """As `compute_consistency` gives it, pooled over scenes."""
     per_scene: dict[str, dict[str, Any]]
     """Both distances and the consistency of each scene."""
 
@@ -98,7 +98,7 @@ class Validation:
                 get_geometry = partial(self.bank.get_geometry, scene)
                 depth_views.append(create_depth_view(self.views.captures[scene], sample.view, get_geometry))
             pairs = create_pairs(len(draws), max_pairs=MAX_PAIRS_PER_SCENE)
-            report = compute_consistency(maps, depth_views, pairs, ConsistencyConfig()).to_dict()
+            report = compute_consistency(maps, depth_views, pairs, ConsistencyConfig())
             reports.append(report)
             sums += own
             name = self.views.captures[scene].scene_id

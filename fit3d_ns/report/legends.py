@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fit3d_ns.analysis.pictures import PanelConfig, to_pixels
+from fit3d_ns.analysis.pictures import BACKGROUND, GAP, INK, LABEL_HEIGHT, load_font, to_pixels
 
 _SWATCH = 14
 _BAR_WIDTH = 160
@@ -25,30 +25,28 @@ class LegendEntry:
     """What they mean."""
 
 
-def append_legend(panel: Image.Image, entries: Sequence[LegendEntry], config: PanelConfig | None = None) -> Image.Image:
+def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
     """The panel with entries below, in lines as wide as the panel; entries wider than the panel widen it."""
-    config = config or PanelConfig()
-    font = ImageFont.load_default(size=max(config.label_height - 6, 8))
+    font = load_font()
     measure = ImageDraw.Draw(panel)
     widths = [_strip_width(entry) + 5 + int(measure.textlength(entry.text, font=font)) + 14 for entry in entries]
-    total_width = max(panel.width, *(width + 2 * config.gap for width in widths)) if entries else panel.width
-    places, x, line = [], config.gap, 0
+    total_width = max(panel.width, *(width + 2 * GAP for width in widths)) if entries else panel.width
+    places, x, line = [], GAP, 0
     for width in widths:
-        if x > config.gap and x + width > total_width:
-            x, line = config.gap, line + 1
-        places.append((x, panel.height + line * config.label_height))
+        if x > GAP and x + width > total_width:
+            x, line = GAP, line + 1
+        places.append((x, panel.height + line * LABEL_HEIGHT))
         x += width
     lines = line + 1 if entries else 0
-    height = panel.height + lines * config.label_height + (config.gap if lines else 0)
-    whole = Image.new("RGB", (total_width, height), (config.background,) * 3)
+    height = panel.height + lines * LABEL_HEIGHT + (GAP if lines else 0)
+    whole = Image.new("RGB", (total_width, height), BACKGROUND)
     whole.paste(panel, (0, 0))
     draw = ImageDraw.Draw(whole)
     for entry, (left, top) in zip(entries, places, strict=True):
         width = _strip_width(entry)
         whole.paste(_draw_strip(entry.colours, width), (left, top + 1))
         draw.rectangle((left, top + 1, left + width - 1, top + _SWATCH), outline=(90, 90, 90))
-        ink = (0, 0, 0) if config.background > 127 else (255, 255, 255)
-        draw.text((left + width + 5, top + 1), entry.text, fill=ink, font=font)
+        draw.text((left + width + 5, top + 1), entry.text, fill=INK, font=font)
     return whole
 
 

@@ -110,7 +110,7 @@ def test_colours__masked_rows_do_not_count_and_one_component_is_enough():
 def test_effective_rank__of_a_ball_is_its_dimension(dim, rank):
     # Plus and minus each axis: all non-zero singular values are equal.
     axes = torch.cat([torch.eye(dim)[:rank], -torch.eye(dim)[:rank]]) * 3.0
-    assert compute_effective_rank(axes + 7.0) == pytest.approx(rank, rel=1e-4)
+    assert compute_effective_rank([axes + 7.0]) == pytest.approx(rank, rel=1e-4)
 
 
 def test_effective_rank__equals_the_entropy_of_numpys_singular_values():
@@ -118,7 +118,7 @@ def test_effective_rank__equals_the_entropy_of_numpys_singular_values():
     values = np.linalg.svd(features.numpy() - features.numpy().mean(axis=0), compute_uv=False)
     shares = values / values.sum()
     expected = np.exp(-(shares * np.log(shares)).sum())
-    assert compute_effective_rank(features) == pytest.approx(expected, rel=1e-6)
+    assert compute_effective_rank([features]) == pytest.approx(expected, rel=1e-6)
     assert compute_effective_rank([features[:50].reshape(5, 10, 6), features[50:]]) == pytest.approx(expected, rel=1e-6)
 
 

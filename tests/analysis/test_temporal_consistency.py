@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from fit3d_ns.analysis.temporal_consistency import TemporalConfig, compute_temporal_consistency
+from fit3d_ns.analysis.temporal_consistency import compute_temporal_consistency
 
+MODULE = "fit3d_ns.analysis.temporal_consistency"
 PATCH = 8
 
 
@@ -26,21 +27,21 @@ def extract_mean_colours(pixels: torch.Tensor) -> torch.Tensor:
 def test_compute_temporal_consistency__tokens_that_move_with_the_texture_stay_themselves() -> None:
     images = create_clip(PATCH)
     maps = [extract_mean_colours(image) for image in images]
-    figures = compute_temporal_consistency([maps], images)[0]
+    metrics = compute_temporal_consistency([maps], images)[0]
     # The texture moves by one patch, so a token's new place is another token's centre.
-    assert figures.centred_cosine > 0.97
-    assert figures.num_pairs == 3
+    assert metrics.centred_cosine > 0.97
+    assert metrics.num_pairs == 3
     # One column of sixteen leaves the picture.
-    assert 0.8 < figures.followed_share <= 15 / 16
+    assert 0.8 < metrics.followed_share <= 15 / 16
 
 
 def test_compute_temporal_consistency__tokens_that_stay_in_place_disagree_when_the_texture_moves() -> None:
     images = create_clip(PATCH)
     generator = torch.Generator().manual_seed(1)
     fixed = torch.randn(12, 16, 32, generator=generator)
-    figures = compute_temporal_consistency([[fixed] * len(images)], images)[0]
+    metrics = compute_temporal_consistency([[fixed] * len(images)], images)[0]
     # Cosines of random tokens of width 32 have a deviation of 1 / sqrt(32) around 0; the mean is over hundreds.
-    assert abs(figures.centred_cosine) < 0.1
+    assert abs(metrics.centred_cosine) < 0.1
 
 
 def test_compute_temporal_consistency__a_still_clip_is_perfect_and_a_constant_offset_lifts_only_the_plain_cosine() -> (
@@ -55,14 +56,15 @@ def test_compute_temporal_consistency__a_still_clip_is_perfect_and_a_constant_of
     assert offset.mean_cosine > 0.99 and abs(offset.centred_cosine) < 0.1
 
 
-def test_compute_temporal_consistency__what_looks_different_is_left_out() -> None:
+def test_compute_temporal_consistency__what_looks_different_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     image = create_clip(0)[0]
     images = [image, 255 - image]
     maps = [extract_mean_colours(image) for image in images]
     # Only greys in the middle of the range look alike in the negative.
     assert compute_temporal_consistency([maps], images)[0].followed_share < 0.5
-    anything = TemporalConfig(max_grey_difference=1.0, max_round_trip=1e9)
-    assert compute_temporal_consistency([maps], images, anything)[0].followed_share > 0.9
+    monkeypatch.setattr(f"{MODULE}.MAX_GREY_DIFFERENCE", 1.0)
+    monkeypatch.setattr(f"{MODULE}.MAX_ROUND_TRIP", 1e9)
+    assert compute_temporal_consistency([maps], images)[0].followed_share > 0.9
 
 
 def test_compute_temporal_consistency__half_precision_maps_are_taken() -> None:
@@ -78,9 +80,10 @@ def test_compute_temporal_consistency__one_frame_is_refused() -> None:
         compute_temporal_consistency([[extract_mean_colours(images[0])]], images)
 
 
-def test_compute_temporal_consistency__nothing_followed_is_nan() -> None:
+def test_compute_temporal_consistency__nothing_followed_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     images = create_clip(0, num_frames=2)
     maps = [extract_mean_colours(image) for image in images]
     # No distance is below zero.
-    figures = compute_temporal_consistency([maps], images, TemporalConfig(max_round_trip=-1.0))[0]
-    assert figures.num_points == 0 and math.isnan(figures.centred_cosine)
+    monkeypatch.setattr(f"{MODULE}.MAX_ROUND_TRIP", -1.0)
+    metrics = compute_temporal_consistency([maps], images)[0]
+    assert metrics.num_points == 0 and math.isnan(metrics.centred_cosine)

@@ -42,7 +42,7 @@ def test_describe_backbone__builds_no_real_tensor_and_asks_no_network(monkeypatc
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.create_connection", refuse)
-    backbones_module._measure_architecture.cache_clear()
+    backbones_module._create_meta_model.cache_clear()
     devices = []
     original = timm.create_model
 

@@ -182,9 +182,9 @@ def _write_two(path):
 BROKEN = {
     "truncated.pth": (_write_truncated, "cannot be read .*; get the file again"),
     "truncated.safetensors": (_write_truncated_safetensors, "cannot be read .*; get the file again"),
-    "text.pth": (lambda path: path.write_text("not weights"), "text.pth .*(cannot be read|no plain checkpoint)"),
+    "text.pth": (lambda path: path.write_text("not weights"), "text.pth .*(cannot be read|not a plain checkpoint)"),
     "empty.pth": (lambda path: path.write_bytes(b""), "empty.pth cannot be read"),
-    "code.pth": (lambda path: torch.save({"model": _Code()}, path), "no plain checkpoint"),
+    "code.pth": (lambda path: torch.save({"model": _Code()}, path), "not a plain checkpoint"),
     "list.pth": (lambda path: torch.save([1, 2], path), "holds no tensors by name"),
     "nan.pth": (_write_nan, "holds NaN or infinite values in `blocks.1.mlp.fc1.bias`"),
     "lora.pth": (_write_lora, "unmerged LoRA matrices; merge them"),

@@ -73,7 +73,7 @@ def test_validation__consistency_of_one_scene_is_the_analysis_on_rendered_depth(
         depth = torch.where(alphas >= MIN_DEPTH_ALPHA, depth, 0.0)
         mask = scene.posed_capture.load_valid_mask(view)
         depth_views.append(DepthView(depth, view.K, view.camera_to_world, mask))
-    expected = compute_consistency(maps, depth_views, create_pairs(3)).to_dict()
+    expected = compute_consistency(maps, depth_views, create_pairs(3))
     assert expected["num_points"] > 0
     found = figures.per_scene["small"]["consistency"]
     for key in ("mean_cosine", "centred_cosine", "l1", "recall_10px", "num_points", "effective_rank"):

@@ -48,7 +48,7 @@ def test_multiview__equals_the_analysis_of_the_captures_own_tokens(room: Path) -
     for task, scale in (("consistency", 0.0), ("correspondence", 0.25)):
         config = ConsistencyConfig(grid_scale=scale, seed=5, ratio_matches=40)
         # The scene is written and read in metres.
-        expected = compute_consistency(maps, views, create_pairs(5), config, units_per_metre=1.0).to_dict()
+        expected = compute_consistency(maps, views, create_pairs(5), config, units_per_metre=1.0)
         figures = create_probe(task, room, ratio_matches=40).compute(5)
         names = ["recall_5px", "recall_20px", "num_matches", "recall_1cm", "recall_2cm", "recall_5cm"]
         names += ["ratio_recall_20px", "ratio_recall_80px", "ratio_recall_5cm", "num_ratio_matches"]

@@ -110,7 +110,7 @@ class MultiviewProbe:
                 pairs,
                 self.config.create_consistency(self.task, seed),
                 views.units_per_metre,
-            ).to_dict()
+            )
             name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
             per_scene[name] = report
         if not any(report["num_points"] for report in per_scene.values()):
