@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fit3d_ns.cli.command import run_command
-from fit3d_ns.probing.assembly import Assembly
 from fit3d_ns.probing.datasets import LabelledLayout, LabelledOptions
 from fit3d_ns.probing.depth.probe import ClassTokenChoice
-from fit3d_ns.probing.frozen_backbones import BackboneConfig
-from fit3d_ns.probing.head_trainer import Selection
-from fit3d_ns.probing.patch_fit import PatchFitRule
+from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig
+from fit3d_ns.probing.head_probe import CacheRule, RunConfig, Selection
+from fit3d_ns.probing.pictures import PatchFitRule
 from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUNS, ProbeRequest, Task, run_probe
-from fit3d_ns.probing.protocol import CacheRule, RunConfig
+from fit3d_ns.training.accelerator import Precision
+from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.results import ResultRecord
 
 Seeds = tuple[int, ...]
@@ -30,75 +30,86 @@ class ProbeCommand:
     output_path: Path
     """JSON record; seeds it already holds for the same settings are not run again."""
     test: Paths
-    """Folders that metrics are about: a ScanNet++ scene, a plain folder (images/, labels/ or depths/), or the root
-    of an official set; for consistency and correspondence captures or scene files."""
+    """Folders that are measured: a ScanNet++ scene, a plain folder (images/, labels/ or depths/), or the root of an
+    official set; for consistency and correspondence captures or scene files."""
     train: Paths = ()
     """Folders that heads are trained on. A single scene takes part whole, unless it is in --test as well."""
     assembly: Assembly = "original"
-    """What is made of original and fine-tuned features."""
+    """How original and fine-tuned features are joined."""
     backbone: str = "dinov2_small"
     """The original backbone: one of the paper's names or any timm id."""
     backbone_weights: Path | None = None
-    """File with the weights of the original backbone; by default timm's download."""
+    """File with the original's weights; timm downloads them if it is not given."""
     finetuned: Path | None = None
     """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file."""
     seeds: Seeds = (0,)
     """Seeds; one head is trained for each, and the record has mean and spread."""
     paper: bool = False
-    """Take every value of the public code; flags that are given still win."""
+    """Takes every value of the public code; flags that are given still win."""
     num_iterations: int | None = None
-    """Training iterations."""
+    """Training iterations. If it is not given, 60 epochs but at least 800, and at most the published 40,000
+    (segmentation), 38,400 (depth) or 12,500 (classification); the published number with --paper."""
     batch_size: int | None = None
-    """Images per iteration over all devices."""
+    """Images per iteration over all devices; 16 (segmentation, depth) or 128 (classification) if it is not given."""
     learning_rate: float | None = None
-    """Peak learning rate (segmentation, depth)."""
+    """Peak learning rate (segmentation, depth). If it is not given, the published 1e-3 (segmentation, 768 inputs) or
+    1e-4 (depth, 1152 inputs), scaled up for fewer iterations and narrower heads; unscaled with --paper."""
     short_side: int | None = None
-    """Images are resized to this shorter side in pixels (segmentation, depth)."""
+    """Images are resized to this shorter side in pixels (segmentation, depth). If it is not given, 512, or twice the
+    images' own if that is smaller (segmentation); depth keeps the images' own size."""
     head: Literal["linear", "dpt"] | None = None
-    """Depth head; `dpt` is Table 12's."""
+    """Depth head; `linear` if it is not given, `dpt` is Table 12's."""
     class_token: ClassTokenChoice | None = None
-    """Whose class token the depth probe reads with the patch tokens; `none` reads none. `auto`, the default, takes the
-    original's as published; `validated` trains a head with and one without it and keeps the one that is better on the
-    validation part of the training data, never the test data, which costs a second training."""
+    """Whose class token the depth probe reads next to the patch tokens, or `none`. If it is not given, `auto`, which
+    takes the original's as published; `validated` trains a head with and one without it and keeps the one that is
+    better on the validation part of the training data, never the test data. It costs a second training."""
     gradient_loss_weight: float | None = None
-    """Weight of the depth probe's loss on differences between neighbouring pixels."""
+    """Weight of the depth probe's loss on differences between neighbouring pixels; 0 if it is not given, also with --paper."""
     selection: Selection | None = None
-    """Which checkpoint counts; by default the best on a tenth of the training data."""
+    """Which checkpoint counts. If it is not given, the best on a tenth of the training data; with --paper the last
+    (segmentation) or the best on the test data (depth, classification)."""
     cache: CacheRule | None = None
-    """Whether frozen features are computed once, which replaces random crops and colours by fixed views."""
+    """Whether frozen features are computed once, which replaces random crops and colours by fixed views. If it is not
+    given, `auto`, which does so where they fit into --cache-gb; `never` with --paper."""
     cache_gb: float = 4.0
     """Most memory that kept features may take, in 1e9 bytes."""
     patch_fit: PatchFitRule | None = None
-    """How images meet the patch grid."""
+    """How images meet the patch grid. If it is not given, `pad`; `pad-stretch` with --paper. Consistency and
+    correspondence always resize."""
     normalization: Literal["timm", "imagenet"] | None = None
-    """Whose mean and deviation normalise images."""
+    """Whose mean and deviation normalise images. If it is not given, `timm`, the backbone's own; `imagenet` with
+    --paper."""
     max_views: int | None = None
-    """Views per scene (consistency, correspondence)."""
+    """Views per scene (consistency, correspondence); 32 if it is not given."""
     max_pairs: int | None = None
-    """Pairs of views per scene (consistency, correspondence)."""
+    """Pairs of views per scene (consistency, correspondence); 100 if it is not given."""
     ratio_matches: int | None = None
-    """Also measure recall on this many most distinct matches of each pair, by Lowe's ratio test over all points of the
-    grid, as probe3d does with 1000 (consistency, correspondence); 0, the default, leaves these metrics out."""
+    """Recall is also measured on this many most distinct matches of each pair, by Lowe's ratio test over all points of
+    the grid, as probe3d measures it with 1000 (consistency, correspondence). If it is not given, 0, which leaves these
+    metrics out."""
     angle_edges: tuple[float, ...] | None = None
-    """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 by default."""
+    """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 if not given."""
     splits: tuple[Literal["train", "val", "test"], ...] | None = None
-    """Which frames of a capture take part (consistency, correspondence)."""
+    """Which frames of a capture take part (consistency, correspondence); all of them if it is not given."""
     data_root: Path | None = None
-    """Where the photographs of scene files lie now, if they were moved."""
+    """Where the photographs of scene files lie now; needed only if they were moved since (consistency,
+    correspondence)."""
     layout: LabelledLayout | Literal["auto"] = "auto"
-    """Disk layout of the folders."""
+    """Disk layout of the folders; `auto` looks at each folder."""
     nyu_classes: Literal[13, 40] | None = None
-    """Class list of NYUv2 (segmentation): 13 classes, as in the paper, unless 40 are asked for."""
+    """Class list of NYUv2 (segmentation); 13, as in the paper, if it is not given. Refused where no NYUv2 is given."""
     depth_scale: float | None = None
-    """Units per metre of the depth maps of plain folders, 1000 by default; refused where no plain folder is given,
-    because official sets have their own."""
+    """Units per metre of the depth maps of plain folders, 1000 if it is not given; refused where no plain folder is
+    given, because official sets have their own."""
     max_depth: float | None = None
-    """Depths of this many metres or more do not count (plain folders and ScanNet++ scenes; refused without any)."""
+    """Depths of this many metres or more do not count; 20 for ScanNet++ scenes and 10 for plain folders if it is not
+    given. Refused where none of these is given."""
     predictions: Path | None = None
-    """Folder for pictures of what the first seed's head says about some test frames (segmentation, depth)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth); none are
+    written if it is not given."""
+    device: DeviceChoice = "auto"
     """Where the probe runs; `accelerate launch -m fit3d_ns.cli.probe ...` uses several devices."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision in which the head is trained."""
 
 
@@ -113,7 +124,7 @@ def main() -> None:
 
 
 def probe(command: ProbeCommand) -> None:
-    """Runs the probe and says where its metrics are."""
+    """Runs the probe and prints where its metrics are."""
     record = run_probe(create_request(command))
     print(describe_metrics(record))
     print(f"Metrics: {command.output_path}")

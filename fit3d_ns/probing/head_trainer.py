@@ -2,25 +2,55 @@
 
 The effective batch, its order and every loss are those of one process whatever the number of processes: losses come as
 sums with counts, and both are summed over processes before they are divided.
+
+Schedules have the formulas of mmcv, which the public code uses; t counts iterations from 0 to T - 1. Poly:
+(1 - t / T)^p. Cosine: m + (1 - m) (1 + cos(pi t / T)) / 2. Linear warm-up over W iterations multiplies the schedule by
+1 - (1 - t / W) (1 - r), from the ratio r on.
 """
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from fit3d_ns.probing.assembly import FrozenFeatures
-from fit3d_ns.probing.batch_order import BatchOrder, Draw, check_batch
-from fit3d_ns.probing.depth.losses import LossSum
-from fit3d_ns.probing.schedules import Schedule, compute_one_cycle_momentum
+from fit3d_ns.probing.samples import Batch, check_batch
 from fit3d_ns.utils.progress import create_progress, notice
 
-Selection = Literal["validation", "last", "test"]
-"""Which checkpoint counts: the best on a validation part of the training data, the last, or the best on the test data
-(what the public depth code does)."""
+
+@dataclass(frozen=True)
+class Schedule:
+    """Factor of the learning rate at each iteration."""
+
+    kind: Literal["poly", "cosine", "constant"]
+    """Shape after the warm-up."""
+    num_iterations: int
+    """T, at least 1."""
+    num_warmup_iterations: int = 0
+    """W; 0 for none."""
+    warmup_ratio: float = 1e-6
+    """r, the factor at the first iteration."""
+    min_ratio: float = 0.0
+    """m, the factor at the end of `cosine`."""
+    power: float = 1.0
+    """p, the exponent of `poly`."""
+
+    def compute_factor(self, iteration: int) -> float:
+        """The factor at an iteration."""
+        progress = iteration / self.num_iterations
+        if self.kind == "poly":
+            factor = (1.0 - progress) ** self.power
+        elif self.kind == "cosine":
+            factor = self.min_ratio + (1.0 - self.min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        else:
+            factor = 1.0
+        if iteration < self.num_warmup_iterations:
+            factor *= 1.0 - (1.0 - iteration / self.num_warmup_iterations) * (1.0 - self.warmup_ratio)
+        return factor
 
 
 @dataclass(frozen=True)
@@ -34,7 +64,7 @@ class OptimizationConfig:
     learning_rate: float
     """Peak learning rate, positive."""
     weight_decay: float
-    """On all parameters."""
+    """Decay of all parameters."""
     max_gradient_norm: float | None = None
     """Gradients are scaled down to this norm."""
     has_one_cycle_momentum: bool = False
@@ -42,12 +72,23 @@ class OptimizationConfig:
     images_per_group: int = 1
     """Images that share one loss value."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """SGD has momentum 0.9. Heads with a method `list_rates` say a factor of the learning rate for their parameters."""
+    """SGD has momentum 0.9. A head's method `list_rates`, if it has one, gives its parameters with a factor of the
+    learning rate for each group."""
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A loss before it is normalised over all processes."""
+
+    total: Float[Tensor, ""]
+    """Sum over what is counted, with gradient."""
+    count: Float[Tensor, ""]
+    """How much was counted."""
 
 
 @dataclass
 class TrainedHead:
-    """A head with the selected checkpoint's weights."""
+    """A head with the selected checkpoint's weights, and what its training and measurement gave."""
 
     head: nn.Module
     """In evaluation mode."""
@@ -57,26 +98,32 @@ class TrainedHead:
     """Loss at each iteration, over the whole batch."""
     scores: dict[int, float] = field(default_factory=dict)
     """Score by iteration, larger is better; empty for selection `last`."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Metrics on the test data."""
+    choices: dict[str, Any] = field(default_factory=dict)
+    """What else was chosen on the selection data, for the record."""
 
+    @property
+    def loss_first(self) -> float:
+        """Mean loss of the first tenth of the iterations."""
+        tenth = max(len(self.losses) // 10, 1)
+        return sum(self.losses[:tenth]) / tenth
 
-LoadBatch = Callable[[list[Draw], list[Draw]], tuple[FrozenFeatures, Tensor]]
-"""Features and targets of some draws, on the training device; the second list is what will be asked for next."""
-ComputeLoss = Callable[[Tensor, Tensor, int], LossSum]
-"""Loss of (predictions, targets, iteration) on this process's share."""
-ComputeScore = Callable[[nn.Module], float]
-"""Score of a head on the selection data, larger is better; the same on every process."""
+    @property
+    def loss_last(self) -> float:
+        """Mean loss of the last tenth of the iterations."""
+        tenth = max(len(self.losses) // 10, 1)
+        return sum(self.losses[-tenth:]) / tenth
 
 
 def train_head(
     head: nn.Module,
-    num_samples: int,
-    load_batch: LoadBatch,
-    compute_loss: ComputeLoss,
+    batches: Iterator[Batch],
+    compute_loss: Callable[[Tensor, Tensor, int], LossSum],
     config: OptimizationConfig,
     *,
     accelerator: Any,
-    seed: int,
-    compute_score: ComputeScore | None = None,
+    compute_score: Callable[[nn.Module], float] | None = None,
     iterations_per_evaluation: int | None = None,
     title: str = "Training",
 ) -> TrainedHead:
@@ -84,24 +131,22 @@ def train_head(
 
     Args:
         head: Takes `FrozenFeatures`; changed in place.
-        num_samples: Samples that `load_batch` can draw from.
-        load_batch: As `LoadBatch`.
-        compute_loss: As `ComputeLoss`.
+        batches: This process's share of the batch of every iteration, on any device.
+        compute_loss: Loss of (predictions, targets, iteration) on this process's share.
         config: As above.
         accelerator: accelerate's; its processes share each batch.
-        seed: Of the order of samples.
-        compute_score: None keeps the last iteration's weights.
+        compute_score: Score of the head on the selection data, larger is better, the same on every process; None keeps
+            the last iteration's weights.
         iterations_per_evaluation: Iterations between scores; the last iteration is always scored.
-        title: What the progress bar says.
+        title: Label of the progress bar.
 
     Raises:
         ValueError: The batch does not split over the processes, or the loss is not finite.
     """
-    num_processes, process = accelerator.num_processes, accelerator.process_index
+    num_processes = accelerator.num_processes
     check_batch(config.batch_size, num_processes, config.images_per_group)
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     module, optimizer = accelerator.prepare(head, _create_optimizer(head, parameters, config))
-    order = BatchOrder(num_samples, config.batch_size, seed)
     num_iterations = config.schedule.num_iterations
     result = TrainedHead(head, num_iterations)
     best: tuple[float, dict[str, Any]] | None = None
@@ -110,11 +155,14 @@ def train_head(
         for iteration in range(num_iterations):
             head.train()
             _set_rates(optimizer, config, iteration)
-            upcoming = order.list_draws(iteration + 1, process, num_processes) if iteration + 1 < num_iterations else []
-            features, targets = load_batch(order.list_draws(iteration, process, num_processes), upcoming)
-            loss = compute_loss(module(features), targets, iteration)
-            total = _sum_over_processes(torch.stack([loss.total.detach(), loss.count.detach()]), accelerator)
-            _check_finite(total, iteration)
+            features, targets = next(batches)
+            predictions = module(features.to(accelerator.device))
+            loss = compute_loss(predictions, targets.to(accelerator.device), iteration)
+            total = sum_over_processes(torch.stack([loss.total.detach(), loss.count.detach()]), accelerator)
+            if not torch.isfinite(total).all():
+                raise ValueError(
+                    f"The loss is not finite at iteration {iteration + 1}; lower --learning-rate, or check the labels."
+                )
             # Gradients are averaged over processes; the factor turns the mean of sums into the sum.
             accelerator.backward(loss.total * num_processes / total[1].clamp_min(1e-12))
             if config.max_gradient_norm is not None:
@@ -138,18 +186,23 @@ def train_head(
     return result
 
 
-def create_accelerator(device: str, precision: Literal["fp32", "bf16", "fp16"] = "fp32") -> Any:
-    """accelerate's `Accelerator` on `auto`, `cpu` or `cuda`; under `accelerate launch` it joins the other processes.
+def sum_over_processes(values: Tensor, accelerator: Any) -> Tensor:
+    """The sum, in every process, of what each of them has; on the device of `values`."""
+    if accelerator.num_processes == 1:
+        return values
+    return accelerator.reduce(values.to(accelerator.device), reduction="sum").to(values.device)
 
-    Raises:
-        ValueError: `cuda` is asked for and there is none.
-    """
-    from accelerate import Accelerator
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("CUDA is asked for, but torch finds no CUDA device; use --device cpu or auto.")
-    mixed_precision = "no" if precision == "fp32" else precision
-    return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision=mixed_precision)
+def compute_one_cycle_momentum(
+    iteration: int, num_iterations: int, low: float = 0.85, high: float = 0.95, peak: float = 0.3
+) -> float:
+    """Momentum (Adam's first beta) of mmcv's `OneCycle` policy: from `high` to `low` and back, by cosines."""
+    turn, end = peak * num_iterations - 1, num_iterations - 1
+    if iteration <= turn:
+        share = iteration / turn if turn > 0 else 1.0
+        return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * share))
+    share = (iteration - turn) / (end - turn) if end > turn else 1.0
+    return high + (low - high) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
 def _create_optimizer(head: nn.Module, parameters: list[nn.Parameter], config: OptimizationConfig) -> Any:
@@ -168,14 +221,3 @@ def _set_rates(optimizer: Any, config: OptimizationConfig, iteration: int) -> No
         if config.has_one_cycle_momentum:
             momentum = compute_one_cycle_momentum(iteration, config.schedule.num_iterations)
             group["betas"] = (momentum, group["betas"][1])
-
-
-def _sum_over_processes(values: Tensor, accelerator: Any) -> Tensor:
-    return values if accelerator.num_processes == 1 else accelerator.reduce(values, reduction="sum")
-
-
-def _check_finite(total: Tensor, iteration: int) -> None:
-    if not torch.isfinite(total).all():
-        raise ValueError(
-            f"The loss is not finite at iteration {iteration + 1}; lower --learning-rate, or check the labels."
-        )

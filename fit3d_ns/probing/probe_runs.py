@@ -6,13 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from fit3d_ns.probing.classification.probe import (
-    PAPER_CLASSIFICATION,
-    ClassificationConfig,
-    ClassificationProbe,
-)
+from fit3d_ns.probing.classification.probe import PAPER_CLASSIFICATION, ClassificationConfig, ClassificationProbe
 from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
 from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
 from fit3d_ns.probing.datasets.frames import (
@@ -25,20 +19,13 @@ from fit3d_ns.probing.datasets.frames import (
 )
 from fit3d_ns.probing.datasets.scannetpp import is_scannetpp_scene
 from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
-from fit3d_ns.probing.finetuning_costs import is_finetuned_from_random, read_costs
-from fit3d_ns.probing.frozen_backbones import (
-    BackboneConfig,
-    create_frozen_backbones,
-    describe_backbones,
-    describe_settings,
-)
-from fit3d_ns.probing.head_trainer import create_accelerator
+from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
+from fit3d_ns.probing.head_probe import HeadProbe, RunConfig, create_sets
 from fit3d_ns.probing.multiview.probe import MultiviewConfig, MultiviewProbe
-from fit3d_ns.probing.predictions import save_predictions
-from fit3d_ns.probing.protocol import ProbeSets, RunConfig, create_sets
-from fit3d_ns.probing.result_records import ResultFile, summarise_seeds
-from fit3d_ns.probing.segmentation.pictures import name_frame
+from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
 from fit3d_ns.probing.segmentation.probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.training.accelerator import Precision, create_accelerator
+from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
@@ -66,9 +53,14 @@ DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     "consistency": MultiviewConfig(),
     "correspondence": MultiviewConfig(),
 }
+HEAD_PROBES: dict[str, type[HeadProbe]] = {
+    "segmentation": SegmentationProbe,
+    "depth": DepthProbe,
+    "classification": ClassificationProbe,
+}
 
 _DECISIVE_RUN_FIELDS = ("cache", "cache_gb", "selection", "validation_fraction", "num_evaluations")
-"""Choices of a run that figures depend on; the memory decides whether features are kept."""
+"""Choices of a run that metrics depend on; the memory decides whether features are kept."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +76,21 @@ class ProbeRequest:
     train: Sequence[Path] = ()
     """Folders that heads are trained on; not used by consistency and correspondence."""
     test: Sequence[Path] = ()
-    """Folders, or scene files, that figures are about."""
+    """Folders, or scene files, that are measured."""
     seeds: Sequence[int] = (0,)
-    """One head for each."""
+    """One head is trained for each."""
     config: TaskConfig | None = None
     """Values of the task; its defaults if None."""
     run: RunConfig = field(default_factory=RunConfig)
     """Choices that all probes share."""
     options: LabelledOptions = field(default_factory=LabelledOptions)
     """How folders are read."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     """Where it runs."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the head's training."""
+    precision: Precision = "fp32"
+    """Arithmetic of the head's training."""
     predictions: Path | None = None
-    """Folder for pictures of what the first seed's head says about test frames (segmentation, depth)."""
+    """Folder for pictures of what the first seed's head predicts for test frames (segmentation, depth)."""
 
 
 def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
@@ -115,13 +107,14 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
         raise ValueError("No seed is given; name at least one with --seeds.")
     if request.task in ("consistency", "correspondence"):
         return _run_multiview(request)
-    described = describe_backbones(request.backbones, norm=request.task != "depth")
+    norm = request.task != "depth"
+    described = describe_backbones(request.backbones, norm=norm)
     train, test = _read_sets(request)
     config = request.config or DEFAULT_CONFIGS[request.task]
     settings: dict[str, Any] = {
         "task": request.task,
         "assembly": request.backbones.assembly,
-        "backbones": describe_settings(described),
+        "backbones": {part: description.to_metadata() for part, description in described.items()},
         "patch_fit": request.backbones.patch_fit,
         "train": _describe_set(train),
         "test": _describe_set(test),
@@ -130,40 +123,37 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
         "precision": request.precision,
     }
     if request.options.depth_scale not in (None, DEFAULT_DEPTH_SCALE):
-        # The hash of the data reads no pixel, so another unit has to name other figures here.
+        # The hash of the data reads no pixel, so another unit has to be named here.
         settings["depth_scale"] = request.options.depth_scale
-    file = ResultFile(
-        Path(request.output_path), f"probe/{request.task}", settings, _is_random(described, request.backbones)
-    )
-    missing, done = _find_missing(file, request.seeds)
+    file, missing, done = _open_record(request, settings, described)
     if not missing:
         return load_result(file.path)
     accelerator = accelerator or create_accelerator(request.device, request.precision)
     num_layers = 4 if isinstance(config, DepthConfig) and config.head == "dpt" else 1
-    backbones = create_frozen_backbones(
-        request.backbones, norm=request.task != "depth", num_layers=num_layers, device=accelerator.device
-    )
+    backbones = create_frozen_backbones(request.backbones, norm=norm, num_layers=num_layers, device=accelerator.device)
     sets = create_sets(train, test, request.run)
-    probe = _create_probe(config, request, sets, backbones, accelerator)
+    probe = HEAD_PROBES[request.task](config, request.run, sets, backbones, request.backbones.assembly, accelerator)
     training = {**_read_training(file.path), "chosen": probe.describe(), **read_costs(request.backbones)}
     for seed in missing:
         start = time.perf_counter()
-        outcome = probe.run_seed(seed)
-        done[seed] = outcome.metrics
-        trained = {
-            "iteration": outcome.iteration,
-            "loss_first": outcome.loss_first,
-            "loss_last": outcome.loss_last,
-            "scores": {str(iteration): score for iteration, score in outcome.scores.items()},
+        trained = probe.run_seed(seed)
+        done[seed] = trained.metrics
+        said = {
+            "iteration": trained.iteration,
+            "loss_first": trained.loss_first,
+            "loss_last": trained.loss_last,
+            "scores": {str(iteration): score for iteration, score in trained.scores.items()},
             "seconds": time.perf_counter() - start,
-            **outcome.choices,
+            **trained.choices,
         }
-        training["training"] = {**training.get("training", {}), str(seed): trained}
+        training["training"] = {**training.get("training", {}), str(seed): said}
         if accelerator.is_main_process:
             file.save(done, training)
-            if seed == missing[0] and request.predictions is not None and not isinstance(probe, ClassificationProbe):
-                save_predictions(probe, outcome, request.predictions)
-    return file.save(done, training) if accelerator.is_main_process else _create_record(file, done, training)
+            if seed == missing[0] and request.predictions is not None and request.task != "classification":
+                probe.save_predictions(trained, seed, request.predictions)
+    if accelerator.is_main_process:
+        return file.save(done, training)
+    return ResultRecord(file.kind, summarise_seeds(done), {**file.settings, **training}, file.is_random)
 
 
 def resolve_scene_splits(
@@ -190,28 +180,16 @@ def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
             raise ValueError(f"A {task} probe needs data; name folders with {flag}.")
     check_options([*train, *test], task, request.options)
     splits = resolve_scene_splits(train, test)
-    sets = [
+    first, second = (
         join_sets([read_labelled_set(path, split, task, request.options) for path, split in zip(part, of, strict=True)])
         for part, of in zip((train, test), splits, strict=True)
-    ]
-    check_same_kind(*sets)
-    trained = {name_frame(frame) for frame in sets[0].frames}
-    num_common = sum(name_frame(frame) in trained for frame in sets[1].frames)
+    )
+    check_same_kind(first, second)
+    trained = {frame.key for frame in first.frames}
+    num_common = sum(frame.key in trained for frame in second.frames)
     if num_common:
-        notice(f"{num_common} of {len(sets[1].frames)} test frames are trained on as well; figures flatter.")
-    return sets[0], sets[1]
-
-
-def _create_probe(
-    config: TaskConfig, request: ProbeRequest, sets: ProbeSets, backbones: Any, accelerator: Any
-) -> SegmentationProbe | DepthProbe | ClassificationProbe:
-    common = (request.run, sets, backbones, request.backbones.assembly, accelerator)
-    if isinstance(config, SegmentationConfig):
-        return SegmentationProbe(config, *common)
-    if isinstance(config, DepthConfig):
-        return DepthProbe(config, *common)
-    assert isinstance(config, ClassificationConfig)
-    return ClassificationProbe(config, *common)
+        notice(f"{num_common} of {len(second.frames)} test frames are trained on as well; the metrics flatter.")
+    return first, second
 
 
 def _run_multiview(request: ProbeRequest) -> ResultRecord:
@@ -228,18 +206,14 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     settings = {
         "task": request.task,
         "assembly": chosen.assembly,
-        "backbones": describe_settings(described),
+        "backbones": {part: description.to_metadata() for part, description in described.items()},
         "test": {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]},
         "config": {name: value for name, value in asdict(config).items() if name != "data_root"},
     }
-    file = ResultFile(
-        Path(request.output_path), f"probe/{request.task}", settings, _is_random(described, request.backbones)
-    )
-    missing, done = _find_missing(file, request.seeds)
+    file, missing, done = _open_record(request, settings, described)
     if not missing:
         return load_result(file.path)
-    is_cuda = torch.cuda.is_available() if request.device == "auto" else request.device == "cuda"
-    device = "cuda" if is_cuda else "cpu"
+    device = choose_device(request.device)
     backbones = create_frozen_backbones(chosen, norm=True, device=device)
     probe = MultiviewProbe(request.task, config, paths, backbones, chosen.assembly, device)
     for seed in missing:
@@ -247,14 +221,19 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     return file.save(done, read_costs(chosen))
 
 
-def _find_missing(file: ResultFile, seeds: Sequence[int]) -> tuple[list[int], dict[int, dict[str, Any]]]:
+def _open_record(
+    request: ProbeRequest, settings: dict[str, Any], described: dict[Any, Any]
+) -> tuple[ResultFile, list[int], dict[int, dict[str, Any]]]:
+    """The result file, the seeds that it lacks, and the metrics of those it has."""
+    is_random = any(item.is_random for item in described.values()) or is_finetuned_from_random(request.backbones)
+    file = ResultFile(Path(request.output_path), f"probe/{request.task}", settings, is_random)
     done = file.load_seeds()
-    missing = [seed for seed in dict.fromkeys(seeds) if seed not in done]
+    missing = [seed for seed in dict.fromkeys(request.seeds) if seed not in done]
     if done:
         held = ", ".join(map(str, sorted(done)))
         rest = f"running {', '.join(map(str, missing))}" if missing else "nothing is left to run"
         notice(f"{file.path} already holds seeds {held} of these settings; {rest}.")
-    return missing, done
+    return file, missing, done
 
 
 def _describe_set(labelled_set: LabelledSet) -> dict[str, Any]:
@@ -272,14 +251,6 @@ def _read_training(path: Path) -> dict[str, Any]:
         return {}
     settings = load_result(path).settings
     return {name: settings[name] for name in ("training", "chosen", "finetuning") if name in settings}
-
-
-def _create_record(file: ResultFile, done: dict[int, dict[str, Any]], training: dict[str, Any]) -> ResultRecord:
-    return ResultRecord(file.kind, summarise_seeds(done), {**file.settings, **training}, file.is_random)
-
-
-def _is_random(described: dict[Any, Any], config: BackboneConfig) -> bool:
-    return any(description.is_random for description in described.values()) or is_finetuned_from_random(config)
 
 
 def _measure(path: Path) -> int | str:

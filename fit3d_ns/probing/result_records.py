@@ -1,9 +1,10 @@
-"""One `ResultRecord` per probe: figures of every seed, their means and spreads, and a key that names the settings.
+"""One `ResultRecord` per probe: metrics of every seed, their means and spreads, and a key that names the settings.
 
-metrics:  the means by name (`miou`, `rmse`, ...), nested figures alike
+metrics:  the means by name (`miou`, `rmse`, ...), nested metrics alike
           spread      standard deviation over seeds (n - 1 in the denominator), absent for one seed
           per_seed    {"0": {...}, "1": {...}}
-settings: what the figures depend on, `key` (a hash of that), `seeds`, and what is said about the training
+settings: what the metrics depend on, `key` (a hash of that), `seeds`, and what is said about the training and about
+          the cost of the fine-tuned backbone
 """
 
 import math
@@ -12,12 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.utils.files import hash_bytes
-from fit3d_ns.utils.progress import notice
+from fit3d_ns.probing.frozen_features import BackboneConfig, list_parts
+from fit3d_ns.scene import load_scene
+from fit3d_ns.scene.scene_costs import SceneCosts, read_scene_costs
+from fit3d_ns.utils.files import hash_bytes, read_json
+from fit3d_ns.utils.progress import SECONDS_PER_HOUR, notice
 from fit3d_ns.utils.results import ResultRecord, load_result, save_result
 
 UNCOUNTED = ("per_scene",)
-"""Figures that are kept per seed but not averaged."""
+"""Metrics that are kept per seed but not averaged."""
+_TAKEN = (
+    "steps",
+    "epochs",
+    "seconds",
+    "loss_first",
+    "loss_last",
+    "num_images",
+    "num_trained_parameters",
+    "settings",
+    "versions",
+)
 
 
 @dataclass
@@ -29,7 +44,7 @@ class ResultFile:
     kind: str
     """For example `probe/depth`."""
     settings: dict[str, Any]
-    """Everything the figures depend on, besides the seeds; plain JSON values."""
+    """Everything the metrics depend on, except the seeds; plain JSON values."""
     is_random: bool
     """True if random weights took part."""
 
@@ -39,9 +54,9 @@ class ResultFile:
         return compute_settings_key(self.kind, self.settings)
 
     def load_seeds(self) -> dict[int, dict[str, Any]]:
-        """Figures of the seeds that an earlier run with the same settings has finished.
+        """Metrics of the seeds that an earlier run with the same settings has finished.
 
-        A file with other settings at the same path is put aside under the name of its key, and said so.
+        A file with other settings at the same path is put aside under the name of its key, with a notice.
         """
         if not self.path.is_file():
             return {}
@@ -53,12 +68,12 @@ class ResultFile:
             except FileNotFoundError:
                 # Another process of the same run was faster.
                 return {}
-            notice(f"{self.path} held figures of other settings; they are now in {other.name}.")
+            notice(f"{self.path} held metrics of other settings; they are now in {other.name}.")
             return {}
-        return {int(seed): figures for seed, figures in record.metrics.get("per_seed", {}).items()}
+        return {int(seed): metrics for seed, metrics in record.metrics.get("per_seed", {}).items()}
 
     def save(self, per_seed: dict[int, dict[str, Any]], training: dict[str, Any]) -> ResultRecord:
-        """Writes the figures of the finished seeds, atomically."""
+        """Writes the metrics of the finished seeds, atomically."""
         record = ResultRecord(
             kind=self.kind,
             metrics=summarise_seeds(per_seed),
@@ -75,13 +90,37 @@ def compute_settings_key(kind: str, settings: dict[str, Any]) -> str:
 
 
 def summarise_seeds(per_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Means of every figure over seeds, with spreads; one seed's figures are their own means."""
+    """Means of every metric over seeds, with spreads; one seed's metrics are their own means."""
     items = [per_seed[seed] for seed in sorted(per_seed)]
     summary = _combine(items, _mean)
     if len(items) > 1:
         summary["spread"] = _combine(items, _deviation)
     summary["per_seed"] = {str(seed): per_seed[seed] for seed in sorted(per_seed)}
     return summary
+
+
+def is_finetuned_from_random(config: BackboneConfig) -> bool:
+    """True if a fine-tuned folder takes part whose report says that it began with random weights."""
+    report = _read_report(config)
+    return bool(report and report.get("is_random", False))
+
+
+def read_costs(config: BackboneConfig) -> dict[str, Any]:
+    """What a fine-tuned backbone has cost, as far as fit3d-finetune's report tells (Tables 5, 6 and 8 show it).
+
+    Returns:
+        `{"finetuning": {...}}`, or nothing where no fine-tuned folder takes part or it has no report. `hours` are stage
+        II's, `stage1_hours` and `scene_file_mb` means over scenes, `feature_dim` that of all scenes.
+    """
+    report = _read_report(config)
+    if report is None:
+        return {}
+    costs: dict[str, Any] = {name: report[name] for name in _TAKEN if name in report}
+    if isinstance(report.get("seconds"), (int, float)):
+        costs["hours"] = report["seconds"] / SECONDS_PER_HOUR
+    scenes = [Path(name) for name in report.get("scenes", []) if isinstance(name, str)]
+    costs["scenes"] = [scene.stem for scene in scenes]
+    return {"finetuning": {**costs, **_summarise_scenes(_list_scene_costs(report, scenes))}}
 
 
 def _combine(items: Sequence[dict[str, Any]], function: Any) -> dict[str, Any]:
@@ -122,3 +161,30 @@ def _sorted(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_sorted(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _list_scene_costs(report: dict[str, Any], scenes: list[Path]) -> list[SceneCosts]:
+    """What the report recorded; reports of earlier versions did not, then of the scenes that are still there."""
+    if isinstance(report.get("scene_costs"), list):
+        return [SceneCosts(**entry) for entry in report["scene_costs"]]
+    return [read_scene_costs(load_scene(scene), scene) for scene in scenes if scene.is_file()]
+
+
+def _summarise_scenes(costs: list[SceneCosts]) -> dict[str, Any]:
+    if not costs:
+        return {}
+    summary: dict[str, Any] = {"scene_file_mb": sum(cost.file_mb for cost in costs) / len(costs)}
+    hours = [cost.stage1_hours for cost in costs if cost.stage1_hours is not None]
+    if len(hours) == len(costs):
+        summary["stage1_hours"] = sum(hours) / len(hours)
+    if len({cost.feature_dim for cost in costs}) == 1:
+        summary["feature_dim"] = costs[0].feature_dim
+    return summary
+
+
+def _read_report(config: BackboneConfig) -> dict[str, Any] | None:
+    folder = config.finetuned
+    if folder is None or "finetuned" not in list_parts(config.assembly) or not (folder / "report.json").is_file():
+        return None
+    report = read_json(folder / "report.json")
+    return report if isinstance(report, dict) else None

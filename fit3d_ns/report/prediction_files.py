@@ -1,6 +1,6 @@
 """Reads folders that `fit3d-probe --predictions` wrote and checks that they can stand in one figure.
 
-`probing/predictions.py` draws their layout.
+`HeadProbe.save_predictions` of `probing/head_probe.py` draws their layout.
 """
 
 from collections.abc import Sequence

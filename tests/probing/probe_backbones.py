@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fit3d_ns.probing.assembly import FrozenFeatures
-from fit3d_ns.probing.frozen_backbones import FrozenBackbones
-from fit3d_ns.probing.patch_fit import PatchFitRule
+from fit3d_ns.probing.frozen_features import FrozenBackbones, FrozenFeatures
+from fit3d_ns.probing.pictures import PatchFitRule
 
 
 @dataclass(frozen=True)

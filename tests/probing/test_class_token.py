@@ -11,8 +11,8 @@ from fit3d_ns.cli.command import EXIT_USER_ERROR, run_command
 from fit3d_ns.cli.probe import ProbeCommand, create_request, probe
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
-from fit3d_ns.probing.head_trainer import create_accelerator
-from fit3d_ns.probing.protocol import ProbeSets, RunConfig
+from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
+from fit3d_ns.training.accelerator import create_accelerator
 from tests.probing.probe_backbones import FakeDescription, MeanColourBackbones
 from tests.probing.probe_scenes import BACKBONE, create_scene
 
@@ -73,7 +73,9 @@ def test_class_token__features_are_computed_once_for_both_heads() -> None:
 
 def test_class_token__each_head_has_the_rate_of_its_width() -> None:
     probe = create_probe("validated", False, learning_rate=None)
-    rates = {source: create_probe(source, False, learning_rate=None).learning_rate for source in ("auto", "none")}
+    rates = {}
+    for source in ("auto", "none"):
+        rates |= create_probe(source, False, learning_rate=None).learning_rates
     assert probe.describe()["learning_rate"] == rates and rates["none"] == pytest.approx(2 * rates["auto"])
 
 

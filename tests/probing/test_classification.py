@@ -5,10 +5,9 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from fit3d_ns.probing.augmentation import draw_resized_window
-from fit3d_ns.probing.classification.probe import _augment
+from fit3d_ns.probing.classification.probe import ClassificationInputs, draw_resized_window
 from fit3d_ns.probing.datasets.frames import LabelledFrame
-from fit3d_ns.probing.segmentation.slide_windows import Window
+from fit3d_ns.probing.pictures import Window
 
 SIZES = [(224, 224), (375, 500), (500, 333), (64, 41), (9, 11), (30, 200), (200, 20), (5, 400)]
 
@@ -69,7 +68,7 @@ def test_augment__shows_the_drawn_window_and_its_mirror_image() -> None:
     flips = set()
     for seed in range(40):
         window = draw_resized_window(160, 240, np.random.default_rng(seed))
-        shown = _augment(frame, 32, np.random.default_rng(seed))
+        shown = ClassificationInputs(40, 32).augment(frame, np.random.default_rng(seed))
         assert shown.image.shape == (3, 32, 32) and int(shown.target) == 2
         assert 0.0 <= float(shown.image.min()) and float(shown.image.max()) <= 1.0
         red, green = 255 * shown.image[0].mean(dim=0), 255 * shown.image[1].mean(dim=1)

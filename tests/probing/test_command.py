@@ -14,8 +14,14 @@ from fit3d_ns.cli.probe import ProbeCommand, create_request, probe
 from fit3d_ns.features import create_extractor, create_token_model
 from fit3d_ns.features.adapters import add_adapter
 from fit3d_ns.finetuning.backbone_folder import save_finetuned
-from fit3d_ns.probing.assembly import ASSEMBLIES, Assembly, list_parts
-from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones, describe_backbones
+from fit3d_ns.probing.frozen_features import (
+    ASSEMBLIES,
+    Assembly,
+    BackboneConfig,
+    create_frozen_backbones,
+    describe_backbones,
+    list_parts,
+)
 from fit3d_ns.probing.probe_runs import resolve_scene_splits
 from fit3d_ns.probing.result_records import compute_settings_key, summarise_seeds
 from tests.probing.probe_scenes import BACKBONE, create_finetuned, create_scene

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.probing import augmentation
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, DepthConvention, LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.pictures import DepthPictures, ImageKey, choose_crop_size
-from fit3d_ns.probing.patch_fit import PatchFit, resize_map, sample_nearest
-from fit3d_ns.probing.segmentation.pictures import SegmentationPictures, WindowKey, choose_short_side
-from fit3d_ns.probing.segmentation.slide_windows import average_windows, list_windows
+from fit3d_ns.probing.depth.inputs import EVALUATION, TRAINING, DepthInputs, choose_crop_size, rotate, shift_colours
+from fit3d_ns.probing.pictures import PatchFit, PictureKey, resize_map, sample_nearest
+from fit3d_ns.probing.segmentation.inputs import (
+    SegmentationInputs,
+    average_windows,
+    choose_short_side,
+    distort_colours,
+    draw_varied_window,
+    list_windows,
+)
 from tests.probing.probe_backbones import MeanColourBackbones
 
 
@@ -58,12 +63,12 @@ def test_patch_fit__padding_is_the_mean_and_targets_do_not_count_there() -> None
     assert images.shape == (1, 3, 8, 8)
     torch.testing.assert_close(images[0, :, 0, 0], torch.tensor([0.1, 0.2, 0.3]))
     assert bool((images[0, :, 1:6, 1:7] == 0).all())
-    targets = fit.fit_targets(torch.zeros(1, 5, 6, dtype=torch.uint8), IGNORE_INDEX)
-    assert int((targets == IGNORE_INDEX).sum()) == 64 - 30 and bool((targets[0, 1:6, 1:7] == 0).all())
+    targets = fit.fit_targets(torch.zeros(5, 6, dtype=torch.uint8), IGNORE_INDEX)
+    assert int((targets == IGNORE_INDEX).sum()) == 64 - 30 and bool((targets[1:6, 1:7] == 0).all())
 
 
 def test_patch_fit__stretch_and_resize_keep_targets() -> None:
-    targets = torch.zeros(1, 5, 6)
+    targets = torch.zeros(5, 6)
     for rule in ("pad-stretch", "resize"):
         fit = PatchFit(5, 6, 4, rule)
         assert torch.equal(fit.fit_targets(targets, 7.0), targets)
@@ -113,17 +118,17 @@ def test_list_windows__gaps_are_refused() -> None:
         list_windows(8, 8, 4, 5)
 
 
-def create_pictures(short_side: int = 16, crop: int = 16) -> SegmentationPictures:
-    return SegmentationPictures(MeanColourBackbones(), short_side, crop, crop * 2 // 3)
+def create_inputs(short_side: int = 16, crop: int = 16) -> SegmentationInputs:
+    return SegmentationInputs(MeanColourBackbones(), short_side, crop, crop * 2 // 3)
 
 
 @pytest.mark.parametrize("is_flipped", [False, True])
-def test_segmentation_pictures__labels_stay_with_their_pixels(is_flipped: bool) -> None:
+def test_segmentation_inputs__labels_stay_with_their_pixels(is_flipped: bool) -> None:
     frame = create_frame(16, 40)
-    pictures = create_pictures()
+    pictures = create_inputs()
     assert [window.left for window in pictures.list_windows(frame)] == [0, 10, 20, 24]
     for number, window in enumerate(pictures.list_windows(frame)):
-        picture = pictures.load_window(frame, WindowKey("x", number, is_flipped))
+        picture = pictures.load(frame, PictureKey("x", is_flipped, number))
         columns = (picture.image[0, 0] * 255).round()
         expected = torch.arange(window.left, window.left + 16.0)
         assert columns.tolist() == (expected.flip(0) if is_flipped else expected).tolist()
@@ -131,10 +136,10 @@ def test_segmentation_pictures__labels_stay_with_their_pixels(is_flipped: bool) 
         assert picture.target[0].tolist() == (columns >= 20).int().tolist()
 
 
-def test_segmentation_pictures__augmentation_keeps_labels_and_pixels_together() -> None:
+def test_segmentation_inputs__augmentation_keeps_labels_and_pixels_together() -> None:
     grey = torch.full((32, 40, 3), 80, dtype=torch.uint8)
     grey[:, 20:] = 180
-    frame, pictures = replace(create_frame(32, 40), load_image=lambda: grey.clone()), create_pictures(32, 24)
+    frame, pictures = replace(create_frame(32, 40), load_image=lambda: grey.clone()), create_inputs(32, 24)
     sizes = set()
     for seed in range(12):
         picture = pictures.augment(frame, np.random.default_rng(seed))
@@ -162,7 +167,7 @@ def test_draw_varied_window__avoids_dominating_classes() -> None:
     generator = np.random.default_rng(0)
     shares = []
     for _ in range(50):
-        window = augmentation.draw_varied_window(labels, (8, 8), 0.75, generator, num_tries=50)
+        window = draw_varied_window(labels, 8, 0.75, generator, num_tries=50)
         shares.append((labels[window.slices] == 0).mean())
     assert max(shares) < 0.75
 
@@ -170,7 +175,7 @@ def test_draw_varied_window__avoids_dominating_classes() -> None:
 def test_rotate__a_full_turn_and_a_quarter_turn() -> None:
     image = create_positions(9, 9)
     depth = np.arange(81, dtype=np.float32).reshape(9, 9)
-    turned, moved = augmentation.rotate(image, depth, 90.0)
+    turned, moved = rotate(image, depth, 90.0)
     np.testing.assert_array_equal(moved, np.rot90(depth, -1))
     np.testing.assert_allclose(turned.astype(int), np.rot90(image, -1).astype(int), atol=1)
 
@@ -178,12 +183,12 @@ def test_rotate__a_full_turn_and_a_quarter_turn() -> None:
 def test_colour_changes__keep_sizes_and_average_out() -> None:
     image = np.full((6, 6, 3), (120, 100, 80), dtype=np.uint8)
     generator = np.random.default_rng(0)
-    changed = np.stack([augmentation.distort_colours(image, generator) for _ in range(200)])
+    changed = np.stack([distort_colours(image, generator) for _ in range(200)])
     assert changed.dtype == np.uint8 and 90 < changed.mean() < 110 and changed.std() > 5
-    same = augmentation.shift_colours(image, (1.0, 1.0), generator, 1.0, (1.0, 1.0), (1.0, 1.0))
+    same = shift_colours(image, (1.0, 1.0), generator, 1.0, (1.0, 1.0), (1.0, 1.0))
     np.testing.assert_array_equal(same, image)
-    assert np.array_equal(augmentation.shift_colours(image, (0.5, 0.5), generator, probability=0.0), image)
-    half = augmentation.shift_colours(image, (0.5, 0.5), generator, 1.0, (1.0, 1.0), (1.0, 1.0))
+    assert np.array_equal(shift_colours(image, (0.5, 0.5), generator, probability=0.0), image)
+    half = shift_colours(image, (0.5, 0.5), generator, 1.0, (1.0, 1.0), (1.0, 1.0))
     np.testing.assert_allclose(half[0, 0], [60, 50, 40], atol=1)
 
 
@@ -224,7 +229,7 @@ def test_distort_colours__each_step_by_hand(integers, uniforms, change) -> None:
     colours = [(120, 100, 80), (250, 10, 40), (5, 200, 130)]
     image = np.array(colours, dtype=np.uint8)[None].repeat(2, axis=0)
     before = image.copy()
-    changed = augmentation.distort_colours(image, ScriptedDraws(integers, uniforms))
+    changed = distort_colours(image, ScriptedDraws(integers, uniforms))
     expected = [change(colour) for colour in colours]
     # 8-bit hue and saturation are rounded, to two degrees and a 255th, on the way.
     np.testing.assert_allclose(changed[0].astype(float), expected, atol=5.0)
@@ -250,8 +255,8 @@ def test_choose_crop_size__as_published_or_the_smallest_image() -> None:
     assert choose((480, 640), train_crop=(45, 472, 43, 608)) == (416, 544)
 
 
-def test_depth_pictures__kittis_benchmark_crop() -> None:
-    pictures = create_depth_pictures(DepthConvention(bottom_crop=(352, 1216), max_depth=80.0))
+def test_depth_inputs__kittis_benchmark_crop() -> None:
+    pictures = create_depth_inputs(DepthConvention(bottom_crop=(352, 1216), max_depth=80.0))
     rows = (torch.arange(375) % 256).to(torch.uint8)[:, None, None].expand(375, 1242, 3)
     frame = replace(create_frame(375, 1242), load_image=lambda: rows)
     depth = pictures.load_depth(frame)
@@ -260,14 +265,14 @@ def test_depth_pictures__kittis_benchmark_crop() -> None:
     assert pictures.load_image(frame)[0, 0, 0] == 375 - 352
 
 
-def create_depth_pictures(convention: DepthConvention, short_side: int | None = None) -> DepthPictures:
-    return DepthPictures(MeanColourBackbones(), convention, short_side, (8, 12))
+def create_depth_inputs(convention: DepthConvention, short_side: int | None = None) -> DepthInputs:
+    return DepthInputs(MeanColourBackbones(), convention, short_side, (8, 12))
 
 
 @pytest.mark.parametrize("is_flipped", [False, True])
-def test_depth_pictures__depth_stays_with_its_pixels(is_flipped: bool) -> None:
+def test_depth_inputs__depth_stays_with_its_pixels(is_flipped: bool) -> None:
     frame = create_frame(10, 18)
-    picture = create_depth_pictures(DepthConvention(max_depth=50.0)).load_whole(frame, ImageKey("x", is_flipped, False))
+    picture = create_depth_inputs(DepthConvention(max_depth=50.0)).load(frame, PictureKey("x", is_flipped, EVALUATION))
     columns = (picture.image[0, 0] * 255).round() + 1
     # Ten by eighteen pixels are padded to twelve by twenty, two values per token of four pixels: every second pixel,
     # from the second of the padded row on, which is the first of the image.
@@ -276,21 +281,21 @@ def test_depth_pictures__depth_stays_with_its_pixels(is_flipped: bool) -> None:
     assert bool((picture.target[5] == 0).all()), "the lowest row is padding"
 
 
-def test_depth_pictures__benchmark_crops() -> None:
+def test_depth_inputs__benchmark_crops() -> None:
     frame = create_frame(20, 30)
-    pictures = create_depth_pictures(DepthConvention(bottom_crop=(12, 20), train_crop=(2, 10, 4, 16)))
+    pictures = create_depth_inputs(DepthConvention(bottom_crop=(12, 20), train_crop=(2, 10, 4, 16)))
     image = pictures.load_image(frame)
     # The lower twelve rows, the middle twenty columns.
     assert image.shape == (12, 20, 3) and image[0, 0].tolist() == [5, 8, 0] and image[-1, -1].tolist() == [24, 19, 0]
     assert pictures.load_depth(frame)[0, 0] == 6.0
-    training = pictures.load_whole(frame, ImageKey("x", False, True))
+    training = pictures.load(frame, PictureKey("x", False, TRAINING))
     assert training.image.shape == (3, 8, 12)
     assert (training.image[:2, 0, 0] * 255).round().tolist() == [9, 10]
 
 
-def test_depth_pictures__augmentation_keeps_depth_and_pixels_together() -> None:
+def test_depth_inputs__augmentation_keeps_depth_and_pixels_together() -> None:
     frame = create_frame(24, 40)
-    pictures = create_depth_pictures(DepthConvention(max_depth=50.0, brightness_range=(1.0, 1.0)))
+    pictures = create_depth_inputs(DepthConvention(max_depth=50.0, brightness_range=(1.0, 1.0)))
     for seed in range(8):
         picture = pictures.augment(frame, np.random.default_rng(seed))
         assert picture.image.shape == (3, 8, 12) and picture.target.shape == (8, 12)

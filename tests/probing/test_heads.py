@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fit3d_ns.probing.assembly import ASSEMBLIES, Assembler, list_parts
-from fit3d_ns.probing.depth.bins import DepthBins
-from fit3d_ns.probing.depth.dpt_head import DPTDepthHead
-from fit3d_ns.probing.depth.head import LinearDepthHead
+from fit3d_ns.probing.depth.head import DepthBins, DPTDepthHead, LinearDepthHead
+from fit3d_ns.probing.frozen_features import ASSEMBLIES, Assembler, list_parts
 from fit3d_ns.probing.segmentation.head import SegmentationHead
 from tests.probing.probe_backbones import create_features
 
@@ -90,8 +88,3 @@ def test_dpt_head__reads_every_layer_and_gives_depth_in_range(assembly, size) ->
     reached = maps.grad.abs().sum(dim=(0, 3, 4, 5))
     assert bool((reached > 0).all()), "part and layer without influence"
     assert all(parameter.grad is not None for parameter in head.parameters())
-
-
-def test_dpt_head__other_numbers_of_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match="reads 4 layers"):
-        DPTDepthHead(Assembler("original", 5), DepthBins(0.5, 4.0), num_layers=3)

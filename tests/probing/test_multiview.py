@@ -12,7 +12,7 @@ from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor, describe_backbone
-from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones
+from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.multiview.probe import MultiviewConfig, MultiviewProbe
 from fit3d_ns.scene import (
     FeatureDecoder,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fit3d_ns.data.images import load_depth, save_depth
-from fit3d_ns.probing.predictions import choose_depth_units
+from fit3d_ns.probing.head_probe import choose_depth_units
 
 
 @pytest.mark.parametrize(("max_depth", "step"), [(10.0, 1e-3), (80.0, 1 / 256)])

@@ -5,14 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fit3d_ns.probing.assembly import ASSEMBLIES
 from fit3d_ns.probing.classification.probe import PAPER_CLASSIFICATION, ClassificationProbe
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
-from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones
-from fit3d_ns.probing.head_trainer import OptimizationConfig, create_accelerator
-from fit3d_ns.probing.probe_runs import PAPER_RUNS
-from fit3d_ns.probing.protocol import (
+from fit3d_ns.probing.frozen_features import ASSEMBLIES, BackboneConfig, create_frozen_backbones
+from fit3d_ns.probing.head_probe import (
     ProbeSets,
     PublishedTraining,
     RunConfig,
@@ -20,8 +17,10 @@ from fit3d_ns.probing.protocol import (
     resolve_iterations,
     resolve_learning_rate,
 )
-from fit3d_ns.probing.schedules import Schedule
+from fit3d_ns.probing.head_trainer import OptimizationConfig, Schedule
+from fit3d_ns.probing.probe_runs import PAPER_RUNS
 from fit3d_ns.probing.segmentation.probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.training.accelerator import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 from tests.probing.test_training import create_segmentation_probe, create_striped_frame
 
@@ -66,14 +65,14 @@ def test_learning_rate__duplicate_gets_half_of_the_originals_and_dpt_keeps_probe
             "original",
             accelerator,
         )
-        assert probe.learning_rate == pytest.approx(expected)
+        assert probe.learning_rates == {"auto": pytest.approx(expected)}
 
 
 def test_paper__every_value_of_the_public_segmentation_code() -> None:
     probe = create_segmentation_probe("never", MeanColourBackbones())
     assert PAPER_SEGMENTATION.learning_rate == 1e-3
     probe.config, probe.num_iterations, probe.learning_rate = PAPER_SEGMENTATION, 40_000, 1e-3
-    optimization = probe._create_optimization()
+    optimization = probe.create_optimization()
     assert (PAPER_SEGMENTATION.short_side, PAPER_SEGMENTATION.crop_side, PAPER_SEGMENTATION.stride) == (512, 512, 341)
     assert PAPER_SEGMENTATION.num_iterations == 40_000 and PAPER_SEGMENTATION.max_class_share == 0.75
     assert optimization == OptimizationConfig(
@@ -95,7 +94,7 @@ def test_paper__every_value_of_the_public_depth_and_classification_code() -> Non
     accelerator = create_accelerator("cpu")
     probe = DepthProbe(PAPER_DEPTH, PAPER_RUNS["depth"], sets, backbones, "original", accelerator)
     assert probe.sources == ("auto",), "the original's class token"
-    assert probe._create_optimization("auto") == OptimizationConfig(
+    assert probe.create_optimization("auto") == OptimizationConfig(
         Schedule("cosine", 38_400, 12_800, warmup_ratio=1e-3, min_ratio=1e-8),
         batch_size=16,
         learning_rate=1e-4,
@@ -104,12 +103,12 @@ def test_paper__every_value_of_the_public_depth_and_classification_code() -> Non
         has_one_cycle_momentum=True,
         images_per_group=2,
     )
-    assert probe.pictures.crop_size == (416, 544) and PAPER_DEPTH.loss_warmup_iterations == 100
+    assert probe.inputs.crop_size == (416, 544) and PAPER_DEPTH.loss_warmup_iterations == 100
     assert PAPER_DEPTH.num_bins == 256 and PAPER_DEPTH.bin_normalization == "linear" and PAPER_DEPTH.is_flip_averaged
     classification = ClassificationProbe(
         PAPER_CLASSIFICATION, PAPER_RUNS["classification"], sets, backbones, "original", accelerator
     )
-    assert classification._create_optimization() == OptimizationConfig(
+    assert classification.create_optimization() == OptimizationConfig(
         Schedule("cosine", 12_500), batch_size=128, learning_rate=0.5, weight_decay=0.0, optimizer="sgd"
     )
 
@@ -121,6 +120,6 @@ def test_paper__every_value_of_the_public_depth_and_classification_code() -> Non
 def test_resolve_cache__features_are_kept_where_they_fit(
     rule: str, needed: float, expected: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert resolve_cache(rule, needed, 2.0, "fixed windows") is expected  # type: ignore[arg-type]
+    assert resolve_cache(RunConfig(cache=rule, cache_gb=2.0), needed, "fixed windows") is expected  # type: ignore[arg-type]
     said = capsys.readouterr().err
     assert ("fixed windows instead of the published random augmentation" in said) is expected

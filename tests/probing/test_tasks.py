@@ -9,18 +9,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from fit3d_ns.features import create_extractor
-from fit3d_ns.probing.assembly import Assembler, FrozenFeatures
 from fit3d_ns.probing.classification.probe import ClassificationConfig, ClassificationHeads, ClassificationProbe
 from fit3d_ns.probing.datasets import read_labelled_set
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.depth.head import LinearDepthHead
 from fit3d_ns.probing.depth.probe import DepthConfig, DepthProbe
-from fit3d_ns.probing.frozen_backbones import BackboneConfig, create_frozen_backbones
-from fit3d_ns.probing.head_trainer import create_accelerator
-from fit3d_ns.probing.patch_fit import PatchFitRule
-from fit3d_ns.probing.protocol import ProbeSets, RunConfig
+from fit3d_ns.probing.frozen_features import Assembler, BackboneConfig, FrozenFeatures, create_frozen_backbones
+from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
+from fit3d_ns.probing.pictures import PatchFitRule, PictureKey
 from fit3d_ns.probing.segmentation.head import SegmentationHead
 from fit3d_ns.probing.segmentation.probe import SegmentationConfig, SegmentationProbe
+from fit3d_ns.training.accelerator import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 from tests.probing.probe_scenes import BACKBONE, create_finetuned, create_scene
 
@@ -54,7 +53,7 @@ def test_depth_probe__prediction_is_the_mean_of_an_image_and_its_mirror_image(tm
         sets = ProbeSets(labelled_set, labelled_set, None)
         probe = DepthProbe(config, RunConfig(), sets, backbones, "concat", create_accelerator("cpu"))
         torch.manual_seed(0)
-        head = probe.create_head().eval()
+        head = probe.create_head("auto").eval()
         assert isinstance(head, LinearDepthHead)
         for parameter in head.parameters():
             nn.init.normal_(parameter, std=0.5)
@@ -123,7 +122,7 @@ def test_depth_probe__trains_on_images_of_several_sizes(cache: str) -> None:
         "original",
         create_accelerator("cpu"),
     )
-    assert probe.pictures.crop_size == (16, 24), "no larger than the smallest image"
+    assert probe.inputs.crop_size == (16, 24), "no larger than the smallest image"
     outcome = probe.run_seed(0)
     assert outcome.loss_last < 0.5 * outcome.loss_first and outcome.metrics["num_images"] == 6
 
@@ -145,7 +144,7 @@ def test_classification_probe__central_crop_of_a_resized_picture() -> None:
     probe = create_classification_probe([frame] * 6, crop_side=8)
     # 32x64 becomes 16x32; its middle eight columns are the sixteen bright ones of the original.
     for is_flipped in (False, True):
-        shown = probe._load(frame, ("central", "a", is_flipped))
+        shown = probe.inputs.load(frame, PictureKey("a", is_flipped))
         assert shown.image.shape == (3, 8, 8) and int(shown.target) == 1
         torch.testing.assert_close(shown.image, torch.full((3, 8, 8), 200 / 255))
 
@@ -172,10 +171,10 @@ def test_classification_probe__the_best_of_all_learning_rates_counts() -> None:
         frames.append(LabelledFrame(str(index), lambda image=image: image, class_index=index % 3))
     probe = create_classification_probe(frames, crop_side=16)
     outcome = probe.run_seed(0)
-    figures = probe.measure(outcome.head, probe.sets.test)  # type: ignore[arg-type]
-    assert outcome.metrics["accuracy"] == max(figures.top1) == 1.0
+    metrics = probe.evaluate(outcome.head, probe.sets.test)  # type: ignore[arg-type]
+    assert outcome.metrics["accuracy"] == max(metrics.top1) == 1.0
     assert outcome.metrics["learning_rate"] in probe.config.learning_rates
-    assert min(figures.top1) < 1.0, "the smallest rates learn nothing in sixty iterations"
+    assert min(metrics.top1) < 1.0, "the smallest rates learn nothing in sixty iterations"
 
 
 def test_segmentation_probe__checkpoints_are_chosen_on_the_validation_part() -> None:

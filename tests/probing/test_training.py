@@ -1,6 +1,7 @@
 """Training of heads: schedules and orders by hand, optimisation against closed forms, memory against fresh features."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -8,22 +9,25 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fit3d_ns.probing.assembly import Assembler, FrozenFeatures
-from fit3d_ns.probing.batch_order import BatchOrder, Draw, check_batch
+from fit3d_ns.probing.classification.probe import ClassificationInputs
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.bins import DepthBins
-from fit3d_ns.probing.depth.head import LinearDepthHead
-from fit3d_ns.probing.depth.losses import LossSum
-from fit3d_ns.probing.feature_memory import FeatureMemory, Picture, RememberedFeatures, stack_features
-from fit3d_ns.probing.head_trainer import OptimizationConfig, create_accelerator, train_head
-from fit3d_ns.probing.protocol import (
-    ProbeSets,
-    RunConfig,
+from fit3d_ns.probing.depth.head import DepthBins, LinearDepthHead
+from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
+from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
+from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, compute_one_cycle_momentum, train_head
+from fit3d_ns.probing.pictures import Picture, PictureKey
+from fit3d_ns.probing.samples import (
+    Draw,
+    FeatureMemory,
+    KeptFeatures,
+    check_batch,
+    iterate_augmented,
+    iterate_draws,
+    stack_features,
 )
-from fit3d_ns.probing.sample_streams import AugmentedStream
-from fit3d_ns.probing.schedules import Schedule, compute_one_cycle_momentum
 from fit3d_ns.probing.segmentation.head import SegmentationHead
 from fit3d_ns.probing.segmentation.probe import SegmentationConfig, SegmentationProbe
+from fit3d_ns.training.accelerator import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 
 
@@ -48,17 +52,15 @@ def test_schedule__cosine_and_one_cycle() -> None:
     assert compute_one_cycle_momentum(0, 1) > 0.0
 
 
-def test_batch_order__every_sample_once_per_epoch_and_shares_that_add_up() -> None:
-    order = BatchOrder(10, 4, seed=3)
-    whole = [draw for iteration in range(10) for draw in order.list_draws(iteration)]
+def test_iterate_draws__every_sample_once_per_epoch_and_shares_that_add_up() -> None:
+    whole = [draw for batch in iterate_draws(10, 4, 10, seed=3) for draw in batch]
     assert [draw.position for draw in whole] == list(range(40))
     for epoch in range(4):
         assert sorted(draw.index for draw in whole[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert [draw.index for draw in whole[:10]] != [draw.index for draw in whole[10:20]]
-    for iteration in (0, 2, 9):
-        shares = [BatchOrder(10, 4, seed=3).list_draws(iteration, process, 2) for process in range(2)]
-        assert shares[0] + shares[1] == whole[4 * iteration : 4 * iteration + 4]
-    assert BatchOrder(10, 4, seed=4).list_draws(0) != order.list_draws(0)
+    shares = zip(*(iterate_draws(10, 4, 10, 3, process, 2) for process in range(2)), strict=True)
+    assert [draw for first, second in shares for draw in first + second] == whole
+    assert next(iterate_draws(10, 4, 10, seed=4)) != whole[:4]
 
 
 def test_check_batch__uneven_shares_are_refused() -> None:
@@ -93,24 +95,21 @@ def compute_square_loss(predictions: torch.Tensor, targets: torch.Tensor, iterat
     return LossSum((predictions - targets).square().sum(), torch.tensor(float(targets.numel())))
 
 
-def select(features: FrozenFeatures, targets: torch.Tensor, draws: list[Draw]) -> tuple[FrozenFeatures, torch.Tensor]:
-    rows = [draw.index for draw in draws]
-    return FrozenFeatures(features.maps[rows], features.class_tokens[rows]), targets[rows]
+def iterate_batches(
+    features: FrozenFeatures, targets: torch.Tensor, config: OptimizationConfig
+) -> Iterator[tuple[FrozenFeatures, torch.Tensor]]:
+    for draws in iterate_draws(len(targets), config.batch_size, config.schedule.num_iterations, seed=0):
+        rows = [draw.index for draw in draws]
+        yield FrozenFeatures(features.maps[rows], features.class_tokens[rows]), targets[rows]
 
 
 def test_train_head__reaches_the_least_squares_solution() -> None:
     features, targets = create_regression()
     torch.manual_seed(0)
     head = LinearMap()
-    trained = train_head(
-        head,
-        6,
-        lambda draws, upcoming: select(features, targets, draws),
-        compute_square_loss,
-        OptimizationConfig(Schedule("poly", 600, 30), batch_size=6, learning_rate=0.05, weight_decay=0.0),
-        accelerator=create_accelerator("cpu"),
-        seed=0,
-    )
+    config = OptimizationConfig(Schedule("poly", 600, 30), batch_size=6, learning_rate=0.05, weight_decay=0.0)
+    batches = iterate_batches(features, targets, config)
+    trained = train_head(head, batches, compute_square_loss, config, accelerator=create_accelerator("cpu"))
     inputs = features.maps.reshape(-1, 3).numpy()
     inputs = np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
     expected = np.linalg.lstsq(inputs, targets.permute(0, 2, 3, 1).reshape(-1, 2).numpy(), rcond=None)[0]
@@ -151,16 +150,9 @@ def test_train_head__equals_a_plain_loop_over_torchs_adamw() -> None:
         norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), 0.2)))
         optimizer.step()
     assert max(norms) > 0.2, "clipping has to act"
-    train_head(
-        head,
-        6,
-        # The order of a whole batch only changes the rounding of its mean.
-        lambda draws, upcoming: select(features, targets, draws),
-        compute_square_loss,
-        config,
-        accelerator=create_accelerator("cpu"),
-        seed=0,
-    )
+    # The order of a whole batch only changes the rounding of its mean.
+    batches = iterate_batches(features, targets, config)
+    train_head(head, batches, compute_square_loss, config, accelerator=create_accelerator("cpu"))
     torch.testing.assert_close(head.classifier.weight, plain.classifier.weight)
     torch.testing.assert_close(head.classifier.bias, plain.classifier.bias)
 
@@ -176,14 +168,13 @@ def test_train_head__keeps_the_best_scored_checkpoint() -> None:
         return next(scores)
 
     head = LinearMap()
+    config = OptimizationConfig(Schedule("constant", 12), batch_size=2, learning_rate=0.05, weight_decay=0.0)
     trained = train_head(
         head,
-        6,
-        lambda draws, upcoming: select(features, targets, draws),
+        iterate_batches(features, targets, config),
         compute_square_loss,
-        OptimizationConfig(Schedule("constant", 12), batch_size=2, learning_rate=0.05, weight_decay=0.0),
+        config,
         accelerator=create_accelerator("cpu"),
-        seed=0,
         compute_score=score,
         iterations_per_evaluation=4,
     )
@@ -193,16 +184,10 @@ def test_train_head__keeps_the_best_scored_checkpoint() -> None:
 
 def test_train_head__a_loss_that_is_not_finite_stops_at_once() -> None:
     features, targets = create_regression()
+    config = OptimizationConfig(Schedule("constant", 12), batch_size=2, learning_rate=0.05, weight_decay=0.0)
+    batches = iterate_batches(features, targets * math.nan, config)
     with pytest.raises(ValueError, match="not finite at iteration 1"):
-        train_head(
-            LinearMap(),
-            6,
-            lambda draws, upcoming: select(features, targets * math.nan, draws),
-            compute_square_loss,
-            OptimizationConfig(Schedule("constant", 12), batch_size=2, learning_rate=0.05, weight_decay=0.0),
-            accelerator=create_accelerator("cpu"),
-            seed=0,
-        )
+        train_head(LinearMap(), batches, compute_square_loss, config, accelerator=create_accelerator("cpu"))
 
 
 def test_stack_features__a_linear_head_sees_no_difference_to_pictures_alone() -> None:
@@ -212,7 +197,7 @@ def test_stack_features__a_linear_head_sees_no_difference_to_pictures_alone() ->
     for h, w in ((2, 3), (4, 2), (4, 3)):
         maps, tokens = torch.randn(1, 1, 1, h, w, 5, generator=generator), torch.randn(1, 1, 1, 5, generator=generator)
         target = torch.randint(0, 9, (2 * h, 2 * w), generator=generator).to(torch.uint8)
-        entries.append(RememberedFeatures(FrozenFeatures(maps, tokens), target))
+        entries.append(KeptFeatures(FrozenFeatures(maps, tokens), target))
     features, targets = stack_features(entries, 255)
     torch.manual_seed(0)
     head = LinearDepthHead(Assembler("original", 5), DepthBins(0.5, 4.0, num_bins=8))
@@ -251,7 +236,7 @@ def test_segmentation_probe__separable_features_are_separated(cache: str) -> Non
     outcome = create_segmentation_probe(cache, MeanColourBackbones()).run_seed(0)
     # Patches have one colour each; only pixels between two patches' centres can be wrong, through upsampling.
     assert outcome.metrics["miou"] > 0.8 and outcome.loss_last < 0.5 * outcome.loss_first
-    assert outcome.num_iterations == 40 and isinstance(outcome.head, SegmentationHead)
+    assert len(outcome.losses) == 40 and isinstance(outcome.head, SegmentationHead)
 
 
 def test_segmentation_probe__each_picture_passes_the_backbone_once() -> None:
@@ -266,13 +251,13 @@ def test_segmentation_probe__each_picture_passes_the_backbone_once() -> None:
     assert backbones.num_images <= 2 * (6 + 4)
 
 
-def test_segmentation_probe__figures_do_not_depend_on_the_memory_budget() -> None:
-    figures = []
+def test_segmentation_probe__metrics_do_not_depend_on_the_memory_budget() -> None:
+    metrics = []
     for gigabytes in (4.0, 2e-6, 0.0):
         probe = create_segmentation_probe("always", MeanColourBackbones())
         probe.memory = FeatureMemory(probe.backbones, gigabytes)
-        figures.append(probe.run_seed(0).metrics)
-    assert figures[0] == figures[1] == figures[2]
+        metrics.append(probe.run_seed(0).metrics)
+    assert metrics[0] == metrics[1] == metrics[2]
 
 
 def test_segmentation_probe__ignored_pixels_do_not_change_the_loss() -> None:
@@ -280,30 +265,36 @@ def test_segmentation_probe__ignored_pixels_do_not_change_the_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(2, 2, 4, 6, generator=generator), torch.randint(0, 2, (2, 4, 6), generator=generator)
     labels[:, :2] = 255
-    loss = probe._compute_loss(logits, labels.to(torch.uint8), 0)
+    loss = probe.compute_loss(logits, labels.to(torch.uint8), 0)
     expected = nn.functional.cross_entropy(logits[:, :, 2:], labels[:, 2:], reduction="sum")
     torch.testing.assert_close(loss.total, expected)
     assert float(loss.count) == 2 * 2 * 6
     paper = create_segmentation_probe("always", MeanColourBackbones(), loss_average="all")
-    assert float(paper._compute_loss(logits, labels.to(torch.uint8), 0).count) == 2 * 4 * 6
+    assert float(paper.compute_loss(logits, labels.to(torch.uint8), 0).count) == 2 * 4 * 6
 
 
-def test_augmented_stream__depends_on_position_alone() -> None:
-    def create(index: int, generator: np.random.Generator) -> Picture:
-        return Picture(torch.full((3, 4, 4), float(generator.random())), torch.tensor(float(index)))
+class NoisyInputs(ClassificationInputs):
+    """Pictures of one random value, whose targets say which sample they are of."""
 
-    def load(draws: list[Draw], upcoming: list[Draw]) -> torch.Tensor:
-        stream = AugmentedStream(MeanColourBackbones(), create, "cpu", seed=1, num_threads=2)
-        try:
-            features, targets = stream.load(draws, upcoming)
+    def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
+        return Picture(torch.full((3, 4, 4), float(generator.random())), torch.tensor(float(frame.name)))
+
+
+def test_iterate_augmented__depends_on_position_alone() -> None:
+    frames = [create_striped_frame(index) for index in range(3)]
+
+    def load(*batches: list[Draw]) -> torch.Tensor:
+        loaded = iterate_augmented(batches, frames, NoisyInputs(4, 4), MeanColourBackbones(), 1, 2, len(batches[0]))
+        values = []
+        for draws, (features, targets) in zip(batches, loaded, strict=True):
             assert targets.tolist() == [float(draw.index) for draw in draws]
-            return features.maps[:, 0, 0, 0, 0, 0]
-        finally:
-            stream.close()
+            values.append(features.maps[:, 0, 0, 0, 0, 0])
+        return torch.cat(values)
 
     draws = [Draw(position, position % 3) for position in range(6)]
-    together = load(draws, [])
-    torch.testing.assert_close(torch.cat([load(draws[:2], draws[2:]), load(draws[2:], [])]), together)
+    together = load(draws)
+    torch.testing.assert_close(load(draws[:3], draws[3:]), together)
+    torch.testing.assert_close(load(draws[4:]), together[4:])
     assert len(set(together.tolist())) == 6
 
 
@@ -312,5 +303,5 @@ def test_feature_memory__half_precision_unless_features_are_too_large() -> None:
     memory = FeatureMemory(backbones, 1.0)
     for value, dtype in ((0.5, torch.float16), (1e5, torch.float32)):
         picture = Picture(torch.full((3, 4, 4), value), torch.zeros(1))
-        (entry,) = memory.fetch([value], lambda key, shown=picture: shown)  # type: ignore[misc]
+        (entry,) = memory.fetch([PictureKey(value)], lambda key, shown=picture: shown)  # type: ignore[misc]
         assert entry.features.maps.dtype == dtype and float(entry.features.maps.max()) == value

@@ -1,10 +1,9 @@
-"""The image classification probe (Table 11): linear layers on the class token beside the mean patch token.
+"""The image classification probe (Table 11): linear layers on the class token and the mean patch token.
 
 As in DINOv2's evaluation, one linear layer for each of a range of learning rates is trained on the same features by
 SGD, and the best of them on the selection data counts.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +14,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.probing.assembly import Assembler, Assembly, ClassTokenSource, FrozenFeatures
-from fit3d_ns.probing.augmentation import compute_size, draw_resized_window
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.losses import LossSum
-from fit3d_ns.probing.feature_memory import FeatureMemory, Picture, RememberedFeatures, stack_features
-from fit3d_ns.probing.frozen_backbones import FrozenBackbones
-from fit3d_ns.probing.head_trainer import OptimizationConfig, train_head
-from fit3d_ns.probing.protocol import (
-    ProbeSets,
-    RunConfig,
-    SeedOutcome,
-    resolve_cache,
-    resolve_iterations,
-    summarise_training,
+from fit3d_ns.probing.frozen_features import (
+    Assembler,
+    Assembly,
+    ClassTokenSource,
+    FrozenBackbones,
+    FrozenFeatures,
 )
-from fit3d_ns.probing.sample_streams import AugmentedStream, RememberedStream
-from fit3d_ns.probing.schedules import Schedule
-from fit3d_ns.probing.segmentation.pictures import name_frame, to_image
-from fit3d_ns.utils.seeds import derive_seed
+from fit3d_ns.probing.head_probe import HeadProbe, ProbeSets, RunConfig, resolve_cache
+from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
+from fit3d_ns.probing.pictures import Picture, PictureKey, Window, compute_size, draw_window, to_image
+from fit3d_ns.probing.samples import BYTES_PER_GB, Inputs, stack_features
 
 PUBLISHED_ITERATIONS = 12_500
 REFERENCE_BATCH = 256
@@ -47,17 +39,17 @@ class ClassificationConfig:
     """Values of the classification probe; those of the paper are `PAPER_CLASSIFICATION`."""
 
     num_iterations: int | None = None
-    """None: 12,500 as published, or 60 epochs (at least 800 iterations) if that is less."""
+    """Training iterations; None: 12,500 as published, or 60 epochs (at least 800 iterations) if that is less."""
     batch_size: int = 128
     """Images per iteration over all devices (the paper: one GPU)."""
     learning_rates: tuple[float, ...] = LEARNING_RATES
-    """Each trains a layer of its own; for batches of 256."""
+    """Each trains a layer of its own; the rates are for batches of 256."""
     resize_side: int = 256
-    """Shorter side of test images before the crop."""
+    """Shorter side of test images before the crop, pixels."""
     crop_side: int = 224
-    """Side of the square that is seen."""
+    """Side of the square that is seen, pixels."""
     weight_decay: float = 0.0
-    """SGD's."""
+    """Weight decay of SGD."""
 
 
 PAPER_CLASSIFICATION = ClassificationConfig(num_iterations=PUBLISHED_ITERATIONS)
@@ -65,8 +57,8 @@ PAPER_CLASSIFICATION = ClassificationConfig(num_iterations=PUBLISHED_ITERATIONS)
 
 
 @dataclass(frozen=True)
-class RateFigures:
-    """Figures of every learning rate on one set."""
+class RateMetrics:
+    """Metrics of every learning rate on one set."""
 
     top1: list[float]
     """Share of images whose class is the first guess."""
@@ -120,8 +112,42 @@ class ClassificationHeads(nn.Module):
         return torch.stack([layer(joined) for layer in self.layers], dim=1)
 
 
-class ClassificationProbe:
-    """One data set and one assembly; seeds share the features."""
+@dataclass(frozen=True)
+class ClassificationInputs(Inputs):
+    """Makes square pictures; fixed ones are central crops."""
+
+    resize_side: int
+    """Shorter side of images before the central crop, pixels."""
+    crop_side: int
+    """Side of the square that is seen, pixels."""
+
+    def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:
+        """The central crop, mirrored or not, by chance."""
+        return PictureKey(frame.key, bool(generator.integers(2)))
+
+    def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
+        """The central crop of the resized image."""
+        image = frame.load_image().numpy()
+        height, width = compute_size(image.shape[0], image.shape[1], float(self.resize_side), max(image.shape) * 1e4)
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        side = min(self.crop_side, height, width)
+        window = Window((height - side) // 2, (width - side) // 2, side, side)
+        return _create_picture(resized[window.slices], key.is_flipped, frame)
+
+    def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
+        """A random part of the picture at the size that is seen, every other one mirrored."""
+        image = frame.load_image().numpy()
+        window = draw_resized_window(image.shape[0], image.shape[1], generator)
+        interpolation = cv2.INTER_AREA if window.height > self.crop_side else cv2.INTER_CUBIC
+        crop = cv2.resize(image[window.slices], (self.crop_side, self.crop_side), interpolation=interpolation)
+        return _create_picture(crop, bool(generator.integers(2)), frame)
+
+
+class ClassificationProbe(HeadProbe[ClassificationConfig]):
+    """Class of each picture."""
+
+    task = "classification"
+    published_iterations = PUBLISHED_ITERATIONS
 
     def __init__(
         self,
@@ -132,110 +158,37 @@ class ClassificationProbe:
         assembly: Assembly,
         accelerator: Any,
     ) -> None:
-        self.config, self.run, self.sets = config, run, sets
-        self.backbones = PooledBackbones(backbones.extractors, backbones.layers, backbones.patch_fit)
-        self.assembly, self.accelerator = assembly, accelerator
-        self.memory = FeatureMemory(self.backbones, run.cache_gb)
-        frames = sets.train.frames
-        self.num_iterations = resolve_iterations(
-            config.num_iterations, PUBLISHED_ITERATIONS, len(frames), config.batch_size
-        )
-        needed = 2 * len(frames) * 2 * len(backbones.extractors) * 2 * backbones.embed_dim / 1e9
-        self.is_cached = resolve_cache(run.cache, needed, run.cache_gb, "central crops and their mirror images")
+        pooled = PooledBackbones(backbones.extractors, backbones.layers, backbones.patch_fit)
+        super().__init__(config, run, sets, pooled, assembly, accelerator)
+        self.inputs: ClassificationInputs = ClassificationInputs(config.resize_side, config.crop_side)
+        numbers = 2 * len(sets.train.frames) * 2 * len(backbones.extractors) * backbones.embed_dim
+        needed_gb = 2 * numbers / BYTES_PER_GB
+        self.is_cached = resolve_cache(run, needed_gb, "central crops and their mirror images")
 
     def describe(self) -> dict[str, Any]:
         """The values that were chosen, for the record."""
         return {"num_iterations": self.num_iterations, "features_cached": self.is_cached}
 
-    def run_seed(self, seed: int) -> SeedOutcome:
+    def run_seed(self, seed: int) -> TrainedHead:
         """Trains the layers and measures the selected one on the test data."""
-        torch.manual_seed(derive_seed(seed, "classification head"))
+        self.seed_head(seed)
         source: ClassTokenSource = "auto" if self.backbones.has_class_token else "none"
         assembler = Assembler(self.assembly, self.backbones.embed_dim, source)
         heads = ClassificationHeads(assembler, self.sets.train.num_classes, self.config.learning_rates)
-        selection = self.sets.selection
-        stream = self._create_stream(seed)
-        try:
-            trained = train_head(
-                heads,
-                len(self.sets.train.frames),
-                stream.load,
-                _compute_loss,
-                self._create_optimization(),
-                accelerator=self.accelerator,
-                seed=seed,
-                compute_score=None if selection is None else lambda head: max(self.measure(head, selection).top1),
-                iterations_per_evaluation=max(self.num_iterations // self.run.num_evaluations, 1),
-                title=f"Classification, {self.assembly}, seed {seed}",
-            )
-        finally:
-            stream.close()
+        trained = self.train(seed, heads, self.create_optimization())
         # Without selection data the learning rate is chosen by what was learned.
-        chosen = self.measure(trained.head, selection or self.sets.train).choose()
-        figures = self.measure(trained.head, self.sets.test)
-        metrics = {
-            "accuracy": figures.top1[chosen],
-            "accuracy_top5": figures.top5[chosen],
+        chosen = self.evaluate(heads, self.sets.selection or self.sets.train).choose()
+        metrics = self.evaluate(heads, self.sets.test)
+        trained.metrics = {
+            "accuracy": metrics.top1[chosen],
+            "accuracy_top5": metrics.top5[chosen],
             "learning_rate": self.config.learning_rates[chosen],
             "num_images": len(self.sets.test.frames),
         }
-        return summarise_training(seed, trained, metrics)
+        return trained
 
-    @torch.no_grad()
-    def measure(self, heads: nn.Module, labelled_set: LabelledSet) -> RateFigures:
-        """Figures on a set; every process takes its share of the images."""
-        counts = torch.zeros(3, len(self.config.learning_rates), dtype=torch.float64)
-        share = labelled_set.frames[self.accelerator.process_index :: self.accelerator.num_processes]
-        starts = range(0, len(share), self.config.batch_size)
-        for start in starts:
-            part = share[start : start + self.config.batch_size]
-            features, classes = stack_features(self._fetch(part))
-            logits = heads(features.to(self.accelerator.device)).float().cpu()
-            ranks = logits.argsort(dim=-1, descending=True)[..., :5] == classes[:, None, None]
-            counts[0] += ranks[..., 0].double().sum(dim=0)
-            counts[1] += ranks.any(dim=-1).double().sum(dim=0)
-            chances = logits.double().log_softmax(dim=-1)
-            counts[2] -= chances.gather(-1, classes[:, None, None].expand(-1, logits.shape[1], 1))[..., 0].sum(dim=0)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum").cpu()
-        shares = counts / len(labelled_set.frames)
-        return RateFigures(shares[0].tolist(), shares[1].tolist(), shares[2].tolist())
-
-    def _fetch(self, frames: list[LabelledFrame]) -> list[RememberedFeatures]:
-        by_key: dict[Hashable, LabelledFrame] = {("central", name_frame(frame), False): frame for frame in frames}
-        return self.memory.fetch(list(by_key), lambda key: self._load(by_key[key], key))
-
-    def _create_stream(self, seed: int) -> RememberedStream | AugmentedStream:
-        device, frames = self.accelerator.device, self.sets.train.frames
-        if not self.is_cached:
-            return AugmentedStream(
-                self.backbones,
-                lambda index, generator: _augment(frames[index], self.config.crop_side, generator),
-                device,
-                seed,
-                self.run.num_threads,
-            )
-        return RememberedStream(
-            self.memory,
-            lambda index, generator: ("central", name_frame(frames[index]), bool(generator.integers(2))),
-            lambda index, key: self._load(frames[index], key),
-            device,
-            seed,
-        )
-
-    def _load(self, frame: LabelledFrame, key: Hashable) -> Picture:
-        assert isinstance(key, tuple)
-        image = frame.load_image().numpy()
-        height, width = compute_size(
-            image.shape[0], image.shape[1], float(self.config.resize_side), max(image.shape) * 1e4
-        )
-        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        side = min(self.config.crop_side, height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        crop = resized[top : top + side, left : left + side]
-        return Picture(to_image(crop[:, ::-1] if key[2] else crop), torch.tensor(frame.class_index))
-
-    def _create_optimization(self) -> OptimizationConfig:
+    def create_optimization(self) -> OptimizationConfig:
+        """How the layers are trained."""
         return OptimizationConfig(
             Schedule("cosine", self.num_iterations),
             self.config.batch_size,
@@ -244,17 +197,67 @@ class ClassificationProbe:
             optimizer="sgd",
         )
 
+    def compute_loss(self, predictions: Tensor, targets: Tensor, iteration: int) -> LossSum:
+        """Sum over layers, which share nothing, so that each is trained as if alone."""
+        classes = targets.repeat_interleave(predictions.shape[1])
+        total = F.cross_entropy(predictions.flatten(0, 1), classes, reduction="sum")
+        return LossSum(total, total.new_tensor(float(len(targets))))
 
-def _compute_loss(logits: Float[Tensor, "batch rates classes"], classes: Tensor, iteration: int) -> LossSum:
-    """Sum over layers, which share nothing, so that each is trained as if alone."""
-    flat = F.cross_entropy(logits.flatten(0, 1), classes.repeat_interleave(logits.shape[1]), reduction="sum")
-    return LossSum(flat, flat.new_tensor(float(len(classes))))
+    def compute_score(self, head: nn.Module, labelled_set: LabelledSet) -> float:
+        """The best accuracy of all layers."""
+        return max(self.evaluate(head, labelled_set).top1)
+
+    @torch.no_grad()
+    def evaluate(self, heads: nn.Module, labelled_set: LabelledSet) -> RateMetrics:
+        """Metrics on a set; every process takes its share of the images."""
+        counts = torch.zeros(3, len(self.config.learning_rates), dtype=torch.float64)
+        share = self.share(labelled_set)
+        for start in range(0, len(share), self.config.batch_size):
+            by_key = {PictureKey(frame.key): frame for frame in share[start : start + self.config.batch_size]}
+            kept = self.memory.fetch(
+                list(by_key),
+                lambda key, by_key=by_key: self.inputs.load(by_key[key], key),  # type: ignore[misc]
+            )
+            features, classes = stack_features(kept)
+            logits = heads(features.to(self.accelerator.device)).float().cpu()
+            ranks = logits.argsort(dim=-1, descending=True)[..., :5] == classes[:, None, None]
+            counts[0] += ranks[..., 0].double().sum(dim=0)
+            counts[1] += ranks.any(dim=-1).double().sum(dim=0)
+            chances = logits.double().log_softmax(dim=-1)
+            counts[2] -= chances.gather(-1, classes[:, None, None].expand(-1, logits.shape[1], 1))[..., 0].sum(dim=0)
+        shares = sum_over_processes(counts, self.accelerator) / len(labelled_set.frames)
+        return RateMetrics(shares[0].tolist(), shares[1].tolist(), shares[2].tolist())
 
 
-def _augment(frame: LabelledFrame, side: int, generator: np.random.Generator) -> Picture:
-    """A random part of the picture at the size that is seen, every other one mirrored."""
-    image = frame.load_image().numpy()
-    window = draw_resized_window(image.shape[0], image.shape[1], generator)
-    interpolation = cv2.INTER_AREA if window.height > side else cv2.INTER_CUBIC
-    crop = cv2.resize(image[window.slices], (side, side), interpolation=interpolation)
-    return Picture(to_image(crop[:, ::-1] if generator.integers(2) else crop), torch.tensor(frame.class_index))
+def draw_resized_window(
+    height: int,
+    width: int,
+    generator: np.random.Generator,
+    area_range: tuple[float, float] = (0.08, 1.0),
+    ratio_range: tuple[float, float] = (3 / 4, 4 / 3),
+    num_tries: int = 10,
+) -> Window:
+    """A random window as torchvision's `RandomResizedCrop` draws it; DINOv2's evaluation takes its ranges as they are.
+
+    Args:
+        height: Rows of the picture.
+        width: Columns of the picture.
+        generator: The randomness.
+        area_range: Least and largest share of the picture's area, drawn evenly.
+        ratio_range: Least and largest width over height, drawn evenly in its logarithm.
+        num_tries: Windows larger than the picture are drawn again this often; after that it is the largest window in
+            the middle whose ratio is allowed, whatever its area.
+    """
+    for _ in range(num_tries):
+        area = height * width * generator.uniform(*area_range)
+        ratio = float(np.exp(generator.uniform(*np.log(ratio_range))))
+        rows, columns = round(float(np.sqrt(area / ratio))), round(float(np.sqrt(area * ratio)))
+        if 0 < rows <= height and 0 < columns <= width:
+            return draw_window(height, width, (rows, columns), generator)
+    rows = min(height, round(width / ratio_range[0]))
+    columns = min(width, round(height * ratio_range[1]))
+    return Window((height - rows) // 2, (width - columns) // 2, rows, columns)
+
+
+def _create_picture(image: np.ndarray, is_flipped: bool, frame: LabelledFrame) -> Picture:
+    return Picture(to_image(image[:, ::-1] if is_flipped else image), torch.tensor(frame.class_index))

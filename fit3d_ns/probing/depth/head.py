@@ -1,19 +1,62 @@
-"""The depth probe's head: patch tokens with the class token beside them, one linear layer onto bins (section 3.3).
+"""The depth probe's heads: one linear layer onto depth bins (section 3.3), or the DPT head of Table 12.
 
-The public code upsamples the features four times and applies the linear layer there. A linear layer applied to each
-pixel and a bilinear resize, whose weights sum to one, commute; so logits are upsampled here, which costs a fraction.
+The linear head reads patch tokens with the class token next to them. The public code upsamples the features four times
+and applies the linear layer there. A linear layer applied to each pixel and a bilinear resize, whose weights sum to
+one, commute; so logits are upsampled here, which costs a fraction.
+
+The DPT head (Ranftl et al. 2021) brings four layers of tokens to four scales and fuses them from coarse to fine by
+residual convolutions. Channels before the fusion are a quarter, a half, once and once the fused width.
 """
 
+from typing import Literal
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fit3d_ns.probing.assembly import Assembler, FrozenFeatures
-from fit3d_ns.probing.depth.bins import DepthBins
-from fit3d_ns.probing.patch_fit import resize_map
+from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
+from fit3d_ns.probing.pictures import resize_map
 from fit3d_ns.probing.segmentation.head import INITIAL_DEVIATION
 
+NUM_BINS = 256
+"""Paper section 3.3."""
+SHARE_OF_EACH_BIN = 0.1
+"""Added to each rectified logit before normalising, so that no bin is ever empty (DINOv2's evaluation)."""
 UPSAMPLING = 4
-"""Pixels of the prediction per token and axis."""
+"""Pixels of the linear head's prediction per token and axis."""
+FUSED_DIM = 256
+"""Channels of the DPT head's fused maps."""
+DPT_SCALES = (4.0, 2.0, 1.0, 0.5)
+"""Size of the map of each layer that the DPT head reads relative to the token grid, first layer first."""
+
+BinNormalization = Literal["linear", "softmax"]
+
+
+class DepthBins(nn.Module):
+    """Logits over uniform bins to the expected depth in metres (AdaBins)."""
+
+    centers: Tensor
+
+    def __init__(
+        self, min_depth: float, max_depth: float, num_bins: int = NUM_BINS, normalization: BinNormalization = "linear"
+    ) -> None:
+        super().__init__()
+        self.normalization: BinNormalization = normalization
+        self.register_buffer("centers", torch.linspace(min_depth, max_depth, num_bins), persistent=False)
+
+    @property
+    def num_bins(self) -> int:
+        """Number of bins."""
+        return len(self.centers)
+
+    def forward(self, logits: Float[Tensor, "batch bins height width"]) -> Float[Tensor, "batch height width"]:
+        """The expected depth, between the range's ends."""
+        if self.normalization == "softmax":
+            return torch.einsum("bkhw,k->bhw", logits.softmax(dim=1), self.centers)
+        # Numerator and denominator are one product; the share of each bin adds a constant to both.
+        both = torch.stack([self.centers, torch.ones_like(self.centers)])
+        sums = torch.einsum("bkhw,jk->bjhw", logits.relu(), both) + SHARE_OF_EACH_BIN * both.sum(dim=1)[:, None, None]
+        return sums[:, 0] / sums[:, 1]
 
 
 class LinearDepthHead(nn.Module):
@@ -47,3 +90,86 @@ class LinearDepthHead(nn.Module):
         factor = self.training_upsampling if self.training else UPSAMPLING
         height, width = logits.shape[-2:]
         return self.bins(resize_map(logits, (factor * height, factor * width)))
+
+
+class DPTDepthHead(nn.Module):
+    """Pre-norm tokens of four blocks to depth on a grid eight times as fine as the tokens'."""
+
+    def __init__(self, assembler: Assembler, bins: DepthBins, fused_dim: int = FUSED_DIM) -> None:
+        super().__init__()
+        self.assembler = assembler
+        self.bins = bins
+        widths = [max(fused_dim // 4, 1), max(fused_dim // 2, 1), fused_dim, fused_dim]
+        in_dim = assembler.out_dim
+        self.readouts = nn.ModuleList(
+            nn.Sequential(nn.Linear(in_dim + assembler.class_dim, in_dim), nn.GELU()) for _ in DPT_SCALES
+        )
+        self.projections = nn.ModuleList(nn.Conv2d(in_dim, width, kernel_size=1) for width in widths)
+        self.rescalings = nn.ModuleList(
+            _create_rescaling(width, scale) for width, scale in zip(widths, DPT_SCALES, strict=True)
+        )
+        self.reductions = nn.ModuleList(
+            nn.Conv2d(width, fused_dim, kernel_size=3, padding=1, bias=False) for width in widths
+        )
+        self.fusions = nn.ModuleList(
+            _Fusion(fused_dim, has_lateral=index < len(DPT_SCALES) - 1) for index in range(len(DPT_SCALES))
+        )
+        self.output = nn.Sequential(
+            nn.Conv2d(fused_dim, fused_dim, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(fused_dim, bins.num_bins, kernel_size=1),
+        )
+
+    def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch height width"]:
+        """Depth in metres on eight times the token grid."""
+        levels = [self._reassemble(features, layer) for layer in range(len(DPT_SCALES))]
+        fused = self.fusions[-1](levels[-1], None)
+        for level, fusion in zip(levels[-2::-1], list(self.fusions)[-2::-1], strict=True):
+            fused = fusion(level, resize_map(fused, (level.shape[-2], level.shape[-1])))
+        height, width = fused.shape[-2:]
+        return self.bins(self.output(resize_map(fused, (2 * height, 2 * width))))
+
+    def _reassemble(self, features: FrozenFeatures, layer: int) -> Tensor:
+        tokens = self.assembler(features, layer)
+        class_token = self.assembler.select_class_token(features, layer)
+        # The class token is read next to each patch token, then projected away.
+        class_map = class_token[:, :, None, None].expand(-1, -1, *tokens.shape[-2:])
+        # (b, c, h, w) -> (b, h, w, c) -> (b, c, h, w)
+        joined = torch.cat([tokens, class_map], dim=1).permute(0, 2, 3, 1)
+        mixed = self.readouts[layer](joined).permute(0, 3, 1, 2)
+        return self.reductions[layer](self.rescalings[layer](self.projections[layer](mixed)))
+
+
+class _ResidualUnit(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(dim, dim, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(dim, dim, kernel_size=3, padding=1),
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps + self.layers(maps)
+
+
+class _Fusion(nn.Module):
+    """Adds the coarser result to a level, if there is one, and refines the sum."""
+
+    def __init__(self, dim: int, has_lateral: bool) -> None:
+        super().__init__()
+        self.lateral = _ResidualUnit(dim) if has_lateral else None
+        self.refine = _ResidualUnit(dim)
+        self.project = nn.Conv2d(dim, dim, kernel_size=1)
+
+    def forward(self, level: Tensor, coarser: Tensor | None) -> Tensor:
+        if self.lateral is not None and coarser is not None:
+            level = coarser + self.lateral(level)
+        return self.project(self.refine(level))
+
+
+def _create_rescaling(width: int, scale: float) -> nn.Module:
+    if scale > 1:
+        return nn.ConvTranspose2d(width, width, kernel_size=int(scale), stride=int(scale))
+    return nn.Identity() if scale == 1 else nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1)

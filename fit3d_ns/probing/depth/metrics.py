@@ -1,4 +1,4 @@
-"""Figures of depth estimation, as means of per-image values (published) and over all pixels together.
+"""Metrics of depth estimation, as means of per-image values (published) and over all pixels together.
 
 p prediction, d target, in metres, over pixels with min < d < max: rmse = sqrt(mean (p - d)^2),
 abs_rel = mean |p - d| / d, sq_rel = mean (p - d)^2 / d, log10 = mean |log10 p - log10 d|,
@@ -21,7 +21,7 @@ _SUMS = ("squared", "abs_rel", "sq_rel", "log10", "log", "log_squared", "d1", "d
 
 @dataclass
 class DepthMetrics:
-    """Adds up images; `merge` joins what several processes have seen."""
+    """Adds up images; sums of several processes may be added."""
 
     min_depth: float = 0.001
     """Metres; targets must be above."""
@@ -102,7 +102,7 @@ def _sum_errors(prediction: Float[Tensor, " pixels"], target: Float[Tensor, " pi
 
 
 def _finish(sums: Float[Tensor, " sums"]) -> Float[Tensor, " metrics"]:
-    """From sums over pixels to the figures, in the order of `METRIC_NAMES`."""
+    """From sums over pixels to the metrics, in the order of `METRIC_NAMES`."""
     squared, abs_rel, sq_rel, log10, log, log_squared, d1, d2, d3 = (sums[:-1] / sums[-1]).unbind()
     silog = 100.0 * (log_squared - log.square()).clamp_min(0.0).sqrt()
     return torch.stack([squared.sqrt(), abs_rel, sq_rel, log10, silog, d1, d2, d3])

@@ -1,7 +1,7 @@
 """Multi-view consistency and correspondence of assembled features: nothing is trained, no labels are needed.
 
 Views come from RGB-D captures (measured depth) or from scene files (rendered depth where nothing is measured). All
-figures are those of `fit3d_ns.analysis`; `correspondence` reads features on probe3d's grid (a quarter of the image's
+metrics are those of `fit3d_ns.analysis`; `correspondence` reads features on probe3d's grid (a quarter of the image's
 resolution) and reports recalls by angle, `consistency` reads them at the tokens and reports cosines as well. Recalls in
 centimetres are there where the capture's unit is known.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.layouts import read_capture
-from fit3d_ns.probing.assembly import Assembler, Assembly
-from fit3d_ns.probing.frozen_backbones import FrozenBackbones
+from fit3d_ns.probing.frozen_features import Assembler, Assembly, FrozenBackbones
 from fit3d_ns.scene import FeatureScene, PosedCapture, View, create_depth_view, create_posed_capture, load_scene
 from fit3d_ns.utils.progress import track
+from fit3d_ns.utils.selection import select_evenly
 
 MultiviewTask = Literal["consistency", "correspondence"]
 PROBE3D_GRID_SCALE = 0.25
@@ -36,7 +36,7 @@ class MultiviewConfig:
     gaps: tuple[int, ...] = ()
     """Distances between the views of a pair, in chosen views; empty for all pairs."""
     max_pairs: int = 100
-    """Pairs per scene, drawn at random; every seed draws anew."""
+    """Pairs per scene, drawn at random; every seed draws them again."""
     splits: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
     """Which frames of a capture take part."""
     depth_tolerance: float = 0.05
@@ -78,7 +78,7 @@ class _Views:
 
 
 class MultiviewProbe:
-    """Figures of one assembly over some scenes; seeds draw pairs and points."""
+    """Metrics of one assembly over some scenes; seeds draw pairs and points."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class MultiviewProbe:
     ) -> None:
         if assembly == "linear":
             raise ValueError("Linear fusion has to be trained and consistency trains nothing; choose another assembly.")
-        # Tokens of a padded image would stand beside the pixels they are compared at.
+        # Tokens of a padded image would lie next to the pixels they are compared at.
         assert backbones.patch_fit == "resize"
         if not paths:
             raise ValueError("No scene is given; name captures or scene files with --test.")
@@ -100,7 +100,7 @@ class MultiviewProbe:
         self.scenes = [self._load(Path(path), backbones, assembler) for path in paths]
 
     def compute(self, seed: int) -> dict[str, Any]:
-        """Figures pooled over scenes, with those of each scene below `per_scene`."""
+        """Metrics pooled over scenes, with those of each scene below `per_scene`."""
         per_scene: dict[str, dict[str, Any]] = {}
         for number, views in enumerate(self.scenes):
             pairs = create_pairs(len(views.token_maps), self.config.gaps or None, self.config.max_pairs, seed)
@@ -128,8 +128,7 @@ class MultiviewProbe:
         else:
             capture = create_posed_capture(read_capture(path))
         chosen = capture.select(*self.config.splits)
-        count = min(len(chosen), self.config.max_views)
-        chosen = [chosen[index * len(chosen) // count] for index in range(count)] if count else []
+        chosen = select_evenly(chosen, self.config.max_views)
         if len(chosen) < 2:
             raise ValueError(f"{path} has {len(chosen)} views of {', '.join(self.config.splits)}; two are needed.")
         get_scene = None if scene is None else lambda: scene
@@ -140,13 +139,12 @@ class MultiviewProbe:
         return _Views(capture.scene_id, token_maps, depth_views, capture.metric_scale)
 
 
-def _keep_recalls(figures: dict[str, Any]) -> dict[str, Any]:
+def _keep_recalls(metrics: dict[str, Any]) -> dict[str, Any]:
     counts = ("num_matches", "num_ratio_matches")
-    kept = {name: value for name, value in figures.items() if "recall_" in name or name in counts}
-    by_angle = figures.get("by_angle")
-    return (
-        kept if by_angle is None else {**kept, "by_angle": {name: _keep_recalls(by_angle[name]) for name in by_angle}}
-    )
+    kept = {name: value for name, value in metrics.items() if "recall_" in name or name in counts}
+    if metrics.get("by_angle") is not None:
+        kept["by_angle"] = {name: _keep_recalls(recalls) for name, recalls in metrics["by_angle"].items()}
+    return kept
 
 
 def _compute_map(

@@ -1,4 +1,4 @@
-"""Figures of semantic segmentation from one confusion matrix over all test pixels.
+"""Metrics of semantic segmentation from one confusion matrix over all test pixels.
 
 iou_c = n_cc / (row_c + column_c - n_cc), acc_c = n_cc / row_c with n[truth, prediction]; miou and macc average over the
 classes that occur (iou: in truth or prediction, acc: in truth), aacc is the share of pixels that are right.
@@ -35,7 +35,7 @@ class SegmentationMetrics:
         self.confusion += counts.view(self.num_classes, self.num_classes).cpu()
 
     def compute(self, class_names: Sequence[str] = ()) -> dict[str, Any]:
-        """The figures, in [0, 1], with IoU by class name.
+        """The metrics, in [0, 1], with IoU by class name.
 
         Raises:
             ValueError: No pixel was counted.

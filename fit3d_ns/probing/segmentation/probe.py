@@ -1,11 +1,10 @@
-"""The semantic segmentation probe (paper section 3.3; FACTS "Linear segmentation probe").
+"""The semantic segmentation probe (paper section 3.3): one linear head per seed, measured by slide inference.
 
-`SegmentationProbe` trains one head per seed on frozen features and measures it by slide inference. Its twin is
-`depth_probe.py`.
+Its twin is `fit3d_ns.probing.depth.probe`.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,36 +12,21 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.probing.assembly import Assembler, Assembly
+from fit3d_ns.data.images import save_index_map
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.losses import LossSum
-from fit3d_ns.probing.feature_memory import FeatureMemory, Picture
-from fit3d_ns.probing.frozen_backbones import FrozenBackbones
-from fit3d_ns.probing.head_trainer import OptimizationConfig, train_head
-from fit3d_ns.probing.patch_fit import resize_map
-from fit3d_ns.probing.protocol import (
-    ProbeSets,
-    PublishedTraining,
-    RunConfig,
-    SeedOutcome,
-    estimate_memory,
-    resolve_cache,
-    resolve_iterations,
-    resolve_learning_rate,
-    summarise_training,
-)
-from fit3d_ns.probing.sample_streams import AugmentedStream, RememberedStream
-from fit3d_ns.probing.schedules import Schedule
+from fit3d_ns.probing.frozen_features import Assembler
+from fit3d_ns.probing.head_probe import HeadProbe, PublishedTraining, resolve_cache, resolve_learning_rate
+from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
+from fit3d_ns.probing.pictures import resize_map
+from fit3d_ns.probing.samples import estimate_memory
 from fit3d_ns.probing.segmentation.head import SegmentationHead
-from fit3d_ns.probing.segmentation.metrics import SegmentationMetrics
-from fit3d_ns.probing.segmentation.pictures import (
+from fit3d_ns.probing.segmentation.inputs import (
     PUBLISHED_SHORT_SIDE,
-    SegmentationPictures,
-    WindowKey,
+    SegmentationInputs,
+    average_windows,
     choose_short_side,
 )
-from fit3d_ns.probing.segmentation.slide_windows import average_windows
-from fit3d_ns.utils.seeds import derive_seed
+from fit3d_ns.probing.segmentation.metrics import SegmentationMetrics
 
 PUBLISHED = PublishedTraining(num_iterations=40_000, learning_rate=1e-3, width=768)
 
@@ -54,24 +38,24 @@ class SegmentationConfig:
     short_side: int | None = None
     """Images are resized to this shorter side, pixels; None: 512, or twice the images' own if that is smaller."""
     crop_side: int | None = None
-    """Side of training crops and sliding windows; None: the shorter side, at most 512."""
+    """Side of training crops and sliding windows, pixels; None: the shorter side, at most 512."""
     stride: int | None = None
-    """Between sliding windows; None: two thirds of their side (341 for 512)."""
+    """Pixels between sliding windows; None: two thirds of their side (341 for 512)."""
     num_iterations: int | None = None
-    """None: 40,000 as published, or 60 epochs (at least 800 iterations) if that is less."""
+    """Training iterations; None: 40,000 as published, or 60 epochs (at least 800 iterations) if that is less."""
     batch_size: int = 16
     """Images per iteration over all devices (published: 8 GPUs of 2)."""
     learning_rate: float | None = None
-    """Peak, AdamW. None: the published 1e-3 for a width of 768, times published iterations and width over ours, at most
-    4 over the width; see `resolve_learning_rate`."""
+    """Peak learning rate of AdamW; None: the published 1e-3 for a width of 768, times published iterations and width
+    over ours, at most 4 over the width; see `resolve_learning_rate`."""
     weight_decay: float = 1e-4
-    """AdamW's."""
+    """Weight decay of AdamW."""
     warmup_share: float = 1500 / PUBLISHED.num_iterations
     """Share of the iterations with a linear warm-up."""
     loss_average: Literal["counted", "all"] = "counted"
     """Whether the loss is averaged over labelled pixels, or over all, ignored ones being zero (public code)."""
     max_class_share: float = 0.75
-    """Random crops dominated by one class beyond this are drawn again."""
+    """Random crops in which one class has this share or more are drawn again."""
 
 
 PAPER_SEGMENTATION = SegmentationConfig(
@@ -85,128 +69,50 @@ PAPER_SEGMENTATION = SegmentationConfig(
 """The public code's values."""
 
 
-class SegmentationProbe:
-    """One data set and one assembly; seeds share the features."""
+class SegmentationProbe(HeadProbe[SegmentationConfig]):
+    """Class of each pixel."""
 
-    def __init__(
-        self,
-        config: SegmentationConfig,
-        run: RunConfig,
-        sets: ProbeSets,
-        backbones: FrozenBackbones,
-        assembly: Assembly,
-        accelerator: Any,
-    ) -> None:
-        self.config, self.run, self.sets = config, run, sets
-        self.backbones, self.assembly, self.accelerator = backbones, assembly, accelerator
-        self.memory = FeatureMemory(backbones, run.cache_gb)
-        patch_size = backbones.description.patch_size
-        short_side = config.short_side or choose_short_side(sets.train, patch_size)
+    task = "segmentation"
+    fill = IGNORE_INDEX
+    published_iterations = PUBLISHED.num_iterations
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        config, frames = self.config, self.sets.train.frames
+        short_side = config.short_side or choose_short_side(self.sets.train, self.backbones.description.patch_size)
         crop_side = config.crop_side or min(short_side, PUBLISHED_SHORT_SIDE)
         stride = config.stride or max(crop_side * 2 // 3, 1)
-        self.pictures = SegmentationPictures(backbones, short_side, crop_side, stride, config.max_class_share)
-        frames = sets.train.frames
-        self.num_iterations = resolve_iterations(
-            config.num_iterations, PUBLISHED.num_iterations, len(frames), config.batch_size
+        self.inputs: SegmentationInputs = SegmentationInputs(
+            self.backbones, short_side, crop_side, stride, config.max_class_share
         )
         width = self._create_assembler().width
         self.learning_rate = config.learning_rate or resolve_learning_rate(PUBLISHED, self.num_iterations, width)
-        needed = estimate_memory(
-            backbones, crop_side, crop_side, 2 * len(frames) * len(self.pictures.list_keys(frames[0]))
-        )
+        num_pictures = 2 * len(frames) * len(self.inputs.list_keys(frames[0]))
+        needed_gb = estimate_memory(self.backbones, crop_side, crop_side, num_pictures)
         variants = f"fixed windows of {crop_side} pixels and their mirror images"
-        self.is_cached = resolve_cache(run.cache, needed, run.cache_gb, variants)
+        self.is_cached = resolve_cache(self.run, needed_gb, variants)
 
     def describe(self) -> dict[str, Any]:
         """The values that were chosen, for the record."""
         return {
-            "short_side": self.pictures.short_side,
-            "crop_side": self.pictures.crop_side,
-            "stride": self.pictures.stride,
+            "short_side": self.inputs.short_side,
+            "crop_side": self.inputs.crop_side,
+            "stride": self.inputs.stride,
             "num_iterations": self.num_iterations,
             "learning_rate": self.learning_rate,
             "features_cached": self.is_cached,
         }
 
-    def run_seed(self, seed: int) -> SeedOutcome:
+    def run_seed(self, seed: int) -> TrainedHead:
         """Trains a head and measures it on the test data."""
-        torch.manual_seed(derive_seed(seed, "segmentation head"))
+        self.seed_head(seed)
         head = SegmentationHead(self._create_assembler(), self.sets.train.num_classes)
-        stream = self._create_stream(seed)
-        selection = self.sets.selection
-        try:
-            trained = train_head(
-                head,
-                len(self.sets.train.frames),
-                stream.load,
-                self._compute_loss,
-                self._create_optimization(),
-                accelerator=self.accelerator,
-                seed=seed,
-                compute_score=None if selection is None else lambda module: self.evaluate(module, selection)["miou"],
-                iterations_per_evaluation=max(self.num_iterations // self.run.num_evaluations, 1),
-                title=f"Segmentation, {self.assembly}, seed {seed}",
-            )
-        finally:
-            stream.close()
-        return summarise_training(seed, trained, self.evaluate(trained.head, self.sets.test))
+        trained = self.train(seed, head, self.create_optimization())
+        trained.metrics = self.evaluate(head, self.sets.test)
+        return trained
 
-    @torch.no_grad()
-    def evaluate(self, head: nn.Module, labelled_set: LabelledSet) -> dict[str, Any]:
-        """Figures of a head on a set; every process takes its share of the frames."""
-        metrics = SegmentationMetrics(labelled_set.num_classes)
-        share = labelled_set.frames[self.accelerator.process_index :: self.accelerator.num_processes]
-        for frame in share:
-            assert frame.load_labels is not None
-            labels = frame.load_labels()
-            logits = self.predict_logits(head, frame, (labels.shape[0], labels.shape[1]))
-            metrics.update(logits.argmax(dim=0).cpu(), labels)
-        if self.accelerator.num_processes > 1:
-            confusion = metrics.confusion.to(self.accelerator.device)
-            metrics.confusion = self.accelerator.reduce(confusion, reduction="sum").cpu()
-        return metrics.compute(labelled_set.class_names)
-
-    @torch.no_grad()
-    def predict_logits(
-        self, head: nn.Module, frame: LabelledFrame, size: tuple[int, int]
-    ) -> Float[Tensor, "classes height width"]:
-        """Logits of each pixel of a frame at a size (height, width), by slide inference."""
-        windows = self.pictures.list_windows(frame)
-        remembered = self.memory.fetch(self.pictures.list_keys(frame), lambda key: self._load(frame, key))
-        maps = []
-        for window, entry in zip(windows, remembered, strict=True):
-            logits = head(entry.features.to(self.accelerator.device))
-            maps.append(self.backbones.create_fit(window.height, window.width).restore(logits)[0])
-        height, width = windows[-1].top + windows[-1].height, windows[-1].left + windows[-1].width
-        return resize_map(average_windows(maps, windows, height, width)[None], size)[0]
-
-    def _create_assembler(self) -> Assembler:
-        return Assembler(self.assembly, self.backbones.embed_dim, "none")
-
-    def _create_stream(self, seed: int) -> RememberedStream | AugmentedStream:
-        device, frames = self.accelerator.device, self.sets.train.frames
-        if not self.is_cached:
-            return AugmentedStream(
-                self.backbones,
-                lambda index, generator: self.pictures.augment(frames[index], generator),
-                device,
-                seed,
-                self.run.num_threads,
-            )
-        return RememberedStream(
-            self.memory,
-            lambda index, generator: self.pictures.choose_key(frames[index], generator),
-            lambda index, key: self._load(frames[index], key),
-            device,
-            seed,
-            IGNORE_INDEX,
-        )
-
-    def _load(self, frame: LabelledFrame, key: Hashable) -> Picture:
-        assert isinstance(key, WindowKey)
-        return self.pictures.load_window(frame, key)
-
-    def _create_optimization(self) -> OptimizationConfig:
+    def create_optimization(self) -> OptimizationConfig:
+        """How a head is trained."""
         return OptimizationConfig(
             Schedule("poly", self.num_iterations, round(self.config.warmup_share * self.num_iterations)),
             self.config.batch_size,
@@ -214,8 +120,51 @@ class SegmentationProbe:
             self.config.weight_decay,
         )
 
-    def _compute_loss(self, logits: Tensor, labels: Integer[Tensor, "batch height width"], iteration: int) -> LossSum:
-        restored = resize_map(logits, (labels.shape[1], labels.shape[2])).float()
-        total = F.cross_entropy(restored, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
-        counted = labels.numel() if self.config.loss_average == "all" else int((labels != IGNORE_INDEX).sum())
+    def compute_loss(self, predictions: Tensor, targets: Integer[Tensor, "batch h w"], iteration: int) -> LossSum:
+        """Cross-entropy over labelled pixels."""
+        restored = resize_map(predictions, (targets.shape[1], targets.shape[2])).float()
+        total = F.cross_entropy(restored, targets.long(), ignore_index=IGNORE_INDEX, reduction="sum")
+        counted = targets.numel() if self.config.loss_average == "all" else int((targets != IGNORE_INDEX).sum())
         return LossSum(total, total.new_tensor(float(counted)))
+
+    def compute_score(self, head: nn.Module, labelled_set: LabelledSet) -> float:
+        """The mIoU."""
+        return self.evaluate(head, labelled_set)["miou"]
+
+    @torch.no_grad()
+    def evaluate(self, head: nn.Module, labelled_set: LabelledSet) -> dict[str, Any]:
+        """Metrics of a head on a set; every process takes its share of the frames."""
+        metrics = SegmentationMetrics(labelled_set.num_classes)
+        for frame in self.share(labelled_set):
+            assert frame.load_labels is not None
+            labels = frame.load_labels()
+            logits = self.predict_logits(head, frame, (labels.shape[0], labels.shape[1]))
+            metrics.update(logits.argmax(dim=0).cpu(), labels)
+        metrics.confusion = sum_over_processes(metrics.confusion, self.accelerator)
+        return metrics.compute(labelled_set.class_names)
+
+    @torch.no_grad()
+    def predict_logits(
+        self, head: nn.Module, frame: LabelledFrame, size: tuple[int, int]
+    ) -> Float[Tensor, "classes height width"]:
+        """Logits of each pixel of a frame at a size (height, width), by slide inference."""
+        windows = self.inputs.list_windows(frame)
+        kept = self.memory.fetch(self.inputs.list_keys(frame), lambda key: self.inputs.load(frame, key))
+        maps = []
+        for window, entry in zip(windows, kept, strict=True):
+            logits = head(entry.features.to(self.accelerator.device))
+            maps.append(self.backbones.create_fit(window.height, window.width).restore(logits)[0])
+        height, width = windows[-1].top + windows[-1].height, windows[-1].left + windows[-1].width
+        return resize_map(average_windows(maps, windows, height, width)[None], size)[0]
+
+    def save_prediction(self, head: nn.Module, frame: LabelledFrame, prefix: Path, units: float) -> Tensor:
+        """Writes labels and predicted labels of a frame; returns its photograph."""
+        assert frame.load_labels is not None
+        labels = frame.load_labels()
+        logits = self.predict_logits(head, frame, (labels.shape[0], labels.shape[1]))
+        save_index_map(labels, Path(f"{prefix}_truth.png"))
+        save_index_map(logits.argmax(dim=0).to("cpu", torch.uint8), Path(f"{prefix}_prediction.png"))
+        return frame.load_image()
+
+    def _create_assembler(self) -> Assembler:
+        return Assembler(self.assembly, self.backbones.embed_dim, "none")

@@ -1,20 +1,45 @@
-"""`FrozenBackbones`: original and fine-tuned vision transformer side by side, frozen; images in, features out."""
+"""`FrozenBackbones`, images in and features out; `Assembler`, which makes one map of original and fine-tuned features.
+
+Symbols: a *part* is one backbone, original first; `maps` are [batch, parts, layers, h, w, embed], class tokens
+[batch, parts, layers, embed]. The assemblies `original` and `finetuned` have one part, so does `duplicate`; the others
+have two (Tables 6, 7 and 13).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from fit3d_ns.features import BackboneDescription, FeatureExtractor, create_extractor, describe_backbone
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.features.sources import ADAPTER_NAME
-from fit3d_ns.probing.assembly import Assembly, FrozenFeatures, Part, list_parts
-from fit3d_ns.probing.patch_fit import PatchFit, PatchFitRule
+from fit3d_ns.probing.pictures import PatchFit, PatchFitRule
 from fit3d_ns.utils.progress import notice
+
+Assembly = Literal["original", "finetuned", "concat", "duplicate", "add", "linear"]
+"""`concat` is the paper's; `finetuned` is the fine-tuned backbone alone; `duplicate` is the control of Table 13, the
+original next to itself; `add` and `linear` (a trained layer back to the original's size) are Table 7's."""
+
+Part = Literal["original", "finetuned"]
+
+ClassTokenSource = Literal["auto", "original", "finetuned", "none"]
+"""Whose class token is put next to the patch tokens: `auto` takes the original's where it runs (the public code), else
+the fine-tuned one's."""
+
+ASSEMBLIES: tuple[Assembly, ...] = get_args(Assembly)
+
+
+def list_parts(assembly: Assembly) -> tuple[Part, ...]:
+    """The backbones that have to run."""
+    if assembly in ("original", "duplicate"):
+        return ("original",)
+    if assembly == "finetuned":
+        return ("finetuned",)
+    return ("original", "finetuned")
 
 
 @dataclass(frozen=True)
@@ -24,16 +49,30 @@ class BackboneConfig:
     assembly: Assembly = "original"
     """What is made of original and fine-tuned features."""
     backbone: str = "dinov2_small"
-    """The original: one of the paper's names or any timm id."""
+    """The original backbone: one of the paper's names or any timm id."""
     backbone_weights: Path | None = None
     """File with the original's weights; timm's download by default."""
     finetuned: Path | None = None
     """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file for the original's architecture
-    (FiT3D's and Splat-and-Distill's published ones)."""
+    (as FiT3D and Splat-and-Distill published them)."""
     normalization: Normalization = "timm"
-    """Whose mean and deviation normalise images; the public code takes ImageNet's for all."""
+    """Whose mean and deviation normalise images; the public code takes ImageNet's for all backbones."""
     patch_fit: PatchFitRule = "pad"
     """How images meet the patch grid."""
+
+
+@dataclass(frozen=True)
+class FrozenFeatures:
+    """Tokens of the frozen backbones for a batch of images."""
+
+    maps: Float[Tensor, "batch parts layers h w embed"]
+    """Patch tokens."""
+    class_tokens: Float[Tensor, "batch parts layers embed"]
+    """Class tokens; of size 0 in the last axis where the backbone has none."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "FrozenFeatures":
+        """The same on another device and in another type."""
+        return FrozenFeatures(self.maps.to(device, dtype), self.class_tokens.to(device, dtype))
 
 
 class FrozenBackbones:
@@ -46,7 +85,7 @@ class FrozenBackbones:
 
     @property
     def description(self) -> BackboneDescription:
-        """Of the first part; all parts agree in patch size and embedding."""
+        """Description of the first part; all parts agree in patch size and embedding."""
         return self.extractors[0].description
 
     @property
@@ -56,7 +95,7 @@ class FrozenBackbones:
 
     @property
     def has_class_token(self) -> bool:
-        """False for backbones without one."""
+        """False for backbones that have only patch tokens."""
         return self.description.num_prefix_tokens > 0
 
     def create_fit(self, height: int, width: int) -> PatchFit:
@@ -78,11 +117,7 @@ class FrozenBackbones:
 
 
 def describe_backbones(config: BackboneConfig, *, norm: bool) -> dict[Part, BackboneDescription]:
-    """The backbones that the assembly runs, compared with each other, without loading weights.
-
-    Raises:
-        ValueError: An assembly without the fine-tuned backbone it needs, or backbones that do not fit together.
-    """
+    """The backbones that the assembly runs, without loading weights; ValueError if they do not fit together."""
     parts = list_parts(config.assembly)
     if "finetuned" in parts and config.finetuned is None:
         raise ValueError(f"Assembly {config.assembly} needs a fine-tuned backbone; give --finetuned FOLDER.")
@@ -107,7 +142,6 @@ def create_frozen_backbones(
     norm: bool,
     num_layers: int = 1,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
 ) -> FrozenBackbones:
     """Builds the backbones that the assembly runs and loads their weights.
 
@@ -116,28 +150,69 @@ def create_frozen_backbones(
         norm: Whether the final norm is applied (segmentation and classification) or not (depth).
         num_layers: 1 for the last block, more for as many evenly spaced ones up to it.
         device: Where they run.
-        dtype: In which type they run; features come out in float32.
-
-    Raises:
-        ValueError: As `describe_backbones`; or weights that are missing or do not fit.
     """
     described = describe_backbones(config, norm=norm)
     num_blocks = next(iter(described.values())).num_blocks
     if num_layers > num_blocks:
         raise ValueError(f"{num_layers} layers are asked for, the backbone has {num_blocks} blocks.")
     layers = [num_blocks * (index + 1) // num_layers - 1 for index in range(num_layers)]
-    extractors = [create_extractor(description, device=device, dtype=dtype) for description in described.values()]
+    extractors = [create_extractor(description, device=device) for description in described.values()]
     return FrozenBackbones(extractors, layers, config.patch_fit)
 
 
-def describe_settings(described: dict[Part, BackboneDescription]) -> dict[str, Any]:
-    """What a result record says about the backbones; no path of this machine."""
-    return {part: description.to_metadata() for part, description in described.items()}
+class Assembler(nn.Module):
+    """Makes one map, and one class token, out of the parts of a layer; only `linear` has something to learn."""
+
+    def __init__(self, assembly: Assembly, embed_dim: int, class_token_source: ClassTokenSource = "auto") -> None:
+        super().__init__()
+        self.assembly = assembly
+        self.embed_dim = embed_dim
+        self.parts = list_parts(assembly)
+        self.class_token_part = _find_class_token_part(self.parts, class_token_source)
+        self.fusion = nn.Linear(2 * embed_dim, embed_dim) if assembly == "linear" else None
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of the assembled map."""
+        return 2 * self.embed_dim if self.assembly in ("concat", "duplicate") else self.embed_dim
+
+    @property
+    def width(self) -> int:
+        """Inputs of the first linear layer that is trained on the patch tokens."""
+        return self.out_dim if self.fusion is None else 2 * self.embed_dim
+
+    @property
+    def class_dim(self) -> int:
+        """Length of the class token that goes with the map; 0 where none is asked for."""
+        return 0 if self.class_token_part is None else self.embed_dim
+
+    def forward(self, features: FrozenFeatures, layer: int = -1) -> Float[Tensor, "batch channels h w"]:
+        """The assembled map of one layer."""
+        tokens = self.assemble(features.maps[:, :, layer])
+        # (b, h, w, c) -> (b, c, h, w)
+        return tokens.permute(0, 3, 1, 2)
+
+    def assemble(self, parts: Float[Tensor, "batch parts *grid embed"]) -> Float[Tensor, "batch *grid channels"]:
+        """Assembles vectors of any grid, the empty one included."""
+        if self.assembly in ("original", "finetuned"):
+            return parts[:, 0]
+        if self.assembly == "duplicate":
+            return torch.cat([parts[:, 0], parts[:, 0]], dim=-1)
+        if self.assembly == "add":
+            return parts[:, 0] + parts[:, 1]
+        joined = torch.cat([parts[:, 0], parts[:, 1]], dim=-1)
+        return joined if self.fusion is None else self.fusion(joined)
+
+    def select_class_token(self, features: FrozenFeatures, layer: int = -1) -> Float[Tensor, "batch class_dim"]:
+        """The class token of one layer; [batch, 0] where none is asked for."""
+        if self.class_token_part is None:
+            return features.class_tokens[:, 0, layer, :0]
+        return features.class_tokens[:, self.class_token_part, layer]
 
 
 def _describe_finetuned(config: BackboneConfig, finetuned: Path, norm: bool) -> BackboneDescription:
     if finetuned.is_dir():
-        # An adapter stands behind the final norm, so its tokens are normed whatever the probe reads of the original.
+        # An adapter follows the final norm, so its tokens are normed whatever the probe reads of the original.
         norm = norm or (finetuned / ADAPTER_NAME).is_file()
         return describe_backbone(f"local-dir:{finetuned}", None, config.normalization, norm=norm)
     if not finetuned.is_file():
@@ -148,10 +223,9 @@ def _describe_finetuned(config: BackboneConfig, finetuned: Path, norm: bool) -> 
 
 
 def _check_pair(original: BackboneDescription, finetuned: BackboneDescription) -> None:
-    names = [description.architecture.split(".")[0] for description in (original, finetuned)]
-    shapes = [
-        (description.patch_size, description.embed_dim, description.num_blocks) for description in (original, finetuned)
-    ]
+    pair = (original, finetuned)
+    names = [description.architecture.split(".")[0] for description in pair]
+    shapes = [(description.patch_size, description.embed_dim, description.num_blocks) for description in pair]
     if names[0] != names[1] or shapes[0] != shapes[1]:
         raise ValueError(
             f"The fine-tuned backbone is a {names[1]}, the original a {names[0]}; "
@@ -165,3 +239,13 @@ def _class_token(prefix_tokens: Float[Tensor, "batch prefix embed"]) -> Float[Te
     if prefix_tokens.shape[1] == 0:
         return prefix_tokens.new_zeros(prefix_tokens.shape[0], 0)
     return prefix_tokens[:, 0]
+
+
+def _find_class_token_part(parts: tuple[Part, ...], source: ClassTokenSource) -> int | None:
+    if source == "none":
+        return None
+    if source == "auto":
+        return 0
+    if source not in parts:
+        raise ValueError(f"The class token of the {source} backbone is asked for, but only {', '.join(parts)} runs.")
+    return parts.index(source)

@@ -1,0 +1,251 @@
+"""`HeadProbe`: what the probes that train heads share: data, kept features, length of the training, learning rate.
+
+Small sets are trained for fewer iterations than published, at a higher learning rate; see `resolve_iterations` and
+`resolve_learning_rate`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fit3d_ns.data.images import save_image
+from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, split_validation
+from fit3d_ns.probing.frozen_features import Assembly, FrozenBackbones
+from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, TrainedHead, train_head
+from fit3d_ns.probing.samples import FeatureMemory, Inputs, iterate_augmented, iterate_draws, iterate_kept
+from fit3d_ns.utils.files import write_json
+from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.seeds import derive_seed
+from fit3d_ns.utils.selection import select_evenly
+
+CacheRule = Literal["auto", "always", "never"]
+"""`always`: pictures have a few fixed variants (windows, mirror images), whose features are computed once and kept;
+`never`: the published random augmentation, every picture through the backbones every time; `auto`: `always` where all
+variants fit into `cache_gb`."""
+Selection = Literal["validation", "last", "test"]
+"""Which checkpoint counts: the best on a validation part of the training data, the last, or the best on the test data
+(as in the public depth code)."""
+
+MIN_ITERATIONS = 800
+EPOCHS_OF_SMALL_SETS = 60
+"""Sets that the published number of iterations would see more often are trained for this many epochs."""
+LARGEST_STEP = 4.0
+"""Largest product of learning rate and width: about the largest step of a logit per iteration, since tokens are of the
+order of one."""
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class PublishedTraining:
+    """How the public code trains a linear head."""
+
+    num_iterations: int
+    """Iterations."""
+    learning_rate: float
+    """Peak, AdamW."""
+    width: int
+    """Inputs of the linear layer: original and fine-tuned small backbones side by side."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Choices that every probe has."""
+
+    cache: CacheRule = "auto"
+    """Whether frozen features are computed once."""
+    cache_gb: float = 4.0
+    """Largest memory for kept features, 1e9 bytes."""
+    selection: Selection = "validation"
+    """Which checkpoint counts."""
+    validation_fraction: float = 0.1
+    """Share of the training frames that selects the checkpoint, in (0, 0.5]."""
+    num_evaluations: int = 5
+    """How often a checkpoint is scored during training."""
+    num_threads: int = 4
+    """Threads that load pictures ahead."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction <= 0.5:
+            raise ValueError(f"Validation fraction {self.validation_fraction} is outside (0, 0.5].")
+        if self.num_evaluations < 1 or self.num_threads < 1:
+            raise ValueError("Evaluations and threads must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ProbeSets:
+    """The data of one probe."""
+
+    train: LabelledSet
+    """What heads are trained on."""
+    test: LabelledSet
+    """What heads are measured on."""
+    selection: LabelledSet | None
+    """What chooses the checkpoint; None for the last one."""
+
+
+class HeadProbe(ABC, Generic[Config]):
+    """One data set and one assembly; a head is trained for each seed, and all seeds share the frozen features."""
+
+    task: ClassVar[str]
+    """Name of the task, in titles and random seeds."""
+    fill: ClassVar[int | float] = 0
+    """The target that does not count."""
+    published_iterations: ClassVar[int]
+    """Iterations of the public code."""
+    inputs: Inputs
+    """Make pictures of frames."""
+    is_cached: bool
+    """True if features of fixed pictures are kept."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunConfig,
+        sets: ProbeSets,
+        backbones: FrozenBackbones,
+        assembly: Assembly,
+        accelerator: Any,
+    ) -> None:
+        self.config, self.run, self.sets = config, run, sets
+        self.backbones, self.assembly, self.accelerator = backbones, assembly, accelerator
+        self.memory = FeatureMemory(backbones, run.cache_gb)
+        self.num_iterations = resolve_iterations(
+            config.num_iterations,  # type: ignore[attr-defined]
+            self.published_iterations,
+            len(sets.train.frames),
+            config.batch_size,  # type: ignore[attr-defined]
+        )
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The values that were chosen, for the record."""
+
+    @abstractmethod
+    def run_seed(self, seed: int) -> TrainedHead:
+        """Trains a head and measures it on the test data."""
+
+    @abstractmethod
+    def compute_score(self, head: nn.Module, labelled_set: LabelledSet) -> float:
+        """By which checkpoints are compared, larger is better; every process takes its share of the set."""
+
+    @abstractmethod
+    def compute_loss(self, predictions: Tensor, targets: Tensor, iteration: int) -> LossSum:
+        """Loss on this process's share of a batch."""
+
+    def save_prediction(self, head: nn.Module, frame: LabelledFrame, prefix: Path, units: float) -> Tensor:
+        """Writes truth and prediction of a frame and returns its photograph; see `save_predictions`."""
+        raise NotImplementedError
+
+    def train(self, seed: int, head: nn.Module, optimization: OptimizationConfig, note: str = "") -> TrainedHead:
+        """Trains a head, scored on the selection data; `note` ends its title."""
+        selection = self.sets.selection
+        with closing(self._iterate_batches(seed, optimization.batch_size)) as batches:
+            return train_head(
+                head,
+                batches,
+                self.compute_loss,
+                optimization,
+                accelerator=self.accelerator,
+                compute_score=None if selection is None else lambda module: self.compute_score(module, selection),
+                iterations_per_evaluation=max(self.num_iterations // self.run.num_evaluations, 1),
+                title=f"{self.task.capitalize()}, {self.assembly}, seed {seed}{note}",
+            )
+
+    def seed_head(self, seed: int) -> None:
+        """Seeds torch's global generator, from which heads draw their first weights."""
+        torch.manual_seed(derive_seed(seed, f"{self.task} head"))
+
+    def share(self, labelled_set: LabelledSet) -> list[LabelledFrame]:
+        """The frames that this process measures."""
+        return labelled_set.frames[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def save_predictions(self, trained: TrainedHead, seed: int, folder: Path, num_frames: int = 8) -> None:
+        """Writes what a head predicts for some test frames, evenly spread, as pictures for comparisons.
+
+        FOLDER/predictions.json      task, assembly, seed, backbones, class names or depth range, the frames; comes last
+               000_image.png         the photograph
+               000_truth.png         labels (8-bit indices, 255 = does not count) or depth (16-bit, 0 = none)
+               000_prediction.png    the same for the prediction
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        test = self.sets.test
+        units = choose_depth_units(test.depth.max_depth)
+        names = []
+        for number, frame in enumerate(select_evenly(test.frames, num_frames)):
+            image = self.save_prediction(trained.head, frame, folder / f"{number:03d}", units)
+            save_image(image, folder / f"{number:03d}_image.png")
+            names.append(frame.name)
+        described = [extractor.description.to_metadata() for extractor in self.backbones.extractors]
+        content: dict[str, Any] = {
+            "task": self.task,
+            "assembly": self.assembly,
+            "seed": seed,
+            "backbones": described,
+            "is_random": any(backbone["is_random"] for backbone in described),
+            "class_names": list(test.class_names),
+            "max_depth": test.depth.max_depth,
+            "depth_units_per_metre": units,
+            "frames": names,
+        }
+        write_json(folder / "predictions.json", content)
+
+    def _iterate_batches(self, seed: int, batch_size: int) -> Any:
+        number, process, frames = self.accelerator.num_processes, self.accelerator.process_index, self.sets.train.frames
+        draws = iterate_draws(len(frames), batch_size, self.num_iterations, seed, process, number)
+        if self.is_cached:
+            return iterate_kept(draws, frames, self.inputs, self.memory, seed, self.fill)
+        share, threads = batch_size // number, self.run.num_threads
+        return iterate_augmented(draws, frames, self.inputs, self.backbones, seed, threads, share)
+
+
+def create_sets(train: LabelledSet, test: LabelledSet, config: RunConfig) -> ProbeSets:
+    """Splits what the selection rule needs off the training data."""
+    if config.selection == "validation":
+        kept, validation = split_validation(train, config.validation_fraction)
+        return ProbeSets(kept, test, validation)
+    return ProbeSets(train, test, test if config.selection == "test" else None)
+
+
+def resolve_iterations(num_iterations: int | None, published: int, num_frames: int, batch_size: int) -> int:
+    """The given number, or the published one cut down for small sets."""
+    if num_iterations is not None:
+        if num_iterations < 1:
+            raise ValueError(f"{num_iterations} iterations are asked for, expected at least 1.")
+        return num_iterations
+    small = max(math.ceil(EPOCHS_OF_SMALL_SETS * num_frames / batch_size), MIN_ITERATIONS)
+    return min(published, small)
+
+
+def resolve_learning_rate(published: PublishedTraining, num_iterations: int, width: int) -> float:
+    """The rate at which a shorter training of a head of another width gets as far as the published one.
+
+    Adam moves each weight by about the rate per iteration, and so a logit by rate x width x iterations. Keeping this
+    product lets small sets converge in their few iterations, and takes an advantage away from wider heads that has
+    nothing to do with their features: `duplicate` would learn twice as fast as `original`.
+    """
+    travel = published.learning_rate * published.num_iterations * published.width
+    return min(travel / (num_iterations * width), LARGEST_STEP / width)
+
+
+def resolve_cache(run: RunConfig, needed_gb: float, instead: str) -> bool:
+    """True if features are kept, for which all variants would need `needed_gb`; says what that changes: `instead`
+    replaces the random augmentation."""
+    if run.cache == "never" or (run.cache == "auto" and needed_gb > run.cache_gb):
+        return False
+    notice(
+        f"Frozen features are computed once and kept (about {needed_gb:.2f} GB): {instead} instead of the published "
+        "random augmentation; --cache never (or --paper) trains with it."
+    )
+    return True
+
+
+def choose_depth_units(max_depth: float) -> float:
+    """Units per metre of 16-bit depth maps: millimetres, or KITTI's 1/256 m where depths reach beyond 65 m."""
+    return 1000.0 if max_depth <= 65.0 else 256.0

@@ -1,0 +1,197 @@
+"""Where a head's training batches come from: features that are kept, or pictures that change every time.
+
+A frozen backbone says the same about the same picture every time. So with a few fixed variants per frame (a window, its
+mirror image), each passes the backbones once and `FeatureMemory` keeps what they said, in half precision up to a
+budget, for every epoch, seed and evaluation (`iterate_kept`). `iterate_augmented` makes a new picture for every draw
+instead and loads ahead in threads. Batches depend on nothing but (seed, position), whichever process asks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.nn import functional as F
+
+from fit3d_ns.probing.datasets.frames import LabelledFrame
+from fit3d_ns.probing.frozen_features import FrozenBackbones, FrozenFeatures
+from fit3d_ns.probing.pictures import Picture, PictureKey
+from fit3d_ns.training.epochs import EpochSequence, list_positions, load_ahead
+from fit3d_ns.utils.seeds import create_generator, derive_seed
+from fit3d_ns.utils.tensor_store import BoundedMemory, count_bytes
+
+BYTES_PER_GB = 1e9
+_FLOAT16_MAX = 6e4
+
+Batch = tuple[FrozenFeatures, Tensor]
+"""Features, and targets to train on."""
+
+
+class Inputs(ABC):
+    """How a task makes pictures of labelled frames."""
+
+    @abstractmethod
+    def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:
+        """One of a frame's fixed pictures, by chance."""
+
+    @abstractmethod
+    def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
+        """A fixed picture."""
+
+    @abstractmethod
+    def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
+        """A new picture, by the published random augmentation."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One place in the endless row of training samples."""
+
+    position: int
+    """Counted from 0 over all iterations; augmentation is seeded by it."""
+    index: int
+    """Which sample of the set."""
+
+
+def iterate_draws(
+    num_samples: int, batch_size: int, num_iterations: int, seed: int, process: int = 0, num_processes: int = 1
+) -> Iterator[list[Draw]]:
+    """This process's share of each batch: every sample once per epoch, in a new order each epoch."""
+
+    def create_order(epoch: int) -> list[int]:
+        return torch.randperm(num_samples, generator=create_generator(seed, "probe order", epoch)).tolist()
+
+    sequence = EpochSequence(num_samples, create_order)
+    for iteration in range(num_iterations):
+        positions = list_positions(iteration, batch_size // num_processes, process, num_processes)
+        yield [Draw(position, sequence[position].item) for position in positions]
+
+
+def check_batch(batch_size: int, num_processes: int, images_per_group: int = 1) -> None:
+    """Raises ValueError unless a batch splits evenly over the processes, in whole loss groups."""
+    if batch_size < 1 or batch_size % (num_processes * images_per_group):
+        groups = f" in groups of {images_per_group} images" if images_per_group > 1 else ""
+        raise ValueError(
+            f"A batch of {batch_size} cannot be split over {num_processes} processes{groups}; "
+            f"give --batch-size a multiple of {num_processes * images_per_group}."
+        )
+
+
+@dataclass(frozen=True)
+class KeptFeatures:
+    """Features of one picture with its target."""
+
+    features: FrozenFeatures
+    """A batch of one."""
+    target: Shaped[Tensor, "*size"]
+    """As in `Picture`."""
+
+
+class FeatureMemory:
+    """Keeps what fits into `budget_gb` (1e9 bytes); the rest is computed again whenever it is asked for."""
+
+    def __init__(self, backbones: FrozenBackbones, budget_gb: float) -> None:
+        self.backbones = backbones
+        self._memory: BoundedMemory[KeptFeatures] = BoundedMemory(int(budget_gb * BYTES_PER_GB))
+
+    def fetch(self, keys: Sequence[PictureKey], load: Callable[[PictureKey], Picture]) -> list[KeptFeatures]:
+        """Features of some pictures in the order of their keys; `load` is called for each that is not there."""
+        kept = {key: self._memory.get(key) for key in keys}
+        found = {key: entry for key, entry in kept.items() if entry is not None}
+        pictures = {key: load(key) for key in kept if key not in found}
+        by_size: dict[torch.Size, list[PictureKey]] = {}
+        for key, picture in pictures.items():
+            by_size.setdefault(picture.image.shape, []).append(key)
+        for group in by_size.values():
+            features = self.backbones(torch.stack([pictures[key].image for key in group]))
+            for row, key in enumerate(group):
+                found[key] = self._keep(key, features, row, pictures[key].target)
+        return [found[key] for key in keys]
+
+    def _keep(self, key: PictureKey, features: FrozenFeatures, row: int, target: Tensor) -> KeptFeatures:
+        # Copies, because a slice would keep the whole batch alive.
+        maps, class_tokens = features.maps[row : row + 1].clone(), features.class_tokens[row : row + 1].clone()
+        dtype = torch.float32 if maps.abs().max() > _FLOAT16_MAX else torch.float16
+        entry = KeptFeatures(FrozenFeatures(maps, class_tokens).to("cpu", dtype), target.cpu())
+        self._memory.keep(key, entry, count_bytes(entry.features.maps, entry.features.class_tokens, entry.target))
+        # What did not fit is returned as if it had been kept, so that metrics do not depend on the budget.
+        return entry
+
+
+def estimate_memory(backbones: FrozenBackbones, height: int, width: int, num_pictures: int) -> float:
+    """Memory of the kept features of pictures of one size, in 1e9 bytes."""
+    patch = backbones.description.patch_size
+    tokens = -(-height // patch) * -(-width // patch)
+    numbers = tokens * backbones.embed_dim * len(backbones.extractors) * len(backbones.layers)
+    # Two bytes a number, and the targets at sixteen pixels a token.
+    return num_pictures * (2 * numbers + 4 * 16 * tokens) / BYTES_PER_GB
+
+
+def iterate_kept(
+    draws: Iterable[list[Draw]],
+    frames: Sequence[LabelledFrame],
+    inputs: Inputs,
+    memory: FeatureMemory,
+    seed: int,
+    fill: int | float,
+) -> Iterator[Batch]:
+    """Batches of fixed pictures, through the memory; `fill` is the target that does not count."""
+    for batch in draws:
+        chosen = [(frames[draw.index], create_numpy_generator(seed, draw.position)) for draw in batch]
+        keys = [inputs.choose_key(frame, generator) for frame, generator in chosen]
+        by_key = {key: frame for key, (frame, _) in zip(keys, chosen, strict=True)}
+        entries = memory.fetch(keys, lambda key, by_key=by_key: inputs.load(by_key[key], key))  # type: ignore[misc]
+        yield stack_features(entries, fill)
+
+
+def iterate_augmented(
+    draws: Iterable[list[Draw]],
+    frames: Sequence[LabelledFrame],
+    inputs: Inputs,
+    backbones: FrozenBackbones,
+    seed: int,
+    num_threads: int,
+    batch_size: int,
+) -> Iterator[Batch]:
+    """Batches of new pictures; `batch_size` of them are loaded ahead."""
+
+    def create(draw: Draw) -> Picture:
+        return inputs.augment(frames[draw.index], create_numpy_generator(seed, draw.position))
+
+    loaded = load_ahead((draw for batch in draws for draw in batch), create, num_threads, batch_size)
+    while pictures := list(islice(loaded, batch_size)):
+        features = backbones(torch.stack([picture.image for picture in pictures]))
+        yield features, torch.stack([picture.target for picture in pictures])
+
+
+def stack_features(entries: Sequence[KeptFeatures], fill: int | float = 0) -> Batch:
+    """A batch out of entries, whose pictures may have several sizes: smaller maps are continued right and below.
+
+    Tokens at the edge are repeated, which is what bilinear upsampling reads beyond the edge anyway, so that a linear
+    head says the same about each picture as if it were alone. Targets there are `fill`, which does not count.
+    """
+    sizes = [entry.features.maps.shape[3:5] for entry in entries]
+    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    all_maps, targets = [], []
+    for entry, (h, w) in zip(entries, sizes, strict=True):
+        maps, target = entry.features.maps, entry.target
+        if (h, w) != (height, width):
+            # (1, parts, layers, h, w, e): each row and column, then the last one again.
+            rows, columns = torch.arange(height).clamp_max(h - 1), torch.arange(width).clamp_max(w - 1)
+            maps = maps[:, :, :, rows[:, None], columns]
+            # As many targets per token and axis as the others have.
+            below, right = target.shape[0] // h * (height - h), target.shape[1] // w * (width - w)
+            target = F.pad(target, (0, right, 0, below), value=fill)
+        all_maps.append(maps)
+        targets.append(target)
+    class_tokens = torch.cat([entry.features.class_tokens for entry in entries])
+    return FrozenFeatures(torch.cat(all_maps), class_tokens), torch.stack(targets)
+
+
+def create_numpy_generator(seed: int, position: int) -> np.random.Generator:
+    """The randomness of one training sample."""
+    return np.random.default_rng(derive_seed(seed, "probe augmentation", position))
