@@ -64,7 +64,8 @@ class ProbeCommand:
     takes the original's as published; `validated` trains a head with and one without it and keeps the one that is
     better on the validation part of the training data, never the test data. It costs a second training."""
     gradient_loss_weight: float | None = None
-    """Weight of the depth probe's loss on differences between neighbouring pixels; 0 if it is not given, also with --paper."""
+    """Weight of the depth probe's loss on differences between neighbouring pixels; 0 if it is not
+    given, also with --paper."""
     selection: Selection | None = None
     """Which checkpoint counts. If it is not given, the best on a tenth of the training data; with --paper the last
     (segmentation) or the best on the test data (depth, classification)."""
