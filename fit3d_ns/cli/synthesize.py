@@ -1,7 +1,7 @@
 """`fit3d-synthesize`: makes small furnished rooms in ScanNet++'s layout, to try everything on."""
 
 from fit3d_ns.cli.command import run_command
-from fit3d_ns.synthetic.synthesize import FIGURES_NAME, SynthesisConfig, synthesize_scenes
+from fit3d_ns.synthetic.synthesize import METRICS_NAME, SynthesisConfig, synthesize_scenes
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def synthesize(config: SynthesisConfig) -> None:
             f"{config.output_dir / scene['name']}: {scene['train_frames']} train and {scene['test_frames']} test "
             f"frames, {scene['points']} points, {scene['seconds']:.1f} s"
         )
-    print(f"Metrics: {config.output_dir / FIGURES_NAME}")
+    print(f"Metrics: {config.output_dir / METRICS_NAME}")
 
 
 if __name__ == "__main__":

@@ -1,47 +1,41 @@
-"""`synthesize_scenes`: small indoor captures with exact ground truth, in ScanNet++'s layout.
+"""`synthesize_scenes`: small furnished rooms with exact ground truth, in the DSLR layout of ScanNet++.
 
     <output_dir>/
-      synthesis.json                      figures of what was made
-      room_00/dslr/                       as `scannetpp.py` draws it, and
+      synthesis.json                      metrics of what was made
+      room_00/dslr/                       as `data/scannetpp.py` draws it, and
         labels/*.png, classes.json        8-bit class indices, 255 = ignore; names of the classes
-      room_01/ ...
 
-Rooms are built with z up, which is COLMAP's world here; a point (x, y, z) of it is (y, x, -z) in the transforms'.
+The world of a room, z up, is COLMAP's; its point (x, y, z) is (y, x, -z) in the world of the transforms files.
 """
 
 import shutil
 import time
-import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from fit3d_ns.data.colmap import write_colmap_points
 from fit3d_ns.data.frames import PointCloud
+from fit3d_ns.data.images import save_depth, save_image, save_index_map
+from fit3d_ns.data.scannetpp import colmap_to_world
+from fit3d_ns.geometry.cameras import transform_camera_to_worlds
 from fit3d_ns.geometry.lenses import Lens
-from fit3d_ns.synthetic.furniture import CLASSES
-from fit3d_ns.synthetic.rooms import build_room
-from fit3d_ns.synthetic.scannetpp_writer import SceneFrame, write_scannetpp
-from fit3d_ns.synthetic.views import RoomRenderer, SyntheticView
-from fit3d_ns.synthetic.walk import walk_through
-from fit3d_ns.utils.errors import is_disk_full
+from fit3d_ns.synthetic.rendering import CLASSES, render_room
+from fit3d_ns.synthetic.rooms import build_room, walk_through
 from fit3d_ns.utils.files import read_json, write_json
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.seeds import derive_seed
 
-FIGURES_NAME = "synthesis.json"
-IGNORE_INDEX = 255
-
-_FIELD_OF_VIEW = 72.0
-"""Horizontal, in degrees."""
-_FISHEYE_COEFFICIENTS = (0.03, -0.008, 0.002, -0.0004)
-_FRAMES_PER_TEST_FRAME, _FIRST_TEST_FRAME = 8, 4
-_FRAMES_PER_HIDDEN_BOX, _FIRST_HIDDEN_BOX = 6, 3
+METRICS_NAME = "synthesis.json"
+_IGNORE_INDEX = 255
 
 
 @dataclass(frozen=True)
@@ -74,148 +68,130 @@ class SynthesisConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
 
 
-def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:
-    """Makes all scenes, in a folder beside that takes the name `output_dir` when everything is there.
+@dataclass(frozen=True)
+class SceneFrame:
+    """A photograph to write: its name without suffix, OpenGL pose in COLMAP's world, z-depth in metres and classes."""
 
-    Returns:
-        What was written to `synthesis.json`: settings, and for each scene counts, seconds and shares of the classes.
+    name: str
+    camera_to_world: Float[Tensor, "3 4"]
+    image: UInt8[Tensor, "height width 3"]
+    valid_mask: Bool[Tensor, "height width"]
+    depth: Float[Tensor, "height width"]
+    labels: UInt8[Tensor, "height width"]
+    is_test: bool
+
+
+def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:
+    """Makes all scenes; they take their place when all are complete. Returns what is written to `synthesis.json`.
 
     Raises:
-        ValueError: `output_dir` is not empty (without `overwrite`), or not ours to replace; or the disk is full.
+        ValueError: `output_dir` is not empty (without `overwrite`), or not ours to replace.
     """
     output_dir = Path(config.output_dir).resolve()
-    _check_replaceable(output_dir, config.overwrite)
+    if output_dir.is_file():
+        raise ValueError(f"{output_dir} is a file; give the name of a folder.")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        if not config.overwrite:
+            raise ValueError(f"{output_dir} is not empty; choose another --output-dir or add --overwrite.")
+        if not (output_dir / METRICS_NAME).is_file() or "scenes" not in read_json(output_dir / METRICS_NAME):
+            raise ValueError(
+                f"{output_dir} was not made by fit3d-synthesize and is not replaced; choose another folder."
+            )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    unfinished, replaced = (output_dir.with_name(f".{output_dir.name}.{mark}.{end}") for end in ("tmp", "old"))
-    try:
-        scenes = [_synthesize_scene(config, index, unfinished) for index in range(config.num_scenes)]
-        figures: dict[str, Any] = {
-            "seed": config.seed,
-            "num_frames": config.num_frames,
-            "width": config.width,
-            "height": config.height,
-            "lens": config.lens,
-            "classes": list(CLASSES),
-            "scenes": scenes,
-        }
-        write_json(unfinished / FIGURES_NAME, figures)
+    with TemporaryDirectory(prefix=f".{output_dir.name}.", dir=output_dir.parent) as temporary:
+        folder = Path(temporary) / output_dir.name
+        metrics = {name: getattr(config, name) for name in ("seed", "num_frames", "width", "height", "lens")}
+        metrics["classes"] = list(CLASSES)
+        metrics["scenes"] = [_synthesize_scene(config, index, folder) for index in range(config.num_scenes)]
+        write_json(folder / METRICS_NAME, metrics)
         if output_dir.exists():
-            output_dir.rename(replaced)
-        unfinished.rename(output_dir)
-    except OSError as error:
-        if is_disk_full(error):
-            raise ValueError(f"No space left for {output_dir}; free some or choose another folder.") from error
-        raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if output_dir.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-    return figures
+            shutil.rmtree(output_dir)
+        folder.rename(output_dir)
+    return metrics
+
+
+def write_scannetpp(
+    folder: Path, lens: Lens, frames: Sequence[SceneFrame], points: PointCloud, classes: Sequence[str]
+) -> None:
+    """Writes `folder/dslr`, the points being in COLMAP's world; a pinhole lens gives both variants, fisheye one."""
+    dslr = folder / "dslr"
+    variants = ("resized", "undistorted") if lens.model == "pinhole" else ("resized",)
+    images_and_masks = [f"{variant}_{kind}" for variant in variants for kind in ("images", "anon_masks")]
+    for name in ("render_depth", "labels", "nerfstudio", "colmap", *images_and_masks):
+        (dslr / name).mkdir(parents=True)
+    poses = torch.stack([frame.camera_to_world for frame in frames]).double()
+    poses = transform_camera_to_worlds(poses, colmap_to_world().double(), scale=1.0)
+    entries: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for frame, pose in zip(frames, poses.tolist(), strict=True):
+        image_name, mask_name = f"{frame.name}.JPG", f"{frame.name}.png"
+        for variant in variants:
+            save_image(frame.image, dslr / f"{variant}_images" / image_name, quality=97)
+            save_index_map(frame.valid_mask.byte() * 255, dslr / f"{variant}_anon_masks" / mask_name)
+        save_depth(frame.depth, dslr / "render_depth" / mask_name)
+        save_index_map(frame.labels, dslr / "labels" / mask_name)
+        entry = {"file_path": image_name, "mask_path": mask_name, "is_bad": False}
+        entries[frame.is_test].append({**entry, "transform_matrix": [*pose, [0.0, 0.0, 0.0, 1.0]]})
+    transforms = {
+        **{"fl_x": lens.fx, "fl_y": lens.fy, "cx": lens.cx, "cy": lens.cy, "w": lens.width, "h": lens.height},
+        **dict(zip(("k1", "k2", "k3", "k4"), lens.distortion or (0.0,) * 4, strict=True)),
+        **{"camera_model": "PINHOLE" if lens.model == "pinhole" else "OPENCV_FISHEYE", "has_mask": True},
+        **{"frames": entries[False], "test_frames": entries[True]},
+    }
+    for name in ("transforms.json", "transforms_undistorted.json")[: len(variants)]:
+        write_json(dslr / "nerfstudio" / name, transforms)
+    train, test = ([entry["file_path"] for entry in part] for part in entries)
+    write_json(dslr / "train_test_lists.json", {"train": train, "test": test, "has_masks": True})
+    write_json(dslr / "classes.json", {"classes": list(classes), "ignore_index": _IGNORE_INDEX})
+    write_colmap_points(points, dslr / "colmap" / "points3D.txt")
 
 
 def _synthesize_scene(config: SynthesisConfig, index: int, folder: Path) -> dict[str, Any]:
-    """Makes one scene and returns its figures."""
-    start = time.perf_counter()
-    name = f"room_{index:02d}"
+    """Makes one scene and returns its metrics."""
+    start, name = time.perf_counter(), f"room_{index:02d}"
     numbers = np.random.default_rng(derive_seed(config.seed, "room", index))
-    room = build_room(numbers)
-    renderer = RoomRenderer(room)
-    lens = _choose_lens(config, numbers)
-    camera_to_worlds = walk_through(room.size, config.num_frames, start=float(numbers.uniform(0.0, 6.28)))
-    test = set(range(min(_FIRST_TEST_FRAME, config.num_frames - 1), config.num_frames, _FRAMES_PER_TEST_FRAME))
+    room, lens = build_room(numbers), _choose_lens(config, numbers)
+    camera_to_worlds = walk_through(room.size, config.num_frames, start=numbers.uniform(0.0, 6.28))
+    test = range(min(4, config.num_frames - 1), config.num_frames, 8)
     points_per_frame = -(-config.num_points // (config.num_frames - len(test)))
-
-    def photograph(position: int) -> tuple[SceneFrame, PointCloud]:
-        # Each frame has numbers of its own, so that the order in which threads finish does not matter.
-        own_numbers = np.random.default_rng(derive_seed(config.seed, "frame", index, position))
-        view = renderer.render(camera_to_worlds[position], lens)
-        frame = _finish_frame(position, camera_to_worlds[position], view, position in test, own_numbers)
-        return frame, _draw_points(frame, view, points_per_frame, own_numbers)
-
+    frames, xyz, rgb = [], [], []
     with ThreadPoolExecutor(max_workers=4) as pool:
-        photographed = pool.map(photograph, range(config.num_frames))
-        pairs = list(track(photographed, f"Photographing {name}", total=config.num_frames))
-    frames = [frame for frame, _ in pairs]
-    drawn = [points for frame, points in pairs if not frame.is_test]
-    chosen = torch.from_numpy(numbers.permutation(sum(len(points.xyz) for points in drawn))[: config.num_points])
-    points = PointCloud(
-        torch.cat([points.xyz for points in drawn])[chosen], torch.cat([points.rgb for points in drawn])[chosen]
-    )
-    write_scannetpp(folder / name, lens, frames, points, classes=CLASSES, ignore_index=IGNORE_INDEX)
-    counts = np.bincount(torch.cat([frame.labels.flatten() for frame in frames]).numpy(), minlength=256)
-    shares = counts[: len(CLASSES)] / counts.sum()
+        views = pool.map(lambda camera_to_world: render_room(room, camera_to_world, lens), camera_to_worlds)
+        for position, view in enumerate(track(views, f"Photographing {name}", total=config.num_frames)):
+            valid_mask = torch.ones_like(view.depth, dtype=torch.bool)
+            if position % 6 == 3 and position not in test:
+                # As anonymisation does, hide a box of a fifth of both sides.
+                high, wide = config.height // 5, config.width // 5
+                row, column = numbers.integers((config.height - high, config.width - wide))
+                valid_mask[row : row + high, column : column + wide] = False
+            image = (torch.where(valid_mask[..., None], view.image, 0.5) * 255.0).round().byte()
+            labels = torch.where(valid_mask, view.labels, _IGNORE_INDEX).byte()
+            pose, is_test = camera_to_worlds[position], position in test
+            frames.append(SceneFrame(f"DSC{position:05d}", pose, image, valid_mask, view.depth, labels, is_test))
+            if not is_test:
+                drawn = numbers.permutation(np.flatnonzero(valid_mask))[:points_per_frame]
+                xyz.append(view.points.reshape(-1, 3)[drawn])
+                rgb.append(image.reshape(-1, 3)[drawn])
+    points = PointCloud(torch.cat(xyz)[: config.num_points], torch.cat(rgb)[: config.num_points])
+    write_scannetpp(folder / name, lens, frames, points, CLASSES)
+    labels, depths = (torch.stack([getattr(frame, kind) for frame in frames]) for kind in ("labels", "depth"))
     return {
         "name": name,
-        "train_frames": sum(not frame.is_test for frame in frames),
-        "test_frames": sum(frame.is_test for frame in frames),
+        "train_frames": len(xyz),
+        "test_frames": len(test),
         "points": len(points.xyz),
         "solids": len(room.solids),
         "room_size_m": [round(length, 3) for length in room.size],
-        "mean_depth_m": round(float(torch.stack([frame.depth for frame in frames]).mean()), 3),
-        "class_shares": {label: round(float(share), 4) for label, share in zip(CLASSES, shares, strict=True)},
+        "mean_depth_m": round(float(depths.mean()), 3),
+        "class_shares": {CLASSES[i]: round(float((labels == i).float().mean()), 4) for i in range(len(CLASSES))},
         "seconds": round(time.perf_counter() - start, 2),
     }
 
 
 def _choose_lens(config: SynthesisConfig, numbers: np.random.Generator) -> Lens:
-    """A lens whose principal point lies up to 2 % of the size beside the middle."""
-    half_angle = np.radians(0.5 * _FIELD_OF_VIEW)
-    reach = half_angle if config.lens == "fisheye" else np.tan(half_angle)
-    focal = round(0.5 * config.width / float(reach), 3)
-    aside = numbers.uniform(0.008, 0.02, 2) * numbers.choice([-1.0, 1.0], 2)
-    return Lens(
-        fx=focal,
-        fy=focal,
-        cx=round(config.width * (0.5 + float(aside[0])), 3),
-        cy=round(config.height * (0.5 + float(aside[1])), 3),
-        width=config.width,
-        height=config.height,
-        model=config.lens,
-        distortion=_FISHEYE_COEFFICIENTS if config.lens == "fisheye" else (),
-    )
-
-
-def _finish_frame(
-    position: int,
-    camera_to_world: Float[Tensor, "3 4"],
-    view: SyntheticView,
-    is_test: bool,
-    numbers: np.random.Generator,
-) -> SceneFrame:
-    """A frame as it is written; every 6th hides a box of a fifth of both sides, as anonymisation does."""
-    valid_mask = torch.ones_like(view.depth, dtype=torch.bool)
-    if not is_test and position % _FRAMES_PER_HIDDEN_BOX == _FIRST_HIDDEN_BOX:
-        height, width = valid_mask.shape
-        row, column = int(numbers.integers(height - height // 5)), int(numbers.integers(width - width // 5))
-        valid_mask[row : row + height // 5, column : column + width // 5] = False
-    image = torch.where(valid_mask[..., None], view.image, 0.5)
-    return SceneFrame(
-        name=f"DSC{position:05d}",
-        camera_to_world=camera_to_world,
-        image=(image * 255.0).round().to(torch.uint8),
-        valid_mask=valid_mask,
-        depth=view.depth,
-        labels=torch.where(valid_mask, view.labels, IGNORE_INDEX).to(torch.uint8),
-        is_test=is_test,
-    )
-
-
-def _draw_points(frame: SceneFrame, view: SyntheticView, count: int, numbers: np.random.Generator) -> PointCloud:
-    """Surface points under random visible pixels, exact in place and colour."""
-    visible = torch.nonzero(frame.valid_mask.flatten())[:, 0]
-    drawn = visible[torch.from_numpy(numbers.permutation(len(visible))[:count])]
-    return PointCloud(view.points.reshape(-1, 3)[drawn], frame.image.reshape(-1, 3)[drawn])
-
-
-def _check_replaceable(output_dir: Path, overwrite: bool) -> None:
-    if output_dir.is_file():
-        raise ValueError(f"{output_dir} is a file; give the name of a folder.")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"{output_dir} is not empty; choose another --output-dir or add --overwrite.")
-    # Only what this command made may be deleted.
-    figures = output_dir / FIGURES_NAME
-    if not figures.is_file() or "scenes" not in read_json(figures):
-        raise ValueError(f"{output_dir} was not made by fit3d-synthesize; it is not replaced. Choose another folder.")
+    """A lens of 72 degrees whose principal point lies up to 2 % of the size away from the middle."""
+    half_angle = np.radians(36.0)
+    focal = round(0.5 * config.width / float(half_angle if config.lens == "fisheye" else np.tan(half_angle)), 3)
+    cx, cy = (0.5 + numbers.uniform(0.008, 0.02, 2) * numbers.choice([-1.0, 1.0], 2)) * (config.width, config.height)
+    distortion = (0.03, -0.008, 0.002, -0.0004) if config.lens == "fisheye" else ()
+    centre = round(float(cx), 3), round(float(cy), 3)
+    return Lens(focal, focal, *centre, config.width, config.height, config.lens, distortion)

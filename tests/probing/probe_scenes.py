@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.features import create_extractor
 from fit3d_ns.geometry.lenses import Lens
-from fit3d_ns.synthetic.scannetpp_writer import SceneFrame, write_scannetpp
+from fit3d_ns.synthetic.synthesize import SceneFrame, write_scannetpp
 
 WIDTH, HEIGHT = 48, 32
 BACKBONE = "random:test_vit"
@@ -45,7 +45,7 @@ def create_scene(folder: Path, seed: int, num_frames: int = 5) -> Path:
         )
     lens = Lens(focal, focal, WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)
     points = PointCloud(torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.uint8))
-    write_scannetpp(folder, lens, frames, points, ["left", "right"], 255)
+    write_scannetpp(folder, lens, frames, points, ["left", "right"])
     return folder
 
 
