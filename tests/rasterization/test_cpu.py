@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fit3d_ns.rasterization import rasterization, rasterize_features
-from fit3d_ns.rasterization.cpu import options as cpu_options
-from fit3d_ns.rasterization.cpu.options import compiled
+from fit3d_ns.rasterization.cpu import runtime
+from fit3d_ns.rasterization.cpu.runtime import compiled
 from fit3d_ns.rasterization.cpu.vectors import add_sums, broadcast, exponential, load, store
 from tests.rasterization.rasterization_scenes import (
     assert_same_rendering,
@@ -173,15 +173,14 @@ def test_compiled__forgets_stored_kernels_when_any_source_changes(tmp_path):
     # A kernel in one file calls a function in another; stored code must not outlive a change of the latter.
     package = tmp_path / "kernels"
     package.mkdir()
-    source = inspect.getsource(cpu_options)
-    (package / "cpu_options.py").write_text(source)
+    (package / "runtime.py").write_text(inspect.getsource(runtime))
     (package / "outer.py").write_text(
-        "from cpu_options import compiled\nfrom inner import inner\n\n@compiled\ndef outer(x):\n    return inner(x)\n"
+        "from runtime import compiled\nfrom inner import inner\n\n@compiled\ndef outer(x):\n    return inner(x)\n"
     )
     results = []
     for factor in (2, 3):
         (package / "inner.py").write_text(
-            f"from cpu_options import compiled\n\n@compiled\ndef inner(x):\n    return {factor} * x\n"
+            f"from runtime import compiled\n\n@compiled\ndef inner(x):\n    return {factor} * x\n"
         )
         code = f"import sys; sys.path.insert(0, {str(package)!r}); from outer import outer; print(outer(5))"
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

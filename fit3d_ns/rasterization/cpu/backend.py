@@ -4,7 +4,6 @@ Projection, harmonics and blending are three nodes of the graph, so that `means2
 All arrays are cut into tasks by size alone and added up in a fixed order: results repeat to the bit.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,38 +17,11 @@ from fit3d_ns.rasterization.cpu import features as cpu_features
 from fit3d_ns.rasterization.cpu import harmonics as cpu_harmonics
 from fit3d_ns.rasterization.cpu import projection as cpu_projection
 from fit3d_ns.rasterization.cpu import tiles as cpu_tiles
-from fit3d_ns.rasterization.cpu.scratch import take_zeros
-from fit3d_ns.rasterization.cpu.threads import run_tasks
+from fit3d_ns.rasterization.cpu.runtime import count_chunks, run_tasks, take_zeros
+from fit3d_ns.rasterization.cpu.tiles import CpuTiles
 from fit3d_ns.rasterization.cpu.vectors import NUM_LANES
 from fit3d_ns.rasterization.projection import ProjectedGaussians, ProjectionSettings
 from fit3d_ns.rasterization.reference import BlendGeometry, TileLists
-
-
-@dataclass(frozen=True)
-class CpuTiles:
-    """What the kernels need of the tile lists, as NumPy arrays."""
-
-    layout: tuple[int, ...]
-    """Bands per camera, tile rows per band, tile columns, tile rows, image width, image height."""
-    tile_ends: np.ndarray
-    """int64 [C*tiles]: where each tile's entries end; they begin where those of the tile before it end."""
-    flatten_ids: np.ndarray
-    """int32 [entries]: camera * N + Gaussian."""
-    block_masks: np.ndarray
-    """uint16 [entries]: which of the tile's 16 blocks the Gaussian can reach."""
-    slots: np.ndarray
-    """int32 [entries]: row of partial sums that the entry adds to."""
-    slot_starts: np.ndarray
-    """int64 [C*N + 1]: the slots of each Gaussian."""
-
-    @property
-    def num_tasks(self) -> int:
-        """Bands of all cameras."""
-        return self.layout[0] * (len(self.tile_ends) // (self.layout[2] * self.layout[3]))
-
-    @property
-    def num_slots(self) -> int:
-        return int(self.slot_starts[-1])
 
 
 def project_gaussians(
@@ -85,38 +57,36 @@ def build_geometry(
     """As `reference.build_geometry`; `extra` holds `CpuTiles`."""
     means2d, conics = projected.means2d.detach().contiguous(), projected.conics.detach().contiguous()
     opacities = opacities.detach().contiguous()
+    flat_means2d, flat_conics, flat_opacities = _flats(means2d, conics, opacities)
+    layout = cpu_tiles.create_layout(settings)
     num_cameras, num_gaussians = opacities.shape
-    width, height = settings.tile_width, settings.tile_height
-    num_tiles, total = width * height, num_cameras * num_gaussians
-    band_rows = cpu_tiles.rows_per_band(height)
+    num_tiles, total = layout.tile_width * layout.tile_height, num_cameras * num_gaussians
 
     tile_spans, tiles_per_gauss = np.empty((total, 4), np.int32), np.empty(total, np.int32)
-    tile_ends = np.empty(num_cameras * num_tiles, np.int64)
+    slot_starts, tile_ends = np.empty(total + 1, np.int64), np.empty(num_cameras * num_tiles, np.int64)
     cpu_tiles.count_entries(
-        projected.radii.numpy(), means2d.numpy(), width, height, band_rows, tile_spans, tiles_per_gauss, tile_ends
+        projected.radii.numpy(), means2d.numpy(), layout, tile_spans, tiles_per_gauss, slot_starts, tile_ends
     )
-    depth_bits = projected.depths.detach().contiguous().view(torch.int32).numpy().view(np.uint32).reshape(-1)
+    depth_bits = _flat(projected.depths).view(np.uint32)
     order, spare_order = np.empty(total, np.int32), np.empty(total, np.int32)
     keys, spare_keys = np.empty(total, np.uint32), np.empty(total, np.uint32)
     count = cpu_tiles.order_by_depth(depth_bits, tiles_per_gauss, order, keys, spare_order, spare_keys)
 
     num_entries = int(tile_ends[-1])
     flatten_ids, slots = np.empty(num_entries, np.int32), np.empty(num_entries, np.int32)
-    isect_ids, slot_starts = np.empty(num_entries, np.int64), np.empty(total + 1, np.int64)
+    isect_ids, block_masks = np.empty(num_entries, np.int64), np.empty(num_entries, np.uint16)
+    tile_starts = np.concatenate([[0], tile_ends[:-1]])
     cpu_tiles.fill_entries(
-        order, count, num_gaussians, depth_bits, tile_spans, width, height, band_rows, tile_ends, slot_starts,
-        flatten_ids, isect_ids, slots, np.empty_like(tile_ends),
+        order[:count], num_gaussians, depth_bits, layout, num_tiles.bit_length(), tile_spans, slot_starts,
+        tile_starts.copy(), flatten_ids, isect_ids, slots,
     )  # fmt: skip
-    block_masks, reach = np.empty(num_entries, np.uint16), np.empty((total, 6))
+    reach = np.empty((total, 6))
+    run_tasks(cpu_tiles.measure_reach, count_chunks(total), flat_conics, flat_opacities, tiles_per_gauss, reach)
     run_tasks(
-        cpu_tiles.measure_reach, _num_tasks(total, cpu_tiles.CHUNK), *_flats(conics, opacities), tiles_per_gauss, reach
-    )
-    run_tasks(
-        cpu_tiles.mark_blocks, num_cameras * height, width, height, tile_ends, flatten_ids,
-        _flat(means2d), reach, block_masks,
+        cpu_tiles.mark_blocks, num_cameras * layout.tile_height, layout, tile_ends, flatten_ids, flat_means2d, reach,
+        block_masks,
     )  # fmt: skip
-    layout = (-(-height // band_rows), band_rows, width, height, settings.width, settings.height)
-    starts = np.concatenate([[0], tile_ends[:-1]]).astype(np.int32)
+    isect_offsets = torch.from_numpy(tile_starts.astype(np.int32))
     return BlendGeometry(
         means2d=means2d,
         conics=conics,
@@ -125,10 +95,12 @@ def build_geometry(
             tiles_per_gauss=torch.from_numpy(tiles_per_gauss).reshape(num_cameras, num_gaussians),
             isect_ids=torch.from_numpy(isect_ids),
             flatten_ids=torch.from_numpy(flatten_ids),
-            isect_offsets=torch.from_numpy(starts).reshape(num_cameras, height, width),
+            isect_offsets=isect_offsets.reshape(num_cameras, layout.tile_height, layout.tile_width),
         ),
         settings=settings,
-        extra=CpuTiles(layout, tile_ends, flatten_ids, block_masks, slots, slot_starts),
+        extra=CpuTiles(
+            layout, tile_ends, flatten_ids, block_masks, slots, slot_starts, flat_means2d, flat_conics, flat_opacities
+        ),
     )
 
 
@@ -175,18 +147,17 @@ def backproject(
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, means, quats, scales, viewmats, Ks, settings: ProjectionSettings):
-        means, quats, scales, viewmats, Ks = (x.detach().contiguous() for x in (means, quats, scales, viewmats, Ks))
+        inputs = [tensor.detach().contiguous() for tensor in (means, quats, scales, viewmats, Ks)]
         shape = (len(viewmats), len(means))
         radii, depths = means.new_empty(shape, dtype=torch.int32), means.new_empty(shape)
         means2d, conics = means.new_empty(*shape, 2), means.new_empty(*shape, 3)
         compensations = means.new_empty(shape if settings.antialiased else (0, 0))
         run_tasks(
-            cpu_projection.project, _num_tasks(len(means), cpu_projection.CHUNK),
-            *_arrays(means, quats, scales, viewmats, Ks), settings.width, settings.height,
+            cpu_projection.project, count_chunks(len(means)), *_arrays(*inputs), settings.width, settings.height,
             *map(np.float32, (settings.near_plane, settings.far_plane, settings.radius_clip, settings.eps2d)),
             *_arrays(radii, means2d, depths, conics, compensations),
         )  # fmt: skip
-        ctx.save_for_backward(means, quats, scales, viewmats, Ks, radii, compensations)
+        ctx.save_for_backward(*inputs, radii, compensations)
         ctx.settings = settings
         ctx.mark_non_differentiable(radii)
         return radii, means2d, depths, conics, compensations
@@ -194,14 +165,15 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _, v_means2d, v_depths, v_conics, v_compensations):  # type: ignore[override]
-        means, quats, scales, viewmats, Ks, radii, compensations = ctx.saved_tensors
+        *inputs, radii, compensations = ctx.saved_tensors
+        means, quats, scales, viewmats, _ = inputs
         settings = ctx.settings
-        num_tasks = _num_tasks(len(means), cpu_projection.CHUNK)
-        v_means, v_quats, v_scales = (torch.empty_like(x) for x in (means, quats, scales))
+        num_tasks = count_chunks(len(means))
+        v_means, v_quats, v_scales = (torch.empty_like(tensor) for tensor in (means, quats, scales))
         v_viewmats = np.zeros((num_tasks, *viewmats.shape))
         run_tasks(
-            cpu_projection.project_backward, num_tasks, *_arrays(means, quats, scales, viewmats, Ks),
-            settings.width, settings.height, np.float32(settings.eps2d), *_arrays(radii, compensations),
+            cpu_projection.project_backward, num_tasks, *_arrays(*inputs), settings.width, settings.height,
+            np.float32(settings.eps2d), *_arrays(radii, compensations),
             *_arrays(v_means2d, v_depths, v_conics, v_compensations), *_arrays(v_means, v_quats, v_scales), v_viewmats,
         )  # fmt: skip
         return v_means, v_quats, v_scales, torch.from_numpy(v_viewmats.sum(axis=0)).to(means), None, None
@@ -210,12 +182,10 @@ class _Projection(torch.autograd.Function):
 class _Harmonics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, means, centres, coefficients, is_drawn, sh_degree: int):
-        means, centres, coefficients = (x.detach().contiguous() for x in (means, centres, coefficients))
+        means, centres, coefficients = (tensor.detach().contiguous() for tensor in (means, centres, coefficients))
         colors = means.new_empty(len(centres), len(means), 3)
-        run_tasks(
-            cpu_harmonics.evaluate, _num_tasks(len(means), cpu_projection.CHUNK), sh_degree,
-            *_arrays(means, centres, coefficients, is_drawn, colors),
-        )  # fmt: skip
+        arrays = _arrays(means, centres, coefficients, is_drawn, colors)
+        run_tasks(cpu_harmonics.evaluate, count_chunks(len(means)), sh_degree, *arrays)
         ctx.save_for_backward(means, centres, coefficients, is_drawn, colors)
         ctx.sh_degree = sh_degree
         return colors
@@ -223,15 +193,12 @@ class _Harmonics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v_colors):  # type: ignore[override]
-        means, centres, coefficients, is_drawn, colors = ctx.saved_tensors
-        num_tasks = _num_tasks(len(means), cpu_projection.CHUNK)
+        means, centres, coefficients, _, _ = ctx.saved_tensors
+        num_tasks = count_chunks(len(means))
         v_means, v_coefficients = torch.empty_like(means), torch.empty_like(coefficients)
         v_centres = np.zeros((num_tasks, *centres.shape))
-        run_tasks(
-            cpu_harmonics.evaluate_backward, num_tasks, ctx.sh_degree,
-            *_arrays(means, centres, coefficients, is_drawn, colors, v_colors, v_means), v_centres,
-            v_coefficients.numpy(),
-        )  # fmt: skip
+        arrays = _arrays(*ctx.saved_tensors, v_colors, v_means, v_coefficients)
+        run_tasks(cpu_harmonics.evaluate_backward, num_tasks, ctx.sh_degree, *arrays, v_centres)
         return v_means, torch.from_numpy(v_centres.sum(axis=0)).to(means), v_coefficients, None, None
 
 
@@ -239,16 +206,12 @@ class _Blending(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, means2d, conics, opacities, colors, backgrounds, geometry: BlendGeometry, absgrad: bool):
         tiles: CpuTiles = geometry.extra
-        settings = geometry.settings
         colors = colors.detach().contiguous()
-        channels = colors.shape[-1]
-        images = colors.new_empty(geometry.num_cameras, settings.height, settings.width, channels)
-        alphas = colors.new_empty(geometry.num_cameras, settings.height, settings.width, 1)
-        flat_backgrounds = _flat(backgrounds) if backgrounds is not None else np.empty(0, np.float32)
+        size = (geometry.num_cameras, tiles.layout.height, tiles.layout.width)
+        images, alphas = colors.new_empty(*size, colors.shape[-1]), colors.new_empty(*size, 1)
         run_tasks(
-            cpu_blending.blend, tiles.num_tasks, *tiles.layout, tiles.tile_ends, tiles.flatten_ids, tiles.block_masks,
-            *_flats(geometry.means2d, geometry.conics, geometry.opacities, colors), channels, flat_backgrounds,
-            *_flats(images, alphas),
+            cpu_blending.blend, _count_bands(geometry), tiles, _flat(colors), colors.shape[-1],
+            _flat_backgrounds(backgrounds), *_flats(images, alphas),
         )  # fmt: skip
         # `means2d` is saved for the sake of its identity: backward hangs `absgrad` onto it.
         ctx.save_for_backward(means2d, colors, backgrounds, alphas)
@@ -263,19 +226,16 @@ class _Blending(torch.autograd.Function):
         tiles: CpuTiles = geometry.extra
         channels = colors.shape[-1]
         stride = cpu_blending.MOMENTS + -(-channels // cpu_blending.GROUP) * cpu_blending.GROUP
-        partials = take_zeros("partials", tiles.num_slots * stride)
-        flat_backgrounds = _flat(backgrounds) if backgrounds is not None else np.empty(0, np.float32)
+        partials = take_zeros("partials", int(tiles.slot_starts[-1]) * stride)
         run_tasks(
-            cpu_blending.blend_backward, tiles.num_tasks, *tiles.layout, tiles.tile_ends, tiles.flatten_ids,
-            tiles.block_masks, tiles.slots, *_flats(geometry.means2d, geometry.conics, geometry.opacities, colors),
-            channels, flat_backgrounds, *_flats(v_images, v_alphas), ctx.absgrad, partials,
+            cpu_blending.blend_backward, _count_bands(geometry), tiles, _flat(colors), channels,
+            _flat_backgrounds(backgrounds), *_flats(v_images, v_alphas), ctx.absgrad, partials,
         )  # fmt: skip
         v_means2d, v_conics = torch.empty_like(geometry.means2d), torch.empty_like(geometry.conics)
         v_opacities, v_colors = torch.empty_like(geometry.opacities), torch.empty_like(colors)
         absolute = torch.empty_like(v_means2d if ctx.absgrad else v_means2d[:0])
         run_tasks(
-            cpu_blending.collect_gradients, _num_tasks(geometry.opacities.numel(), cpu_blending.CHUNK),
-            tiles.slot_starts, partials, channels, *_flats(geometry.conics, geometry.opacities),
+            cpu_blending.collect_gradients, count_chunks(geometry.opacities.numel()), tiles, partials, channels,
             *_flats(v_means2d, v_conics, v_opacities, v_colors, absolute),
         )  # fmt: skip
         if ctx.absgrad:
@@ -289,15 +249,12 @@ class _FeatureBlending(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features, geometry: BlendGeometry, indices: Tensor | None):
-        tiles: CpuTiles = geometry.extra
-        channels, stride = features.shape[1], _padded(features.shape[1])
+        padded = _pad_channels(features)
         pixel_rows, num_rows = _pixel_rows(geometry.settings, indices)
-        output = features.new_empty(geometry.num_cameras, num_rows, channels)
+        output = features.new_empty(geometry.num_cameras, num_rows, features.shape[1])
         run_tasks(
-            cpu_features.blend_features, tiles.num_tasks, *tiles.layout, tiles.tile_ends, tiles.flatten_ids,
-            tiles.block_masks, *_flats(geometry.means2d, geometry.conics, geometry.opacities),
-            _flat(_pad_channels(features.detach())), geometry.num_gaussians, stride, channels, pixel_rows, num_rows,
-            _flat(output),
+            cpu_features.blend_features, _count_bands(geometry), geometry.extra, _flat(padded), len(features),
+            padded.shape[1], features.shape[1], pixel_rows, num_rows, _flat(output),
         )  # fmt: skip
         ctx.geometry, ctx.indices = geometry, indices
         return output
@@ -315,18 +272,16 @@ def _backproject_rows(
 ) -> None:
     """Adds rows [C, P, D] at all pixels or at `indices` to `sums` [N, D], and their weights to `totals` [N]."""
     tiles: CpuTiles = geometry.extra
-    channels, stride = rows.shape[-1], _padded(rows.shape[-1])
-    pixel_rows, num_rows = _pixel_rows(geometry.settings, indices)
-    partials = take_zeros("partials", tiles.num_slots * stride)
-    weight_partials = take_zeros("weight_partials", tiles.num_slots)
+    padded = _pad_channels(rows)
+    stride, num_slots = padded.shape[-1], int(tiles.slot_starts[-1])
+    partials, weight_partials = take_zeros("partials", num_slots * stride), take_zeros("weight_partials", num_slots)
     run_tasks(
-        cpu_features.backproject, tiles.num_tasks, *tiles.layout, tiles.tile_ends, tiles.flatten_ids,
-        tiles.block_masks, tiles.slots, *_flats(geometry.means2d, geometry.conics, geometry.opacities),
-        _flat(_pad_channels(rows.detach())), stride, pixel_rows, num_rows, partials, weight_partials,
+        cpu_features.backproject, _count_bands(geometry), tiles, _flat(padded), stride,
+        *_pixel_rows(geometry.settings, indices), partials, weight_partials,
     )  # fmt: skip
     run_tasks(
-        cpu_features.collect_sums, _num_tasks(geometry.num_gaussians, cpu_features.CHUNK), geometry.num_cameras,
-        tiles.slot_starts, partials, weight_partials, stride, channels, *_flats(sums, totals),
+        cpu_features.collect_sums, count_chunks(geometry.num_gaussians), geometry.num_cameras, tiles.slot_starts,
+        partials, weight_partials, stride, rows.shape[-1], *_flats(sums, totals),
     )  # fmt: skip
 
 
@@ -340,17 +295,19 @@ def _pixel_rows(settings: ProjectionSettings, indices: Tensor | None) -> tuple[n
     return pixel_rows, len(indices)
 
 
-def _padded(channels: int) -> int:
-    return -(-channels // NUM_LANES) * NUM_LANES
-
-
 def _pad_channels(rows: Tensor) -> Tensor:
-    missing = _padded(rows.shape[-1]) - rows.shape[-1]
-    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+    """Rows whose last axis is filled up with zeros to a multiple of `NUM_LANES`."""
+    missing = -rows.shape[-1] % NUM_LANES
+    return torch.nn.functional.pad(rows.detach(), (0, missing)) if missing else rows
 
 
-def _num_tasks(count: int, chunk: int) -> int:
-    return -(-count // chunk)
+def _count_bands(geometry: BlendGeometry) -> int:
+    """Tasks of the kernels that handle one band of tile rows at a time."""
+    return geometry.num_cameras * geometry.extra.layout.num_bands
+
+
+def _flat_backgrounds(backgrounds: Tensor | None) -> np.ndarray:
+    return np.empty(0, np.float32) if backgrounds is None else _flat(backgrounds)
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ opacity, centre and conic. Colours go by groups of four, padded with zeros.
 
 import numpy as np
 
-from fit3d_ns.rasterization.cpu.options import compiled
+from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
 from fit3d_ns.rasterization.cpu.tiles import BLOCKS_PER_SIDE, BLOCKS_PER_TILE
 from fit3d_ns.rasterization.cpu.vectors import (
     BLOCK_SIZE,
@@ -28,9 +28,8 @@ from fit3d_ns.rasterization.cpu.vectors import (
 )
 from fit3d_ns.rasterization.cpu.weights import (
     PARAMS,
-    UNROLL,
     gather_tile,
-    longest_tile,
+    make_scratch,
     open_block,
     pixel_index,
     tile_corner,
@@ -42,39 +41,30 @@ from fit3d_ns.rasterization.reference import MAX_ALPHA
 GROUP = 4
 """Channels that are handled together."""
 MOMENTS = 8
-"""Sums per Gaussian beside the colours: h, h dx, h dy, h dx^2, h dx dy, h dy^2, and the two of `absgrad`."""
+"""Sums per Gaussian before those of the colours: h, h dx, h dy, h dx^2, h dx dy, h dy^2, and the two of `absgrad`."""
 
 _MAX_ALPHA = np.float32(MAX_ALPHA)
 
 
 @compiled
-def blend(
-    task, num_bands, band_rows, tile_width, tile_height, width, height, tile_ends, flatten_ids, block_masks,
-    means2d, conics, opacities, colors, channels, backgrounds, images, image_alphas,
-):  # fmt: skip
+def blend(task, tiles, colors, channels, backgrounds, images, image_alphas):
     """Fills `images` [C*H*W*channels] and `image_alphas` [C*H*W] of one band; empty `backgrounds` are black."""
-    first, end = tile_range(task, num_bands, band_rows, tile_width, tile_height)
-    longest = longest_tile(first, end, tile_ends)
+    layout = tiles.layout
+    width, height = layout.width, layout.height
+    first, end = tile_range(task, layout)
+    scratch = make_scratch(first, end, tiles.tile_ends, False)
+    entries, hits, weights = scratch.entries, scratch.hits, scratch.weights
+    open_lanes, final = scratch.open_lanes, scratch.final
     padded = -(-channels // GROUP) * GROUP
-    params, entries = np.empty(longest * PARAMS, np.float32), np.empty(longest, np.int64)
-    lists, counts = np.empty(longest * BLOCKS_PER_TILE + 1, np.int32), np.empty(BLOCKS_PER_TILE, np.int64)
-    hits = np.empty(longest + UNROLL, np.int64)
-    weights, unused = np.empty((longest + UNROLL) * NUM_LANES, np.float32), np.empty(0, np.float32)
-    open_lanes, final = np.empty(NUM_LANES, np.float32), np.empty(NUM_LANES, np.float32)
-    tile_colors, sums = np.zeros(longest * padded, np.float32), np.empty(padded * NUM_LANES, np.float32)
+    tile_colors, sums = np.zeros(entries.size * padded, np.float32), np.empty(padded * NUM_LANES, np.float32)
     for tile in range(first, end):
-        camera, left, top = tile_corner(tile, tile_width, tile_height)
-        n = gather_tile(
-            tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile], left, top,
-            flatten_ids, block_masks, means2d, conics, opacities, params, entries, lists, counts,
-        )  # fmt: skip
-        _gather_colors(n, entries, flatten_ids, colors, channels, padded, tile_colors)
+        camera, left, top = tile_corner(tile, layout)
+        n = gather_tile(tile, left, top, tiles, scratch)
+        _gather_colors(n, entries, tiles.flatten_ids, colors, channels, padded, tile_colors)
         for block in range(BLOCKS_PER_TILE):
-            if not open_block(block, left, top, width, height, open_lanes):
+            if not open_block(block, left, top, layout, open_lanes):
                 continue
-            num_hits = weigh_block(
-                block, params, lists, counts, entries.size, open_lanes, hits, weights, unused, unused, final, False
-            )
+            num_hits = weigh_block(block, scratch)
             for channel in range(0, padded, GROUP):
                 red, green = broadcast(np.float32(0.0)), broadcast(np.float32(0.0))
                 blue, more = broadcast(np.float32(0.0)), broadcast(np.float32(0.0))
@@ -101,38 +91,26 @@ def blend(
 
 
 @compiled
-def blend_backward(
-    task, num_bands, band_rows, tile_width, tile_height, width, height, tile_ends, flatten_ids, block_masks, slots,
-    means2d, conics, opacities, colors, channels, backgrounds, v_images, v_image_alphas, absgrad, partials,
-):  # fmt: skip
+def blend_backward(task, tiles, colors, channels, backgrounds, v_images, v_image_alphas, absgrad, partials):
     """Adds the sums of one band to its rows of `partials` [slots, MOMENTS + padded channels], flat."""
-    first, end = tile_range(task, num_bands, band_rows, tile_width, tile_height)
-    longest = longest_tile(first, end, tile_ends)
+    layout, slots = tiles.layout, tiles.slots
+    width, height = layout.width, layout.height
+    first, end = tile_range(task, layout)
+    scratch = make_scratch(first, end, tiles.tile_ends, True)
+    entries, open_lanes, final = scratch.entries, scratch.open_lanes, scratch.final
     padded = -(-channels // GROUP) * GROUP
     stride = MOMENTS + padded
-    params, entries = np.empty(longest * PARAMS, np.float32), np.empty(longest, np.int64)
-    lists, counts = np.empty(longest * BLOCKS_PER_TILE + 1, np.int32), np.empty(BLOCKS_PER_TILE, np.int64)
-    hits = np.empty(longest + UNROLL, np.int64)
-    weights = np.empty((longest + UNROLL) * NUM_LANES, np.float32)
-    alphas, befores = np.empty(longest * NUM_LANES, np.float32), np.empty(longest * NUM_LANES, np.float32)
-    open_lanes, final = np.empty(NUM_LANES, np.float32), np.empty(NUM_LANES, np.float32)
-    tile_colors = np.zeros(longest * padded, np.float32)
+    tile_colors, tile_sums = np.zeros(entries.size * padded, np.float32), np.empty(entries.size * stride, np.float32)
     gradients = np.zeros((padded + 1) * NUM_LANES, np.float32)
-    tile_sums = np.empty(longest * stride, np.float32)
     for tile in range(first, end):
-        camera, left, top = tile_corner(tile, tile_width, tile_height)
-        n = gather_tile(
-            tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile], left, top,
-            flatten_ids, block_masks, means2d, conics, opacities, params, entries, lists, counts,
-        )  # fmt: skip
-        _gather_colors(n, entries, flatten_ids, colors, channels, padded, tile_colors)
+        camera, left, top = tile_corner(tile, layout)
+        n = gather_tile(tile, left, top, tiles, scratch)
+        _gather_colors(n, entries, tiles.flatten_ids, colors, channels, padded, tile_colors)
         tile_sums[: n * stride] = 0.0
         for block in range(BLOCKS_PER_TILE):
-            if not open_block(block, left, top, width, height, open_lanes):
+            if not open_block(block, left, top, layout, open_lanes):
                 continue
-            num_hits = weigh_block(
-                block, params, lists, counts, entries.size, open_lanes, hits, weights, alphas, befores, final, True
-            )
+            num_hits = weigh_block(block, scratch)
             if num_hits == 0:
                 continue
             for lane in range(NUM_LANES):
@@ -148,20 +126,17 @@ def blend_backward(
                     if backgrounds.size > 0:
                         behind += v_images[pixel * channels + channel] * backgrounds[camera * channels + channel]
                 gradients[padded * NUM_LANES + lane] = behind * final[lane]
-            _add_block(
-                block, num_hits, hits, params, weights, alphas, befores, tile_colors, padded, gradients, absgrad,
-                tile_sums,
-            )  # fmt: skip
+            _add_block(block, num_hits, scratch, tile_colors, padded, gradients, absgrad, tile_sums)
         for i in range(n):
             for k in range(stride):
                 partials[slots[entries[i]] * stride + k] += tile_sums[i * stride + k]
 
 
 @compiled
-def _add_block(
-    block, num_hits, hits, params, weights, alphas, befores, tile_colors, padded, gradients, absgrad, tile_sums
-):
+def _add_block(block, num_hits, scratch, tile_colors, padded, gradients, absgrad, tile_sums):
     """Adds one block's sums to the rows [MOMENTS + padded] of its Gaussians, back to front."""
+    hits, params, weights = scratch.hits, scratch.params, scratch.weights
+    alphas, befores = scratch.alphas, scratch.befores
     columns = block_columns() + np.float32((block % BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
     rows = block_rows() + np.float32((block // BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
     zero, one = broadcast(np.float32(0.0)), broadcast(np.float32(1.0))
@@ -194,15 +169,10 @@ def _add_block(
         add_sums(tile_sums, row, (h, h_dx, h_dy, h_dx * dx, h_dx * dy, h_dy * dy, abs_x, abs_y))
 
 
-CHUNK = 1024
-"""Gaussians per task of `collect_gradients`."""
-
-
 @compiled
-def collect_gradients(
-    task, slot_starts, partials, channels, conics, opacities, v_means2d, v_conics, v_opacities, v_colors, v_absolute
-):
+def collect_gradients(task, tiles, partials, channels, v_means2d, v_conics, v_opacities, v_colors, v_absolute):
     """Adds up each Gaussian's slots, in their order, and turns the sums into gradients; `v_absolute` may be empty."""
+    slot_starts, conics, opacities = tiles.slot_starts, tiles.conics, tiles.opacities
     padded = -(-channels // GROUP) * GROUP
     stride = MOMENTS + padded
     sums = np.empty(stride, np.float32)

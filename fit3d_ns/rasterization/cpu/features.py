@@ -10,14 +10,13 @@ which cost nothing.
 
 import numpy as np
 
-from fit3d_ns.rasterization.cpu.options import compiled
+from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
 from fit3d_ns.rasterization.cpu.tiles import BLOCKS_PER_TILE
 from fit3d_ns.rasterization.cpu.vectors import NUM_LANES, broadcast, load, spread, store
 from fit3d_ns.rasterization.cpu.weights import (
-    PARAMS,
     UNROLL,
     gather_tile,
-    longest_tile,
+    make_scratch,
     open_block,
     pixel_index,
     tile_corner,
@@ -27,35 +26,24 @@ from fit3d_ns.rasterization.cpu.weights import (
 
 
 @compiled
-def blend_features(
-    task, num_bands, band_rows, tile_width, tile_height, width, height, tile_ends, flatten_ids, block_masks,
-    means2d, conics, opacities, features, num_gaussians, stride, channels, pixel_rows, num_rows, output,
-):  # fmt: skip
+def blend_features(task, tiles, features, num_gaussians, stride, channels, pixel_rows, num_rows, output):
     """Fills the rows of `output` [C*num_rows*channels] that lie in one band, from `features` [N*stride]."""
-    first, end = tile_range(task, num_bands, band_rows, tile_width, tile_height)
-    longest = longest_tile(first, end, tile_ends)
-    params, entries = np.empty(longest * PARAMS, np.float32), np.empty(longest, np.int64)
-    lists, counts = np.empty(longest * BLOCKS_PER_TILE + 1, np.int32), np.empty(BLOCKS_PER_TILE, np.int64)
-    hits = np.empty(longest + UNROLL, np.int64)
-    weights, unused = np.empty((longest + UNROLL) * NUM_LANES, np.float32), np.empty(0, np.float32)
-    open_lanes, final = np.empty(NUM_LANES, np.float32), np.empty(NUM_LANES, np.float32)
+    layout, flatten_ids = tiles.layout, tiles.flatten_ids
+    first, end = tile_range(task, layout)
+    scratch = make_scratch(first, end, tiles.tile_ends, False)
+    entries, hits, weights = scratch.entries, scratch.hits, scratch.weights
     lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
     sums = np.empty(NUM_LANES * stride, np.float32)
     for tile in range(first, end):
-        camera, left, top = tile_corner(tile, tile_width, tile_height)
+        camera, left, top = tile_corner(tile, layout)
         n = -1
         for block in range(BLOCKS_PER_TILE):
-            num_lanes = _read_lanes(block, left, top, width, height, pixel_rows, open_lanes, lanes, rows)
+            num_lanes = _read_lanes(block, left, top, layout, pixel_rows, scratch.open_lanes, lanes, rows)
             if num_lanes == 0:
                 continue
             if n < 0:
-                n = gather_tile(
-                    tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile], left, top,
-                    flatten_ids, block_masks, means2d, conics, opacities, params, entries, lists, counts,
-                )  # fmt: skip
-            num_hits = weigh_block(
-                block, params, lists, counts, entries.size, open_lanes, hits, weights, unused, unused, final, False
-            )
+                n = gather_tile(tile, left, top, tiles, scratch)
+            num_hits = weigh_block(block, scratch)
             for j in range(-(-num_hits // UNROLL) * UNROLL):
                 hits[j] = (flatten_ids[entries[hits[j]]] - camera * num_gaussians) * stride
             sums[: num_lanes * stride] = 0.0
@@ -98,40 +86,29 @@ def _blend_block(num_hits, hits, weights, num_lanes, lanes, features, stride, su
 
 
 @compiled
-def backproject(
-    task, num_bands, band_rows, tile_width, tile_height, width, height, tile_ends, flatten_ids, block_masks, slots,
-    means2d, conics, opacities, maps, stride, pixel_rows, num_rows, partials, weight_partials,
-):  # fmt: skip
+def backproject(task, tiles, maps, stride, pixel_rows, num_rows, partials, weight_partials):
     """Adds W G of one band to its rows of `partials` [slots*stride], and the sums of W to `weight_partials` [slots].
 
     `maps` are [C*num_rows*stride].
     """
-    first, end = tile_range(task, num_bands, band_rows, tile_width, tile_height)
-    longest = longest_tile(first, end, tile_ends)
-    params, entries = np.empty(longest * PARAMS, np.float32), np.empty(longest, np.int64)
-    lists, counts = np.empty(longest * BLOCKS_PER_TILE + 1, np.int32), np.empty(BLOCKS_PER_TILE, np.int64)
-    hits = np.empty(longest + UNROLL, np.int64)
-    weights, unused = np.empty((longest + UNROLL) * NUM_LANES, np.float32), np.empty(0, np.float32)
-    open_lanes, final = np.empty(NUM_LANES, np.float32), np.empty(NUM_LANES, np.float32)
+    layout, slots = tiles.layout, tiles.slots
+    first, end = tile_range(task, layout)
+    scratch = make_scratch(first, end, tiles.tile_ends, False)
+    entries, hits, weights = scratch.entries, scratch.hits, scratch.weights
     lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
-    tile_sums, tile_weights = np.empty(longest * stride, np.float32), np.empty(longest, np.float32)
+    tile_sums, tile_weights = np.empty(entries.size * stride, np.float32), np.empty(entries.size, np.float32)
     for tile in range(first, end):
-        camera, left, top = tile_corner(tile, tile_width, tile_height)
+        camera, left, top = tile_corner(tile, layout)
         n = -1
         for block in range(BLOCKS_PER_TILE):
-            num_lanes = _read_lanes(block, left, top, width, height, pixel_rows, open_lanes, lanes, rows)
+            num_lanes = _read_lanes(block, left, top, layout, pixel_rows, scratch.open_lanes, lanes, rows)
             if num_lanes == 0:
                 continue
             if n < 0:
-                n = gather_tile(
-                    tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile], left, top,
-                    flatten_ids, block_masks, means2d, conics, opacities, params, entries, lists, counts,
-                )  # fmt: skip
+                n = gather_tile(tile, left, top, tiles, scratch)
                 tile_sums[: n * stride] = 0.0
                 tile_weights[:n] = 0.0
-            num_hits = weigh_block(
-                block, params, lists, counts, entries.size, open_lanes, hits, weights, unused, unused, final, False
-            )
+            num_hits = weigh_block(block, scratch)
             for j in range(num_hits):
                 total = np.float32(0.0)
                 for lane in range(NUM_LANES):
@@ -186,10 +163,6 @@ def _backproject_block(num_hits, hits, weights, num_lanes, lanes, rows, maps, st
             store(tile_sums, row_d + channel, load(tile_sums, row_d + channel) + d0)
 
 
-CHUNK = 256
-"""Gaussians per task of `collect_sums`."""
-
-
 @compiled
 def collect_sums(task, num_cameras, slot_starts, partials, weight_partials, stride, channels, sums, totals):
     """Adds each Gaussian's slots, over all cameras in their order, to `sums` [N*channels] and `totals` [N].
@@ -219,15 +192,15 @@ def collect_sums(task, num_cameras, slot_starts, partials, weight_partials, stri
 
 
 @compiled
-def _read_lanes(block, left, top, width, height, pixel_rows, open_lanes, lanes, rows):
+def _read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows):
     """Lists the pixels of a block that somebody reads, and closes the others; returns their number."""
-    if not open_block(block, left, top, width, height, open_lanes):
+    if not open_block(block, left, top, layout, open_lanes):
         return 0
     count = 0
     for lane in range(NUM_LANES):
         if open_lanes[lane] == 0.0:
             continue
-        row = pixel_rows[pixel_index(block, lane, left, top, width)]
+        row = pixel_rows[pixel_index(block, lane, left, top, layout.width)]
         if row < 0:
             open_lanes[lane] = 0.0
         else:

@@ -7,8 +7,7 @@ import math
 
 import numpy as np
 
-from fit3d_ns.rasterization.cpu.options import compiled
-from fit3d_ns.rasterization.cpu.projection import CHUNK
+from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
 from fit3d_ns.rasterization.spherical_harmonics import COLOR_OFFSET
 
 
@@ -37,7 +36,7 @@ def evaluate(task, sh_degree, means, centres, coefficients, radii, colors):
 
 @compiled
 def evaluate_backward(
-    task, sh_degree, means, centres, coefficients, radii, colors, v_colors, v_means, v_centres, v_coefficients
+    task, sh_degree, means, centres, coefficients, radii, colors, v_colors, v_means, v_coefficients, v_centres
 ):
     """Gradients of one chunk; `v_centres` [tasks, C, 3] (float64, zero) holds one partial sum per task."""
     num_bases = (sh_degree + 1) ** 2

@@ -10,11 +10,8 @@ import math
 
 import numpy as np
 
-from fit3d_ns.rasterization.cpu.options import compiled
+from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
 from fit3d_ns.rasterization.projection import FOV_MARGIN, MIN_EIGENVALUE_GAP
-
-CHUNK = 1024
-"""Gaussians per task."""
 
 
 @compiled

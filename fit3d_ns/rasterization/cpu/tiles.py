@@ -9,20 +9,19 @@ worked on by one thread, and a Gaussian's slots follow each other, so that addin
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from fit3d_ns.rasterization.cpu.options import compiled
+from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
 from fit3d_ns.rasterization.cpu.vectors import BLOCK_SIZE
-from fit3d_ns.rasterization.projection import TILE_SIZE
+from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectionSettings
 
 BLOCKS_PER_SIDE = TILE_SIZE // BLOCK_SIZE
 BLOCKS_PER_TILE = BLOCKS_PER_SIDE * BLOCKS_PER_SIDE
 MAX_BANDS = 32
 """Bands per camera; more give more tasks to share out, and more slots to add up."""
 ALL_BLOCKS = (1 << BLOCKS_PER_TILE) - 1
-CHUNK = 1024
-"""Gaussians per task of `measure_reach`."""
 REACH_MARGIN = 0.01
 """Added to the squared reach of the ellipse relatively, and to its extent in pixels, against rounding."""
 
@@ -30,19 +29,62 @@ _RADIX_BITS = 11
 _RADIX_PASSES = 3
 
 
-def rows_per_band(tile_height: int) -> int:
-    """Tile rows in each band of an image, except for the last."""
-    return max(1, math.ceil(tile_height / MAX_BANDS))
+class TileLayout(NamedTuple):
+    """How the images of one call are cut into tiles, and these into bands of tile rows."""
+
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    tile_width: int
+    """Tiles in one row."""
+    tile_height: int
+    """Tiles in one column."""
+    band_rows: int
+    """Tile rows in each band, except for the last."""
+    num_bands: int
+    """Bands per camera."""
+
+
+class CpuTiles(NamedTuple):
+    """What the blending kernels read: the tile lists, and the Gaussians in them as flat arrays."""
+
+    layout: TileLayout
+    tile_ends: np.ndarray
+    """int64 [C*tiles]: where each tile's entries end; they begin where those of the tile before it end."""
+    flatten_ids: np.ndarray
+    """int32 [entries]: camera * N + Gaussian."""
+    block_masks: np.ndarray
+    """uint16 [entries]: which of the tile's 16 blocks the Gaussian can reach."""
+    slots: np.ndarray
+    """int32 [entries]: row of partial sums that the entry adds to."""
+    slot_starts: np.ndarray
+    """int64 [C*N + 1]: the slots of each Gaussian."""
+    means2d: np.ndarray
+    """float32 [C*N*2]."""
+    conics: np.ndarray
+    """float32 [C*N*3]."""
+    opacities: np.ndarray
+    """float32 [C*N]."""
+
+
+def create_layout(settings: ProjectionSettings) -> TileLayout:
+    """The layout of images of this size."""
+    tile_width, tile_height = settings.tile_width, settings.tile_height
+    band_rows = math.ceil(tile_height / MAX_BANDS)
+    num_bands = math.ceil(tile_height / band_rows)
+    return TileLayout(settings.width, settings.height, tile_width, tile_height, band_rows, num_bands)
 
 
 @compiled
-def count_entries(radii, means2d, tile_width, tile_height, band_rows, tile_spans, tiles_per_gauss, tile_ends):
-    """Counts the tiles of each Gaussian and the entries of each tile.
+def count_entries(radii, means2d, layout, tile_spans, tiles_per_gauss, slot_starts, tile_ends):
+    """Counts the tiles and slots of each Gaussian and the entries of each tile.
 
-    Fills `tile_spans` [C*N, 4] (first column, end column, first row, end row), `tiles_per_gauss` [C*N] and `tile_ends`
-    [C*tiles] (running totals of the entries). Returns the number of bands that all Gaussians touch together.
+    Fills `tile_spans` [C*N, 4] (first column, end column, first row, end row), `tiles_per_gauss` [C*N], `slot_starts`
+    [C*N + 1] (running totals of the bands that Gaussians touch) and `tile_ends` [C*tiles] (those of the entries).
     """
     num_gaussians = radii.shape[1]
+    tile_width, tile_height, band_rows = layout.tile_width, layout.tile_height, layout.band_rows
     num_tiles = tile_width * tile_height
     num_slots = 0
     scale = np.float32(1.0 / TILE_SIZE)
@@ -52,6 +94,7 @@ def count_entries(radii, means2d, tile_width, tile_height, band_rows, tile_spans
             index = camera * num_gaussians + gaussian
             tile_spans[index] = 0
             tiles_per_gauss[index] = 0
+            slot_starts[index] = num_slots
             if radii[camera, gaussian] <= 0:
                 continue
             reach = np.float32(radii[camera, gaussian]) * scale
@@ -68,11 +111,11 @@ def count_entries(radii, means2d, tile_width, tile_height, band_rows, tile_spans
             for row in range(tile_spans[index, 2], tile_spans[index, 3]):
                 for column in range(tile_spans[index, 0], tile_spans[index, 1]):
                     tile_ends[camera * num_tiles + row * tile_width + column] += 1
+    slot_starts[radii.size] = num_slots
     total = 0
     for tile in range(tile_ends.size):
         total += tile_ends[tile]
         tile_ends[tile] = total
-    return num_slots
 
 
 @compiled
@@ -109,23 +152,12 @@ def order_by_depth(depths, tiles_per_gauss, order, keys, spare_order, spare_keys
 
 @compiled
 def fill_entries(
-    order, count, num_gaussians, depths, tile_spans, tile_width, tile_height, band_rows, tile_ends, slot_starts,
-    flatten_ids, isect_ids, slots, cursors,
-):  # fmt: skip
-    """Puts each Gaussian into its tiles, nearest first, and numbers the slots; `cursors` is scratch [C*tiles]."""
-    num_tiles = tile_width * tile_height
-    tile_bits = 0
-    while (1 << tile_bits) <= num_tiles:
-        tile_bits += 1
-    for tile in range(tile_ends.size):
-        cursors[tile] = tile_ends[tile - 1] if tile > 0 else 0
-    num_slots = 0
-    for index in range(tile_spans.shape[0]):
-        slot_starts[index] = num_slots
-        if tile_spans[index, 1] > tile_spans[index, 0] and tile_spans[index, 3] > tile_spans[index, 2]:
-            num_slots += (tile_spans[index, 3] - 1) // band_rows - tile_spans[index, 2] // band_rows + 1
-    slot_starts[tile_spans.shape[0]] = num_slots
-    for i in range(count):
+    order, num_gaussians, depths, layout, tile_bits, tile_spans, slot_starts, cursors, flatten_ids, isect_ids, slots
+):
+    """Puts each Gaussian into its tiles, nearest first; `cursors` [C*tiles] come as the tiles' first entries."""
+    tile_width, band_rows = layout.tile_width, layout.band_rows
+    num_tiles = tile_width * layout.tile_height
+    for i in range(order.size):
         index = order[i]
         camera = np.int64(index // num_gaussians)
         first_band = tile_spans[index, 2] // band_rows
@@ -166,11 +198,11 @@ def measure_reach(task, conics, opacities, tiles_per_gauss, reach):
 
 
 @compiled
-def mark_blocks(task, tile_width, tile_height, tile_ends, flatten_ids, means2d, reach, block_masks):
+def mark_blocks(task, layout, tile_ends, flatten_ids, means2d, reach, block_masks):
     """Fills the block masks of one row of tiles; `task` counts the tile rows of all cameras."""
-    row = task % tile_height
-    for column in range(tile_width):
-        tile = task * tile_width + column
+    row = task % layout.tile_height
+    for column in range(layout.tile_width):
+        tile = task * layout.tile_width + column
         for entry in range(tile_ends[tile - 1] if tile > 0 else 0, tile_ends[tile]):
             g = flatten_ids[entry]
             x, y = means2d[2 * g] - TILE_SIZE * column, means2d[2 * g + 1] - TILE_SIZE * row

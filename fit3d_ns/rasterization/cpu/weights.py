@@ -5,9 +5,11 @@
 `reference.py` defines the formulas. Nothing is kept from pass to pass: computing weights again costs less than storing.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-from fit3d_ns.rasterization.cpu.options import compiled
+from fit3d_ns.rasterization.cpu.runtime import compiled
 from fit3d_ns.rasterization.cpu.tiles import BLOCKS_PER_SIDE, BLOCKS_PER_TILE
 from fit3d_ns.rasterization.cpu.vectors import (
     BLOCK_SIZE,
@@ -36,28 +38,62 @@ _MAX_ALPHA, _MIN_ALPHA = np.float32(MAX_ALPHA), np.float32(MIN_ALPHA)
 _MIN_TRANSMITTANCE = np.float32(MIN_TRANSMITTANCE)
 
 
+class TileScratch(NamedTuple):
+    """Memory of one task, written again for each tile (the first four) and each block (the others)."""
+
+    params: np.ndarray
+    """float32 [capacity * PARAMS]: numbers of the tile's i-th Gaussian."""
+    entries: np.ndarray
+    """int64 [capacity]: its place in the tile lists."""
+    lists: np.ndarray
+    """int32: `lists[b * capacity + j]`, j < `counts[b]`, are the Gaussians i of block b, front to back."""
+    counts: np.ndarray
+    """int64 [16]: Gaussians in the list of each block."""
+    open_lanes: np.ndarray
+    """float32 [16]: 1 for the pixels of the block to blend and 0 for others."""
+    hits: np.ndarray
+    """int64: the j-th Gaussian i that is blended in any pixel of the block."""
+    weights: np.ndarray
+    """float32: from 16 j on, its weights; then zeros up to a multiple of `UNROLL` Gaussians."""
+    alphas: np.ndarray
+    """float32: from 16 j on, its alphas; empty if they are not kept."""
+    befores: np.ndarray
+    """float32: from 16 j on, the transmittances in front of it; empty if they are not kept."""
+    final: np.ndarray
+    """float32 [16]: the transmittances that are left, 1 in pixels that are not blended."""
+
+
 @compiled
-def longest_tile(first_tile, end_tile, tile_ends):
-    """The largest number of entries of the tiles, which decides how much scratch a task takes."""
-    longest = 0
+def make_scratch(first_tile, end_tile, tile_ends, keeps_alphas):
+    """Memory for the longest of the tiles."""
+    capacity = 0
     for tile in range(first_tile, end_tile):
-        longest = max(longest, tile_ends[tile] - (tile_ends[tile - 1] if tile > 0 else 0))
-    return longest
+        capacity = max(capacity, tile_ends[tile] - (tile_ends[tile - 1] if tile > 0 else 0))
+    num_kept = capacity * NUM_LANES if keeps_alphas else 0
+    return TileScratch(
+        params=np.empty(capacity * PARAMS, np.float32),
+        entries=np.empty(capacity, np.int64),
+        lists=np.empty(capacity * BLOCKS_PER_TILE + 1, np.int32),
+        counts=np.empty(BLOCKS_PER_TILE, np.int64),
+        open_lanes=np.empty(NUM_LANES, np.float32),
+        hits=np.empty(capacity + UNROLL, np.int64),
+        weights=np.empty((capacity + UNROLL) * NUM_LANES, np.float32),
+        alphas=np.empty(num_kept, np.float32),
+        befores=np.empty(num_kept, np.float32),
+        final=np.empty(NUM_LANES, np.float32),
+    )
 
 
 @compiled
-def gather_tile(
-    start, end, left, top, flatten_ids, block_masks, means2d, conics, opacities, params, entries, lists, counts
-):
-    """Copies the entries of a tile that reach any block to the front of scratch; returns their number.
-
-    `entries[i]` is the place in the tile lists, `params` as above; `lists[b * capacity + j]`, j < `counts[b]`, are the
-    numbers i of block b, front to back, with capacity `entries.size`.
-    """
+def gather_tile(tile, left, top, tiles, scratch):
+    """Copies the entries of a tile that reach any block to the front of scratch; returns their number."""
+    params, entries, lists, counts = scratch.params, scratch.entries, scratch.lists, scratch.counts
+    means2d, conics, opacities = tiles.means2d, tiles.conics, tiles.opacities
+    flatten_ids, block_masks = tiles.flatten_ids, tiles.block_masks
     counts[:] = 0
     capacity = entries.size
     n = 0
-    for entry in range(start, end):
+    for entry in range(tiles.tile_ends[tile - 1] if tile > 0 else 0, tiles.tile_ends[tile]):
         mask = np.uint32(block_masks[entry])
         if mask == 0:
             continue
@@ -78,20 +114,18 @@ def gather_tile(
 
 
 @compiled
-def weigh_block(block, params, lists, counts, capacity, open_lanes, hits, weights, alphas, befores, final, keeps):
-    """Blend weights of one block; returns the number of Gaussians that are blended in any of its pixels.
-
-    Fills for the j-th of them `hits[j]` (its number in the tile) and `weights[16 j:]`, then zero weights up to a
-    multiple of `UNROLL`; with `keeps` also its `alphas` and the transmittances `befores` it. `open_lanes` [16] is 1 for
-    pixels to blend and 0 for others; `final` gets the transmittances that are left (1 in other pixels).
-    """
+def weigh_block(block, scratch):
+    """Blend weights of one block; returns the number of Gaussians that are blended in any of its open pixels."""
+    params, lists, hits, weights = scratch.params, scratch.lists, scratch.hits, scratch.weights
+    alphas, befores = scratch.alphas, scratch.befores
+    capacity, keeps_alphas = scratch.entries.size, alphas.size > 0
     columns = block_columns() + np.float32((block % BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
     rows = block_rows() + np.float32((block // BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
     zero, one = broadcast(np.float32(0.0)), broadcast(np.float32(1.0))
     # `live` falls to zero when a pixel is finished, and no test passes there any more; `left` keeps its last value.
-    live, left = load(open_lanes, 0), one
+    live, left = load(scratch.open_lanes, 0), one
     num_hits = 0
-    for j in range(counts[block]):
+    for j in range(scratch.counts[block]):
         i = lists[block * capacity + j]
         p = i * PARAMS
         dx, dy = spread(params, p) - columns, spread(params, p + 1) - rows
@@ -104,7 +138,7 @@ def weigh_block(block, params, lists, counts, capacity, open_lanes, hits, weight
         if any_lane(blended):
             hits[num_hits] = i
             store(weights, num_hits * NUM_LANES, select(blended, alpha * live, zero))
-            if keeps:
+            if keeps_alphas:
                 store(alphas, num_hits * NUM_LANES, select(blended, alpha, zero))
                 store(befores, num_hits * NUM_LANES, live)
             num_hits += 1
@@ -115,18 +149,18 @@ def weigh_block(block, params, lists, counts, capacity, open_lanes, hits, weight
     for j in range(num_hits, -(-num_hits // UNROLL) * UNROLL):
         hits[j] = hits[0]
         store(weights, j * NUM_LANES, zero)
-    store(final, 0, left)
+    store(scratch.final, 0, left)
     return num_hits
 
 
 @compiled
-def open_block(block, left, top, width, height, open_lanes):
+def open_block(block, left, top, layout, open_lanes):
     """Marks the pixels of a block that lie on the image; returns whether there are any."""
     found = False
     for lane in range(NUM_LANES):
         row = top + (block // BLOCKS_PER_SIDE) * BLOCK_SIZE + lane // BLOCK_SIZE
         column = left + (block % BLOCKS_PER_SIDE) * BLOCK_SIZE + lane % BLOCK_SIZE
-        is_open = row < height and column < width
+        is_open = row < layout.height and column < layout.width
         open_lanes[lane] = np.float32(1.0) if is_open else np.float32(0.0)
         found = found or is_open
     return found
@@ -140,16 +174,17 @@ def pixel_index(block, lane, left, top, width):
 
 
 @compiled
-def tile_corner(tile, tile_width, tile_height):
+def tile_corner(tile, layout):
     """Camera, and (left, top) in pixels of a tile counted over all cameras."""
-    within = tile % (tile_width * tile_height)
-    return tile // (tile_width * tile_height), within % tile_width * TILE_SIZE, within // tile_width * TILE_SIZE
+    num_tiles = layout.tile_width * layout.tile_height
+    within = tile % num_tiles
+    return tile // num_tiles, within % layout.tile_width * TILE_SIZE, within // layout.tile_width * TILE_SIZE
 
 
 @compiled
-def tile_range(task, num_bands, band_rows, tile_width, tile_height):
+def tile_range(task, layout):
     """First and end tile, counted over all cameras, of a band of tile rows; tasks count the bands of all cameras."""
-    camera, band = task // num_bands, task % num_bands
-    first = camera * tile_height + band * band_rows
-    end = camera * tile_height + min((band + 1) * band_rows, tile_height)
-    return first * tile_width, end * tile_width
+    camera, band = task // layout.num_bands, task % layout.num_bands
+    first = camera * layout.tile_height + band * layout.band_rows
+    end = camera * layout.tile_height + min((band + 1) * layout.band_rows, layout.tile_height)
+    return first * layout.tile_width, end * layout.tile_width

@@ -1,0 +1,127 @@
+"""How the kernels of the CPU backend are compiled, run on several threads, and given scratch memory.
+
+Threads come from a small pool of our own because numba's threading layers cannot be used here: one kills a child that
+was forked after a kernel ran, the other aborts when two threads run kernels at once. Our kernels release the
+interpreter lock and share nothing, so plain Python threads suffice; a forked child drops the pool and makes a new one.
+
+Work is cut into tasks by its size alone, never by the number of threads, and each task writes where no other task does;
+so results are the same to the bit whichever thread runs which task.
+"""
+
+import functools
+import hashlib
+import inspect
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+CHUNK = 1024
+"""Gaussians per task of the kernels that go through all Gaussians."""
+LARGEST_KEPT_BYTES = 256_000_000
+"""Larger scratch arrays are allocated each time; a thread keeps at most this much under each name."""
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_kept = threading.local()
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compiles a kernel: no bounds checks, no interpreter lock, division by zero gives infinity; kept on disk.
+
+    Products and sums may be fused, but never reordered, so that results do not depend on how a loop was compiled.
+    Type checkers that wrap every function at import are unwrapped: numba can only compile the function itself.
+    """
+    options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+    kernel = njit(**options)(inspect.unwrap(function))
+    # numba takes stored code for current as long as the kernel's own file has not changed. But kernels call functions
+    # of other files, whose code is stored within theirs: any change here must make all of them stale.
+    kernel._cache._cache_file._source_stamp = _hash_sources()
+    return kernel
+
+
+def run_tasks(kernel: Callable[..., Any], num_tasks: int, *arguments: Any) -> None:
+    """Calls `kernel(task, *arguments)` for each task number, on as many threads as PyTorch uses."""
+    num_threads = min(torch.get_num_threads(), num_tasks)
+    if num_threads <= 1:
+        for task in range(num_tasks):
+            kernel(task, *arguments)
+        return
+    counter = itertools.count()
+
+    def work() -> None:
+        # `next` on a counter is atomic under the interpreter lock.
+        for task in iter(counter.__next__, None):
+            if task >= num_tasks:
+                return
+            kernel(task, *arguments)
+
+    helpers = _submit(work, num_threads - 1)
+    try:
+        work()
+    finally:
+        for helper in helpers:
+            # One that has not begun is not needed any more: another render keeps the pool busy.
+            if not helper.cancel():
+                helper.result()
+
+
+def count_chunks(num_gaussians: int) -> int:
+    """Tasks of a kernel that handles `CHUNK` Gaussians at a time."""
+    return -(-num_gaussians // CHUNK)
+
+
+def take_zeros(name: str, size: int) -> np.ndarray:
+    """Zeros, float32 [size], valid until this thread asks for the same name again.
+
+    The memory is kept from one call to the next. The C library gives blocks of over 32 MB back to the system when they
+    are freed; in a lift onto 140,000 Gaussians, half of the time went into getting them again, page by page.
+    """
+    if 4 * size > LARGEST_KEPT_BYTES:
+        return np.zeros(size, np.float32)
+    known: np.ndarray | None = getattr(_kept, name, None)
+    if known is None or known.size < size:
+        # A little more than was asked for: views of one scene differ in size.
+        known = np.zeros(min(size + size // 4, LARGEST_KEPT_BYTES // 4), np.float32)
+        setattr(_kept, name, known)
+        return known[:size]
+    array = known[:size]
+    array.fill(0.0)
+    return array
+
+
+@functools.cache
+def _hash_sources() -> str:
+    """One name for the present text of all files in this folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _submit(work: Callable[[], None], count: int) -> list:
+    """Starts `work` on `count` threads of the pool, which grows when more are asked for."""
+    global _pool, _pool_size
+    with _lock:
+        if _pool is None or _pool_size < count:
+            # Threads of a smaller pool finish what they were given and then end.
+            if _pool is not None:
+                _pool.shutdown(wait=False)
+            _pool, _pool_size = ThreadPoolExecutor(count, thread_name_prefix="rasterization"), count
+        return [_pool.submit(work) for _ in range(count)]
+
+
+def _forget_pool() -> None:
+    global _lock, _pool, _pool_size
+    _lock, _pool, _pool_size = threading.Lock(), None, 0
+
+
+os.register_at_fork(after_in_child=_forget_pool)
