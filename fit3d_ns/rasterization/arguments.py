@@ -38,16 +38,9 @@ def check_modes(render_mode: str, rasterize_mode: str) -> None:
 
 
 def check_geometry(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    viewmats: Tensor,
-    Ks: Tensor,
-    width: int,
-    height: int,
+    means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor
 ) -> None:
-    """Compares the shapes, dtypes and devices of Gaussians and cameras; the image must not be empty."""
+    """Compares the shapes, dtypes and devices of Gaussians and cameras."""
     num_gaussians, num_cameras = means.shape[0], viewmats.shape[0]
     expected = {
         "means": (means, (num_gaussians, 3)),
@@ -62,8 +55,6 @@ def check_geometry(
         _check_like(name, tensor, "means", means)
     if num_cameras == 0:
         raise ValueError("`viewmats` holds no camera; pass at least one.")
-    if width < 1 or height < 1:
-        raise ValueError(f"An image of {width} x {height} pixels cannot be rendered; pass a positive width and height.")
 
 
 def check_colors(

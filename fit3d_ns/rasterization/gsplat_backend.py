@@ -1,14 +1,13 @@
 """The CUDA backend: gsplat's kernels (1.4, also 1.5), one projection and one tile sort for colour and features.
 
-This is the only file of the rasterizer that imports gsplat. Gradients are those of gsplat's own autograd functions;
-they come from atomic additions and do not repeat to the bit.
+Shapes and meaning are as in `reference`. This is the only file of the rasterizer that imports gsplat. Gradients are
+those of gsplat's own autograd functions; they come from atomic additions and do not repeat to the bit.
 """
 
 import warnings
 
 import torch
 from gsplat import fully_fused_projection, isect_offset_encode, isect_tiles, rasterize_to_pixels, spherical_harmonics
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectedGaussians, ProjectionSettings
@@ -24,40 +23,19 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 
 
 def project_gaussians(
-    means: Float[Tensor, "num_gaussians 3"],
-    quats: Float[Tensor, "num_gaussians 4"],
-    scales: Float[Tensor, "num_gaussians 3"],
-    viewmats: Float[Tensor, "num_cameras 4 4"],
-    Ks: Float[Tensor, "num_cameras 3 3"],
-    settings: ProjectionSettings,
+    means: Tensor, quats: Tensor, scales: Tensor, viewmats: Tensor, Ks: Tensor, settings: ProjectionSettings
 ) -> ProjectedGaussians:
     """As `projection.project_gaussians`; rows of radius 0 hold whatever was in memory, as with gsplat itself."""
     radii, means2d, depths, conics, compensations = fully_fused_projection(
-        means,
-        None,
-        quats,
-        scales,
-        viewmats,
-        Ks,
-        settings.width,
-        settings.height,
-        eps2d=settings.eps2d,
-        near_plane=settings.near_plane,
-        far_plane=settings.far_plane,
-        radius_clip=settings.radius_clip,
-        packed=False,
-        calc_compensations=settings.antialiased,
-    )
+        means, None, quats, scales, viewmats, Ks, settings.width, settings.height, settings.eps2d, settings.near_plane,
+        settings.far_plane, settings.radius_clip, packed=False, calc_compensations=settings.antialiased,
+    )  # fmt: skip
     return ProjectedGaussians(radii, means2d, depths, conics, compensations)
 
 
 def evaluate_harmonics(
-    sh_degree: int,
-    means: Float[Tensor, "num_gaussians 3"],
-    viewmats: Float[Tensor, "num_cameras 4 4"],
-    coefficients: Float[Tensor, "*batch num_gaussians bases 3"],
-    is_drawn: Tensor,
-) -> Float[Tensor, "num_cameras num_gaussians 3"]:
+    sh_degree: int, means: Tensor, viewmats: Tensor, coefficients: Tensor, is_drawn: Tensor
+) -> Tensor:
     """As `spherical_harmonics.evaluate_harmonics`."""
     centres = torch.linalg.inv(viewmats)[:, :3, 3]
     directions = means[None] - centres[:, None]
@@ -66,9 +44,7 @@ def evaluate_harmonics(
     return torch.where(is_drawn[..., None], colors + COLOR_OFFSET, 0.0).clamp(min=0.0)
 
 
-def build_geometry(
-    projected: ProjectedGaussians, opacities: Float[Tensor, "num_cameras num_gaussians"], settings: ProjectionSettings
-) -> BlendGeometry:
+def build_geometry(projected: ProjectedGaussians, opacities: Tensor, settings: ProjectionSettings) -> BlendGeometry:
     """As `reference.build_geometry`."""
     means2d = projected.means2d.detach().contiguous()
     size = (settings.tile_width, settings.tile_height)
@@ -91,14 +67,14 @@ def build_geometry(
 
 def blend(
     geometry: BlendGeometry,
-    means2d: Float[Tensor, "num_cameras num_gaussians 2"],
-    conics: Float[Tensor, "num_cameras num_gaussians 3"],
-    opacities: Float[Tensor, "num_cameras num_gaussians"],
-    colors: Float[Tensor, "num_cameras num_gaussians channels"],
-    backgrounds: Float[Tensor, "num_cameras channels"] | None,
+    means2d: Tensor,
+    conics: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    backgrounds: Tensor | None,
     absgrad: bool,
-    masks: Bool[Tensor, "num_cameras tile_height tile_width"] | None = None,
-) -> tuple[Float[Tensor, "num_cameras height width channels"], Float[Tensor, "num_cameras height width 1"]]:
+    masks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `reference.blend`; with `masks`, images and alphas of tiles that are False hold whatever was in memory.
 
     The gradient by alpha goes through the first chunk of channels alone. With several chunks `absgrad` is that of the
@@ -115,29 +91,16 @@ def blend(
     for first in range(0, colors.shape[-1], chunk):
         part = slice(first, first + chunk)
         image, alpha = rasterize_to_pixels(
-            means2d,
-            conics,
-            colors[..., part],
-            opacities,
-            geometry.settings.width,
-            geometry.settings.height,
-            TILE_SIZE,
-            geometry.tiles.isect_offsets,
-            geometry.tiles.flatten_ids,
-            backgrounds=None if backgrounds is None else backgrounds[..., part],
-            masks=masks,
-            absgrad=absgrad,
-        )
+            means2d, conics, colors[..., part], opacities, geometry.settings.width, geometry.settings.height, TILE_SIZE,
+            geometry.tiles.isect_offsets, geometry.tiles.flatten_ids,
+            backgrounds=None if backgrounds is None else backgrounds[..., part], masks=masks, absgrad=absgrad,
+        )  # fmt: skip
         images.append(image)
         alphas.append(alpha)
     return images[0] if len(images) == 1 else torch.cat(images, dim=-1), alphas[0]
 
 
-def blend_features(
-    features: Float[Tensor, "num_gaussians channels"],
-    geometry: BlendGeometry,
-    pixels: Int[Tensor, "num_pixels 2"] | None,
-) -> Float[Tensor, "num_cameras *pixels channels"]:
+def blend_features(features: Tensor, geometry: BlendGeometry, pixels: Tensor | None) -> Tensor:
     """As `reference.blend_features`; with `pixels`, tiles without any are skipped."""
     masks = None
     if pixels is not None:
@@ -151,12 +114,7 @@ def blend_features(
     return image if pixels is None else image[:, pixels[:, 0].long(), pixels[:, 1].long()]
 
 
-def backproject(
-    feature_maps: Float[Tensor, "num_cameras height width channels"],
-    geometry: BlendGeometry,
-    sums: Float[Tensor, "num_gaussians channels"],
-    totals: Float[Tensor, " num_gaussians"],
-) -> None:
+def backproject(feature_maps: Tensor, geometry: BlendGeometry, sums: Tensor, totals: Tensor) -> None:
     """As `reference.backproject`: the gradient of blended features, with the weights as one more channel of ones."""
     channels = feature_maps.shape[-1]
     maps = torch.cat([feature_maps, torch.ones_like(feature_maps[..., :1])], dim=-1)

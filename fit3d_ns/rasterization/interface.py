@@ -115,15 +115,9 @@ def rasterization(
         if backgrounds is not None:
             nothing = backgrounds.new_zeros(len(viewmats), 1)
             backgrounds = torch.cat([backgrounds, nothing], dim=-1) if uses_colors else nothing
-    images, alphas = engine.blend(
-        info["blend_geometry"],
-        info["means2d"],
-        info["conics"],
-        info["opacities"],
-        channels[0] if len(channels) == 1 else torch.cat(channels, dim=-1),
-        backgrounds,
-        absgrad,
-    )
+    blended = channels[0] if len(channels) == 1 else torch.cat(channels, dim=-1)
+    projected = (info["means2d"], info["conics"], info["opacities"])
+    images, alphas = engine.blend(info["blend_geometry"], *projected, blended, backgrounds, absgrad)
     if render_mode in ("ED", "RGB+ED"):
         expected = images[..., -1:] / alphas.clamp(min=ALPHA_FLOOR_OF_EXPECTED_DEPTH)
         images = torch.cat([images[..., :-1], expected], dim=-1)
@@ -237,9 +231,7 @@ def resolve_backend(name: str, means: Tensor) -> str:
     device = means.device.type
     if name == "auto":
         if device not in ("cpu", "cuda"):
-            raise ValueError(
-                f"No rasterization backend serves {device} tensors; move them to the CPU or a CUDA device."
-            )
+            raise ValueError(f"No rasterization backend serves {device} tensors; move them to the CPU or to CUDA.")
         name = "gsplat" if device == "cuda" else "cpu"
     needed = {"cpu": "cpu", "gsplat": "cuda"}.get(name, device)
     if device != needed:
@@ -266,7 +258,7 @@ def _project(
     settings: ProjectionSettings,
     backend: str,
 ) -> dict[str, Any]:
-    arguments.check_geometry(means, quats, scales, opacities, viewmats, Ks, settings.width, settings.height)
+    arguments.check_geometry(means, quats, scales, opacities, viewmats, Ks)
     name = resolve_backend(backend, means)
     engine = load_backend(name)
     projected = engine.project_gaussians(means, quats, scales, viewmats, Ks, settings)

@@ -38,6 +38,11 @@ class ProjectionSettings:
     antialiased: bool = False
     """Whether opacities are scaled by sqrt(det / blurred det), as Mip-Splatting does (Yu et al. 2024)."""
 
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.height < 1:
+            size = f"{self.width} x {self.height}"
+            raise ValueError(f"An image of {size} pixels cannot be rendered; pass a positive width and height.")
+
     @property
     def tile_width(self) -> int:
         """Tiles in one row."""

@@ -1,4 +1,4 @@
-"""The CPU backend: autograd functions around the compiled kernels, float32.
+"""The CPU backend: autograd functions around the compiled kernels, float32; shapes and meaning as in `reference`.
 
 Projection, harmonics and blending are three nodes of the graph, so that `means2d` is a tensor of its own between them.
 All arrays are cut into tasks by size alone and added up in a fixed order: results repeat to the bit.
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,12 +24,7 @@ from fit3d_ns.rasterization.reference import BlendGeometry, TileLists
 
 
 def project_gaussians(
-    means: Float[Tensor, "num_gaussians 3"],
-    quats: Float[Tensor, "num_gaussians 4"],
-    scales: Float[Tensor, "num_gaussians 3"],
-    viewmats: Float[Tensor, "num_cameras 4 4"],
-    Ks: Float[Tensor, "num_cameras 3 3"],
-    settings: ProjectionSettings,
+    means: Tensor, quats: Tensor, scales: Tensor, viewmats: Tensor, Ks: Tensor, settings: ProjectionSettings
 ) -> ProjectedGaussians:
     """As `projection.project_gaussians`."""
     radii, means2d, depths, conics, compensations = _Projection.apply(means, quats, scales, viewmats, Ks, settings)
@@ -38,12 +32,8 @@ def project_gaussians(
 
 
 def evaluate_harmonics(
-    sh_degree: int,
-    means: Float[Tensor, "num_gaussians 3"],
-    viewmats: Float[Tensor, "num_cameras 4 4"],
-    coefficients: Float[Tensor, "*batch num_gaussians bases 3"],
-    is_drawn: Tensor,
-) -> Float[Tensor, "num_cameras num_gaussians 3"]:
+    sh_degree: int, means: Tensor, viewmats: Tensor, coefficients: Tensor, is_drawn: Tensor
+) -> Tensor:
     """As `spherical_harmonics.evaluate_harmonics`."""
     centres = torch.linalg.inv(viewmats)[:, :3, 3]
     if coefficients.ndim == 3:
@@ -51,42 +41,29 @@ def evaluate_harmonics(
     return _Harmonics.apply(means, centres, coefficients, is_drawn, sh_degree)
 
 
-def build_geometry(
-    projected: ProjectedGaussians, opacities: Float[Tensor, "num_cameras num_gaussians"], settings: ProjectionSettings
-) -> BlendGeometry:
+def build_geometry(projected: ProjectedGaussians, opacities: Tensor, settings: ProjectionSettings) -> BlendGeometry:
     """As `reference.build_geometry`; `extra` holds `CpuTiles`."""
     means2d, conics = projected.means2d.detach().contiguous(), projected.conics.detach().contiguous()
     opacities = opacities.detach().contiguous()
     flat_means2d, flat_conics, flat_opacities = _flats(means2d, conics, opacities)
     layout = cpu_tiles.create_layout(settings)
     num_cameras, num_gaussians = opacities.shape
-    num_tiles, total = layout.tile_width * layout.tile_height, num_cameras * num_gaussians
-
-    tile_spans, tiles_per_gauss = np.empty((total, 4), np.int32), np.empty(total, np.int32)
-    slot_starts, tile_ends = np.empty(total + 1, np.int64), np.empty(num_cameras * num_tiles, np.int64)
-    cpu_tiles.count_entries(
-        projected.radii.numpy(), means2d.numpy(), layout, tile_spans, tiles_per_gauss, slot_starts, tile_ends
+    tile_spans, tiles_per_gauss, slot_starts, tile_ends = cpu_tiles.count_entries(
+        projected.radii.numpy(), means2d.numpy(), layout
     )
     depth_bits = _flat(projected.depths).view(np.uint32)
-    order, spare_order = np.empty(total, np.int32), np.empty(total, np.int32)
-    keys, spare_keys = np.empty(total, np.uint32), np.empty(total, np.uint32)
-    count = cpu_tiles.order_by_depth(depth_bits, tiles_per_gauss, order, keys, spare_order, spare_keys)
-
-    num_entries = int(tile_ends[-1])
-    flatten_ids, slots = np.empty(num_entries, np.int32), np.empty(num_entries, np.int32)
-    isect_ids, block_masks = np.empty(num_entries, np.int64), np.empty(num_entries, np.uint16)
-    tile_starts = np.concatenate([[0], tile_ends[:-1]])
-    cpu_tiles.fill_entries(
-        order[:count], num_gaussians, depth_bits, layout, num_tiles.bit_length(), tile_spans, slot_starts,
-        tile_starts.copy(), flatten_ids, isect_ids, slots,
-    )  # fmt: skip
-    reach = np.empty((total, 6))
-    run_tasks(cpu_tiles.measure_reach, count_chunks(total), flat_conics, flat_opacities, tiles_per_gauss, reach)
+    order = cpu_tiles.order_by_depth(depth_bits, tiles_per_gauss)
+    tile_bits = (layout.tile_width * layout.tile_height).bit_length()
+    flatten_ids, isect_ids, slots = cpu_tiles.fill_entries(
+        order, num_gaussians, depth_bits, layout, tile_bits, tile_spans, slot_starts, tile_ends
+    )
+    reach, block_masks = np.empty((opacities.numel(), 6)), np.empty(len(flatten_ids), np.uint16)
+    run_tasks(cpu_tiles.measure_reach, count_chunks(len(reach)), flat_conics, flat_opacities, tiles_per_gauss, reach)
     run_tasks(
         cpu_tiles.mark_blocks, num_cameras * layout.tile_height, layout, tile_ends, flatten_ids, flat_means2d, reach,
         block_masks,
     )  # fmt: skip
-    isect_offsets = torch.from_numpy(tile_starts.astype(np.int32))
+    isect_offsets = torch.from_numpy(np.concatenate([[0], tile_ends[:-1]]).astype(np.int32))
     return BlendGeometry(
         means2d=means2d,
         conics=conics,
@@ -106,22 +83,18 @@ def build_geometry(
 
 def blend(
     geometry: BlendGeometry,
-    means2d: Float[Tensor, "num_cameras num_gaussians 2"],
-    conics: Float[Tensor, "num_cameras num_gaussians 3"],
-    opacities: Float[Tensor, "num_cameras num_gaussians"],
-    colors: Float[Tensor, "num_cameras num_gaussians channels"],
-    backgrounds: Float[Tensor, "num_cameras channels"] | None,
+    means2d: Tensor,
+    conics: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    backgrounds: Tensor | None,
     absgrad: bool,
-) -> tuple[Float[Tensor, "num_cameras height width channels"], Float[Tensor, "num_cameras height width 1"]]:
+) -> tuple[Tensor, Tensor]:
     """As `reference.blend`."""
     return _Blending.apply(means2d, conics, opacities, colors, backgrounds, geometry, absgrad)
 
 
-def blend_features(
-    features: Float[Tensor, "num_gaussians channels"],
-    geometry: BlendGeometry,
-    pixels: Int[Tensor, "num_pixels 2"] | None,
-) -> Float[Tensor, "num_cameras *pixels channels"]:
+def blend_features(features: Tensor, geometry: BlendGeometry, pixels: Tensor | None) -> Tensor:
     """As `reference.blend_features`; with `pixels`, only their tiles are worked on."""
     settings = geometry.settings
     if pixels is None:
@@ -134,12 +107,7 @@ def blend_features(
 
 
 @torch.no_grad()
-def backproject(
-    feature_maps: Float[Tensor, "num_cameras height width channels"],
-    geometry: BlendGeometry,
-    sums: Float[Tensor, "num_gaussians channels"],
-    totals: Float[Tensor, " num_gaussians"],
-) -> None:
+def backproject(feature_maps: Tensor, geometry: BlendGeometry, sums: Tensor, totals: Tensor) -> None:
     """As `reference.backproject`."""
     _backproject_rows(feature_maps.flatten(1, 2), geometry, None, sums, totals)
 
@@ -149,9 +117,9 @@ class _Projection(torch.autograd.Function):
     def forward(ctx: Any, means, quats, scales, viewmats, Ks, settings: ProjectionSettings):
         inputs = [tensor.detach().contiguous() for tensor in (means, quats, scales, viewmats, Ks)]
         shape = (len(viewmats), len(means))
-        radii, depths = means.new_empty(shape, dtype=torch.int32), means.new_empty(shape)
-        means2d, conics = means.new_empty(*shape, 2), means.new_empty(*shape, 3)
-        compensations = means.new_empty(shape if settings.antialiased else (0, 0))
+        radii, depths = means.new_zeros(shape, dtype=torch.int32), means.new_zeros(shape)
+        means2d, conics = means.new_zeros(*shape, 2), means.new_zeros(*shape, 3)
+        compensations = means.new_zeros(shape if settings.antialiased else (0, 0))
         run_tasks(
             cpu_projection.project, count_chunks(len(means)), *_arrays(*inputs), settings.width, settings.height,
             *map(np.float32, (settings.near_plane, settings.far_plane, settings.radius_clip, settings.eps2d)),
@@ -169,7 +137,7 @@ class _Projection(torch.autograd.Function):
         means, quats, scales, viewmats, _ = inputs
         settings = ctx.settings
         num_tasks = count_chunks(len(means))
-        v_means, v_quats, v_scales = (torch.empty_like(tensor) for tensor in (means, quats, scales))
+        v_means, v_quats, v_scales = (torch.zeros_like(tensor) for tensor in (means, quats, scales))
         v_viewmats = np.zeros((num_tasks, *viewmats.shape))
         run_tasks(
             cpu_projection.project_backward, num_tasks, *_arrays(*inputs), settings.width, settings.height,
@@ -183,7 +151,7 @@ class _Harmonics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, means, centres, coefficients, is_drawn, sh_degree: int):
         means, centres, coefficients = (tensor.detach().contiguous() for tensor in (means, centres, coefficients))
-        colors = means.new_empty(len(centres), len(means), 3)
+        colors = means.new_zeros(len(centres), len(means), 3)
         arrays = _arrays(means, centres, coefficients, is_drawn, colors)
         run_tasks(cpu_harmonics.evaluate, count_chunks(len(means)), sh_degree, *arrays)
         ctx.save_for_backward(means, centres, coefficients, is_drawn, colors)
@@ -209,11 +177,12 @@ class _Blending(torch.autograd.Function):
         colors = colors.detach().contiguous()
         size = (geometry.num_cameras, tiles.layout.height, tiles.layout.width)
         images, alphas = colors.new_empty(*size, colors.shape[-1]), colors.new_empty(*size, 1)
+        flat_backgrounds = np.empty(0, np.float32) if backgrounds is None else _flat(backgrounds)
         run_tasks(
-            cpu_blending.blend, _count_bands(geometry), tiles, _flat(colors), colors.shape[-1],
-            _flat_backgrounds(backgrounds), *_flats(images, alphas),
+            cpu_blending.blend, _count_bands(geometry), tiles, _flat(colors), colors.shape[-1], flat_backgrounds,
+            *_flats(images, alphas),
         )  # fmt: skip
-        # `means2d` is saved for the sake of its identity: backward hangs `absgrad` onto it.
+        # `means2d` is saved for its identity: backward attaches `absgrad` to it.
         ctx.save_for_backward(means2d, colors, backgrounds, alphas)
         ctx.geometry, ctx.absgrad = geometry, absgrad
         return images, alphas
@@ -227,9 +196,10 @@ class _Blending(torch.autograd.Function):
         channels = colors.shape[-1]
         stride = cpu_blending.MOMENTS + -(-channels // cpu_blending.GROUP) * cpu_blending.GROUP
         partials = take_zeros("partials", int(tiles.slot_starts[-1]) * stride)
+        flat_backgrounds = np.empty(0, np.float32) if backgrounds is None else _flat(backgrounds)
         run_tasks(
-            cpu_blending.blend_backward, _count_bands(geometry), tiles, _flat(colors), channels,
-            _flat_backgrounds(backgrounds), *_flats(v_images, v_alphas), ctx.absgrad, partials,
+            cpu_blending.blend_backward, _count_bands(geometry), tiles, _flat(colors), channels, flat_backgrounds,
+            *_flats(v_images, v_alphas), ctx.absgrad, partials,
         )  # fmt: skip
         v_means2d, v_conics = torch.empty_like(geometry.means2d), torch.empty_like(geometry.conics)
         v_opacities, v_colors = torch.empty_like(geometry.opacities), torch.empty_like(colors)
@@ -304,10 +274,6 @@ def _pad_channels(rows: Tensor) -> Tensor:
 def _count_bands(geometry: BlendGeometry) -> int:
     """Tasks of the kernels that handle one band of tile rows at a time."""
     return geometry.num_cameras * geometry.extra.layout.num_bands
-
-
-def _flat_backgrounds(backgrounds: Tensor | None) -> np.ndarray:
-    return np.empty(0, np.float32) if backgrounds is None else _flat(backgrounds)
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:

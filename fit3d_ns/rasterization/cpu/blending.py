@@ -12,28 +12,16 @@ opacity, centre and conic. Colours go by groups of four, padded with zeros.
 import numpy as np
 
 from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
-from fit3d_ns.rasterization.cpu.tiles import BLOCKS_PER_SIDE, BLOCKS_PER_TILE
-from fit3d_ns.rasterization.cpu.vectors import (
-    BLOCK_SIZE,
-    NUM_LANES,
-    absolute,
-    add_sums,
-    block_columns,
-    block_rows,
-    broadcast,
-    load,
-    select,
-    spread,
-    store,
-)
+from fit3d_ns.rasterization.cpu.tiles import BLOCKS_PER_TILE
+from fit3d_ns.rasterization.cpu.vectors import NUM_LANES, add_sums, broadcast, load, select, spread, store
 from fit3d_ns.rasterization.cpu.weights import (
     PARAMS,
+    block_centres,
     gather_tile,
-    make_scratch,
+    open_band,
     open_block,
     pixel_index,
     tile_corner,
-    tile_range,
     weigh_block,
 )
 from fit3d_ns.rasterization.reference import MAX_ALPHA
@@ -50,9 +38,8 @@ _MAX_ALPHA = np.float32(MAX_ALPHA)
 def blend(task, tiles, colors, channels, backgrounds, images, image_alphas):
     """Fills `images` [C*H*W*channels] and `image_alphas` [C*H*W] of one band; empty `backgrounds` are black."""
     layout = tiles.layout
-    width, height = layout.width, layout.height
-    first, end = tile_range(task, layout)
-    scratch = make_scratch(first, end, tiles.tile_ends, False)
+    num_pixels = layout.width * layout.height
+    first, end, scratch = open_band(task, tiles, False)
     entries, hits, weights = scratch.entries, scratch.hits, scratch.weights
     open_lanes, final = scratch.open_lanes, scratch.final
     padded = -(-channels // GROUP) * GROUP
@@ -66,8 +53,8 @@ def blend(task, tiles, colors, channels, backgrounds, images, image_alphas):
                 continue
             num_hits = weigh_block(block, scratch)
             for channel in range(0, padded, GROUP):
-                red, green = broadcast(np.float32(0.0)), broadcast(np.float32(0.0))
-                blue, more = broadcast(np.float32(0.0)), broadcast(np.float32(0.0))
+                zero = broadcast(np.float32(0.0))
+                red, green, blue, more = zero, zero, zero, zero
                 for j in range(num_hits):
                     c, weight = hits[j] * padded + channel, load(weights, j * NUM_LANES)
                     red = red + weight * spread(tile_colors, c)
@@ -81,7 +68,7 @@ def blend(task, tiles, colors, channels, backgrounds, images, image_alphas):
             for lane in range(NUM_LANES):
                 if open_lanes[lane] == 0.0:
                     continue
-                pixel = camera * width * height + pixel_index(block, lane, left, top, width)
+                pixel = camera * num_pixels + pixel_index(block, lane, left, top, layout)
                 image_alphas[pixel] = np.float32(1.0) - final[lane]
                 for channel in range(channels):
                     value = sums[channel * NUM_LANES + lane]
@@ -94,9 +81,8 @@ def blend(task, tiles, colors, channels, backgrounds, images, image_alphas):
 def blend_backward(task, tiles, colors, channels, backgrounds, v_images, v_image_alphas, absgrad, partials):
     """Adds the sums of one band to its rows of `partials` [slots, MOMENTS + padded channels], flat."""
     layout, slots = tiles.layout, tiles.slots
-    width, height = layout.width, layout.height
-    first, end = tile_range(task, layout)
-    scratch = make_scratch(first, end, tiles.tile_ends, True)
+    num_pixels = layout.width * layout.height
+    first, end, scratch = open_band(task, tiles, True)
     entries, open_lanes, final = scratch.entries, scratch.open_lanes, scratch.final
     padded = -(-channels // GROUP) * GROUP
     stride = MOMENTS + padded
@@ -118,7 +104,7 @@ def blend_backward(task, tiles, colors, channels, backgrounds, v_images, v_image
                     for channel in range(padded + 1):
                         gradients[channel * NUM_LANES + lane] = 0.0
                     continue
-                pixel = camera * width * height + pixel_index(block, lane, left, top, width)
+                pixel = camera * num_pixels + pixel_index(block, lane, left, top, layout)
                 # In the last row: what is behind everything, the background less the alpha.
                 behind = -v_image_alphas[pixel]
                 for channel in range(channels):
@@ -137,8 +123,7 @@ def _add_block(block, num_hits, scratch, tile_colors, padded, gradients, absgrad
     """Adds one block's sums to the rows [MOMENTS + padded] of its Gaussians, back to front."""
     hits, params, weights = scratch.hits, scratch.params, scratch.weights
     alphas, befores = scratch.alphas, scratch.befores
-    columns = block_columns() + np.float32((block % BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
-    rows = block_rows() + np.float32((block // BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
+    columns, rows = block_centres(block)
     zero, one = broadcast(np.float32(0.0)), broadcast(np.float32(1.0))
     stride = MOMENTS + padded
     behind = load(gradients, padded * NUM_LANES)
@@ -164,8 +149,9 @@ def _add_block(block, num_hits, scratch, tile_colors, padded, gradients, absgrad
         abs_x, abs_y = zero, zero
         if absgrad:
             xy = params[p + 3]
-            abs_x = absolute(h_dx * (params[p + 2] * np.float32(2.0)) + h_dy * xy)
-            abs_y = absolute(h_dx * xy + h_dy * (params[p + 4] * np.float32(2.0)))
+            abs_x = h_dx * (params[p + 2] * np.float32(2.0)) + h_dy * xy
+            abs_y = h_dx * xy + h_dy * (params[p + 4] * np.float32(2.0))
+            abs_x, abs_y = select(abs_x < zero, zero - abs_x, abs_x), select(abs_y < zero, zero - abs_y, abs_y)
         add_sums(tile_sums, row, (h, h_dx, h_dy, h_dx * dx, h_dx * dy, h_dy * dy, abs_x, abs_y))
 
 

@@ -13,24 +13,14 @@ import numpy as np
 from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
 from fit3d_ns.rasterization.cpu.tiles import BLOCKS_PER_TILE
 from fit3d_ns.rasterization.cpu.vectors import NUM_LANES, broadcast, load, spread, store
-from fit3d_ns.rasterization.cpu.weights import (
-    UNROLL,
-    gather_tile,
-    make_scratch,
-    open_block,
-    pixel_index,
-    tile_corner,
-    tile_range,
-    weigh_block,
-)
+from fit3d_ns.rasterization.cpu.weights import UNROLL, gather_tile, open_band, pixel_index, tile_corner, weigh_block
 
 
 @compiled
 def blend_features(task, tiles, features, num_gaussians, stride, channels, pixel_rows, num_rows, output):
     """Fills the rows of `output` [C*num_rows*channels] that lie in one band, from `features` [N*stride]."""
     layout, flatten_ids = tiles.layout, tiles.flatten_ids
-    first, end = tile_range(task, layout)
-    scratch = make_scratch(first, end, tiles.tile_ends, False)
+    first, end, scratch = open_band(task, tiles, False)
     entries, hits, weights = scratch.entries, scratch.hits, scratch.weights
     lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
     sums = np.empty(NUM_LANES * stride, np.float32)
@@ -92,8 +82,7 @@ def backproject(task, tiles, maps, stride, pixel_rows, num_rows, partials, weigh
     `maps` are [C*num_rows*stride].
     """
     layout, slots = tiles.layout, tiles.slots
-    first, end = tile_range(task, layout)
-    scratch = make_scratch(first, end, tiles.tile_ends, False)
+    first, end, scratch = open_band(task, tiles, False)
     entries, hits, weights = scratch.entries, scratch.hits, scratch.weights
     lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
     tile_sums, tile_weights = np.empty(entries.size * stride, np.float32), np.empty(entries.size, np.float32)
@@ -194,16 +183,12 @@ def collect_sums(task, num_cameras, slot_starts, partials, weight_partials, stri
 @compiled
 def _read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows):
     """Lists the pixels of a block that somebody reads, and closes the others; returns their number."""
-    if not open_block(block, left, top, layout, open_lanes):
-        return 0
     count = 0
     for lane in range(NUM_LANES):
-        if open_lanes[lane] == 0.0:
-            continue
-        row = pixel_rows[pixel_index(block, lane, left, top, layout.width)]
-        if row < 0:
-            open_lanes[lane] = 0.0
-        else:
+        pixel = pixel_index(block, lane, left, top, layout)
+        row = pixel_rows[pixel] if pixel >= 0 else -1
+        open_lanes[lane] = np.float32(1.0) if row >= 0 else np.float32(0.0)
+        if row >= 0:
             lanes[count], rows[count] = lane, row
             count += 1
     return count

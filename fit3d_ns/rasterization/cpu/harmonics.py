@@ -13,13 +13,12 @@ from fit3d_ns.rasterization.spherical_harmonics import COLOR_OFFSET
 
 @compiled
 def evaluate(task, sh_degree, means, centres, coefficients, radii, colors):
-    """Fills `colors` [C, N, 3] of one chunk; `centres` [C, 3] are the cameras' positions."""
+    """Fills `colors` [C, N, 3] of one chunk where drawn; `centres` [C, 3] are the cameras' positions."""
     num_bases = (sh_degree + 1) ** 2
     basis, slopes = np.empty(25, np.float32), np.empty((25, 3), np.float32)
     for g in range(task * CHUNK, min((task + 1) * CHUNK, means.shape[0])):
         for c in range(centres.shape[0]):
             if radii[c, g] <= 0:
-                colors[c, g, 0], colors[c, g, 1], colors[c, g, 2] = 0.0, 0.0, 0.0
                 continue
             x, y, z, _ = _direction(means, g, centres, c)
             _fill_basis(sh_degree, x, y, z, basis, slopes, False)
@@ -43,12 +42,8 @@ def evaluate_backward(
     zero = np.float32(0.0)
     basis, slopes = np.empty(25, np.float32), np.empty((25, 3), np.float32)
     for g in range(task * CHUNK, min((task + 1) * CHUNK, means.shape[0])):
-        for k in range(3):
-            v_means[g, k] = zero
-        for source in range(coefficients.shape[0]):
-            for k in range(coefficients.shape[2]):
-                for channel in range(3):
-                    v_coefficients[source, g, k, channel] = zero
+        v_means[g] = zero
+        v_coefficients[:, g] = zero
         for c in range(centres.shape[0]):
             if radii[c, g] <= 0:
                 continue
@@ -128,31 +123,31 @@ def _fill_basis(degree, x, y, z, basis, slopes, with_slopes):
 def _fill_slopes(degree, x, y, z, slopes):
     """Derivatives of the polynomials in `_fill_basis`."""
     zero, one, three = np.float32(0.0), np.float32(1.0), np.float32(3.0)
-    slopes[0, 0], slopes[0, 1], slopes[0, 2] = zero, zero, zero
+    _set_row(slopes, 0, zero, zero, zero)
     if degree >= 1:
         a = np.float32(0.48860251190291992)
-        slopes[1, 0], slopes[1, 1], slopes[1, 2] = zero, -a, zero
-        slopes[2, 0], slopes[2, 1], slopes[2, 2] = zero, zero, a
-        slopes[3, 0], slopes[3, 1], slopes[3, 2] = -a, zero, zero
+        _set_row(slopes, 1, zero, -a, zero)
+        _set_row(slopes, 2, zero, zero, a)
+        _set_row(slopes, 3, -a, zero, zero)
     xx, yy, zz = x * x, y * y, z * z
     if degree >= 2:
         a, b, c = np.float32(1.0925484305920792), np.float32(1.8923493915151202), np.float32(1.0925484305920792)
-        slopes[4, 0], slopes[4, 1], slopes[4, 2] = a * y, a * x, zero
-        slopes[5, 0], slopes[5, 1], slopes[5, 2] = zero, -a * z, -a * y
-        slopes[6, 0], slopes[6, 1], slopes[6, 2] = zero, zero, b * z
-        slopes[7, 0], slopes[7, 1], slopes[7, 2] = -a * z, zero, -a * x
-        slopes[8, 0], slopes[8, 1], slopes[8, 2] = c * x, -c * y, zero
+        _set_row(slopes, 4, a * y, a * x, zero)
+        _set_row(slopes, 5, zero, -a * z, -a * y)
+        _set_row(slopes, 6, zero, zero, b * z)
+        _set_row(slopes, 7, -a * z, zero, -a * x)
+        _set_row(slopes, 8, c * x, -c * y, zero)
     five, six, ten = np.float32(5.0), np.float32(6.0), np.float32(10.0)
     if degree >= 3:
         a, b = np.float32(0.59004358992664352), np.float32(2.8906114426405538)
         c, d = np.float32(0.45704579946446577), np.float32(0.37317633259011540)
-        slopes[9, 0], slopes[9, 1], slopes[9, 2] = -a * six * x * y, -a * three * (xx - yy), zero
-        slopes[10, 0], slopes[10, 1], slopes[10, 2] = b * y * z, b * x * z, b * x * y
-        slopes[11, 0], slopes[11, 1], slopes[11, 2] = zero, -c * (five * zz - one), -c * ten * y * z
-        slopes[12, 0], slopes[12, 1], slopes[12, 2] = zero, zero, d * (np.float32(15.0) * zz - three)
-        slopes[13, 0], slopes[13, 1], slopes[13, 2] = -c * (five * zz - one), zero, -c * ten * x * z
-        slopes[14, 0], slopes[14, 1], slopes[14, 2] = b * x * z, -b * y * z, np.float32(0.5) * b * (xx - yy)
-        slopes[15, 0], slopes[15, 1], slopes[15, 2] = -a * three * (xx - yy), a * six * x * y, zero
+        _set_row(slopes, 9, -a * six * x * y, -a * three * (xx - yy), zero)
+        _set_row(slopes, 10, b * y * z, b * x * z, b * x * y)
+        _set_row(slopes, 11, zero, -c * (five * zz - one), -c * ten * y * z)
+        _set_row(slopes, 12, zero, zero, d * (np.float32(15.0) * zz - three))
+        _set_row(slopes, 13, -c * (five * zz - one), zero, -c * ten * x * z)
+        _set_row(slopes, 14, b * x * z, -b * y * z, np.float32(0.5) * b * (xx - yy))
+        _set_row(slopes, 15, -a * three * (xx - yy), a * six * x * y, zero)
     if degree >= 4:
         seven, fourteen = np.float32(7.0), np.float32(14.0)
         a, b = np.float32(2.5033429417967046), np.float32(1.7701307697799304)
@@ -160,20 +155,17 @@ def _fill_slopes(degree, x, y, z, slopes):
         e, f = np.float32(0.10578554691520430), np.float32(2.5033429417967046)
         cap, tilt = seven * zz - one, seven * zz - three
         steep = np.float32(21.0) * zz - three
-        slopes[16, 0], slopes[16, 1], slopes[16, 2] = a * y * (three * xx - yy), a * x * (xx - three * yy), zero
-        slopes[17, 0], slopes[17, 1], slopes[17, 2] = (
-            -b * six * x * y * z,
-            -b * three * z * (xx - yy),
-            -b * y * (three * xx - yy),
-        )
-        slopes[18, 0], slopes[18, 1], slopes[18, 2] = c * y * cap, c * x * cap, c * fourteen * x * y * z
-        slopes[19, 0], slopes[19, 1], slopes[19, 2] = zero, -d * z * tilt, -d * y * steep
-        slopes[20, 0], slopes[20, 1], slopes[20, 2] = zero, zero, e * z * (np.float32(140.0) * zz - np.float32(60.0))
-        slopes[21, 0], slopes[21, 1], slopes[21, 2] = -d * z * tilt, zero, -d * x * steep
-        slopes[22, 0], slopes[22, 1], slopes[22, 2] = c * x * cap, -c * y * cap, c * seven * z * (xx - yy)
-        slopes[23, 0], slopes[23, 1], slopes[23, 2] = (
-            -b * three * z * (xx - yy),
-            b * six * x * y * z,
-            -b * x * (xx - three * yy),
-        )
-        slopes[24, 0], slopes[24, 1], slopes[24, 2] = f * x * (xx - three * yy), f * y * (yy - three * xx), zero
+        _set_row(slopes, 16, a * y * (three * xx - yy), a * x * (xx - three * yy), zero)
+        _set_row(slopes, 17, -b * six * x * y * z, -b * three * z * (xx - yy), -b * y * (three * xx - yy))
+        _set_row(slopes, 18, c * y * cap, c * x * cap, c * fourteen * x * y * z)
+        _set_row(slopes, 19, zero, -d * z * tilt, -d * y * steep)
+        _set_row(slopes, 20, zero, zero, e * z * (np.float32(140.0) * zz - np.float32(60.0)))
+        _set_row(slopes, 21, -d * z * tilt, zero, -d * x * steep)
+        _set_row(slopes, 22, c * x * cap, -c * y * cap, c * seven * z * (xx - yy))
+        _set_row(slopes, 23, -b * three * z * (xx - yy), b * six * x * y * z, -b * x * (xx - three * yy))
+        _set_row(slopes, 24, f * x * (xx - three * yy), f * y * (yy - three * xx), zero)
+
+
+@compiled
+def _set_row(slopes, row, x, y, z):
+    slopes[row, 0], slopes[row, 1], slopes[row, 2] = x, y, z

@@ -19,27 +19,18 @@ def project(
     task, means, quats, scales, viewmats, Ks, width, height, near, far, radius_clip, eps2d,
     radii, means2d, depths, conics, compensations,
 ):  # fmt: skip
-    """Fills the rows of one chunk; `compensations` has no rows in classic mode."""
+    """Fills the rows of one chunk that are drawn; others keep zeros. `compensations` has no rows in classic mode."""
     rotation, axes = np.empty((3, 3), np.float32), np.empty((3, 3), np.float32)
     plane = np.empty((2, 3), np.float32)
     for g in range(task * CHUNK, min((task + 1) * CHUNK, means.shape[0])):
         _rotation_from_quat(quats, g, rotation)
         for c in range(viewmats.shape[0]):
-            radii[c, g] = 0
-            depths[c, g] = 0.0
-            means2d[c, g, 0], means2d[c, g, 1] = 0.0, 0.0
-            conics[c, g, 0], conics[c, g, 1], conics[c, g, 2] = 0.0, 0.0, 0.0
-            if compensations.shape[0] > 0:
-                compensations[c, g] = 0.0
             x, y, z = _to_camera(viewmats, c, means, g)
             if not (z >= near and z <= far):
                 continue
             _axes_in_camera(viewmats, c, rotation, scales, g, axes)
             j00, j02, j11, j12, _, _ = _jacobian(x, y, z, Ks, c, width, height)
-            for k in range(3):
-                plane[0, k] = j00 * axes[0, k] + j02 * axes[2, k]
-                plane[1, k] = j11 * axes[1, k] + j12 * axes[2, k]
-            xx, xy, yy = _products(plane)
+            xx, xy, yy = _covariance(j00, j02, j11, j12, axes, plane)
             sharp = xx * yy - xy * xy
             xx, yy = xx + eps2d, yy + eps2d
             determinant = xx * yy - xy * xy
@@ -68,27 +59,22 @@ def project_backward(
     task, means, quats, scales, viewmats, Ks, width, height, eps2d, radii, compensations,
     v_means2d, v_depths, v_conics, v_compensations, v_means, v_quats, v_scales, v_viewmats,
 ):  # fmt: skip
-    """Gradients of one chunk; `v_viewmats` [tasks, C, 4, 4] (float64, zero) holds one partial sum per task."""
+    """Adds the gradients of one chunk; `v_viewmats` [tasks, C, 4, 4] (float64) holds one partial sum per task."""
     zero = np.float32(0.0)
     rotation, axes = np.empty((3, 3), np.float32), np.empty((3, 3), np.float32)
     plane, v_plane = np.empty((2, 3), np.float32), np.empty((2, 3), np.float32)
     v_axes, v_rotation = np.empty((3, 3), np.float32), np.empty((3, 3), np.float32)
-    v_point, world_axis = np.empty(3, np.float32), np.empty(3, np.float32)
+    v_point = np.empty(3, np.float32)
     for g in range(task * CHUNK, min((task + 1) * CHUNK, means.shape[0])):
         _rotation_from_quat(quats, g, rotation)
         v_rotation[:] = zero
-        for k in range(3):
-            v_means[g, k], v_scales[g, k] = zero, zero
         for c in range(viewmats.shape[0]):
             if radii[c, g] <= 0:
                 continue
             x, y, z = _to_camera(viewmats, c, means, g)
             _axes_in_camera(viewmats, c, rotation, scales, g, axes)
             j00, j02, j11, j12, is_free_x, is_free_y = _jacobian(x, y, z, Ks, c, width, height)
-            for k in range(3):
-                plane[0, k] = j00 * axes[0, k] + j02 * axes[2, k]
-                plane[1, k] = j11 * axes[1, k] + j12 * axes[2, k]
-            xx, xy, yy = _products(plane)
+            xx, xy, yy = _covariance(j00, j02, j11, j12, axes, plane)
             compensation, v_compensation = zero, zero
             if compensations.shape[0] > 0:
                 compensation, v_compensation = compensations[c, g], v_compensations[c, g]
@@ -128,11 +114,10 @@ def project_backward(
                     v_viewmats[task, c, i, j] += v_point[i] * means[g, j]
             for k in range(3):
                 for j in range(3):
-                    world_axis[j] = rotation[j, k] * scales[g, k]
-                    v_world = zero
+                    world_axis, v_world = rotation[j, k] * scales[g, k], zero
                     for i in range(3):
                         v_world += viewmats[c, i, j] * v_axes[i, k]
-                        v_viewmats[task, c, i, j] += v_axes[i, k] * world_axis[j]
+                        v_viewmats[task, c, i, j] += v_axes[i, k] * world_axis
                     v_scales[g, k] += v_world * rotation[j, k]
                     v_rotation[j, k] += v_world * scales[g, k]
         _quat_gradient(quats, g, v_rotation, v_quats)
@@ -215,7 +200,11 @@ def _jacobian(x, y, z, Ks, c, width, height):
 
 
 @compiled
-def _products(plane):
+def _covariance(j00, j02, j11, j12, axes, plane):
+    """Fills P = J A and returns the entries xx, xy, yy of its products."""
+    for k in range(3):
+        plane[0, k] = j00 * axes[0, k] + j02 * axes[2, k]
+        plane[1, k] = j11 * axes[1, k] + j12 * axes[2, k]
     xx = plane[0, 0] * plane[0, 0] + plane[0, 1] * plane[0, 1] + plane[0, 2] * plane[0, 2]
     xy = plane[0, 0] * plane[1, 0] + plane[0, 1] * plane[1, 1] + plane[0, 2] * plane[1, 2]
     yy = plane[1, 0] * plane[1, 0] + plane[1, 1] * plane[1, 1] + plane[1, 2] * plane[1, 2]

@@ -90,9 +90,8 @@ def take_zeros(name: str, size: int) -> np.ndarray:
     known: np.ndarray | None = getattr(_kept, name, None)
     if known is None or known.size < size:
         # A little more than was asked for: views of one scene differ in size.
-        known = np.zeros(min(size + size // 4, LARGEST_KEPT_BYTES // 4), np.float32)
+        known = np.empty(min(size + size // 4, LARGEST_KEPT_BYTES // 4), np.float32)
         setattr(_kept, name, known)
-        return known[:size]
     array = known[:size]
     array.fill(0.0)
     return array

@@ -32,40 +32,26 @@ _RADIX_PASSES = 3
 class TileLayout(NamedTuple):
     """How the images of one call are cut into tiles, and these into bands of tile rows."""
 
-    width: int
-    """Pixels."""
+    width: int  # pixels
     height: int
-    """Pixels."""
-    tile_width: int
-    """Tiles in one row."""
-    tile_height: int
-    """Tiles in one column."""
-    band_rows: int
-    """Tile rows in each band, except for the last."""
-    num_bands: int
-    """Bands per camera."""
+    tile_width: int  # tiles in one row
+    tile_height: int  # tiles in one column
+    band_rows: int  # tile rows in each band, except for the last
+    num_bands: int  # bands per camera
 
 
 class CpuTiles(NamedTuple):
     """What the blending kernels read: the tile lists, and the Gaussians in them as flat arrays."""
 
     layout: TileLayout
-    tile_ends: np.ndarray
-    """int64 [C*tiles]: where each tile's entries end; they begin where those of the tile before it end."""
-    flatten_ids: np.ndarray
-    """int32 [entries]: camera * N + Gaussian."""
-    block_masks: np.ndarray
-    """uint16 [entries]: which of the tile's 16 blocks the Gaussian can reach."""
-    slots: np.ndarray
-    """int32 [entries]: row of partial sums that the entry adds to."""
-    slot_starts: np.ndarray
-    """int64 [C*N + 1]: the slots of each Gaussian."""
-    means2d: np.ndarray
-    """float32 [C*N*2]."""
-    conics: np.ndarray
-    """float32 [C*N*3]."""
-    opacities: np.ndarray
-    """float32 [C*N]."""
+    tile_ends: np.ndarray  # int64 [C*tiles]: where each tile's entries end and those of the next begin
+    flatten_ids: np.ndarray  # int32 [entries]: camera * N + Gaussian
+    block_masks: np.ndarray  # uint16 [entries]: which of the tile's 16 blocks the Gaussian can reach
+    slots: np.ndarray  # int32 [entries]: row of partial sums that the entry adds to
+    slot_starts: np.ndarray  # int64 [C*N + 1]: the slots of each Gaussian
+    means2d: np.ndarray  # float32 [C*N*2]
+    conics: np.ndarray  # float32 [C*N*3]
+    opacities: np.ndarray  # float32 [C*N]
 
 
 def create_layout(settings: ProjectionSettings) -> TileLayout:
@@ -77,23 +63,22 @@ def create_layout(settings: ProjectionSettings) -> TileLayout:
 
 
 @compiled
-def count_entries(radii, means2d, layout, tile_spans, tiles_per_gauss, slot_starts, tile_ends):
+def count_entries(radii, means2d, layout):
     """Counts the tiles and slots of each Gaussian and the entries of each tile.
 
-    Fills `tile_spans` [C*N, 4] (first column, end column, first row, end row), `tiles_per_gauss` [C*N], `slot_starts`
-    [C*N + 1] (running totals of the bands that Gaussians touch) and `tile_ends` [C*tiles] (those of the entries).
+    Returns tile spans [C*N, 4] (first column, end column, first row, end row), tiles per Gaussian [C*N], and running
+    totals: of the slots before each Gaussian, `slot_starts` [C*N + 1], and of the entries, `tile_ends` [C*tiles].
     """
     num_gaussians = radii.shape[1]
     tile_width, tile_height, band_rows = layout.tile_width, layout.tile_height, layout.band_rows
     num_tiles = tile_width * tile_height
     num_slots = 0
     scale = np.float32(1.0 / TILE_SIZE)
-    tile_ends[:] = 0
+    tile_spans, tiles_per_gauss = np.zeros((radii.size, 4), np.int32), np.zeros(radii.size, np.int32)
+    slot_starts, tile_ends = np.empty(radii.size + 1, np.int64), np.zeros(radii.shape[0] * num_tiles, np.int64)
     for camera in range(radii.shape[0]):
         for gaussian in range(num_gaussians):
             index = camera * num_gaussians + gaussian
-            tile_spans[index] = 0
-            tiles_per_gauss[index] = 0
             slot_starts[index] = num_slots
             if radii[camera, gaussian] <= 0:
                 continue
@@ -116,46 +101,40 @@ def count_entries(radii, means2d, layout, tile_spans, tiles_per_gauss, slot_star
     for tile in range(tile_ends.size):
         total += tile_ends[tile]
         tile_ends[tile] = total
+    return tile_spans, tiles_per_gauss, slot_starts, tile_ends
 
 
 @compiled
-def order_by_depth(depths, tiles_per_gauss, order, keys, spare_order, spare_keys):
-    """Indices of the Gaussians that enter a tile, nearest first and by index where depths are equal; returns how many.
+def order_by_depth(depths, tiles_per_gauss):
+    """Indices of the Gaussians that enter a tile, nearest first and by index where depths are equal.
 
     A radix sort: `depths` [C*N] are the bits of positive float32 numbers as uint32, which are ordered like the numbers.
     """
-    count = 0
-    for index in range(depths.size):
-        if tiles_per_gauss[index] > 0:
-            order[count], keys[count] = index, depths[index]
-            count += 1
+    order = np.flatnonzero(tiles_per_gauss).astype(np.int32)
     mask = np.uint32((1 << _RADIX_BITS) - 1)
     for step in range(_RADIX_PASSES):
         shift = np.uint32(step * _RADIX_BITS)
         starts = np.zeros((1 << _RADIX_BITS) + 1, np.int64)
-        for i in range(count):
-            starts[((keys[i] >> shift) & mask) + 1] += 1
-        for digit in range(1 << _RADIX_BITS):
-            starts[digit + 1] += starts[digit]
-        for i in range(count):
-            digit = (keys[i] >> shift) & mask
-            place = starts[digit]
+        for index in order:
+            starts[((depths[index] >> shift) & mask) + 1] += 1
+        starts = np.cumsum(starts)
+        unsorted, order = order, np.empty_like(order)
+        for index in unsorted:
+            digit = (depths[index] >> shift) & mask
+            order[starts[digit]] = index
             starts[digit] += 1
-            spare_order[place], spare_keys[place] = order[i], keys[i]
-        order, spare_order = spare_order, order
-        keys, spare_keys = spare_keys, keys
-    # After an odd number of passes the two names have changed places: this writes into the caller's `order`.
-    for i in range(count):
-        spare_order[i] = order[i]
-    return count
+    return order
 
 
 @compiled
-def fill_entries(
-    order, num_gaussians, depths, layout, tile_bits, tile_spans, slot_starts, cursors, flatten_ids, isect_ids, slots
-):
-    """Puts each Gaussian into its tiles, nearest first; `cursors` [C*tiles] come as the tiles' first entries."""
+def fill_entries(order, num_gaussians, depths, layout, tile_bits, tile_spans, slot_starts, tile_ends):
+    """Puts each Gaussian into its tiles, nearest first; returns `flatten_ids`, `isect_ids` and `slots`."""
     tile_width, band_rows = layout.tile_width, layout.band_rows
+    cursors = np.zeros_like(tile_ends)
+    cursors[1:] = tile_ends[:-1]
+    num_entries = tile_ends[-1]
+    flatten_ids, slots = np.empty(num_entries, np.int32), np.empty(num_entries, np.int32)
+    isect_ids = np.empty(num_entries, np.int64)
     num_tiles = tile_width * layout.tile_height
     for i in range(order.size):
         index = order[i]
@@ -170,6 +149,7 @@ def fill_entries(
                 flatten_ids[place] = index
                 isect_ids[place] = (((camera << tile_bits) | tile) << 32) | np.int64(depths[index])
                 slots[place] = slot
+    return flatten_ids, isect_ids, slots
 
 
 @compiled

@@ -10,8 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, register_model
-from numba.np.arrayobj import make_array
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 NUM_LANES = 16
 BLOCK_SIZE = 4
@@ -25,33 +24,21 @@ _BITS = ir.VectorType(ir.IntType(1), NUM_LANES)
 _FLAGS = ("contract", "nsz")
 
 
-class LanesType(types.Type):
-    """numba type of 16 float32 numbers."""
+class VectorType(types.Type):
+    """numba type of 16 numbers or truth values that are one LLVM vector."""
 
-    def __init__(self) -> None:
-        super().__init__(name="Lanes")
-
-
-class MaskType(types.Type):
-    """numba type of 16 truth values."""
-
-    def __init__(self) -> None:
-        super().__init__(name="LaneMask")
+    def __init__(self, name: str, vector: ir.VectorType) -> None:
+        super().__init__(name=name)
+        self.vector = vector
 
 
-lanes_type, mask_type = LanesType(), MaskType()
+lanes_type, mask_type = VectorType("Lanes", _FLOATS), VectorType("LaneMask", _BITS)
 
 
-@register_model(LanesType)
-class _LanesModel(models.PrimitiveModel):
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, fe_type):
-        super().__init__(manager, fe_type, _FLOATS)
-
-
-@register_model(MaskType)
-class _MaskModel(models.PrimitiveModel):
-    def __init__(self, manager, fe_type):
-        super().__init__(manager, fe_type, _BITS)
+        super().__init__(manager, fe_type, fe_type.vector)
 
 
 @_vector_function
@@ -59,8 +46,7 @@ def broadcast(typingctx, value):
     """All lanes equal to a float32."""
 
     def generate(context, builder, signature, arguments):
-        number = context.cast(builder, arguments[0], signature.args[0], types.float32)
-        return _splat(builder, number)
+        return _splat(builder, context.cast(builder, arguments[0], signature.args[0], types.float32))
 
     return lanes_type(value), generate
 
@@ -70,8 +56,7 @@ def load(typingctx, array, offset):
     """The 16 numbers of a flat float32 array from `offset` on."""
 
     def generate(context, builder, signature, arguments):
-        pointer = _lane_pointer(context, builder, signature, arguments)
-        return builder.load(pointer, align=4)
+        return builder.load(_element_pointer(context, builder, signature, arguments, _FLOATS), align=4)
 
     return lanes_type(array, types.intp), generate
 
@@ -81,8 +66,7 @@ def spread(typingctx, array, offset):
     """All lanes equal to one number of a flat float32 array; unlike `array[offset]` it takes no negative offsets."""
 
     def generate(context, builder, signature, arguments):
-        data = make_array(signature.args[0])(context, builder, arguments[0]).data
-        return _splat(builder, builder.load(builder.gep(data, [arguments[1]])))
+        return _splat(builder, builder.load(_element_pointer(context, builder, signature, arguments, ir.FloatType())))
 
     return lanes_type(array, types.intp), generate
 
@@ -92,7 +76,7 @@ def store(typingctx, array, offset, lanes):
     """Writes 16 numbers into a flat float32 array from `offset` on."""
 
     def generate(context, builder, signature, arguments):
-        builder.store(arguments[2], _lane_pointer(context, builder, signature, arguments), align=4)
+        builder.store(arguments[2], _element_pointer(context, builder, signature, arguments, _FLOATS), align=4)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, lanes_type), generate
@@ -113,21 +97,7 @@ def block_rows(typingctx):
 @_vector_function
 def select(typingctx, mask, if_true, if_false):
     """Lane by lane one of two."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.select(*arguments)
-
-    return lanes_type(mask_type, lanes_type, lanes_type), generate
-
-
-@_vector_function
-def both(typingctx, first, second):
-    """Lane by lane `and`."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.and_(*arguments)
-
-    return mask_type(mask_type, mask_type), generate
+    return lanes_type(mask_type, lanes_type, lanes_type), lambda _, builder, __, arguments: builder.select(*arguments)
 
 
 @_vector_function
@@ -139,28 +109,6 @@ def any_lane(typingctx, mask):
         return builder.icmp_unsigned("!=", bits, bits.type(0))
 
     return types.boolean(mask_type), generate
-
-
-@_vector_function
-def absolute(typingctx, lanes):
-    """Absolute values."""
-
-    def generate(context, builder, signature, arguments):
-        without_sign = ir.Constant(_INTS, [0x7FFFFFFF] * NUM_LANES)
-        return builder.bitcast(builder.and_(builder.bitcast(arguments[0], _INTS), without_sign), _FLOATS)
-
-    return lanes_type(lanes_type), generate
-
-
-@_vector_function
-def minimum(typingctx, lanes, bound):
-    """Lane by lane the smaller of two."""
-
-    def generate(context, builder, signature, arguments):
-        is_less = builder.fcmp_ordered("<", arguments[0], arguments[1])
-        return builder.select(is_less, arguments[0], arguments[1])
-
-    return lanes_type(lanes_type, lanes_type), generate
 
 
 @_vector_function
@@ -199,36 +147,26 @@ def add_sums(typingctx, array, offset, vectors):
 
     def generate(context, builder, signature, arguments):
         parts = [builder.extract_value(arguments[2], index) for index in range(count)]
-        width = NUM_LANES
         while len(parts) > 1:
-            parts = [_add_interleaved(builder, first, second) for first, second in _pairs(parts)]
-        total = parts[0]
+            half = len(parts) // 2
+            pairs = zip(parts[:half], parts[half:], strict=True)
+            parts = [_add_interleaved(builder, first, second) for first, second in pairs]
+        total, width = parts[0], NUM_LANES
         while width > count:
             width //= 2
-            total = builder.fadd(_shuffle(builder, total, total, range(width)), _upper(builder, total, width))
-        array_type = signature.args[0]
-        data = make_array(array_type)(context, builder, arguments[0]).data
-        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), total.type.as_pointer())
+            lower, upper = range(width), range(width, 2 * width)
+            total = builder.fadd(_shuffle(builder, total, total, lower), _shuffle(builder, total, total, upper))
+        pointer = _element_pointer(context, builder, signature, arguments, total.type)
         builder.store(builder.fadd(builder.load(pointer, align=4), total), pointer, align=4)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vectors), generate
 
 
-def _pairs(parts):
-    half = len(parts) // 2
-    return zip(parts[:half], parts[half:], strict=True)
-
-
-def _upper(builder, lanes, width):
-    return _shuffle(builder, lanes, lanes, range(width, 2 * width))
-
-
 def _add_interleaved(builder, first, second):
     """Sums of neighbouring quarters: even places hold sums of `first`, odd places those of `second`."""
-    half = NUM_LANES // 2
     low = [index // 2 + (NUM_LANES if index % 2 else 0) for index in range(NUM_LANES)]
-    high = [index + half for index in low]
+    high = [index + NUM_LANES // 2 for index in low]
     return builder.fadd(_shuffle(builder, first, second, low), _shuffle(builder, first, second, high))
 
 
@@ -246,41 +184,34 @@ def _splat(builder, number):
     return _shuffle(builder, single, single, [0] * NUM_LANES)
 
 
-def _lane_pointer(context, builder, signature, arguments):
-    data = make_array(signature.args[0])(context, builder, arguments[0]).data
-    return builder.bitcast(builder.gep(data, [arguments[1]]), _FLOATS.as_pointer())
+def _element_pointer(context, builder, signature, arguments, kind):
+    """Where in an array, the first argument, the numbers at an offset, the second, lie as a value of `kind`."""
+    data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+    return builder.bitcast(builder.gep(data, [arguments[1]]), kind.as_pointer())
 
 
-def _define_operators() -> None:
-    """Gives `Lanes` the arithmetic operators and comparisons of numbers, also against a float32."""
-    from numba.core.typing.templates import ConcreteTemplate, infer_global
-    from numba.extending import lower_builtin
+def _define_operator(function: Any, operand: VectorType, result: VectorType, method: str, *options: str) -> None:
+    """Gives vectors an operator that numbers have; `Lanes` also take a float32 on either side."""
+    pairs = [(operand, operand)]
+    if operand == lanes_type:
+        pairs += [(lanes_type, types.float32), (types.float32, lanes_type)]
 
-    pairs = [(lanes_type, lanes_type), (lanes_type, types.float32), (types.float32, lanes_type)]
-    arithmetic = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul", operator.truediv: "fdiv"}
-    comparisons = {operator.lt: "<", operator.gt: ">", operator.ge: ">=", operator.le: "<="}
-    for function in [*arithmetic, *comparisons]:
-        result = lanes_type if function in arithmetic else mask_type
+    @type_callable(function)
+    def type_operator(context):
+        return lambda first, second: result if (first, second) in pairs else None
 
-        class Template(ConcreteTemplate):
-            cases = [result(*pair) for pair in pairs]
-
-        infer_global(function)(Template)
-        for pair in pairs:
-            lower_builtin(function, *pair)(_lowering(arithmetic.get(function), comparisons.get(function)))
-
-
-def _lowering(method: str | None, comparison: str | None):
     def generate(context, builder, signature, arguments):
-        operands = [
-            value if kind == lanes_type else _splat(builder, value)
-            for value, kind in zip(arguments, signature.args, strict=True)
-        ]
-        if comparison is not None:
-            return builder.fcmp_ordered(comparison, *operands)
-        return getattr(builder, str(method))(*operands, flags=_FLAGS)
+        kinds = zip(arguments, signature.args, strict=True)
+        operands = [value if kind == operand else _splat(builder, value) for value, kind in kinds]
+        flags = _FLAGS if result == lanes_type else ()
+        return getattr(builder, method)(*options, *operands, flags=flags)
 
-    return generate
+    for pair in pairs:
+        lower_builtin(function, *pair)(generate)
 
 
-_define_operators()
+for _function, _method in [("add", "fadd"), ("sub", "fsub"), ("mul", "fmul"), ("truediv", "fdiv")]:
+    _define_operator(getattr(operator, _function), lanes_type, lanes_type, _method)
+for _function, _sign in [("lt", "<"), ("gt", ">"), ("ge", ">="), ("le", "<=")]:
+    _define_operator(getattr(operator, _function), lanes_type, mask_type, "fcmp_ordered", _sign)
+_define_operator(operator.and_, mask_type, mask_type, "and_")

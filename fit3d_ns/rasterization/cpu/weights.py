@@ -17,11 +17,9 @@ from fit3d_ns.rasterization.cpu.vectors import (
     any_lane,
     block_columns,
     block_rows,
-    both,
     broadcast,
     exponential,
     load,
-    minimum,
     select,
     spread,
     store,
@@ -41,36 +39,31 @@ _MIN_TRANSMITTANCE = np.float32(MIN_TRANSMITTANCE)
 class TileScratch(NamedTuple):
     """Memory of one task, written again for each tile (the first four) and each block (the others)."""
 
-    params: np.ndarray
-    """float32 [capacity * PARAMS]: numbers of the tile's i-th Gaussian."""
-    entries: np.ndarray
-    """int64 [capacity]: its place in the tile lists."""
-    lists: np.ndarray
-    """int32: `lists[b * capacity + j]`, j < `counts[b]`, are the Gaussians i of block b, front to back."""
-    counts: np.ndarray
-    """int64 [16]: Gaussians in the list of each block."""
-    open_lanes: np.ndarray
-    """float32 [16]: 1 for the pixels of the block to blend and 0 for others."""
-    hits: np.ndarray
-    """int64: the j-th Gaussian i that is blended in any pixel of the block."""
-    weights: np.ndarray
-    """float32: from 16 j on, its weights; then zeros up to a multiple of `UNROLL` Gaussians."""
-    alphas: np.ndarray
-    """float32: from 16 j on, its alphas; empty if they are not kept."""
-    befores: np.ndarray
-    """float32: from 16 j on, the transmittances in front of it; empty if they are not kept."""
-    final: np.ndarray
-    """float32 [16]: the transmittances that are left, 1 in pixels that are not blended."""
+    params: np.ndarray  # float32 [capacity * PARAMS]: numbers of the tile's i-th Gaussian
+    entries: np.ndarray  # int64 [capacity]: its place in the tile lists
+    lists: np.ndarray  # int32: `lists[b * capacity + j]`, j < `counts[b]`, is the j-th Gaussian i of block b
+    counts: np.ndarray  # int64 [16]: Gaussians in the list of each block
+    open_lanes: np.ndarray  # float32 [16]: 1 for the pixels of the block to blend and 0 for others
+    hits: np.ndarray  # int64: the j-th Gaussian i that is blended in any pixel of the block
+    weights: np.ndarray  # float32: from 16 j on, its weights; then zeros up to a multiple of `UNROLL` Gaussians
+    alphas: np.ndarray  # float32: from 16 j on, its alphas; empty if they are not kept
+    befores: np.ndarray  # float32: from 16 j on, the transmittances in front of it; empty if they are not kept
+    final: np.ndarray  # float32 [16]: the transmittances that are left, 1 in pixels that are not blended
 
 
 @compiled
-def make_scratch(first_tile, end_tile, tile_ends, keeps_alphas):
-    """Memory for the longest of the tiles."""
+def open_band(task, tiles, keeps_alphas):
+    """First and end tile of a band of tile rows, and scratch for its tiles; tiles and tasks count over all cameras."""
+    layout, tile_ends = tiles.layout, tiles.tile_ends
+    camera, band = task // layout.num_bands, task % layout.num_bands
+    first_row = camera * layout.tile_height + band * layout.band_rows
+    end_row = camera * layout.tile_height + min((band + 1) * layout.band_rows, layout.tile_height)
+    first, end = first_row * layout.tile_width, end_row * layout.tile_width
     capacity = 0
-    for tile in range(first_tile, end_tile):
+    for tile in range(first, end):
         capacity = max(capacity, tile_ends[tile] - (tile_ends[tile - 1] if tile > 0 else 0))
     num_kept = capacity * NUM_LANES if keeps_alphas else 0
-    return TileScratch(
+    scratch = TileScratch(
         params=np.empty(capacity * PARAMS, np.float32),
         entries=np.empty(capacity, np.int64),
         lists=np.empty(capacity * BLOCKS_PER_TILE + 1, np.int32),
@@ -82,6 +75,7 @@ def make_scratch(first_tile, end_tile, tile_ends, keeps_alphas):
         befores=np.empty(num_kept, np.float32),
         final=np.empty(NUM_LANES, np.float32),
     )
+    return first, end, scratch
 
 
 @compiled
@@ -119,9 +113,8 @@ def weigh_block(block, scratch):
     params, lists, hits, weights = scratch.params, scratch.lists, scratch.hits, scratch.weights
     alphas, befores = scratch.alphas, scratch.befores
     capacity, keeps_alphas = scratch.entries.size, alphas.size > 0
-    columns = block_columns() + np.float32((block % BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
-    rows = block_rows() + np.float32((block // BLOCKS_PER_SIDE) * BLOCK_SIZE + 0.5)
-    zero, one = broadcast(np.float32(0.0)), broadcast(np.float32(1.0))
+    columns, rows = block_centres(block)
+    zero, one, max_alpha = broadcast(np.float32(0.0)), broadcast(np.float32(1.0)), broadcast(_MAX_ALPHA)
     # `live` falls to zero when a pixel is finished, and no test passes there any more; `left` keeps its last value.
     live, left = load(scratch.open_lanes, 0), one
     num_hits = 0
@@ -130,11 +123,12 @@ def weigh_block(block, scratch):
         p = i * PARAMS
         dx, dy = spread(params, p) - columns, spread(params, p + 1) - rows
         sigma = dx * (dx * spread(params, p + 2) + dy * spread(params, p + 3)) + dy * dy * spread(params, p + 4)
-        alpha = minimum(exponential(zero - sigma) * spread(params, p + 5), broadcast(_MAX_ALPHA))
-        counted = both(alpha >= _MIN_ALPHA, sigma >= zero)
+        alpha = exponential(zero - sigma) * spread(params, p + 5)
+        alpha = select(alpha < max_alpha, alpha, max_alpha)
+        counted = (alpha >= _MIN_ALPHA) & (sigma >= zero)
         after = live * (one - alpha)
         goes_on = after > _MIN_TRANSMITTANCE
-        blended = both(counted, goes_on)
+        blended = counted & goes_on
         if any_lane(blended):
             hits[num_hits] = i
             store(weights, num_hits * NUM_LANES, select(blended, alpha * live, zero))
@@ -154,23 +148,29 @@ def weigh_block(block, scratch):
 
 
 @compiled
+def block_centres(block):
+    """Columns and rows of the pixel centres of a block, from the tile's corner."""
+    column, row = (block % BLOCKS_PER_SIDE) * BLOCK_SIZE, (block // BLOCKS_PER_SIDE) * BLOCK_SIZE
+    return block_columns() + np.float32(column + 0.5), block_rows() + np.float32(row + 0.5)
+
+
+@compiled
 def open_block(block, left, top, layout, open_lanes):
     """Marks the pixels of a block that lie on the image; returns whether there are any."""
     found = False
     for lane in range(NUM_LANES):
-        row = top + (block // BLOCKS_PER_SIDE) * BLOCK_SIZE + lane // BLOCK_SIZE
-        column = left + (block % BLOCKS_PER_SIDE) * BLOCK_SIZE + lane % BLOCK_SIZE
-        is_open = row < layout.height and column < layout.width
+        is_open = pixel_index(block, lane, left, top, layout) >= 0
         open_lanes[lane] = np.float32(1.0) if is_open else np.float32(0.0)
         found = found or is_open
     return found
 
 
 @compiled
-def pixel_index(block, lane, left, top, width):
-    """Row-major index on the image of one pixel of a block."""
+def pixel_index(block, lane, left, top, layout):
+    """Row-major index on the image of one pixel of a block; -1 if it lies outside."""
     row = top + (block // BLOCKS_PER_SIDE) * BLOCK_SIZE + lane // BLOCK_SIZE
-    return row * width + left + (block % BLOCKS_PER_SIDE) * BLOCK_SIZE + lane % BLOCK_SIZE
+    column = left + (block % BLOCKS_PER_SIDE) * BLOCK_SIZE + lane % BLOCK_SIZE
+    return row * layout.width + column if row < layout.height and column < layout.width else -1
 
 
 @compiled
@@ -179,12 +179,3 @@ def tile_corner(tile, layout):
     num_tiles = layout.tile_width * layout.tile_height
     within = tile % num_tiles
     return tile // num_tiles, within % layout.tile_width * TILE_SIZE, within // layout.tile_width * TILE_SIZE
-
-
-@compiled
-def tile_range(task, layout):
-    """First and end tile, counted over all cameras, of a band of tile rows; tasks count the bands of all cameras."""
-    camera, band = task // layout.num_bands, task % layout.num_bands
-    first = camera * layout.tile_height + band * layout.band_rows
-    end = camera * layout.tile_height + min((band + 1) * layout.band_rows, layout.tile_height)
-    return first * layout.tile_width, end * layout.tile_width
