@@ -69,14 +69,18 @@ def test_check_modes__names_the_choices():
         ("viewmats", torch.zeros(4, 4)),
         ("Ks", torch.zeros(2, 3, 3)),
         ("scales", torch.zeros(3, 3, dtype=torch.float64)),
-        ("width", 0),
     ],
 )
 def test_check_geometry__refuses_what_does_not_fit(name, value):
     scene = _scene() | {name: value}
-    scene.pop("colors")
-    with pytest.raises(ValueError, match="width" if name == "width" else f"`{name}`"):
-        arguments.check_geometry(**scene)
+    names = ("means", "quats", "scales", "opacities", "viewmats", "Ks")
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        arguments.check_geometry(*[scene[name] for name in names])
+
+
+def test_rasterization__refuses_an_empty_image():
+    with pytest.raises(ValueError, match="An image of 0 x 6 pixels"):
+        rasterization(**(_scene() | {"width": 0}))
 
 
 @pytest.mark.parametrize(
