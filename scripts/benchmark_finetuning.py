@@ -23,15 +23,11 @@ from torch.nn import functional as F
 from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.data.images import save_image
 from fit3d_ns.features import BackboneDescription, compute_patch_grid, create_token_model, describe_backbone
-from fit3d_ns.finetuning import (
-    FinetuneConfig,
-    FinetuneTrainer,
-    OptimizationConfig,
-    RunConfig,
-    SceneBank,
-    TargetRenderer,
-)
-from fit3d_ns.finetuning.targets import TargetConfig, create_averages, create_cache
+from fit3d_ns.finetuning.config import FinetuneConfig, RunConfig
+from fit3d_ns.finetuning.optimization import OptimizationConfig
+from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_averages, create_target_store
+from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.scene import (
@@ -45,6 +41,7 @@ from fit3d_ns.scene import (
     save_scene,
 )
 from fit3d_ns.training.accelerator import create_accelerator
+from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.progress import PhaseTimer, measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import ResultRecord, save_result
 
@@ -128,21 +125,22 @@ def time_training(
     optimization = replace(config.optimization, max_steps=config.epochs * per_epoch, accumulation_steps=1)
     run = RunConfig(trackers=(), steps_per_validation=per_epoch, steps_per_checkpoint=10**9, resume="never")
     whole = FinetuneConfig(optimization=optimization, run=run)
-    cache = create_cache(whole.targets, torch.device(config.device), folder, is_of_use=True)
-    targets = TargetRenderer(bank, views, whole.targets, cache)
+    store = create_target_store(whole.targets, torch.device(config.device), folder)
+    targets = TargetRenderer(bank, views, whole.targets, store)
     token_model = create_token_model(description)
-    accelerator = create_accelerator(config.device, optimization.precision)
+    processes = Processes(create_accelerator(config.device, optimization.precision))
     timer = SynchronisedTimer()
     laps: list[dict[str, float]] = []
 
-    def note_lap(*_: Any) -> None:
+    def note_lap(*_: Any) -> dict[str, float]:
         laps.append(dict(timer.seconds))
+        return {}
 
     # Compiling kernels is no part of an epoch; the scene is made ready there.
     view = next(view for own in views.views for view in own)
     time_target(load_scene(paths[0]).to(config.device), view, description, repeats=1)
     notice(f"Timing {description.label} on {len(bank)} scenes, {config.epochs} epochs of {per_epoch} steps")
-    trainer = FinetuneTrainer(token_model, bank, views, targets, whole, accelerator, folder, {}, note_lap, timer)
+    trainer = FinetuneTrainer(token_model, targets, whole, processes, folder, {}, note_lap, timer)
     trainer.run()
     note_lap()
     first = {name: seconds / per_epoch for name, seconds in laps[0].items()}
@@ -155,7 +153,7 @@ def time_training(
         "later_epochs": _summarise(later),
         "target": time_target(scene, view, description),
         "memory": describe_memory(scene, description),
-        "num_parameters": trainer.num_parameters,
+        "num_parameters": sum(parameter.numel() for parameter in trainer.backbone.parameters),
         "images_per_step": trainer.images_per_step,
         "image_size": [view.width, view.height],
         "num_gaussians": [scene.gaussians.num_gaussians for scene in bank.on_disk],

@@ -9,15 +9,13 @@ from typing import Annotated, Any
 import tyro
 
 from fit3d_ns.cli.command import run_command
-from fit3d_ns.finetuning.anchors import AnchorConfig
-from fit3d_ns.finetuning.augmentation import AugmentationConfig
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig, RunConfig
+from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
-from fit3d_ns.finetuning.optimization import OptimizationConfig
-from fit3d_ns.finetuning.sampling import SamplingConfig
-from fit3d_ns.finetuning.scene_files import find_scenes, prepare_scene_files
+from fit3d_ns.finetuning.losses import AnchorConfig
+from fit3d_ns.finetuning.optimization import OptimizationConfig, TrainableConfig
+from fit3d_ns.finetuning.scene_bank import find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.targets import TargetConfig
-from fit3d_ns.finetuning.trainable import TrainableConfig
 from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.scene import FeatureScene
 from fit3d_ns.training.accelerator import create_accelerator

@@ -1,16 +1,13 @@
 """Stage II: lifted scenes teach the 2D backbone. `finetune` runs it, `load_finetuned` opens what comes out."""
 
-from fit3d_ns.finetuning.anchors import AnchorConfig
-from fit3d_ns.finetuning.augmentation import AugmentationConfig
 from fit3d_ns.finetuning.backbone_folder import load_finetuned, save_finetuned
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig, RunConfig
+from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
 from fit3d_ns.finetuning.finetune import FinetuneInputs, finetune
-from fit3d_ns.finetuning.optimization import OptimizationConfig
-from fit3d_ns.finetuning.sampling import SamplingConfig
-from fit3d_ns.finetuning.scene_bank import SceneBank
-from fit3d_ns.finetuning.scene_files import find_scenes, prepare_scene_files
+from fit3d_ns.finetuning.losses import AnchorConfig
+from fit3d_ns.finetuning.optimization import OptimizationConfig, TrainableConfig
+from fit3d_ns.finetuning.scene_bank import SceneBank, find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer
-from fit3d_ns.finetuning.trainable import TrainableConfig
 from fit3d_ns.finetuning.trainer import FinetuneTrainer, Interrupted
 
 __all__ = [

@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fit3d_ns.data.frames import Split
-from fit3d_ns.finetuning.anchors import AnchorConfig
-from fit3d_ns.finetuning.augmentation import AugmentationConfig
-from fit3d_ns.finetuning.optimization import OptimizationConfig
-from fit3d_ns.finetuning.sampling import SamplingConfig
+from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
+from fit3d_ns.finetuning.losses import AnchorConfig
+from fit3d_ns.finetuning.optimization import OptimizationConfig, TrainableConfig
 from fit3d_ns.finetuning.targets import TargetConfig
-from fit3d_ns.finetuning.trainable import TrainableConfig
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the run works, saves and reports; nothing here changes the weights that come out."""
+    """How the run works, saves and reports; apart from `splits`, nothing here changes the weights that come out."""
 
     splits: tuple[Split, ...] = ("train",)
     """Views that are trained on. Those the lift left out (`test`, and what `fit3d-lift --views` passed over) are taught
@@ -34,7 +32,7 @@ class RunConfig:
     """Number of newest checkpoints that stay, 1 and above."""
     resume: Literal["auto", "never", "require"] = "auto"
     """`auto` goes on from the newest checkpoint in the output folder if there is one, `require` fails without one,
-    `never` starts anew and removes them."""
+    `never` starts over and removes them."""
     steps_per_validation: int = 1000
     """Optimizer steps between two validations, besides the one at the end; 0 validates at the end only."""
     max_validation_views: int = 24
@@ -125,7 +123,7 @@ PAPER = FinetuneConfig(
     ),
     run=RunConfig(splits=("train", "val", "test")),
 )
-"""The public code's values: held-out frames are trained on too (FACTS, 2.1), images come one by one from any scene."""
+"""The public code's values: held-out frames are trained on too, images come one by one from any scene."""
 
 
 def _plain(value: Any) -> Any:

@@ -1,17 +1,114 @@
-"""The feature loss and its normalisation: one mean over all tokens of all processes and accumulated batches.
+"""The loss of stage II: distance to the targets, and terms that hold the backbone near the original (off by default).
 
-    L = sum of w |f - F| / (C sum of w)
+The feature loss is one mean over all tokens of all processes and accumulated batches of an optimizer step,
 
-over the tokens of one optimizer step; w are the targets' weights, C the channels (public code: masked L1). Sums are
-taken locally and divided by the global sum of weights, so that two processes give what one with twice the batch does.
+    L = sum of w |f - F| / (C sum of w),
+
+where w are the targets' weights, C the channels (public code: masked L1). Sums are taken locally and divided by the
+global sum of weights, so that two processes give what one with twice the batch does. Anchors:
+
+- L2-SP (Xuhong et al., ICML 2018): strength / 2 * sum (theta - theta_0)^2 over the trained weights.
+- Feature anchor: L1 between the patch tokens and the original's on the same image.
+- Prefix anchor: the same for class token and registers, before and after the final norm. The paper leaves them free.
+- Supervision of tokens before the final norm, which depth probes read. A normed token y = g (x - m) / s + b tells x up
+  to its mean m and deviation s; with those of the original on the same image the target is x* = s (F - b) / g + m.
+- Weight interpolation after training (WiSE-FT: Wortsman et al., CVPR 2022): (1 - a) theta_0 + a theta.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fit3d_ns.features import TokenModel
 
 SMALLEST_WEIGHT = 1e-8
 """Steps of less total weight have no valid token; their loss is zero."""
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """Strengths relative to the feature loss; 0 switches a term off."""
+
+    l2_sp: float = 0.0
+    """L2-SP: adds half this times the squared distance of the trained weights from where they began to the loss; 0
+    (off) and above."""
+    feature_anchor: float = 0.0
+    """Feature anchor: weight of the L1 between patch tokens and the original backbone's on the same images; 0 (off) and
+    above."""
+    prefix_anchor: float = 0.0
+    """Prefix anchor: weight of the L1 between class token and registers and the original's, before and after the final
+    norm; 0 (off) and above."""
+    pre_norm: float = 0.0
+    """Weight of the L1 between patch tokens before the final norm, which depth probes read, and the target moved there;
+    0 (off) and above."""
+    wise_ft: tuple[float, ...] = ()
+    """WiSE-FT: also saves mixtures of original and fine-tuned weights, in a folder `wise-ft-SHARE` for each of these
+    shares of the fine-tuned ones; each 0 to 1, none by default."""
+
+    def __post_init__(self) -> None:
+        if min(self.l2_sp, self.feature_anchor, self.prefix_anchor, self.pre_norm) < 0:
+            raise ValueError("l2_sp, feature_anchor, prefix_anchor and pre_norm must be 0 or above.")
+        if any(not 0.0 <= share <= 1.0 for share in self.wise_ft):
+            raise ValueError(f"wise_ft {self.wise_ft}: shares of the fine-tuned weights must be in [0, 1].")
+
+    @property
+    def needs_original(self) -> bool:
+        """True if the original backbone has to run next to the trained one."""
+        return max(self.feature_anchor, self.prefix_anchor, self.pre_norm) > 0
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What sums of one optimizer step are divided by: totals over all processes and accumulated batches."""
+
+    weight: float
+    """Sum of the targets' weights."""
+    num_tokens: float
+    """Patch tokens, valid or not."""
+    num_images: float
+    """Images."""
+
+
+class TokenOutputs(NamedTuple):
+    """Tokens of images of one size; a plain tuple, so that wrappers can convert it."""
+
+    patch_tokens: Float[Tensor, "batch patches embed"]
+    """After the final norm, if the backbone's description says so: what scenes were lifted from."""
+    unnormed_patch_tokens: Float[Tensor, "batch patches embed"]
+    """Before the final norm."""
+    prefix_tokens: Float[Tensor, "batch prefix embed"]
+    """As `patch_tokens`."""
+    unnormed_prefix_tokens: Float[Tensor, "batch prefix embed"]
+    """Before the final norm."""
+
+
+class TokenModule(nn.Module):
+    """What accelerate wraps: a backbone with its preprocessing, for batches of images of several sizes.
+
+    Everything the losses need comes out of the one `forward`, because calling another method of a wrapped module skips
+    the synchronisation of gradients in silence.
+    """
+
+    def __init__(self, token_model: TokenModel) -> None:
+        super().__init__()
+        self.token_model = token_model
+
+    def forward(self, groups: Sequence[Float[Tensor, "_ 3 _ _"]]) -> list[TokenOutputs]:
+        """Tokens of each group of images; images of one group have one size, in [0, 1]."""
+        return [compute_outputs(self.token_model, images) for images in groups]
+
+
+def compute_outputs(token_model: TokenModel, images: Float[Tensor, "batch 3 height width"]) -> TokenOutputs:
+    """All tokens of the last block that any loss reads."""
+    description = token_model.description
+    (unnormed,) = token_model.forward_unnormed(images, [description.num_blocks - 1])
+    tokens = token_model.apply_norm(unnormed) if description.norm else unnormed
+    return TokenOutputs(tokens.patch_tokens, unnormed.patch_tokens, tokens.prefix_tokens, unnormed.prefix_tokens)
 
 
 def compute_l1_sum(
@@ -21,7 +118,7 @@ def compute_l1_sum(
 ) -> Float[Tensor, " batch"]:
     """Sum over tokens of weight times mean absolute difference, per image, in float32."""
     distance = (tokens.float() - targets.float()).abs().mean(dim=-1)
-    # Where nothing counts nothing may leak either: 0 * NaN is NaN.
+    # Where nothing counts nothing may leak in either: 0 * NaN is NaN.
     return torch.where(weights > 0, distance * weights, 0.0).sum(dim=-1)
 
 
@@ -31,5 +128,74 @@ def compute_cosine_sum(
     weights: Float[Tensor, "batch patches"],
 ) -> Float[Tensor, " batch"]:
     """Sum over tokens of weight times cosine similarity, per image, in float32."""
-    cosine = torch.nn.functional.cosine_similarity(tokens.float(), targets.float(), dim=-1)
+    cosine = F.cosine_similarity(tokens.float(), targets.float(), dim=-1)
     return torch.where(weights > 0, cosine * weights, 0.0).sum(dim=-1)
+
+
+def compute_token_anchors(
+    outputs: TokenOutputs,
+    original: TokenOutputs,
+    targets: Float[Tensor, "batch patches embed"],
+    weights: Float[Tensor, "batch patches"],
+    config: AnchorConfig,
+    totals: StepTotals,
+    norm: nn.Module,
+) -> Float[Tensor, ""]:
+    """The local part of all terms on tokens, normalised by the totals.
+
+    Args:
+        original: Tokens of the original backbone for the same images, without gradient.
+        norm: The original's final norm.
+    """
+    total = outputs.patch_tokens.new_zeros((), dtype=torch.float32)
+    if config.feature_anchor > 0:
+        ones = torch.ones_like(weights)
+        kept = compute_l1_sum(outputs.patch_tokens, original.patch_tokens, ones).sum()
+        total = total + config.feature_anchor * kept / totals.num_tokens
+    if config.prefix_anchor > 0 and outputs.prefix_tokens.shape[1] > 0:
+        number = totals.num_images * outputs.prefix_tokens.shape[1]
+        ones = weights.new_ones(outputs.prefix_tokens.shape[:2])
+        kept = compute_l1_sum(outputs.prefix_tokens, original.prefix_tokens, ones).sum()
+        kept = kept + compute_l1_sum(outputs.unnormed_prefix_tokens, original.unnormed_prefix_tokens, ones).sum()
+        total = total + config.prefix_anchor * kept / number
+    if config.pre_norm > 0:
+        moved = invert_norm(targets, original.unnormed_patch_tokens, norm)
+        lost = compute_l1_sum(outputs.unnormed_patch_tokens, moved, weights).sum()
+        total = total + config.pre_norm * lost / totals.weight
+    return total
+
+
+@torch.no_grad()
+def invert_norm(
+    normed: Float[Tensor, "*batch embed"], unnormed: Float[Tensor, "*batch embed"], norm: nn.Module
+) -> Float[Tensor, "*batch embed"]:
+    """Tokens before a LayerNorm whose result is `normed`, with mean and deviation of the tokens `unnormed`.
+
+    Raises:
+        ValueError: The norm is not a LayerNorm.
+    """
+    if not isinstance(norm, nn.LayerNorm):
+        raise ValueError(
+            f"Supervision before the final norm needs a LayerNorm, the backbone has {type(norm).__name__}."
+        )
+    normed, unnormed = normed.float(), unnormed.float()
+    mean = unnormed.mean(dim=-1, keepdim=True)
+    deviation = (unnormed.var(dim=-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    if norm.bias is not None:
+        normed = normed - norm.bias.float()
+    if norm.weight is not None:
+        gain = norm.weight.float()
+        # A channel that the norm silences tells nothing; it keeps the original's value.
+        is_silent = gain.abs() < 1e-6
+        normed = torch.where(is_silent, (unnormed - mean) / deviation, normed / torch.where(is_silent, 1.0, gain))
+    return normed * deviation + mean
+
+
+def compute_l2_sp(module: nn.Module, original: dict[str, Tensor], strength: float) -> Float[Tensor, ""]:
+    """strength / 2 * squared distance of the trainable parameters from `original` (by name)."""
+    distances = [
+        (parameter - original[name]).float().square().sum()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    return 0.5 * strength * torch.stack(distances).sum()

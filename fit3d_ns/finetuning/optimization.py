@@ -1,14 +1,39 @@
-"""How weights move: AdamW, the learning rate as a function of the step, and the moving average of weights."""
+"""Which parameters are trained (paper: all), and how they move: AdamW, learning rate, and moving average of weights."""
 
+import copy
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fit3d_ns.features import TokenModel
+from fit3d_ns.finetuning.losses import AnchorConfig, TokenModule
 from fit3d_ns.training.accelerator import Precision
+
+
+@dataclass(frozen=True)
+class TrainableConfig:
+    """What is trained."""
+
+    train: Literal["all", "last-blocks", "lora", "adapter"] = "all"
+    """What is trained: `all` (paper), `last-blocks`, `lora` (matrices next to the attention's projections, merged when
+    saved; needs the extra `lora`), or `adapter` (one Swin block behind the frozen backbone; paper, Table 6)."""
+    num_blocks: int = 4
+    """With `--train last-blocks`: number of last blocks that are trained, and the final norm with them; 1 to the
+    backbone's number of blocks."""
+    lora_rank: int = 8
+    """With `--train lora`: rank of the matrices, 1 and above."""
+    lora_alpha: float = 8.0
+    """With `--train lora`: the matrices' product is multiplied by this over the rank; above 0."""
+    adapter_window: int = 7
+    """With `--train adapter`: side of the Swin block's windows in tokens, 1 and above."""
+
+    def __post_init__(self) -> None:
+        if self.num_blocks < 1 or self.lora_rank < 1 or self.adapter_window < 1 or not self.lora_alpha > 0:
+            raise ValueError("num_blocks, lora_rank, adapter_window must be at least 1 and lora_alpha above 0.")
 
 
 @dataclass(frozen=True)
@@ -82,9 +107,73 @@ class OptimizationConfig:
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def create_optimizer(parameters: Iterable[nn.Parameter], config: OptimizationConfig) -> torch.optim.AdamW:
-    """AdamW over all given parameters alike (public code: norms, biases and embeddings decay too)."""
-    return torch.optim.AdamW(list(parameters), lr=config.learning_rate, weight_decay=config.weight_decay)
+def copy_original(token_model: TokenModel) -> TokenModel:
+    """A frozen copy of a backbone, taken before it is trained."""
+    return copy.deepcopy(token_model).eval().requires_grad_(False)
+
+
+def select_trainable(token_model: TokenModel, config: TrainableConfig) -> TokenModel:
+    """The model with everything else frozen; LoRA and the adapter are put in.
+
+    Parameters that were frozen before stay so.
+
+    Raises:
+        ValueError: More blocks than there are, or peft is not installed.
+    """
+    if config.train == "all":
+        return token_model
+    if config.train == "last-blocks":
+        blocks = token_model.model.blocks
+        if config.num_blocks > len(blocks):
+            raise ValueError(f"--num-blocks {config.num_blocks}: {token_model.description.label} has {len(blocks)}.")
+        kept = {id(parameter) for block in blocks[-config.num_blocks :] for parameter in block.parameters()}
+        if token_model.description.norm:
+            kept |= {id(parameter) for parameter in token_model.model.norm.parameters()}
+        for parameter in token_model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+        return token_model
+    if config.train == "lora":
+        from fit3d_ns.features.adapters import add_lora
+
+        return add_lora(token_model, config.lora_rank, config.lora_alpha)
+    from fit3d_ns.features.adapters import add_adapter
+
+    return add_adapter(token_model, config.adapter_window)
+
+
+def merge_trained(token_model: TokenModel, config: TrainableConfig) -> TokenModel:
+    """The model as it is saved: LoRA's matrices are merged into the weights; otherwise the model itself."""
+    if config.train != "lora":
+        return token_model
+    from fit3d_ns.features.adapters import merge_lora
+
+    return merge_lora(token_model)
+
+
+def freeze_unreachable(module: TokenModule, anchors: AnchorConfig) -> list[str]:
+    """Freezes the parameters that the loss cannot reach, found by one backward pass on a small image.
+
+    Returns:
+        Names of the parameters that were frozen here.
+    """
+    parameter = next(module.parameters())
+    side = 2 * module.token_model.description.patch_size
+    image = torch.linspace(0.0, 1.0, 3 * side * side, device=parameter.device).reshape(1, 3, side, side)
+    with torch.enable_grad():
+        (outputs,) = module([image])
+        total = outputs.patch_tokens.sum()
+        if anchors.prefix_anchor > 0:
+            total = total + outputs.prefix_tokens.sum() + outputs.unnormed_prefix_tokens.sum()
+        if anchors.pre_norm > 0:
+            total = total + outputs.unnormed_patch_tokens.sum()
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(total, [parameter for _, parameter in named], allow_unused=True)
+    frozen = [
+        (name, parameter) for (name, parameter), gradient in zip(named, gradients, strict=True) if gradient is None
+    ]
+    for _, parameter in frozen:
+        parameter.requires_grad_(False)
+    return [name for name, _ in frozen]
 
 
 class MovingAverage:
@@ -113,3 +202,90 @@ class MovingAverage:
             weights = parameters[name].detach().clone()
             parameters[name].copy_(average)
             average.copy_(weights)
+
+
+class TrainedBackbone:
+    """A backbone that is being trained: its parameters, optimizer and moving average, and what it was before.
+
+    `bare` holds the parameters; `module` is the same as accelerate wrapped it, whose `forward` is the only way through
+    the backbone in training.
+    """
+
+    def __init__(
+        self,
+        token_model: TokenModel,
+        original: TokenModel | None,
+        trainable: TrainableConfig,
+        anchors: AnchorConfig,
+        optimization: OptimizationConfig,
+    ):
+        """Freezes what is not trained.
+
+        Args:
+            token_model: The backbone, trained in place.
+            original: A frozen copy, if an anchor needs it.
+
+        Raises:
+            ValueError: Settings that do not fit the backbone.
+        """
+        description = token_model.description
+        if anchors.pre_norm > 0 and not description.norm:
+            raise ValueError("--pre-norm: these scenes hold tokens before the final norm already; leave it out.")
+        if anchors.prefix_anchor > 0 and description.num_prefix_tokens == 0:
+            raise ValueError(
+                f"--prefix-anchor: {description.label} has neither class token nor registers; leave it out."
+            )
+        self.original = original
+        self.bare = TokenModule(select_trainable(token_model, trainable))
+        self.module: nn.Module = self.bare
+        self.frozen = freeze_unreachable(self.bare, anchors)
+        trained = {name: value for name, value in self.bare.named_parameters() if value.requires_grad}
+        if not trained:
+            raise ValueError(f"Nothing of {description.label} is trained; choose another --train.")
+        self.parameters = list(trained.values())
+        self.original_weights = (
+            {name: value.detach().clone() for name, value in trained.items()} if anchors.l2_sp else {}
+        )
+        self.average = MovingAverage(self.bare, optimization.ema_decay) if optimization.ema_decay > 0 else None
+        if optimization.compile:
+            model = self.bare.token_model
+            model.forward_unnormed = torch.compile(model.forward_unnormed)  # type: ignore[method-assign]
+        # All parameters decay alike, norms, biases and embeddings too (public code).
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            self.parameters, lr=optimization.learning_rate, weight_decay=optimization.weight_decay
+        )
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Lets accelerate wrap module and optimizer; after a state was loaded, because DDP copies what it is given."""
+        self.module, self.optimizer = accelerator.prepare(self.bare, self.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a step changes."""
+        return {
+            "module": self.bare.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averages": None if self.average is None else self.average.averages,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Sets what `state_dict` gave, before `prepare`."""
+        self.bare.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            device = self.parameters[0].device
+            self.average.averages = {name: value.to(device) for name, value in state["averages"].items()}
+
+    def swap_averages(self) -> None:
+        """Exchanges weights and their moving averages, if these are kept; a second call undoes it."""
+        if self.average is not None:
+            self.average.swap(self.bare)
+
+
+def interpolate_weights(original: dict[str, Tensor], finetuned: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """(1 - share) original + share finetuned, for floating-point tensors of the same names; exact at 0 and 1."""
+    return {
+        name: torch.lerp(original[name].double(), value.double(), share).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in finetuned.items()
+    }

@@ -1,28 +1,91 @@
-"""`SceneBank`: many lifted scenes on disk, a few of them on the device.
+"""Scenes for fine-tuning: what `--ckpts` names, and `SceneBank`, which holds many on disk and a few on the device.
 
-All scene files are open from the start and memory-mapped: that costs address space, not memory. A scene that is asked
-for is moved to the device and made ready to render; when the budget is reached, the one that was used longest ago
-leaves. 230 scenes of a million Gaussians are 39 GB of files, and each takes 0.47 GB while it is ready (D = 64).
+nerfstudio runs become scene files first, kept in one folder and exported again only if the run has changed, so that
+everything after this knows only scene files. All scene files are open from the start and memory-mapped: that costs
+address space, not memory. A scene that is asked for is moved to the device and made ready to render; when the budget is
+reached, the one that was used longest ago leaves. 230 scenes of a million Gaussians are 39 GB of files, and each takes
+0.47 GB while it is ready (D = 64).
 """
 
+import glob
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fit3d_ns.features import BackboneDescription
-from fit3d_ns.finetuning.scene_averages import SceneAverages
-from fit3d_ns.finetuning.scene_fingerprint import compute_fingerprint
-from fit3d_ns.scene import FeatureScene, load_scene
+from fit3d_ns.finetuning.lifted_views import SceneAverages
+from fit3d_ns.scene import FeatureScene, load_scene, save_scene
+from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.utils.progress import notice
+
+LoadRun = Callable[[Path], FeatureScene]
+"""Reads the lifted scene of a nerfstudio run from its `config.yml`."""
+
+SCENE_SUFFIX = ".safetensors"
+RUN_CONFIG = "config.yml"
+
+
+def find_scenes(patterns: Sequence[str | Path], flag: str = "--ckpts") -> list[Path]:
+    """Scene files and `config.yml`s that the patterns name, each once, in order of the patterns, sorted within one.
+
+    Args:
+        patterns: Files, globs (`**` descends), run folders (each `config.yml` below counts), folders of scene files.
+        flag: Where they were given, for messages.
+
+    Raises:
+        ValueError: A pattern matches nothing, or a file that is neither.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        # A name that exists is taken as it is, brackets and all.
+        names = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
+        matches = sorted(Path(name) for name in names)
+        scenes = [scene for match in matches for scene in _expand(match, flag)]
+        if not scenes:
+            kind = "no scene file and no nerfstudio run" if matches else "nothing"
+            raise ValueError(
+                f"{flag} {pattern} matches {kind}; give .safetensors files of fit3d-export or fit3d-lift, "
+                "or nerfstudio run folders."
+            )
+        found += scenes
+    return list(dict.fromkeys(found))
+
+
+def prepare_scene_files(
+    scenes: Sequence[Path], export_folder: Path, load_run: LoadRun, *, may_export: bool = True
+) -> list[Path]:
+    """Scene files for `find_scenes`' result: runs are exported to `export_folder`, under a name with the run's hash.
+
+    Args:
+        scenes: Scene files and `config.yml`s.
+        export_folder: Where exported scenes lie.
+        load_run: Reads a run.
+        may_export: False on processes that wait until another one has exported.
+
+    Raises:
+        ValueError: A run cannot be read here.
+    """
+    files = []
+    for scene in scenes:
+        path = scene
+        if scene.name == RUN_CONFIG:
+            path = export_folder / f"{scene.parent.name}-{_hash_run(scene)}{SCENE_SUFFIX}"
+            if not path.is_file() and may_export:
+                notice(f"Exporting {scene.parent} to {path}")
+                save_scene(load_run(scene), path)
+        files.append(path)
+    return files
 
 
 class SceneBank:
     """Scenes by index; `bank[i]` is ready to render on the device.
 
-    `averages` is None, or what replaces the features of each scene before they are rendered (`scene_averages.py`).
+    `averages` is None, or what replaces the features of each scene before they are rendered.
     """
 
     def __init__(self, paths: Sequence[Path], device: torch.device | str = "cpu", memory_gb: float = 8.0):
@@ -34,7 +97,7 @@ class SceneBank:
             memory_gb: Ready scenes take at most this many 1e9 bytes, above 0.
 
         Raises:
-            ValueError: No path, a file that is no whole scene, or a scene larger than the budget.
+            ValueError: No path, a file that is not a whole scene, or a scene larger than the budget.
         """
         if not paths:
             raise ValueError("There are no scenes; give at least one with --ckpts.")
@@ -97,22 +160,33 @@ class SceneBank:
         with open(self.paths[index], "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def compute_fingerprint(self, index: int) -> str:
-        """Names a scene by its content, see `scene_fingerprint.py`."""
-        return compute_fingerprint(self.on_disk[index])
+    def check_backbones(self, backbone: BackboneDescription) -> None:
+        """Refuses scenes that were lifted with another backbone, other weights or other preprocessing.
+
+        Raises:
+            ValueError: Some were; the message names the first, and both sides of every difference.
+        """
+        for path, scene in zip(self.paths, self.on_disk, strict=True):
+            differences = scene.backbone.find_differences(backbone)
+            if differences:
+                raise ValueError(
+                    f"{path} was lifted with {scene.backbone.backbone}, fine-tuning was asked for {backbone.backbone}: "
+                    f"{'; '.join(differences)} (scene against backbone); lift the scene with this backbone, or give "
+                    "the scene's own with --backbone and --backbone-weights."
+                )
 
 
-def check_backbones(bank: SceneBank, backbone: BackboneDescription) -> None:
-    """Refuses scenes that were lifted with another backbone, other weights or other preprocessing.
+def _expand(match: Path, flag: str) -> list[Path]:
+    if match.is_dir():
+        # Outputs of fine-tuning next to scenes are folders with `model.safetensors`; only direct children count.
+        return sorted(match.rglob(RUN_CONFIG)) or sorted(match.glob(f"*{SCENE_SUFFIX}"))
+    if match.suffix == SCENE_SUFFIX or match.name == RUN_CONFIG:
+        return [match]
+    raise ValueError(f"{match} is not a scene file (.safetensors), run folder or config.yml; take it out of {flag}.")
 
-    Raises:
-        ValueError: Some were; the message names the first, and both sides of every difference.
-    """
-    for path, scene in zip(bank.paths, bank.on_disk, strict=True):
-        differences = scene.backbone.find_differences(backbone)
-        if differences:
-            raise ValueError(
-                f"{path} was lifted with {scene.backbone.backbone}, fine-tuning was asked for {backbone.backbone}: "
-                f"{'; '.join(differences)} (scene against backbone); lift the scene with this backbone, or give the "
-                "scene's own with --backbone and --backbone-weights."
-            )
+
+def _hash_run(config: Path) -> str:
+    """Changes when the run was trained on: its checkpoints have other names, sizes or times then."""
+    checkpoints = sorted(path for path in config.parent.rglob("*.ckpt") if path.is_file())
+    parts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in [config, *checkpoints]]
+    return hash_bytes(str(config.absolute()).encode(), *(part.encode() for part in parts))

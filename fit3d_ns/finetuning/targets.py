@@ -2,7 +2,11 @@
 
 `F_high` at the token centres, from the image's own camera (paper, section 3.2): the value of rendering at full size,
 decoding and resizing, computed where it is read. Each token's weight is the share of valid pixels times, as options,
-the accumulated opacity and a factor that falls with the features' variance over the lifted views.
+the rendered alpha and a factor that falls with the features' variance over the lifted views.
+
+Rendered targets are kept for later epochs, before mask and flip and in half precision. A target's hash covers
+everything it depends on: the scene's content, the views and masks its features were averaged over, the camera, the
+token grid, how tokens are read. So a folder that was filled on one machine serves others that have no rasterizer.
 """
 
 from dataclasses import dataclass
@@ -14,11 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.features import TokenModel
-from fit3d_ns.finetuning.leave_one_out import leave_view_out
-from fit3d_ns.finetuning.lifted_views import MAX_AVERAGED_VIEWS
-from fit3d_ns.finetuning.scene_averages import SceneAverages
+from fit3d_ns.finetuning.lifted_views import MAX_AVERAGED_VIEWS, SceneAverages, compute_scene_hash, leave_view_out
 from fit3d_ns.finetuning.scene_bank import SceneBank
-from fit3d_ns.finetuning.target_cache import TargetCache, store_target
 from fit3d_ns.finetuning.training_views import Sample, TrainingViews
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene import FeatureScene, RenderedFeatures, TokenReadingRule, create_token_reader
@@ -41,12 +42,12 @@ class TargetConfig:
     average_views: bool = True
     """Average each scene's features over the lifted views and the patches that show them, masked pixels excepted,
     before targets are rendered: a solved lift also fits what each view alone said, which is the noise that fine-tuning
-    shall remove. The public code does not, nor does a weighted-sum lift (`fit3d-lift --max-passes 0`) need it."""
+    should remove. The public code does not, nor does a weighted-sum lift (`fit3d-lift --max-passes 0`) need it."""
     average_gb: float = 4.0
     """Averaged features in memory take at most this many 1e9 bytes, 0 and above (0.13 for a million Gaussians of 64
     channels); others lie on disk where `cache` keeps targets there, else they are averaged again."""
     weight_by_opacity: bool = True
-    """Weight each token by its accumulated opacity, so that holes teach nothing; the public code weighs all alike."""
+    """Weight each token by its rendered alpha, so that holes teach nothing; the public code weighs all alike."""
     variance_weight: float = 0.0
     """0 ignores it; k weights a token of the scene's mean feature variance by 1 / (1 + k), others accordingly."""
     leave_one_out: bool = False
@@ -81,29 +82,30 @@ class Target:
 
 
 class TargetRenderer:
-    """Renders targets, or takes them from the cache."""
+    """Renders targets, or takes them from the store."""
 
     def __init__(
         self,
         bank: SceneBank,
         views: TrainingViews,
         config: TargetConfig,
-        cache: TargetCache | None = None,
+        store: TensorStore | None = None,
         original: TokenModel | None = None,
     ):
         """Args:
         bank: The scenes.
-        views: The photographs, for leave-one-out.
-        cache: None renders every target every time.
+        views: The photographs of the same scenes.
+        store: None renders every target every time.
         original: The backbone before training, needed for leave-one-out.
         """
         self.bank = bank
         self.views = views
         self.config = config
-        self.cache = cache
+        self.store = store
         self.original = original
         self.rules: list[TokenReadingRule] = [config.get_rule(scene) for scene in bank.on_disk]
-        self._fingerprints: dict[int, str] = {}
+        self.num_rendered = 0
+        self._scene_hashes: dict[int, str] = {}
         assert original is not None or not config.leave_one_out
 
     def render(self, sample: Sample) -> Target:
@@ -112,21 +114,23 @@ class TargetRenderer:
         Raises:
             ValueError: The rendering is not finite; the message names scene and view.
         """
-        stored = None if self.cache is None else self.cache.load(self._name(sample))
+        content_hash = "" if self.store is None else self._compute_hash(sample)
+        stored = None if self.store is None else self.store.load(content_hash)
         if stored is None:
             features, confidence = self._render(sample)
-            if not bool(torch.isfinite(features).all()):
-                raise ValueError(f"The features rendered for {sample.name} are not finite; lift its scene anew.")
-            if self.cache is not None:
-                try:
-                    stored = store_target(features, confidence)
-                except ValueError as error:
-                    raise ValueError(f"Target of {sample.name}: {error}.") from error
-                self.cache.save(self._name(sample), stored)
-        if stored is not None:
-            # Also when it was rendered just now: a resumed run must not see the difference.
-            features = stored.features.to(self.bank.device, torch.float32)
-            confidence = stored.confidence.to(self.bank.device, torch.float32)
+            self.num_rendered += 1
+            stored = {"features": features, "confidence": confidence}
+            if self.store is not None:
+                stored = {key: value.detach().to("cpu", torch.float16) for key, value in stored.items()}
+            if not bool(torch.isfinite(stored["features"]).all()):
+                raise ValueError(
+                    f"The features rendered for {sample.name} are not finite or beyond half precision; lift its "
+                    "scene again."
+                )
+            if self.store is not None:
+                self.store.save(content_hash, stored)
+        # Read from the rounded numbers also when rendered just now: a resumed run must not see the difference.
+        features, confidence = (stored[key].to(self.bank.device, torch.float32) for key in ("features", "confidence"))
         weights = sample.mask.to(confidence) * confidence
         flip = sample.augmentation.apply_to_tokens
         return Target(flip(features).contiguous(), flip(weights).contiguous())
@@ -150,15 +154,15 @@ class TargetRenderer:
             confidence = confidence / (1.0 + config.variance_weight * variance)
         return rendered.features, confidence.clamp(0.0, 1.0)
 
-    def _name(self, sample: Sample) -> str:
+    def _compute_hash(self, sample: Sample) -> str:
         scene, view, window = sample.draw.scene, sample.view, sample.augmentation.window
-        if scene not in self._fingerprints:
+        if scene not in self._scene_hashes:
             averages = self.bank.averages
-            self._fingerprints[scene] = (
-                self.bank.compute_fingerprint(scene) if averages is None else averages.compute_name(scene)
+            self._scene_hashes[scene] = (
+                compute_scene_hash(self.bank.on_disk[scene]) if averages is None else averages.compute_hash(scene)
             )
         config = self.config
-        parts: list[object] = [self._fingerprints[scene], view.name, window, sample.grid, self.rules[scene]]
+        parts: list[object] = [self._scene_hashes[scene], view.name, window, sample.grid, self.rules[scene]]
         parts += [view.camera_to_world.tolist(), view.K.tolist()]
         parts += [config.weight_by_opacity, config.variance_weight, config.leave_one_out]
         return hash_bytes(*(repr(part).encode() for part in parts))
@@ -193,10 +197,10 @@ def render_values(
 def create_averages(
     config: TargetConfig, bank: SceneBank, output_folder: Path, data_root: Path | None = None
 ) -> SceneAverages | None:
-    """What a configuration asks to be done to the features of a bank's scenes before targets are rendered.
+    """What replaces the features of a bank's scenes before targets are rendered, if a configuration asks for it.
 
     Args:
-        output_folder: Of the run, for averages that outgrow the memory.
+        output_folder: The run's folder, for averages that outgrow the memory.
         data_root: Where captures and their masks lie now, if they were moved.
     """
     if not config.average_views:
@@ -209,20 +213,17 @@ def create_averages(
     return SceneAverages(bank.on_disk, store, data_root, max_views)
 
 
-def create_cache(
-    config: TargetConfig, device: torch.device, output_folder: Path, *, is_of_use: bool
-) -> TargetCache | None:
-    """The cache that a configuration asks for.
+def create_target_store(config: TargetConfig, device: torch.device, output_folder: Path) -> TensorStore | None:
+    """Where a configuration keeps targets, None if it does not.
 
     Args:
         device: Where scenes are rendered; on CUDA a target costs less than keeping it.
-        output_folder: Of the run, for targets that outgrow the memory.
-        is_of_use: False where no target is asked for twice (random crops).
+        output_folder: The run's folder, for targets that outgrow the memory.
     """
-    if _find_kind(config, device) == "none" or not is_of_use:
+    if _find_kind(config, device) == "none":
         return None
     folder = _find_folder(config, device, output_folder)
-    return TargetCache(config.cache_gb, folder, keep_on_disk=config.cache_folder is not None)
+    return TensorStore(config.cache_gb, folder, keep_on_disk=config.cache_folder is not None)
 
 
 def _find_kind(config: TargetConfig, device: torch.device) -> Literal["none", "memory", "disk"]:

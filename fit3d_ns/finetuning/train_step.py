@@ -5,29 +5,97 @@ batch's loss is divided by the global total right away, and gradients add up to 
 over processes, hence the factor of their number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from fit3d_ns.features import TokenModel
-from fit3d_ns.finetuning.anchors import AnchorConfig, StepTotals, compute_l2_sp, compute_token_anchors
-from fit3d_ns.finetuning.batches import Batch
-from fit3d_ns.finetuning.losses import SMALLEST_WEIGHT, compute_l1_sum
-from fit3d_ns.finetuning.token_module import TokenModule, compute_outputs
+from fit3d_ns.finetuning.losses import (
+    SMALLEST_WEIGHT,
+    AnchorConfig,
+    StepTotals,
+    compute_l1_sum,
+    compute_l2_sp,
+    compute_outputs,
+    compute_token_anchors,
+)
+from fit3d_ns.finetuning.optimization import TrainedBackbone
+from fit3d_ns.finetuning.targets import Target
 from fit3d_ns.finetuning.training_views import Sample
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.progress import PhaseTimer
 
 SMALLEST_SCALE = 2.0**-20
-"""Of fp16's loss scale: a gradient that still overflows down here is not finite by itself."""
+"""The loss scale of fp16 below which a gradient that still overflows is not finite by itself."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images of one size."""
+
+    samples: list[Sample]
+    """Where they come from, in order."""
+    images: Float[Tensor, "batch 3 height width"]
+    """What the backbone sees, in [0, 1]."""
+    targets: Float[Tensor, "batch patches embed"]
+    """What their tokens should be, float32."""
+    weights: Float[Tensor, "batch patches"]
+    """How much each token counts."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the backbone at once."""
+
+    groups: list[Group]
+    """One per image size, in order of first appearance."""
+
+    @property
+    def weight(self) -> float:
+        """Sum of all weights."""
+        return sum(float(group.weights.sum(dtype=torch.float64)) for group in self.groups)
+
+    @property
+    def num_tokens(self) -> int:
+        """Patch tokens."""
+        return sum(group.weights.numel() for group in self.groups)
+
+    @property
+    def num_images(self) -> int:
+        """Images."""
+        return sum(len(group.samples) for group in self.groups)
+
+    @property
+    def samples(self) -> Iterator[Sample]:
+        """All samples, group by group."""
+        return (sample for group in self.groups for sample in group.samples)
+
+
+def create_batch(samples: Sequence[Sample], targets: Sequence[Target], device: torch.device) -> Batch:
+    """Stacks samples of equal size."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_size.setdefault(tuple(sample.image.shape), []).append(index)
+    groups = []
+    for indices in by_size.values():
+        images = torch.stack([samples[index].image for index in indices])
+        groups.append(
+            Group(
+                samples=[samples[index] for index in indices],
+                images=images.to(device, non_blocking=True),
+                # (b, h, w, e) -> (b, h*w, e)
+                targets=torch.stack([targets[index].features for index in indices]).flatten(1, 2).to(device),
+                weights=torch.stack([targets[index].weights for index in indices]).flatten(1, 2).to(device),
+            )
+        )
+    return Batch(groups)
 
 
 @dataclass(frozen=True)
@@ -56,37 +124,22 @@ class TrainStep:
 
     def __init__(
         self,
-        module: nn.Module,
-        bare: TokenModule,
-        optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
-        processes: Processes,
+        backbone: TrainedBackbone,
         anchors: AnchorConfig,
         clip_norm: float,
-        original: TokenModel | None,
-        original_weights: dict[str, Tensor],
+        processes: Processes,
         timer: PhaseTimer,
     ):
         """Args:
-        module: As accelerate wrapped it; its `forward` is the only way through the backbone.
-        bare: The same module, unwrapped, for its parameters.
-        optimizer: As accelerate wrapped it.
         clip_norm: Gradients are scaled down to this norm.
-        original: The backbone before training, if an anchor needs it.
-        original_weights: Its trainable parameters by name, for L2-SP; empty without.
         timer: Gets `forward_backward` and `optimizer`.
         """
-        self.module = module
-        self.bare = bare
-        self.optimizer = optimizer
-        self.accelerator = accelerator
-        self.processes = processes
+        self.backbone = backbone
         self.anchors = anchors
         self.clip_norm = clip_norm
-        self.original = original
-        self.original_weights = original_weights
+        self.processes = processes
+        self.accelerator = processes.accelerator
         self.timer = timer
-        self._parameters = [parameter for parameter in bare.parameters() if parameter.requires_grad]
 
     def run(self, batches: Sequence[Batch], totals: StepTotals) -> StepResult:
         """Forward, backward and update for this process's batches.
@@ -97,14 +150,14 @@ class TrainStep:
         with self.timer.phase("forward_backward"):
             loss, anchor_loss = self._accumulate(batches, totals)
         with self.timer.phase("optimizer"):
-            norm = self.accelerator.clip_grad_norm_(self._parameters, self.clip_norm)
+            norm = self.accelerator.clip_grad_norm_(self.backbone.parameters, self.clip_norm)
             # A scaled fp16 gradient may overflow; then the scaler skips this step and lowers its scale.
             if self.accelerator.scaler is None and not bool(torch.isfinite(norm)):
                 self._stop("gradient", (batches[-1], []))
-            self.optimizer.step()
+            self.backbone.optimizer.step()
             if self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() < SMALLEST_SCALE:
                 self._stop("gradient", (batches[-1], []))
-            self.optimizer.zero_grad(set_to_none=True)
+            self.backbone.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, anchor_loss, float(norm))
 
     def _accumulate(self, batches: Sequence[Batch], totals: StepTotals) -> tuple[float, float]:
@@ -113,14 +166,14 @@ class TrainStep:
         broken: tuple[Batch, list[Tensor]] | None = None
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.module):
+            with nullcontext() if is_last else self.accelerator.no_sync(self.backbone.module):
                 loss, anchor, tokens = self._compute_losses(batch, totals)
                 if not bool(torch.isfinite(loss + anchor)):
                     broken = broken or (batch, tokens)
                 total = loss + anchor
-                if is_last and self.original_weights:
+                if is_last and self.backbone.original_weights:
                     # On every process alike, so averaging over them leaves it as it is.
-                    pull = compute_l2_sp(self.bare, self.original_weights, self.anchors.l2_sp)
+                    pull = compute_l2_sp(self.backbone.bare, self.backbone.original_weights, self.anchors.l2_sp)
                     anchored += float(pull.detach()) / self.processes.number
                     total = total + pull / self.processes.number
                 self.accelerator.backward(total * self.processes.number)
@@ -132,15 +185,16 @@ class TrainStep:
         return loss_sum, anchor_sum
 
     def _compute_losses(self, batch: Batch, totals: StepTotals) -> tuple[Tensor, Tensor, list[Tensor]]:
-        outputs = self.module([group.images for group in batch.groups])
+        original = self.backbone.original
+        outputs = self.backbone.module([group.images for group in batch.groups])
         sums, anchored, tokens = [], [], []
         for group, output in zip(batch.groups, outputs, strict=True):
             sums.append(compute_l1_sum(output.patch_tokens, group.targets, group.weights).sum())
             tokens.append(output.patch_tokens.detach())
-            if self.original is not None and self.anchors.needs_original:
+            if original is not None and self.anchors.needs_original:
                 with torch.no_grad(), self.accelerator.autocast():
-                    reference = compute_outputs(self.original, group.images)
-                norm = self.original.model.norm
+                    reference = compute_outputs(original, group.images)
+                norm = original.model.norm
                 anchored.append(
                     compute_token_anchors(output, reference, group.targets, group.weights, self.anchors, totals, norm)
                 )
@@ -149,7 +203,7 @@ class TrainStep:
 
     def _stop(self, what: str, broken: tuple[Batch, list[Tensor]] | None) -> None:
         """Raises on every process, with the views of the process that has them."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.backbone.optimizer.zero_grad(set_to_none=True)
         names = "" if broken is None else ", ".join(sample.name for sample in find_broken(*broken))
         try:
             self.processes.agree(f"The {what} is not finite for {names}" if names else "")

@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from fit3d_ns.features import TokenModel
-from fit3d_ns.finetuning.anchors import copy_original
-from fit3d_ns.finetuning.batches import Batch, create_batch
 from fit3d_ns.finetuning.config import FinetuneConfig
-from fit3d_ns.finetuning.optimization import MovingAverage, create_optimizer
-from fit3d_ns.finetuning.sampling import Draw, DrawSequence
-from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.draws import Draw, DrawSequence
+from fit3d_ns.finetuning.optimization import TrainedBackbone, copy_original
 from fit3d_ns.finetuning.targets import TargetRenderer
-from fit3d_ns.finetuning.token_module import TokenModule, freeze_unreachable
-from fit3d_ns.finetuning.train_step import NotFiniteError, StepResult, TrainStep, save_evidence, sum_totals
-from fit3d_ns.finetuning.trainable import select_trainable
-from fit3d_ns.finetuning.training_views import Sample, TrainingViews
+from fit3d_ns.finetuning.train_step import (
+    Batch,
+    NotFiniteError,
+    StepResult,
+    TrainStep,
+    create_batch,
+    save_evidence,
+    sum_totals,
+)
+from fit3d_ns.finetuning.training_views import Sample
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
 from fit3d_ns.training.epochs import list_positions, load_ahead
 from fit3d_ns.training.processes import Processes
@@ -66,81 +68,51 @@ class FinetuneTrainer:
     def __init__(
         self,
         token_model: TokenModel,
-        bank: SceneBank,
-        views: TrainingViews,
         targets: TargetRenderer,
         config: FinetuneConfig,
-        accelerator: Accelerator,
+        processes: Processes,
         output_folder: Path,
-        identity: dict[str, Any],
-        validate: Callable[[TokenModel, int], None] | None = None,
+        inputs: dict[str, Any],
+        validate: Callable[[TokenModel, int], dict[str, float]] | None = None,
         timer: PhaseTimer | None = None,
-        original: TokenModel | None = None,
     ):
         """Freezes what is not trained, wraps the backbone, and goes on from a checkpoint where there is one.
 
         Args:
             token_model: The original backbone; it is trained in place.
-            targets: Renders for the same bank and views.
-            accelerator: Made by `create_accelerator`.
+            targets: Renders what is taught, for its own bank of scenes and their views.
             output_folder: Checkpoints and evidence go there.
-            identity: Backbone and scenes, as plain JSON values; a checkpoint of others is refused.
-            validate: Called by the main process with the backbone and the step, every `steps_per_validation` steps.
+            inputs: Backbone, scenes and photographs by their hashes, as plain JSON values; a checkpoint of others is
+                refused.
+            validate: Called by the main process with the backbone and the step, every `steps_per_validation` steps;
+                returns curves to log.
             timer: Gets the seconds of `load`, `target`, `forward_backward` and `optimizer`.
-            original: A frozen copy of the backbone for the anchors; made here if one needs it.
 
         Raises:
             ValueError: Settings that do not fit together, or a checkpoint of another run.
         """
-        self.bank, self.views, self.targets, self.config = bank, views, targets, config
-        self.accelerator = accelerator
-        self.processes = Processes(accelerator)
+        self.targets, self.config, self.processes = targets, config, processes
+        self.bank, self.views = targets.bank, targets.views
+        self.accelerator = processes.accelerator
         self.output_folder = output_folder
         self.validate = validate
         self.history = TrainingHistory()
         self.timer = timer or PhaseTimer()
         self.step = 0
+        self._inputs = inputs
         optimization, anchors = config.optimization, config.anchors
-        self.sequence = DrawSequence(views.views_per_scene, config.sampling)
-        self.num_steps = optimization.count_steps(self.sequence.num_images, self.processes.number)
-        if anchors.pre_norm > 0 and not token_model.description.norm:
-            raise ValueError("--pre-norm: these scenes hold tokens before the final norm already; leave it out.")
-        if anchors.prefix_anchor > 0 and token_model.description.num_prefix_tokens == 0:
-            label = token_model.description.label
-            raise ValueError(f"--prefix-anchor: {label} has neither class token nor registers; leave it out.")
-        if anchors.needs_original:
-            original = (original or copy_original(token_model)).to(accelerator.device)
-        token_model = select_trainable(token_model.to(accelerator.device), config.trainable)
-        self.bare = TokenModule(token_model)
-        self.frozen = freeze_unreachable(self.bare, anchors.prefix_anchor > 0, anchors.pre_norm > 0)
-        trained = {name: value for name, value in self.bare.named_parameters() if value.requires_grad}
-        if not trained:
-            raise ValueError(f"Nothing of {token_model.description.label} is trained; choose another --train.")
-        self.num_parameters = sum(parameter.numel() for parameter in trained.values())
-        original_weights = {name: value.detach().clone() for name, value in trained.items()} if anchors.l2_sp else {}
-        self.average = MovingAverage(self.bare, optimization.ema_decay) if optimization.ema_decay > 0 else None
-        if optimization.compile:
-            token_model.forward_unnormed = torch.compile(token_model.forward_unnormed)  # type: ignore[method-assign]
+        self.sequence = DrawSequence(self.views.views_per_scene, config.sampling)
+        self.num_steps = optimization.count_steps(self.sequence.num_images, processes.number)
+        device = self.accelerator.device
+        original = (targets.original or copy_original(token_model)).to(device) if anchors.needs_original else None
+        self.backbone = TrainedBackbone(token_model.to(device), original, config.trainable, anchors, optimization)
+        self.bare = self.backbone.bare
         self.checkpoints = CheckpointFolder(output_folder / CHECKPOINT_FOLDER, config.run.keep_checkpoints)
-        self._identity = identity
-        optimizer = create_optimizer(trained.values(), optimization)
-        # Loaded before wrapping: accelerate and DDP copy what they are given.
-        scaler_state = self._resume(optimizer)
-        module, self.optimizer = accelerator.prepare(self.bare, optimizer)
-        if scaler_state is not None and accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(scaler_state)
-        self.train_step = TrainStep(
-            module,
-            self.bare,
-            self.optimizer,
-            accelerator,
-            self.processes,
-            anchors,
-            optimization.clip_norm,
-            original,
-            original_weights,
-            self.timer,
-        )
+        scaler_state = self._resume()
+        self.backbone.prepare(self.accelerator)
+        if scaler_state is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler_state)
+        self.train_step = TrainStep(self.backbone, anchors, optimization.clip_norm, processes, self.timer)
 
     @property
     def images_per_step(self) -> int:
@@ -157,17 +129,19 @@ class FinetuneTrainer:
         """
         self.bare.train()
         description = "Fine-tuning"
+        steps_per_notice = max(self.num_steps // NUM_NOTICES, 1)
         with StopRequest() as stop, create_progress() as progress:
             task = progress.add_task(description, total=self.num_steps, completed=self.step, note="")
             if not self.processes.is_main:
                 progress.stop()
             for result, wishes in self._iterate(stop):
-                note = f"loss {result.loss:.4f}  {self._measure_speed():.1f} images/s"
+                speed = self.step * self.images_per_step / max(self.history.seconds, 1e-9)
+                note = f"loss {result.loss:.4f}  {speed:.1f} images/s"
                 progress.update(task, completed=self.step, note=note)
-                if progress.disable and self.processes.is_main and self._is_notice_due():
+                is_last = self.step == self.num_steps
+                if progress.disable and self.processes.is_main and (self.step % steps_per_notice == 0 or is_last):
                     notice(f"{description}: step {self.step} of {self.num_steps}, {note}")
                 self._log(result)
-                is_last = self.step == self.num_steps
                 if wishes or is_last or self.step % self.config.run.steps_per_checkpoint == 0:
                     self.save_checkpoint()
                 if wishes and not is_last:
@@ -177,19 +151,12 @@ class FinetuneTrainer:
                     self._validate()
         self.bare.eval()
 
-    def use_averages(self) -> None:
-        """Puts the moving average of the weights into the backbone, if one is kept."""
-        if self.average is not None:
-            self.average.swap(self.bare)
-
     def save_checkpoint(self) -> None:
         """Writes the state after the present step."""
         scaler = self.accelerator.scaler
         state = {
-            "module": self.bare.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.backbone.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "averages": None if self.average is None else self.average.averages,
             "losses": torch.tensor(self.history.losses, dtype=torch.float64),
         }
         self.checkpoints.save(self._describe_progress(), state, self.processes)
@@ -205,11 +172,11 @@ class FinetuneTrainer:
                 batches, problem = self._collect(samples)
                 totals, wishes = sum_totals(batches, self.processes, stop.is_requested, problem)
                 rate = optimization.compute_learning_rate(self.step, self.num_steps)
-                for group in self.optimizer.param_groups:
+                for group in self.backbone.optimizer.param_groups:
                     group["lr"] = rate
                 result = self._step(batches, totals)
-                if self.average is not None:
-                    self.average.update(self.bare)
+                if self.backbone.average is not None:
+                    self.backbone.average.update(self.bare)
                 self.step += 1
                 self.history.losses.append(result.loss)
                 self.history.seconds += time.perf_counter() - start
@@ -223,7 +190,7 @@ class FinetuneTrainer:
             with self.processes.explain_deaths():
                 return self.train_step.run(batches, totals)
         except NotFiniteError as error:
-            facts = {"step": self.step, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+            facts = {"step": self.step, "learning_rate": self.backbone.optimizer.param_groups[0]["lr"]}
             path = save_evidence(error, self.output_folder, self.processes.rank, facts)
             kept = f"; its images, targets and tokens are in {path}" if path is not None else ""
             raise ValueError(
@@ -264,7 +231,7 @@ class FinetuneTrainer:
                     announced = draw.scene
                 yield draw
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def _resume(self) -> dict[str, Any] | None:
         """Loads the newest checkpoint if the configuration wants it; returns the scaler's state."""
         steps = self.checkpoints.find_steps()
         kind = self.config.run.resume
@@ -284,14 +251,9 @@ class FinetuneTrainer:
         if progress.step > self.num_steps:
             raise ValueError(
                 f"Checkpoint {path} has {progress.step} steps, this run shall have {self.num_steps}; raise --max-steps "
-                "or start anew with --resume never."
+                "or start over with --resume never."
             )
-        self.bare.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.averages = {
-                name: value.to(self.accelerator.device) for name, value in state["averages"].items()
-            }
+        self.backbone.load_state_dict(state)
         self.step = progress.step
         self.history = TrainingHistory(state["losses"].tolist(), progress.seconds)
         if self.processes.is_main:
@@ -306,29 +268,24 @@ class FinetuneTrainer:
             batch_size=optimization.batch_size,
             accumulation_steps=optimization.accumulation_steps,
             seconds=self.history.seconds,
-            settings={**self.config.decisive, **self._identity},
+            settings={**self.config.decisive, **self._inputs},
         )
 
     def _validate(self) -> None:
         validate = self.validate
         if validate is None:
             return
-        self.use_averages()
+        self.backbone.swap_averages()
         self.bare.eval()
-        self.processes.run_on_main(lambda: validate(self.bare.token_model, self.step))
+        self.processes.run_on_main(
+            lambda: self.accelerator.log(validate(self.bare.token_model, self.step), step=self.step)
+        )
         self.bare.train()
-        self.use_averages()
+        self.backbone.swap_averages()
 
     def _log(self, result: StepResult) -> None:
         values = {"loss": result.loss, "gradient_norm": result.gradient_norm}
         if self.config.anchors.needs_original or self.config.anchors.l2_sp:
             values["anchor_loss"] = result.anchor_loss
-        values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        values["learning_rate"] = self.backbone.optimizer.param_groups[0]["lr"]
         self.accelerator.log(values, step=self.step)
-
-    def _measure_speed(self) -> float:
-        return self.step * self.images_per_step / max(self.history.seconds, 1e-9)
-
-    def _is_notice_due(self) -> bool:
-        every = max(self.num_steps // NUM_NOTICES, 1)
-        return self.step % every == 0 or self.step == self.num_steps

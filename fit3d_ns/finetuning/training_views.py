@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import Split
 from fit3d_ns.features import compute_patch_grid
-from fit3d_ns.finetuning.augmentation import Augmentation, AugmentationConfig, draw_augmentation
-from fit3d_ns.finetuning.sampling import Draw
+from fit3d_ns.finetuning.draws import Augmentation, AugmentationConfig, Draw, draw_augmentation
 from fit3d_ns.scene import FeatureScene, PosedCapture, TokenReadingRule, View, read_at_tokens
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
@@ -99,8 +98,8 @@ class TrainingViews:
         return [len(views) for views in self.views]
 
     @property
-    def fingerprint(self) -> str:
-        """Names the views that are drawn from, by scene and photograph."""
+    def views_hash(self) -> str:
+        """Number and hash of the views that are drawn from, by scene and photograph."""
         names = [f"{scene}/{view.name}" for scene, views in enumerate(self.views) for view in views]
         return f"{len(names)} images {hash_bytes(*(name.encode() for name in names))}"
 

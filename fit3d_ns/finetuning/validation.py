@@ -1,15 +1,17 @@
-"""Figures on views that are not trained on: distance to the rendered targets, and consistency between views.
+"""Metrics on views that are not trained on: distance to the rendered targets, and consistency between views.
 
-- `feature_l1`, `feature_cosine`: of the backbone's tokens against the scene's rendered features, over tokens weighted
-  as in training. The original's own distance on the same views stands beside it.
+- `feature_l1`, `feature_cosine`: the backbone's tokens against the scene's rendered features, over tokens weighted as
+  in training. The original's own distance on the same views is measured as well.
 - Multi-view consistency (`analysis/consistency.py`): co-visible tokens of pairs of views, from measured depth where the
   capture has it and from the scene's rendered depth elsewhere. Pairs stay within a scene; means over scenes are
   weighted by points, so the table says what a random co-visible token sees.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,26 +19,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
-from fit3d_ns.finetuning.augmentation import AugmentationConfig
-from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum
-from fit3d_ns.finetuning.sampling import Draw
-from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.analysis.pca import fit_pca
+from fit3d_ns.analysis.pictures import compose_panel, draw_pca, save_picture
+from fit3d_ns.features import TokenModel
+from fit3d_ns.finetuning.draws import AugmentationConfig, Draw
+from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum, compute_outputs
 from fit3d_ns.finetuning.targets import TargetRenderer
-from fit3d_ns.finetuning.training_views import TrainingViews
+from fit3d_ns.finetuning.training_views import Sample
 from fit3d_ns.scene import create_depth_view
+from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.selection import select_evenly
+
+MAX_PAIRS_PER_SCENE = 60
+"""Pairs of views that are compared in each scene, drawn at random but always the same ones."""
+MAX_ROWS = 4
+"""Views in the comparison picture, from as many scenes as there are."""
+NO_AUGMENTATION = AugmentationConfig(flip_probability=0.0)
 
 ComputeTokens = Callable[[Tensor], Tensor]
 """Images [1, 3, H, W] in [0, 1] to patch tokens [1, h*w, E]."""
 
-MAX_PAIRS_PER_SCENE = 60
-"""Pairs of views that are compared in each scene, drawn at random but always the same ones."""
-
-NO_AUGMENTATION = AugmentationConfig(flip_probability=0.0)
-
 
 @dataclass(frozen=True)
-class ValidationFigures:
-    """Figures of one backbone."""
+class ValidationMetrics:
+    """Metrics of one backbone."""
 
     feature_l1: float
     """Mean absolute difference per channel to the rendered targets."""
@@ -47,71 +53,134 @@ class ValidationFigures:
     per_scene: dict[str, dict[str, Any]]
     """Both distances and the consistency of each scene."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 class Validation:
-    """A fixed set of views of some scenes."""
+    """A fixed set of views of some scenes, and what the original backbone reaches on them."""
 
-    def __init__(self, bank: SceneBank, views: TrainingViews, targets: TargetRenderer, patch_size: int, max_views: int):
+    original: ValidationMetrics
+    """Set by `measure_original`."""
+
+    def __init__(self, targets: TargetRenderer, patch_size: int, max_views: int, kind: str = "views"):
         """Args:
-        bank: The scenes.
-        views: The views that may be validated, by scene; scenes without any are left out.
-        targets: Renders the same targets as in training, from the same views.
-        patch_size: Of the backbone.
+        targets: Renders the same targets as in training, for the views that may be validated; scenes without any are
+            left out.
+        patch_size: The backbone's.
         max_views: Views per scene, evenly spread over its list.
+        kind: What to call these views.
         """
-        self.bank = bank
-        self.views = views
         self.targets = targets
         self.patch_size = patch_size
         self.draws = {
-            scene: [Draw(0, scene, view) for view in spread_evenly(number, max_views)]
-            for scene, number in enumerate(views.views_per_scene)
+            scene: [Draw(0, scene, view) for view in select_evenly(range(number), max_views)]
+            for scene, number in enumerate(targets.views.views_per_scene)
             if number > 0
         }
+        self.num_views = sum(len(draws) for draws in self.draws.values())
+        self.label = f"{self.num_views} views: {kind}"
 
-    @property
-    def num_views(self) -> int:
-        """Views of all scenes."""
-        return sum(len(draws) for draws in self.draws.values())
+    def load_sample(self, draw: Draw) -> Sample:
+        """A view as it is, without augmentation."""
+        rule = self.targets.rules[draw.scene]
+        return self.targets.views.load_sample(draw, NO_AUGMENTATION, self.patch_size, 0, rule)
 
     @torch.no_grad()
-    def evaluate(self, compute_tokens: ComputeTokens) -> ValidationFigures:
-        """Figures of a backbone, given as the function from images to its tokens."""
+    def evaluate(self, compute_tokens: ComputeTokens) -> ValidationMetrics:
+        """Metrics of a backbone, given as the function from images to its tokens."""
+        bank, captures = self.targets.bank, self.targets.views.captures
         per_scene: dict[str, dict[str, Any]] = {}
         reports: list[dict[str, Any]] = []
         sums = torch.zeros(3, dtype=torch.float64)
         for scene, draws in self.draws.items():
             own, maps, depth_views = torch.zeros(3, dtype=torch.float64), [], []
             for draw in draws:
-                sample = self.views.load_sample(draw, NO_AUGMENTATION, self.patch_size, 0, self.targets.rules[scene])
-                tokens = compute_tokens(sample.image[None].to(self.bank.device)).float()
+                sample = self.load_sample(draw)
+                tokens = compute_tokens(sample.image[None].to(bank.device)).float()
                 target = self.targets.render(sample)
                 compared = tokens, target.features.flatten(0, 1)[None], target.weights.flatten()[None]
-                figures = compute_l1_sum(*compared).sum(), compute_cosine_sum(*compared).sum(), target.weights.sum()
-                own += torch.stack([figure.double().cpu() for figure in figures])
+                parts = compute_l1_sum(*compared).sum(), compute_cosine_sum(*compared).sum(), target.weights.sum()
+                own += torch.stack([part.double().cpu() for part in parts])
                 # (1, h*w, e) -> (h, w, e)
                 maps.append(tokens[0].unflatten(0, sample.grid).cpu())
-                get_geometry = partial(self.bank.get_geometry, scene)
-                depth_views.append(create_depth_view(self.views.captures[scene], sample.view, get_geometry))
+                depth_views.append(create_depth_view(captures[scene], sample.view, partial(bank.get_geometry, scene)))
             pairs = create_pairs(len(draws), max_pairs=MAX_PAIRS_PER_SCENE)
             report = compute_consistency(maps, depth_views, pairs, ConsistencyConfig())
             reports.append(report)
             sums += own
-            name = self.views.captures[scene].scene_id
+            name = captures[scene].scene_id
             name = name if name not in per_scene else f"{name} ({scene})"
             per_scene[name] = {**_divide(own), "num_views": len(draws), "consistency": report}
-        return ValidationFigures(**_divide(sums), consistency=pool_consistency(reports), per_scene=per_scene)
+        return ValidationMetrics(**_divide(sums), consistency=pool_consistency(reports), per_scene=per_scene)
+
+    def measure_original(self, original: TokenModel) -> None:
+        """Measures what every later step is compared with."""
+        notice(f"Measuring the original backbone on {self.label}")
+        self.original = self.evaluate(read_tokens_of(original))
+
+    def validate_step(self, token_model: TokenModel, step: int) -> dict[str, float]:
+        """Measures the backbone between two steps, says what was found, and returns curves to log."""
+        found, original = self.evaluate(read_tokens_of(token_model)), self.original
+        pairs = [("feature L1", original.feature_l1, found.feature_l1)]
+        pairs += [("feature cosine", original.feature_cosine, found.feature_cosine)]
+        for name, key in (("centred cosine", "centred_cosine"), ("recall within 10 px", "recall_10px")):
+            pairs.append((f"{name} between views", original.consistency[key], found.consistency[key]))
+        words = ", ".join(f"{name} {before:.3f} → {after:.3f}" for name, before, after in pairs)
+        notice(f"Step {step}, on {self.label}: {words} (original → now).")
+        return self.collect_curves(found)
+
+    def collect_curves(self, found: ValidationMetrics) -> dict[str, float]:
+        """What is logged of a backbone's metrics."""
+        curves = {
+            "validation/feature_l1": found.feature_l1,
+            "validation/feature_cosine": found.feature_cosine,
+            "validation/original_feature_l1": self.original.feature_l1,
+            "validation/original_feature_cosine": self.original.feature_cosine,
+        }
+        for key in ("mean_cosine", "centred_cosine", "recall_10px", "effective_rank"):
+            curves[f"consistency/{key}"] = found.consistency[key]
+        return {key: value for key, value in curves.items() if math.isfinite(value)}
+
+    def compare(self, finetuned: ValidationMetrics) -> dict[str, Any]:
+        """The part of the report that sets fine-tuned against original."""
+        both = {"original": self.original, "finetuned": finetuned}
+        return {
+            "consistency": {"views": self.label, **{name: metrics.consistency for name, metrics in both.items()}},
+            "validation": {
+                name: {"feature_l1": metrics.feature_l1, "feature_cosine": metrics.feature_cosine}
+                for name, metrics in both.items()
+            },
+            "validation_per_scene": {name: metrics.per_scene for name, metrics in both.items()},
+        }
 
 
-def spread_evenly(number: int, at_most: int) -> list[int]:
-    """At most so many indices below `number`, evenly spread, the first always among them."""
-    if number <= at_most:
-        return list(range(number))
-    return [index * number // at_most for index in range(at_most)]
+def read_tokens_of(token_model: TokenModel) -> ComputeTokens:
+    """A backbone as `Validation.evaluate` takes it."""
+    return lambda images: compute_outputs(token_model, images).patch_tokens
+
+
+@torch.no_grad()
+def save_comparison(validation: Validation, original: ComputeTokens, finetuned: ComputeTokens, path: Path) -> None:
+    """Writes a PNG with one view per row: photograph, original tokens, fine-tuned tokens and targets.
+
+    All are drawn in the colours of one PCA basis, fitted to both backbones' tokens of the rows together.
+    """
+    by_scene = list(validation.draws.values())
+    # First the first view of every scene, then the middle ones.
+    chosen = [draws[0] for draws in by_scene] + [draws[len(draws) // 2] for draws in by_scene if len(draws) > 1]
+    images, maps, names = [], [], []
+    for draw in chosen[:MAX_ROWS]:
+        sample = validation.load_sample(draw)
+        batch = sample.image[None].to(validation.targets.bank.device)
+        tokens = [compute(batch)[0].float().cpu().unflatten(0, sample.grid) for compute in (original, finetuned)]
+        maps.append([*tokens, validation.targets.render(sample).features.cpu()])
+        # (3, h, w) -> (h, w, 3)
+        images.append(sample.image.permute(1, 2, 0))
+        names.append(sample.name)
+    basis = fit_pca(torch.cat([tokens.flatten(0, 1) for row in maps for tokens in row[:2]]), 3)
+    rows = [
+        [image, *(draw_pca(tokens, basis, (image.shape[0], image.shape[1])) for tokens in row)]
+        for image, row in zip(images, maps, strict=True)
+    ]
+    save_picture(compose_panel(rows, ["image", "original", "fine-tuned", "lifted (target)"], names), path)
 
 
 def format_consistency(original: dict[str, Any], finetuned: dict[str, Any]) -> str:

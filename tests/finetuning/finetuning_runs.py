@@ -8,11 +8,15 @@ from typing import Any
 import torch
 
 from fit3d_ns.features import create_token_model
-from fit3d_ns.finetuning import FinetuneConfig, FinetuneTrainer, RunConfig, SceneBank, TargetRenderer
-from fit3d_ns.finetuning.anchors import copy_original
-from fit3d_ns.finetuning.target_cache import TargetCache
+from fit3d_ns.finetuning.config import FinetuneConfig, RunConfig
+from fit3d_ns.finetuning.optimization import copy_original
+from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.targets import TargetRenderer
+from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.training.accelerator import create_accelerator
+from fit3d_ns.training.processes import Processes
+from fit3d_ns.utils.tensor_store import TensorStore
 from tests.finetuning import finetuning_scene  # noqa: F401 - registers the backbone with timm.
 from tests.finetuning.finetuning_scene import BACKBONE
 
@@ -23,12 +27,12 @@ def create_trainer(scenes: Sequence[Path], folder: Path, config: FinetuneConfig,
     token_model = create_token_model(BACKBONE)
     bank = SceneBank(scenes)
     views = TrainingViews(bank.on_disk, [config.run.splits] * len(bank))
-    cache = TargetCache(1.0, None)
+    cache = TensorStore(1.0, None)
     targets = TargetRenderer(bank, views, config.targets, cache, copy_original(token_model))
     accelerator = settings.pop("accelerator", None)
-    accelerator = accelerator or create_accelerator("cpu", config.optimization.precision)
-    identity = settings.pop("identity", {"test": True})
-    return FinetuneTrainer(token_model, bank, views, targets, config, accelerator, folder, identity, **settings)
+    processes = Processes(accelerator or create_accelerator("cpu", config.optimization.precision))
+    inputs = settings.pop("inputs", {"test": True})
+    return FinetuneTrainer(token_model, targets, config, processes, folder, inputs, **settings)
 
 
 def configure(run: RunConfig = RUN, **parts: Any) -> FinetuneConfig:

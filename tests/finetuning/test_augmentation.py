@@ -5,8 +5,7 @@ import torch
 
 from fit3d_ns.data.images import load_mask, save_image
 from fit3d_ns.features import compute_patch_grid
-from fit3d_ns.finetuning.augmentation import Augmentation, AugmentationConfig, ImageWindow, draw_augmentation
-from fit3d_ns.finetuning.sampling import Draw
+from fit3d_ns.finetuning.draws import Augmentation, AugmentationConfig, Draw, ImageWindow, draw_augmentation
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import read_at_tokens
 from tests.finetuning.finetuning_scene import HEIGHT, PATCH, WIDTH, create_scene

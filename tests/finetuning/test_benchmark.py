@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fit3d_ns.finetuning import OptimizationConfig, SceneBank
+from fit3d_ns.finetuning.optimization import OptimizationConfig
+from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import load_scene

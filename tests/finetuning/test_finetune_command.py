@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from fit3d_ns.cli import command as command_module
 from fit3d_ns.cli import finetune as module
 from fit3d_ns.features import create_token_model
-from fit3d_ns.finetuning import PAPER, FinetuneConfig, load_finetuned
+from fit3d_ns.finetuning.backbone_folder import load_finetuned
+from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
 from fit3d_ns.finetuning.lifted_views import average_lifted_views
 from fit3d_ns.scene import load_scene, save_scene
 from fit3d_ns.training import accelerator as accelerator_module

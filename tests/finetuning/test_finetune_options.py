@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from fit3d_ns.cli import finetune as module
 from fit3d_ns.features import create_token_model
-from fit3d_ns.finetuning import FinetuneConfig, TrainableConfig
-from fit3d_ns.finetuning.anchors import AnchorConfig
-from fit3d_ns.finetuning.token_module import compute_outputs
+from fit3d_ns.finetuning.config import FinetuneConfig
+from fit3d_ns.finetuning.losses import AnchorConfig, compute_outputs
+from fit3d_ns.finetuning.optimization import TrainableConfig
 from tests.finetuning import finetuning_runs
 from tests.finetuning.finetuning_scene import BACKBONE, save_new_scene
 

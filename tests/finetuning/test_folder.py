@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 
 from fit3d_ns.features import TokenModel, create_extractor, create_token_model, describe_backbone
 from fit3d_ns.features.adapters import add_adapter
-from fit3d_ns.finetuning import load_finetuned, save_finetuned
-from fit3d_ns.finetuning.backbone_folder import find_licence
+from fit3d_ns.finetuning.backbone_folder import find_licence, load_finetuned, save_finetuned
 from tests.finetuning.finetuning_scene import BACKBONE
 
 

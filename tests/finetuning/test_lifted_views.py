@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fit3d_ns.data.images import save_image
-from fit3d_ns.finetuning.lifted_views import average_lifted_views, find_lifted, name_average
+from fit3d_ns.finetuning.lifted_views import average_lifted_views, compute_average_hash, find_lifted
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting import view_average
 from fit3d_ns.rasterization import project, rasterize_features
@@ -138,23 +138,23 @@ def test_average_lifted_views__leaves_out_views_whose_mask_is_gone(tmp_path, cap
 
 def test_average_lifted_views__finds_the_masks_of_a_capture_that_moved(tmp_path):
     scene = create_scene(tmp_path)
-    expected, name = average_lifted_views(scene).gaussians.features, name_average(scene)
+    expected, name = average_lifted_views(scene).gaussians.features, compute_average_hash(scene)
     shutil.move(tmp_path / "data", tmp_path / "new")
     assert torch.equal(average_lifted_views(scene, tmp_path / "new").gaussians.features, expected)
-    assert name_average(scene, tmp_path / "new") == name
+    assert compute_average_hash(scene, tmp_path / "new") == name
 
 
-def test_name_average__changes_with_masks_and_views_and_nothing_else(tmp_path):
+def test_compute_average_hash__changes_with_masks_and_views_and_nothing_else(tmp_path):
     scene = create_scene(tmp_path, num_frames=7)
-    names = [name_average(scene), name_average(scene, max_views=3)]
-    names += [name_average(replace(scene, lifted_views=("images/2.png", "images/6.png")))]
+    names = [compute_average_hash(scene), compute_average_hash(scene, max_views=3)]
+    names += [compute_average_hash(replace(scene, lifted_views=("images/2.png", "images/6.png")))]
     moved = [view.camera_to_world + 0.01 for view in scene.posed_capture.views]
-    names += [name_average(replace(scene, posed_capture=scene.posed_capture.replace_camera_to_worlds(moved)))]
+    names += [compute_average_hash(replace(scene, posed_capture=scene.posed_capture.replace_camera_to_worlds(moved)))]
     # The held-out view takes no part.
     save_image(torch.zeros(HEIGHT, WIDTH, 3, dtype=torch.uint8), scene.posed_capture.views[6].frame.mask_path)
-    assert name_average(scene) == names[0] == name_average(scene, max_views=64)
+    assert compute_average_hash(scene) == names[0] == compute_average_hash(scene, max_views=64)
     save_image(torch.zeros(HEIGHT, WIDTH, 3, dtype=torch.uint8), scene.posed_capture.views[2].frame.mask_path)
-    names += [name_average(scene)]
+    names += [compute_average_hash(scene)]
     assert len(set(names)) == len(names) == 5
 
 

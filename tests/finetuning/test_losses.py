@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from fit3d_ns.finetuning.anchors import (
+from fit3d_ns.finetuning.losses import (
     AnchorConfig,
     StepTotals,
+    TokenOutputs,
+    compute_cosine_sum,
+    compute_l1_sum,
     compute_l2_sp,
     compute_token_anchors,
-    interpolate_weights,
     invert_norm,
 )
-from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum
-from fit3d_ns.finetuning.optimization import MovingAverage, OptimizationConfig
-from fit3d_ns.finetuning.token_module import TokenOutputs
+from fit3d_ns.finetuning.optimization import MovingAverage, OptimizationConfig, interpolate_weights
 
 B, P, E = 2, 5, 4
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fit3d_ns.features import create_token_model
-from fit3d_ns.finetuning import OptimizationConfig
+from fit3d_ns.finetuning.optimization import OptimizationConfig
 from fit3d_ns.training.accelerator import create_accelerator
 from fit3d_ns.utils.stopping import StopRequest
 from tests.finetuning.finetuning_runs import RUN, collect_weights, configure, create_trainer

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.finetuning.augmentation import AugmentationConfig, draw_augmentation
-from fit3d_ns.finetuning.sampling import DrawSequence, SamplingConfig, create_order
+from fit3d_ns.finetuning.draws import AugmentationConfig, DrawSequence, SamplingConfig, create_order, draw_augmentation
 
 VARIED = AugmentationConfig(min_crop=0.5, jitter=0.2)
 SIZES = [37, 5, 0, 18]

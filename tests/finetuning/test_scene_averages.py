@@ -5,12 +5,10 @@ import torch
 
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.images import save_image
-from fit3d_ns.finetuning import scene_averages, validation
-from fit3d_ns.finetuning.lifted_views import average_lifted_views
-from fit3d_ns.finetuning.sampling import Draw
-from fit3d_ns.finetuning.scene_averages import SceneAverages
+from fit3d_ns.finetuning import lifted_views, validation
+from fit3d_ns.finetuning.draws import Draw
+from fit3d_ns.finetuning.lifted_views import SceneAverages, average_lifted_views
 from fit3d_ns.finetuning.scene_bank import SceneBank
-from fit3d_ns.finetuning.target_cache import TargetCache
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_averages
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import NO_AUGMENTATION, Validation
@@ -102,9 +100,9 @@ def test_averages__another_mask_is_another_average_and_another_target(tmp_path):
         bank = SceneBank([tmp_path / "scene.safetensors"])
         bank.averages = SceneAverages(bank.on_disk, TensorStore(0.0, tmp_path / "kept"))
         views = TrainingViews(bank.on_disk, [("train",)])
-        targets = TargetRenderer(bank, views, TargetConfig(), TargetCache(0.0, tmp_path / "targets"))
+        targets = TargetRenderer(bank, views, TargetConfig(), TensorStore(0.0, tmp_path / "targets"))
         sample = views.load_sample(Draw(0, 0, 0), NO_AUGMENTATION, PATCH, 0, targets.rules[0])
-        return targets.render(sample).features, targets.cache.num_rendered, bank.averages.num_averaged
+        return targets.render(sample).features, targets.num_rendered, bank.averages.num_averaged
 
     first, *numbers = render()
     assert numbers == [1, 1]
@@ -130,16 +128,16 @@ def test_validation__depth_alone_averages_nothing(tmp_path, monkeypatch):
 
     def validate(bank):
         views = TrainingViews(bank.on_disk, [("train",)] * 3)
-        cache = TargetCache(0.0, tmp_path / "targets")
+        cache = TensorStore(0.0, tmp_path / "targets")
         targets = TargetRenderer(bank, views, TargetConfig(), cache)
-        figures = Validation(bank, views, targets, PATCH, 2).evaluate(compute_tokens)
+        figures = Validation(targets, PATCH, 2).evaluate(compute_tokens)
         return figures, [depth.depth for depth in depths[-6:]]
 
     bank = open_bank(paths, TensorStore(1.0, None))
     first, before = validate(bank)
     assert bank.averages.num_averaged == 3
     bank = open_bank(paths, TensorStore(0.0, None))
-    monkeypatch.setattr(scene_averages, "average_lifted_views", None)
+    monkeypatch.setattr(lifted_views, "average_lifted_views", None)
     again, after = validate(bank)
     assert bank.num_loads == 3 and bank.averages.num_averaged == 0
     assert first.feature_l1 == again.feature_l1
@@ -167,4 +165,4 @@ def test_averages__leave_one_out_averages_over_all_lifted_views_and_else_over_64
     some, every = (
         create_averages(TargetConfig(leave_one_out=leave_one_out), bank, tmp_path) for leave_one_out in (False, True)
     )
-    assert some.compute_name(0) == every.compute_name(0) and some.compute_name(1) != every.compute_name(1)
+    assert some.compute_hash(0) == every.compute_hash(0) and some.compute_hash(1) != every.compute_hash(1)

@@ -8,15 +8,14 @@ from torch.nn import functional as F
 
 from fit3d_ns.data.images import load_image
 from fit3d_ns.features import create_token_model
-from fit3d_ns.finetuning.augmentation import AugmentationConfig, draw_augmentation
-from fit3d_ns.finetuning.sampling import Draw
+from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, draw_augmentation
 from fit3d_ns.finetuning.scene_bank import SceneBank
-from fit3d_ns.finetuning.target_cache import TargetCache
-from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_cache
+from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_target_store
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import backproject_features, project
 from fit3d_ns.scene import FeatureDecoder, save_scene
+from fit3d_ns.utils.tensor_store import TensorStore
 from tests.finetuning.finetuning_scene import (
     BACKBONE,
     DISTORTED,
@@ -30,10 +29,10 @@ from tests.finetuning.finetuning_scene import (
 PLAIN = AugmentationConfig(flip_probability=0.0)
 
 
-def open_scene(path, config=None, cache=None, **settings):
+def open_scene(path, config=None, store=None, **settings):
     bank = SceneBank([path])
     views = TrainingViews(bank.on_disk, [("train",)])
-    return bank, views, TargetRenderer(bank, views, config or TargetConfig(), cache, **settings)
+    return bank, views, TargetRenderer(bank, views, config or TargetConfig(), store, **settings)
 
 
 def load(views, targets, view=0, augmentation=PLAIN, epoch=0):
@@ -133,11 +132,11 @@ def test_target__cropped_and_scaled_images_have_targets_of_their_own_grid(tmp_pa
 def test_cache__gives_back_what_was_rendered_and_renders_once(tmp_path):
     path = save_new_scene(tmp_path)
     for memory_gb, folder in ((1.0, None), (0.0, tmp_path / "targets"), (600e-9, tmp_path / "mixed")):
-        cache = TargetCache(memory_gb, folder)
-        _, views, targets = open_scene(path, cache=cache)
+        store = TensorStore(memory_gb, folder)
+        _, views, targets = open_scene(path, store=store)
         first = [targets.render(load(views, targets, view)) for view in range(3)]
         again = [targets.render(load(views, targets, view)) for view in range(3)]
-        assert cache.num_rendered == 3
+        assert targets.num_rendered == 3
         for one, other in zip(first, again, strict=True):
             assert torch.equal(one.features, other.features) and torch.equal(one.weights, other.weights)
         _, _, plain = open_scene(path)
@@ -148,23 +147,23 @@ def test_cache__gives_back_what_was_rendered_and_renders_once(tmp_path):
 def test_cache__serves_a_copied_scene_and_not_a_changed_one(tmp_path):
     path = save_new_scene(tmp_path)
     folder = tmp_path / "targets"
-    _, views, targets = open_scene(path, cache=TargetCache(0.0, folder, keep_on_disk=True))
+    _, views, targets = open_scene(path, store=TensorStore(0.0, folder, keep_on_disk=True))
     targets.render(load(views, targets))
     copied = tmp_path / "elsewhere.safetensors"
     copied.write_bytes(path.read_bytes())
-    _, views, targets = open_scene(copied, cache=TargetCache(0.0, folder))
+    _, views, targets = open_scene(copied, store=TensorStore(0.0, folder))
     targets.render(load(views, targets))
-    assert targets.cache.num_rendered == 0
+    assert targets.num_rendered == 0
     scene = SceneBank([path]).on_disk[0]
     save_scene(replace(scene, gaussians=replace(scene.gaussians, features=scene.gaussians.features * 2)), copied)
-    _, views, targets = open_scene(copied, cache=TargetCache(0.0, folder))
+    _, views, targets = open_scene(copied, store=TensorStore(0.0, folder))
     targets.render(load(views, targets))
-    assert targets.cache.num_rendered == 1
+    assert targets.num_rendered == 1
 
 
 def test_cache__renders_again_what_is_damaged(tmp_path, capsys):
     path, folder = save_new_scene(tmp_path), tmp_path / "targets"
-    _, views, targets = open_scene(path, cache=TargetCache(0.0, folder))
+    _, views, targets = open_scene(path, store=TensorStore(0.0, folder))
     expected = targets.render(load(views, targets))
     (file,) = folder.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:50])
@@ -174,12 +173,11 @@ def test_cache__renders_again_what_is_damaged(tmp_path, capsys):
 
 def test_cache__is_of_use_on_cpus_alone_unless_asked_for(tmp_path):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert create_cache(TargetConfig(), cpu, tmp_path, is_of_use=True) is not None
-    assert create_cache(TargetConfig(), cuda, tmp_path, is_of_use=True) is None
-    assert create_cache(TargetConfig(), cpu, tmp_path, is_of_use=False) is None
-    assert create_cache(TargetConfig(cache="memory"), cuda, tmp_path, is_of_use=True).store.folder is None
-    kept = create_cache(TargetConfig(cache_folder=tmp_path / "shared"), cuda, tmp_path, is_of_use=True)
-    assert kept.store.keep_on_disk and kept.store.folder == tmp_path / "shared"
+    assert create_target_store(TargetConfig(), cpu, tmp_path) is not None
+    assert create_target_store(TargetConfig(), cuda, tmp_path) is None
+    assert create_target_store(TargetConfig(cache="memory"), cuda, tmp_path).folder is None
+    kept = create_target_store(TargetConfig(cache_folder=tmp_path / "shared"), cuda, tmp_path)
+    assert kept.keep_on_disk and kept.folder == tmp_path / "shared"
 
 
 def test_target__features_that_are_not_finite_name_scene_and_view(tmp_path):

@@ -12,16 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from fit3d_ns.features import create_token_model
-from fit3d_ns.finetuning import (
-    AnchorConfig,
-    AugmentationConfig,
-    Interrupted,
-    OptimizationConfig,
-    SamplingConfig,
-    SceneBank,
-    TrainableConfig,
-)
-from fit3d_ns.finetuning.token_module import TokenModule, freeze_unreachable
+from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
+from fit3d_ns.finetuning.losses import AnchorConfig, TokenModule
+from fit3d_ns.finetuning.optimization import OptimizationConfig, TrainableConfig, freeze_unreachable
+from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import FeatureScene, PosedCapture, load_scene
 from fit3d_ns.utils.stopping import StopRequest
@@ -133,8 +128,8 @@ def test_resume__gives_the_same_weights_to_the_bit(scenes, tmp_path, parts):
     assert resumed.step == 4
     resumed.run()
     assert resumed.history.losses == whole.history.losses
-    whole.use_averages()
-    resumed.use_averages()
+    whole.backbone.swap_averages()
+    resumed.backbone.swap_averages()
     for name, value in collect_weights(whole).items():
         assert torch.equal(collect_weights(resumed)[name], value), name
 
@@ -240,12 +235,12 @@ def test_resume__refuses_another_list_of_photographs(scenes, tmp_path):
     def create(views_of):
         bank = SceneBank(scenes)
         views = TrainingViews(bank.on_disk, [("train",)] * 2)
-        return create_trainer(scenes, tmp_path / "out", configure(optimization=FAST), identity=views_of(views))
+        return create_trainer(scenes, tmp_path / "out", configure(optimization=FAST), inputs=views_of(views))
 
-    create(lambda views: {"views": views.fingerprint}).run()
+    create(lambda views: {"views": views.views_hash}).run()
     (tmp_path / "data" / "small" / "images" / "3.png").unlink()
     with pytest.raises(ValueError, match=r"views 10 images \w+ against 9 images \w+"):
-        create(lambda views: {"views": views.fingerprint})
+        create(lambda views: {"views": views.views_hash})
 
 
 def test_workers__load_and_never_render(scenes, tmp_path, monkeypatch):
@@ -283,7 +278,7 @@ def test_freeze_unreachable__freezes_what_has_no_gradient_and_nothing_else():
     token_model = create_token_model(BACKBONE)
     token_model.model.unused = torch.nn.Parameter(torch.ones(3))
     module = TokenModule(token_model)
-    assert freeze_unreachable(module, False, False) == ["token_model.model.unused"]
+    assert freeze_unreachable(module, AnchorConfig()) == ["token_model.model.unused"]
     assert all(value.requires_grad for name, value in module.named_parameters() if "unused" not in name)
 
 

@@ -11,15 +11,11 @@ from fit3d_ns.analysis.consistency import compute_consistency, create_pairs
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.images import save_depth
 from fit3d_ns.features import create_extractor, describe_backbone
-from fit3d_ns.finetuning import SceneBank, TargetConfig, TargetRenderer
-from fit3d_ns.finetuning.model_card import write_card
+from fit3d_ns.finetuning.backbone_folder import write_card
+from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer
 from fit3d_ns.finetuning.training_views import TrainingViews
-from fit3d_ns.finetuning.validation import (
-    NO_AUGMENTATION,
-    Validation,
-    format_consistency,
-    spread_evenly,
-)
+from fit3d_ns.finetuning.validation import Validation, format_consistency
 from fit3d_ns.scene import create_depth_view, save_scene
 from fit3d_ns.scene.depth_views import MIN_DEPTH_ALPHA
 from tests.finetuning.finetuning_scene import BACKBONE, HEIGHT, PATCH, WIDTH, create_lens, create_scene, save_new_scene
@@ -33,7 +29,7 @@ def bank(tmp_path):
 
 def validate(bank, max_views=3, splits=("train", "test")):
     views = TrainingViews(bank.on_disk, [splits] * len(bank))
-    return Validation(bank, views, TargetRenderer(bank, views, TargetConfig()), PATCH, max_views)
+    return Validation(TargetRenderer(bank, views, TargetConfig()), PATCH, max_views)
 
 
 def test_validation__is_the_weighted_mean_over_all_tokens_of_all_views(bank):
@@ -43,7 +39,7 @@ def test_validation__is_the_weighted_mean_over_all_tokens_of_all_views(bank):
     l1 = cosine = total = 0.0
     for scene in (bank[0], bank[1]):
         views = scene.posed_capture.views
-        for index in (0, 2, 4):
+        for index in (1, 3, 5):
             view = views[index]
             image = scene.posed_capture.load_image(view).permute(2, 0, 1)[None].float() / 255.0
             tokens = extractor(image).maps[0]
@@ -65,7 +61,7 @@ def test_validation__consistency_of_one_scene_is_the_analysis_on_rendered_depth(
     validation = validate(bank)
     figures = validation.evaluate(lambda images: extractor(images).patch_tokens)
     scene, maps, depth_views = bank[0], [], []
-    for index in (0, 2, 4):
+    for index in (1, 3, 5):
         view = scene.posed_capture.views[index]
         image = scene.posed_capture.load_image(view).permute(2, 0, 1)[None].float() / 255.0
         maps.append(extractor(image).maps[0])
@@ -102,8 +98,8 @@ def test_validation__takes_measured_depth_where_the_capture_has_it(tmp_path):
         changed = replace(scene, posed_capture=replace(capture, views=with_depth, metric_scale=metric_scale))
         save_scene(changed, tmp_path / "scene.safetensors")
         validation = validate(SceneBank([tmp_path / "scene.safetensors"]))
-        sample = validation.views.load_sample(validation.draws[0][0], NO_AUGMENTATION, PATCH, 0, "bilinear")
-        capture_used, bank = validation.views.captures[0], validation.bank
+        sample = validation.load_sample(validation.draws[0][0])
+        capture_used, bank = validation.targets.views.captures[0], validation.targets.bank
         view, found = sample.view, create_depth_view(capture_used, sample.view, lambda bank=bank: bank.get_geometry(0))
         if expected is None:
             depth, alphas = scene.render_depth(view.camera_to_world, view.K, WIDTH, HEIGHT)
@@ -117,7 +113,7 @@ def test_validation__a_backbone_that_says_what_the_scene_shows_has_no_distance(b
     answers = []
     for draws in validation.draws.values():
         for draw in draws:
-            view = validation.views.views[draw.scene][draw.view]
+            view = validation.targets.views.views[draw.scene][draw.view]
             grid = (view.height // PATCH, view.width // PATCH)
             answers.append(
                 bank[draw.scene].render_features(view.camera_to_world, view.K, view.width, view.height, grid)
@@ -126,11 +122,6 @@ def test_validation__a_backbone_that_says_what_the_scene_shows_has_no_distance(b
     figures = validation.evaluate(lambda images: next(remaining).flatten(0, 1)[None])
     assert figures.feature_l1 == pytest.approx(0.0, abs=1e-5)
     assert figures.feature_cosine == pytest.approx(1.0, abs=1e-5)
-
-
-def test_spread_evenly__covers_the_list():
-    assert spread_evenly(3, 5) == [0, 1, 2]
-    assert spread_evenly(10, 4) == [0, 2, 5, 7]
 
 
 def test_card__names_the_licence_only_where_it_is_known(bank):

@@ -1,25 +1,52 @@
-"""Augmentation that keeps image and target aligned: the camera is cropped with the image, and the flip comes last.
+"""Which image a step takes, and how it is varied: functions of seed and position, so a run has no state but its step.
 
-The flip is applied to image, mask and rendered target alike, after rendering, as in the public code: the target is the
-mirror image of an unflipped rendering. Cropping and scaling change the camera, and the scene is rendered for it. Colour
-jitter touches the image alone: the scene's features know one exposure.
+A *draw* is one image of one scene in one epoch. Its augmentation keeps image and target aligned: cropping and scaling
+change the camera, for which the scene is rendered. The flip comes last and is applied to image, mask and rendered
+target alike, as in the public code: the target is the mirror image of an unflipped rendering. Colour jitter is applied
+to the image only; the scene was captured at one exposure.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.finetuning.sampling import Draw
 from fit3d_ns.geometry.cameras import crop_Ks, resize_Ks
-from fit3d_ns.utils.seeds import create_generator
+from fit3d_ns.training.epochs import EpochSequence
+from fit3d_ns.utils.seeds import create_generator, derive_seed
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """In which order images are drawn."""
+
+    sampling: Literal["epoch", "uniform", "scenes"] = "epoch"
+    """`epoch`: every image once an epoch (public code); `uniform`: each draw is any image, independently (paper,
+    Algorithm 1); `scenes`: any scene, then any image of it, so that long scenes do not dominate."""
+    images_per_visit: int = 16
+    """A scene on the device serves about this many images before it may leave, 1 and above; 0 draws without grouping
+    (public code)."""
+    scenes_at_once: int = 4
+    """Images of this many visits are mixed, so that a batch sees several scenes; 1 and above."""
+    seed: int = 42
+    """Seed of order, augmentation and everything else that is random; 0 and above."""
+
+    def __post_init__(self) -> None:
+        if self.images_per_visit < 0 or self.scenes_at_once < 1 or self.seed < 0:
+            raise ValueError(
+                f"images_per_visit {self.images_per_visit} must be 0 or above, scenes_at_once {self.scenes_at_once} "
+                f"1 or above, seed {self.seed} 0 or above."
+            )
 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """How images are varied; the flip alone is the paper's."""
+    """How images are varied; only the flip is the paper's."""
 
     flip_probability: float = 0.5
     """Chance of mirroring image, mask and target left to right (public code: 0.5), 0 to 1."""
@@ -48,6 +75,71 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """One image in one epoch; it seeds the augmentation."""
+
+    epoch: int
+    """Counted from 0."""
+    scene: int
+    """Index of the scene."""
+    view: int
+    """Index into the scene's training views."""
+    repeat: int | None = None
+    """Where an image may be drawn again in the same epoch, the draw's number in it: what tells the repeats apart."""
+
+
+class DrawSequence:
+    """The endless sequence of draws; any position may be asked for."""
+
+    def __init__(self, views_per_scene: Sequence[int], config: SamplingConfig):
+        """Args:
+        views_per_scene: Number of training views of each scene.
+
+        Raises:
+            ValueError: There is no view at all.
+        """
+        self.num_images = sum(views_per_scene)
+        if self.num_images < 1:
+            raise ValueError("The scenes have no training views; check their splits.")
+        self._has_repeats = config.sampling != "epoch"
+        self._rows: EpochSequence[np.ndarray] = EpochSequence(
+            self.num_images, lambda epoch: create_order(views_per_scene, config, epoch)
+        )
+
+    def __getitem__(self, position: int) -> Draw:
+        place = self._rows[position]
+        scene, view = place.item.tolist()
+        return Draw(place.epoch, scene, view, place.index if self._has_repeats else None)
+
+
+def create_order(views_per_scene: Sequence[int], config: SamplingConfig, epoch: int) -> Int[np.ndarray, "draws 2"]:
+    """(scene, view) of every draw of one epoch; as many draws as there are images."""
+    generator = np.random.default_rng(derive_seed(config.seed, "order", epoch))
+    counts = np.asarray(views_per_scene)
+    draws = np.stack(
+        [np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])], axis=1
+    )
+    if config.sampling == "uniform":
+        draws = draws[generator.integers(len(draws), size=len(draws))]
+    elif config.sampling == "scenes":
+        scenes = generator.choice(np.flatnonzero(counts), size=len(draws))
+        draws = np.stack([scenes, generator.integers(counts[scenes])], axis=1)
+    if config.images_per_visit == 0:
+        return generator.permutation(draws)
+    visits: list[np.ndarray] = []
+    for scene in range(len(counts)):
+        own = generator.permutation(draws[draws[:, 0] == scene])
+        if len(own):
+            visits += np.array_split(own, -(-len(own) // config.images_per_visit))
+    shuffled = [visits[index] for index in generator.permutation(len(visits))]
+    mixed = [
+        generator.permutation(np.concatenate(shuffled[start : start + config.scenes_at_once]))
+        for start in range(0, len(shuffled), config.scenes_at_once)
+    ]
+    return np.concatenate(mixed)
+
+
+@dataclass(frozen=True)
 class ImageWindow:
     """The part of a view that is shown, and at which size."""
 
@@ -65,7 +157,7 @@ class ImageWindow:
     """Rows after resizing."""
 
     def apply_to_K(self, K: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
-        """Intrinsics of the camera that sees the window alone."""
+        """Intrinsics of the camera that sees only the window."""
         cropped = crop_Ks(K, float(self.left), float(self.top))
         return resize_Ks(cropped, (self.crop_width, self.crop_height), (self.width, self.height))
 
@@ -116,16 +208,10 @@ class Augmentation:
 def draw_augmentation(
     config: AugmentationConfig, width: int, height: int, patch_size: int, seed: int, draw: Draw
 ) -> Augmentation:
-    """The augmentation of one draw: a function of (seed, epoch, frame) and nothing else.
-
-    Where a frame may come twice in an epoch (i.i.d. sampling), the number of the draw belongs to it as well.
+    """The augmentation of one draw of a view of `width` times `height` pixels, a function of seed and draw.
 
     Args:
-        width: Of the view, in pixels.
-        height: Of the view, in pixels.
         patch_size: Resized images are never smaller than one patch.
-        seed: The run's seed.
-        draw: Whose augmentation.
     """
     repeat = [] if draw.repeat is None else [draw.repeat]
     generator = create_generator(seed, "augmentation", draw.epoch, draw.scene, draw.view, *repeat)
