@@ -81,8 +81,7 @@ def _report_dropped(source: LiftSource) -> LiftSource:
 def _read_run(path: Path, data: Path | None) -> LiftSource:
     """A nerfstudio run; imported here so that PLYs are lifted where nerfstudio is not installed."""
     try:
-        from fit3d_ns.plugin.run_reader import read_run
-        from fit3d_ns.plugin.summary import read_run_figures
+        from fit3d_ns.plugin.run_reader import read_run, read_run_figures
     except ImportError as error:
         raise ValueError(
             f"{path} is a nerfstudio run, and nerfstudio cannot be imported ({error}); install it, or export the run "

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, holding everything a run needs to go on as if never stopped.
+"""Checkpoints that survive: written whole or not at all, with all that a run needs to go on as if never stopped.
 
 Besides nerfstudio's keys (`step pipeline optimizers schedulers scalers`) a checkpoint has `fit3d`: random states, the
 order of the data, the strategy's statistics and the lift's by-products. Only tensors, ints, floats, strings and
@@ -59,17 +59,19 @@ def load_checkpoint_file(path: Path) -> dict[str, Any]:
     """Reads one checkpoint.
 
     Raises:
-        ValueError: The file is missing, cut short, or no checkpoint.
+        ValueError: The file is missing, cut short, or not a checkpoint.
     """
     if not path.is_file():
         raise ValueError(f"No checkpoint {path}; check --load-dir, --load-step and --load-checkpoint.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # nerfstudio's own checkpoints hold numpy numbers, which are let through by name.
+        with torch.serialization.safe_globals(_list_numpy_types()):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"Checkpoint {path} cannot be read ({first_line(error)}); it may be cut short.") from error
     missing = [key for key in ("step", "pipeline", "optimizers") if key not in state]
     if missing:
-        raise ValueError(f"{path} is no nerfstudio checkpoint: it has no {', '.join(missing)}.")
+        raise ValueError(f"{path} is not a nerfstudio checkpoint: it has no {', '.join(missing)}.")
     return state
 
 
@@ -84,18 +86,18 @@ def load_latest_checkpoint(folder: Path, step: int | None = None) -> tuple[dict[
         ValueError: There is no readable checkpoint.
     """
     if not folder.is_dir():
-        raise ValueError(f"No checkpoint folder {folder}; --load-dir takes a run's `nerfstudio_models` folder.")
-    if not _list_checkpoints(folder) and (folder / "nerfstudio_models").is_dir():
+        raise ValueError(f"No checkpoint folder {folder}; check the path, or whether the run ever saved one.")
+    if not any(folder.glob("*.ckpt")) and (folder / "nerfstudio_models").is_dir():
         folder = folder / "nerfstudio_models"
     if step is not None:
         path = folder / f"step-{step:09d}.ckpt"
         return load_checkpoint_file(path), path
-    for path in _list_checkpoints(folder):
+    for path in sorted((path for path in folder.iterdir() if CHECKPOINT_PATTERN.fullmatch(path.name)), reverse=True):
         try:
             return load_checkpoint_file(path), path
         except ValueError as error:
             notice(f"{error} Trying the one before.")
-    raise ValueError(f"No readable checkpoint in {folder}; start the run anew without --load-dir.")
+    raise ValueError(f"No readable checkpoint in {folder}; train the run again.")
 
 
 def make_plain(value: Any) -> Any:
@@ -109,6 +111,8 @@ def make_plain(value: Any) -> Any:
     return value
 
 
-def _list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints by falling step."""
-    return sorted((path for path in folder.iterdir() if CHECKPOINT_PATTERN.fullmatch(path.name)), reverse=True)
+def _list_numpy_types() -> list[Any]:
+    from numpy import _core
+
+    scalar = _core.multiarray.scalar
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("float64"))]

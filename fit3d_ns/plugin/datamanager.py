@@ -1,13 +1,12 @@
-"""`FeatureDatamanager`: full images as nerfstudio's, already undistorted, with the backbone's patch tokens beside them.
+"""`FeatureDatamanager`: nerfstudio's full images, already undistorted, with the backbone's patch tokens.
 
 The original backbone sees each image once; tokens come from the feature cache from then on. Viewing, rendering and
 exporting never load a ViT.
 """
 
-import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +18,19 @@ from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from torch import Tensor
 
 from fit3d_ns.data.frames import Split
+from fit3d_ns.features.backbones import describe_backbone
+from fit3d_ns.features.cache import FeatureCache, FeatureCacheConfig, FeatureKey, compute_feature_key, extract_features
+from fit3d_ns.features.tokens import compute_patch_grid
 from fit3d_ns.lifting.views import LiftView, create_lift_views
 from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
-from fit3d_ns.plugin.token_store import KEY, TokenStore
+from fit3d_ns.scene.posed_capture import View
 from fit3d_ns.utils.progress import notice, track
 
 NUM_LOADING_THREADS = 4
 """Threads that decode and undistort images; decoding releases the interpreter's lock."""
+
+KEY = "feature_key"
+"""Under this name a loaded frame remembers the hash of its pixels, which is its name in the feature cache."""
 
 SAME_POSE_TOLERANCE = 1e-4
 """A viewer camera counts as a captured one if no number of its pose differs by more, in training units."""
@@ -67,28 +72,29 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         super().__init__(config, device=device, **kwargs)
         if len(self.eval_dataset) == 0:
             raise ValueError("The dataparser holds out no frame for evaluation; hold out at least one.")
-        self.tokens = self._create_token_store(torch.device(device))
-        if self.tokens is not None:
+        self.cache = self._open_cache()
+        if self.cache is not None:
+            backbone = self.cache.description
             for dataset in (self.train_dataset, self.eval_dataset):
-                dataset.metadata |= self.tokens.describe(dataset)
+                view = dataset.capture.views[0]
+                dataset.metadata |= {
+                    "embed_dim": backbone.embed_dim,
+                    "patch_grid": compute_patch_grid(view.height, view.width, backbone.patch_size),
+                    "backbone": backbone.to_metadata(),
+                }
 
-    def _create_token_store(self, device: torch.device) -> TokenStore | None:
-        """The store; None where a finished run is only looked at and its weights file is no longer there."""
+    def _open_cache(self) -> FeatureCache | None:
+        """The feature cache of the backbone, whose weights are not read; None where a finished run is only looked at
+        and its weights file is no longer there."""
         config = self.config
         try:
-            return TokenStore(
-                config.backbone,
-                config.backbone_weights,
-                config.normalization,
-                config.feature_cache,
-                device,
-                config.feature_batch_size,
-            )
+            backbone = describe_backbone(config.backbone, config.backbone_weights, config.normalization)
         except ValueError as error:
             if self.test_mode == "val":
                 raise
-            notice(f"{error} Going on without the backbone's own tokens: no feature figures, no original picture.")
+            notice(f"{error} Going on without the backbone's own tokens: no feature metrics, no original picture.")
             return None
+        return FeatureCache(FeatureCacheConfig(directory=config.feature_cache), backbone)
 
     def create_train_dataset(self) -> UndistortedDataset:
         """Training frames with pinhole cameras."""
@@ -108,71 +114,75 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         """Pinhole cameras of the training frames, on the device."""
         return self.train_dataset.cameras.to(self.device)
 
-    def extract_missing_tokens(self) -> None:
-        """Runs the backbone on every image whose tokens are not in the cache, with a progress bar."""
-        if self.tokens is not None:
-            self.tokens.extract(self.cached_train)
-            self.tokens.extract(self.cached_eval)
+    def extract_tokens(self, frames: list[dict[str, Any]]) -> None:
+        """Runs the backbone on every frame whose tokens are not in the cache, with a progress bar.
 
-    def create_lift_views(self, camera_to_worlds: Float[Tensor, "views 3 4"] | None = None) -> list[LiftView]:
-        """The training views as the lift takes them; tokens are read from the cache when they are needed.
+        Raises:
+            ValueError: The backbone's weights cannot be had or do not fit, or the disk is full.
+        """
+        if self.cache is None or all(KEY in frame for frame in frames):
+            return
+        images = [partial(frame.__getitem__, "image") for frame in frames]
+        keys = extract_features(images, self.cache, device=self.device, batch_size=self.config.feature_batch_size)
+        for frame, key in zip(frames, keys, strict=True):
+            frame[KEY] = key
+
+    def load_tokens(self, frame: dict[str, Any]) -> Float[Tensor, "h w embed"]:
+        """Patch tokens of a loaded frame, in the cache's half precision.
+
+        Raises:
+            ValueError: They are not in the cache.
+        """
+        assert self.cache is not None
+        return self.cache.load(_get_key(frame)).patch_tokens.to(self.device)
+
+    def create_lift_views(self, camera_to_worlds: Float[Tensor, "views 3 4"]) -> list[LiftView]:
+        """The training views as the lift takes them; tokens are read when they are needed.
 
         Args:
             camera_to_worlds: Poses of the training views, corrected where a camera optimizer moved them.
         """
-        assert self.tokens is not None
-        capture, load_tokens = self.train_dataset.capture, self.tokens.load
-        frames = {view.name: data for view, data in zip(capture.views, self.cached_train, strict=True)}
-        views = capture.views
-        if camera_to_worlds is not None:
-            views = [
-                replace(view, camera_to_world=pose.to(self.device))
-                for view, pose in zip(views, camera_to_worlds, strict=True)
-            ]
-        return create_lift_views(
-            capture,
-            views,
-            load_tokens=lambda view: load_tokens(frames[view.name]),
-            load_mask=lambda view: _load_mask(frames[view.name]),
-        )
+        capture = self.train_dataset.capture
+        frames = {view.name: frame for view, frame in zip(capture.views, self.cached_train, strict=True)}
+        poses = camera_to_worlds.to(self.device)
+        views = [replace(view, camera_to_world=pose) for view, pose in zip(capture.views, poses, strict=True)]
+
+        def load_tokens(view: View) -> Tensor:
+            return self.load_tokens(frames[view.name])
+
+        def load_mask(view: View) -> Tensor | None:
+            return frames[view.name]["mask"][..., 0] if "mask" in frames[view.name] else None
+
+        return create_lift_views(capture, views, load_tokens, load_mask)
 
     def load_tokens_of_camera(self, camera: Cameras) -> Float[Tensor, "h w embed"] | None:
         """Tokens of the captured frame at the camera's pose, if there is one and its tokens are in the cache."""
-        if self.tokens is None:
+        if self.cache is None:
             return None
         pose = camera.camera_to_worlds.reshape(3, 4).cpu()
         for dataset, name in ((self.train_dataset, "cached_train"), (self.eval_dataset, "cached_eval")):
             difference = (dataset.cameras.camera_to_worlds - pose).abs().amax(dim=(1, 2))
             nearest = int(difference.argmin())
             if float(difference[nearest]) <= SAME_POSE_TOLERANCE:
-                return self.tokens.load_if_cached(getattr(self, name)[nearest])
+                frame = getattr(self, name)[nearest]
+                return self.load_tokens(frame) if self.cache.contains(_get_key(frame)) else None
         return None
 
     def next_train(self, step: int) -> tuple[Cameras, dict[str, Any]]:
-        """The next training frame; the order is an own generator's, saved with the run."""
-        index = self.train_unseen_cameras.pop(0)
-        if not self.train_unseen_cameras:
-            self.train_unseen_cameras = self.sample_train_cameras()
-        camera = self.train_cameras[index : index + 1]
-        camera.metadata = {"cam_idx": index}
-        return camera, self._create_batch(self.cached_train[index], self.tokens_in_training)
+        """The next training frame; the order comes from a generator of its own, saved with the run."""
+        camera, frame = super().next_train(step)
+        return camera, self._create_batch(frame, self.tokens_in_training)
 
     def next_eval_image(self, step: int) -> tuple[Cameras, dict[str, Any]]:
-        """A held-out frame that was not drawn since all had been."""
-        position = random.randint(0, len(self.eval_unseen_cameras) - 1)
-        index = self.eval_unseen_cameras.pop(position)
-        if not self.eval_unseen_cameras:
-            self.eval_unseen_cameras = list(range(len(self.eval_dataset)))
-        camera = self.eval_dataset.cameras[index : index + 1].to(self.device)
-        return camera, self._create_batch(self.cached_eval[index])
+        """A held-out frame, sampled without replacement until all have been used."""
+        camera, frame = super().next_eval_image(step)
+        return camera, self._create_batch(frame)
 
     @property
     def fixed_indices_eval_dataloader(self) -> list[tuple[Cameras, dict[str, Any]]]:  # type: ignore[override]
         """All held-out frames in order, with tokens extracted where they are missing."""
-        if self.tokens is not None:
-            self.tokens.extract(self.cached_eval)
-        cameras = self.eval_dataset.cameras.to(self.device)
-        return [(cameras[i : i + 1], self._create_batch(data)) for i, data in enumerate(self.cached_eval)]
+        self.extract_tokens(self.cached_eval)
+        return [(camera, self._create_batch(frame)) for camera, frame in super().fixed_indices_eval_dataloader]
 
     def capture_order(self) -> dict[str, Any]:
         """Which frames are still to come, as plain values."""
@@ -201,12 +211,11 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         if "epochs" in state:
             self.train_unsampled_epoch_count = state["epochs"].numpy()
 
-    def _create_batch(self, data: dict[str, Any], with_tokens: bool = True) -> dict[str, Any]:
-        batch = {key: value for key, value in data.items() if key != KEY}
-        batch["image"] = batch["image"].to(self.device)
-        if self.tokens is not None and with_tokens:
-            batch["patch_tokens"] = self.tokens.load(data)
-        return batch
+    def _create_batch(self, frame: dict[str, Any], with_tokens: bool = True) -> dict[str, Any]:
+        if self.cache is not None and with_tokens:
+            frame["patch_tokens"] = self.load_tokens(frame)
+        frame.pop(KEY, None)
+        return frame
 
     def _load_images(self, split: Literal["train", "eval"], cache_images_device: Literal["cpu", "gpu"]) -> list[Any]:
         dataset = self.train_dataset if split == "train" else self.eval_dataset
@@ -218,13 +227,12 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
             loaded = executor.map(load, range(len(dataset)))
             frames = list(track(loaded, f"Loading {split} images", total=len(dataset)))
         if cache_images_device == "gpu":
-            return [_to_device(frame, self.device) for frame in frames]
+            for frame in frames:
+                frame |= {key: value.to(self.device) for key, value in frame.items() if isinstance(value, Tensor)}
         return frames
 
 
-def _load_mask(data: dict[str, Any]) -> Tensor | None:
-    return data["mask"][..., 0] if "mask" in data else None
-
-
-def _to_device(frame: dict[str, Any], device: Any) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in frame.items()}
+def _get_key(frame: dict[str, Any]) -> FeatureKey:
+    if KEY not in frame:
+        frame[KEY] = compute_feature_key(frame["image"])
+    return frame[KEY]

@@ -43,21 +43,13 @@ class UndistortedDataset(InputDataset):
         lenses = [compute_undistortion(view.lens).lens for view in self.capture.views]
         self.cameras = create_cameras(lenses, outputs.cameras.camera_to_worlds)
 
-    def get_numpy_image(self, image_idx: int) -> np.ndarray:
-        """The undistorted photograph [H, W, 3], uint8."""
-        return self.get_image_uint8(image_idx).numpy()
-
-    def get_image_uint8(self, image_idx: int) -> UInt8[Tensor, "height width 3"]:
+    def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "height width 3"]:
         """The undistorted photograph.
 
         Raises:
             ValueError: The file is missing, damaged, or of another size than its camera says.
         """
-        return self.capture.load_image(self.capture.views[image_idx])
-
-    def get_image_float32(self, image_idx: int) -> Float[Tensor, "height width 3"]:
-        """The undistorted photograph in [0, 1]."""
-        return self.get_image_uint8(image_idx).float() / 255.0
+        return self.capture.load_image(self.capture.views[image_idx]).numpy()
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
         """One frame: `image` [H, W, 3], `image_idx`, and `mask` [H, W, 1] where some pixels may not be used."""

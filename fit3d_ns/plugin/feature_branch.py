@@ -4,7 +4,7 @@ It reads the render that the colour branch made and gives nothing back to it: it
 generator, and the features are blended through a detached projection.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,16 @@ FEATURE_SEED = 0
 INITIAL_FEATURE_SCALE = 0.01
 """Standard deviation of `feature_init="random"`; the paper's text gives none."""
 
+PICTURE_BUFFERS = {
+    "pca_mean": "mean",
+    "pca_components": "components",
+    "pca_variance": "explained_variance",
+    "pca_total_variance": "total_variance",
+    "pca_low": "colour_low",
+    "pca_high": "colour_high",
+}
+"""Buffers of the state dict, and the part of the picture basis that each holds."""
+
 MAX_COLOUR_ROWS = 20_000
 """Pixels whose decoded features set the colour ranges of a refitted basis."""
 
@@ -36,11 +46,6 @@ class FeatureBranch(nn.Module):
     """The decoder (E x D x 3 x 3), and the fixed PCA basis that colours the pictures."""
 
     pca_mean: Tensor
-    pca_components: Tensor
-    pca_variance: Tensor
-    pca_total_variance: Tensor
-    pca_low: Tensor
-    pca_high: Tensor
     is_solved: Tensor
 
     def __init__(self, config: FeatureSplatfactoModelConfig, metadata: dict[str, Any]) -> None:
@@ -172,26 +177,13 @@ class FeatureBranch(nn.Module):
     def set_picture_basis(self, basis: PcaBasis) -> None:
         """Fixes the colours of feature pictures: three components of the backbone's tokens and their ranges."""
         with torch.no_grad():
-            self.pca_mean.copy_(basis.mean)
-            self.pca_components.copy_(basis.components)
-            self.pca_variance.copy_(basis.explained_variance)
-            self.pca_total_variance.fill_(basis.total_variance)
-            self.pca_low.copy_(basis.colour_low)
-            self.pca_high.copy_(basis.colour_high)
+            for buffer, part in PICTURE_BUFFERS.items():
+                getattr(self, buffer).copy_(torch.as_tensor(getattr(basis, part)))
 
     @property
     def picture_basis(self) -> PcaBasis | None:
         """The basis of the pictures, or None before it is fitted."""
-        if not bool(self.pca_components.any()):
-            return None
-        return PcaBasis(
-            self.pca_mean.clone(),
-            self.pca_components.clone(),
-            self.pca_variance.clone(),
-            float(self.pca_total_variance),
-            self.pca_low.clone(),
-            self.pca_high.clone(),
-        )
+        return read_picture_basis(dict(self.named_buffers(recurse=False)))
 
     def fit_basis_to_last_picture(self) -> PcaBasis | None:
         """PCA of the decoded features of the last picture's covered pixels, or None where nothing was covered.
@@ -219,6 +211,14 @@ class FeatureBranch(nn.Module):
             )
             self._losses[key] = FeatureLoss(width, height, patch_grid, config)
         return self._losses[key]
+
+
+def read_picture_basis(buffers: Mapping[str, Tensor]) -> PcaBasis | None:
+    """The picture basis out of a feature branch's buffers, or None where it was never fitted."""
+    if not bool(buffers["pca_components"].any()):
+        return None
+    parts: dict[str, Any] = {part: buffers[buffer].clone() for buffer, part in PICTURE_BUFFERS.items()}
+    return PcaBasis(**parts | {"total_variance": float(parts["total_variance"])})
 
 
 def _create_decoder(config: FeatureSplatfactoModelConfig, embed_dim: int) -> FeatureDecoder:

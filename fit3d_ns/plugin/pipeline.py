@@ -52,7 +52,7 @@ class FeaturePipeline(VanillaPipeline):
         self.lifted_views: list[str] = []
         self.datamanager.tokens_in_training = self.branch.is_joint
         if not self.branch.is_on:
-            self.datamanager.tokens = None
+            self.datamanager.cache = None
         else:
             self.branch.load_tokens = self.datamanager.load_tokens_of_camera
             # nerfstudio finds viewer elements among a module's attributes. Colours change only when one is pressed.
@@ -69,14 +69,11 @@ class FeaturePipeline(VanillaPipeline):
         """Extracts missing tokens and fixes the colours of the pictures; does nothing where features are off."""
         if not self.branch.is_on:
             return
-        self.datamanager.extract_missing_tokens()
+        self.datamanager.extract_tokens(self.datamanager.cached_train)
+        self.datamanager.extract_tokens(self.datamanager.cached_eval)
         if self.branch.picture_basis is None:
-            self.fit_picture_basis()
-
-    def fit_picture_basis(self) -> None:
-        """Fixes the three directions and the ranges that colour feature pictures, from all training views' tokens."""
-        basis = fit_picture_basis(self.datamanager.create_lift_views())
-        self.branch.set_picture_basis(basis.to(self.model.device))
+            views = self.datamanager.create_lift_views(self.datamanager.train_dataset.cameras.camera_to_worlds)
+            self.branch.set_picture_basis(fit_picture_basis(views).to(self.model.device))
 
     def solve_features_if_due(self, step: int, max_num_iterations: int) -> None:
         """Solves features early (one pass), when densification ends (one pass), and at the end (what is left)."""

@@ -17,12 +17,13 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from torch import Tensor
 
-from fit3d_ns.plugin.checkpoints import CHECKPOINT_PATTERN
+from fit3d_ns.plugin.checkpoints import load_latest_checkpoint
 from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
+from fit3d_ns.plugin.trainer import SUMMARY_NAME
 from fit3d_ns.scene.gaussians import Gaussians
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.utils.errors import first_line
-from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.results import load_result
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read_run(path: Path, data: Path | None = None) -> SplatRun:
             f"{config_path} is a run of {config.method_name}; only splatfacto and methods built on it can be lifted."
         )
     _point_at_data(config, config_path, data)
-    checkpoint, step = _load_newest(config_path.parent / config.relative_model_dir)
+    checkpoint, _ = load_latest_checkpoint(config_path.parent / config.relative_model_dir)
     prefix = "_model."
     state = {key.removeprefix("module.").removeprefix(prefix): value for key, value in checkpoint["pipeline"].items()}
     names = ("means", "scales", "quats", "features_dc", "features_rest", "opacities", "features")
@@ -105,7 +106,7 @@ def read_run(path: Path, data: Path | None = None) -> SplatRun:
     return SplatRun(
         config_path=config_path,
         config=config,
-        step=step,
+        step=int(checkpoint["step"]),
         gauss_params=gauss_params,
         state=state,
         run_state=checkpoint.get("fit3d", {}).get("run", {}),
@@ -124,6 +125,16 @@ def read_backbone(path: Path) -> tuple[str, Path | None, str] | None:
     datamanager = config.pipeline.datamanager
     name = getattr(datamanager, "backbone", None)
     return None if name is None else (name, datamanager.backbone_weights, datamanager.normalization)
+
+
+def read_run_figures(config_path: Path) -> dict[str, Any]:
+    """The metrics of a run by its config.yml; none where it did not finish, or is nerfstudio's own."""
+    path = config_path.parent / SUMMARY_NAME
+    try:
+        return dict(load_result(path).metrics) if path.is_file() else {}
+    except ValueError:
+        # Other programs also write a `results.json`; ours is the only one that is known here.
+        return {}
 
 
 def find_config(path: Path) -> Path:
@@ -153,7 +164,7 @@ def _load_config(config_path: Path) -> TrainerConfig:
     except Exception as error:
         raise ValueError(f"{config_path} cannot be read as a nerfstudio config ({first_line(error)}).") from error
     if not isinstance(config, TrainerConfig):
-        raise ValueError(f"{config_path} is no nerfstudio run: it holds a {type(config).__name__}.")
+        raise ValueError(f"{config_path} is not a nerfstudio run: it holds a {type(config).__name__}.")
     return config
 
 
@@ -166,29 +177,6 @@ def _point_at_data(config: Any, config_path: Path, data: Path | None) -> None:
         raise ValueError(f"The dataset of {config_path} is not at {chosen}; {how}.")
     datamanager.data = chosen
     datamanager.dataparser.data = chosen
-
-
-def _load_newest(folder: Path) -> tuple[dict[str, Any], int]:
-    """The newest checkpoint that is whole; nerfstudio's own hold numpy numbers, which are let through by name."""
-    if not folder.is_dir():
-        raise ValueError(f"The run has no checkpoint folder {folder}; was it interrupted before its first save?")
-    paths = sorted((path for path in folder.iterdir() if CHECKPOINT_PATTERN.fullmatch(path.name)), reverse=True)
-    for path in paths:
-        try:
-            with torch.serialization.safe_globals(_numpy_scalars()):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            notice(f"Checkpoint {path} cannot be read ({first_line(error)}); trying the one before.")
-            continue
-        return checkpoint, int(checkpoint["step"])
-    raise ValueError(f"No readable checkpoint in {folder}.")
-
-
-def _numpy_scalars() -> list[Any]:
-    from numpy import _core
-
-    scalar = _core.multiarray.scalar
-    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("float64"))]
 
 
 def _read_capture(config: Any, state: dict[str, Tensor]) -> PosedCapture:

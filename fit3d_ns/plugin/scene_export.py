@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
-from fit3d_ns.plugin.run_reader import SplatRun, read_run
-from fit3d_ns.plugin.summary import read_run_figures
+from fit3d_ns.plugin.run_reader import SplatRun, read_run, read_run_figures
 from fit3d_ns.scene import FeatureDecoder, FeatureScene
 from fit3d_ns.utils.progress import notice
 

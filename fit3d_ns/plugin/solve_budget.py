@@ -1,7 +1,7 @@
-"""What solving features may cost beside the colour steps, and what is left out where that is too little.
+"""What solving features may cost next to the colour steps, and what is left out where that is too little.
 
-Costs are counted in colour steps for every view, never timed: a run stays repeatable to the bit. What is dear and adds
-least is cut first: passes beyond a few, then the decoder's views, then views altogether.
+Costs are estimated in units of one colour step over all views, not measured, so runs stay repeatable to the bit. The
+least useful work is dropped first: passes beyond a few, then views of the decoder's fit, then views altogether.
 """
 
 from dataclasses import dataclass

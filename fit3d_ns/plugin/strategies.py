@@ -61,19 +61,9 @@ class PortableMCMCStrategy(MCMCStrategy):
     def step_post_backward(
         self, params: Any, optimizers: Any, state: dict[str, Any], step: int, info: dict[str, Any], lr: float
     ) -> None:
-        """Relocates and adds Gaussians at the refinement steps, and disturbs positions at every step.
-
-        Args:
-            params: Raw parameters of the Gaussians.
-            optimizers: One optimizer per parameter.
-            state: The strategy's state: binomial coefficients.
-            step: Current step.
-            info: What the rasterization returned; not needed here.
-            lr: Learning rate of the positions.
-        """
+        """Relocates and adds Gaussians at the refinement steps, and always disturbs positions, which learn at `lr`."""
         state["binoms"] = state["binoms"].to(params["means"].device)
-        is_refining = self.refine_start_iter < step < self.refine_stop_iter and step % self.refine_every == 0
-        if is_refining:
+        if self.refine_start_iter < step < self.refine_stop_iter and step % self.refine_every == 0:
             self._relocate_gs(params, optimizers, state["binoms"])
             self._add_new_gs(params, optimizers, state["binoms"])
         _disturb_positions(params, lr * self.noise_lr)
@@ -81,66 +71,57 @@ class PortableMCMCStrategy(MCMCStrategy):
     @torch.no_grad()
     def _relocate_gs(self, params: Any, optimizers: Any, binoms: Tensor) -> int:
         opacities = torch.sigmoid(params["opacities"].flatten())
-        dead = opacities <= self.min_opacity
-        num_dead = int(dead.sum())
-        if num_dead == 0 or num_dead == len(dead):
+        is_dead = opacities <= self.min_opacity
+        alive, dead = torch.where(~is_dead)[0], torch.where(is_dead)[0]
+        if len(dead) == 0 or len(alive) == 0:
             return 0
-        alive_indices = torch.where(~dead)[0]
-        dead_indices = torch.where(dead)[0]
-        chosen = alive_indices[_multinomial_sample(opacities[alive_indices], num_dead, replacement=True)]
-        opacity_logits, log_scales = self._share(params, chosen, binoms)
-
-        def update(name: str, value: Tensor) -> torch.nn.Parameter:
-            value = value.detach().clone()
-            if name == "opacities":
-                value[chosen] = opacity_logits
-            elif name == "scales":
-                value[chosen] = log_scales
-            value[dead_indices] = value[chosen]
-            return torch.nn.Parameter(value)
-
-        def forget(key: str, state: Tensor) -> Tensor:
-            state[chosen] = 0
-            return state
-
-        _update_param_with_optimizer(update, forget, params, optimizers)
-        return num_dead
+        chosen = alive[_multinomial_sample(opacities[alive], len(dead), replacement=True)]
+        self._copy(params, optimizers, binoms, chosen, dead)
+        return len(dead)
 
     @torch.no_grad()
     def _add_new_gs(self, params: Any, optimizers: Any, binoms: Tensor) -> int:
         current = len(params["means"])
         num_new = max(0, min(self.cap_max, int(1.05 * current)) - current)
-        if num_new == 0:
-            return 0
-        opacities = torch.sigmoid(params["opacities"].flatten())
-        chosen = _multinomial_sample(opacities, num_new, replacement=True)
-        opacity_logits, log_scales = self._share(params, chosen, binoms)
-
-        def update(name: str, value: Tensor) -> torch.nn.Parameter:
-            value = value.detach().clone()
-            if name == "opacities":
-                value[chosen] = opacity_logits
-            elif name == "scales":
-                value[chosen] = log_scales
-            return torch.nn.Parameter(torch.cat([value, value[chosen]]))
-
-        def extend(key: str, state: Tensor) -> Tensor:
-            return torch.cat([state, state.new_zeros((num_new, *state.shape[1:]))])
-
-        _update_param_with_optimizer(update, extend, params, optimizers)
+        if num_new > 0:
+            opacities = torch.sigmoid(params["opacities"].flatten())
+            self._copy(params, optimizers, binoms, _multinomial_sample(opacities, num_new, replacement=True))
         return num_new
 
-    def _share(self, params: Any, chosen: Tensor, binoms: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw opacities and scales with which the copies of each chosen Gaussian together look like one."""
-        new_opacities, new_scales = compute_relocation(
+    def _copy(
+        self, params: Any, optimizers: Any, binoms: Tensor, chosen: Tensor, replaced: Tensor | None = None
+    ) -> None:
+        """Copies the chosen Gaussians over the replaced ones, or as new ones; all copies of one together look like it.
+
+        Args:
+            chosen: Indices, one per copy; a Gaussian may be chosen several times.
+            replaced: Indices, as many, of the Gaussians that make room.
+        """
+        opacities, scales = compute_relocation(
             opacities=torch.sigmoid(params["opacities"].flatten())[chosen],
             scales=torch.exp(params["scales"])[chosen],
             ratios=torch.bincount(chosen)[chosen] + 1,
             binoms=binoms,
         )
-        limit = 1.0 - torch.finfo(torch.float32).eps
-        new_opacities = new_opacities.clamp(min=self.min_opacity, max=limit)
-        return torch.logit(new_opacities)[:, None], torch.log(new_scales)
+        opacities = opacities.clamp(min=self.min_opacity, max=1.0 - torch.finfo(torch.float32).eps)
+        shared = {"opacities": torch.logit(opacities)[:, None], "scales": torch.log(scales)}
+
+        def update_parameter(name: str, value: Tensor) -> torch.nn.Parameter:
+            value = value.detach().clone()
+            if name in shared:
+                value[chosen] = shared[name]
+            if replaced is None:
+                return torch.nn.Parameter(torch.cat([value, value[chosen]]))
+            value[replaced] = value[chosen]
+            return torch.nn.Parameter(value)
+
+        def update_moments(key: str, state: Tensor) -> Tensor:
+            if replaced is None:
+                return torch.cat([state, state.new_zeros((len(chosen), *state.shape[1:]))])
+            state[chosen] = 0
+            return state
+
+        _update_param_with_optimizer(update_parameter, update_moments, params, optimizers)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """`FeatureTrainer`: nerfstudio's trainer with a resume that continues the run it resumes.
 
-Differences, each with its reason in DESIGN: `--max-num-iterations` is the total; optimizers hold the loaded
-parameters; random states, data order and strategy are restored; checkpoints are whole; Ctrl-C saves and exits 130;
-step counts that were left open are resolved before set-up and written to config.yml; a run ends with its figures.
+`--max-num-iterations` is the total, where nerfstudio runs that many more. After loading, the optimizers hold the loaded
+parameters, where nerfstudio's Adam updates those from before; random states, data order and strategy are restored.
+Checkpoints are whole, Ctrl-C saves and exits 130, step counts that were left open are resolved before set-up and
+written to config.yml, and a run ends with its metrics, as a table and as `results.json`.
 """
 
 import signal
@@ -19,6 +20,8 @@ from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils import writer
 from nerfstudio.utils.misc import step_check
 from nerfstudio.utils.writer import EventName, TimeWriter
+from rich.console import Console
+from rich.table import Table
 
 from fit3d_ns.plugin.checkpoints import (
     load_checkpoint_file,
@@ -26,12 +29,15 @@ from fit3d_ns.plugin.checkpoints import (
     make_plain,
     save_checkpoint_file,
 )
-from fit3d_ns.plugin.summary import write_run_summary
 from fit3d_ns.utils.errors import install_error_sentences
-from fit3d_ns.utils.progress import PhaseTimer, notice
+from fit3d_ns.utils.progress import PhaseTimer, measure_peak_memory_mb, notice
+from fit3d_ns.utils.results import ResultRecord, save_result
 from fit3d_ns.utils.seeds import capture_random_states, restore_random_states
 
 EXIT_INTERRUPTED = 130
+
+SUMMARY_NAME = "results.json"
+"""File next to config.yml with what a finished run reports: metrics, time per phase, memory, size."""
 
 
 @dataclass
@@ -52,7 +58,7 @@ class FeatureTrainerConfig(TrainerConfig):
         self.resolve()
 
     def set_experiment_name(self) -> None:
-        """The scene folder's whole name, dots and all; `--data .` takes the name of the folder that is."""
+        """Uses the scene folder's full name, including dots; `--data .` resolves to the current folder's name."""
         data, name = self.pipeline.datamanager.data, getattr(self, "experiment_name", None)
         if name is None and data is not None and not Path(data).is_file():
             self.experiment_name = Path(data).resolve().name
@@ -88,11 +94,10 @@ class FeatureTrainerConfig(TrainerConfig):
                 scheduler.max_steps = self.max_num_iterations
         if self.machine.device_type == "cpu":
             self.mixed_precision = False
-            self.pipeline.datamanager.cache_images = "cpu"
 
 
 class FeatureTrainer(Trainer):
-    """Trains colour, lifts features, and leaves a checkpoint, figures and a config behind."""
+    """Trains colour, lifts features, and leaves a checkpoint, metrics and a config behind."""
 
     config: FeatureTrainerConfig
 
@@ -124,7 +129,8 @@ class FeatureTrainer(Trainer):
         try:
             with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
                 for step in range(self._start_step, self.config.max_num_iterations):
-                    self._wait_while_paused()
+                    while self.training_state == "paused" and not (self.stop_training or self._interrupted):
+                        time.sleep(0.01)
                     if self.stop_training or self._interrupted:
                         break
                     self.step = step
@@ -134,23 +140,35 @@ class FeatureTrainer(Trainer):
             notice(f"Stopped at once; the last checkpoint is in {self.checkpoint_dir}.")
             sys.exit(EXIT_INTERRUPTED)
         finally:
-            self._stop_listening(previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         try:
-            self._end_run()
+            if self._interrupted:
+                self._leave_interrupted()
+            self._finish()
         except KeyboardInterrupt:
-            notice(f"Interrupted after training; everything up to the figures is in {self.base_dir}.")
+            notice(f"Interrupted after training; everything up to the metrics is in {self.base_dir}.")
             sys.exit(EXIT_INTERRUPTED)
 
-    def _end_run(self) -> None:
-        """Leaves in the way the loop ended: interrupted, nothing to do, or done."""
-        if self._interrupted:
-            self._leave_interrupted()
+    def _finish(self) -> None:
+        """Saves, evaluates all held-out frames, writes the metrics, and says where everything is."""
         if self._start_step >= self.config.max_num_iterations:
             notice(
                 f"The checkpoint is at step {self._start_step} of {self.config.max_num_iterations}: nothing to train."
             )
             self.step = self._start_step - 1
-        self._finish()
+        self.training_state = "completed"
+        with self.timer.phase("saving"):
+            self.save_checkpoint(self.step)
+        writer.write_out_storage()
+        self._run_callbacks(self.step, TrainingCallbackLocation.AFTER_TRAIN)
+        with self.train_lock, self.timer.phase("evaluation"):
+            metrics = self.pipeline.get_average_eval_image_metrics(get_std=True)
+        record = self._create_record(metrics)
+        save_result(record, self.base_dir / SUMMARY_NAME)
+        self._print_record(record)
+        if not self.config.viewer.quit_on_train_completion:
+            self._train_complete_viewer()
 
     def save_checkpoint(self, step: int) -> None:
         """Saves everything after step `step` was taken, atomically."""
@@ -244,23 +262,6 @@ class FeatureTrainer(Trainer):
         for callback in self.callbacks:
             callback.run_callback_at_location(step, location=location)
 
-    def _wait_while_paused(self) -> None:
-        while self.training_state == "paused" and not (self.stop_training or self._interrupted):
-            time.sleep(0.01)
-
-    def _finish(self) -> None:
-        """Saves, evaluates all held-out frames, writes the figures, and says where everything is."""
-        self.training_state = "completed"
-        with self.timer.phase("saving"):
-            self.save_checkpoint(self.step)
-        writer.write_out_storage()
-        self._run_callbacks(self.step, TrainingCallbackLocation.AFTER_TRAIN)
-        with self.train_lock, self.timer.phase("evaluation"):
-            figures = self.pipeline.get_average_eval_image_metrics(get_std=True)
-        write_run_summary(self, figures)
-        if not self.config.viewer.quit_on_train_completion:
-            self._train_complete_viewer()
-
     def _leave_interrupted(self) -> None:
         if self.step >= self._start_step:
             self.save_checkpoint(self.step)
@@ -269,7 +270,7 @@ class FeatureTrainer(Trainer):
         sys.exit(EXIT_INTERRUPTED)
 
     def _listen_for_interrupts(self) -> dict[int, Any]:
-        """Ctrl-C and a polite kill end the run between two steps; a second Ctrl-C ends it at once."""
+        """Ctrl-C and SIGTERM now end the run between two steps, and a second one at once. Returns the old handlers."""
         if threading.current_thread() is not threading.main_thread():
             return {}
 
@@ -280,6 +281,40 @@ class FeatureTrainer(Trainer):
 
         return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def _stop_listening(self, previous: dict[int, Any]) -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def _create_record(self, metrics: dict[str, float]) -> ResultRecord:
+        """The record of a finished run, from its means over the held-out frames."""
+        config, model, datamanager = self.config, self.pipeline.model, self.pipeline.datamanager
+        backbone = None if datamanager.cache is None else datamanager.cache.description.to_metadata()
+        reported: dict[str, Any] = {key: value for key, value in metrics.items() if not key.startswith("fps")}
+        reported |= {
+            "num_gaussians": int(model.num_points),
+            "num_train_views": len(datamanager.train_dataset),
+            "num_eval_views": len(datamanager.eval_dataset),
+            "seconds": {name: round(value, 3) for name, value in self.timer.seconds.items()},
+            "milliseconds_per_step": 1000 * self.timer.seconds.get("colour", 0.0) / max(self.step + 1, 1),
+            "peak_memory_mb": round(measure_peak_memory_mb(), 1),
+        }
+        if torch.cuda.is_available():
+            reported["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+        settings = {
+            "method": config.method_name,
+            "scene": datamanager.train_dataset.metadata.get("scene_id", Path(config.data or ".").name),
+            "max_num_iterations": config.max_num_iterations,
+            "feature_dim": config.pipeline.model.feature_dim,
+            "feature_schedule": config.pipeline.model.feature_schedule,
+            "device": str(model.device),
+            "backbone": backbone,
+        }
+        return ResultRecord("stage1", reported, settings, is_random=bool(backbone and backbone["is_random"]))
+
+    def _print_record(self, record: ResultRecord) -> None:
+        title = "fit3d-features" + (" (RANDOM weights: no measure of quality)" if record.is_random else "")
+        table = Table(title=title, show_header=False)
+        for name, value in record.metrics.items():
+            if name == "seconds":
+                table.add_row("seconds", ", ".join(f"{phase} {spent:.1f}" for phase, spent in value.items()))
+            elif not name.endswith("_std"):
+                table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row("metrics", str(self.base_dir / SUMMARY_NAME))
+        table.add_row("config", str(self.base_dir / "config.yml"))
+        Console(soft_wrap=True).print(table)
