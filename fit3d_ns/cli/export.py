@@ -31,7 +31,7 @@ class ExportConfig:
 
 def export(config: ExportConfig) -> None:
     """Writes the scene and a JSON with its metrics."""
-    from fit3d_ns.plugin.scene_export import load_run_scene
+    from fit3d_ns.plugin.run_reader import load_run_scene
 
     scene = load_run_scene(config.load_config, config.data, config.drop_unseen)
     if config.format == "ply":

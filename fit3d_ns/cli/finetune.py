@@ -134,7 +134,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _load_run(config: Path) -> FeatureScene:
     """Reads a nerfstudio run; imported here so that the command works where nerfstudio is not installed."""
     try:
-        from fit3d_ns.plugin.scene_export import load_run_scene
+        from fit3d_ns.plugin.run_reader import load_run_scene
     except ImportError as error:
         raise ValueError(
             f"{config} is a nerfstudio run, and nerfstudio cannot be imported ({error}); export the run with "

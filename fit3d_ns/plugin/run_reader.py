@@ -1,4 +1,4 @@
-"""Reads runs of `ns-train`, ours and any splatfacto's, into a `PosedCapture` with Gaussians, without a pipeline.
+"""Reads runs of `ns-train`, without a pipeline: any splatfacto's as a `SplatRun`, ours also as a `FeatureScene`.
 
 A run's `config.yml` is code: nerfstudio writes and reads it with a YAML loader that builds any object. Read only
 configs of people you trust.
@@ -17,12 +17,15 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from torch import Tensor
 
+from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.plugin.checkpoints import load_latest_checkpoint
 from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
+from fit3d_ns.plugin.feature_branch import PICTURE_BUFFERS, read_picture_basis
 from fit3d_ns.plugin.trainer import SUMMARY_NAME
-from fit3d_ns.scene.gaussians import Gaussians
+from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.utils.errors import first_line
+from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import load_result
 
 
@@ -115,6 +118,54 @@ def read_run(path: Path, data: Path | None = None) -> SplatRun:
     )
 
 
+def load_run_scene(path: Path, data: Path | None = None, drop_unseen: bool = False) -> FeatureScene:
+    """Reads a finished run of `fit3d-features` as the scene that stage II takes.
+
+    Args:
+        path: The run's config.yml or its folder.
+        data: Where the dataset lies now, if it was moved since.
+        drop_unseen: Leave out Gaussians that no training view ever weighted; no captured view changes by that.
+
+    Raises:
+        ValueError: Another method's run, or one whose features were never solved.
+    """
+    run = read_run(path, data)
+    if "features" not in run.gauss_params or "feature_branch.decoder.weight" not in run.state:
+        raise ValueError(
+            f"{run.config_path} is a run of {run.config.method_name} without features; lift it with "
+            f"`fit3d-lift --load-config {run.config_path}`."
+        )
+    model = run.config.pipeline.model
+    if model.feature_loss_weight == 0:
+        raise ValueError(f"{run.config_path} was trained with feature loss weight 0: it has no features to export.")
+    is_finished = run.step + 1 >= run.config.max_num_iterations
+    if model.feature_schedule == "solve" and not (is_finished and bool(run.state["feature_branch.is_solved"])):
+        raise ValueError(f"{run.config_path} stopped before its features were solved; resume it with --load-dir.")
+    gaussians = run.create_gaussians(features=run.gauss_params["features"], **_read_by_products(run))
+    num_invalid = len(run.gauss_params["means"]) - gaussians.num_gaussians
+    if num_invalid > 0:
+        notice(f"Left out {num_invalid} Gaussians with NaN, infinite or oversized numbers.")
+    if drop_unseen:
+        seen = gaussians.blend_weight > 0
+        if not bool(seen.any()):
+            raise ValueError(f"{run.config_path} kept no blend weights (joint schedule); export without --drop-unseen.")
+        notice(f"Left out {int((~seen).sum())} Gaussians that no training view weighted.")
+        gaussians = gaussians.select(seen)
+    bias = run.state.get("feature_branch.decoder.bias")
+    return FeatureScene(
+        gaussians=gaussians,
+        decoder=FeatureDecoder.from_weights(run.state["feature_branch.decoder.weight"].float(), bias),
+        posed_capture=run.capture,
+        backbone=_describe_backbone(run),
+        pca=read_picture_basis({name: run.state[f"feature_branch.{name}"] for name in PICTURE_BUFFERS}),
+        token_reading=model.token_reading,
+        rasterize_mode=run.rasterize_mode,
+        metrics=read_run_figures(run.config_path),
+        # A short run may have lifted fewer than it trained on; gradient steps see all, and older runs keep no names.
+        lifted_views=tuple(run.run_state.get("lifted_views") or (view.name for view in run.capture.select("train"))),
+    )
+
+
 def read_backbone(path: Path) -> tuple[str, Path | None, str] | None:
     """Name, weights file and normalization of the backbone in a run's config; None where the method has no features.
 
@@ -155,6 +206,22 @@ def find_config(path: Path) -> Path:
     if len(found) > 1:
         raise ValueError(f"{path} holds {len(found)} runs; give one of them, such as {found[-1]}.")
     return found[0]
+
+
+def _read_by_products(run: SplatRun) -> dict[str, Tensor]:
+    """By-products of the last solve, after which no Gaussian was added or removed; none where there was no solve."""
+    lift, num_gaussians = run.run_state.get("lift", {}), len(run.gauss_params["means"])
+    names = ("blend_weight", "num_views", "feature_variance")
+    return {name: lift[name] for name in names if name in lift and len(lift[name]) == num_gaussians}
+
+
+def _describe_backbone(run: SplatRun) -> BackboneDescription:
+    """The backbone's identity as the run recorded it, or from the config where it was written by an older version."""
+    recorded = run.run_state.get("backbone")
+    if recorded:
+        return BackboneDescription.from_metadata(recorded)
+    datamanager: Any = run.config.pipeline.datamanager
+    return describe_backbone(datamanager.backbone, datamanager.backbone_weights, datamanager.normalization)
 
 
 def _load_config(config_path: Path) -> TrainerConfig:

@@ -226,7 +226,7 @@ def test_command__tells_in_one_sentence_what_is_wrong(tmp_path, capsys):
 
 def test_command__without_nerfstudio_a_run_is_refused_with_a_way_out(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yml").touch()
-    monkeypatch.setitem(sys.modules, "fit3d_ns.plugin.scene_export", None)
+    monkeypatch.setitem(sys.modules, "fit3d_ns.plugin.run_reader", None)
     code, errors = run(capsys, "--ckpts", tmp_path / "config.yml", "--output-dir", tmp_path / "out", *SMALL)
     assert code == 1 and "fit3d-export" in errors
 

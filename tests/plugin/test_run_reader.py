@@ -10,8 +10,7 @@ import torch
 import yaml
 
 from fit3d_ns.features import create_extractor
-from fit3d_ns.plugin.run_reader import find_config, read_backbone, read_run
-from fit3d_ns.plugin.scene_export import load_run_scene
+from fit3d_ns.plugin.run_reader import find_config, load_run_scene, read_backbone, read_run
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 
 
