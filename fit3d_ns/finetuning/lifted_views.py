@@ -1,7 +1,7 @@
 """The views a scene was lifted from: which they are, averaging features over them, and leaving one of them out.
 
 A solved lift also fits what each view alone said. Averaging the features over the lifted views
-(`lifting/view_average.py`) removes that; `SceneAverages` does it once per scene and keeps the result.
+(`lifting.blending.average_over_views`) removes that; `SceneAverages` does it once per scene and keeps the result.
 
 A lift solves A f = b with A = sum of R_j^T W_j R_j and b = sum of R_j^T W_j t_j over views j (R_j blends features to
 the view's pixels, t_j are its tokens in the features' space, W_j its weights). Without view j the residual at f is
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from fit3d_ns.features import TokenModel, compute_patch_grid
 from fit3d_ns.finetuning.training_views import locate_capture
-from fit3d_ns.lifting.view_average import SAMPLES_PER_PATCH, average_over_views
+from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views
 from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, PosedCapture, View
 from fit3d_ns.utils.files import hash_bytes, hash_file
@@ -107,7 +107,7 @@ def compute_average_hash(
     Raises:
         ValueError: The capture is not there.
     """
-    parts: list[object] = [SAMPLES_PER_PATCH, scene.backbone.patch_size]
+    parts: list[object] = [AVERAGING_SAMPLES, scene.backbone.patch_size]
     for view in select_evenly(_find_usable(scene, locate_capture(scene, data_root)), max_views):
         mask = None if view.frame.mask_path is None else hash_file(view.frame.mask_path)
         parts += [view.name, view.width, view.height, view.K.tolist(), view.camera_to_world.tolist(), view.lens, mask]

@@ -1,7 +1,7 @@
 """The closed-form lift: features solved, not trained, onto any Gaussians that already exist."""
 
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
+from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder, fit_token_basis
 from fit3d_ns.lifting.feature_error import (
     FeatureLoss,
     FeatureLossConfig,
@@ -9,9 +9,7 @@ from fit3d_ns.lifting.feature_error import (
     compute_masked_l1,
     evaluate_features,
 )
-from fit3d_ns.lifting.result import LiftResult
-from fit3d_ns.lifting.solver import solve_features
-from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators
+from fit3d_ns.lifting.solver import LiftResult, solve_features
 from fit3d_ns.lifting.views import LiftView, create_lift_views
 
 __all__ = [
@@ -27,6 +25,5 @@ __all__ = [
     "evaluate_features",
     "fit_decoder",
     "fit_token_basis",
-    "merge_accumulators",
     "solve_features",
 ]

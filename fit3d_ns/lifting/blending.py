@@ -1,27 +1,65 @@
 """Blending as a linear operator: `R` takes features [N, D] to a view's pixels, its adjoint takes pixels back.
 
-Symbols: `W` weights per pixel (mask, times alpha if accumulation-aware), `t` targets per pixel, `P` the W-weighted mean
+Symbols: `W` weights per pixel (mask, times alpha with alpha weighting), `t` targets per pixel, `P` the W-weighted mean
 over each token's cell, `u` the within-patch weight (1 for the rules `bilinear` and `nearest`). A lift minimises the sum
 over views of u W |t - R f|^2 + (1 - u) W |t - P R f|^2, so its operator is R^T W Q R with Q = u + (1 - u) P.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.sampled_camera import compute_stride, sample_camera
-from fit3d_ns.lifting.token_basis import project_tokens
+from fit3d_ns.lifting.decoder_fit import project_tokens
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import backproject_features, rasterize_features
+from fit3d_ns.scene import FeatureScene, View
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import average_over_cells, spread_tokens
+
+AVERAGING_SAMPLES = 4
+"""Samples along a patch's side when features are averaged over views; more change nothing but the time."""
+
+
+@dataclass(frozen=True)
+class SampledCamera:
+    """A camera that looks at one value per square block of pixels, at the blocks' centres.
+
+    Shrinking the intrinsics moves pixel centres onto the centres of the blocks, and shrinking the blur with them keeps
+    every projected covariance what it was: the result equals the full image sampled at block centres, except where tile
+    boundaries truncate splats.
+    """
+
+    K: Float[Tensor, "3 3"]
+    """In pixels of the sampled picture."""
+    width: int
+    """In pixels."""
+    height: int
+    """In pixels."""
+    eps2d: float
+    """Blur in square pixels."""
+
+
+def compute_stride(width: int, height: int, patch_grid: tuple[int, int], samples_per_patch: int) -> int:
+    """Side of blocks of pixels of which at least `samples_per_patch` lie along a patch's side; 0 asks for pixels."""
+    if samples_per_patch == 0:
+        return 1
+    return max(int(min(width / patch_grid[1], height / patch_grid[0]) / samples_per_patch), 1)
+
+
+def sample_camera(K: Float[Tensor, "3 3"], width: int, height: int, eps2d: float, stride: int) -> SampledCamera:
+    """The camera for blocks of `stride` x `stride` pixels; sizes that do not divide are stretched by under a block."""
+    if stride == 1:
+        return SampledCamera(K, width, height, eps2d)
+    small_width, small_height = max(round(width / stride), 1), max(round(height / stride), 1)
+    shrinkage = torch.tensor([small_width / width, small_height / height, 1.0])
+    return SampledCamera(K * shrinkage[:, None].to(K), small_width, small_height, eps2d * float(shrinkage.prod()))
 
 
 @dataclass(frozen=True)
@@ -38,7 +76,7 @@ class PreparedView:
     """The original backbone's patch tokens, float32."""
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def patch_grid(self) -> tuple[int, int]:
         """Token grid (h, w)."""
         return self.tokens.shape[0], self.tokens.shape[1]
 
@@ -111,7 +149,7 @@ class ViewBlender:
         weights = compute_weights(view, self.config)
         features_low = rasterize_features(features, view.info)[0]
         if self.config.token_to_pixel == "area":
-            averaged = average_over_cells(features_low, weights, view.grid)
+            averaged = average_over_cells(features_low, weights, view.patch_grid)
             features_low = torch.lerp(averaged, features_low, self.config.within_patch_weight)
         backproject_features((features_low * weights[..., None])[None], view.info, add_to=image)
 
@@ -122,7 +160,7 @@ def prepare_view(gaussians: ActivatedGaussians, view: LiftView, samples_per_patc
 
     Args:
         samples_per_patch: How many pixels along a patch's side are looked at, about; 0 for all. The picture is then
-            sampled at the centres of square blocks (`sampled_camera`), each with the mean of its mask.
+            sampled at the centres of square blocks, each with the mean of its mask.
 
     Raises:
         ValueError: The tokens or the mask do not fit, see `LiftView`.
@@ -168,6 +206,62 @@ def backproject_targets(
     targets = targets.mul_(compute_weights(view, config)[..., None])
     sums, blend_weight = backproject_features(targets[None], view.info, add_to=zeros)
     return ViewSums(numerator=sums[:, :-1], denominator=sums[:, -1], blend_weight=blend_weight)
+
+
+@torch.no_grad()
+def average_over_views(
+    scene: FeatureScene,
+    views: Sequence[View],
+    compute_patch_grid: Callable[[View], tuple[int, int]],
+    load_valid_mask: Callable[[View], Bool[Tensor, "height width"]],
+) -> FeatureScene:
+    """The scene in which each Gaussian's features are the mean of what the patches it appears in show.
+
+    A solve fits the tokens of every lifted view, their noise included; rendered at one of those views it gives back
+    much of what that view alone said. Averaging what the scene shows over views and patches takes that away, as the
+    weighted sum does, from the scene file and the valid masks alone:
+
+        f' = sum of R^T W P R f / sum of R^T W 1, with W = opacity times valid mask.
+
+    Masked pixels neither take part in a patch's mean nor receive it: features lifted there correspond to no token.
+    Gaussians that no valid pixel shows keep theirs, and the decoder stays.
+
+    Args:
+        scene: A scene that is ready to render.
+        views: Cameras over which is averaged, best those that were lifted.
+        compute_patch_grid: Token grid (h, w) of a view.
+        load_valid_mask: A view's mask at its full size, True = use.
+    """
+    features_and_one = scene.features_and_one
+    sums = torch.zeros_like(features_and_one)
+    for view in views:
+        patch_grid = compute_patch_grid(view)
+        stride = compute_stride(view.width, view.height, patch_grid, AVERAGING_SAMPLES)
+        camera = sample_camera(view.K, view.width, view.height, scene.eps2d, stride)
+        mask = sample_mask(load_valid_mask(view).to(sums.device), camera.width, camera.height)
+        info = scene.project(view.camera_to_world, camera.K, camera.width, camera.height, camera.eps2d)
+        low, alphas = rasterize_features(features_and_one, info)[0].tensor_split([-1], dim=-1)
+        weights = alphas * mask[..., None]
+        averaged = average_over_cells(low, weights[..., 0], patch_grid)
+        backproject_features(torch.cat([averaged * weights, weights], dim=-1)[None], info, add_to=sums)
+    total = sums[:, -1:]
+    averages = sums[:, :-1] / total.clamp(min=1e-12)
+    features = torch.where(total > 0, averages, features_and_one[:, :-1])
+    return replace(scene, gaussians=scene.gaussians.with_features(features))
+
+
+def sample_mask(mask: Bool[Tensor, "height width"], width: int, height: int) -> Float[Tensor, "rows columns"]:
+    """One where all pixels of a sample's block are valid, else zero, as where photographs are reduced.
+
+    Args:
+        mask: At the view's size.
+        width: Columns of the sampled picture.
+        height: Rows of the sampled picture.
+    """
+    invalid = (~mask).float()
+    if mask.shape == (height, width):
+        return 1.0 - invalid
+    return 1.0 - F.adaptive_max_pool2d(invalid[None, None], (height, width))[0, 0]
 
 
 def _collect_tensors(value: Any) -> list[Tensor]:

@@ -6,22 +6,19 @@ alpha is 1, so that the first direction from zero is the weighted sum itself. Al
 views; each has its own step.
 """
 
-import time
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.lifting.blending import ViewBlender
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.reduction import is_any
-from fit3d_ns.lifting.view_passes import ViewPasses
+from fit3d_ns.lifting.passes import ViewPasses
 
 
 class ConjugateGradients:
     """The solver; its vectors live in the passes' state, so that it can stop and go on between any two views.
 
-    It stops on the true residual, which is computed anew every few passes because gsplat's adjoint, with its atomic
+    It stops on the true residual, which is computed again every few passes because gsplat's adjoint, with its atomic
     additions and fast exponentials, is not exact to the bit and the running residual drifts away from the truth.
     """
 
@@ -32,77 +29,52 @@ class ConjugateGradients:
         config: LiftConfig,
         weighted_sum: Float[Tensor, "num_gaussians dim"],
         sums: tuple[str, str] = ("numerator", "denominator"),
-        deadline: float | None = None,
     ):
         """Args:
         blender: The operator.
         passes: Whose state holds b [N, D] and d [N].
         weighted_sum: f0.
         sums: Names of b and d in the state.
-        deadline: No pass is begun that would end after this time of `time.perf_counter`.
         """
         self.blender = blender
         self.passes = passes
         self.config = config
-        self.deadline = deadline
         self._tensors = passes.state.tensors
         self._numbers = passes.state.numbers
         numerator, denominator = (self._tensors[name] for name in sums)
-        self._weighted_sum = weighted_sum
         self._penalty = compute_penalty(denominator, config.regularization)
         self._diagonal = (denominator + self._penalty)[:, None]
         self._right_side = numerator + self._penalty * weighted_sum
 
-    def solve(
-        self, initial: Float[Tensor, "num_gaussians dim"] | None, seconds_per_pass: float
-    ) -> Float[Tensor, "num_gaussians dim"]:
-        """Runs until the true residual is small, or passes or time are used up.
-
-        Args:
-            initial: Where to start; None starts at zero, whose residual is known without a pass and whose first
-                direction is the weighted sum.
-            seconds_per_pass: How long the first pass is expected to take.
-        """
+    def solve(self) -> Float[Tensor, "num_gaussians dim"]:
+        """Runs from zero until the true residual is small or passes are used up."""
         if "solution" not in self._tensors:
-            self._start(initial)
-        seconds = seconds_per_pass
-        while not self._numbers["is_solved"] and self._may_go_on(seconds):
-            self.passes.save_between_passes()
-            start = time.perf_counter()
+            self._start()
+        while not self._numbers["is_solved"] and self._may_go_on():
+            self.passes.save_if_due()
             if self._is_residual_due():
                 self._compute_true_residual()
             else:
                 self._step()
-            seconds = time.perf_counter() - start
         # A lift that is resumed later, in the decoder's pass, must not solve on.
         self._numbers["is_solved"] = 1
-        if self._numbers["passes"] == 0 and initial is None:
-            # No time for a single pass: the start of a solve from zero is the weighted sum, not zero.
-            return self._weighted_sum
         return self._tensors["solution"]
 
-    def _start(self, initial: Float[Tensor, "num_gaussians dim"] | None) -> None:
+    def _start(self) -> None:
         tensors, numbers = self._tensors, self._numbers
-        start = torch.zeros_like(self._right_side) if initial is None else initial
-        # Sums are made like it and added to in place, so rows have to lie one after the other.
-        tensors["solution"] = start.clone(memory_format=torch.contiguous_format)
+        tensors["solution"] = torch.zeros_like(self._right_side)
+        # From zero the residual is the right-hand side, and the first direction is the weighted sum.
         tensors["residual"] = self._right_side.clone()
         tensors["direction"] = torch.zeros_like(self._right_side)
         tensors["residual_products"] = self._right_side.new_zeros(self._right_side.shape[1])
-        numbers["passes"] = numbers["is_solved"] = 0
+        numbers["passes"] = numbers["is_solved"] = numbers["steps_since_truth"] = 0
         numbers["relative_residual"] = 1.0
-        # From zero the residual is the right-hand side; from elsewhere it takes a pass.
-        numbers["steps_since_truth"] = 0 if initial is None else -1
 
-    def _may_go_on(self, seconds_per_pass: float) -> bool:
+    def _may_go_on(self) -> bool:
         if self.passes.state.current_pass:
             return True
-        if self._numbers["passes"] >= self.config.max_passes:
-            return False
-        if self._is_small() and self._numbers["steps_since_truth"] == 0:
-            return False
-        is_late = self.deadline is not None and time.perf_counter() + seconds_per_pass > self.deadline
-        return not is_any(is_late, self._right_side.device, self.passes.group)
+        is_certainly_small = self._is_small() and self._numbers["steps_since_truth"] == 0
+        return self._numbers["passes"] < self.config.max_passes and not is_certainly_small
 
     def _is_small(self) -> bool:
         return self._numbers["relative_residual"] <= self.config.tolerance
@@ -110,7 +82,7 @@ class ConjugateGradients:
     def _is_residual_due(self) -> bool:
         steps = self._numbers["steps_since_truth"]
         interval = self.config.steps_per_true_residual
-        return steps < 0 or (steps > 0 and (self._is_small() or (interval > 0 and steps >= interval)))
+        return steps > 0 and (self._is_small() or 0 < interval <= steps)
 
     def _step(self) -> None:
         tensors, name = self._tensors, f"solve {int(self._numbers['passes']) + 1}"

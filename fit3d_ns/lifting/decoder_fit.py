@@ -1,23 +1,73 @@
-"""Fitting the 3x3 decoder in closed form: ridge regression of tokens on the neighbourhoods of rendered features.
+"""Between tokens and features: the PCA basis that features live in, and the fit of the 3x3 decoder, in closed form.
 
-Each token t [E] is explained by x [9 D (+ 1)], the nine shifted rendered maps read at the token (`scene.TokenReader`)
-and, with a bias, the alpha read there: what `FeatureDecoder.decode_at_tokens` multiplies. The sums of x x^T and x t^T
-are all that a fit needs, so those of several scenes add up to one decoder for all of them.
+A token t [E] has coordinates z = (t - mean) @ components.T [D] in the basis. The decoder is a ridge regression that
+explains each token by x [9 D (+ 1)]: the nine shifted rendered maps read at the token (`scene.TokenReader`) and, with a
+bias, the alpha read there. That is what `FeatureDecoder.decode_pixels` multiplies. The sums of x x^T and x t^T are all
+that a fit needs, so those of several scenes add up to one decoder for all of them.
 """
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.analysis.pca import PcaBasis
+from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, apply_pca
 from fit3d_ns.scene.feature_decoder import NUM_TAPS, FeatureDecoder
+from fit3d_ns.scene.token_grid import sum_over_cells
 
 # Neighbouring pixels are nearly collinear, and the sums carry float32 rounding: below this the fit is not definite.
 _SMALLEST_RIDGE = 1e-6
+
+
+def add_view_tokens(
+    sums: PcaAccumulator, tokens: Float[Tensor, "h w embed"], mask: Float[Tensor, "height width"]
+) -> None:
+    """Counts a view's tokens, each by the share of its patch that lies under the valid mask."""
+    grid = (tokens.shape[0], tokens.shape[1])
+    pixels = mask[..., None]
+    covered = sum_over_cells(pixels, grid) / sum_over_cells(torch.ones_like(pixels), grid).clamp(min=1.0)
+    sums.add(tokens, covered[..., 0])
+
+
+def fit_token_basis(tokens: PcaAccumulator, feature_dim: int, *, centred: bool = True) -> PcaBasis:
+    """The `feature_dim` leading principal directions of accumulated tokens.
+
+    Args:
+        tokens: Sums over tokens, weighted by how much of each lies under the valid mask.
+        centred: False leaves the mean at zero and keeps most of the second moment instead of the variance, for
+            decoders without a bias.
+
+    Raises:
+        ValueError: No token was counted, or `feature_dim` exceeds the tokens' width.
+    """
+    embed_dim = tokens.sum_features.shape[0]
+    if feature_dim > embed_dim:
+        raise ValueError(f"feature_dim {feature_dim} exceeds the tokens' width {embed_dim}; choose at most that.")
+    if not tokens.sum_weights > 0:
+        raise ValueError("No token lies under a valid mask, so there is nothing to fit a basis to; check the masks.")
+    if centred:
+        return tokens.finish(feature_dim)
+    uncentred = copy(tokens)
+    uncentred.sum_features = torch.zeros_like(tokens.sum_features)
+    return uncentred.finish(feature_dim)
+
+
+def project_tokens(tokens: Float[Tensor, "*batch embed"], basis: PcaBasis) -> Float[Tensor, "*batch dim"]:
+    """Coordinates of tokens in the basis.
+
+    Raises:
+        ValueError: The tokens are of another width.
+    """
+    if tokens.shape[-1] != basis.mean.shape[0]:
+        raise ValueError(
+            f"The basis is made for tokens of width {basis.mean.shape[0]}, these have {tokens.shape[-1]}; "
+            "use a basis of the same backbone."
+        )
+    return apply_pca(tokens, basis)
 
 
 @dataclass
@@ -68,24 +118,19 @@ class DecoderStatistics:
         return DecoderStatistics(self.regressors + other.regressors, self.products + other.products)
 
 
-def fit_decoder(
-    statistics: DecoderStatistics | Sequence[DecoderStatistics], basis: PcaBasis, ridge: float
-) -> FeatureDecoder:
+def fit_decoder(statistics: Sequence[DecoderStatistics], basis: PcaBasis, ridge: float) -> FeatureDecoder:
     """The decoder of least squared error, pulled towards the PCA decoder.
 
     Args:
-        statistics: Of one scene, or of several that were lifted on the same `basis` and shall share a decoder.
+        statistics: One per scene that was lifted on `basis` and shares the decoder.
         ridge: Pull as a fraction of the mean squared regressor, 0 or above; below 1e-6 it
             acts as 1e-6, and infinity gives the PCA decoder.
 
     Raises:
         ValueError: The statistics do not belong to this basis.
     """
-    given = [statistics] if isinstance(statistics, DecoderStatistics) else list(statistics)
-    if not given:
-        raise ValueError("No scene was given to fit a decoder to.")
-    total = given[0]
-    for other in given[1:]:
+    total = statistics[0]
+    for other in statistics[1:]:
         if other.products.shape != total.products.shape:
             raise ValueError("The scenes' decoder statistics differ in size; lift them on one shared basis.")
         total = total.merge(other)

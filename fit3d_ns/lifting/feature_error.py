@@ -185,7 +185,7 @@ def evaluate_features(
     gaussians, features = gaussians.select(valid), features[valid]
     for view in views:
         prepared = prepare_view(gaussians, view)
-        reader = create_token_reader(view.width, view.height, prepared.grid, token_reading)
+        reader = create_token_reader(view.width, view.height, prepared.patch_grid, token_reading)
         features_low = rasterize_features(features, prepared.info, pixels=reader.pixels.to(features.device))[0]
         decoded = decoder.decode_pixels(features_low, reader.gather(prepared.alphas[..., None])[..., 0], reader)
         maps = torch.stack([prepared.alphas, prepared.mask], dim=-1)

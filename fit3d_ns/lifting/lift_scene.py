@@ -18,14 +18,13 @@ from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription, FeatureCache
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
-from fit3d_ns.lifting.result import LiftResult
-from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.passes import Progress
+from fit3d_ns.lifting.solver import LiftResult, solve_features
 from fit3d_ns.lifting.sources import (
     LiftSource,
     compare_with_photographs,
     warn_of_poor_fit,
 )
-from fit3d_ns.lifting.view_passes import Progress
 from fit3d_ns.lifting.views import ChosenViews, LiftView, choose_views, fit_picture_basis, load_views
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians
 from fit3d_ns.scene.scene_costs import TRAINING_FIGURE

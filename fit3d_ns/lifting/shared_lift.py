@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, fit_pca
 from fit3d_ns.features import BackboneDescription, FeatureCache
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
-from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
+from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit_decoder, fit_token_basis
 from fit3d_ns.lifting.lift_scene import check_dimensions, lift_scene, measure_held_out
+from fit3d_ns.lifting.passes import compute_identity
 from fit3d_ns.lifting.sources import LiftSource
-from fit3d_ns.lifting.state import compute_identity
-from fit3d_ns.lifting.token_basis import add_view_tokens, fit_token_basis
 from fit3d_ns.lifting.views import MAX_PICTURE_TOKENS, choose_views, load_views, sample_tokens
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 from fit3d_ns.utils.files import hash_bytes, write_atomically
@@ -151,7 +150,7 @@ def _lift(
     source = task.read()
     views = load_views(source.capture, choose_views(source.capture, options.views).lifted, cache, options, device)
     gaussians = source.activate(device)
-    identity = compute_identity(gaussians, views, config, backbone.identity, space.basis, None)
+    identity = compute_identity(gaussians, views, config, backbone.identity, space.basis)
     identity["setting of the scene"] = json.dumps({**asdict(options), "include_sh": include_sh})
     found = _read_sums(task, identity, device)
     if found is not None:

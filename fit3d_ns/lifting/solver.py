@@ -7,34 +7,71 @@ allows, whatever the number of views.
 """
 
 import math
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
-from fit3d_ns.lifting.blending import ViewBlender, backproject_targets, compute_weights
+from fit3d_ns.lifting.blending import ViewBlender, backproject_targets, compute_stride, compute_weights
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
-from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder
-from fit3d_ns.lifting.polish import polish_features
-from fit3d_ns.lifting.reduction import select_share
-from fit3d_ns.lifting.result import LiftResult
-from fit3d_ns.lifting.sampled_camera import compute_stride
-from fit3d_ns.lifting.state import LiftState, compute_identity, load_state
-from fit3d_ns.lifting.token_basis import add_view_tokens, fit_token_basis
-from fit3d_ns.lifting.view_passes import Progress, ViewPasses
+from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit_decoder, fit_token_basis
+from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig
+from fit3d_ns.lifting.passes import LiftState, Progress, ViewPasses, compute_identity, load_state
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import create_token_reader
 from fit3d_ns.utils.progress import PhaseTimer, notice
+from fit3d_ns.utils.seeds import create_generator
 from fit3d_ns.utils.selection import select_evenly
+
+
+@dataclass(frozen=True)
+class LiftResult:
+    """Features of all Gaussians that were given, in their order; invalid ones (NaN geometry) hold zeros."""
+
+    features: Float[Tensor, "num_gaussians dim"]
+    """Solved features, float32."""
+    decoder: FeatureDecoder
+    """From rendered features to tokens."""
+    basis: PcaBasis
+    """Space of the features; the decoder's start."""
+    config: LiftConfig
+    """What was asked for; `token_reading` belongs in the scene file."""
+    blend_weight: Float[Tensor, " num_gaussians"]
+    """Sum over views and all pixels, masked ones too, of the blend weight, in pixels. Where it is 0, leaving the
+    Gaussian out changes no pixel of any lifted view."""
+    num_views: Int[Tensor, " num_gaussians"]
+    """In how many views the Gaussian has a blend weight above zero."""
+    feature_variance: Float[Tensor, " num_gaussians"]
+    """Variance over views of the views' own weighted means, weighted as they are, averaged over the dimensions;
+    zero for Gaussians that one view taught, or none."""
+    is_valid: Bool[Tensor, " num_gaussians"]
+    """False where the geometry has NaN or infinite numbers; those took no part."""
+    num_passes: int
+    """Passes over the views that blended or projected back, all phases together."""
+    residuals: list[float]
+    """Relative residual after each pass of the conjugate gradients."""
+    seconds: dict[str, float]
+    """Wall-clock seconds by phase; after a resume, those since then."""
+    decoder_statistics: DecoderStatistics
+    """For a decoder that several scenes share."""
+
+    @property
+    def is_unseen(self) -> Bool[Tensor, " num_gaussians"]:
+        """True for Gaussians that no lifted view ever weighted."""
+        return self.blend_weight <= 0
+
+    @property
+    def num_invalid(self) -> int:
+        """Gaussians with NaN or infinite geometry."""
+        return int((~self.is_valid).sum())
 
 
 def solve_features(
@@ -43,63 +80,49 @@ def solve_features(
     config: LiftConfig | None = None,
     *,
     basis: PcaBasis | None = None,
-    initial: Float[Tensor, "num_gaussians dim"] | None = None,
     backbone: str = "",
     state_path: Path | None = None,
     progress: Progress | None = None,
-    budget_seconds: float | None = None,
-    group: dist.ProcessGroup | None = None,
 ) -> LiftResult:
     """Lifts the tokens of `views` onto `gaussians`.
 
     Args:
         gaussians: Fixed geometry. Gaussians with NaN or infinite numbers are left out, with a notice of how many.
-        views: Captured views with tokens of one backbone; the same list on every process of `group`.
+        views: Captured views with tokens of one backbone.
         config: Settings; None for the defaults.
         basis: Space of the features, for example one that many scenes share; None fits one to these views' tokens.
-        initial: Features on the given `basis` to start from; None starts from the weighted sum.
         backbone: Identity of the backbone and its weights, so that a state file of another one is refused.
         state_path: Where an interrupted lift is kept and found again; removed at the end. None keeps nothing.
-        progress: Called with (pass, views done, views of this process).
-        budget_seconds: No pass of the conjugate gradients begins that would end later than this many seconds after the
-            call; the weighted sum and the decoder fit are always done.
-        group: Processes among which the views are split; all hold the same Gaussians and get the same result.
+        progress: Called with (pass, views done, views).
 
     Raises:
-        ValueError: No views; views without tokens or with tokens of different widths; a basis or start of another
-            size; no view sees any Gaussian under its mask; a state file of another lift.
+        ValueError: No views; views without tokens or with tokens of different widths; a basis of another size; no
+            view sees any Gaussian under its mask; a state file of another lift.
     """
     config = config or LiftConfig()
-    deadline = None if budget_seconds is None else time.perf_counter() + budget_seconds
-    device = gaussians.means.device
-    grid, embed_dim = _check_sizes(gaussians, views, config, basis, initial, group)
-    is_sampled = compute_stride(views[0].width, views[0].height, grid, config.samples_per_patch) > 1
+    patch_grid, embed_dim = _check_sizes(gaussians, views, config, basis)
+    is_sampled = compute_stride(views[0].width, views[0].height, patch_grid, config.samples_per_patch) > 1
     is_valid = gaussians.find_valid()
     if not bool(is_valid.all()):
         notice(f"Left out {int((~is_valid).sum())} of {len(gaussians)} Gaussians that have NaN or infinite numbers.")
-        initial = None if initial is None else initial[is_valid]
     gaussians = gaussians.select(is_valid)
     state = LiftState({})
     if state_path is not None:
-        identity = compute_identity(gaussians, list(views), config, backbone, basis, initial)
-        identity["number of processes"] = str(1 if group is None else dist.get_world_size(group))
-        state = load_state(state_path, identity, device)
-    share = select_share(views, group)
+        identity = compute_identity(gaussians, list(views), config, backbone, basis)
+        state = load_state(state_path, identity, gaussians.means.device)
     passes = ViewPasses(
         state,
-        len(share),
+        len(views),
         state_path=state_path,
         seconds_per_checkpoint=config.seconds_per_checkpoint,
-        group=group,
         progress=progress,
     )
     # What a sampled solve keeps is used in every pass; what is kept of whole views serves the decoder and a polish.
     keeps_samples = is_sampled and config.max_passes > 0 and config.polish_steps == 0
-    blender = ViewBlender(gaussians, share, config, memory_mb=0.0 if keeps_samples else config.cache_memory_mb)
-    lift = _Lift(blender, passes, config, embed_dim, is_sampled)
+    blender = ViewBlender(gaussians, views, config, memory_mb=0.0 if keeps_samples else config.cache_memory_mb)
     with torch.no_grad():
-        result = lift.run(basis, initial, is_valid, deadline)
-    if state_path is not None and (group is None or dist.get_rank(group) == 0):
+        result = _Lift(blender, passes, config, embed_dim, is_sampled).run(basis, is_valid)
+    if state_path is not None:
         Path(state_path).unlink(missing_ok=True)
     return result
 
@@ -121,9 +144,7 @@ class _Lift:
     def run(
         self,
         basis: PcaBasis | None,
-        initial: Float[Tensor, "num_gaussians dim"] | None,
         is_valid: Bool[Tensor, " num_all"],
-        deadline: float | None,
     ) -> LiftResult:
         tensors = self._tensors
         with self.timer.phase("basis"):
@@ -133,13 +154,13 @@ class _Lift:
         features = compute_weighted_sum(tensors["numerator"], tensors["denominator"])
         with self.timer.phase("conjugate_gradients"):
             if self.config.max_passes > 0:
-                features = self._solve(features, basis, initial, deadline)
+                features = self._solve(features, basis)
         with self.timer.phase("decoder"):
             statistics = self._accumulate_decoder(features)
-            decoder = fit_decoder(statistics, basis, self.config.decoder_ridge).requires_grad_(False)
+            decoder = fit_decoder([statistics], basis, self.config.decoder_ridge).requires_grad_(False)
         with self.timer.phase("polish"):
             if self.config.polish_steps > 0:
-                features = polish_features(features, decoder, self.blender, self.config, self.passes.group)
+                features = self._polish(features, decoder)
         return self._assemble(features, decoder, basis, statistics, is_valid)
 
     def _fit_basis(self) -> PcaBasis:
@@ -197,17 +218,10 @@ class _Lift:
             )
 
     def _solve(
-        self,
-        weighted_sum: Float[Tensor, "num_gaussians dim"],
-        basis: PcaBasis,
-        initial: Float[Tensor, "num_gaussians dim"] | None,
-        deadline: float | None,
+        self, weighted_sum: Float[Tensor, "num_gaussians dim"], basis: PcaBasis
     ) -> Float[Tensor, "num_gaussians dim"]:
-        blender, sums = self.blender, ("numerator", "denominator")
-        seconds = self.timer.seconds["weighted_sum"]
+        blender, sums, config = self.blender, ("numerator", "denominator"), self.config
         if self.is_sampled:
-            start = time.perf_counter()
-            config = self.config
             blender = ViewBlender(
                 blender.gaussians,
                 blender.views,
@@ -217,10 +231,7 @@ class _Lift:
             )
             sums = ("sampled_numerator", "sampled_denominator")
             self._accumulate_right_side(blender, basis, sums)
-            seconds = time.perf_counter() - start
-        # A pass of the conjugate gradients blends and projects back: about two adjoint passes.
-        solver = ConjugateGradients(blender, self.passes, self.config, weighted_sum, sums, deadline)
-        solution = solver.solve(None if initial is None else initial.float(), seconds_per_pass=2.0 * seconds)
+        solution = ConjugateGradients(blender, self.passes, config, weighted_sum, sums).solve()
         # What no sample hits, the solve knows nothing of (and without a Tikhonov term leaves at zero).
         return torch.where(self._tensors[sums[1]][:, None] > 0, solution, weighted_sum)
 
@@ -247,7 +258,7 @@ class _Lift:
                 return
             view = blender.prepare(index)
             height, width = view.alphas.shape
-            reader = create_token_reader(width, height, view.grid, self.config.token_reading)
+            reader = create_token_reader(width, height, view.patch_grid, self.config.token_reading)
             features_low = rasterize_features(features, view.info, pixels=reader.pixels.to(self.device))[0]
             maps = torch.stack([view.alphas, compute_weights(view, self.config)], dim=-1)
             alphas, weights = reader.read(reader.gather(maps)).unbind(dim=-1)
@@ -259,6 +270,40 @@ class _Lift:
         )
         self.passes.run("decoder", {"regressors": empty.regressors, "products": empty.products}, add)
         return DecoderStatistics(tensors["regressors"], tensors["products"])
+
+    @torch.enable_grad()
+    def _polish(
+        self, features: Float[Tensor, "num_gaussians dim"], decoder: FeatureDecoder
+    ) -> Float[Tensor, "num_gaussians dim"]:
+        """Steps of Adam on the L1 loss at the tokens, one view each in shuffled rounds; `decoder` changes in place."""
+        config, blender = self.config, self.blender
+        features = features.clone().requires_grad_(True)
+        decoder.requires_grad_(True)
+        groups = [
+            {"params": parameters, "lr": config.polish_learning_rate * float(scale.detach().square().mean().sqrt())}
+            for parameters, scale in (([features], features), (list(decoder.parameters()), decoder.weight))
+        ]
+        optimizer = torch.optim.Adam(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / config.polish_steps)
+        loss_config = FeatureLossConfig(
+            multiple=1,
+            token_to_pixel=config.token_to_pixel,
+            token_reading=config.token_reading,
+            alpha_weighting=config.accumulation_aware,
+        )
+        generator, order = create_generator(0, "polish"), []
+        for _ in range(config.polish_steps):
+            order = order or torch.randperm(len(blender.views), generator=generator).tolist()
+            view = blender.prepare(order.pop())
+            height, width = view.alphas.shape
+            loss = FeatureLoss(width, height, view.patch_grid, loss_config)
+            features_low = rasterize_features(features, view.info, pixels=loss.pixels.to(self.device))[0]
+            optimizer.zero_grad()
+            loss.compute(features_low, view.alphas, decoder, view.tokens, view.mask).backward()
+            optimizer.step()
+            schedule.step()
+        decoder.requires_grad_(False)
+        return features.detach()
 
     def _assemble(
         self,
@@ -285,8 +330,6 @@ class _Lift:
             decoder=decoder,
             basis=basis,
             config=self.config,
-            numerator=scatter(tensors["numerator"]),
-            denominator=scatter(tensors["denominator"]),
             blend_weight=scatter(tensors["blend_weight"]),
             num_views=scatter(tensors["num_views"]),
             feature_variance=scatter(torch.where(tensors["denominator"] > 0, variance, 0.0)),
@@ -317,13 +360,10 @@ def _check_sizes(
     views: Sequence[LiftView],
     config: LiftConfig,
     basis: PcaBasis | None,
-    initial: Float[Tensor, "num_gaussians dim"] | None,
-    group: dist.ProcessGroup | None,
 ) -> tuple[tuple[int, int], int]:
     """Checks what can be known before any pass; returns the first view's token grid and the tokens' width E."""
-    num_processes = 1 if group is None else dist.get_world_size(group)
-    if len(views) < num_processes:
-        raise ValueError(f"{len(views)} views cannot be lifted by {num_processes} processes; each needs at least one.")
+    if not views:
+        raise ValueError("There are no views to lift from.")
     if not bool(gaussians.find_valid().any()):
         raise ValueError(f"None of the {len(gaussians)} Gaussians has finite numbers; there is nothing to lift onto.")
     height, width, embed_dim = views[0].read_tokens(gaussians.means.device).shape
@@ -336,12 +376,5 @@ def _check_sizes(
         raise ValueError(
             f"The basis has {dim} dimensions for tokens of width {width}, this lift needs {config.feature_dim} for "
             f"width {embed_dim}; use a basis of the same backbone and feature_dim."
-        )
-    if initial is not None and basis is None:
-        raise ValueError("Features to start from mean nothing without their basis; give `basis` with `initial`.")
-    if initial is not None and initial.shape != (len(gaussians), config.feature_dim):
-        raise ValueError(
-            f"The features to start from have shape {tuple(initial.shape)}, "
-            f"expected ({len(gaussians)}, {config.feature_dim})."
         )
     return (height, width), embed_dim

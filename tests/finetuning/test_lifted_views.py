@@ -10,7 +10,7 @@ import torch
 from fit3d_ns.data.images import save_image
 from fit3d_ns.finetuning.lifted_views import average_lifted_views, compute_average_hash, find_lifted
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
-from fit3d_ns.lifting import view_average
+from fit3d_ns.lifting import blending
 from fit3d_ns.rasterization import project, rasterize_features
 from fit3d_ns.scene import load_scene, save_scene
 from tests.finetuning.finetuning_scene import HEIGHT, PATCH, WIDTH, create_lens, create_scene
@@ -52,7 +52,7 @@ def average_by_loop(scene, views):
 
 
 def test_average_lifted_views__equals_loops_over_cells_and_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr(view_average, "SAMPLES_PER_PATCH", 0)
+    monkeypatch.setattr(blending, "AVERAGING_SAMPLES", 0)
     scene = create_scene(tmp_path)
     expected = average_by_loop(scene, scene.posed_capture.select("train"))
     averaged = average_lifted_views(scene)
@@ -67,7 +67,7 @@ def test_average_lifted_views__few_samples_change_little_and_the_unseen_keep_the
     means[3] = torch.tensor([0.0, 0.0, 50.0])
     scene = replace(scene, gaussians=replace(scene.gaussians, means=means))
     sampled = average_lifted_views(scene).gaussians.features.float()
-    monkeypatch.setattr(view_average, "SAMPLES_PER_PATCH", 0)
+    monkeypatch.setattr(blending, "AVERAGING_SAMPLES", 0)
     whole = average_lifted_views(scene).gaussians.features.float()
     assert torch.equal(sampled[3], scene.gaussians.features[3].float())
     assert not torch.equal(sampled, whole)
@@ -78,7 +78,7 @@ def test_average_lifted_views__few_samples_change_little_and_the_unseen_keep_the
 @pytest.mark.parametrize("samples", [0, 4])
 def test_average_lifted_views__masked_pixels_contribute_nothing(tmp_path, monkeypatch, samples):
     """A Gaussian that only masked pixels show keeps its features, and whatever it carries reaches no other one."""
-    monkeypatch.setattr(view_average, "SAMPLES_PER_PATCH", samples)
+    monkeypatch.setattr(blending, "AVERAGING_SAMPLES", samples)
     scene = create_scene(tmp_path, num_frames=3, lens=create_lens(42, 34))
     for view in scene.posed_capture.views:
         mask = torch.full((34, 42, 3), 255, dtype=torch.uint8)
@@ -121,8 +121,8 @@ def test_sample_mask__a_block_with_one_invalid_pixel_is_invalid():
     mask = torch.ones(6, 8, dtype=torch.bool)
     mask[4, 1] = mask[0, 7] = False
     expected = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0]])
-    assert torch.equal(view_average.sample_mask(mask, 4, 3), expected)
-    assert torch.equal(view_average.sample_mask(mask, 8, 6), mask.float())
+    assert torch.equal(blending.sample_mask(mask, 4, 3), expected)
+    assert torch.equal(blending.sample_mask(mask, 8, 6), mask.float())
 
 
 def test_average_lifted_views__leaves_out_views_whose_mask_is_gone(tmp_path, capsys):
@@ -167,7 +167,7 @@ def test_average_lifted_views__only_views_that_were_lifted_count(tmp_path):
 
 def test_find_lifted__takes_the_record_before_what_figures_say(tmp_path, monkeypatch):
     """Names that no even choice of two would give, the held-out view among them."""
-    monkeypatch.setattr(view_average, "SAMPLES_PER_PATCH", 0)
+    monkeypatch.setattr(blending, "AVERAGING_SAMPLES", 0)
     names = ("images/5.png", "images/0.png")
     scene = replace(create_scene(tmp_path), metrics={"num_train_views": 2}, lifted_views=names)
     save_scene(scene, tmp_path / "scene.safetensors")

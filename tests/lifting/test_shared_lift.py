@@ -9,12 +9,11 @@ from fit3d_ns.analysis.pca import PcaAccumulator
 from fit3d_ns.features import FeatureCache, FeatureCacheConfig, describe_backbone
 from fit3d_ns.lifting import shared_lift as module
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
-from fit3d_ns.lifting.decoder_fit import fit_decoder
+from fit3d_ns.lifting.decoder_fit import fit_decoder, fit_token_basis
 from fit3d_ns.lifting.lift_scene import lift_scene
 from fit3d_ns.lifting.shared_lift import LiftTask, fit_shared_space, lift_together
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.sources import PlyConfig, read_ply_source
-from fit3d_ns.lifting.token_basis import fit_token_basis, merge_accumulators
 from fit3d_ns.lifting.views import choose_views, load_views
 from fit3d_ns.scene import load_scene, save_scene
 from tests.lift_capture import BACKBONE, write_capture, write_gaussians
@@ -53,14 +52,12 @@ def lift(tasks, cache, **kwargs):
 def test_lift_together__is_one_decoder_of_all_statistics_on_one_basis(tasks, cache):
     reported = []
     scenes = lift(tasks, cache, on_scene=lambda scene, path: reported.append((scene.metrics["feature_l1"], path)))
-    sums, statistics, sources = [], [], [task.read() for task in tasks]
+    statistics, sources = [], [task.read() for task in tasks]
     views = [load_views(s.capture, choose_views(s.capture, None).lifted, cache, OPTIONS, "cpu") for s in sources]
-    for lifted in views:
-        accumulator = PcaAccumulator(192)
-        for view in lifted:
-            accumulator.add(view.read_tokens(torch.device("cpu")))
-        sums.append(accumulator)
-    basis = fit_token_basis(merge_accumulators(sums), 6)
+    sums = PcaAccumulator(192)
+    for view in [view for lifted in views for view in lifted]:
+        sums.add(view.read_tokens(torch.device("cpu")))
+    basis = fit_token_basis(sums, 6)
     for source, lifted in zip(sources, views, strict=True):
         result = solve_features(source.activate(), lifted, CONFIG, basis=basis)
         statistics.append(result.decoder_statistics)

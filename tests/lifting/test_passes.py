@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from fit3d_ns.lifting import LiftConfig, solve_features
-from fit3d_ns.lifting.state import LiftState, load_state
-from fit3d_ns.lifting.view_passes import ViewPasses
+from fit3d_ns.lifting.passes import LiftState, ViewPasses, load_state
 
 CONFIG = LiftConfig(
     feature_dim=3,

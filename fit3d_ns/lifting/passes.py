@@ -1,0 +1,225 @@
+"""Passes over the views of a lift, and their state: everything accumulated so far, so that a lift can be resumed.
+
+A lift is a row of named *passes* over the views, each adding every view to sums. The state holds which pass is under
+way, how many of its views are in the sums, and all sums, as tensors; it is written between two views, so a resumed lift
+does the same additions in the same order as one that was never interrupted.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fit3d_ns.analysis.pca import PcaBasis
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.views import LiftView
+from fit3d_ns.scene.gaussians import ActivatedGaussians
+from fit3d_ns.utils.files import hash_bytes, write_atomically
+from fit3d_ns.utils.stopping import StopRequest
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a pass, the views done and their number."""
+
+_FORMAT = "fit3d-lift-state-2"
+
+
+@dataclass
+class LiftState:
+    """Sums of a lift under way; with `tensors` empty, one that has not begun."""
+
+    identity: dict[str, str]
+    """What the sums belong to; a file with another identity is refused."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """All sums and solver vectors by name."""
+    numbers: dict[str, int | float] = field(default_factory=dict)
+    """Counters and scalars by name."""
+    residuals: list[float] = field(default_factory=list)
+    """Relative residual after each pass of the conjugate gradients."""
+    current_pass: str = ""
+    """Name of the pass under way."""
+    next_view: int = 0
+    """How many views of the current pass are in the sums."""
+    finished: list[str] = field(default_factory=list)
+    """Names of the passes that are done."""
+
+    def save(self, path: Path) -> None:
+        """Writes the state atomically."""
+        content = {
+            "format": _FORMAT,
+            "identity": self.identity,
+            "numbers": self.numbers,
+            "residuals": self.residuals,
+            "current_pass": self.current_pass,
+            "next_view": self.next_view,
+            "finished": self.finished,
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        with write_atomically(path) as temporary:
+            save_file(tensors, temporary, metadata={"state": json.dumps(content)})
+
+
+class ViewPasses:
+    """Runs the passes of one lift on one `LiftState`."""
+
+    def __init__(
+        self,
+        state: LiftState,
+        num_views: int,
+        *,
+        state_path: Path | None = None,
+        seconds_per_checkpoint: float = 60.0,
+        progress: Progress | None = None,
+    ):
+        """Args:
+        state_path: Where the state is written; None keeps it in memory only.
+        seconds_per_checkpoint: Time between two writes.
+        progress: Called with the pass's name, the views done and their number, before the first and after each.
+        """
+        self.state = state
+        self.num_views = num_views
+        self.state_path = state_path
+        self.seconds_per_checkpoint = seconds_per_checkpoint
+        self.progress = progress
+        self._last_save = time.perf_counter()
+        self._seconds_per_save = 0.0
+
+    def save_if_due(self) -> None:
+        """Writes the state if the last write is long enough ago; called between passes."""
+        if self._is_save_due():
+            self._save()
+
+    def is_under_way(self, name: str) -> bool:
+        """True if a state was read in the middle of this pass: what precedes it must not be done again."""
+        return self.state.current_pass == name
+
+    @torch.no_grad()
+    def run(self, name: str, sums: dict[str, Tensor], add: Callable[[int], None]) -> None:
+        """Adds every view to the sums, unless the state says that this has been done.
+
+        Args:
+            name: Unique among the passes of the lift.
+            sums: New sums by name, zeros; they are put into the state where `add` finds them.
+            add: Adds view number `index` to `state.tensors`, in place.
+
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM came. Where a state is kept, it is written first, after the view under
+                way; otherwise the signal acts at once.
+        """
+        state = self.state
+        if name in state.finished:
+            return
+        if not self.is_under_way(name):
+            state.current_pass, state.next_view = name, 0
+            state.tensors.update(sums)
+        self._report(name)
+        if self.state_path is not None:
+            with StopRequest() as stop:
+                self._add_views(name, add, stop)
+            # Only here no signal is lost: one that came while the last view's state was written is granted too.
+            if stop.is_requested:
+                self._save()
+                raise KeyboardInterrupt
+        else:
+            self._add_views(name, add, None)
+        state.finished.append(name)
+        state.current_pass = ""
+
+    def _add_views(self, name: str, add: Callable[[int], None], stop: StopRequest | None) -> None:
+        state = self.state
+        while state.next_view < self.num_views:
+            add(state.next_view)
+            state.next_view += 1
+            self._report(name)
+            if stop is not None and stop.is_requested:
+                return
+            self.save_if_due()
+
+    def _is_save_due(self) -> bool:
+        interval = self.seconds_per_checkpoint
+        if interval > 0:
+            # The state of a million Gaussians is over a gigabyte: writing it may take a twentieth of the time at most.
+            interval = max(interval, 20.0 * self._seconds_per_save)
+        return time.perf_counter() - self._last_save >= interval
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        if self.state_path is not None:
+            self.state.save(self.state_path)
+        self._last_save = time.perf_counter()
+        self._seconds_per_save = self._last_save - start
+
+    def _report(self, name: str) -> None:
+        if self.progress is not None:
+            self.progress(name, self.state.next_view, self.num_views)
+
+
+def load_state(path: Path, identity: dict[str, str], device: torch.device) -> LiftState:
+    """Reads the state of an interrupted lift, or starts a new one where there is no file.
+
+    Raises:
+        ValueError: The file is not a lift state, or it belongs to another backbone, scene or setting.
+    """
+    path = Path(path)
+    if not path.exists():
+        return LiftState(identity)
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})["state"])
+            # `safe_open` is not a dictionary: it has `keys()` and nothing to iterate.
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name).to(device) for name in names}
+        if content["format"] != _FORMAT:
+            raise KeyError(content["format"])
+    except Exception as error:
+        raise ValueError(f"{path} is not the state of a lift; delete it to lift from the start.") from error
+    for name, value in identity.items():
+        if content["identity"].get(name) != value:
+            raise ValueError(
+                f"{path} belongs to a lift with another {name} ({content['identity'].get(name)}, not {value}); "
+                "finish that lift, or delete the file to start again."
+            )
+    return LiftState(
+        identity=identity,
+        tensors=tensors,
+        numbers=content["numbers"],
+        residuals=content["residuals"],
+        current_pass=content["current_pass"],
+        next_view=content["next_view"],
+        finished=content["finished"],
+    )
+
+
+def compute_identity(
+    gaussians: ActivatedGaussians,
+    views: list[LiftView],
+    config: LiftConfig,
+    backbone: str,
+    basis: PcaBasis | None,
+) -> dict[str, str]:
+    """What the sums of a lift depend on, by the word an error message uses for it."""
+    geometry = gaussians.geometry
+    cameras = [part for view in views for part in (view.viewmat, view.K)]
+    names = json.dumps([(view.name, view.width, view.height) for view in views])
+    rendering = json.dumps([gaussians.rasterize_mode, gaussians.eps2d])
+    # Where projections are kept and how often the file is written changes no sum.
+    settings = {
+        name: value for name, value in vars(config).items() if name not in ("cache_memory_mb", "seconds_per_checkpoint")
+    }
+    given = [] if basis is None else [basis.mean, basis.components]
+    return {
+        "backbone": backbone or "unnamed",
+        "geometry": hash_bytes(rendering.encode(), *map(_to_bytes, geometry)),
+        "set of views": hash_bytes(names.encode(), *map(_to_bytes, cameras)),
+        "setting": hash_bytes(json.dumps(settings, sort_keys=True, default=str).encode()),
+        "basis": hash_bytes(*map(_to_bytes, given)),
+    }
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
