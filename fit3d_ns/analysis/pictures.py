@@ -1,6 +1,7 @@
-"""Pictures of feature maps: upscaling, and labelled panels in one PNG. Images are [H, W, 3] in [0, 1]."""
+"""Pictures of feature maps: upscaling, and labelled panels with legends in one PNG. Images are [H, W, 3] in [0, 1]."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,18 @@ LABEL_HEIGHT = 18
 """Height in pixels of the strip for a label."""
 BACKGROUND = (255, 255, 255)
 INK = (0, 0, 0)
+_SWATCH = 14
+_BAR_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A strip of colours with words behind it."""
+
+    colours: Float[Tensor, "steps 3"]
+    """One colour for a swatch, many for a bar, in [0, 1]."""
+    text: str
+    """What they mean."""
 
 
 def draw_pca(
@@ -81,6 +94,31 @@ def compose_panel(
     return panel
 
 
+def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
+    """The panel with entries below, in lines as wide as the panel; entries wider than the panel widen it."""
+    font = load_font()
+    measure = ImageDraw.Draw(panel)
+    widths = [_strip_width(entry) + 5 + int(measure.textlength(entry.text, font=font)) + 14 for entry in entries]
+    total_width = max(panel.width, *(width + 2 * GAP for width in widths)) if entries else panel.width
+    places, x, line = [], GAP, 0
+    for width in widths:
+        if x > GAP and x + width > total_width:
+            x, line = GAP, line + 1
+        places.append((x, panel.height + line * LABEL_HEIGHT))
+        x += width
+    lines = line + 1 if entries else 0
+    height = panel.height + lines * LABEL_HEIGHT + (GAP if lines else 0)
+    whole = Image.new("RGB", (total_width, height), BACKGROUND)
+    whole.paste(panel, (0, 0))
+    draw = ImageDraw.Draw(whole)
+    for entry, (left, top) in zip(entries, places, strict=True):
+        width = _strip_width(entry)
+        whole.paste(_draw_strip(entry.colours, width), (left, top + 1))
+        draw.rectangle((left, top + 1, left + width - 1, top + _SWATCH), outline=(90, 90, 90))
+        draw.text((left + width + 5, top + 1), entry.text, fill=INK, font=font)
+    return whole
+
+
 def save_picture(image: Float[Tensor, "height width 3"] | Image.Image, path: Path) -> None:
     """Writes a PNG atomically."""
     picture = Image.fromarray(to_pixels(image)) if isinstance(image, Tensor) else image
@@ -105,3 +143,12 @@ def _write(draw: ImageDraw.ImageDraw, label: str, left: int, y: int, width: int)
     while text and draw.textlength(text, font=font) > width:
         text = text[:-2] + "…" if len(text) > 2 else ""
     draw.text((left, y + 1), text, fill=INK, font=font)
+
+
+def _strip_width(entry: LegendEntry) -> int:
+    return _SWATCH if len(entry.colours) == 1 else _BAR_WIDTH
+
+
+def _draw_strip(colours: Float[Tensor, "steps 3"], width: int) -> Image.Image:
+    positions = torch.from_numpy(np.linspace(0, len(colours) - 1, width).round().astype(np.int64))
+    return Image.fromarray(to_pixels(colours[positions][None].expand(_SWATCH, width, 3)))

@@ -6,8 +6,7 @@ from typing import Literal
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.demo_maps import ImageAnalyser
-from fit3d_ns.report.demo_page import check_gradio, create_page, serve
+from fit3d_ns.report.demo_page import ImageAnalyser, check_gradio, create_page, serve
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 
 

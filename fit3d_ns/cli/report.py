@@ -11,13 +11,11 @@ import tyro
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, save_feature_figure
-from fit3d_ns.report.feature_video import load_clip_images, save_feature_video
-from fit3d_ns.report.figure_images import load_figure_images, open_scenes
-from fit3d_ns.report.prediction_figure import save_prediction_figure
-from fit3d_ns.report.prediction_files import read_predictions
+from fit3d_ns.report.feature_video import is_clip, load_clip_images, read_clip, save_feature_video
+from fit3d_ns.report.prediction_figure import read_predictions, save_prediction_figure
 from fit3d_ns.report.report_files import write_report
 from fit3d_ns.report.result_files import read_results
-from fit3d_ns.report.video_files import is_clip, read_clip
+from fit3d_ns.report.token_columns import load_figure_images, open_scenes
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 
 DESCRIPTION = """Makes Markdown, LaTeX and HTML tables of what fit3d-probe and fit3d-finetune measured.
@@ -133,18 +131,18 @@ def draw_features(command: FeaturesCommand) -> None:
         raise ValueError(f"--longest-side {command.longest_side} is no size; give pixels.")
     device = choose_device(command.device).type
     groups = read_models(command.models, command.backbone_weights, command.normalization)
-    shelf = open_scenes(command.scenes, command.data_root, device)
+    scene_index = open_scenes(command.scenes, command.data_root, device)
     has_scenes = bool(command.scenes)
     photographs = [path for path in command.images if not is_clip(path)]
     clips = [path for path in command.images if is_clip(path)]
     if photographs:
-        images = load_figure_images(photographs, shelf, command.longest_side)
+        images = load_figure_images(photographs, scene_index, command.longest_side)
         path = command.output_path.with_suffix(".png")
         save_feature_figure(images, groups, path, command.figure, has_scenes=has_scenes, device=device)
         print(f"Figure: {path}\nWhat it shows: {path.with_suffix('.json')}")
     for source in clips:
         clip = read_clip(source, command.max_frames, command.frame_stride)
-        images = load_clip_images(clip, shelf, command.longest_side)
+        images = load_clip_images(clip, scene_index, command.longest_side)
         # The clip's JSON must not take the name of the figure's.
         is_alone = len(clips) == 1 and not photographs
         stem = command.output_path.stem if is_alone else f"{command.output_path.stem}-{source.stem}"

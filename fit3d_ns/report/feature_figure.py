@@ -13,9 +13,8 @@ from PIL import Image
 
 from fit3d_ns.analysis.pictures import compose_panel, save_picture
 from fit3d_ns.report.compared_backbones import ComparedBackbones
-from fit3d_ns.report.figure_images import FigureImage
 from fit3d_ns.report.token_colours import TokenColours, fit_cluster_colours, fit_pca_colours
-from fit3d_ns.report.token_columns import TokenColumn, extract_columns, list_column_labels
+from fit3d_ns.report.token_columns import FigureImage, TokenColumn, extract_columns, list_column_labels
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.results import collect_versions
 
@@ -47,7 +46,7 @@ def save_feature_figure(
     has_scenes: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Writes the PNG and, beside it, a JSON with what each row shows; returns the JSON's content.
+    """Writes the PNG and, next to it, a JSON with what each row shows; returns the JSON's content.
 
     Args:
         images: The pictures.

@@ -1,30 +1,143 @@
-"""Feature videos: a clip beside its tokens in colours that do not flicker, and the temporal consistency as a number.
+"""Feature videos: a clip next to its tokens in colours that do not flicker, and the temporal consistency as a number.
 
-One basis (or set of clusters) is fitted to all frames of the clip. `temporal_consistency.py` says what the number is.
+One basis (or set of clusters) is fitted to all frames. Clips are video files, read by OpenCV's own FFmpeg, or folders
+of frames; written is MP4 with VP9, which browsers play, or MPEG-4 part 2 where OpenCV was built without VP9.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from fit3d_ns.analysis.pictures import compose_panel
 from fit3d_ns.analysis.temporal_consistency import TemporalMetrics, compute_temporal_consistency
+from fit3d_ns.data.images import list_images
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, describe_group, fit_colours_of, paint_row
-from fit3d_ns.report.figure_images import FigureImage, SceneShelf, load_figure_image, resize
 from fit3d_ns.report.token_colours import TokenColours
-from fit3d_ns.report.token_columns import TokenColumn, extract_columns, list_column_labels
-from fit3d_ns.report.video_files import Clip, write_video
-from fit3d_ns.utils.files import write_json
-from fit3d_ns.utils.progress import track
+from fit3d_ns.report.token_columns import (
+    FigureImage,
+    SceneIndex,
+    TokenColumn,
+    extract_columns,
+    list_column_labels,
+    load_figure_image,
+    resize,
+)
+from fit3d_ns.utils.files import write_atomically, write_json
+from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.results import collect_versions
 
+VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+"""What counts as a video file, in lower case."""
+CODECS = ("vp09", "mp4v")
+"""Best first."""
+DEFAULT_FPS = 10.0
+"""Of folders of frames, and of files that do not say."""
 
-def load_clip_images(clip: Clip, shelf: SceneShelf, longest_side: int | None = None) -> list[FigureImage]:
+
+@dataclass(frozen=True)
+class ClipFrame:
+    """One frame of a clip, not decoded further than it has to be."""
+
+    name: str
+    """File name, or number in the video."""
+    path: Path | None = None
+    """The photograph; None for a frame of a video file."""
+    pixels: UInt8[Tensor, "height width 3"] | None = None
+    """RGB of a frame of a video file."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video."""
+
+    name: str
+    """Name of the file or folder."""
+    frames: list[ClipFrame]
+    """In the order of time."""
+    fps: float
+    """Frames per second of what was read, after frames were left out."""
+
+
+def is_clip(path: Path) -> bool:
+    """True for video files and folders."""
+    return path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def read_clip(path: Path, max_frames: int, frame_stride: int = 1) -> Clip:
+    """Reads a video file, or lists a folder of frames in the order of names.
+
+    Args:
+        path: The file or folder.
+        max_frames: The clip ends after so many frames.
+        frame_stride: Every so many frames one is taken, at least 1.
+
+    Raises:
+        ValueError: Missing, unreadable, fewer than two frames, or numbers out of range.
+    """
+    if max_frames < 2 or frame_stride < 1:
+        raise ValueError(
+            f"{max_frames} frames at a stride of {frame_stride}; take at least 2 frames and a stride of 1."
+        )
+    if path.is_dir():
+        photographs = list_images(path)[::frame_stride]
+        frames, fps = [ClipFrame(photograph.name, photograph) for photograph in photographs], DEFAULT_FPS
+        num_found = len(frames)
+        frames = frames[:max_frames]
+    else:
+        frames, fps, num_found = _read_video(path, max_frames, frame_stride)
+    if len(frames) < 2:
+        raise ValueError(f"{path} has {len(frames)} frames that can be read; a clip needs two or more.")
+    if num_found > len(frames):
+        notice(f"{path.name} is longer than {max_frames} frames; the rest is left out (--max-frames).")
+    return Clip(path.name, frames, fps / (1 if path.is_dir() else frame_stride))
+
+
+def write_video(frames: Iterable[UInt8[np.ndarray, "height width 3"]], path: Path, fps: float) -> str:
+    """Writes an MP4, whole or not at all; odd sizes are padded by a pixel, which the codecs need.
+
+    Args:
+        frames: RGB, all of one size.
+        path: The file, `.mp4`.
+        fps: Frames per second.
+
+    Returns:
+        The codec's four letters.
+
+    Raises:
+        ValueError: No frame, or an OpenCV that can write none of the codecs.
+    """
+    rest = iter(frames)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError(f"No frames to write into {path}.")
+    height, width = (side + side % 2 for side in first.shape[:2])
+    with write_atomically(path) as temporary:
+        # FFmpeg goes by the suffix.
+        draft = temporary.with_name(f"{temporary.name}.mp4")
+        try:
+            writer, codec = _open_writer(draft, fps, (width, height))
+            for frame in chain([first], rest):
+                padded = np.full((height, width, 3), 255, dtype=np.uint8)
+                padded[: frame.shape[0], : frame.shape[1]] = frame
+                writer.write(cv2.cvtColor(padded, cv2.COLOR_RGB2BGR))
+            writer.release()
+            os.replace(draft, temporary)
+        finally:
+            draft.unlink(missing_ok=True)
+    return codec
+
+
+def load_clip_images(clip: Clip, scene_index: SceneIndex, longest_side: int | None = None) -> list[FigureImage]:
     """The frames of a clip, as scenes' views see them where scenes hold them.
 
     Raises:
@@ -33,7 +146,7 @@ def load_clip_images(clip: Clip, shelf: SceneShelf, longest_side: int | None = N
     images = []
     for frame in clip.frames:
         if frame.path is not None:
-            images.append(load_figure_image(frame.path, shelf, longest_side))
+            images.append(load_figure_image(frame.path, scene_index, longest_side))
         else:
             assert frame.pixels is not None
             images.append(FigureImage(frame.name, resize(frame.pixels, longest_side)))
@@ -54,7 +167,7 @@ def save_feature_video(
     has_scenes: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Writes the MP4 and, beside it, a JSON with the temporal consistency of each backbone; returns its content.
+    """Writes the MP4 and, next to it, a JSON with the temporal consistency of each backbone; returns its content.
 
     Args:
         clip_name: Name of the clip.
@@ -74,10 +187,10 @@ def save_feature_video(
     # Half precision: a clip's tokens are kept until its colours are known.
     columns = [extract_columns(group, images, labels, device, torch.float16) for group in groups]
     colours = [fit_colours_of(group, config) for group in columns]
-    figures = measure_columns(columns, images)
+    measured = measure_columns(columns, images)
     row_labels = [
         f"{group.label}: {fitted.title}; temporal consistency {_say(of)}"
-        for group, of, fits in zip(groups, figures, colours, strict=True)
+        for group, of, fits in zip(groups, measured, colours, strict=True)
         for fitted in fits
     ]
     codec = write_video(_draw(images, columns, colours, ["input", *labels], row_labels), path, fps)
@@ -93,7 +206,7 @@ def save_feature_video(
                 "temporal_consistency": {name: asdict(value) for name, value in of.items()},
                 "colours": {fitted.title: fitted.describe() for fitted in fits},
             }
-            for group, of, fits in zip(groups, figures, colours, strict=True)
+            for group, of, fits in zip(groups, measured, colours, strict=True)
         ],
         "is_random": any(member.description.is_random for group in groups for member in group.members),
         "versions": collect_versions(),
@@ -112,9 +225,9 @@ def measure_columns(
         for column in columns
         if not (column.is_rendered or column.is_empty)
     ]
-    figures = compute_temporal_consistency([maps for *_, maps in measured], [image.pixels for image in images])
+    metrics = compute_temporal_consistency([maps for *_, maps in measured], [image.pixels for image in images])
     found: list[dict[str, TemporalMetrics]] = [{} for _ in groups]
-    for (number, label, _), value in zip(measured, figures, strict=True):
+    for (number, label, _), value in zip(measured, metrics, strict=True):
         found[number][label] = value
     return found
 
@@ -135,5 +248,41 @@ def _draw(
         yield np.asarray(compose_panel(rows, column_labels, row_labels))
 
 
-def _say(figures: dict[str, TemporalMetrics]) -> str:
-    return ", ".join(f"{label} {value.centred_cosine:.3f}" for label, value in figures.items())
+def _say(metrics: dict[str, TemporalMetrics]) -> str:
+    return ", ".join(f"{label} {value.centred_cosine:.3f}" for label, value in metrics.items())
+
+
+def _open_writer(path: Path, fps: float, size: tuple[int, int]) -> tuple[cv2.VideoWriter, str]:
+    for codec in CODECS:
+        writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), fps, size)
+        if writer.isOpened():
+            return writer, codec
+    raise ValueError(
+        f"This OpenCV ({cv2.__version__}) can write neither VP9 nor MPEG-4 video; "
+        "install opencv-python-headless from the package index."
+    )
+
+
+def _read_video(path: Path, max_frames: int, frame_stride: int) -> tuple[list[ClipFrame], float, int]:
+    if not path.is_file():
+        raise ValueError(f"No such video: {path}.")
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    if not capture.isOpened():
+        raise ValueError(f"Video {path} cannot be read; OpenCV's FFmpeg does not know its format, or it is damaged.")
+    try:
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        decoded = enumerate(_decode(capture))
+        kept = (ClipFrame(f"frame {number}", pixels=pixels) for number, pixels in decoded if number % frame_stride == 0)
+        # One more than wanted, to know whether something was left out.
+        frames = [frame for frame, _ in zip(kept, range(max_frames + 1), strict=False)]
+    finally:
+        capture.release()
+    return frames[:max_frames], fps if fps > 0 else DEFAULT_FPS, len(frames)
+
+
+def _decode(capture: cv2.VideoCapture) -> Iterator[UInt8[Tensor, "height width 3"]]:
+    while True:
+        is_read, frame = capture.read()
+        if not is_read:
+            return
+        yield torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))

@@ -1,29 +1,24 @@
-"""Figures of the paper (Yue et al., ECCV 2024), with the numbers of the tables they stand in.
+"""Metrics of the paper (Yue et al., ECCV 2024), from `paper_values.csv`, with the numbers of the tables they stand in.
 
 Accuracies and IoU are shares as in our records (the paper prints percents), depth errors in metres, memory in 1e6 bytes
 per scene, `stage1_hours` per scene, `finetune_hours` of the whole stage II. All are of one seed. A row that stands in
-two tables is kept once, with the more precise of its figures. In the text of Table 5 the digits of the first two rows
+two tables is kept once, with the more precise of its values. In the text of Table 5 the digits of the first two rows
 are interleaved; they separate in one way only.
 """
 
+import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-DINOV2_S = "vit_small_patch14_dinov2.lvd142m"
-DINOV2_B = "vit_base_patch14_dinov2.lvd142m"
-DINOV2_REG_S = "vit_small_patch14_reg4_dinov2.lvd142m"
-CLIP_B = "vit_base_patch16_clip_384.laion2b_ft_in12k_in1k"
-MAE_B = "vit_base_patch16_224.mae"
-DEIT3_B = "deit3_base_patch16_224.fb_in1k"
-
 PRETTY_BACKBONES = {
-    DINOV2_S: "DINOv2-S",
-    DINOV2_B: "DINOv2-B",
-    DINOV2_REG_S: "DINOv2-reg-S",
-    CLIP_B: "CLIP-B",
-    MAE_B: "MAE-B",
-    DEIT3_B: "DeiT-III-B",
+    "vit_small_patch14_dinov2.lvd142m": "DINOv2-S",
+    "vit_base_patch14_dinov2.lvd142m": "DINOv2-B",
+    "vit_small_patch14_reg4_dinov2.lvd142m": "DINOv2-reg-S",
+    "vit_base_patch16_clip_384.laion2b_ft_in12k_in1k": "CLIP-B",
+    "vit_base_patch16_224.mae": "MAE-B",
+    "deit3_base_patch16_224.fb_in1k": "DeiT-III-B",
 }
 """The paper's backbones by timm's names."""
 
@@ -39,10 +34,10 @@ class PaperRow:
     data: str
     """As `find_paper_data` names it."""
     values: Mapping[str, float]
-    """Figures by the names of our records."""
+    """Metrics by the names of our records."""
     assembly: str = "concat"
     """`+Ours` of the paper is `concat`."""
-    backbone: str = DINOV2_S
+    backbone: str = "vit_small_patch14_dinov2.lvd142m"
     """timm's name of the architecture with its tag."""
     feature_dim: int = 64
     """Numbers per Gaussian."""
@@ -131,88 +126,26 @@ _DATA: dict[tuple[str, str], tuple[int | None, int | None, int | None]] = {
 """Number of classes, and of train and test frames, where official lists fix them."""
 
 
-def _semantic(macc: float, miou: float, aacc: float) -> dict[str, float]:
-    """From the paper's percents, in the order of its columns."""
-    return {"macc": macc / 100, "miou": miou / 100, "aacc": aacc / 100}
+def _read_rows() -> tuple[PaperRow, ...]:
+    with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    names = {field.name for field in fields(PaperRow)}
+    return tuple(
+        PaperRow(
+            tables=tuple(map(int, line["tables"].split())),
+            task=line["task"],
+            data=line["data"],
+            values={name: float(text) for name, text in line.items() if name not in names and text},
+            assembly=line["assembly"],
+            backbone=line["backbone"],
+            feature_dim=int(line["feature_dim"]),
+            epochs=int(line["epochs"]),
+            train=line["train"],
+            head=line["head"],
+        )
+        for line in lines
+    )
 
 
-def _depth(rmse: float, abs_rel: float) -> dict[str, float]:
-    return {"rmse": rmse, "abs_rel": abs_rel}
-
-
-def _rows(
-    tables: tuple[int, ...],
-    task: str,
-    data: str,
-    original: Mapping[str, float],
-    ours: Mapping[str, float],
-    backbone: str = DINOV2_S,
-    head: str = "linear",
-) -> list[PaperRow]:
-    """The two rows that most tables have."""
-    return [
-        PaperRow(tables, task, data, original, "original", backbone, head=head),
-        PaperRow(tables, task, data, ours, "concat", backbone, head=head),
-    ]
-
-
-def _others(backbone: str, original: tuple[float, float], ours: tuple[float, float]) -> list[PaperRow]:
-    """Two columns of Table 4: mIoU in percent and RMSE on ScanNet++."""
-    return [
-        PaperRow((4,), task, "scannetpp", {name: pair[index] / scale}, assembly, backbone)
-        for index, (task, name, scale) in enumerate((("segmentation", "miou", 100.0), ("depth", "rmse", 1.0)))
-        for assembly, pair in (("original", original), ("concat", ours))
-    ]
-
-
-PAPER_ROWS: tuple[PaperRow, ...] = (
-    # Table 1, and the ViT-S rows of Table 9.
-    *_rows((1, 9, 13), "segmentation", "scannetpp", _semantic(40.84, 30.19, 80.25), _semantic(43.4, 32.76, 83.54)),
-    PaperRow((1, 9), "segmentation", "nyu13", _semantic(76.88, 65.55, 82.43), "original"),
-    # The method as the paper chose it: also the row of 64 dimensions, of concatenation and of one epoch.
-    PaperRow(
-        (1, 5, 7, 8, 9),
-        "segmentation",
-        "nyu13",
-        {**_semantic(80.52, 67.5, 83.37), "scene_file_mb": 495.0, "stage1_hours": 1.6, "finetune_hours": 8.5},
-    ),
-    *_rows((1,), "segmentation", "scannet", _semantic(55.86, 43.6, 73.54), _semantic(58.32, 44.84, 74.37)),
-    # Table 2, and the ViT-S rows of Table 10.
-    *_rows((2, 10, 13), "depth", "scannetpp", _depth(0.3742, 0.2836), _depth(0.3361, 0.2401)),
-    *_rows((2, 10), "depth", "nyu", _depth(0.4423, 0.1392), _depth(0.4198, 0.1300)),
-    *_rows((2,), "depth", "scannet", _depth(0.3089, 0.1557), _depth(0.2921, 0.1459)),
-    # Table 3; KITTI with the digits of Table 10.
-    *_rows((3, 9), "segmentation", "ade20k", _semantic(56.74, 44.28, 79.73), _semantic(58.71, 45.93, 81.05)),
-    PaperRow((3,), "segmentation", "voc2012", _semantic(90.61, 81.14, 95.72), "original"),
-    PaperRow((3, 6), "segmentation", "voc2012", _semantic(91.04, 82.35, 96.14)),
-    *_rows((3, 10), "depth", "kitti", _depth(3.0322, 0.0965), _depth(2.9125, 0.0891)),
-    *_others(DINOV2_REG_S, (30.92, 0.4190), (33.39, 0.3824)),
-    *_others(CLIP_B, (25.61, 0.4324), (28.82, 0.3960)),
-    *_others(MAE_B, (17.19, 0.4855), (20.27, 0.4795)),
-    *_others(DEIT3_B, (18.62, 0.4350), (22.98, 0.3820)),
-    PaperRow(
-        (5,),
-        "segmentation",
-        "nyu13",
-        {**_semantic(78.77, 67.15, 83.44), "scene_file_mb": 370.0, "stage1_hours": 1.3},
-        feature_dim=32,
-    ),
-    # Accuracy was not measured at 128: judged infeasible.
-    PaperRow((5,), "segmentation", "nyu13", {"scene_file_mb": 750.0, "stage1_hours": 2.5}, feature_dim=128),
-    PaperRow((6,), "segmentation", "voc2012", _semantic(90.97, 82.02, 95.96), train="adapter"),
-    PaperRow((7,), "segmentation", "nyu13", _semantic(77.97, 66.0, 82.85), "add"),
-    PaperRow((7,), "segmentation", "nyu13", _semantic(78.22, 66.39, 82.89), "linear"),
-    PaperRow((8,), "segmentation", "nyu13", {**_semantic(78.72, 67.25, 83.54), "finetune_hours": 17.0}, epochs=2),
-    PaperRow((8,), "segmentation", "nyu13", {**_semantic(79.5, 67.18, 83.24), "finetune_hours": 25.5}, epochs=3),
-    *_rows((9,), "segmentation", "scannetpp", _semantic(42.99, 32.72, 82.05), _semantic(46.35, 36.19, 85.5), DINOV2_B),
-    *_rows((9,), "segmentation", "nyu13", _semantic(80.56, 68.45, 84.03), _semantic(80.58, 70.56, 85.72), DINOV2_B),
-    *_rows((9,), "segmentation", "ade20k", _semantic(59.11, 47.16, 80.79), _semantic(62.18, 49.5, 82.52), DINOV2_B),
-    *_rows((10,), "depth", "scannetpp", _depth(0.3439, 0.2576), _depth(0.3174, 0.2324), DINOV2_B),
-    *_rows((10,), "depth", "nyu", _depth(0.3986, 0.1218), _depth(0.3802, 0.1171), DINOV2_B),
-    *_rows((10,), "depth", "kitti", _depth(2.9071, 0.095), _depth(2.7923, 0.0897), DINOV2_B),
-    *_rows((11,), "classification", "imagenet", {"accuracy": 0.8002}, {"accuracy": 0.8000}),
-    *_rows((12,), "depth", "scannetpp", _depth(0.3027, 0.2149), _depth(0.2830, 0.1936), head="dpt"),
-    PaperRow((13,), "segmentation", "scannetpp", {"miou": 0.3031}, "duplicate"),
-    PaperRow((13,), "depth", "scannetpp", {"rmse": 0.3676}, "duplicate"),
-)
+PAPER_ROWS = _read_rows()
 """Everything that Tables 1 to 13 say."""

@@ -1,12 +1,13 @@
 """Prediction figures (the paper's figures 5 to 7): input, each head's prediction, the truth, and errors of depth.
 
-Segmentation: one colour per class, black where the truth does not count. Depth: near to far as the truth of each row
-goes, black where nothing is measured; errors are |prediction - truth| on one scale for the whole figure, grey where
-nothing is measured.
+They are drawn from the folders of fit3d-probe --predictions (`probing/head_probe.py` writes them). Segmentation: one colour per class, black where
+the truth does not count. Depth: near to far as the truth of each row goes, black where nothing is measured; errors are
+|prediction - truth| on one scale for the whole figure, grey where nothing is measured.
 """
 
 import colorsys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.pictures import compose_panel, save_picture
-from fit3d_ns.report.legends import LegendEntry, append_legend
-from fit3d_ns.report.prediction_files import PredictionFolder, label_predictions
-from fit3d_ns.utils.files import write_json
+from fit3d_ns.analysis.pictures import LegendEntry, append_legend, compose_panel, save_picture
+from fit3d_ns.data.images import load_depth, load_image, read_image_header
+from fit3d_ns.utils.files import read_json, write_json
 from fit3d_ns.utils.results import collect_versions
+from fit3d_ns.utils.selection import select_evenly
 
+LISTING_NAME = "predictions.json"
+_PARTS = ("image", "truth", "prediction")
 IGNORED = 255
 _DEPTH_MAP = "viridis"
 _ERROR_MAP = "magma"
@@ -31,10 +34,98 @@ _UNMEASURED = 0.6
 Cell = Float[Tensor, "height width 3"] | None
 
 
+@dataclass(frozen=True)
+class PredictionFolder:
+    """Predictions of one head."""
+
+    folder: Path
+    """Where they lie."""
+    task: Literal["segmentation", "depth"]
+    """What was predicted."""
+    assembly: str
+    """The features the head reads."""
+    frames: tuple[str, ...]
+    """Names of the test frames."""
+    class_names: tuple[str, ...]
+    """Of segmentation."""
+    is_random: bool
+    """True if a backbone has random weights."""
+    seed: int
+    """Of the head."""
+    depth_units_per_metre: float = 1000.0
+    """Of the depth maps."""
+
+    def load_image(self, index: int) -> UInt8[Tensor, "height width 3"]:
+        """The photograph."""
+        return load_image(self._path(index, "image"))
+
+    def load_labels(self, index: int, part: Literal["truth", "prediction"]) -> UInt8[Tensor, "height width"]:
+        """Class indices, 255 = does not count."""
+        with Image.open(self._path(index, part)) as image:
+            return torch.from_numpy(np.array(image, dtype=np.uint8))
+
+    def load_depth(self, index: int, part: Literal["truth", "prediction"]) -> Float[Tensor, "height width"]:
+        """z-depth in metres, 0 = none."""
+        return load_depth(self._path(index, part), self.depth_units_per_metre)
+
+    def read_size(self, index: int, part: str) -> tuple[int, int]:
+        """(width, height) of a file."""
+        header = read_image_header(self._path(index, part), "Prediction picture")
+        return header.width, header.height
+
+    def _path(self, index: int, part: str) -> Path:
+        return self.folder / f"{index:03d}_{part}.png"
+
+
+def read_predictions(folders: Sequence[Path]) -> list[PredictionFolder]:
+    """Reads folders that can stand in one figure, in the order given.
+
+    Raises:
+        ValueError: A folder without predictions or with a file missing; different tasks, frames, classes or truths;
+            random weights next to trained ones.
+    """
+    if not folders:
+        raise ValueError("No predictions to compare; give folders that fit3d-probe --predictions wrote.")
+    read = [_read_folder(Path(folder)) for folder in folders]
+    first = read[0]
+    for other in read[1:]:
+        for what, a, b in (
+            ("tasks", first.task, other.task),
+            ("frames", first.frames, other.frames),
+            ("classes", first.class_names, other.class_names),
+        ):
+            if a != b:
+                raise ValueError(
+                    f"{first.folder} and {other.folder} have different {what}; compare probes of one task that were "
+                    "tested on the same frames."
+                )
+        if first.is_random != other.is_random:
+            random = first if first.is_random else other
+            raise ValueError(f"{random.folder} is of random weights; it is not shown next to trained ones.")
+        for index in range(len(first.frames)):
+            truths = [folder._path(index, "truth").read_bytes() for folder in (first, other)]
+            if truths[0] != truths[1]:
+                raise ValueError(
+                    f"{first.folder} and {other.folder} have another truth for {first.frames[index]}; "
+                    "run both probes on the same version of the data."
+                )
+    return read
+
+
+def label_predictions(folders: Sequence[PredictionFolder]) -> list[str]:
+    """A short name for each: the assembly, and the folder's name where assemblies repeat."""
+    assemblies = [folder.assembly for folder in folders]
+    labels = [
+        assembly if assemblies.count(assembly) == 1 else f"{assembly} ({folder.folder.name})"
+        for assembly, folder in zip(assemblies, folders, strict=True)
+    ]
+    return [f"{label}, random" if folder.is_random else label for label, folder in zip(labels, folders, strict=True)]
+
+
 def save_prediction_figure(
     folders: Sequence[PredictionFolder], path: Path, *, max_frames: int = 4, column_width: int = 320
 ) -> dict[str, Any]:
-    """Writes the PNG and, beside it, a JSON with each frame's figures; returns the JSON's content.
+    """Writes the PNG and, next to it, a JSON with each frame's metrics; returns the JSON's content.
 
     Args:
         folders: Of `read_predictions`.
@@ -48,14 +139,14 @@ def save_prediction_figure(
     if max_frames < 1 or column_width < 16:
         raise ValueError(f"{max_frames} frames of {column_width} pixels; take at least one frame of 16 pixels.")
     total = len(folders[0].frames)
-    chosen = sorted({round(index) for index in np.linspace(0, total - 1, min(max_frames, total))})
+    chosen = select_evenly(range(total), max_frames)
     draw = _draw_segmentation if folders[0].task == "segmentation" else _draw_depth
-    panel, figures = draw(folders, chosen, column_width)
+    panel, metrics = draw(folders, chosen, column_width)
     content = {
         "kind": "report/predictions",
         "task": folders[0].task,
         "columns": label_predictions(folders),
-        "frames": figures,
+        "frames": metrics,
         "is_random": folders[0].is_random,
         "versions": collect_versions(),
     }
@@ -95,6 +186,36 @@ def compute_errors(
     return torch.where(is_measured, (prediction - truth).abs(), 0.0), is_measured
 
 
+def _read_folder(folder: Path) -> PredictionFolder:
+    path = folder / LISTING_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no predictions ({LISTING_NAME} is missing); run fit3d-probe --predictions.")
+    content: Any = read_json(path)
+    try:
+        read = PredictionFolder(
+            folder=folder,
+            task=content["task"],
+            assembly=str(content["assembly"]),
+            frames=tuple(content["frames"]),
+            class_names=tuple(content["class_names"]),
+            is_random=bool(content.get("is_random", False)),
+            seed=int(content["seed"]),
+            depth_units_per_metre=float(content.get("depth_units_per_metre", 1000.0)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no list of predictions ({error!r}); run fit3d-probe --predictions again."
+        ) from error
+    if read.task not in ("segmentation", "depth"):
+        raise ValueError(f"{path} is about {read.task!r}; predictions are of segmentation or depth.")
+    for index in range(len(read.frames)):
+        sizes = {part: read.read_size(index, part) for part in _PARTS}
+        # Photographs of some sets are larger than their labels; truth and prediction never differ.
+        if sizes["truth"] != sizes["prediction"]:
+            raise ValueError(f"{folder}: truth and prediction of {read.frames[index]} differ in size; probe again.")
+    return read
+
+
 def _draw_segmentation(
     folders: Sequence[PredictionFolder], chosen: Sequence[int], width: int
 ) -> tuple[Image.Image, list[dict[str, Any]]]:
@@ -103,7 +224,7 @@ def _draw_segmentation(
     # The last colour, black, is for what does not count.
     palette = torch.cat([colour_classes(len(names)), torch.zeros(1, 3)])
     rows: list[list[Cell]] = []
-    row_labels, figures, seen = [], [], set()
+    row_labels, metrics, seen = [], [], set()
     for index in chosen:
         truth = folders[0].load_labels(index, "truth")
         predictions = [folder.load_labels(index, "prediction") for folder in folders]
@@ -112,12 +233,12 @@ def _draw_segmentation(
         image = folders[0].load_image(index).float() / 255.0
         rows.append([_fit(image, width, "area"), *(_fit(picture, width) for picture in pictures)])
         row_labels.append(_say(folders[0].frames[index], "right pixels", labels, accuracy))
-        figures.append({"frame": folders[0].frames[index], "accuracy": dict(zip(labels, accuracy, strict=True))})
+        metrics.append({"frame": folders[0].frames[index], "accuracy": dict(zip(labels, accuracy, strict=True))})
         seen |= {int(value) for labelled in (*predictions, truth) for value in labelled.unique()}
     entries = [LegendEntry(palette[[index]], names[index]) for index in sorted(seen - {IGNORED})]
     if IGNORED in seen:
         entries.append(LegendEntry(palette[[-1]], "does not count"))
-    return append_legend(compose_panel(rows, ["input", *labels, "ground truth"], row_labels), entries), figures
+    return append_legend(compose_panel(rows, ["input", *labels, "ground truth"], row_labels), entries), metrics
 
 
 def _draw_depth(
@@ -130,7 +251,7 @@ def _draw_depth(
     measured = torch.cat([error[where] for pairs in errors.values() for error, where in pairs])
     largest = _find_rank(measured, 0.95, otherwise=1.0)
     rows: list[list[Cell]] = []
-    row_labels, figures = [], []
+    row_labels, metrics = [], []
     for index in chosen:
         truth = truths[index]
         low, high = _find_range(truth)
@@ -145,7 +266,7 @@ def _draw_depth(
         rows.append([_fit(image, width, "area"), *(_fit(picture, width) for picture in (*depths, *maps))])
         name = f"{folders[0].frames[index]}, {low:.2f} to {high:.2f} m"
         row_labels.append(_say(name, "RMSE in m", labels, rmse))
-        figures.append({"frame": folders[0].frames[index], "rmse": dict(zip(labels, rmse, strict=True))})
+        metrics.append({"frame": folders[0].frames[index], "rmse": dict(zip(labels, rmse, strict=True))})
     columns = ["input", *labels, "ground truth", *(f"error of {label}" for label in labels)]
     steps = torch.linspace(0.0, 1.0, 160)
     entries = [
@@ -154,7 +275,7 @@ def _draw_depth(
             colour_values(steps, 0.0, 1.0, _ERROR_MAP), f"error, 0 to {largest:.2f} m and more; grey: not measured"
         ),
     ]
-    return append_legend(compose_panel(rows, columns, row_labels), entries), figures
+    return append_legend(compose_panel(rows, columns, row_labels), entries), metrics
 
 
 def _find_range(depth: Float[Tensor, "height width"]) -> tuple[float, float]:

@@ -1,13 +1,13 @@
-"""`write_report`: results become tables in four files: Markdown, LaTeX, HTML, JSON."""
+"""`write_report`: tables as Markdown, LaTeX, HTML and JSON."""
 
+import html
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fit3d_ns.report.finetune_tables import create_finetune_tables
-from fit3d_ns.report.markup import write_html, write_latex, write_markdown
-from fit3d_ns.report.probe_tables import create_probe_tables
 from fit3d_ns.report.result_files import Results
-from fit3d_ns.report.table import Table
+from fit3d_ns.report.result_tables import create_finetune_tables, create_probe_tables
+from fit3d_ns.report.table import Cell, Table
 from fit3d_ns.utils.files import write_atomically, write_json
 
 STEM = "tables"
@@ -44,3 +44,107 @@ def write_report(results: Results, folder: Path, title: str) -> Report:
     sources = [str(probe.path) for probe in results.probes] + [str(run.path) for run in results.finetunings]
     write_json(files[-1], {"title": title, "tables": [asdict(table) for table in tables], "sources": sources})
     return Report(tables, markdown, files)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+}
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a; }
+table { border-collapse: collapse; margin: 2rem 0 0.5rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: 0.4rem 0; }
+th, td { padding: 0.25rem 0.8rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
+td { white-space: nowrap; }
+.wide { overflow-x: auto; }
+thead th { border-bottom: 2px solid #444; }
+ul.notes { margin: 0 0 2rem; padding-left: 1.2rem; color: #555; font-size: 13px; overflow-wrap: anywhere; }
+.random { background: #fff3f0; }
+"""
+
+
+def write_markdown(tables: Sequence[Table], title: str) -> str:
+    """A page of pipe tables with their notes below."""
+    lines = [f"# {_escape_markdown(title)}", ""]
+    for table in tables:
+        lines += [f"## {_escape_markdown(table.title)}", ""]
+        lines.append(_join(map(_escape_markdown, table.header)))
+        lines.append("|" + " --- |" * len(table.header))
+        lines += [_join(_mark_markdown(cell) for cell in row) for row in table.rows]
+        lines += ["", *(f"- {_escape_markdown(note)}" for note in table.notes), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_latex(tables: Sequence[Table], title: str) -> str:
+    """`table` environments to input; they need booktabs and graphicx."""
+    lines = [f"% {title}", r"% \usepackage{booktabs,graphicx}", ""]
+    for table in tables:
+        notes = " ".join(table.notes)
+        lines += [r"\begin{table}", r"\centering", rf"\caption{{{_escape_latex(table.title)}.}}"]
+        # Wide tables shrink to the page, narrow ones keep their size.
+        lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
+        lines += [rf"\begin{{tabular}}{{{'l' * len(table.header)}}}", r"\toprule"]
+        lines += [" & ".join(map(_escape_latex, table.header)) + r" \\", r"\midrule"]
+        lines += [" & ".join(_mark_latex(cell) for cell in row) + r" \\" for row in table.rows]
+        lines += [r"\bottomrule", r"\end{tabular}}", r"\par\smallskip", rf"{{\footnotesize {_escape_latex(notes)}}}"]
+        lines += [r"\end{table}", ""]
+    return "\n".join(lines)
+
+
+def write_html(tables: Sequence[Table], title: str) -> str:
+    """A page that needs no other file."""
+    parts = ["<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">']
+    parts += [f"<title>{html.escape(title)}</title>", f"<style>{_STYLE}</style>", "</head>", "<body>"]
+    parts.append(f"<h1>{html.escape(title)}</h1>")
+    for table in tables:
+        parts.append('<div class="wide">')
+        parts.append('<table class="random">' if table.is_random else "<table>")
+        parts.append(f"<caption>{html.escape(table.title)}</caption>")
+        names = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
+        parts.append(f"<thead><tr>{names}</tr></thead>")
+        parts.append("<tbody>")
+        parts += ["<tr>" + "".join(f"<td>{_mark_html(cell)}</td>" for cell in row) + "</tr>" for row in table.rows]
+        parts += ["</tbody>", "</table>", "</div>", '<ul class="notes">']
+        parts += [f"<li>{html.escape(note)}</li>" for note in table.notes]
+        parts.append("</ul>")
+    return "\n".join([*parts, "</body>", "</html>"]) + "\n"
+
+
+def _join(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def _mark_markdown(cell: Cell) -> str:
+    text = _escape_markdown(cell.text)
+    return f"**{text}**" if cell.is_best else text
+
+
+def _escape_markdown(text: str) -> str:
+    for character in ("\\", "|", "*", "_", "`", "<", "["):
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def _mark_latex(cell: Cell) -> str:
+    text = _escape_latex(cell.text)
+    return rf"\textbf{{{text}}}" if cell.is_best else text
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _mark_html(cell: Cell) -> str:
+    text = html.escape(cell.text)
+    return f"<strong>{text}</strong>" if cell.is_best else text

@@ -21,7 +21,7 @@ TASKS = ("segmentation", "depth", "classification", "consistency", "corresponden
 """Of fit3d-probe, in the order of the report."""
 
 _PUT_ASIDE = re.compile(r"\.[0-9a-f]{16}$")
-"""End of the stem that fit3d-probe gives to figures of other settings before it writes new ones in their place."""
+"""End of the stem that fit3d-probe gives to records of other settings before it writes new ones in their place."""
 _SKIPPED_FOLDERS = ("checkpoints", "nerfstudio_models", "tensorboard")
 
 
@@ -125,7 +125,7 @@ def _is_skipped(relative: Path, file: Path) -> bool:
 def _check_record(path: Path) -> ProbeResult:
     record = load_result(path)
     if not isinstance(record.metrics, dict) or not isinstance(record.settings, dict) or not record.metrics:
-        raise ValueError(f"{path} holds no figures; run its probe again.")
+        raise ValueError(f"{path} holds no metrics; run its probe again.")
     return ProbeResult(path, record)
 
 
@@ -144,7 +144,7 @@ def _check_duplicates(probes: Sequence[ProbeResult]) -> None:
             continue
         if key in seen:
             raise ValueError(
-                f"{seen[key]} and {probe.path} hold figures of the same settings (key {key}); leave one of them out, "
+                f"{seen[key]} and {probe.path} hold metrics of the same settings (key {key}); leave one of them out, "
                 "or run all seeds into one file."
             )
         seen[key] = probe.path

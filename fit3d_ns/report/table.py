@@ -1,15 +1,105 @@
-"""`Table`: rows of texts with marks, before any format."""
+"""Tables before any format: columns say how metrics look, rows hold texts with marks; settings as short texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from fit3d_ns.report.columns import Column
+Direction = Literal["up", "down", "none"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric."""
+
+    name: str
+    """In our records; `by_angle/0-15/recall_10px` descends."""
+    title: str
+    """In the header, without the arrow."""
+    direction: Direction = "none"
+    """Whether larger or smaller is better; `none` has no best."""
+    scale: float = 1.0
+    """What the record's value is multiplied by to be shown."""
+    digits: int = 2
+    """Decimals."""
+
+    def find(self, metrics: Mapping[str, Any]) -> float | None:
+        """The value in a record's metrics, in the record's unit; None where there is none."""
+        value: Any = metrics
+        for part in self.name.split("/"):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    def show(self, value: float) -> str:
+        """A value in the record's unit, as text; what would be rounded to 0 keeps one digit."""
+        text = f"{value * self.scale:.{self.digits}f}"
+        return f"{value * self.scale:.1g}" if value and not float(text) else text
+
+
+def _percent(name: str, title: str) -> Column:
+    return Column(name, title, "up", 100.0, 2)
+
+
+def _error(name: str, title: str, digits: int = 4) -> Column:
+    return Column(name, title, "down", 1.0, digits)
+
+
+COST_COLUMNS = (
+    Column("feature_dim", "Features per Gaussian", digits=0),
+    Column("scene_file_mb", "Scene (MB)", digits=1),
+    Column("stage1_hours", "Stage I (h/scene)", digits=2),
+    Column("epochs", "Epochs", digits=2),
+    Column("finetune_hours", "Stage II (h)", digits=2),
+)
+"""What a fine-tuned backbone took, as Tables 5 and 8 have it."""
+
+TASK_COLUMNS: dict[str, tuple[Column, ...]] = {
+    "segmentation": (_percent("miou", "mIoU (%)"), _percent("macc", "mAcc (%)"), _percent("aacc", "aAcc (%)")),
+    "depth": (
+        _error("rmse", "RMSE (m)"),
+        _error("abs_rel", "Rel"),
+        _error("log10", "log10"),
+        _error("silog", "SILog", 2),
+        _percent("d1", "d1 (%)"),
+        _percent("d2", "d2 (%)"),
+        _percent("d3", "d3 (%)"),
+    ),
+    "classification": (_percent("accuracy", "Acc. (%)"), _percent("accuracy_top5", "Top-5 (%)")),
+    "consistency": (
+        Column("mean_cosine", "Cosine", "up", digits=4),
+        Column("centred_cosine", "Centred cosine", "up", digits=4),
+        _percent("recall_10px", "Recall 10 px (%)"),
+        Column("effective_rank", "Effective rank", digits=1),
+    ),
+    "correspondence": (
+        _percent("recall_5px", "Recall 5 px (%)"),
+        _percent("recall_10px", "Recall 10 px (%)"),
+        _percent("recall_20px", "Recall 20 px (%)"),
+        _percent("recall_2cm", "Recall 2 cm (%)"),
+        _percent("ratio_recall_20px", "Ratio test, 20 px (%)"),
+        _percent("ratio_recall_40px", "Ratio test, 40 px (%)"),
+        _percent("ratio_recall_80px", "Ratio test, 80 px (%)"),
+        _percent("ratio_recall_2cm", "Ratio test, 2 cm (%)"),
+        _percent("by_angle/0-15/recall_10px", "10 px, 0-15 deg (%)"),
+        _percent("by_angle/15-30/recall_10px", "10 px, 15-30 deg (%)"),
+        _percent("by_angle/30-60/recall_10px", "10 px, 30-60 deg (%)"),
+        _percent("by_angle/60-180/recall_10px", "10 px, 60-180 deg (%)"),
+    ),
+}
+"""Metrics by task, the paper's first."""
+
+FINETUNE_COLUMNS = (
+    Column("validation/{part}/feature_cosine", "Target cosine", "up", digits=4),
+    Column("consistency/{part}/centred_cosine", "Centred cosine", "up", digits=4),
+    _percent("consistency/{part}/recall_10px", "Recall 10 px (%)"),
+)
+"""Metrics of a report of stage II, for `original` and for `finetuned`."""
+
 
 RANDOM_TITLE = "RANDOM WEIGHTS, no measure of quality: "
 """In front of the title of tables about untrained backbones."""
 
 NOTHING = "-"
-"""Shown where there is no figure."""
+"""Shown where there is no value."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +111,7 @@ class Cell:
     is_best: bool = False
     """Shown in bold."""
     value: float | int | None = None
-    """The figure in the record's unit, for JSON."""
+    """The value in the record's unit, for JSON."""
     spread: float | None = None
     """Standard deviation over seeds, in the record's unit."""
 
@@ -43,7 +133,7 @@ class Table:
 
 
 def mark_best(column: Column, values: Sequence[float | None]) -> list[bool]:
-    """Which of the figures of a column are the best as shown; none where there is nothing to compare."""
+    """Which values of a column are the best as shown; none where there is nothing to compare."""
     present = [value for value in values if value is not None]
     if column.direction == "none" or len(present) < 2:
         return [False] * len(values)
@@ -64,3 +154,40 @@ def mark_best_of_each(column: Column, values: Sequence[float | None], groups: Se
         for place, is_best in zip(places, mark_best(column, [values[place] for place in places]), strict=True):
             marks[place] = is_best
     return marks
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def find_differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the settings in which those that have them differ, or that only some have."""
+    names = dict.fromkeys(name for item in settings for name in item)
+    return [name for name in names if len({repr(item.get(name)) for item in settings}) > 1]
+
+
+def describe_settings(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    """`name=value` of the chosen settings that are there."""
+    return ", ".join(f"{name.split('.')[-1]}={_plain(settings[name])}" for name in names if name in settings)
+
+
+def describe_versions(versions: Sequence[Mapping[str, str]]) -> str:
+    """Packages with their versions; several where rows differ."""
+    parts = []
+    for package in dict.fromkeys(name for item in versions for name in item):
+        found = sorted({item[package] for item in versions if package in item})
+        parts.append(f"{package} {' and '.join(found)}")
+    return ", ".join(parts)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

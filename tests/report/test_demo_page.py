@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.demo_maps import ImageAnalyser
-from fit3d_ns.report.demo_page import check_gradio, create_page, find_share
+from fit3d_ns.report.demo_page import ImageAnalyser, check_gradio, create_page, find_share
 from tests.report.figure_scenes import BACKBONE, write_finetuned, write_photographs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -10,11 +10,17 @@ from PIL import Image
 from fit3d_ns.features import create_extractor
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, draw_feature_figure, save_feature_figure
-from fit3d_ns.report.feature_video import load_clip_images, save_feature_video
-from fit3d_ns.report.figure_images import load_figure_images, open_scenes, resize
+from fit3d_ns.report.feature_video import is_clip, load_clip_images, read_clip, save_feature_video, write_video
 from fit3d_ns.report.token_colours import fit_cluster_colours, fit_pca_colours
-from fit3d_ns.report.token_columns import FrameTokens, TokenColumn, extract_columns, list_column_labels
-from fit3d_ns.report.video_files import is_clip, read_clip, write_video
+from fit3d_ns.report.token_columns import (
+    FrameTokens,
+    TokenColumn,
+    extract_columns,
+    list_column_labels,
+    load_figure_images,
+    open_scenes,
+    resize,
+)
 from tests.report.figure_scenes import BACKBONE, HEIGHT, WIDTH, write_finetuned, write_photographs, write_scene
 
 
@@ -100,8 +106,8 @@ def test_read_models__says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
 def test_extract_columns__are_the_extractors_tokens_and_the_scenes(tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photos", 3)
     scene = write_scene(tmp_path / "room.safetensors", photographs[:2])
-    shelf = open_scenes([scene])
-    images = load_figure_images(photographs, shelf)
+    scene_index = open_scenes([scene])
+    images = load_figure_images(photographs, scene_index)
     groups = read_models([BACKBONE, str(write_finetuned(tmp_path / "tuned"))])
     labels = list_column_labels(groups, has_scenes=True)
     assert labels == ["original", "fine-tuned", "feature Gaussians"]
@@ -109,8 +115,8 @@ def test_extract_columns__are_the_extractors_tokens_and_the_scenes(tmp_path: Pat
     expected = create_extractor(BACKBONE)(images[0].image.permute(2, 0, 1)[None]).maps[0]
     assert torch.equal(columns[0].frames[0].tokens, expected)
     assert not torch.allclose(columns[1].frames[0].tokens, expected, atol=1e-2)
-    view = shelf.scenes[0].posed_capture.views[1]
-    rendered = shelf.scenes[0].render_features(view.camera_to_world, view.K, WIDTH, HEIGHT, (3, 4))
+    view = scene_index.scenes[0].posed_capture.views[1]
+    rendered = scene_index.scenes[0].render_features(view.camera_to_world, view.K, WIDTH, HEIGHT, (3, 4))
     assert torch.allclose(columns[2].frames[1].tokens, rendered)
     # The Gaussians stand on the left, and the scene does not hold the third photograph.
     assert columns[2].frames[0].is_covered[:, 0].any() and not columns[2].frames[0].is_covered[:, 3].any()
@@ -132,8 +138,8 @@ def test_extract_columns__scene_of_other_weights_is_named_and_left_out(
 
 def test_draw_feature_figure__rows_of_images_and_backbones_say_what_they_are(tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photos")
-    shelf = open_scenes([write_scene(tmp_path / "room.safetensors", photographs)])
-    images = load_figure_images(photographs, shelf)
+    scene_index = open_scenes([write_scene(tmp_path / "room.safetensors", photographs)])
+    images = load_figure_images(photographs, scene_index)
     groups = read_models([BACKBONE, str(write_finetuned(tmp_path / "tuned")), "random:vit_tiny_patch16_224"])
     path = tmp_path / "figure.png"
     config = FeatureFigureConfig(kind="both", num_clusters=3)
@@ -196,7 +202,7 @@ def test_write_video__is_read_back(tmp_path: Path) -> None:
 def test_write_video__without_codecs_says_so_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fit3d_ns.report.video_files.CODECS", ("none",))
+    monkeypatch.setattr("fit3d_ns.report.feature_video.CODECS", ("none",))
     with pytest.raises(ValueError, match="can write neither VP9 nor MPEG-4"):
         write_video([np.zeros((16, 16, 3), dtype=np.uint8)], tmp_path / "clip.mp4", 5.0)
     assert list(tmp_path.iterdir()) == []
@@ -220,9 +226,9 @@ def test_read_clip__says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_save_feature_video__folder_of_frames_gives_video_and_consistency(tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photos", 3)
-    shelf = open_scenes([write_scene(tmp_path / "room.safetensors", photographs)])
+    scene_index = open_scenes([write_scene(tmp_path / "room.safetensors", photographs)])
     clip = read_clip(tmp_path / "photos", 10)
-    images = load_clip_images(clip, shelf)
+    images = load_clip_images(clip, scene_index)
     groups = read_models([BACKBONE, str(write_finetuned(tmp_path / "tuned"))])
     path = tmp_path / "clip.mp4"
     config = FeatureFigureConfig(kind="both", num_clusters=3)

@@ -67,7 +67,7 @@ def test_report__broken_and_foreign_files(tmp_path: Path, capsys: pytest.Capture
     path.write_text("[]")
     assert "a.json is no record" in check_error(capsys, path)
     write_json(path, {"kind": "probe/depth", "metrics": {}})
-    assert "holds no figures" in check_error(capsys, path)
+    assert "holds no metrics" in check_error(capsys, path)
     write_json(path, {"kind": "finetune", "steps": 1})
     assert "has no settings, consistency" in check_error(capsys, path)
     write_json(path, {"kind": "probe/depth", "metrics": {"rmse": 1.0}, "schema_version": 99})

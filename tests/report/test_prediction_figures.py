@@ -11,9 +11,10 @@ from fit3d_ns.report.prediction_figure import (
     colour_classes,
     compute_accuracy,
     compute_errors,
+    label_predictions,
+    read_predictions,
     save_prediction_figure,
 )
-from fit3d_ns.report.prediction_files import label_predictions, read_predictions
 
 SIZE = (24, 32)
 

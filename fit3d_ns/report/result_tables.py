@@ -1,17 +1,29 @@
-"""`create_probe_tables`: records of fit3d-probe become tables.
-
-One table is about one task, one set of training and one of test data. Results of random weights have tables of their
-own. Settings that all rows share are a footnote; those in which they differ stand in the row.
-"""
+"""Results as tables: records of fit3d-probe one way, reports of fit3d-finetune the other."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
-from fit3d_ns.report.columns import COST_COLUMNS, TASK_COLUMNS, Column
 from fit3d_ns.report.paper_values import PaperRow, find_paper_data, find_paper_row, name_backbone
-from fit3d_ns.report.result_files import TASKS, ProbeResult
-from fit3d_ns.report.settings_text import describe_settings, describe_versions, find_differences, flatten
-from fit3d_ns.report.table import NOTHING, RANDOM_TITLE, Cell, Table, create_header, mark_best_of_each
+from fit3d_ns.report.result_files import TASKS, FinetuneResult, ProbeResult
+from fit3d_ns.report.table import (
+    COST_COLUMNS,
+    FINETUNE_COLUMNS,
+    NOTHING,
+    RANDOM_TITLE,
+    TASK_COLUMNS,
+    Cell,
+    Column,
+    Table,
+    create_header,
+    describe_settings,
+    describe_versions,
+    find_differences,
+    flatten,
+    mark_best,
+    mark_best_of_each,
+)
+from fit3d_ns.utils.progress import SECONDS_PER_HOUR
 
 ASSEMBLY_NAMES = {
     "original": "original",
@@ -23,6 +35,7 @@ ASSEMBLY_NAMES = {
 }
 """Assemblies in the order of rows."""
 
+_PARTS = {"original": "original", "finetuned": "fine-tuned"}
 _MAX_NAMES = 4
 """Scenes of a row are named up to this number, then counted."""
 
@@ -41,7 +54,19 @@ def create_probe_tables(probes: Sequence[ProbeResult]) -> list[Table]:
         groups.setdefault(key, []).append(probe)
     for group in groups.values():
         _check_versions_of_data(group)
-    return [_create_table(groups[key]) for key in sorted(groups)]
+    return [_create_probe_table(groups[key]) for key in sorted(groups)]
+
+
+def create_finetune_tables(results: Sequence[FinetuneResult]) -> list[Table]:
+    """One table for each backbone and set of validation views, runs of random weights last."""
+    groups: dict[tuple[Any, ...], list[FinetuneResult]] = {}
+    for result in results:
+        report = result.report
+        views = str(report["consistency"].get("views", ""))
+        scenes = tuple(_name_scenes(report, "validation_scenes") or _name_scenes(report, "scenes"))
+        key = (bool(report.get("is_random")), name_backbone(report.get("backbone") or {}), views, scenes)
+        groups.setdefault(key, []).append(result)
+    return [_create_finetune_table(groups[key], *key[:3]) for key in sorted(groups)]
 
 
 def read_finetuning(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +81,7 @@ def read_finetuning(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "train": trainable["train"]} if "train" in trainable else found
 
 
-def _create_table(group: list[ProbeResult]) -> Table:
+def _create_probe_table(group: list[ProbeResult]) -> Table:
     records = [probe.record for probe in sorted(group, key=_order)]
     first = records[0]
     task = group[0].task
@@ -165,7 +190,7 @@ def _write_title(task: str, settings: Mapping[str, Any]) -> str:
 
 
 def _list_protocol(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Choices of a probe besides its data and backbones."""
+    """Choices of a probe, apart from its data and backbones."""
     parts = ("config", "run", "patch_fit", "precision")
     flat = flatten({name: settings[name] for name in parts if name in settings})
     backbone = _get_backbone(settings)
@@ -216,3 +241,64 @@ def _check_versions_of_data(group: Sequence[ProbeResult]) -> None:
                 f"{first.path} and {second.path} are about different versions of the {part} data "
                 f"{_name_data(first.record.settings[part])} ({one} and {other}); report them apart, or probe again."
             )
+
+
+def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, backbone: str, views: str) -> Table:
+    reports = [result.report for result in group]
+    settings = [flatten(report["settings"]) for report in reports]
+    differing = find_differences(settings)
+    header = ["Run", "Scenes", "Steps"]
+    columns = [
+        [Cell(result.name) for result in group],
+        [Cell(str(count := len(report.get("scenes", ()))), value=count) for report in reports],
+        [Cell(str(report["steps"]), value=report["steps"]) for report in reports],
+    ]
+    if differing:
+        header.append("Settings")
+        columns.append([Cell(describe_settings(item, differing) or NOTHING) for item in settings])
+    costs = [_read_costs(report) for report in reports]
+    for column in COST_COLUMNS:
+        values = [column.find(item) for item in costs]
+        if any(value is not None for value in values):
+            header.append(create_header(column))
+            columns.append([_create_cell(column, value) for value in values])
+    for template in FINETUNE_COLUMNS:
+        for part, word in _PARTS.items():
+            column = Column(
+                template.name.format(part=part), f"{template.title}, {word}", template.direction, template.scale,
+                template.digits,
+            )  # fmt: skip
+            values = [column.find(report) for report in reports]
+            # The original is the same in every row; only fine-tuned ones compete.
+            best = mark_best(column, values) if part == "finetuned" else [False] * len(values)
+            if any(value is not None for value in values):
+                header.append(create_header(column))
+                columns.append(
+                    [_create_cell(column, value, None, is_best) for value, is_best in zip(values, best, strict=True)]
+                )
+    shared = {name: value for name, value in settings[0].items() if name not in differing and value not in (None, [])}
+    notes = [
+        f"Measured on {views or 'unknown views'}: target cosine against the rendered scene, centred cosine and recall "
+        "between views.",
+        f"Settings: {describe_settings(shared, list(shared))}.",
+        f"Versions: {describe_versions([report.get('versions', {}) for report in reports])}.",
+    ]
+    title = (RANDOM_TITLE if is_random else "") + f"Fine-tuning (stage II) of {backbone}"
+    return Table(title, header, [list(row) for row in zip(*columns, strict=True)], notes, is_random)
+
+
+def _read_costs(report: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names of the cost columns; means over scenes."""
+    costs: dict[str, Any] = {"epochs": report.get("epochs")}
+    if isinstance(report.get("seconds"), (int, float)):
+        costs["finetune_hours"] = report["seconds"] / SECONDS_PER_HOUR
+    scenes = report.get("scene_costs") or []
+    for name, known in (("feature_dim", "feature_dim"), ("scene_file_mb", "file_mb"), ("stage1_hours", "stage1_hours")):
+        values = [scene.get(known) for scene in scenes]
+        if values and all(isinstance(value, (int, float)) for value in values):
+            costs[name] = sum(values) / len(values)
+    return costs
+
+
+def _name_scenes(report: Mapping[str, Any], key: str) -> list[str]:
+    return [PurePath(str(path)).stem for path in report.get(key) or ()]
