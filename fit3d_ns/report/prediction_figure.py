@@ -1,8 +1,8 @@
 """Prediction figures (the paper's figures 5 to 7): input, each head's prediction, the truth, and errors of depth.
 
-They are drawn from the folders of fit3d-probe --predictions (`probing/head_probe.py` writes them). Segmentation: one colour per class, black where
-the truth does not count. Depth: near to far as the truth of each row goes, black where nothing is measured; errors are
-|prediction - truth| on one scale for the whole figure, grey where nothing is measured.
+They are drawn from the folders of fit3d-probe --predictions (`probing/head_probe.py` writes them). Segmentation: one
+colour per class, black where the truth does not count. Depth: near to far as the truth of each row goes, black where
+nothing is measured; errors are |prediction - truth| on one scale for the whole figure, grey where nothing is measured.
 """
 
 import colorsys
