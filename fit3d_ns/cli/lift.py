@@ -5,21 +5,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-import torch
 import tyro
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.cli.export import describe_scene
-from fit3d_ns.cli.lift_sources import find_backbone, name_run, read_ply, read_run_source, read_scene
 from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheConfig, describe_backbone
+from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_forecast import LiftForecast, forecast_lift
 from fit3d_ns.lifting.lift_scene import check_dimensions, lift_scene
 from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
-from fit3d_ns.lifting.sources import LiftSource, PlyConfig, compare_with_photographs, warn_of_poor_fit
-from fit3d_ns.scene import FeatureScene, save_scene
+from fit3d_ns.lifting.sources import (
+    LiftSource,
+    PlyConfig,
+    compare_with_photographs,
+    read_ply_source,
+    read_scene_source,
+    warn_of_poor_fit,
+)
+from fit3d_ns.scene import FeatureScene, load_scene, save_scene
+from fit3d_ns.scene.scene_costs import find_geometry_seconds
+from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord
@@ -34,7 +42,7 @@ class LiftCommand:
     """What is lifted from, whose features, and where scenes go. Give one of --load-config, --ply and --scene."""
 
     output_path: Path
-    """The scene file to write, `.safetensors`, or a folder for several scenes; figures go beside a scene, and so does
+    """The scene file to write, `.safetensors`, or a folder for several scenes. Metrics go next to a scene, and so does
     the state of an interrupted lift, which the same command goes on from."""
     load_config: tuple[Path, ...] = ()
     """Splatfacto runs, ours or nerfstudio's (also splatfacto-big, antialiased, with camera optimizer): their config.yml
@@ -42,7 +50,7 @@ class LiftCommand:
     ply: Path | None = None
     """Gaussians as Inria's code, gsplat, nerfstudio or SuperSplat write them; needs --data."""
     scene: tuple[Path, ...] = ()
-    """Scene files to lift anew with another backbone or other settings: cameras and Gaussians are read from them."""
+    """Scene files to lift again with another backbone or other settings: cameras and Gaussians are read from them."""
     data: Path | None = None
     """The captured scene folder: of a PLY, or where the dataset of a single run or scene lies now if it was moved."""
     shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -54,7 +62,7 @@ class LiftCommand:
     fine-tuned backbone's folder, or `random:<timm id>` for untrained weights (tests only)."""
     backbone_weights: Path | None = None
     """Weights file (.safetensors, .pth) instead of timm's download, for machines without network."""
-    normalization: Literal["timm", "imagenet"] | None = None
+    normalization: Normalization | None = None
     """Mean and standard deviation: the backbone's own (`timm`, the default), or ImageNet's for all as in the authors'
     code."""
     feature_cache: Path = Path.home() / ".cache" / "fit3d_ns" / "features"
@@ -63,7 +71,7 @@ class LiftCommand:
     """Also store how colour depends on the direction; the file then grows by 90 bytes per Gaussian at degree 3."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lift one view only and say how long everything would take and how much memory; no scene is written."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: DeviceChoice = "auto"
     """Where to work; `auto` takes CUDA where there is one."""
     from_ply: Annotated[PlyConfig, _FLAT] = field(default_factory=PlyConfig)
     options: Annotated[LiftSceneConfig, _FLAT] = field(default_factory=LiftSceneConfig)
@@ -76,16 +84,16 @@ class LiftCommand:
 
 
 def lift(command: LiftCommand) -> None:
-    """Reads, lifts, and writes each scene and a JSON with its figures."""
+    """Reads, lifts, and writes each scene and a JSON with its metrics."""
     _check(command)
-    device = _choose_device(command.device)
+    device = choose_device(command.device).type
     backbone = choose_backbone(command)
     check_dimensions(command.lift, backbone)
     cache = FeatureCache(FeatureCacheConfig(directory=command.feature_cache), backbone)
     tasks = create_tasks(command, device)
 
     def finish(scene: FeatureScene, path: Path) -> None:
-        _write_figures(scene, path, backbone, device)
+        _write_metrics(scene, path, backbone, device)
 
     if command.dry_run:
         forecasts = []
@@ -97,29 +105,13 @@ def lift(command: LiftCommand) -> None:
         if len(tasks) > 1:
             print(f"{len(tasks)} scenes: about {sum(forecast.seconds for forecast in forecasts):.0f} s together")
         return
+    settings = (backbone, cache, command.lift, command.options)
     try:
         if command.shared_decoder:
-            lift_together(
-                tasks,
-                backbone,
-                cache,
-                command.lift,
-                command.options,
-                device=device,
-                include_sh=command.include_sh,
-                on_scene=finish,
-            )
+            lift_together(tasks, *settings, device=device, include_sh=command.include_sh, on_scene=finish)
             return
         for task in tasks:
-            scene, _ = lift_scene(
-                task.read(),
-                backbone,
-                cache,
-                command.lift,
-                command.options,
-                device=device,
-                state_path=task.state_path,
-            )
+            scene, _ = lift_scene(task.read(), *settings, device=device, state_path=task.state_path)
             save_scene(scene, task.output_path, include_sh=command.include_sh)
             finish(scene, task.output_path)
     except KeyboardInterrupt:
@@ -137,7 +129,7 @@ def choose_backbone(command: LiftCommand) -> BackboneDescription:
     """
     name = command.backbone
     if name is None:
-        own = find_backbone(command.load_config, command.scene, command.backbone_weights, command.normalization)
+        own = _find_own_backbone(command)
         if own is not None:
             notice(f"Features of {own.label}, as the source has them; another with --backbone.")
             return own
@@ -155,22 +147,39 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
     readers: list[tuple[str, Callable[[], LiftSource]]] = []
     if command.ply is not None:
         assert command.data is not None
-        readers.append((command.ply.stem, partial(read_ply, command.ply, command.data, command.from_ply, device)))
+        readers.append(
+            (command.ply.stem, partial(read_ply_source, command.ply, command.data, command.from_ply, device))
+        )
     for path in command.scene:
-        readers.append((path.stem, partial(read_scene, path, command.data)))
+        readers.append((path.stem, partial(read_scene_source, path, command.data)))
     for path in command.load_config:
-        readers.append((name_run(path), partial(read_run_source, path, command.data)))
+        readers.append((name_run(path), partial(_read_run, path, command.data)))
     names = [name for name, _ in readers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice and command.is_folder:
         raise ValueError(
             f"Two scenes would be written as {twice[0]}.safetensors; lift them with commands of their own."
         )
-    folder = command.output_path
+    output = command.output_path
     return [
-        LiftTask(read, folder / f"{name}.safetensors" if command.is_folder else command.output_path)
+        LiftTask(partial(_read, read), output / f"{name}.safetensors" if command.is_folder else output)
         for name, read in readers
     ]
+
+
+def name_run(path: Path) -> str:
+    """A run's experiment: of nerfstudio's OUTPUT/EXPERIMENT/METHOD/TIMESTAMP/config.yml the second part.
+
+    Args:
+        path: As `read_run` takes it: the config.yml, its folder, or a folder above it that holds one run.
+    """
+    folder = path.absolute()
+    if not folder.is_dir():
+        folder = folder.parent
+    elif not (folder / "config.yml").is_file():
+        # None or several are refused where the run is read.
+        folder = next((config.parent for config in sorted(folder.glob("**/config.yml"))), folder)
+    return folder.parents[1].name if len(folder.parents) > 2 else folder.name
 
 
 def describe_forecast(forecast: LiftForecast) -> str:
@@ -197,8 +206,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _check(command: LiftCommand) -> None:
     """Raises ValueError for flags that do not go together."""
-    given = [f"--{name}" for name, value in (("load-config", command.load_config), ("ply", command.ply),
-                                              ("scene", command.scene)) if value]  # fmt: skip
+    sources = {"--load-config": command.load_config, "--ply": command.ply, "--scene": command.scene}
+    given = [flag for flag, value in sources.items() if value]
     if len(given) != 1:
         what = "none is given" if not given else " and ".join(given) + " are given"
         raise ValueError(f"Give one of --load-config, --ply and --scene to lift from; {what}.")
@@ -216,42 +225,80 @@ def _check(command: LiftCommand) -> None:
         raise ValueError(f"--output-path {command.output_path} is a folder; give the name of a file in it.")
 
 
-def _write_figures(scene: FeatureScene, path: Path, backbone: BackboneDescription, device: str) -> None:
-    """The JSON beside a scene, and a line for whoever waits."""
+def _find_own_backbone(command: LiftCommand) -> BackboneDescription | None:
+    """The backbone that the first scene or run has features of; None where it has none."""
+    weights, normalization = command.backbone_weights, command.normalization
+    if command.scene:
+        return load_scene(command.scene[0]).backbone.with_weights(weights, normalization=normalization)
+    if not command.load_config:
+        return None
+    try:
+        from fit3d_ns.plugin.run_reader import read_backbone
+    except ImportError:
+        # Reading the run says what is missing.
+        return None
+    found = read_backbone(command.load_config[0])
+    if found is None:
+        return None
+    name, recorded, recorded_normalization = found
+    if weights is None and recorded is not None and recorded.is_file():
+        weights = recorded
+    chosen: Any = normalization or recorded_normalization
+    return describe_backbone(name, weights, chosen)
+
+
+def _read(read: Callable[[], LiftSource]) -> LiftSource:
+    """Reads a source and says what was left out of it."""
+    source = read()
+    if source.num_dropped:
+        notice(f"Left out {source.num_dropped} Gaussians with NaN, infinite or oversized numbers.")
+    return source
+
+
+def _read_run(path: Path, data: Path | None) -> LiftSource:
+    """A nerfstudio run; imported here so that PLYs are lifted where nerfstudio is not installed."""
+    try:
+        from fit3d_ns.plugin.run_reader import read_run, read_run_figures
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a nerfstudio run, and nerfstudio cannot be imported ({error}); install it, or export the run "
+            "as a PLY and lift that."
+        ) from error
+    run = read_run(path, data)
+    gaussians = run.create_gaussians()
+    description = f"{run.config.method_name} run {run.config_path.parent.name}, step {run.step}"
+    return LiftSource(
+        gaussians,
+        run.capture,
+        description,
+        run.rasterize_mode,
+        num_dropped=len(run.gauss_params["means"]) - gaussians.num_gaussians,
+        training_seconds=find_geometry_seconds(read_run_figures(run.config_path)),
+    )
+
+
+def _write_metrics(scene: FeatureScene, path: Path, backbone: BackboneDescription, device: str) -> None:
+    """Writes the scene's JSON and prints a summary."""
+    metrics: dict[str, Any] = dict(scene.metrics)
     record = ResultRecord(
         kind="lift",
-        metrics=dict(scene.metrics),
-        settings={"source": scene.metrics["source"], "backbone": backbone.to_metadata(), "device": device},
+        metrics=metrics,
+        settings={"source": metrics["source"], "backbone": backbone.to_metadata(), "device": device},
         is_random=backbone.is_random,
     )
     description = describe_scene(scene, path)
-    # The record's metrics are the scene's figures; once is enough.
+    # The record holds the scene's metrics already.
     del description["run"]
-    figures_path = path.with_suffix(".json")
-    write_json(figures_path, {**dataclasses.asdict(record), **description})
-    print(f"Scene: {path}\nFigures: {figures_path}")
-    print(_summarize(dict(scene.metrics)))
-
-
-def _choose_device(device: Literal["auto", "cuda", "cpu"]) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine offers no CUDA device (see fit3d-info); take --device cpu.")
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _summarize(figures: dict[str, object]) -> str:
-    seconds = figures["seconds"]
-    assert isinstance(seconds, dict)
-    took = f"{figures['num_train_views']} views lifted in {sum(seconds.values()):.1f} s"
-    if "feature_cosine" not in figures:
-        return took
-    cosine, l1 = (
-        f"{figures[f'feature_{name}']:.4f} (mean token {figures[f'feature_{name}_mean_token']:.4f})"
-        for name in ("cosine", "l1")
-    )
-    return f"{took}; held-out cosine {cosine}, L1 {l1}"
+    metrics_path = path.with_suffix(".json")
+    write_json(metrics_path, {**dataclasses.asdict(record), **description})
+    summary = f"{metrics['num_train_views']} views lifted in {sum(metrics['seconds'].values()):.1f} s"
+    if "feature_cosine" in metrics:
+        cosine, l1 = (
+            f"{metrics[f'feature_{name}']:.4f} (mean token {metrics[f'feature_{name}_mean_token']:.4f})"
+            for name in ("cosine", "l1")
+        )
+        summary += f"; held-out cosine {cosine}, L1 {l1}"
+    print(f"Scene: {path}\nMetrics: {metrics_path}\n{summary}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fit3d_ns.cli import lift as module
-from fit3d_ns.cli.lift_sources import name_run
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.scene import load_scene
 from fit3d_ns.utils.results import load_result
@@ -41,13 +40,13 @@ def run(capture, tmp_path, capsys):
     return call
 
 
-def test_lift__writes_the_scene_and_every_figure(run, tmp_path):
+def test_lift__writes_the_scene_and_every_metric(run, tmp_path):
     code, out, _ = run("--feature-dim", 5, "--views", 8, "--drop-unseen")
     assert code == 0
     scene = load_scene(tmp_path / "out" / "ring.safetensors")
     assert scene.gaussians.feature_dim == 5 and scene.backbone.backbone == BACKBONE
     figures = tmp_path / "out" / "ring.json"
-    assert f"Scene: {tmp_path / 'out' / 'ring.safetensors'}\nFigures: {figures}" in out and "held-out cosine" in out
+    assert f"Scene: {tmp_path / 'out' / 'ring.safetensors'}\nMetrics: {figures}" in out and "held-out cosine" in out
     record, content = load_result(figures), json.loads(figures.read_text())
     assert record.kind == "lift" and record.is_random and record.versions["torch"] == metadata.version("torch")
     metrics = record.metrics
@@ -113,12 +112,12 @@ def test_name_run__is_the_experiment(tmp_path):
     run = tmp_path / "outputs" / "kitchen" / "splatfacto" / "2024-01-01"
     run.mkdir(parents=True)
     (run / "config.yml").touch()
-    assert name_run(run) == name_run(run / "config.yml") == "kitchen"
+    assert module.name_run(run) == module.name_run(run / "config.yml") == "kitchen"
     # A run is also found from a folder above it.
-    assert name_run(run.parent) == name_run(run.parents[1]) == "kitchen"
+    assert module.name_run(run.parent) == module.name_run(run.parents[1]) == "kitchen"
 
 
-def test_lift__takes_the_backbone_of_the_scene_it_lifts_anew(run, capture, tmp_path, capsys):
+def test_lift__takes_the_backbone_of_the_scene_it_lifts_again(run, capture, tmp_path, capsys):
     root, _, _ = capture
     assert run("--feature-dim", 4, "--normalization", "imagenet", name="a.safetensors")[0] == 0
     words = ["--scene", tmp_path / "a.safetensors", "--output-path", tmp_path / "b.safetensors", "--feature-dim", 5]
@@ -225,19 +224,23 @@ def test_lift__takes_a_run_as_its_gaussians_and_corrected_cameras(run, capture, 
     expected = load_scene(tmp_path / "ply.safetensors")
     broken = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in raw.items()}
     broken["means"][-1] = float("nan")
-    splat_run = SimpleNamespace(
+    splat_run = run_reader.SplatRun(
+        config_path=tmp_path / "2024-01-01" / "config.yml",
+        config=SimpleNamespace(
+            method_name="splatfacto-big", pipeline=SimpleNamespace(model=SimpleNamespace(sh_degree=3))
+        ),
+        step=29999,
         gauss_params={
             "means": broken["means"],
             "quats": 3.0 * broken["quats"],
             "scales": broken["log_scales"],
             "opacities": broken["opacity_logits"][:, None],
+            "features_dc": broken["sh_dc"],
             "features_rest": torch.zeros(41, 0, 3),
         },
-        sh_dc=broken["sh_dc"],
+        state={},
+        run_state={},
         capture=expected.posed_capture,
-        config=SimpleNamespace(method_name="splatfacto-big"),
-        config_path=tmp_path / "2024-01-01" / "config.yml",
-        step=29999,
         rasterize_mode="classic",
     )
     asked = []
