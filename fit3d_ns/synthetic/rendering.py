@@ -32,11 +32,8 @@ _RAYS = ((0.0, 0.0), (0.0, -0.38), (0.33, 0.19), (-0.33, 0.19))
 """Offsets of a pixel's rays from its centre; depth, label and point are those of the first."""
 _LIGHT_POINTS = ((0.6, 0.6, 0.6), (0.6, -0.6, -0.6), (-0.6, 0.6, -0.6), (-0.6, -0.6, 0.6))
 """Point of a light, in unit space, that each of them is lit from: several hard shadows make a soft one."""
-_LIGHTS = {"lamp": (0.55, 0.51, 0.42), "window": (0.56, 0.59, 0.62)}
-"""What bright solids of a class add to a surface that faces them; they lose half of it in `_LIGHT_REACH` metres."""
-_LIGHT_REACH = 2.5
-_AMBIENT, _CORNER_SHADE, _CORNER_REACH = 0.42, 0.45, 0.2
-"""Light from everywhere, the share of it that the room's corners lose, and how many metres they reach."""
+_AMBIENT, _LIGHTS = 0.42, {"lamp": (0.55, 0.51, 0.42), "window": (0.56, 0.59, 0.62)}
+"""Light from everywhere, and what bright solids of a class add to a surface nearby that faces them."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +112,14 @@ def trace_rays(solids: Sequence[Solid], origin: Float[np.ndarray, " 3"], rays: C
     axes = units.mean(axis=2)
     axes /= np.linalg.norm(axes, axis=0)
     spreads = np.arccos(np.clip((units * axes[..., None]).sum(axis=0).min(axis=1), -1.0, 1.0)) + 1e-3
-    offsets = np.float32([solid.centre for solid in solids]) - origin
+    offsets = np.array([solid.centre for solid in solids], np.float32) - origin
     lengths = np.linalg.norm(offsets, axis=1)
     ratios = np.linalg.norm([solid.half_sizes for solid in solids], axis=1) / lengths
     angles = np.where(ratios < 1.0, np.arcsin(np.minimum(ratios, 1.0)), np.pi)[:, None] + spreads
     may_hit = offsets @ axes >= lengths[:, None] * np.cos(np.minimum(angles, np.pi))
     rays = rays.reshape(units.shape)
     distances, indices = np.full(rays.shape[1:], np.inf, dtype=np.float32), np.full(rays.shape[1:], -1)
-    for index in np.flatnonzero(may_hit.any(axis=1)):
+    for index in np.flatnonzero(may_hit.any(axis=1)).tolist():
         chosen = np.flatnonzero(may_hit[index])
         nearest = distances[chosen]
         found = intersect_solid(solids[index], origin, rays[:, chosen].reshape(3, -1)).reshape(nearest.shape)
@@ -133,7 +130,7 @@ def trace_rays(solids: Sequence[Solid], origin: Float[np.ndarray, " 3"], rays: C
 
 def intersect_solid(solid: Solid, origin: Float[np.ndarray, " 3"], rays: Columns) -> Values:
     """Distances at which rays from outside enter a solid, in lengths of the ray; infinite for those that do not."""
-    start = solid.to_unit_space @ (origin - np.float32(solid.centre))[:, None]
+    start = solid.to_unit_space @ (origin - np.array(solid.centre, np.float32))[:, None]
     # No component is exactly zero, which would give 0 / 0 for a ray in the plane of a face.
     rays = solid.to_unit_space @ rays + np.float32(1e-9)
     ball, flat = slice(0, solid.num_round), slice(solid.num_round, 3)
@@ -157,31 +154,32 @@ def _shade(room: Room, points: Columns, indices: Indices, light_point: Triple) -
     for index in np.unique(indices):
         chosen = np.flatnonzero(indices == index)
         albedo[:, chosen], normals[:, chosen] = _paint(room.solids[index], points[:, chosen])
-    half = 0.5 * np.float32(room.size)[:, None]
+    # Surfaces get darker towards the walls, floor and ceiling that they meet, within some 20 cm.
+    half = 0.5 * np.array(room.size, np.float32)[:, None]
     gap = half - np.abs(points - half * [[0.0], [0.0], [1.0]])
-    corner = 1.0 - _CORNER_SHADE * np.exp(-gap / _CORNER_REACH) * (1.0 - np.abs(normals))
+    corner = 1.0 - 0.45 * np.exp(-gap / 0.2) * (1.0 - np.abs(normals))
     light = np.tile(_AMBIENT * corner.prod(axis=0), (3, 1))
     is_bright = np.array([solid.material.is_bright for solid in room.solids])
     opaque = [solid for solid in room.solids if not solid.material.is_bright and solid.label not in SHELL]
     for lamp in [solid for solid in room.solids if solid.material.is_bright and solid.label in _LIGHTS]:
-        # Nearer to the room's middle than the solid itself, the light is out of its wall.
-        source = [0.9, 0.9, 1.0] * np.float32(lamp.centre) + np.linalg.inv(lamp.to_unit_space) @ np.array(light_point)
+        # Nearer to the room's middle than the solid itself, the light is out of its wall. It fades by half in 2.4 m.
+        source = [0.9, 0.9, 1.0] * np.array(lamp.centre) + np.linalg.inv(lamp.to_unit_space) @ np.array(light_point)
         rays = points - source.astype(np.float32)[:, None]
         is_lit = trace_rays(opaque, source.astype(np.float32), rays)[0] > 0.998
         squared = (rays**2).sum(axis=0)
         cosine = np.maximum(-(rays * normals).sum(axis=0), 0.0) / np.sqrt(squared)
-        light += np.outer(_LIGHTS[lamp.label], is_lit * cosine / (1.0 + squared / _LIGHT_REACH**2))
+        light += np.outer(_LIGHTS[lamp.label], is_lit * cosine / (1.0 + squared / 6.0))
     return np.clip(albedo * np.where(is_bright[indices], 1.0, light), 0.0, 1.0).astype(np.float32)
 
 
 def _paint(solid: Solid, world_points: Columns) -> tuple[Columns, Columns]:
     """Colours and outward unit normals of points of a surface; patterns are no finer than splats can hold."""
-    unit = solid.to_unit_space @ (world_points - np.float32(solid.centre)[:, None])
+    unit = solid.to_unit_space @ (world_points - np.array(solid.centre, np.float32)[:, None])
     reach, points = np.abs(unit), np.arange(unit.shape[1])
-    # Faces across x show (y, z), across y (x, z), across z (x, y); u and v are metres from the face's corner.
     axis = reach.argmax(axis=0)
+    # Faces across x show (y, z), across y (x, z), across z (x, y); u and v are metres from the face's corner.
     first, second = np.where(axis == 0, 1, 0), np.where(axis == 2, 1, 2)
-    width, height = (2.0 * np.float32(solid.half_sizes)[along] for along in (first, second))
+    width, height = (2.0 * np.array(solid.half_sizes, np.float32)[along] for along in (first, second))
     u, v = 0.5 * (1.0 + unit[first, points]) * width, 0.5 * (1.0 + unit[second, points]) * height
     reach[: solid.num_round] = np.linalg.norm(unit[: solid.num_round], axis=0)
     normals = solid.to_unit_space.T @ np.where(reach >= reach.max(axis=0) - 1e-4, unit, np.float32(0.0))
@@ -189,7 +187,7 @@ def _paint(solid: Solid, world_points: Columns) -> tuple[Columns, Columns]:
     texels, shift = _make_noise(), 211 * axis + seed % 1013
     rows, columns = (((place / 0.008).astype(int) + shift) % len(texels) for place in (v, u))
     noise = texels[rows, columns]
-    main, other, accent = np.float32(solid.material.colours).reshape(3, 3, 1)
+    main, other, accent = np.array(solid.material.colours, np.float32).reshape(3, 3, 1)
     tints = np.random.default_rng(seed).random(1000).astype(np.float32)
     if pattern in ("cells", "mortar", "books"):
         cell_width, cell_height, shift, joint, radius = solid.material.cells

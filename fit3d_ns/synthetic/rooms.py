@@ -1,12 +1,13 @@
 """Furnishes rooms with the pieces of `furniture.csv` in materials of `materials.csv`, and walks through them.
 
 A piece is made of parts between two corners, in metres, in a frame of its own: x along the wall behind it, y away from
-that wall, z up. A part that is `mirrored` in x stands on both sides.
+that wall, z up. Of materials with the same name one is drawn.
 """
 
 import colorsys
 import csv
 import math
+from collections import defaultdict
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,16 +20,6 @@ from torch import Tensor
 
 from fit3d_ns.synthetic.rendering import Material, Room, Solid, Triple
 
-_CHOICES = {
-    "floor": ("planks", "tiles"),
-    "wood": ("grain",),
-    "paper": ("dots", "stripes"),
-    "cover": ("blotches",),
-    "cloth": ("checks", "stripes", "blotches"),
-    "seat": ("checks", "stripes", "blotches"),
-}
-"""Materials of the table that the other names in `furniture.csv` stand for."""
-
 Part = tuple[str, str, int, np.ndarray, np.ndarray]
 """Class, material, number of round axes, low corner and high corner."""
 
@@ -39,10 +30,9 @@ def build_room(numbers: np.random.Generator) -> Room:
     furnisher, pieces = _Furnisher(numbers), _read_pieces()
     furnisher.place(pieces["shell"], scale=np.array(size))
     above = numbers.permutation(["window", "pictures"])
-    wanted = [pieces["bed"] + pieces[above[0]], pieces["sofa"] + pieces[above[1]]]
-    for name in ("sideboard", "desk", "wardrobe", "shelf", "door", "plant", "floor lamp", "window", "pictures"):
-        wanted.append(pieces[name])
-    # Each goes to a random wall with enough room. The walls along x leave their corners to the others.
+    others = ("sideboard", "desk", "wardrobe", "shelf", "door", "plant", "floor lamp", "window", "pictures")
+    wanted = [pieces["bed"] + pieces[above[0]], pieces["sofa"] + pieces[above[1]], *(pieces[name] for name in others)]
+    # Each goes to a random wall with enough room, large ones first; two walls leave their corners to the others.
     free = np.array([width - 2.0, depth - 0.1, width - 2.0, depth - 0.1])
     at_walls: list[list[tuple[float, list[Part]]]] = [[], [], [], []]
     for parts in wanted:
@@ -57,10 +47,8 @@ def build_room(numbers: np.random.Generator) -> Room:
         gaps = free[wall] * numbers.dirichlet(np.full(len(furniture) + 1, 2.0))
         for index, gap in zip(numbers.permutation(len(furniture)), gaps, strict=False):
             length, parts = furniture[index]
-            position = (x + gap + 0.5 * length, -0.5 * size[1 - wall % 2], 0.0)
-            furnisher.place(
-                parts, position, 0.5 * math.pi * wall, numbers.uniform((0.88, 0.92, 0.95), (1.0, 1.0, 1.05))
-            )
+            position, scale = (x + gap + 0.5 * length, -0.5 * size[1 - wall % 2], 0.0), numbers.uniform(0.9, 1.0, 3)
+            furnisher.place(parts, position, 0.5 * math.pi * wall, scale)
             x += gap + length
     furnisher.place(pieces["rug"], yaw=0.5 * math.pi * int(numbers.integers(2)))
     furnisher.place(pieces[str(numbers.choice(["round table", "long table"]))])
@@ -111,14 +99,11 @@ class _Furnisher:
             self.solids.append(solid)
 
     def _draw_material(self, name: str) -> Material:
-        """A material with a seed of its own; where the table gives no colours, those of a wood or random ones."""
-        numbers, table = self._numbers, _read_materials()
-        chosen = str(numbers.choice(_CHOICES.get(name, (name,))))
-        material = replace(table[chosen], seed=int(numbers.integers(1 << 30)))
+        """One of the table's materials of that name, in colours drawn from a random hue where it has none."""
+        numbers, options = self._numbers, _read_materials()[name]
+        material = replace(options[numbers.integers(len(options))], seed=int(numbers.integers(1 << 30)))
         if material.colours:
             return material
-        if chosen in ("grain", "planks", "panels"):
-            return replace(material, colours=table[str(numbers.choice(["oak", "pine", "walnut", "birch"]))].colours)
         hue, saturation, value = numbers.uniform((0.0, 0.3, 0.45), (1.0, 0.65, 0.75))
         if name == "paper":
             saturation, value = 0.35 * saturation, 0.5 + 0.5 * value
@@ -129,23 +114,20 @@ class _Furnisher:
 
 
 @lru_cache(maxsize=1)
-def _read_materials() -> dict[str, Material]:
-    return {
-        name: Material(pattern, bright == "yes", tuple(map(float, numbers[:5])), tuple(map(float, numbers[5:])))
-        for name, pattern, bright, *numbers in _read_rows("materials.csv")
-    }
+def _read_materials() -> dict[str, list[Material]]:
+    materials = defaultdict(list)
+    for name, pattern, bright, *numbers in _read_rows("materials.csv"):
+        cells, colours = tuple(map(float, numbers[:5])), tuple(map(float, numbers[5:]))
+        materials[name].append(Material(pattern, bright == "yes", cells, colours))
+    return materials
 
 
 @lru_cache(maxsize=1)
 def _read_pieces() -> dict[str, list[Part]]:
-    pieces: dict[str, list[Part]] = {}
-    for name, label, material, shape, mirrored, *corners in _read_rows("furniture.csv"):
+    pieces = defaultdict(list)
+    for name, label, material, shape, *corners in _read_rows("furniture.csv"):
         low, high = np.array(corners, dtype=float).reshape(2, 3)
-        num_round, parts = ("box", "", "cylinder", "ellipsoid").index(shape), pieces.setdefault(name, [])
-        parts.append((label, material, num_round, low, high))
-        if mirrored:
-            low, high = np.array([-high[0], *low[1:]]), np.array([-low[0], *high[1:]])
-            parts.append((label, material, num_round, low, high))
+        pieces[name].append((label, material, {"box": 0, "cylinder": 2, "ellipsoid": 3}[shape], low, high))
     return pieces
 
 

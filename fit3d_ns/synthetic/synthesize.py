@@ -1,9 +1,8 @@
 """`synthesize_scenes`: small furnished rooms with exact ground truth, in the DSLR layout of ScanNet++.
 
-    <output_dir>/
-      synthesis.json                      metrics of what was made
-      room_00/dslr/                       as `data/scannetpp.py` draws it, and
-        labels/*.png, classes.json        8-bit class indices, 255 = ignore; names of the classes
+    <output_dir>/synthesis.json         metrics of what was made
+    <output_dir>/room_00/dslr/          as `data/scannetpp.py` draws it, and
+      labels/*.png, classes.json        8-bit class indices, 255 = ignore; names of the classes
 
 The world of a room, z up, is COLMAP's; its point (x, y, z) is (y, x, -z) in the world of the transforms files.
 """
@@ -116,8 +115,8 @@ def write_scannetpp(
     """Writes `folder/dslr`, the points being in COLMAP's world; a pinhole lens gives both variants, fisheye one."""
     dslr = folder / "dslr"
     variants = ("resized", "undistorted") if lens.model == "pinhole" else ("resized",)
-    images_and_masks = [f"{variant}_{kind}" for variant in variants for kind in ("images", "anon_masks")]
-    for name in ("render_depth", "labels", "nerfstudio", "colmap", *images_and_masks):
+    pictures = [f"{variant}_{kind}" for variant in variants for kind in ("images", "anon_masks")]
+    for name in ("render_depth", "labels", "nerfstudio", "colmap", *pictures):
         (dslr / name).mkdir(parents=True)
     poses = torch.stack([frame.camera_to_world for frame in frames]).double()
     poses = transform_camera_to_worlds(poses, colmap_to_world().double(), scale=1.0)

@@ -26,26 +26,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def look_up(frame: Frame, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows and columns of world points that are in the picture, and which are; z-depths of all."""
-    pixels, depth = project_points(points, viewmats_from_camera_to_worlds(frame.camera_to_world), frame.lens.K)
-    columns, rows = pixels.floor().long().T
-    inside = (depth > 0) & (columns >= 0) & (columns < frame.lens.width) & (rows >= 0) & (rows < frame.lens.height)
-    return torch.stack([rows, columns])[:, inside], inside, depth
-
-
-def test_synthesize_scenes__is_read_as_scannetpp(made: Path) -> None:
+def test_synthesize_scenes__is_read_as_a_capture_and_as_a_labelled_set(made: Path) -> None:
     capture = read_capture(made / "room_00")
     assert capture.layout == "scannetpp" and "undistorted_images" in capture.description
     assert [frame.split for frame in capture.frames].count("test") == 1
     assert capture.points is not None and len(capture.points.xyz) == 500
-    assert all(frame.depth_path is not None and frame.mask_path is not None for frame in capture.frames)
-    lens = capture.frames[0].lens
-    # Off the middle, as real lenses are, but by no more than 2 %.
-    assert 0.0 < abs(lens.cx - 32.0) <= 0.02 * 64 + 1e-3 and 0.0 < abs(lens.cy - 24.0) <= 0.02 * 48 + 1e-3
-
-
-def test_synthesize_scenes__labelled_reader_sees_classes_depth_and_hidden_boxes(made: Path) -> None:
     segmentation = read_scannetpp_labelled(made / "room_00", "train", "segmentation")
     depths = read_scannetpp_labelled(made / "room_00", "train", "depth")
     assert segmentation.class_names == CLASSES and len(segmentation.frames) == len(depths.frames) == 8
@@ -60,6 +45,14 @@ def test_synthesize_scenes__labelled_reader_sees_classes_depth_and_hidden_boxes(
         inner = torch.nn.functional.max_pool2d((labels != 255).float()[None, None], 5, 1, 2)[0, 0] == 0
         assert not inner.any() or (image[inner].float() - 128).abs().max() < 12
     assert hidden == (48 // 5) * (64 // 5)
+
+
+def look_up(frame: Frame, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows and columns of world points that are in the picture, and which are; z-depths of all."""
+    pixels, depth = project_points(points, viewmats_from_camera_to_worlds(frame.camera_to_world), frame.lens.K)
+    columns, rows = pixels.floor().long().T
+    inside = (depth > 0) & (columns >= 0) & (columns < frame.lens.width) & (rows >= 0) & (rows < frame.lens.height)
+    return torch.stack([rows, columns])[:, inside], inside, depth
 
 
 def test_synthesize_scenes__poses_depth_colours_labels_and_points_agree(made: Path) -> None:
