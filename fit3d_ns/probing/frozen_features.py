@@ -63,12 +63,10 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """Tokens of the frozen backbones for a batch of images."""
+    """Patch tokens and class tokens of a batch of images; without class tokens their last axis has size 0."""
 
     maps: Float[Tensor, "batch parts layers h w embed"]
-    """Patch tokens."""
     class_tokens: Float[Tensor, "batch parts layers embed"]
-    """Class tokens; of size 0 in the last axis where the backbone has none."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "FrozenFeatures":
         """The same on another device and in another type."""
@@ -112,7 +110,8 @@ class FrozenBackbones:
             fitted = fit.fit_images(images, extractor.description.mean)
             tokens = extractor.extract_layers(fitted, self.layers)
             maps.append(torch.stack([layer.maps for layer in tokens], dim=1))
-            class_tokens.append(torch.stack([_class_token(layer.prefix_tokens) for layer in tokens], dim=1))
+            # The first prefix token, or none: (b, p, e) -> (b, e) or (b, 0)
+            class_tokens.append(torch.stack([layer.prefix_tokens[:, :1].flatten(1) for layer in tokens], dim=1))
         return FrozenFeatures(torch.stack(maps, dim=1).float(), torch.stack(class_tokens, dim=1).float())
 
 
@@ -233,12 +232,6 @@ def _check_pair(original: BackboneDescription, finetuned: BackboneDescription) -
         )
     if (original.mean, original.std) != (finetuned.mean, finetuned.std):
         notice(f"Original and fine-tuned {names[0]} normalise images differently; each gets its own.")
-
-
-def _class_token(prefix_tokens: Float[Tensor, "batch prefix embed"]) -> Float[Tensor, "batch class_dim"]:
-    if prefix_tokens.shape[1] == 0:
-        return prefix_tokens.new_zeros(prefix_tokens.shape[0], 0)
-    return prefix_tokens[:, 0]
 
 
 def _find_class_token_part(parts: tuple[Part, ...], source: ClassTokenSource) -> int | None:

@@ -44,14 +44,11 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class PublishedTraining:
-    """How the public code trains a linear head."""
+    """How the public code trains a linear head on original and fine-tuned small backbones, `width` inputs in all."""
 
     num_iterations: int
-    """Iterations."""
     learning_rate: float
-    """Peak, AdamW."""
     width: int
-    """Inputs of the linear layer: original and fine-tuned small backbones side by side."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +77,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ProbeSets:
-    """The data of one probe."""
+    """What heads are trained on, measured on and selected by; without selection data the last checkpoint counts."""
 
     train: LabelledSet
-    """What heads are trained on."""
     test: LabelledSet
-    """What heads are measured on."""
     selection: LabelledSet | None
-    """What chooses the checkpoint; None for the last one."""
 
 
 class HeadProbe(ABC, Generic[Config]):
@@ -98,9 +92,7 @@ class HeadProbe(ABC, Generic[Config]):
     fill: ClassVar[int | float] = 0
     """The target that does not count."""
     published_iterations: ClassVar[int]
-    """Iterations of the public code."""
     inputs: Inputs
-    """Make pictures of frames."""
     is_cached: bool
     """True if features of fixed pictures are kept."""
 

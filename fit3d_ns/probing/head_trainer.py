@@ -4,7 +4,7 @@ The effective batch, its order and every loss are those of one process whatever 
 sums with counts, and both are summed over processes before they are divided.
 
 Schedules have the formulas of mmcv, which the public code uses; t counts iterations from 0 to T - 1. Poly:
-(1 - t / T)^p. Cosine: m + (1 - m) (1 + cos(pi t / T)) / 2. Linear warm-up over W iterations multiplies the schedule by
+1 - t / T. Cosine: m + (1 - m) (1 + cos(pi t / T)) / 2. Linear warm-up over W iterations multiplies the schedule by
 1 - (1 - t / W) (1 - r), from the ratio r on.
 """
 
@@ -36,14 +36,12 @@ class Schedule:
     """r, the factor at the first iteration."""
     min_ratio: float = 0.0
     """m, the factor at the end of `cosine`."""
-    power: float = 1.0
-    """p, the exponent of `poly`."""
 
     def compute_factor(self, iteration: int) -> float:
         """The factor at an iteration."""
         progress = iteration / self.num_iterations
         if self.kind == "poly":
-            factor = (1.0 - progress) ** self.power
+            factor = 1.0 - progress
         elif self.kind == "cosine":
             factor = self.min_ratio + (1.0 - self.min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
         else:
@@ -78,12 +76,10 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss before it is normalised over all processes."""
+    """A loss before it is normalised over all processes: a sum with gradient, and how much was counted."""
 
     total: Float[Tensor, ""]
-    """Sum over what is counted, with gradient."""
     count: Float[Tensor, ""]
-    """How much was counted."""
 
 
 @dataclass
@@ -193,11 +189,10 @@ def sum_over_processes(values: Tensor, accelerator: Any) -> Tensor:
     return accelerator.reduce(values.to(accelerator.device), reduction="sum").to(values.device)
 
 
-def compute_one_cycle_momentum(
-    iteration: int, num_iterations: int, low: float = 0.85, high: float = 0.95, peak: float = 0.3
-) -> float:
-    """Momentum (Adam's first beta) of mmcv's `OneCycle` policy: from `high` to `low` and back, by cosines."""
-    turn, end = peak * num_iterations - 1, num_iterations - 1
+def compute_one_cycle_momentum(iteration: int, num_iterations: int) -> float:
+    """Momentum (Adam's first beta) of mmcv's `OneCycle` policy: from 0.95 to 0.85 and back, by cosines."""
+    low, high = 0.85, 0.95
+    turn, end = 0.3 * num_iterations - 1, num_iterations - 1
     if iteration <= turn:
         share = iteration / turn if turn > 0 else 1.0
         return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * share))

@@ -25,38 +25,29 @@ PatchFitRule = Literal["pad", "pad-stretch", "resize"]
 
 @dataclass(frozen=True)
 class Picture:
-    """What is passed through the backbones, and what the head is to say about it."""
+    """What is passed through the backbones, in [0, 1], and the labels or depth that the head is to predict."""
 
     image: Float[Tensor, "3 height width"]
-    """In [0, 1]."""
     target: Shaped[Tensor, "*size"]
-    """Labels or depth, as the loss or the metric wants them."""
 
 
 @dataclass(frozen=True)
 class PictureKey:
-    """Names one picture that can be made of a frame without randomness; equal keys are equal pictures."""
+    """Names a fixed picture of a frame (`LabelledFrame.key`): mirrored or not, and which part, as the task counts."""
 
     frame: Hashable
-    """`LabelledFrame.key`."""
     is_flipped: bool = False
-    """Mirrored left to right."""
     part: int = 0
-    """Which of several parts of the frame, as the task numbers them."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle of pixels."""
+    """A rectangle of pixels, from its first row and column on."""
 
     top: int
-    """First row."""
     left: int
-    """First column."""
     height: int
-    """Rows."""
     width: int
-    """Columns."""
 
     @property
     def slices(self) -> tuple[slice, slice]:
@@ -66,16 +57,12 @@ class Window:
 
 @dataclass(frozen=True)
 class PatchFit:
-    """How images of one size meet the patch grid."""
+    """How images of one size, in pixels, meet the patch grid; the module describes the rules."""
 
     height: int
-    """Rows of the images."""
     width: int
-    """Columns of the images."""
     patch_size: int
-    """Side of a patch, pixels."""
     rule: PatchFitRule = "pad"
-    """See the module."""
 
     @property
     def padding(self) -> tuple[int, int, int, int]:

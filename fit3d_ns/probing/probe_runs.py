@@ -93,12 +93,8 @@ class ProbeRequest:
     """Folder for pictures of what the first seed's head predicts for test frames (segmentation, depth)."""
 
 
-def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
+def run_probe(request: ProbeRequest) -> ResultRecord:
     """Runs the seeds that are not in the result file yet, and writes it after each.
-
-    Args:
-        request: What to run.
-        accelerator: accelerate's; made from the request if None.
 
     Raises:
         ValueError: Folders, backbones or settings that do not fit; the message names the piece.
@@ -128,7 +124,7 @@ def run_probe(request: ProbeRequest, accelerator: Any = None) -> ResultRecord:
     file, missing, done = _open_record(request, settings, described)
     if not missing:
         return load_result(file.path)
-    accelerator = accelerator or create_accelerator(request.device, request.precision)
+    accelerator = create_accelerator(request.device, request.precision)
     num_layers = 4 if isinstance(config, DepthConfig) and config.head == "dpt" else 1
     backbones = create_frozen_backbones(request.backbones, norm=norm, num_layers=num_layers, device=accelerator.device)
     sets = create_sets(train, test, request.run)

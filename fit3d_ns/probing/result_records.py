@@ -22,17 +22,10 @@ from fit3d_ns.utils.results import ResultRecord, load_result, save_result
 
 UNCOUNTED = ("per_scene",)
 """Metrics that are kept per seed but not averaged."""
-_TAKEN = (
-    "steps",
-    "epochs",
-    "seconds",
-    "loss_first",
-    "loss_last",
-    "num_images",
-    "num_trained_parameters",
-    "settings",
-    "versions",
+REPORTED_COSTS = "steps,epochs,seconds,loss_first,loss_last,num_images,num_trained_parameters,settings,versions".split(
+    ","
 )
+"""Entries of fit3d-finetune's report that records repeat."""
 
 
 @dataclass
@@ -115,7 +108,7 @@ def read_costs(config: BackboneConfig) -> dict[str, Any]:
     report = _read_report(config)
     if report is None:
         return {}
-    costs: dict[str, Any] = {name: report[name] for name in _TAKEN if name in report}
+    costs: dict[str, Any] = {name: report[name] for name in REPORTED_COSTS if name in report}
     if isinstance(report.get("seconds"), (int, float)):
         costs["hours"] = report["seconds"] / SECONDS_PER_HOUR
     scenes = [Path(name) for name in report.get("scenes", []) if isinstance(name, str)]
@@ -132,26 +125,24 @@ def _combine(items: Sequence[dict[str, Any]], function: Any) -> dict[str, Any]:
         if isinstance(value, dict):
             combined[name] = _combine([item if isinstance(item, dict) else {} for item in values], function)
         elif isinstance(value, (int, float)) or value is None:
-            combined[name] = function(values)
+            combined[name] = function([number for number in values if number is not None and math.isfinite(number)])
     return combined
 
 
-def _mean(values: Sequence[float | int | None]) -> float | int | None:
-    """Mean of the values that are there; whole numbers that agree stay whole."""
-    present = [value for value in values if value is not None and math.isfinite(value)]
-    if not present:
+def _mean(values: Sequence[float | int]) -> float | int | None:
+    """The mean, if there are any values; whole numbers that agree stay whole."""
+    if not values:
         return None
-    if all(isinstance(value, int) for value in present) and len(set(present)) == 1:
-        return present[0]
-    return sum(present) / len(present)
+    if all(isinstance(value, int) for value in values) and len(set(values)) == 1:
+        return values[0]
+    return sum(values) / len(values)
 
 
-def _deviation(values: Sequence[float | int | None]) -> float | None:
-    present = [value for value in values if value is not None and math.isfinite(value)]
-    if len(present) < 2:
+def _deviation(values: Sequence[float | int]) -> float | None:
+    if len(values) < 2:
         return None
-    mean = sum(present) / len(present)
-    return math.sqrt(sum((value - mean) ** 2 for value in present) / (len(present) - 1))
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def _sorted(value: Any) -> Any:

@@ -49,12 +49,10 @@ class Inputs(ABC):
 
 @dataclass(frozen=True)
 class Draw:
-    """One place in the endless row of training samples."""
+    """Which sample of the set is seen at a position, counted from 0 over all iterations; it seeds augmentation."""
 
     position: int
-    """Counted from 0 over all iterations; augmentation is seeded by it."""
     index: int
-    """Which sample of the set."""
 
 
 def iterate_draws(
@@ -83,12 +81,10 @@ def check_batch(batch_size: int, num_processes: int, images_per_group: int = 1) 
 
 @dataclass(frozen=True)
 class KeptFeatures:
-    """Features of one picture with its target."""
+    """Features of one picture, as a batch of one, with its target."""
 
     features: FrozenFeatures
-    """A batch of one."""
     target: Shaped[Tensor, "*size"]
-    """As in `Picture`."""
 
 
 class FeatureMemory:

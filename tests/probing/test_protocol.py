@@ -76,7 +76,7 @@ def test_paper__every_value_of_the_public_segmentation_code() -> None:
     assert (PAPER_SEGMENTATION.short_side, PAPER_SEGMENTATION.crop_side, PAPER_SEGMENTATION.stride) == (512, 512, 341)
     assert PAPER_SEGMENTATION.num_iterations == 40_000 and PAPER_SEGMENTATION.max_class_share == 0.75
     assert optimization == OptimizationConfig(
-        Schedule("poly", 40_000, 1500, warmup_ratio=1e-6, min_ratio=0.0, power=1.0),
+        Schedule("poly", 40_000, 1500, warmup_ratio=1e-6, min_ratio=0.0),
         batch_size=16,
         learning_rate=1e-3,
         weight_decay=1e-4,

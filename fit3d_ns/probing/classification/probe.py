@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.frozen_features import (
     Assembler,
-    Assembly,
     ClassTokenSource,
     FrozenBackbones,
     FrozenFeatures,
@@ -32,6 +31,10 @@ REFERENCE_BATCH = 256
 """Learning rates are given for this many images and scale with the batch."""
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 """DINOv2's range."""
+AREA_RANGE = (0.08, 1.0)
+"""Share of the picture's area that a random crop has."""
+RATIO_RANGE = (3 / 4, 4 / 3)
+"""Width over height of a random crop."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,11 @@ PAPER_CLASSIFICATION = ClassificationConfig(num_iterations=PUBLISHED_ITERATIONS)
 
 @dataclass(frozen=True)
 class RateMetrics:
-    """Metrics of every learning rate on one set."""
+    """By learning rate: share of images whose class is the first or among the first five guesses, and mean loss."""
 
     top1: list[float]
-    """Share of images whose class is the first guess."""
     top5: list[float]
-    """Share of images whose class is among the first five guesses."""
     losses: list[float]
-    """Mean cross-entropy."""
 
     def choose(self) -> int:
         """The rate with the best first guesses; of equals, which small sets have many, that with the lowest loss."""
@@ -114,12 +114,10 @@ class ClassificationHeads(nn.Module):
 
 @dataclass(frozen=True)
 class ClassificationInputs(Inputs):
-    """Makes square pictures; fixed ones are central crops."""
+    """Makes square pictures of `crop_side`; fixed ones are central crops of images resized to a short `resize_side`."""
 
     resize_side: int
-    """Shorter side of images before the central crop, pixels."""
     crop_side: int
-    """Side of the square that is seen, pixels."""
 
     def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:
         """The central crop, mirrored or not, by chance."""
@@ -150,23 +148,16 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
     published_iterations = PUBLISHED_ITERATIONS
 
     def __init__(
-        self,
-        config: ClassificationConfig,
-        run: RunConfig,
-        sets: ProbeSets,
-        backbones: FrozenBackbones,
-        assembly: Assembly,
-        accelerator: Any,
+        self, config: ClassificationConfig, run: RunConfig, sets: ProbeSets, backbones: FrozenBackbones, *args: Any
     ) -> None:
         pooled = PooledBackbones(backbones.extractors, backbones.layers, backbones.patch_fit)
-        super().__init__(config, run, sets, pooled, assembly, accelerator)
+        super().__init__(config, run, sets, pooled, *args)
         self.inputs: ClassificationInputs = ClassificationInputs(config.resize_side, config.crop_side)
         numbers = 2 * len(sets.train.frames) * 2 * len(backbones.extractors) * backbones.embed_dim
         needed_gb = 2 * numbers / BYTES_PER_GB
         self.is_cached = resolve_cache(run, needed_gb, "central crops and their mirror images")
 
     def describe(self) -> dict[str, Any]:
-        """The values that were chosen, for the record."""
         return {"num_iterations": self.num_iterations, "features_cached": self.is_cached}
 
     def run_seed(self, seed: int) -> TrainedHead:
@@ -229,33 +220,20 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
         return RateMetrics(shares[0].tolist(), shares[1].tolist(), shares[2].tolist())
 
 
-def draw_resized_window(
-    height: int,
-    width: int,
-    generator: np.random.Generator,
-    area_range: tuple[float, float] = (0.08, 1.0),
-    ratio_range: tuple[float, float] = (3 / 4, 4 / 3),
-    num_tries: int = 10,
-) -> Window:
+def draw_resized_window(height: int, width: int, generator: np.random.Generator, num_tries: int = 10) -> Window:
     """A random window as torchvision's `RandomResizedCrop` draws it; DINOv2's evaluation takes its ranges as they are.
 
-    Args:
-        height: Rows of the picture.
-        width: Columns of the picture.
-        generator: The randomness.
-        area_range: Least and largest share of the picture's area, drawn evenly.
-        ratio_range: Least and largest width over height, drawn evenly in its logarithm.
-        num_tries: Windows larger than the picture are drawn again this often; after that it is the largest window in
-            the middle whose ratio is allowed, whatever its area.
+    The area is drawn evenly, the ratio evenly in its logarithm. Windows larger than the picture are drawn again
+    `num_tries` times; after that it is the largest window in the middle whose ratio is allowed, whatever its area.
     """
     for _ in range(num_tries):
-        area = height * width * generator.uniform(*area_range)
-        ratio = float(np.exp(generator.uniform(*np.log(ratio_range))))
+        area = height * width * generator.uniform(*AREA_RANGE)
+        ratio = float(np.exp(generator.uniform(*np.log(RATIO_RANGE))))
         rows, columns = round(float(np.sqrt(area / ratio))), round(float(np.sqrt(area * ratio)))
         if 0 < rows <= height and 0 < columns <= width:
             return draw_window(height, width, (rows, columns), generator)
-    rows = min(height, round(width / ratio_range[0]))
-    columns = min(width, round(height * ratio_range[1]))
+    rows = min(height, round(width / RATIO_RANGE[0]))
+    columns = min(width, round(height * RATIO_RANGE[1]))
     return Window((height - rows) // 2, (width - columns) // 2, rows, columns)
 
 

@@ -41,20 +41,18 @@ def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
         raise ValueError(f"No such data folder: {path}; check --train and --test.")
     if task == "classification":
         return "imagefolder"
-    if is_scannetpp_scene(path) or find_scannetpp_scenes(path) is not None:
-        return "scannetpp"
-    if is_nyu(path):
-        return "nyu"
-    if is_kitti(path):
-        return "kitti"
-    if find_ade20k(path) is not None:
-        return "ade20k"
-    if find_voc(path) is not None:
-        return "voc"
-    if find_scannet(path) is not None:
-        return "scannet"
-    if (path / "images").is_dir():
-        return "folder"
+    layouts: dict[LabelledLayout, object] = {
+        "scannetpp": is_scannetpp_scene(path) or find_scannetpp_scenes(path),
+        "nyu": is_nyu(path),
+        "kitti": is_kitti(path),
+        "ade20k": find_ade20k(path),
+        "voc": find_voc(path),
+        "scannet": find_scannet(path),
+        "folder": (path / "images").is_dir(),
+    }
+    for layout, is_there in layouts.items():
+        if is_there:
+            return layout
     raise ValueError(
         f"{path} holds no labelled set: no dslr/ (ScanNet++), scene*_*/color/ (ScanNet), nyu_depth_v2_labeled.mat or "
         "nyu_train.txt (NYU), kitti_eigen_train.txt (KITTI), objectInfo150.txt (ADE20K), JPEGImages/ (VOC) or images/ "

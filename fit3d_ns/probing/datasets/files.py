@@ -83,16 +83,8 @@ def create_frame(
 ) -> LabelledFrame:
     """A frame out of files; sizes are compared now, pixels are read later.
 
-    Args:
-        image_path: The photograph.
-        name: As `LabelledFrame.name`.
-        group: As `LabelledFrame.group`.
-        label_path: Its label map.
-        table: How to read the label map.
-        depth_path: Its depth map.
-        depth_scale: Units of the depth map per metre.
-        resize_image: The data set's photographs are larger than its maps by design (ScanNet); bring them to the maps'
-            size instead of raising ValueError.
+    A label map comes with the `table` that reads it, `depth_scale` is the depth map's units per metre. Sizes must be
+    equal, unless `resize_image` brings photographs that are larger by design (ScanNet) to the size of their maps.
     """
     image = read_image_header(image_path)
     size: tuple[int, int] | None = None

@@ -37,14 +37,10 @@ DEFAULT_DEPTH_SCALE = 1000.0
 def read_folder(
     root: Path, split: LabelledSplit, task: ProbeTask, depth_scale: float | None, max_depth: float | None
 ) -> LabelledSet:
-    """Reads one split; a folder without `train` and `test` below `images/` gives all its frames to either.
+    """Reads one split of the first layout, with labels or depth, whichever the task needs.
 
-    Args:
-        root: The first folder drawn above.
-        split: Which part.
-        task: Decides whether labels or depth are needed.
-        depth_scale: Units of the depth maps per metre; None: 1000.
-        max_depth: Depth from here on does not count, metres; None: 10, the range of hand-held sensors.
+    A folder without `train` and `test` below `images/` gives all its frames to either. Depth maps have `depth_scale`
+    units per metre (None: 1000); from `max_depth` metres on depth does not count (None: 10, as of hand-held sensors).
     """
     images = root / "images"
     if not images.is_dir():

@@ -73,14 +73,10 @@ def find_scannetpp_scenes(root: Path) -> Path | None:
 def read_scannetpp_labelled(
     path: Path, split: LabelledSplit | None, task: ProbeTask, max_depth: float | None = None
 ) -> LabelledSet:
-    """Reads a scene, or the scenes of the official split list.
+    """Reads a scene, or the scenes of the official split list, with depth or labels, whichever the task needs.
 
-    Args:
-        path: Scene or root.
-        split: Of a scene: its own train or test frames, None: all. Of a root: `nvs_sem_train` or `nvs_sem_val`, whole
-            scenes.
-        task: Decides whether depth or labels are needed.
-        max_depth: Depth from here on does not count, metres; 20 by default.
+    The split of a scene is its own train or test frames, or all for None; that of a root is `nvs_sem_train` or
+    `nvs_sem_val`, whole scenes. From `max_depth` metres on (None: 20) depth does not count.
     """
     if task == "classification":
         raise ValueError("ScanNet++ has no classes of whole pictures; probe segmentation or depth.")

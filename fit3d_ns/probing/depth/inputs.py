@@ -35,16 +35,15 @@ EVALUATION, TRAINING = 0, 1
 
 @dataclass(frozen=True)
 class DepthInputs(Inputs):
-    """Makes pictures out of the frames of several sets of one convention."""
+    """Makes pictures out of the frames of several sets of one convention.
+
+    Images are resized to the short side, or keep their size for None; `crop_size` is (height, width) of random crops.
+    """
 
     backbones: FrozenBackbones
-    """Decide how pictures meet the patch grid."""
     convention: DepthConvention
-    """Which part of an image is trained on, and seen at all."""
     short_side: int | None
-    """Images are resized to it, pixels; None keeps their size."""
     crop_size: tuple[int, int]
-    """Height and width of random crops."""
 
     def load_image(self, frame: LabelledFrame) -> UInt8[np.ndarray, "height width 3"]:
         """The photograph as the set's benchmark sees it, at its own size."""

@@ -6,7 +6,6 @@ silog = 100 sqrt(var(log p - log d)) with n in the denominator, d1 d2 d3 = share
 1.25, 1.25^2, 1.25^3.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,20 +18,16 @@ METRIC_NAMES = ("rmse", "abs_rel", "sq_rel", "log10", "silog", "d1", "d2", "d3")
 _SUMS = ("squared", "abs_rel", "sq_rel", "log10", "log", "log_squared", "d1", "d2", "d3")
 
 
-@dataclass
 class DepthMetrics:
-    """Adds up images; sums of several processes may be added."""
+    """Adds up images: `sums` over all pixels, the pixel count last, and `per_image` values, the image count last.
 
-    min_depth: float = 0.001
-    """Metres; targets must be above."""
-    max_depth: float = 10.0
-    """Metres; targets must be below; predictions are clamped to the range."""
-    window: EvaluationWindow = "none"
-    """Part of the image that counts."""
-    sums: Tensor = field(default_factory=lambda: torch.zeros(len(_SUMS) + 1, dtype=torch.float64))
-    """Sums over all pixels, the pixel count last."""
-    per_image: Tensor = field(default_factory=lambda: torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64))
-    """Sums of per-image values, the image count last."""
+    Targets outside the range (metres) or the window do not count; predictions are clamped to the range.
+    """
+
+    def __init__(self, min_depth: float = 0.001, max_depth: float = 10.0, window: EvaluationWindow = "none") -> None:
+        self.min_depth, self.max_depth, self.window = min_depth, max_depth, window
+        self.sums = torch.zeros(len(_SUMS) + 1, dtype=torch.float64)
+        self.per_image = torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64)
 
     def update(self, prediction: Float[Tensor, "height width"], target: Float[Tensor, "height width"]) -> None:
         """Adds one image; one without valid pixels does not count (nanmean)."""

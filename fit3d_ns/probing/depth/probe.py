@@ -120,7 +120,6 @@ class DepthProbe(HeadProbe[DepthConfig]):
             warn_about_depth_unit(labelled_set)
 
     def describe(self) -> dict[str, Any]:
-        """The values that were chosen, for the record."""
         rates = self.learning_rates
         return {
             "num_iterations": self.num_iterations,
@@ -214,7 +213,6 @@ class DepthProbe(HeadProbe[DepthConfig]):
         return resize_map(torch.stack(maps).mean(dim=0)[None, None], size)[0, 0]
 
     def save_prediction(self, head: nn.Module, frame: LabelledFrame, prefix: Path, units: float) -> Tensor:
-        """Writes depth and predicted depth of a frame; returns its photograph as the benchmark sees it."""
         depth = self.inputs.load_depth(frame)
         predicted = self.predict(head, frame, (depth.shape[0], depth.shape[1]))
         save_depth(depth, Path(f"{prefix}_truth.png"), units)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.probing.frozen_features import Assembler, Assembly, FrozenBackbones
-from fit3d_ns.scene import FeatureScene, PosedCapture, View, create_depth_view, create_posed_capture, load_scene
+from fit3d_ns.probing.pictures import to_image
+from fit3d_ns.scene import FeatureScene, create_depth_view, create_posed_capture, load_scene
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.selection import select_evenly
 
@@ -135,7 +135,9 @@ class MultiviewProbe:
         token_maps, depth_views = [], []
         for view in track(chosen, f"Features of {capture.scene_id}"):
             depth_views.append(create_depth_view(capture, view, get_scene))
-            token_maps.append(_compute_map(capture, view, backbones, assembler))
+            # Tokens cover exactly the image: (1, c, h, w) -> (h, w, c)
+            features = backbones(to_image(capture.load_image(view).numpy())[None])
+            token_maps.append(assembler(features.to("cpu"))[0].permute(1, 2, 0))
         return _Views(capture.scene_id, token_maps, depth_views, capture.metric_scale)
 
 
@@ -145,15 +147,3 @@ def _keep_recalls(metrics: dict[str, Any]) -> dict[str, Any]:
     if metrics.get("by_angle") is not None:
         kept["by_angle"] = {name: _keep_recalls(recalls) for name, recalls in metrics["by_angle"].items()}
     return kept
-
-
-def _compute_map(
-    capture: PosedCapture, view: View, backbones: FrozenBackbones, assembler: Assembler
-) -> Float[Tensor, "h w channels"]:
-    """Assembled tokens of a view, covering exactly its image."""
-    # (h, w, 3) -> (1, 3, h, w)
-    image = capture.load_image(view).permute(2, 0, 1)[None].float() / 255
-    features = backbones(image).to("cpu")
-    maps = assembler(features)
-    # (1, c, h, w) -> (h, w, c)
-    return maps[0].permute(1, 2, 0)

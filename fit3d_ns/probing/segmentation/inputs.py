@@ -36,18 +36,16 @@ LABELS_PER_TOKEN = 4
 
 @dataclass
 class SegmentationInputs(Inputs):
-    """Cuts pictures out of the frames of several sets; the `part` of a key is the number of a window."""
+    """Cuts pictures out of the frames of several sets; the `part` of a key is the number of a window.
+
+    Images are resized to the short side; windows and crops have `crop_side`, and windows lie `stride` pixels apart.
+    """
 
     backbones: FrozenBackbones
-    """Decide how pictures meet the patch grid."""
     short_side: int
-    """Images are resized to it, pixels."""
     crop_side: int
-    """Side of windows and crops."""
     stride: int
-    """Between windows."""
     max_class_share: float = 0.75
-    """See `draw_varied_window`."""
     _windows: dict[Hashable, list[Window]] = field(default_factory=dict, repr=False)
 
     def list_keys(self, frame: LabelledFrame) -> list[PictureKey]:

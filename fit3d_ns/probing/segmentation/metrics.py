@@ -5,7 +5,6 @@ classes that occur (iou: in truth or prediction, acc: in truth), aacc is the sha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,17 +14,12 @@ from torch import Tensor
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX
 
 
-@dataclass
 class SegmentationMetrics:
-    """Adds up images; matrices of several processes may be summed."""
+    """Adds up images; `confusion` counts pixels by true class (rows) and predicted class, and may be summed."""
 
-    num_classes: int
-    """Number of classes."""
-    confusion: Int[Tensor, "classes classes"] = field(init=False)
-    """Pixels by true class (rows) and predicted class (columns)."""
-
-    def __post_init__(self) -> None:
-        self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.confusion: Int[Tensor, "classes classes"] = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def update(self, predicted: Integer[Tensor, "height width"], labels: Integer[Tensor, "height width"]) -> None:
         """Adds one image; pixels labelled `IGNORE_INDEX` never count."""

@@ -93,7 +93,6 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
         self.is_cached = resolve_cache(self.run, needed_gb, variants)
 
     def describe(self) -> dict[str, Any]:
-        """The values that were chosen, for the record."""
         return {
             "short_side": self.inputs.short_side,
             "crop_side": self.inputs.crop_side,
@@ -104,7 +103,6 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
         }
 
     def run_seed(self, seed: int) -> TrainedHead:
-        """Trains a head and measures it on the test data."""
         self.seed_head(seed)
         head = SegmentationHead(self._create_assembler(), self.sets.train.num_classes)
         trained = self.train(seed, head, self.create_optimization())
@@ -158,7 +156,6 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
         return resize_map(average_windows(maps, windows, height, width)[None], size)[0]
 
     def save_prediction(self, head: nn.Module, frame: LabelledFrame, prefix: Path, units: float) -> Tensor:
-        """Writes labels and predicted labels of a frame; returns its photograph."""
         assert frame.load_labels is not None
         labels = frame.load_labels()
         logits = self.predict_logits(head, frame, (labels.shape[0], labels.shape[1]))
