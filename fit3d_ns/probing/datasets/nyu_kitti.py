@@ -60,7 +60,7 @@ def is_nyu(root: Path) -> bool:
 
 
 def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int | None = None) -> LabelledSet:
-    """Reads one official split, with 13 classes (the paper's) or 40; for depth the published list wins if it is there."""
+    """Reads one official split, with 13 classes (the paper's) or 40; for depth the published list, if any, wins."""
     if task == "classification":
         raise ValueError("NYUv2 has no classes of whole pictures; probe segmentation or depth.")
     if task == "depth" and (root / f"nyu_{split}.txt").is_file():
