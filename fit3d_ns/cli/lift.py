@@ -14,8 +14,7 @@ from fit3d_ns.cli.export import describe_scene
 from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheConfig, describe_backbone
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
-from fit3d_ns.lifting.lift_forecast import LiftForecast, forecast_lift
-from fit3d_ns.lifting.lift_scene import check_dimensions, lift_scene
+from fit3d_ns.lifting.lift_scene import LiftForecast, check_dimensions, forecast_lift, lift_scene
 from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
 from fit3d_ns.lifting.sources import (
     LiftSource,

@@ -113,10 +113,6 @@ class DecoderStatistics:
         self.regressors += weighted.T @ inputs
         self.products += weighted.T @ tokens.flatten(0, 1)
 
-    def merge(self, other: "DecoderStatistics") -> "DecoderStatistics":
-        """Normal equations of both sets of tokens together."""
-        return DecoderStatistics(self.regressors + other.regressors, self.products + other.products)
-
 
 def fit_decoder(statistics: Sequence[DecoderStatistics], basis: PcaBasis, ridge: float) -> FeatureDecoder:
     """The decoder of least squared error, pulled towards the PCA decoder.
@@ -133,7 +129,7 @@ def fit_decoder(statistics: Sequence[DecoderStatistics], basis: PcaBasis, ridge:
     for other in statistics[1:]:
         if other.products.shape != total.products.shape:
             raise ValueError("The scenes' decoder statistics differ in size; lift them on one shared basis.")
-        total = total.merge(other)
+        total = DecoderStatistics(total.regressors + other.regressors, total.products + other.products)
     num_inputs, embed_dim = total.products.shape
     feature_dim, basis_width = basis.components.shape
     num_weights = NUM_TAPS * feature_dim
@@ -143,7 +139,9 @@ def fit_decoder(statistics: Sequence[DecoderStatistics], basis: PcaBasis, ridge:
             f"{feature_dim} dimensions and width {basis_width}."
         )
     has_bias = num_inputs == num_weights + 1
-    start = _create_pca_matrix(basis, num_inputs).to(total.products)
+    # The decoder that reads the basis back: centre tap = components, bias = mean.
+    start = FeatureDecoder.from_pca(basis.components, basis.mean).matrix.detach()
+    start = (torch.cat([start, basis.mean[None]]) if has_bias else start).to(total.products)
     if math.isinf(ridge):
         solution = start
     else:
@@ -156,15 +154,3 @@ def fit_decoder(statistics: Sequence[DecoderStatistics], basis: PcaBasis, ridge:
         solution = start + change
     bias = solution[-1].float() if has_bias else None
     return FeatureDecoder.from_matrix(solution[:num_weights].float(), bias)
-
-
-def create_pca_decoder(basis: PcaBasis, *, bias: bool) -> FeatureDecoder:
-    """The decoder that reads the basis back: centre tap = components, bias = mean."""
-    decoder = FeatureDecoder.from_pca(basis.components, basis.mean)
-    return decoder if bias else FeatureDecoder.from_weights(decoder.weight, None)
-
-
-def _create_pca_matrix(basis: PcaBasis, num_inputs: int) -> Float[Tensor, "inputs embed"]:
-    matrix = create_pca_decoder(basis, bias=False).matrix.detach()
-    has_bias = num_inputs == matrix.shape[0] + 1
-    return torch.cat([matrix, basis.mean[None]]) if has_bias else matrix

@@ -1,12 +1,13 @@
-"""`lift_scene`: Gaussians and photographs to a whole `FeatureScene`: tokens, solve, by-products, held-out figures.
+"""`lift_scene`: Gaussians and photographs to a whole `FeatureScene`; `forecast_lift`: what that will cost.
 
 Tokens of all views come from the feature cache, which is filled first; the solve then reads them from disk, view by
-view. Figures are those of what the scene file will hold: half-precision features, dropped Gaussians gone.
+view. Metrics are those of what the scene file will hold: half-precision features, dropped Gaussians gone.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
-from fit3d_ns.features import BackboneDescription, FeatureCache
+from fit3d_ns.features import BackboneDescription, FeatureCache, compute_feature_key, create_extractor
+from fit3d_ns.lifting.blending import prepare_view
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
 from fit3d_ns.lifting.passes import Progress
@@ -30,6 +32,35 @@ from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians
 from fit3d_ns.scene.scene_costs import TRAINING_FIGURE
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, measure_peak_memory_mb, notice
 from fit3d_ns.utils.selection import select_evenly
+
+
+@dataclass(frozen=True)
+class LiftForecast:
+    """Predicted costs; other work on the machine changes the seconds."""
+
+    num_gaussians: int
+    """Gaussians that get features."""
+    num_views: int
+    """Views that are lifted."""
+    num_held_out: int
+    """Views that are measured on afterwards."""
+    token_seconds: float
+    """Reading all photographs, and the backbone where the sampled view's tokens are not cached yet."""
+    is_cached: bool
+    """Whether the sampled view's tokens were cached; the forecast takes all other views to be like it."""
+    solve_seconds: float
+    """All passes of the solve, at most."""
+    evaluation_seconds: float
+    """Held-out views."""
+    memory_mb: float
+    """Peak memory in 1e6 bytes."""
+    file_mb: float
+    """Size of the scene file in 1e6 bytes."""
+
+    @property
+    def seconds(self) -> float:
+        """Everything together."""
+        return self.token_seconds + self.solve_seconds + self.evaluation_seconds
 
 
 def check_dimensions(config: LiftConfig, backbone: BackboneDescription) -> None:
@@ -69,7 +100,7 @@ def lift_scene(
         pca: Directions and colours of pictures, if other scenes share them; fitted by default.
 
     Returns:
-        The scene on the CPU, with the lift's figures, and everything the solve found.
+        The scene on the CPU, with the lift's metrics, and everything the solve found.
 
     Raises:
         ValueError: What `solve_features` and `extract_features` refuse, or a feature dimension above the tokens' width.
@@ -87,7 +118,7 @@ def lift_scene(
     is_resumed = state_path is not None and state_path.is_file()
     if is_resumed:
         notice(f"Going on with the interrupted lift in {state_path}.")
-    with show_passes() as bar:
+    with _show_passes() as bar:
         result = solve_features(
             source.activate(device),
             lifted,
@@ -102,9 +133,9 @@ def lift_scene(
     keep = torch.ones_like(result.is_valid) if not options.drop_unseen else ~result.is_unseen
     scene = _create_scene(source, result, keep.cpu(), own if pca is None else pca, backbone)
     with timer.phase("evaluation"):
-        figures = _measure_dropping(scene, source, chosen, device)
-        figures |= measure_held_out(scene, held_out, own.mean, device)
-    figures |= {
+        metrics = _measure_dropping(scene, source, chosen, device)
+        metrics |= measure_held_out(scene, held_out, own.mean, device)
+    metrics |= {
         "photograph_psnr": fit.psnr,
         "num_gaussians": scene.gaussians.num_gaussians,
         "num_invalid_gaussians": source.num_dropped + result.num_invalid,
@@ -118,22 +149,127 @@ def lift_scene(
         "is_resumed": is_resumed,
         "seconds": {name: round(seconds, 3) for name, seconds in {**timer.seconds, **result.seconds}.items()},
         TRAINING_FIGURE: source.training_seconds,
-        "peak_memory_mb": measure_lift_memory_mb(device),
+        "peak_memory_mb": _measure_memory_mb(device),
         "source": source.description,
         "lift": asdict(config),
     }
-    return replace(scene, metrics=figures, lifted_views=tuple(view.name for view in chosen.lifted)), result
+    return replace(scene, metrics=metrics, lifted_views=tuple(view.name for view in chosen.lifted)), result
 
 
-def measure_lift_memory_mb(device: torch.device | str) -> float:
-    """Peak memory in 1e6 bytes: of the device on CUDA, resident on the CPU."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return measure_peak_memory_mb()
+def measure_held_out(
+    scene: FeatureScene,
+    held_out: Sequence[LiftView],
+    mean_token: Float[Tensor, " embed"],
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Metrics of a scene on views that it was not lifted from; none, with a notice, where that cannot be measured.
+
+    Args:
+        scene: What is measured, as it will be stored.
+        held_out: Views with their tokens.
+        mean_token: Of the views that were lifted, for the baseline.
+        device: Where to render.
+    """
+    if not held_out:
+        notice("No view is held out: the capture has no test views, so there are no metrics for new views.")
+        return {}
+    scene = scene.to(device)
+    try:
+        metrics = evaluate_features(
+            scene.activated,
+            scene.gaussians.features.float(),
+            scene.decoder,
+            held_out,
+            mean_token.to(device),
+            token_reading=scene.token_reading,
+        )
+    except ValueError as error:
+        # The lift itself is sound; what cannot be measured is left out of the metrics, and said.
+        notice(f"No held-out metrics: {error}")
+        return {}
+    return {
+        "feature_l1": metrics.feature_l1,
+        "feature_cosine": metrics.feature_cosine,
+        "feature_l1_mean_token": metrics.mean_token_l1,
+        "feature_cosine_mean_token": metrics.mean_token_cosine,
+        "num_eval_tokens": metrics.num_tokens,
+    }
+
+
+def forecast_lift(
+    source: LiftSource,
+    cache: FeatureCache,
+    config: LiftConfig,
+    options: LiftSceneConfig | None = None,
+    device: torch.device | str = "cpu",
+    include_sh: bool = False,
+) -> LiftForecast:
+    """Lifts the middle view alone, twice (kernels are compiled and files are read in the first), and counts.
+
+    The view's tokens stay in the cache. `include_sh` is that of `save_scene`.
+
+    Raises:
+        ValueError: What `lift_scene` refuses.
+    """
+    options = options or LiftSceneConfig()
+    chosen = choose_views(source.capture, options.views)
+    sample = chosen.lifted[len(chosen.lifted) // 2]
+    start = time.perf_counter()
+    image = source.capture.load_image(sample)
+    key = compute_feature_key(image)
+    read_seconds = time.perf_counter() - start
+    is_cached = cache.contains(key)
+    views = load_views(source.capture, [sample], cache, options, device)
+    backbone_seconds = 0.0
+    if not is_cached:
+        # The first pass of a backbone also reads its weights: the second is timed, on tokens that are thrown away.
+        extractor = create_extractor(cache.description, device=device)
+        start = time.perf_counter()
+        # (h, w, 3) -> (1, 3, h, w)
+        extractor(image.permute(2, 0, 1)[None].float().to(device) / 255.0)
+        backbone_seconds = time.perf_counter() - start
+    gaussians = source.activate(device)
+    one_pass = replace(config, max_passes=min(config.max_passes, 1), polish_steps=min(config.polish_steps, 1))
+    solve_features(gaussians, views, one_pass)
+    passes = _PassTimes()
+    result = solve_features(gaussians, views, one_pass, progress=passes)
+    # What the conjugate gradients keep between passes, and make again where it does not fit.
+    start = time.perf_counter()
+    prepared = prepare_view(gaussians, views[0], config.samples_per_patch)
+    prepare_seconds = time.perf_counter() - start
+    num_views, num_held_out = len(chosen.lifted), len(chosen.held_out)
+    # Views whose projections are not kept are projected again in each pass after the first that projects them. A
+    # sampled solve's decoder pass projects whole views in any case, and so did the measured one.
+    num_kept = min(int(config.cache_memory_mb * 1e6 / max(prepared.num_bytes, 1)), num_views)
+    num_passes = config.max_passes + int("sampled weighted sum" not in passes.seconds)
+    solve_seconds = (
+        num_views * sum(map(passes.total, ("basis", "weighted sum", "sampled weighted sum")))
+        + config.decoder_share * num_views * passes.total("decoder")
+        + num_views * config.max_passes * passes.total("solve")
+        + (num_views - num_kept) * num_passes * prepare_seconds
+        + config.polish_steps * result.seconds["polish"]
+    )
+    kept_mb = (num_kept - 1) * prepared.num_bytes / 1e6
+    num_gaussians = source.gaussians.num_gaussians
+    stored = source.gaussians if include_sh else replace(source.gaussians, sh_rest=None)
+    # Features are stored in two bytes each.
+    bytes_per_gaussian = stored.bytes_per_gaussian + 2 * (config.feature_dim - stored.feature_dim)
+    decoder_bytes = 4 * 9 * config.feature_dim * cache.description.embed_dim
+    return LiftForecast(
+        num_gaussians=num_gaussians,
+        num_views=num_views,
+        num_held_out=num_held_out,
+        token_seconds=(num_views + num_held_out) * (read_seconds + backbone_seconds),
+        is_cached=is_cached,
+        solve_seconds=solve_seconds,
+        evaluation_seconds=num_held_out * (prepare_seconds + passes.total("decoder")),
+        memory_mb=_measure_memory_mb(device) + max(kept_mb, 0.0),
+        file_mb=(num_gaussians * bytes_per_gaussian + decoder_bytes) / 1e6,
+    )
 
 
 @contextmanager
-def show_passes() -> Iterator[Progress]:
+def _show_passes() -> Iterator[Progress]:
     """A progress bar for the passes of a solve, one after the other."""
     with create_progress() as bar:
         task = bar.add_task("Lifting", total=None, note="")
@@ -191,41 +327,26 @@ def _measure_dropping(
     return {"largest_change_by_dropping": max(changes)}
 
 
-def measure_held_out(
-    scene: FeatureScene,
-    held_out: Sequence[LiftView],
-    mean_token: Float[Tensor, " embed"],
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """Figures of a scene on views that it was not lifted from; none, with a notice, where that cannot be measured.
+def _measure_memory_mb(device: torch.device | str) -> float:
+    """Peak memory in 1e6 bytes: of the device on CUDA, resident on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return measure_peak_memory_mb()
 
-    Args:
-        scene: What is measured, as it will be stored.
-        held_out: Views with their tokens.
-        mean_token: Of the views that were lifted, for the baseline.
-        device: Where to render.
-    """
-    if not held_out:
-        notice("No view is held out: the capture has no test views, so there are no figures for new views.")
-        return {}
-    scene = scene.to(device)
-    try:
-        metrics = evaluate_features(
-            scene.activated,
-            scene.gaussians.features.float(),
-            scene.decoder,
-            held_out,
-            mean_token.to(device),
-            token_reading=scene.token_reading,
-        )
-    except ValueError as error:
-        # The lift itself is sound; what cannot be measured is left out of the figures, and said.
-        notice(f"No held-out figures: {error}")
-        return {}
-    return {
-        "feature_l1": metrics.feature_l1,
-        "feature_cosine": metrics.feature_cosine,
-        "feature_l1_mean_token": metrics.mean_token_l1,
-        "feature_cosine_mean_token": metrics.mean_token_cosine,
-        "num_eval_tokens": metrics.num_tokens,
-    }
+
+class _PassTimes:
+    """Seconds of each pass's one view: what surrounds the passes does not grow with the views."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = 0.0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if done == 0:
+            self._start = time.perf_counter()
+        else:
+            self.seconds[name] = time.perf_counter() - self._start
+
+    def total(self, name: str) -> float:
+        """Seconds of the passes whose names begin so."""
+        return sum((seconds for key, seconds in self.seconds.items() if key.startswith(name)), 0.0)

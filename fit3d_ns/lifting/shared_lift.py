@@ -46,18 +46,8 @@ class LiftTask:
 
     @property
     def sums_path(self) -> Path:
-        """Its decoder statistics."""
+        """Its decoder statistics, until the shared decoder is fitted."""
         return self.output_path.with_name(self.output_path.name + SUMS_SUFFIX)
-
-
-@dataclass(frozen=True)
-class SharedSpace:
-    """What scenes that were lifted together have in common, besides the decoder."""
-
-    basis: PcaBasis
-    """Space of the features."""
-    pca: PcaBasis
-    """Directions and colours of pictures."""
 
 
 def lift_together(
@@ -89,20 +79,20 @@ def lift_together(
     options = options or LiftSceneConfig()
     check_dimensions(config, backbone)
     notice(f"Tokens of {len(tasks)} scenes, for the basis they share")
-    space = fit_shared_space(tasks, cache, config, options, device)
+    basis, pca = fit_shared_space(tasks, cache, config, options, device)
     statistics = []
     for number, task in enumerate(tasks, start=1):
         notice(f"[{number}/{len(tasks)}] {task.output_path.name}")
-        statistics.append(_lift(task, space, backbone, cache, config, options, device, include_sh))
-    decoder = fit_decoder(statistics, space.basis, config.decoder_ridge).requires_grad_(False).cpu()
+        statistics.append(_lift(task, basis, pca, backbone, cache, config, options, device, include_sh))
+    decoder = fit_decoder(statistics, basis, config.decoder_ridge).requires_grad_(False).cpu()
     for task in tasks:
         scene = replace(load_scene(task.output_path), decoder=decoder)
         held_out = choose_views(scene.posed_capture, options.views).held_out
         views = load_views(scene.posed_capture, held_out, cache, options, device)
-        # The baseline's figures stay those of the scene's own mean token.
-        figures = {name: value for name, value in measure_held_out(scene, views, space.basis.mean, device).items()
-                   if not name.endswith("_mean_token")}  # fmt: skip
-        scene = replace(scene, metrics={**scene.metrics, **figures, "num_scenes_sharing_decoder": len(tasks)})
+        measured = measure_held_out(scene, views, basis.mean, device)
+        # The baseline's metrics stay those of the scene's own mean token.
+        metrics = {name: value for name, value in measured.items() if not name.endswith("_mean_token")}
+        scene = replace(scene, metrics={**scene.metrics, **metrics, "num_scenes_sharing_decoder": len(tasks)})
         save_scene(scene, task.output_path, include_sh=include_sh)
         if on_scene is not None:
             on_scene(scene, task.output_path)
@@ -116,7 +106,7 @@ def fit_shared_space(
     config: LiftConfig,
     options: LiftSceneConfig,
     device: torch.device | str = "cpu",
-) -> SharedSpace:
+) -> tuple[PcaBasis, PcaBasis]:
     """The basis of the tokens of all scenes, every view counting alike, and picture colours for all of them."""
     if not tasks:
         raise ValueError("There is no scene to lift.")
@@ -133,12 +123,13 @@ def fit_shared_space(
     assert sums is not None
     basis = fit_token_basis(sums, config.feature_dim, centred=config.decoder_bias)
     rows = torch.cat(samples)
-    return SharedSpace(basis, fit_pca(rows, min(3, rows.shape[1])))
+    return basis, fit_pca(rows, min(3, rows.shape[1]))
 
 
 def _lift(
     task: LiftTask,
-    space: SharedSpace,
+    basis: PcaBasis,
+    pca: PcaBasis,
     backbone: BackboneDescription,
     cache: FeatureCache,
     config: LiftConfig,
@@ -150,16 +141,15 @@ def _lift(
     source = task.read()
     views = load_views(source.capture, choose_views(source.capture, options.views).lifted, cache, options, device)
     gaussians = source.activate(device)
-    identity = compute_identity(gaussians, views, config, backbone.identity, space.basis)
+    identity = compute_identity(gaussians, views, config, backbone.identity, basis)
     identity["setting of the scene"] = json.dumps({**asdict(options), "include_sh": include_sh})
     found = _read_sums(task, identity, device)
     if found is not None:
         notice(f"{task.output_path.name} is lifted already.")
         return found
     scene, result = lift_scene(
-        source, backbone, cache, config, options, device=device, state_path=task.state_path, basis=space.basis,
-        pca=space.pca,
-    )  # fmt: skip
+        source, backbone, cache, config, options, device=device, state_path=task.state_path, basis=basis, pca=pca
+    )
     save_scene(scene, task.output_path, include_sh=include_sh)
     sums = result.decoder_statistics
     tensors = {"regressors": sums.regressors.cpu(), "products": sums.products.cpu()}
@@ -178,7 +168,7 @@ def _read_sums(task: LiftTask, identity: dict[str, str], device: torch.device | 
                 return None
             return DecoderStatistics(*(file.get_tensor(name).to(device) for name in ("regressors", "products")))
     except (SafetensorError, ValueError):
-        # Either file is damaged; both are made anew.
+        # Either file is damaged; both are made again.
         return None
 
 

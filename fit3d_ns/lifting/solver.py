@@ -110,13 +110,8 @@ def solve_features(
     if state_path is not None:
         identity = compute_identity(gaussians, list(views), config, backbone, basis)
         state = load_state(state_path, identity, gaussians.means.device)
-    passes = ViewPasses(
-        state,
-        len(views),
-        state_path=state_path,
-        seconds_per_checkpoint=config.seconds_per_checkpoint,
-        progress=progress,
-    )
+    interval = config.seconds_per_checkpoint
+    passes = ViewPasses(state, len(views), state_path=state_path, seconds_per_checkpoint=interval, progress=progress)
     # What a sampled solve keeps is used in every pass; what is kept of whole views serves the decoder and a polish.
     keeps_samples = is_sampled and config.max_passes > 0 and config.polish_steps == 0
     blender = ViewBlender(gaussians, views, config, memory_mb=0.0 if keeps_samples else config.cache_memory_mb)
@@ -141,11 +136,7 @@ class _Lift:
         self.device = blender.gaussians.means.device
         self._tensors = passes.state.tensors
 
-    def run(
-        self,
-        basis: PcaBasis | None,
-        is_valid: Bool[Tensor, " num_all"],
-    ) -> LiftResult:
+    def run(self, basis: PcaBasis | None, is_valid: Bool[Tensor, " num_all"]) -> LiftResult:
         tensors = self._tensors
         with self.timer.phase("basis"):
             basis = self._fit_basis() if basis is None else basis.to(self.device)
@@ -230,23 +221,18 @@ class _Lift:
                 memory_mb=config.cache_memory_mb,
             )
             sums = ("sampled_numerator", "sampled_denominator")
-            self._accumulate_right_side(blender, basis, sums)
+            memory = weighted_sum.new_empty(len(weighted_sum), config.feature_dim + 1)
+
+            def add(index: int) -> None:
+                found = backproject_targets(blender.prepare(index), basis, config, memory.zero_())
+                self._tensors[sums[0]] += found.numerator
+                self._tensors[sums[1]] += found.denominator
+
+            new = {sums[0]: torch.zeros_like(weighted_sum), sums[1]: weighted_sum.new_zeros(len(weighted_sum))}
+            self.passes.run("sampled weighted sum", new, add)
         solution = ConjugateGradients(blender, self.passes, config, weighted_sum, sums).solve()
         # What no sample hits, the solve knows nothing of (and without a Tikhonov term leaves at zero).
         return torch.where(self._tensors[sums[1]][:, None] > 0, solution, weighted_sum)
-
-    def _accumulate_right_side(self, blender: ViewBlender, basis: PcaBasis, names: tuple[str, str]) -> None:
-        tensors, count = self._tensors, len(blender.gaussians)
-        zeros = blender.gaussians.means.new_zeros(count)
-        memory = zeros.new_empty(count, self.config.feature_dim + 1)
-
-        def add(index: int) -> None:
-            found = backproject_targets(blender.prepare(index), basis, self.config, memory.zero_())
-            tensors[names[0]] += found.numerator
-            tensors[names[1]] += found.denominator
-
-        new = {names[0]: zeros.new_zeros(count, self.config.feature_dim), names[1]: zeros}
-        self.passes.run("sampled weighted sum", new, add)
 
     def _accumulate_decoder(self, features: Float[Tensor, "num_gaussians dim"]) -> DecoderStatistics:
         tensors, blender = self._tensors, self.blender
@@ -291,13 +277,15 @@ class _Lift:
             token_reading=config.token_reading,
             alpha_weighting=config.accumulation_aware,
         )
-        generator, order = create_generator(0, "polish"), []
+        generator = create_generator(0, "polish")
+        order: list[int] = []
         for _ in range(config.polish_steps):
             order = order or torch.randperm(len(blender.views), generator=generator).tolist()
             view = blender.prepare(order.pop())
             height, width = view.alphas.shape
             loss = FeatureLoss(width, height, view.patch_grid, loss_config)
-            features_low = rasterize_features(features, view.info, pixels=loss.pixels.to(self.device))[0]
+            pixels = None if loss.pixels is None else loss.pixels.to(self.device)
+            features_low = rasterize_features(features, view.info, pixels=pixels)[0]
             optimizer.zero_grad()
             loss.compute(features_low, view.alphas, decoder, view.tokens, view.mask).backward()
             optimizer.step()
@@ -356,10 +344,7 @@ def _create_accumulator(weight: Tensor, first: Tensor, second: Tensor) -> PcaAcc
 
 
 def _check_sizes(
-    gaussians: ActivatedGaussians,
-    views: Sequence[LiftView],
-    config: LiftConfig,
-    basis: PcaBasis | None,
+    gaussians: ActivatedGaussians, views: Sequence[LiftView], config: LiftConfig, basis: PcaBasis | None
 ) -> tuple[tuple[int, int], int]:
     """Checks what can be known before any pass; returns the first view's token grid and the tokens' width E."""
     if not views:

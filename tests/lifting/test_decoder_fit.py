@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
 from fit3d_ns.lifting import DecoderStatistics, LiftConfig, fit_decoder, solve_features
-from fit3d_ns.lifting.decoder_fit import create_pca_decoder, fit_token_basis, project_tokens
+from fit3d_ns.lifting.decoder_fit import fit_token_basis, project_tokens
+from fit3d_ns.scene import FeatureDecoder
 from fit3d_ns.scene.token_grid import create_token_reader
 
 WIDTH, HEIGHT, GRID = 30, 24, (8, 10)
@@ -54,7 +55,7 @@ def test_fit_decoder__finds_the_convolution_that_made_the_tokens():
 
 def test_fit_decoder__ridge_pulls_towards_pca():
     basis = create_basis()
-    pca = create_pca_decoder(basis, bias=True)
+    pca = FeatureDecoder.from_pca(basis.components, basis.mean)
     assert torch.equal(pca.weight[:, :, 1, 1], basis.components.T) and torch.equal(pca.bias, basis.mean)
     statistics = DecoderStatistics.create(2, 5, bias=True)
     add_view(statistics, 0, torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(1)), torch.zeros(5))

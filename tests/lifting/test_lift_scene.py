@@ -9,8 +9,7 @@ import torch
 
 from fit3d_ns.features import FeatureCache, FeatureCacheConfig, compute_feature_key, describe_backbone
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
-from fit3d_ns.lifting.lift_forecast import forecast_lift
-from fit3d_ns.lifting.lift_scene import lift_scene
+from fit3d_ns.lifting.lift_scene import forecast_lift, lift_scene
 from fit3d_ns.lifting.sources import (
     PlyConfig,
     WorldChange,
