@@ -180,7 +180,7 @@ def list_values(kind: Any, default: Any) -> list[list[str]]:
     if origin in (tuple, list):
         inner = list_values(arguments[0], None)
         count = 1 if Ellipsis in arguments or origin is list else len(arguments)
-        return [word * count for word in inner] + [list(itertools.chain(*inner[:2]))] + [word * 2 for word in inner]
+        return [word * count for word in inner] + [sorted(itertools.chain(*inner[:2]))] + [word * 2 for word in inner]
     if kind is bool:
         return [[str(not default)]]
     if kind is int:
@@ -245,6 +245,8 @@ def run(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
         for where, answer in command.answers.items():
             patches.setattr(where, note(where.rpartition(".")[2], answer))
         patches.setattr(sys, "argv", ["command", *arguments])
+        # With a card in sight, `auto` and `cpu` are not the same.
+        patches.setattr("torch.cuda.is_available", lambda: True)
         try:
             module.main()
         except SystemExit as stop:
