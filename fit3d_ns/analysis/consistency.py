@@ -87,7 +87,7 @@ def create_pairs(
     Args:
         num_views: Number of views, in the order of capture where `gaps` are given.
         gaps: Distances j - i to take; all by default.
-        max_pairs: At most so many, drawn at random; the order stays.
+        max_pairs: At most this many, drawn at random; the order stays.
         seed: Seed of the draw.
     """
     wanted = range(1, num_views) if gaps is None else sorted(set(gaps))

@@ -71,10 +71,10 @@ def compose_panel(
             f"{len(column_labels)} column and {len(row_labels)} row labels for {num_columns} columns and "
             f"{len(pictures)} rows; give one each or none."
         )
-    widths = [
-        max((row[column].shape[1] for row in pictures if column < len(row) and row[column] is not None), default=1)
-        for column in range(num_columns)
-    ]
+    widths = [1] * num_columns
+    for row in pictures:
+        for column, picture in enumerate(row):
+            widths[column] = max(widths[column], 1 if picture is None else picture.shape[1])
     heights = [max((picture.shape[0] for picture in row if picture is not None), default=1) for row in pictures]
     row_strip = LABEL_HEIGHT if row_labels else 0
     lefts = [GAP + sum(width + GAP for width in widths[:column]) for column in range(num_columns)]

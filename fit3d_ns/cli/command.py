@@ -29,7 +29,7 @@ def run_command(
 ) -> None:
     """Parses the command line into `config_class`, runs `function` on it and leaves the process with its exit code.
 
-    A `ValueError` (and a missing, unreadable or unwritable file) is the user's to mend: it becomes one sentence on
+    A `ValueError` (and a missing, unreadable or unwritable file) is the user's to correct: it becomes one sentence on
     standard error and exit code 1. Ctrl-C becomes exit code 130. Everything else is our fault and shows its traceback.
     `--debug`, or `FIT3D_DEBUG=1` in the environment, shows the traceback always.
 

@@ -1,5 +1,6 @@
 """`fit3d-info`: what this machine offers and what is missing; the first thing a bug report needs."""
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -20,13 +21,22 @@ from fit3d_ns.rasterization import available_backends
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.results import collect_versions
 
-SYSTEM_PARTS = {
-    "ffmpeg": ("ns-render", "Debian package ffmpeg"),
-    "colmap": ("ns-process-data", "Debian package colmap"),
-    "c++": ("compiling gsplat's CUDA kernels", "Debian package g++"),
-    "nvcc": ("compiling gsplat's CUDA kernels", "the CUDA toolkit"),
-}
-"""Program to what needs it and where it comes from."""
+_PROGRAMS = (
+    ("ffmpeg", "ns-render", "Debian package ffmpeg"),
+    ("colmap", "ns-process-data", "Debian package colmap"),
+    ("c++", "compiling gsplat's CUDA kernels", "Debian package g++"),
+    ("nvcc", "compiling gsplat's CUDA kernels", "the CUDA toolkit"),
+)
+"""Name, what needs it, and where it comes from; likewise below."""
+_MODULES = (
+    ("peft", "fit3d-finetune --train lora", "pip install '.[lora]'"),
+    ("gradio", "fit3d-demo", "pip install '.[demo]'"),
+    ("h5py", "the labelled NYUv2 file", "pip install '.[nyu]'"),
+)
+_LIBRARIES = (
+    ("libGL.so.1", "opencv-python, if that replaced the headless build", "Debian package libgl1"),
+    ("libusb-1.0.so.0", "open3d (ns-export, nerfstudio-data with a ply)", "Debian package libusb-1.0-0"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,30 +105,13 @@ def _describe_weight_folders() -> dict[str, str]:
 
 def _find_missing() -> list[str]:
     """What is absent, what needs it, and where it comes from."""
-    missing = [
-        f"{program}: needed by {user}; {source}"
-        for program, (user, source) in SYSTEM_PARTS.items()
-        if shutil.which(program) is None
-    ]
-    for module, user, extra in (
-        ("peft", "fit3d-finetune --train lora", "lora"),
-        ("gradio", "fit3d-demo", "demo"),
-        ("h5py", "the labelled NYUv2 file", "nyu"),
-    ):
-        if importlib.util.find_spec(module) is None:
-            missing.append(f"{module}: needed by {user}; pip install '.[{extra}]'")
-    for library, user, source in (
-        ("libGL.so.1", "opencv-python, if that replaced the headless build", "Debian package libgl1"),
-        ("libusb-1.0.so.0", "open3d (ns-export, nerfstudio-data with a ply)", "Debian package libusb-1.0-0"),
-    ):
-        if not _can_load(library):
-            missing.append(f"{library}: needed by {user}; {source}")
-    return missing
+    absent = [part for part in _PROGRAMS if shutil.which(part[0]) is None]
+    absent += [part for part in _MODULES if importlib.util.find_spec(part[0]) is None]
+    absent += [part for part in _LIBRARIES if not _can_load(part[0])]
+    return [f"{name}: needed by {user}; {source}" for name, user, source in absent]
 
 
 def _can_load(library: str) -> bool:
-    import ctypes
-
     try:
         ctypes.CDLL(library)
     except OSError:

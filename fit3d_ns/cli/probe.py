@@ -139,7 +139,8 @@ def create_request(command: ProbeCommand) -> ProbeRequest:
     """
     configs = PAPER_CONFIGS if command.paper and command.task in PAPER_CONFIGS else DEFAULT_CONFIGS
     config: Any = configs[command.task]
-    given = {name: getattr(command, name) for name in _TASK_FLAGS if getattr(command, name) is not None}
+    of_tasks = {item.name for each in DEFAULT_CONFIGS.values() for item in fields(each)}
+    given = {name: value for name, value in vars(command).items() if name in of_tasks and value is not None}
     known = {item.name for item in fields(config)}
     for name in given:
         if name not in known:
@@ -180,23 +181,6 @@ def describe_metrics(record: ResultRecord) -> str:
     random = " (random weights: these metrics say nothing about quality)" if record.is_random else ""
     return f"{record.kind} {record.settings.get('assembly')}: {', '.join(parts)}{random}"
 
-
-_TASK_FLAGS = (
-    "num_iterations",
-    "batch_size",
-    "learning_rate",
-    "short_side",
-    "head",
-    "class_token",
-    "gradient_loss_weight",
-    "max_views",
-    "max_pairs",
-    "ratio_matches",
-    "angle_edges",
-    "splits",
-    "data_root",
-)
-"""Flags that are fields of the task's configuration."""
 
 if __name__ == "__main__":
     main()

@@ -128,7 +128,7 @@ def draw_features(command: FeaturesCommand) -> None:
     if not command.images:
         raise ValueError("No pictures to draw; name photographs, videos or folders of frames.")
     if command.longest_side is not None and command.longest_side < 1:
-        raise ValueError(f"--longest-side {command.longest_side} is no size; give pixels.")
+        raise ValueError(f"--longest-side {command.longest_side} is not a size; give pixels.")
     device = choose_device(command.device).type
     groups = read_models(command.models, command.backbone_weights, command.normalization)
     scene_index = open_scenes(command.scenes, command.data_root, device)

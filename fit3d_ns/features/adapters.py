@@ -124,7 +124,9 @@ def add_lora(token_model: TokenModel, rank: int = 8, alpha: float = 8.0) -> Toke
         raise ValueError(
             "LoRA needs peft, which is not installed; install it with `pip install fit3d-ns[lora]`."
         ) from error
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=_LORA_MODULES, lora_dropout=0.0)
+    # peft divides by the rank, so its `int` may be any number.
+    scale: Any = alpha
+    config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=_LORA_MODULES, lora_dropout=0.0)
     token_model.requires_grad_(False)
     try:
         peft.inject_adapter_in_model(config, token_model.model)

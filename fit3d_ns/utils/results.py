@@ -13,18 +13,18 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class ResultRecord:
-    """Figures of one run of one command."""
+    """Metrics of one run of one command."""
 
     kind: str
     """What was measured, for example `stage1`, `finetune`, `probe/depth`."""
     metrics: dict[str, Any]
     """Metric name to value; names are the field's (`psnr`, `miou`, `rmse`), units SI."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the figures depend on: data, backbone, options."""
+    """What the metrics depend on: data, backbone, options."""
     is_random: bool = False
-    """True if a random-weight backbone took part: such figures say nothing about quality."""
+    """True if a random-weight backbone took part: such metrics say nothing about quality."""
     versions: dict[str, str] = field(default_factory=lambda: collect_versions())
-    """Versions of the packages that computed the figures."""
+    """Versions of the packages that computed the metrics."""
     schema_version: int = SCHEMA_VERSION
     """Version of this record's layout."""
 
@@ -38,7 +38,7 @@ def load_result(path: Path) -> ResultRecord:
     """Reads a record.
 
     Raises:
-        ValueError: The file is no record, or one of a newer version.
+        ValueError: The file is not a record, or one of a newer version.
     """
     content = read_json(path)
     if not isinstance(content, dict) or "kind" not in content or "metrics" not in content:
