@@ -1,5 +1,6 @@
 """`FinetuneConfig`: everything about a fine-tuning run but its scenes; `PAPER` holds the public code's values."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +82,7 @@ class FinetuneConfig:
 
     def to_metadata(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return _plain(asdict(self))
+        return json.loads(json.dumps(asdict(self), default=str))
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -124,11 +125,3 @@ PAPER = FinetuneConfig(
     run=RunConfig(splits=("train", "val", "test")),
 )
 """The public code's values: held-out frames are trained on too, images come one by one from any scene."""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

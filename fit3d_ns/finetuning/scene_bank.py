@@ -148,11 +148,6 @@ class SceneBank:
         """Bytes that ready scenes take at present."""
         return sum(scene.num_bytes for scene in self._ready.values())
 
-    @property
-    def ready(self) -> list[int]:
-        """Scenes on the device, the one used longest ago first."""
-        return list(self._ready)
-
     def announce(self, index: int) -> None:
         """Asks the system to read a scene's file ahead, so that the device does not wait for the disk."""
         if index in self._ready or not hasattr(os, "posix_fadvise"):

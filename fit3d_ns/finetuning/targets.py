@@ -22,7 +22,7 @@ from fit3d_ns.finetuning.lifted_views import MAX_AVERAGED_VIEWS, SceneAverages, 
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.training_views import Sample, TrainingViews
 from fit3d_ns.rasterization import rasterize_features
-from fit3d_ns.scene import FeatureScene, RenderedFeatures, TokenReadingRule, create_token_reader
+from fit3d_ns.scene import FeatureScene, TokenReadingRule, create_token_reader
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.tensor_store import TensorStore
 
@@ -66,10 +66,6 @@ class TargetConfig:
                 "must be 0 or above."
             )
 
-    def get_rule(self, scene: FeatureScene) -> TokenReadingRule:
-        """The reading rule for a scene."""
-        return scene.token_reading if self.token_reading == "scene" else self.token_reading
-
 
 @dataclass(frozen=True)
 class Target:
@@ -103,7 +99,10 @@ class TargetRenderer:
         self.config = config
         self.store = store
         self.original = original
-        self.rules: list[TokenReadingRule] = [config.get_rule(scene) for scene in bank.on_disk]
+        rule = config.token_reading
+        self.rules: list[TokenReadingRule] = [
+            scene.token_reading if rule == "scene" else rule for scene in bank.on_disk
+        ]
         self.num_rendered = 0
         self._scene_hashes: dict[int, str] = {}
         assert original is not None or not config.leave_one_out
@@ -145,7 +144,7 @@ class TargetRenderer:
             capture = self.views.captures[sample.draw.scene]
             scene, is_known = leave_view_out(scene, capture, sample.view, self.original)
             known_share = render_values(scene, sample, rule, is_known.float()[:, None])[..., 0]
-        rendered = render_window(scene, sample, rule)
+        rendered = scene.render_features_with_alpha(*sample.camera, sample.patch_grid, rule)
         confidence = rendered.alphas if config.weight_by_opacity else torch.ones_like(rendered.alphas)
         if config.leave_one_out:
             confidence = confidence * known_share / rendered.alphas.clamp(min=1e-6)
@@ -162,17 +161,10 @@ class TargetRenderer:
                 compute_scene_hash(self.bank.on_disk[scene]) if averages is None else averages.compute_hash(scene)
             )
         config = self.config
-        parts: list[object] = [self._scene_hashes[scene], view.name, window, sample.grid, self.rules[scene]]
+        parts: list[object] = [self._scene_hashes[scene], view.name, window, sample.patch_grid, self.rules[scene]]
         parts += [view.camera_to_world.tolist(), view.K.tolist()]
         parts += [config.weight_by_opacity, config.variance_weight, config.leave_one_out]
         return hash_bytes(*(repr(part).encode() for part in parts))
-
-
-def render_window(scene: FeatureScene, sample: Sample, rule: TokenReadingRule) -> RenderedFeatures:
-    """The scene's features at the token grid of a sample's window, not flipped."""
-    window, view = sample.augmentation.window, sample.view
-    K = window.apply_to_K(view.K)
-    return scene.render_features_with_alpha(view.camera_to_world, K, window.width, window.height, sample.grid, rule)
 
 
 def compute_relative_variance(scene: FeatureScene) -> Float[Tensor, " num_gaussians"]:
@@ -188,9 +180,9 @@ def render_values(
     scene: FeatureScene, sample: Sample, rule: TokenReadingRule, values: Float[Tensor, "num_gaussians channels"]
 ) -> Float[Tensor, "h w channels"]:
     """Values of the Gaussians, blended and read at the token grid of a sample's window, not flipped."""
-    window, view = sample.augmentation.window, sample.view
-    info = scene.project(view.camera_to_world, window.apply_to_K(view.K), window.width, window.height)
-    reader = create_token_reader(window.width, window.height, sample.grid, rule, neighbourhood=False)
+    _, _, width, height = sample.camera
+    reader = create_token_reader(width, height, sample.patch_grid, rule, neighbourhood=False)
+    info = scene.project(*sample.camera)
     return reader.read(rasterize_features(values, info, pixels=reader.pixels.to(values.device)))[0]
 
 

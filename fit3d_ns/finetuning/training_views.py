@@ -42,9 +42,15 @@ class Sample:
         return f"{self.scene_id}/{self.view.name}"
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Token grid (h, w)."""
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
         return self.mask.shape[0], self.mask.shape[1]
+
+    @property
+    def camera(self) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "3 3"], int, int]:
+        """`camera_to_world, K, width, height` of what is shown, before the flip."""
+        window = self.augmentation.window
+        return self.view.camera_to_world, window.apply_to_K(self.view.K), window.width, window.height
 
 
 class TrainingViews:
@@ -117,14 +123,14 @@ class TrainingViews:
         # (h, w, 3) -> (3, h, w)
         image = capture.load_image(view).permute(2, 0, 1).float() / 255.0
         mask = window.apply_to_map(capture.load_valid_mask(view).float()[None])[0]
-        grid = compute_patch_grid(window.height, window.width, patch_size)
+        patch_grid = compute_patch_grid(window.height, window.width, patch_size)
         return Sample(
             draw=draw,
             scene_id=capture.scene_id,
             view=view,
             augmentation=augmentation,
             image=augmentation.apply_to_image(image),
-            mask=read_at_tokens(mask[..., None], grid, rule)[..., 0],
+            mask=read_at_tokens(mask[..., None], patch_grid, rule)[..., 0],
         )
 
 

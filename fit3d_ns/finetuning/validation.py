@@ -100,7 +100,7 @@ class Validation:
                 parts = compute_l1_sum(*compared).sum(), compute_cosine_sum(*compared).sum(), target.weights.sum()
                 own += torch.stack([part.double().cpu() for part in parts])
                 # (1, h*w, e) -> (h, w, e)
-                maps.append(tokens[0].unflatten(0, sample.grid).cpu())
+                maps.append(tokens[0].unflatten(0, sample.patch_grid).cpu())
                 depth_views.append(create_depth_view(captures[scene], sample.view, partial(bank.get_geometry, scene)))
             pairs = create_pairs(len(draws), max_pairs=MAX_PAIRS_PER_SCENE)
             report = compute_consistency(maps, depth_views, pairs, ConsistencyConfig())
@@ -170,7 +170,7 @@ def save_comparison(validation: Validation, original: ComputeTokens, finetuned: 
     for draw in chosen[:MAX_ROWS]:
         sample = validation.load_sample(draw)
         batch = sample.image[None].to(validation.targets.bank.device)
-        tokens = [compute(batch)[0].float().cpu().unflatten(0, sample.grid) for compute in (original, finetuned)]
+        tokens = [compute(batch)[0].float().cpu().unflatten(0, sample.patch_grid) for compute in (original, finetuned)]
         maps.append([*tokens, validation.targets.render(sample).features.cpu()])
         # (3, h, w) -> (h, w, 3)
         images.append(sample.image.permute(1, 2, 0))

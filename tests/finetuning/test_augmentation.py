@@ -104,7 +104,7 @@ def test_mask__is_cropped_scaled_and_flipped_with_its_image_and_not_jittered(tmp
     for epoch in range(6):
         draw = Draw(epoch, 0, epoch % 3)
         sample = views.load_sample(draw, replace(ALL, jitter=0.0), PATCH, 0, "area")
-        shown = read_at_tokens(sample.image[0][..., None], sample.grid, "area")[..., 0]
+        shown = read_at_tokens(sample.image[0][..., None], sample.patch_grid, "area")[..., 0]
         torch.testing.assert_close(sample.augmentation.apply_to_tokens(sample.mask), shown, rtol=1e-4, atol=1e-5)
         jittered = views.load_sample(draw, ALL, PATCH, 0, "area")
         assert torch.equal(jittered.mask, sample.mask) and not torch.equal(jittered.image, sample.image)

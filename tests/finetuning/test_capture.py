@@ -142,7 +142,7 @@ def test_novel_views__targets_come_from_a_scene_that_was_lifted_without_them(tmp
         decoded = F.conv2d(low.permute(2, 0, 1)[None], scene.decoder.weight, padding=1)
         if scene.decoder.bias is not None:
             decoded = decoded + scene.decoder.bias[:, None, None] * alphas
-        expected = F.interpolate(decoded.detach(), size=sample.grid, mode="bilinear", align_corners=False)[0]
+        expected = F.interpolate(decoded.detach(), size=sample.patch_grid, mode="bilinear", align_corners=False)[0]
         found = targets.render(sample).features
         torch.testing.assert_close(found, expected.permute(1, 2, 0), rtol=1e-4, atol=1e-4)
         moved = replace(sample, view=views.views[0][0])

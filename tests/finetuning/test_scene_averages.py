@@ -155,7 +155,7 @@ def test_bank__averages_a_scene_that_was_loaded_for_its_depth_without_loading_it
     assert bank[0] is averaged and (bank.num_loads, bank.averages.num_averaged) == (1, 1)
     # A scene that left is as it was on disk when it returns.
     assert bank[1] is not None and bank[2] is not None
-    assert bank.ready == [1, 2] and torch.equal(bank.get_geometry(0).gaussians.features, original)
+    assert list(bank._ready) == [1, 2] and torch.equal(bank.get_geometry(0).gaussians.features, original)
     assert torch.equal(bank[0].gaussians.features, averaged.gaussians.features) and bank.averages.num_averaged == 4
 
 

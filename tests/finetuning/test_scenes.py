@@ -74,7 +74,7 @@ def test_bank__keeps_the_budget_and_drops_the_least_recently_used(tmp_path):
         assert scene.scene_id == f"room{index}"
         # Rendering makes the activated copy, which must leave with its scene.
         assert scene.activated.means.shape[0] == scene.gaussians.num_gaussians
-        assert bank.ready == ready and bank.num_bytes <= bank.max_bytes
+        assert list(bank._ready) == ready and bank.num_bytes <= bank.max_bytes
     assert bank.num_loads == 5
     assert all("activated" not in vars(scene) for scene in bank.on_disk)
 

@@ -41,7 +41,7 @@ def load(views, targets, view=0, augmentation=PLAIN, epoch=0):
 
 def render_literally(scene, sample):
     """Full-size rendering, 3x3 convolution, F.interpolate without antialias (public code)."""
-    view, grid = sample.view, sample.grid
+    view, grid = sample.view, sample.patch_grid
     low, alphas = scene.render_features_low(view.camera_to_world, view.K, view.width, view.height)
     bias = scene.decoder.bias
     decoded = F.conv2d(low.permute(2, 0, 1)[None], scene.decoder.weight, padding=1)
@@ -61,9 +61,9 @@ def test_target__equals_full_resolution_then_bilinear(tmp_path, lens):
     torch.testing.assert_close(target.features, features, rtol=1e-4, atol=1e-4)
     # The mask stays fractional, as the public code's bilinear resize leaves it.
     mask = views.captures[0].load_valid_mask(sample.view).float()[None, None]
-    expected = F.interpolate(mask, size=sample.grid, mode="bilinear", align_corners=False)[0, 0]
+    expected = F.interpolate(mask, size=sample.patch_grid, mode="bilinear", align_corners=False)[0, 0]
     torch.testing.assert_close(target.weights, expected)
-    assert target.features.shape == (*sample.grid, EMBED)
+    assert target.features.shape == (*sample.patch_grid, EMBED)
 
 
 def test_target__area_reading_averages_each_patch(tmp_path):
