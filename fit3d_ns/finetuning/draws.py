@@ -102,13 +102,13 @@ class DrawSequence:
         if self.num_images < 1:
             raise ValueError("The scenes have no training views; check their splits.")
         self._has_repeats = config.sampling != "epoch"
-        self._rows: EpochSequence[np.ndarray] = EpochSequence(
-            self.num_images, lambda epoch: create_order(views_per_scene, config, epoch)
+        self._rows: EpochSequence[list[int]] = EpochSequence(
+            self.num_images, lambda epoch: create_order(views_per_scene, config, epoch).tolist()
         )
 
     def __getitem__(self, position: int) -> Draw:
         place = self._rows[position]
-        scene, view = place.item.tolist()
+        scene, view = place.item
         return Draw(place.epoch, scene, view, place.index if self._has_repeats else None)
 
 
