@@ -25,7 +25,7 @@ from fit3d_ns.lifting.sources import (
     warn_of_poor_fit,
 )
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
-from fit3d_ns.scene.scene_costs import find_geometry_seconds
+from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice

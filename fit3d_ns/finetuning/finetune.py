@@ -28,7 +28,7 @@ from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_av
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import Validation, format_consistency, read_tokens_of, save_comparison
-from fit3d_ns.scene.scene_costs import read_scene_costs
+from fit3d_ns.scene.scene_file import read_scene_costs
 from fit3d_ns.training.accelerator import create_accelerator, track_run
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.device import DeviceChoice

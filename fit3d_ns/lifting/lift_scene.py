@@ -29,7 +29,7 @@ from fit3d_ns.lifting.sources import (
 )
 from fit3d_ns.lifting.views import ChosenViews, LiftView, choose_views, fit_picture_basis, load_views
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians
-from fit3d_ns.scene.scene_costs import TRAINING_FIGURE
+from fit3d_ns.scene.scene_file import TRAINING_SECONDS
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, measure_peak_memory_mb, notice
 from fit3d_ns.utils.selection import select_evenly
 
@@ -148,7 +148,7 @@ def lift_scene(
         "explained_share": result.basis.explained_share,
         "is_resumed": is_resumed,
         "seconds": {name: round(seconds, 3) for name, seconds in {**timer.seconds, **result.seconds}.items()},
-        TRAINING_FIGURE: source.training_seconds,
+        TRAINING_SECONDS: source.training_seconds,
         "peak_memory_mb": _measure_memory_mb(device),
         "source": source.description,
         "lift": asdict(config),

@@ -30,8 +30,8 @@ from fit3d_ns.scene import (
     load_scene,
     read_ply,
 )
-from fit3d_ns.scene.capture_record import parse_capture, record_capture
-from fit3d_ns.scene.scene_costs import find_geometry_seconds
+from fit3d_ns.scene.posed_capture import parse_capture, record_capture
+from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly

@@ -15,7 +15,7 @@ from typing import Any
 
 from fit3d_ns.probing.frozen_features import BackboneConfig, list_parts
 from fit3d_ns.scene import load_scene
-from fit3d_ns.scene.scene_costs import SceneCosts, read_scene_costs
+from fit3d_ns.scene.scene_file import SceneCosts, read_scene_costs
 from fit3d_ns.utils.files import hash_bytes, read_json
 from fit3d_ns.utils.progress import SECONDS_PER_HOUR, notice
 from fit3d_ns.utils.results import ResultRecord, load_result, save_result

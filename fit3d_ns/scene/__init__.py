@@ -1,8 +1,7 @@
 """What a capture and a lifted scene are: `PosedCapture`, `FeatureScene`, `FeatureDecoder`, and their files."""
 
-from fit3d_ns.scene.depth_views import create_depth_view
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
-from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_features
+from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_features, create_depth_view
 from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
 from fit3d_ns.scene.ply import ReadGaussians, read_fit3d, read_ply, write_fit3d, write_ply
 from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.scene.token_grid import TokenReader, TokenReadingRule, create_token_reader
+from fit3d_ns.scene.token_grid import TokenReader
 
-KERNEL_SIZE = 3
-NUM_TAPS = KERNEL_SIZE * KERNEL_SIZE
+NUM_TAPS = 9
+"""Pixels under the 3x3 kernel."""
 
 
 class FeatureDecoder(nn.Module):
@@ -34,7 +34,7 @@ class FeatureDecoder(nn.Module):
         super().__init__()
         if feature_dim < 1 or embed_dim < 1:
             raise ValueError(f"Decoder from {feature_dim} to {embed_dim} channels: both must be at least 1.")
-        convolution = nn.Conv2d(feature_dim, embed_dim, KERNEL_SIZE, padding=1, bias=bias)
+        convolution = nn.Conv2d(feature_dim, embed_dim, 3, padding=1, bias=bias)
         self.weight = nn.Parameter(convolution.weight.detach().clone())
         self.bias = nn.Parameter(torch.zeros(embed_dim)) if bias else None
 
@@ -55,13 +55,13 @@ class FeatureDecoder(nn.Module):
     ) -> "FeatureDecoder":
         """A decoder from the solution of a regression on `read_neighbourhoods` (its last two axes flattened)."""
         # (9*d, e) -> (3, 3, d, e) -> (e, d, 3, 3)
-        weight = matrix.reshape(KERNEL_SIZE, KERNEL_SIZE, -1, matrix.shape[1]).permute(3, 2, 0, 1)
+        weight = matrix.reshape(3, 3, -1, matrix.shape[1]).permute(3, 2, 0, 1)
         return cls.from_weights(weight.contiguous(), bias)
 
     @classmethod
     def from_pca(cls, components: Float[Tensor, "dim embed"], mean: Float[Tensor, " embed"]) -> "FeatureDecoder":
         """Decodes PCA coefficients: centre tap = components, bias = mean, all other taps zero."""
-        weight = components.new_zeros(components.shape[1], components.shape[0], KERNEL_SIZE, KERNEL_SIZE)
+        weight = components.new_zeros(components.shape[1], components.shape[0], 3, 3)
         weight[:, :, 1, 1] = components.T
         return cls.from_weights(weight, mean)
 
@@ -101,27 +101,13 @@ class FeatureDecoder(nn.Module):
             decoded = decoded + alphas[..., None] * self.bias
         return decoded
 
-    def decode_at_tokens(
-        self,
-        features_low: Float[Tensor, "*batch height width dim"],
-        alphas: Float[Tensor, "*batch height width"] | None,
-        size: tuple[int, int],
-        token_reading: TokenReadingRule = "bilinear",
-    ) -> Float[Tensor, "*batch h w embed"]:
-        """What `forward` followed by reading at the token grid `size` gives, at a fraction of the cost."""
-        self._check(features_low.shape[-1], alphas)
-        height, width = features_low.shape[-3:-1]
-        reader = create_token_reader(width, height, size, token_reading, device=features_low.device)
-        gathered_alphas = None if alphas is None else reader.gather(alphas[..., None])[..., 0]
-        return self.decode_pixels(reader.gather(features_low), gathered_alphas, reader)
-
     def decode_pixels(
         self,
         features_low: Float[Tensor, "*batch pixels dim"],
         alphas: Float[Tensor, "*batch pixels"] | None,
         reader: TokenReader,
     ) -> Float[Tensor, "*batch h w embed"]:
-        """As `decode_at_tokens`, for features blended only at `reader.pixels`."""
+        """What `forward` and then reading at the token grid give, from features at `reader.pixels` only."""
         self._check(features_low.shape[-1], alphas)
         decoded = reader.read_neighbourhoods(features_low).flatten(-2, -1) @ self.matrix
         if self.bias is not None and alphas is not None:

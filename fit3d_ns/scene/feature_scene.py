@@ -4,7 +4,7 @@ Cameras are `camera_to_world` [3, 4], OpenGL, in the scene's frame (the training
 Nothing here needs nerfstudio or the ViT. Rendering takes no gradients: a scene is a teacher.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.analysis.pca import PcaBasis, map_to_colours
 from fit3d_ns.features import BackboneDescription
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import RasterizeMode, rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
-from fit3d_ns.scene.posed_capture import PosedCapture
+from fit3d_ns.scene.posed_capture import PosedCapture, View
 from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader
+
+MIN_DEPTH_ALPHA = 0.5
+"""Rendered depth counts where at least this much opacity stands behind it."""
 
 
 @dataclass(frozen=True)
@@ -182,27 +186,6 @@ class FeatureScene:
         low, alphas = self._blend_features(camera_to_world, K, width, height, None)
         return low.reshape(height, width, -1), alphas.reshape(height, width)
 
-    @torch.no_grad()
-    def render_features_pca(
-        self,
-        camera_to_world: Float[Tensor, "3 4"],
-        K: Float[Tensor, "3 3"],
-        width: int,
-        height: int,
-        basis: PcaBasis | None = None,
-    ) -> Float[Tensor, "height width 3"]:
-        """A picture of the decoded features by the scene's fixed basis (or a given one), fading to black with opacity.
-
-        Raises:
-            ValueError: The scene has no basis and none is given.
-        """
-        basis = basis or self.pca
-        if basis is None:
-            raise ValueError(f"Scene {self.scene_id} has no PCA basis; fit one and pass it as `basis`.")
-        basis = basis.truncate(3).to(self.gaussians.means.device)
-        low, alphas = self.render_features_low(camera_to_world, K, width, height)
-        return colour_features(low, alphas, self.decoder.project(basis.components, basis.mean), basis)
-
     def project(
         self,
         camera_to_world: Float[Tensor, "3 4"],
@@ -215,7 +198,7 @@ class FeatureScene:
 
         Args:
             camera_to_world: OpenGL pose in the scene's frame.
-            K: Intrinsics for a picture of `width` x `height` pixels.
+            K: Intrinsics in pixels.
             width: Width of the picture.
             height: Height of the picture.
             eps2d: Blur in square pixels; the scene's own by default.
@@ -254,6 +237,31 @@ class FeatureScene:
         # (1, h, w, d+1) or (1, p, d+1) -> (p, d+1)
         blended = blended.reshape(-1, blended.shape[-1])
         return blended[:, :-1], blended[:, -1]
+
+
+def create_depth_view(capture: PosedCapture, view: View, get_scene: Callable[[], FeatureScene] | None) -> DepthView:
+    """Depth, camera and valid mask of a view, on the CPU, in the unit of the poses.
+
+    Args:
+        capture: Where the view's files are.
+        view: Which view.
+        get_scene: Gives the scene that renders depth where none is measured or its unit is not known.
+
+    Raises:
+        ValueError: There is neither measured depth nor a scene.
+    """
+    depth = capture.load_depth(view) if capture.metric_scale is not None else None
+    if depth is not None and capture.metric_scale is not None:
+        depth = depth * capture.metric_scale
+    elif get_scene is not None:
+        rendered, alphas = get_scene().render_depth(view.camera_to_world, view.K, view.width, view.height)
+        depth = torch.where(alphas >= MIN_DEPTH_ALPHA, rendered, 0.0).cpu()
+    else:
+        raise ValueError(
+            f"{capture.root} has no depth map for {view.name}; give a capture with depth (dslr/render_depth) or a "
+            "scene file."
+        )
+    return DepthView(depth, view.K, view.camera_to_world, capture.load_valid_mask(view))
 
 
 def colour_features(

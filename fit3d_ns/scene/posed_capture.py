@@ -3,12 +3,14 @@
 A *frame* is a photograph as it lies on disk, distorted and in the dataset's world; a *view* is the pinhole camera that
 every stage renders and every stage's pixels belong to. The training frame is the dataset's world moved by
 `dataparser_transform` and multiplied by `dataparser_scale`. All stages load pixels here: photograph, resized to the
-view's size, then undistorted, all in 8 bits.
+view's size, then undistorted, all in 8 bits. As JSON values (`record_capture`), every float survives to the bit and
+every path is relative to the root.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -89,11 +91,7 @@ class PosedCapture:
         Raises:
             ValueError: The file is missing, damaged or of another size than its camera says; the message names it.
         """
-        image = load_image(view.frame.image_path)
-        _check_size(image, view, view.frame.image_path)
-        if image.shape[:2] != (view.height, view.width):
-            resized = cv2.resize(image.numpy(), (view.width, view.height), interpolation=cv2.INTER_AREA)
-            image = torch.from_numpy(resized)
+        image = _fit(load_image(view.frame.image_path), view, view.frame.image_path, cv2.INTER_AREA)
         return self.compute_undistortion(view).apply_to_image(image)
 
     def load_valid_mask(self, view: View) -> Bool[Tensor, "height width"]:
@@ -105,13 +103,9 @@ class PosedCapture:
         undistortion = self.compute_undistortion(view)
         if view.frame.mask_path is None:
             return undistortion.inside
-        mask = load_mask(view.frame.mask_path)
-        _check_size(mask, view, view.frame.mask_path)
-        if mask.shape != (view.height, view.width):
-            # As for the image, but a pixel that mixes valid with invalid ones is invalid.
-            shares = cv2.resize(mask.float().numpy(), (view.width, view.height), interpolation=cv2.INTER_AREA)
-            mask = torch.from_numpy(shares) > 1.0 - 1e-4
-        return undistortion.apply_to_mask(mask)
+        # As for the image, but a pixel that mixes valid with invalid ones is invalid.
+        shares = _fit(load_mask(view.frame.mask_path).float(), view, view.frame.mask_path, cv2.INTER_AREA)
+        return undistortion.apply_to_mask(shares > 1.0 - 1e-4)
 
     def load_depth(self, view: View) -> Float[Tensor, "height width"] | None:
         """Measured z-depth in metres, undistorted, 0 = no measurement; None where the frame has no depth file.
@@ -120,11 +114,7 @@ class PosedCapture:
         """
         if view.frame.depth_path is None:
             return None
-        depth = load_depth(view.frame.depth_path)
-        _check_size(depth, view, view.frame.depth_path)
-        if depth.shape != (view.height, view.width):
-            resized = cv2.resize(depth.numpy(), (view.width, view.height), interpolation=cv2.INTER_NEAREST_EXACT)
-            depth = torch.from_numpy(resized)
+        depth = _fit(load_depth(view.frame.depth_path), view, view.frame.depth_path, cv2.INTER_NEAREST_EXACT)
         return self.compute_undistortion(view).apply_to_depth(depth)
 
     def compute_undistortion(self, view: View) -> Undistortion:
@@ -184,6 +174,47 @@ def create_posed_capture(
     )
 
 
+def record_capture(capture: PosedCapture) -> dict[str, Any]:
+    """The capture without its points; lenses are written once and referred to by number.
+
+    Raises:
+        ValueError: A mask or depth map lies outside the root.
+    """
+    lenses: dict[Lens, int] = {}
+    views = [_record_view(view, capture.root, lenses) for view in capture.views]
+    return {
+        "root": str(Path(capture.root).absolute()),
+        "scene_id": capture.scene_id,
+        "layout": capture.layout,
+        "num_bad": capture.num_bad,
+        "dataparser_transform": _numbers(capture.dataparser_transform),
+        "dataparser_scale": capture.dataparser_scale,
+        "metric_scale": capture.metric_scale,
+        "lenses": [asdict(lens) for lens in lenses],
+        "views": views,
+    }
+
+
+def parse_capture(record: dict[str, Any]) -> PosedCapture:
+    """The capture that `record_capture` wrote, with paths below the recorded root.
+
+    Raises:
+        KeyError, TypeError, IndexError, ValueError: The record is not what `record_capture` writes.
+    """
+    root = Path(record["root"])
+    lenses = [Lens(**{**lens, "distortion": tuple(lens["distortion"])}) for lens in record["lenses"]]
+    return PosedCapture(
+        root=root,
+        views=[_parse_view(view, root, lenses) for view in record["views"]],
+        dataparser_transform=torch.tensor(record["dataparser_transform"]),
+        dataparser_scale=float(record["dataparser_scale"]),
+        metric_scale=None if record["metric_scale"] is None else float(record["metric_scale"]),
+        num_bad=int(record["num_bad"]),
+        scene_id=record["scene_id"],
+        layout=record["layout"],
+    )
+
+
 def _create_view(frame: Frame, root: Path, transform: Tensor, scale: float, downscale_factor: int) -> View:
     try:
         name = Path(frame.image_path).relative_to(root).as_posix()
@@ -214,7 +245,8 @@ def _move_view(view: View, root: Path, new_root: Path) -> View:
     return replace(view, frame=moved)
 
 
-def _check_size(picture: Tensor, view: View, path: Path) -> None:
+def _fit(picture: Tensor, view: View, path: Path, interpolation: int) -> Tensor:
+    """A picture of the photograph's size, checked to be so, at the view's size."""
     height, width = picture.shape[:2]
     lens = view.frame.lens
     if (width, height) != (lens.width, lens.height):
@@ -222,3 +254,64 @@ def _check_size(picture: Tensor, view: View, path: Path) -> None:
             f"{path} is {width}x{height}, its camera says {lens.width}x{lens.height}; "
             "correct the camera file or restore the file."
         )
+    if (width, height) == (view.width, view.height):
+        return picture
+    return torch.from_numpy(cv2.resize(picture.numpy(), (view.width, view.height), interpolation=interpolation))
+
+
+def _record_view(view: View, root: Path, lenses: dict[Lens, int]) -> dict[str, Any]:
+    frame = view.frame
+    return {
+        "image": view.name,
+        "mask": _relative(frame.mask_path, root),
+        "depth": _relative(frame.depth_path, root),
+        "split": view.split,
+        "lens": lenses.setdefault(frame.lens, len(lenses)),
+        "dataset_camera_to_world": _numbers(frame.camera_to_world),
+        "camera_to_world": _numbers(view.camera_to_world),
+        "K": _numbers(view.K),
+        "width": view.width,
+        "height": view.height,
+    }
+
+
+def _parse_view(record: dict[str, Any], root: Path, lenses: list[Lens]) -> View:
+    frame = Frame(
+        image_path=_below(record["image"], root),
+        lens=lenses[record["lens"]],
+        camera_to_world=torch.tensor(record["dataset_camera_to_world"]),
+        split=record["split"],
+        mask_path=None if record["mask"] is None else _below(record["mask"], root),
+        depth_path=None if record["depth"] is None else _below(record["depth"], root),
+    )
+    return View(
+        name=record["image"],
+        camera_to_world=torch.tensor(record["camera_to_world"]),
+        K=torch.tensor(record["K"]),
+        width=int(record["width"]),
+        height=int(record["height"]),
+        split=record["split"],
+        frame=frame,
+    )
+
+
+def _relative(path: Path | None, root: Path) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).relative_to(root).as_posix()
+    except ValueError as error:
+        raise ValueError(f"{path} lies outside the capture's root {root}; move it below that folder.") from error
+
+
+def _below(name: str, root: Path) -> Path:
+    """A path of the file; one that leaves the root was not written by us."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"path {name!r} leaves the capture's root")
+    return root / path
+
+
+def _numbers(matrix: Tensor) -> list[list[float]]:
+    # float32 to Python float and back is exact.
+    return matrix.detach().cpu().float().tolist()

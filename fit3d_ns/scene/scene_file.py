@@ -6,7 +6,8 @@ there is one, and `pca.*` if there is a basis. Everything else is JSON in the he
 
 import json
 import struct
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,37 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription
-from fit3d_ns.scene.capture_record import parse_capture, record_capture
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
 from fit3d_ns.scene.gaussians import STORED_DTYPES, Gaussians
+from fit3d_ns.scene.posed_capture import parse_capture, record_capture
 from fit3d_ns.utils.files import write_atomically
 
 SCHEMA_VERSION = 1
 HEADER_KEY = "fit3d_scene"
+TRAINING_SECONDS = "training_seconds"
+"""Metric of a scene that was lifted from a finished run: seconds by phase of the run that made its geometry."""
+_GEOMETRY_PHASES = ("setup", "colour")
+# Phases that only measure or show.
+_UNCOUNTED_PHASES = ("evaluation", "viewer", "photographs", "pictures")
 _PCA_TENSORS = ("mean", "components", "explained_variance", "colour_low", "colour_high")
+
+
+@dataclass(frozen=True)
+class SceneCosts:
+    """What one scene takes on disk and took to make (Tables 5 and 8 of the paper)."""
+
+    scene_id: str
+    """Which scene."""
+    feature_dim: int
+    """Numbers per Gaussian."""
+    num_gaussians: int
+    """Gaussians in the file."""
+    file_mb: float
+    """Size of the scene file, 1e6 bytes."""
+    stage1_hours: float | None
+    """Training of colour and solving of features; None where the geometry's training is not known (PLYs, runs of other
+    methods)."""
 
 
 def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> None:
@@ -91,6 +114,35 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole scene file ({error!r}); export the scene anew.") from error
     return scene if torch.device(device).type == "cpu" else scene.to(device)
+
+
+def read_scene_costs(scene: FeatureScene, path: Path) -> SceneCosts:
+    """Costs of a scene that was loaded from `path`."""
+    gaussians, hours = scene.gaussians, compute_stage1_hours(scene.metrics)
+    return SceneCosts(scene.scene_id, gaussians.feature_dim, gaussians.num_gaussians, path.stat().st_size / 1e6, hours)
+
+
+def compute_stage1_hours(metrics: Mapping[str, Any]) -> float | None:
+    """Hours of stage I from a scene's metrics; None where the training of its geometry is not among them."""
+    phases = _read_phases(metrics)
+    if not phases.get("colour"):
+        return None
+    return sum(seconds for name, seconds in phases.items() if name not in _UNCOUNTED_PHASES) / 3600.0
+
+
+def find_geometry_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What the training of a scene's or run's geometry took, by phase; time spent on features is not part of it."""
+    phases = _read_phases(metrics)
+    return {name: phases[name] for name in _GEOMETRY_PHASES if name in phases}
+
+
+def _read_phases(metrics: Mapping[str, Any]) -> dict[str, float]:
+    phases: dict[str, float] = {}
+    for key in ("seconds", TRAINING_SECONDS):
+        value = metrics.get(key)
+        if isinstance(value, Mapping):
+            phases |= {name: float(seconds) for name, seconds in value.items() if isinstance(seconds, (int, float))}
+    return phases
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

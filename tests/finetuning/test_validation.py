@@ -17,7 +17,7 @@ from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import Validation, format_consistency
 from fit3d_ns.scene import create_depth_view, save_scene
-from fit3d_ns.scene.depth_views import MIN_DEPTH_ALPHA
+from fit3d_ns.scene.feature_scene import MIN_DEPTH_ALPHA
 from tests.finetuning.finetuning_scene import BACKBONE, HEIGHT, PATCH, WIDTH, create_lens, create_scene, save_new_scene
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.pca import apply_pca, map_to_colours
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import rasterization
 from fit3d_ns.scene import FeatureDecoder, Gaussians
@@ -109,20 +108,6 @@ def test_render_depth__of_one_opaque_gaussian_is_its_distance(make_scene):
     # The camera stands at z = 2 and looks along -z.
     torch.testing.assert_close(depth[alphas > 0], torch.full_like(depth[alphas > 0], 3.0), rtol=1e-4, atol=1e-5)
     assert (depth[alphas == 0] == 0).all() and (alphas > 0.9).any()
-
-
-def test_render_features_pca__equals_projecting_all_channels(make_scene):
-    scene = make_scene()
-    view = scene.posed_capture.views[0]
-    low, alphas = blend_literally(scene, scene.gaussians.features.float(), view)
-    high = scene.decoder(low, alphas).detach()
-    # The basis' mean counts by opacity: adding the rest of it makes `apply_pca` subtract just that.
-    coefficients = apply_pca(high + (1 - alphas[..., None]) * scene.pca.mean, scene.pca)
-    expected = map_to_colours(coefficients, scene.pca) * alphas[..., None]
-    actual = scene.render_features_pca(*camera_of(view))
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="has no PCA basis"):
-        replace(scene, pca=None).render_features_pca(*camera_of(view))
 
 
 def test_render_features_low__equals_blending(make_scene):
