@@ -126,7 +126,7 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
         raise ValueError(f"{what} {path} is empty; copy the file again.")
     try:
         with warnings.catch_warnings():
-            # Large photographs are no decompression bombs here: the user named them.
+            # Large photographs are not decompression bombs here: the user named them.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 yield image

@@ -109,10 +109,11 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
             rasterize_mode=header["rasterize_mode"],
             eps2d=float(header["eps2d"]),
             metrics=header["figures"],
-            lifted_views=_parse_lifted(header),
+            # Files of earlier versions do not name them.
+            lifted_views=None if header.get("lifted_views") is None else tuple(map(str, header["lifted_views"])),
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole scene file ({error!r}); export the scene anew.") from error
+        raise ValueError(f"{path} is not a whole scene file ({error!r}); export the scene again.") from error
     return scene if torch.device(device).type == "cpu" else scene.to(device)
 
 
@@ -166,15 +167,15 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable scene file ({error}); copy or export it anew.") from error
+        raise ValueError(f"{path} is not a readable scene file ({error}); copy or export it again.") from error
     for name, dtype in STORED_DTYPES.items():
         if name in tensors and tensors[name].dtype != dtype:
-            raise ValueError(f"{path} stores `{name}` as {tensors[name].dtype}, expected {dtype}; export it anew.")
+            raise ValueError(f"{path} stores `{name}` as {tensors[name].dtype}, expected {dtype}; export it again.")
     return header, tensors
 
 
 def _check_length(path: Path) -> None:
-    """Tells a file that was cut from one that never was a scene; safetensors' own words for both are obscure."""
+    """Distinguishes a file that was cut from one that never was a scene; safetensors' messages for both are obscure."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
@@ -182,21 +183,15 @@ def _check_length(path: Path) -> None:
         if len(start) == 8 and file.read(1) != b"{":
             raise ValueError(f"{path} is not a scene file; give a .safetensors made by fit3d-export or fit3d-lift.")
         if size < 8 + length or len(start) < 8:
-            raise ValueError(f"{path} is cut short ({size} bytes); copy or export it anew.")
+            raise ValueError(f"{path} is cut short ({size} bytes); copy or export it again.")
         file.seek(8)
         try:
             header = json.loads(file.read(length))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} has a damaged header; copy or export it anew.") from error
+            raise ValueError(f"{path} has a damaged header; copy or export it again.") from error
     if size < 8 + length + end:
-        raise ValueError(f"{path} is cut short: {size} of {8 + length + end} bytes; copy or export it anew.")
-
-
-def _parse_lifted(header: dict[str, Any]) -> tuple[str, ...] | None:
-    """Files of earlier versions say nothing; a reader of such a version passes over what newer ones say."""
-    names = header.get("lifted_views")
-    return None if names is None else tuple(str(name) for name in names)
+        raise ValueError(f"{path} is cut short: {size} of {8 + length + end} bytes; copy or export it again.")
 
 
 def _parse_pca(tensors: dict[str, Tensor], header: dict[str, Any]) -> PcaBasis | None:

@@ -134,7 +134,7 @@ def test_errors__a_file_that_was_cut(make_scene, path, share):
     save_scene(make_scene(), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ValueError, match=r"room.safetensors is cut short.*anew"):
+    with pytest.raises(ValueError, match=r"room.safetensors is cut short.*again"):
         load_scene(path)
 
 
