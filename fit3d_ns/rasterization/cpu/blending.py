@@ -40,8 +40,7 @@ def blend(task, tiles, colors, channels, backgrounds, images, image_alphas):
     layout = tiles.layout
     num_pixels = layout.width * layout.height
     first, end, scratch = open_band(task, tiles, False)
-    entries, hits, weights = scratch.entries, scratch.hits, scratch.weights
-    open_lanes, final = scratch.open_lanes, scratch.final
+    params, entries, lists, counts, open_lanes, hits, weights, alphas, befores, final = scratch
     padded = -(-channels // GROUP) * GROUP
     tile_colors, sums = np.zeros(entries.size * padded, np.float32), np.empty(padded * NUM_LANES, np.float32)
     for tile in range(first, end):
@@ -51,7 +50,7 @@ def blend(task, tiles, colors, channels, backgrounds, images, image_alphas):
         for block in range(BLOCKS_PER_TILE):
             if not open_block(block, left, top, layout, open_lanes):
                 continue
-            num_hits = weigh_block(block, scratch)
+            num_hits = weigh_block(block, params, lists, counts, open_lanes, hits, weights, alphas, befores, final)
             for channel in range(0, padded, GROUP):
                 zero = broadcast(np.float32(0.0))
                 red, green, blue, more = zero, zero, zero, zero
@@ -83,7 +82,7 @@ def blend_backward(task, tiles, colors, channels, backgrounds, v_images, v_image
     layout, slots = tiles.layout, tiles.slots
     num_pixels = layout.width * layout.height
     first, end, scratch = open_band(task, tiles, True)
-    entries, open_lanes, final = scratch.entries, scratch.open_lanes, scratch.final
+    params, entries, lists, counts, open_lanes, hits, weights, alphas, befores, final = scratch
     padded = -(-channels // GROUP) * GROUP
     stride = MOMENTS + padded
     tile_colors, tile_sums = np.zeros(entries.size * padded, np.float32), np.empty(entries.size * stride, np.float32)
@@ -96,7 +95,7 @@ def blend_backward(task, tiles, colors, channels, backgrounds, v_images, v_image
         for block in range(BLOCKS_PER_TILE):
             if not open_block(block, left, top, layout, open_lanes):
                 continue
-            num_hits = weigh_block(block, scratch)
+            num_hits = weigh_block(block, params, lists, counts, open_lanes, hits, weights, alphas, befores, final)
             if num_hits == 0:
                 continue
             for lane in range(NUM_LANES):
@@ -112,17 +111,20 @@ def blend_backward(task, tiles, colors, channels, backgrounds, v_images, v_image
                     if backgrounds.size > 0:
                         behind += v_images[pixel * channels + channel] * backgrounds[camera * channels + channel]
                 gradients[padded * NUM_LANES + lane] = behind * final[lane]
-            _add_block(block, num_hits, scratch, tile_colors, padded, gradients, absgrad, tile_sums)
+            _add_block(
+                block, num_hits, hits, params, weights, alphas, befores, tile_colors, padded, gradients, absgrad,
+                tile_sums,
+            )  # fmt: skip
         for i in range(n):
             for k in range(stride):
                 partials[slots[entries[i]] * stride + k] += tile_sums[i * stride + k]
 
 
 @compiled
-def _add_block(block, num_hits, scratch, tile_colors, padded, gradients, absgrad, tile_sums):
+def _add_block(
+    block, num_hits, hits, params, weights, alphas, befores, tile_colors, padded, gradients, absgrad, tile_sums
+):
     """Adds one block's sums to the rows [MOMENTS + padded] of its Gaussians, back to front."""
-    hits, params, weights = scratch.hits, scratch.params, scratch.weights
-    alphas, befores = scratch.alphas, scratch.befores
     columns, rows = block_centres(block)
     zero, one = broadcast(np.float32(0.0)), broadcast(np.float32(1.0))
     stride = MOMENTS + padded

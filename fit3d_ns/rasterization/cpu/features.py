@@ -21,19 +21,19 @@ def blend_features(task, tiles, features, num_gaussians, stride, channels, pixel
     """Fills the rows of `output` [C*num_rows*channels] that lie in one band, from `features` [N*stride]."""
     layout, flatten_ids = tiles.layout, tiles.flatten_ids
     first, end, scratch = open_band(task, tiles, False)
-    entries, hits, weights = scratch.entries, scratch.hits, scratch.weights
+    params, entries, lists, counts, open_lanes, hits, weights, alphas, befores, final = scratch
     lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
     sums = np.empty(NUM_LANES * stride, np.float32)
     for tile in range(first, end):
         camera, left, top = tile_corner(tile, layout)
         n = -1
         for block in range(BLOCKS_PER_TILE):
-            num_lanes = _read_lanes(block, left, top, layout, pixel_rows, scratch.open_lanes, lanes, rows)
+            num_lanes = _read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows)
             if num_lanes == 0:
                 continue
             if n < 0:
                 n = gather_tile(tile, left, top, tiles, scratch)
-            num_hits = weigh_block(block, scratch)
+            num_hits = weigh_block(block, params, lists, counts, open_lanes, hits, weights, alphas, befores, final)
             for j in range(-(-num_hits // UNROLL) * UNROLL):
                 hits[j] = (flatten_ids[entries[hits[j]]] - camera * num_gaussians) * stride
             sums[: num_lanes * stride] = 0.0
@@ -83,21 +83,21 @@ def backproject(task, tiles, maps, stride, pixel_rows, num_rows, partials, weigh
     """
     layout, slots = tiles.layout, tiles.slots
     first, end, scratch = open_band(task, tiles, False)
-    entries, hits, weights = scratch.entries, scratch.hits, scratch.weights
+    params, entries, lists, counts, open_lanes, hits, weights, alphas, befores, final = scratch
     lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
     tile_sums, tile_weights = np.empty(entries.size * stride, np.float32), np.empty(entries.size, np.float32)
     for tile in range(first, end):
         camera, left, top = tile_corner(tile, layout)
         n = -1
         for block in range(BLOCKS_PER_TILE):
-            num_lanes = _read_lanes(block, left, top, layout, pixel_rows, scratch.open_lanes, lanes, rows)
+            num_lanes = _read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows)
             if num_lanes == 0:
                 continue
             if n < 0:
                 n = gather_tile(tile, left, top, tiles, scratch)
                 tile_sums[: n * stride] = 0.0
                 tile_weights[:n] = 0.0
-            num_hits = weigh_block(block, scratch)
+            num_hits = weigh_block(block, params, lists, counts, open_lanes, hits, weights, alphas, befores, final)
             for j in range(num_hits):
                 total = np.float32(0.0)
                 for lane in range(NUM_LANES):

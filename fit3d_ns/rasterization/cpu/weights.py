@@ -108,17 +108,18 @@ def gather_tile(tile, left, top, tiles, scratch):
 
 
 @compiled
-def weigh_block(block, scratch):
-    """Blend weights of one block; returns the number of Gaussians that are blended in any of its open pixels."""
-    params, lists, hits, weights = scratch.params, scratch.lists, scratch.hits, scratch.weights
-    alphas, befores = scratch.alphas, scratch.befores
-    capacity, keeps_alphas = scratch.entries.size, alphas.size > 0
+def weigh_block(block, params, lists, counts, open_lanes, hits, weights, alphas, befores, final):
+    """Blend weights of one block; returns the number of Gaussians that are blended in any of its open pixels.
+
+    It is called so often that handing it `TileScratch` as a whole would show; the arguments are its fields.
+    """
+    capacity, keeps_alphas = lists.size // BLOCKS_PER_TILE, alphas.size > 0
     columns, rows = block_centres(block)
     zero, one, max_alpha = broadcast(np.float32(0.0)), broadcast(np.float32(1.0)), broadcast(_MAX_ALPHA)
     # `live` falls to zero when a pixel is finished, and no test passes there any more; `left` keeps its last value.
-    live, left = load(scratch.open_lanes, 0), one
+    live, left = load(open_lanes, 0), one
     num_hits = 0
-    for j in range(scratch.counts[block]):
+    for j in range(counts[block]):
         i = lists[block * capacity + j]
         p = i * PARAMS
         dx, dy = spread(params, p) - columns, spread(params, p + 1) - rows
@@ -143,7 +144,7 @@ def weigh_block(block, scratch):
     for j in range(num_hits, -(-num_hits // UNROLL) * UNROLL):
         hits[j] = hits[0]
         store(weights, j * NUM_LANES, zero)
-    store(scratch.final, 0, left)
+    store(final, 0, left)
     return num_hits
 
 
