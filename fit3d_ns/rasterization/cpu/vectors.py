@@ -192,7 +192,7 @@ def _element_pointer(context, builder, signature, arguments, kind):
 
 def _define_operator(function: Any, operand: VectorType, result: VectorType, method: str, *options: str) -> None:
     """Gives vectors an operator that numbers have; `Lanes` also take a float32 on either side."""
-    pairs = [(operand, operand)]
+    pairs: list[Any] = [(operand, operand)]
     if operand == lanes_type:
         pairs += [(lanes_type, types.float32), (types.float32, lanes_type)]
 
