@@ -32,7 +32,7 @@ class SolveConfig:
     tolerance: float = 1e-3
     """Conjugate gradients stop when the true residual falls below this fraction of the right-hand side's norm."""
     steps_per_true_residual: int = 8
-    """The residual is computed anew, at the cost of one pass, after this many passes; 0 only once it seems small."""
+    """The residual is computed again, at the cost of one pass, after this many passes; 0 only once it seems small."""
     regularization: float = 0.001
     """Weight of the pull towards the weighted sum, as a fraction of the mean blend weight of a seen Gaussian; 0 or
     above."""

@@ -6,6 +6,7 @@ a loss never gains by making a pixel empty. Metrics are means over the *covered*
 read as the features are read, exceed one half.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,8 +131,11 @@ class FeatureMetrics:
     @classmethod
     def from_sums(cls, sums: Float[Tensor, "5"]) -> "FeatureMetrics":
         """The metrics of what `sum_token_errors` gave, of one view or added up over several."""
-        *errors, num_tokens = sums.tolist()
-        return cls(*(error / num_tokens if num_tokens else float("nan") for error in errors), int(num_tokens))
+        num_tokens = int(sums[-1])
+        if num_tokens == 0:
+            return cls(math.nan, math.nan, math.nan, math.nan, 0)
+        l1, cosine, mean_token_l1, mean_token_cosine = (sums[:-1] / num_tokens).tolist()
+        return cls(l1, cosine, mean_token_l1, mean_token_cosine, num_tokens)
 
 
 @torch.no_grad()

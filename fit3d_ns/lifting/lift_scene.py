@@ -290,13 +290,14 @@ def _create_scene(
     source: LiftSource, result: LiftResult, keep: Tensor, pca: PcaBasis, backbone: BackboneDescription
 ) -> FeatureScene:
     known = source.gaussians
-    lifted = {
+    lifted: dict[str, Any] = {
+        **known.tensors(),
         "features": result.features.cpu(),
         "blend_weight": result.blend_weight.cpu(),
         "num_views": result.num_views.cpu(),
         "feature_variance": result.feature_variance.cpu(),
     }
-    gaussians = Gaussians.from_raw(**{**known.tensors(), **lifted})
+    gaussians = Gaussians.from_raw(**lifted)
     # Rotations that are normalised twice are rounded twice.
     gaussians = replace(gaussians, quats=known.quats)
     decoder = result.decoder

@@ -1,7 +1,7 @@
 """`lift_together`: many scenes on one token basis, read by one decoder, with one set of picture colours.
 
 Three rounds over the scenes, one scene in memory at a time: tokens are summed up into the basis they share; each scene
-is lifted on it and leaves its decoder statistics beside its file; the decoder of all statistics together replaces the
+is lifted on it and leaves its decoder statistics next to its file; the decoder of all statistics together replaces the
 scenes' own. An interrupted command does the first round again, whose tokens are cached by then, and no finished lift.
 """
 
