@@ -178,7 +178,7 @@ def _select_frames(frames: list[Frame], split: str, eval_mode: str) -> list[int]
     # nerfstudio asks for `val` while training and `test` in `ns-eval`; both mean the held-out frames.
     held_out = [i for i, frame in enumerate(frames) if frame.split != "train"]
     if not held_out:
-        notice("The capture holds out no frame: its figures are of training frames.")
+        notice("The capture holds out no frame: its metrics are of training frames.")
     exact = [i for i in held_out if frames[i].split == split]
     return exact or held_out or list(range(len(frames)))
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, UInt8
+from nerfstudio.cameras.camera_optimizers import CameraOptimizer
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
@@ -59,6 +62,17 @@ class UndistortedDataset(InputDataset):
         if not bool(valid_mask.all()):
             data["mask"] = valid_mask[..., None].float()
         return data
+
+
+@torch.no_grad()
+def correct_poses(optimizer: CameraOptimizer, cameras: Cameras) -> Float[Tensor, "cameras 3 4"]:
+    """Training poses after the camera optimizer, as rendering in training applies it, on the cameras' device."""
+    corrected = []
+    for index in range(len(cameras)):
+        camera = cameras[index : index + 1]
+        camera.metadata = {"cam_idx": index}
+        corrected.append(optimizer.apply_to_camera(camera)[0])
+    return torch.stack(corrected)
 
 
 def find_root(data: Path) -> Path:

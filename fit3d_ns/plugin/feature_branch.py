@@ -1,4 +1,4 @@
-"""`FeatureBranch`: everything of the model that knows about features: decoder, loss, figures and pictures.
+"""`FeatureBranch`: everything of the model that knows about features: decoder, loss, metrics and pictures.
 
 It reads the render that the colour branch made and gives nothing back to it: its random numbers come from its own
 generator, and the features are blended through a detached projection.
@@ -64,9 +64,11 @@ class FeatureBranch(nn.Module):
         self._render: tuple[Tensor, dict[str, Any], Tensor] | None = None
 
     def resize(self, embed_dim: int) -> None:
-        """Makes decoder and picture basis anew for tokens of another width."""
+        """Makes a new decoder and picture basis, for tokens of another width."""
         self.embed_dim = embed_dim
-        self.decoder = _create_decoder(self.config, embed_dim)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(FEATURE_SEED)
+            self.decoder = FeatureDecoder(self.config.feature_dim, embed_dim, bias=self.config.decoder_bias)
         self.register_buffer("pca_mean", torch.zeros(embed_dim))
         self.register_buffer("pca_components", torch.zeros(3, embed_dim))
 
@@ -85,7 +87,7 @@ class FeatureBranch(nn.Module):
 
     @property
     def is_joint(self) -> bool:
-        """Whether features and decoder take gradient steps beside the colours."""
+        """Whether features and decoder take gradient steps along with the colours."""
         return self.is_on and self.config.feature_schedule == "joint"
 
     def remember_render(
@@ -219,12 +221,6 @@ def read_picture_basis(buffers: Mapping[str, Tensor]) -> PcaBasis | None:
         return None
     parts: dict[str, Any] = {part: buffers[buffer].clone() for buffer, part in PICTURE_BUFFERS.items()}
     return PcaBasis(**parts | {"total_variance": float(parts["total_variance"])})
-
-
-def _create_decoder(config: FeatureSplatfactoModelConfig, embed_dim: int) -> FeatureDecoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(FEATURE_SEED)
-        return FeatureDecoder(config.feature_dim, embed_dim, bias=config.decoder_bias)
 
 
 def _render_pixels(

@@ -25,7 +25,7 @@ HAS_CUDA = torch.cuda.is_available()
 
 GPU_ITERATIONS = 30_000
 CPU_ITERATIONS = 3_000
-"""A first result on two cores in minutes; quality figures of both lengths stand in the README."""
+"""A first result on two cores in minutes; the README has the quality of both lengths."""
 
 GPU_DENSIFY_THRESHOLD = 0.0008
 """splatfacto's."""

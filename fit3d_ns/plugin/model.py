@@ -91,16 +91,6 @@ class FeatureSplatfactoModel(SplatfactoModel):
             rasterize_mode=self.config.rasterize_mode,
         )
 
-    @torch.no_grad()
-    def correct_poses(self, cameras: Cameras) -> Float[Tensor, "cameras 3 4"]:
-        """Training poses after the camera optimizer, as rendering in training applies it."""
-        corrected = []
-        for index in range(len(cameras)):
-            camera = cameras[index : index + 1].to(self.device)
-            camera.metadata = {"cam_idx": index}
-            corrected.append(self.camera_optimizer.apply_to_camera(camera)[0])
-        return torch.stack(corrected)
-
     def get_gaussian_param_groups(self) -> dict[str, list[Parameter]]:
         """splatfacto's groups and `features`, so that the strategies carry the features along."""
         return {name: [parameter] for name, parameter in self.gauss_params.items()}
@@ -140,7 +130,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
             if tuple(stored.shape) != shape:
                 raise ValueError(
                     f"The checkpoint's {name} are {tuple(stored.shape)}, the config asks for {shape}; "
-                    "use the config.yml beside the checkpoint."
+                    "use the config.yml next to the checkpoint."
                 )
             self.gauss_params[name] = Parameter(torch.zeros(shape, device=parameter.device))
         return Model.load_state_dict(self, state, strict=strict, **kwargs)
@@ -239,9 +229,9 @@ class FeatureSplatfactoModel(SplatfactoModel):
     def get_image_metrics_and_images(
         self, outputs: dict[str, Any], batch: dict[str, Any]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Figures of the last render: `psnr ssim feature_l1 feature_cosine`, and `lpips` where it is at hand.
+        """Metrics of the last render: `psnr ssim feature_l1 feature_cosine`, and `lpips` where it is at hand.
 
-        Feature figures are means over held-out tokens that are covered (alpha > 0.5) and valid (mask > 0.5), at the
+        Feature metrics are means over held-out tokens that are covered (alpha > 0.5) and valid (mask > 0.5), at the
         token grid, against the backbone's own tokens.
         """
         truth = self.composite_with_background(self.get_gt_img(batch["image"]), outputs["background"])

@@ -1,4 +1,4 @@
-"""`FeaturePipeline`: where captured tokens meet the Gaussians: solving features, figures, what a resume needs."""
+"""`FeaturePipeline`: where captured tokens meet the Gaussians: solving features, metrics, what a resume needs."""
 
 import time
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from fit3d_ns.analysis.pictures import save_picture
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.views import fit_picture_basis
 from fit3d_ns.plugin.datamanager import FeatureDatamanager
+from fit3d_ns.plugin.dataset import correct_poses
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
 from fit3d_ns.plugin.solve_budget import SolveCosts, SolvePlan, compute_solve_budget, estimate_solve_costs
 from fit3d_ns.utils.errors import install_error_sentences
@@ -81,7 +82,7 @@ class FeaturePipeline(VanillaPipeline):
         if not self.branch.is_on or config.feature_schedule != "solve":
             return
         costs = self._solve_costs
-        # A run that goes on after its end solves anew; what that end cost, its own steps have paid.
+        # A run that goes on after its end solves again; what that end cost, its own steps have paid.
         left = compute_solve_budget(max_num_iterations, self._num_views, config.solve_share) - self.early_cost_spent
         done = step + 1
         if done == max_num_iterations:
@@ -103,7 +104,7 @@ class FeaturePipeline(VanillaPipeline):
         """
         config = self.model.config
         lift = config.create_lift_config(plan.max_passes, plan.decoder_share)
-        poses = self.model.correct_poses(self.datamanager.train_dataset.cameras)
+        poses = correct_poses(self.model.camera_optimizer, self.datamanager.train_dataset.cameras.to(self.model.device))
         views = self.datamanager.create_lift_views(poses)
         views = select_evenly(views, plan.count_views(len(views)))
         result = solve_features(self.model.get_lift_gaussians(), views, lift)
@@ -149,7 +150,7 @@ class FeaturePipeline(VanillaPipeline):
         )
 
     def capture_run_state(self) -> dict[str, Any]:
-        """What a resumed run needs beside parameters and optimizers."""
+        """What a resumed run needs besides parameters and optimizers."""
         return {
             "datamanager": self.datamanager.capture_order(),
             "strategy": {key: value for key, value in self.model.strategy_state.items()},

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.plugin.checkpoints import load_latest_checkpoint
-from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
+from fit3d_ns.plugin.dataset import UndistortedDataset, correct_poses, find_root
 from fit3d_ns.plugin.feature_branch import PICTURE_BUFFERS, read_picture_basis
 from fit3d_ns.plugin.trainer import SUMMARY_NAME
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians
@@ -44,23 +44,11 @@ class SplatRun:
     state: dict[str, Tensor]
     """The whole model state without its prefix."""
     run_state: dict[str, Any]
-    """What our trainer saved beside the model; empty for nerfstudio's own runs."""
+    """What our trainer saved next to the model; empty for nerfstudio's own runs."""
     capture: PosedCapture
     """Training views (poses corrected by the run's camera optimizer) and held-out views."""
     rasterize_mode: Literal["classic", "antialiased"]
     """How the Gaussians were trained."""
-
-    @property
-    def sh_degree(self) -> int:
-        """Degree of the colour's spherical harmonics; at 0 colours are stored before a sigmoid."""
-        return int(self.config.pipeline.model.sh_degree)
-
-    @property
-    def sh_dc(self) -> Float[Tensor, "num_gaussians 3"]:
-        """Constant colour coefficient, whatever the run's degree."""
-        if self.sh_degree > 0:
-            return self.gauss_params["features_dc"]
-        return (torch.sigmoid(self.gauss_params["features_dc"]) - 0.5) * (2 * np.pi**0.5)
 
     def create_gaussians(self, **lifted: Tensor) -> Gaussians:
         """The Gaussians in their stored types, without those that cannot be stored or drawn.
@@ -69,12 +57,16 @@ class SplatRun:
             lifted: `features` and by-products of a lift, by the argument names of `Gaussians.from_raw`.
         """
         raw = self.gauss_params
+        sh_dc = raw["features_dc"]
+        if self.config.pipeline.model.sh_degree == 0:
+            # Then colours are stored before a sigmoid, not as coefficients.
+            sh_dc = (torch.sigmoid(sh_dc) - 0.5) * (2 * np.pi**0.5)
         return Gaussians.from_raw(
             means=raw["means"],
             quats=raw["quats"],
             log_scales=raw["scales"],
             opacity_logits=raw["opacities"],
-            sh_dc=self.sh_dc,
+            sh_dc=sh_dc,
             sh_rest=raw["features_rest"],
             **lifted,
             drop_invalid=True,
@@ -266,9 +258,4 @@ def _correct_poses(model: Any, cameras: Cameras, state: dict[str, Tensor]) -> li
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if own:
         optimizer.load_state_dict(own, strict=False)
-    poses = []
-    for index in range(len(cameras)):
-        camera = cameras[index : index + 1]
-        camera.metadata = {"cam_idx": index}
-        poses.append(optimizer.apply_to_camera(camera)[0].detach())
-    return poses
+    return list(correct_poses(optimizer, cameras))
