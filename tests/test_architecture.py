@@ -1,7 +1,9 @@
 """The house rules about imports, held against the source: which room looks into which, who may know which library."""
 
 import ast
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,26 @@ ONLY_IN = {
 }
 """Libraries with a room of their own."""
 
+PRIVATE_MODULES = {"gsplat.cuda._wrapper": "rasterization/gsplat_backend.py"}
+"""Private modules of other libraries that are used all the same, each in one file that says why."""
+
+PUBLIC_API = {
+    "load_scene",
+    "save_scene",
+    "create_extractor",
+    "load_finetuned",
+    "rasterization",
+    "rasterize_features",
+    "backproject_features",
+    "available_backends",
+    "read_fit3d",
+}
+"""What the README and `docs/design.md` offer to users of the library; nothing of ours has to call it."""
+
 MAX_LINES = 400
+MAX_PACKAGE_LINES = 28_000
+MAX_MODULES = 190
+"""Small is a feature: later ideas are built in rooms that exist."""
 
 DATAPARSER_MAY_IMPORT = (
     "nerfstudio.data.dataparsers",
@@ -86,6 +107,58 @@ def test_imports_point_down(path: Path) -> None:
         assert find_layer(parts[1]) < find_layer(room), f"{room} imports {name}, which is not below it"
 
 
+def test_files_import_each_other_in_no_circle() -> None:
+    """Imports inside functions count: what has to be hidden there is a circle all the same."""
+    names = {_module_name(path): path for path in list_modules()}
+    imports = {
+        name: sorted({target for target in _imported_modules(path, names) if target != name})
+        for name, path in names.items()
+    }
+    done: set[str] = set()
+
+    def walk(name: str, trail: list[str]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for target in imports[name]:
+                walk(target, [*trail, name])
+            done.add(name)
+
+    for name in names:
+        walk(name, [])
+
+
+def test_private_modules_of_other_libraries_are_used_where_it_is_said() -> None:
+    for path in list_modules():
+        for name in read_imports(path):
+            parts = name.split(".")
+            if parts[0] not in ("fit3d_ns", "__future__") and any(part.startswith("_") for part in parts):
+                assert str(path.relative_to(PACKAGE)) == PRIVATE_MODULES.get(name), f"{path} imports {name}"
+
+
+def test_public_names_have_users_beside_the_tests() -> None:
+    """A public function or class that only tests call is code that no user can reach."""
+    defined: dict[str, list[Path]] = {}
+    used: set[str] = set()
+    for path in [*list_modules(), *sorted((PACKAGE.parent / "scripts").rglob("*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.is_relative_to(PACKAGE):
+            for node in tree.body:
+                is_definition = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.decorator_list
+                if is_definition and not node.name.startswith("_"):
+                    defined.setdefault(node.name, []).append(path)
+        for statement in tree.body:
+            # A name inside its own definition (recursion, a class naming itself) is no use of it.
+            own = getattr(statement, "name", None)
+            used |= {name for name in _used_names(statement) if name != own}
+    entry_points = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    unused = {
+        name: paths
+        for name, paths in defined.items()
+        if name not in used and name not in PUBLIC_API and f":{name}" not in entry_points
+    }
+    assert not unused, "\n".join(f"{name}: {paths[0].relative_to(PACKAGE)}" for name, paths in unused.items())
+
+
 @pytest.mark.parametrize("path", list_modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_libraries_stay_in_their_rooms(path: Path) -> None:
     for name in read_imports(path):
@@ -115,10 +188,13 @@ def test_modules_are_short_documented_and_without_future_annotations(path: Path)
     assert "__future__" not in read_imports(path)
 
 
+def test_the_package_stays_small() -> None:
+    assert len(list_modules()) <= MAX_MODULES
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in list_modules()) <= MAX_PACKAGE_LINES
+
+
 def test_core_imports_without_nerfstudio_and_gsplat(tmp_path: Path) -> None:
     """A fresh interpreter in which both are absent imports every module outside the plugin."""
-    import subprocess
-
     modules = [
         ".".join(path.with_suffix("").relative_to(PACKAGE.parent).parts).removesuffix(".__init__")
         for path in list_modules()
@@ -140,3 +216,38 @@ def test_core_imports_without_nerfstudio_and_gsplat(tmp_path: Path) -> None:
 
 def _uses(path: Path, library: str) -> bool:
     return any(name.split(".")[0] == library for name in read_imports(path))
+
+
+def _module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").relative_to(PACKAGE.parent).parts).removesuffix(".__init__")
+
+
+def _imported_modules(path: Path, names: dict[str, Path]) -> Iterator[str]:
+    """Modules of the package that a file imports; a name taken from a package's `__init__` counts as that file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in names)
+        elif isinstance(node, ast.ImportFrom) and node.module in names:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name for name in inner if name in names)
+            if any(name not in names for name in inner):
+                yield node.module or ""
+
+
+def _used_names(statement: ast.stmt) -> set[str]:
+    """Names that a statement reads, attributes and quoted annotations included; imports and exports do not count."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return set()
+    if isinstance(statement, ast.Assign) and any(
+        getattr(target, "id", "") == "__all__" for target in statement.targets
+    ):
+        return set()
+    used: set[str] = set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name):
+            used.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            used.add(node.value)
+    return used

@@ -7,11 +7,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from fit3d_ns.utils.errors import explain, shows_tracebacks
+from fit3d_ns.utils.errors import check_writable, explain, shows_tracebacks
 
 Config = TypeVar("Config")
 
@@ -53,6 +54,11 @@ def run_command(
             description=description,
             args=arguments,
         )
+        for name in ("output_path", "output_dir"):
+            # What cannot be written should not take an hour to say so.
+            output = getattr(parsed.config, name, None)
+            if output is not None:
+                check_writable(Path(output) / "file" if name == "output_dir" else Path(output))
         function(parsed.config)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted.", file=sys.stderr)

@@ -89,13 +89,16 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """Tries to write next to `path` before the work that leads to it; makes the folders that are missing.
+    """Tries to write where `path` will be, before the work that leads to it; nothing stays there.
 
     Raises:
-        OSError: The folder cannot be made or written to; `explain` has the sentence.
+        OSError: The folder, or the nearest one above it that exists, cannot be written to; `explain` has the sentence.
     """
-    folder = Path(os.path.realpath(Path(path).expanduser())).parent
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(os.path.realpath(path.expanduser())).parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     probe = folder / f".fit3d-{os.getpid()}.tmp"
     try:
         probe.write_bytes(b"\0")
