@@ -1,4 +1,4 @@
-"""`read_labelled_set`: looks at a folder, recognises the labelled layout in it and reads it; one reader per layout."""
+"""`read_labelled_set` recognises the labelled layout of a folder and reads it; there is one reader per layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,9 +50,9 @@ def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
         "scannet": find_scannet(path),
         "folder": (path / "images").is_dir(),
     }
-    for layout, is_there in layouts.items():
-        if is_there:
-            return layout
+    found = next((layout for layout, is_there in layouts.items() if is_there), None)
+    if found is not None:
+        return found
     raise ValueError(
         f"{path} holds no labelled set: no dslr/ (ScanNet++), scene*_*/color/ (ScanNet), nyu_depth_v2_labeled.mat or "
         "nyu_train.txt (NYU), kitti_eigen_train.txt (KITTI), objectInfo150.txt (ADE20K), JPEGImages/ (VOC) or images/ "
@@ -88,16 +88,10 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
 def read_labelled_set(
     path: Path, split: LabelledSplit | None, task: ProbeTask, options: LabelledOptions | None = None
 ) -> LabelledSet:
-    """Reads one split of a labelled set; headers are checked, pixels are loaded later.
+    """Reads one split of a scene, a plain folder or the root of an official set; pixels are loaded later.
 
-    Args:
-        path: A scene, a plain folder, or the root of an official data set.
-        split: Which part; None takes all frames of a single ScanNet++ scene and means `train` elsewhere.
-        task: What is probed.
-        options: What the folder does not say about itself.
-
-    Raises:
-        ValueError: A piece is missing or wrong, or the set does not have this task; the message names it.
+    `split` None takes all frames of a single ScanNet++ scene and means `train` elsewhere. ValueError names a piece that
+    is missing or wrong, or a set that does not have this task.
     """
     path, options = Path(path), options or LabelledOptions()
     layout = find_labelled_layout(path, task) if options.layout == "auto" else options.layout
@@ -108,11 +102,5 @@ def read_labelled_set(
         return read_folder(path, part, task, options.depth_scale, options.max_depth)
     if layout == "nyu":
         return read_nyu(path, part, task, options.nyu_classes)
-    readers = {
-        "scannet": read_scannet,
-        "kitti": read_kitti,
-        "ade20k": read_ade20k,
-        "voc": read_voc,
-        "imagefolder": read_image_folder,
-    }
-    return readers[layout](path, part, task)
+    others = {"scannet": read_scannet, "kitti": read_kitti, "ade20k": read_ade20k, "voc": read_voc}
+    return others.get(layout, read_image_folder)(path, part, task)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fit3d_ns.data.images import list_images
 from fit3d_ns.probing.datasets.files import LabelTable, create_frame, create_zero_ignoring_table, read_lines
-from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, ProbeTask
+from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, ProbeTask
 
 NUM_ADE20K_CLASSES = 150
 VOC_NAMES = tuple(
@@ -50,11 +50,8 @@ def read_ade20k(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSe
     images = list_images(folder / "images" / part)
     if not images:
         raise ValueError(f"{folder / 'images' / part} holds no images; unpack ADEChallengeData2016.zip again.")
-    labels, table = folder / "annotations" / part, create_zero_ignoring_table(NUM_ADE20K_CLASSES)
-    frames = [
-        create_frame(path, name=path.stem, label_path=labels / f"{path.stem}.png", table=table) for path in images
-    ]
-    return LabelledSet("ade20k", frames, names)
+    table = create_zero_ignoring_table(NUM_ADE20K_CLASSES)
+    return LabelledSet("ade20k", _create_frames(images, folder / "annotations" / part, table), names)
 
 
 def find_voc(root: Path) -> Path | None:
@@ -77,9 +74,10 @@ def read_voc(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
         )
     listing = folder / "ImageSets" / "Segmentation" / ("train.txt" if split == "train" else "val.txt")
     stems = read_lines(listing, "it comes with VOCtrainval_11-May-2012.tar")
-    images, labels, table = folder / "JPEGImages", folder / "SegmentationClass", LabelTable(len(VOC_NAMES))
-    frames = [
-        create_frame(images / f"{stem}.jpg", name=stem, label_path=labels / f"{stem}.png", table=table)
-        for stem in stems
-    ]
+    images = [folder / "JPEGImages" / f"{stem}.jpg" for stem in stems]
+    frames = _create_frames(images, folder / "SegmentationClass", LabelTable(len(VOC_NAMES)))
     return LabelledSet("voc2012", frames, VOC_NAMES)
+
+
+def _create_frames(images: list[Path], labels: Path, table: LabelTable) -> list[LabelledFrame]:
+    return [create_frame(path, name=path.stem, label_path=labels / f"{path.stem}.png", table=table) for path in images]

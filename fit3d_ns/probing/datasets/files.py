@@ -21,13 +21,21 @@ class LabelTable:
     """From the numbers in a label file to class indices."""
 
     num_classes: int
-    """Number of classes after the translation."""
     mapping: Mapping[int, int] | None = None
     """Number in the file to class index or 255; None: the numbers are class indices already."""
 
     def apply(self, raw: Int[Tensor, "height width"], source: Path | str) -> UInt8[Tensor, "height width"]:
         """Translates and checks; raises ValueError with the number and the `source` where a number is not a class."""
-        labels = raw if self.mapping is None else self._translate(raw, self.mapping, source)
+        labels = raw
+        if self.mapping is not None:
+            # Numbers without a translation become negative.
+            table = torch.full((max(*self.mapping, int(raw.max()), IGNORE_INDEX) + 1,), -1, dtype=torch.int64)
+            table[IGNORE_INDEX] = IGNORE_INDEX
+            table[list(self.mapping)] = torch.tensor(list(self.mapping.values()))
+            labels = table[raw.long()]
+            if (labels < 0).any():
+                value = int(raw[labels < 0][0])
+                raise ValueError(f"{source} has label {value}, which the class list does not know; check its version.")
         wrong = (labels != IGNORE_INDEX) & ((labels >= self.num_classes) | (labels < 0))
         if wrong.any():
             value = int(labels[wrong][0])
@@ -36,17 +44,6 @@ class LabelTable:
                 f"correct the class list, or write {IGNORE_INDEX} where pixels must not count."
             )
         return labels.to(torch.uint8)
-
-    def _translate(self, raw: Tensor, mapping: Mapping[int, int], source: Path | str) -> Tensor:
-        # Numbers without a translation become negative.
-        table = torch.full((max(*mapping, int(raw.max()), IGNORE_INDEX) + 1,), -1, dtype=torch.int64)
-        table[IGNORE_INDEX] = IGNORE_INDEX
-        table[list(mapping)] = torch.tensor(list(mapping.values()))
-        labels = table[raw.long()]
-        if (labels < 0).any():
-            value = int(raw[labels < 0][0])
-            raise ValueError(f"{source} has label {value}, which the class list does not know; check its version.")
-        return labels
 
 
 def create_zero_ignoring_table(num_classes: int) -> LabelTable:
@@ -99,13 +96,12 @@ def create_frame(
                     f"{image.width}x{image.height}; they must have one size."
                 )
             size = (header.width, header.height)
-    assert label_path is None or table is not None
     return LabelledFrame(
-        name=name,
-        group=group,
-        load_image=partial(load_image, image_path) if size is None else partial(_load_resized_image, image_path, size),
+        name,
+        load_image=partial(_load_image, image_path, size),
         load_labels=None if label_path is None or table is None else partial(load_label_map, label_path, table),
         load_depth=None if depth_path is None else partial(load_depth_map, depth_path, depth_scale),
+        group=group,
         files=tuple(path for path in (image_path, label_path, depth_path) if path is not None),
     )
 
@@ -135,6 +131,6 @@ def _read_grey(path: Path, what: str) -> np.ndarray:
         raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
 
 
-def _load_resized_image(path: Path, size: tuple[int, int]) -> UInt8[Tensor, "height width 3"]:
-    resized = cv2.resize(load_image(path).numpy(), size, interpolation=cv2.INTER_AREA)
-    return torch.from_numpy(resized)
+def _load_image(path: Path, size: tuple[int, int] | None) -> UInt8[Tensor, "height width 3"]:
+    image = load_image(path)
+    return image if size is None else torch.from_numpy(cv2.resize(image.numpy(), size, interpolation=cv2.INTER_AREA))

@@ -1,7 +1,7 @@
 """What every labelled set is read into: photographs with class labels, depth, or one class for the whole picture.
 
 Labels are class indices 0 .. num_classes - 1, and `IGNORE_INDEX` where a pixel never counts. Depth is z-depth in
-metres, 0 where nothing was measured. Pixels are loaded when asked for; frames can be sent to loader workers.
+metres, 0 where nothing was measured. Pixels are loaded when asked for.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -34,11 +34,9 @@ class LabelledFrame:
     name: str
     """Unique in its set, the same on every machine."""
     load_image: Callable[[], UInt8[Tensor, "height width 3"]]
-    """The photograph, RGB."""
     load_labels: Callable[[], UInt8[Tensor, "height width"]] | None = None
-    """Class index of each pixel, of the photograph's size."""
+    """Of the photograph's size, as is the depth."""
     load_depth: Callable[[], Float[Tensor, "height width"]] | None = None
-    """z-depth in metres, of the photograph's size, 0 = no measurement."""
     class_index: int | None = None
     """Class of the whole picture."""
     group: str = ""
@@ -61,7 +59,6 @@ class DepthConvention:
     max_depth: float = 10.0
     """Metres; only depth below it counts."""
     evaluation_window: EvaluationWindow = "none"
-    """Part of a test image that counts."""
     train_crop: tuple[int, int, int, int] | None = None
     """First and past-the-last row, first and past-the-last column that are trained on; None: the whole picture."""
     bottom_crop: tuple[int, int] | None = None
@@ -72,16 +69,14 @@ class DepthConvention:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """One split of a data set."""
+    """One split of a data set; results carry its name, for example `ade20k`."""
 
     name: str
-    """Which data set, for example `ade20k`; results carry it."""
     frames: list[LabelledFrame]
     """Never empty."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes in the order of their indices; empty where there are no labels."""
+    """In the order of their indices; empty where there are no labels."""
     depth: DepthConvention = field(default_factory=DepthConvention)
-    """Depth range and crops."""
     is_sequence: bool = False
     """True where neighbouring frames of a group are neighbours in time, so that they must not be split at random."""
 
@@ -91,7 +86,6 @@ class LabelledSet:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
         return len(self.class_names)
 
 
@@ -128,14 +122,10 @@ def check_same_kind(first: LabelledSet, other: LabelledSet) -> None:
 
 
 def split_validation(labelled_set: LabelledSet, fraction: float) -> tuple[LabelledSet, LabelledSet]:
-    """Splits training data into a training and a validation part that have little in common.
+    """Splits at least two frames into a training and a validation part, a `fraction` in (0, 0.5] of them.
 
     Five groups or more: whole groups are held out. Fewer groups of a sequence: the last part of each, because frames
     next to each other look alike. Otherwise every k-th frame in the order of names.
-
-    Args:
-        labelled_set: The training data, at least two frames.
-        fraction: Share of the frames to hold out, in (0, 0.5].
     """
     frames = labelled_set.frames
     if len(frames) < 2:
@@ -143,22 +133,20 @@ def split_validation(labelled_set: LabelledSet, fraction: float) -> tuple[Labell
             f"{labelled_set.name} has one training frame, which cannot give a validation part; use --selection last."
         )
     ordered = sorted(frames, key=lambda frame: frame.name)
-    groups: dict[str, list[LabelledFrame]] = {}
+    by_group: dict[str, list[str]] = {}
     for frame in ordered:
-        groups.setdefault(frame.group, []).append(frame)
+        by_group.setdefault(frame.group, []).append(frame.name)
+    groups = list(by_group.values())
     every = max(round(1 / fraction), 2)
-    held: list[LabelledFrame] = []
+    held: set[str] = set()
     if len(groups) >= 5:
-        held = [frame for members in list(groups.values())[every - 1 :: every] for frame in members]
+        held = {name for names in groups[every - 1 :: every] for name in names}
     if not held and labelled_set.is_sequence:
-        held = [
-            frame for members in groups.values() for frame in members[len(members) - round(len(members) * fraction) :]
-        ]
+        held = {name for names in groups for name in names[len(names) - round(len(names) * fraction) :]}
     if not held:
         every = min(every, len(frames))
-        held = ordered[every - 1 :: every]
-    names = {frame.name for frame in held}
-    kept, validation = ([frame for frame in frames if (frame.name in names) == is_held] for is_held in (False, True))
+        held = {frame.name for frame in ordered[every - 1 :: every]}
+    kept, validation = ([frame for frame in frames if (frame.name in held) == is_held] for is_held in (False, True))
     return replace(labelled_set, frames=kept), replace(labelled_set, frames=validation)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from fit3d_ns.probing.datasets.files import LabelTable, create_frame, read_lines
@@ -78,9 +78,9 @@ def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int
     frames = [
         LabelledFrame(
             name=f"{number:04d}",
-            load_image=partial(_load_image, path, int(number) - 1),
+            load_image=partial(_load_entry, path, "images", int(number) - 1, np.uint8),
             load_labels=None if table is None else partial(_load_labels, path, int(number) - 1, table),
-            load_depth=partial(_load_depth, path, int(number) - 1),
+            load_depth=partial(_load_entry, path, "depths", int(number) - 1, np.float32),
             files=(path,),
         )
         for number in numbers
@@ -116,22 +116,19 @@ def read_kitti(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet
 def _read_nyu_list(root: Path, split: LabelledSplit) -> LabelledSet:
     frames: list[LabelledFrame] = []
     for names in _read_depth_list(root / f"nyu_{split}.txt"):
-        relative, depth = (Path(name.lstrip("/")) for name in names)
-        name = relative.with_suffix("").as_posix()
-        group = relative.parent.as_posix()
-        frames.append(create_frame(root / relative, name=name, group=group, depth_path=root / depth))
+        image, depth = (Path(name.lstrip("/")) for name in names)
+        name, group = image.with_suffix("").as_posix(), image.parent.as_posix()
+        frames.append(create_frame(root / image, name=name, group=group, depth_path=root / depth))
     return LabelledSet("nyu", frames, depth=NYU_CONVENTION, is_sequence=True)
 
 
 def _read_depth_list(listing: Path) -> list[tuple[str, str]]:
     """Names of images and of their depth maps."""
-    pairs = []
-    for line in read_lines(listing, "it names an image, its depth map and the focal length on each line"):
-        parts = line.split()
-        if len(parts) < 2:
+    lines = read_lines(listing, "it names an image, its depth map and the focal length on each line")
+    for line in lines:
+        if len(line.split()) < 2:
             raise ValueError(f"{listing} has the line {line!r}, expected IMAGE DEPTH FOCAL.")
-        pairs.append((parts[0], parts[1]))
-    return pairs
+    return [(line.split()[0], line.split()[1]) for line in lines]
 
 
 def _find(root: Path, folders: tuple[str, ...], name: str, listing: Path, what: str) -> Path:
@@ -148,26 +145,14 @@ def _find(root: Path, folders: tuple[str, ...], name: str, listing: Path, what: 
     )
 
 
-# MATLAB stores columns first, so pictures lie [channels, width, height] in the file.
-
-
-def _load_image(path: Path, index: int) -> UInt8[Tensor, "height width 3"]:
-    # (3, w, h) -> (h, w, 3)
-    return torch.from_numpy(_read_entry(path, "images", index).transpose(2, 1, 0).astype(np.uint8))
-
-
 def _load_labels(path: Path, index: int, table: LabelTable) -> UInt8[Tensor, "height width"]:
-    raw = torch.from_numpy(_read_entry(path, "labels", index).T.astype(np.int64))
-    return table.apply(raw, f"{path} (frame {index + 1})")
+    return table.apply(_load_entry(path, "labels", index, np.int64), f"{path} (frame {index + 1})")
 
 
-def _load_depth(path: Path, index: int) -> Float[Tensor, "height width"]:
-    return torch.from_numpy(_read_entry(path, "depths", index).T.astype(np.float32))
-
-
-def _read_entry(path: Path, key: str, index: int) -> np.ndarray:
+def _load_entry(path: Path, key: str, index: int, dtype: type) -> Shaped[Tensor, "height width *channels"]:
     with _open_hdf5(path, key) as file:
-        return np.asarray(file[key][index])
+        # MATLAB stores columns first: (3, w, h) -> (h, w, 3), or (w, h) -> (h, w)
+        return torch.from_numpy(np.asarray(file[key][index]).T.astype(dtype))
 
 
 def _open_hdf5(path: Path, key: str) -> Any:
@@ -185,16 +170,13 @@ def _open_hdf5(path: Path, key: str) -> Any:
 
 
 def _read_table(root: Path, num_classes: int) -> tuple[LabelTable, tuple[str, ...]]:
-    to_40 = _read_numbers(root / "classMapping40.mat", "mapClass")
-    if num_classes == 40:
-        mapping = {0: IGNORE_INDEX, **{number: int(target) - 1 for number, target in enumerate(to_40, start=1)}}
-        return LabelTable(40, mapping), NYU40_NAMES
-    to_13 = _read_numbers(root / "class13Mapping.mat", "classMapping13")
-    mapping = {0: IGNORE_INDEX}
-    for number, target in enumerate(to_40, start=1):
-        index = int(to_13[int(target) - 1]) if target > 0 else 0
-        mapping[number] = index - 1 if index > 0 else IGNORE_INDEX
-    return LabelTable(13, mapping), NYU13_NAMES
+    # From raw ids, which count from 1, to classes that count from 1; 0 is no class.
+    targets = _read_numbers(root / "classMapping40.mat", "mapClass").tolist()
+    if num_classes == 13:
+        to_13 = [0, *_read_numbers(root / "class13Mapping.mat", "classMapping13").tolist()]
+        targets = [to_13[target] for target in targets]
+    mapping = {number: target - 1 if target > 0 else IGNORE_INDEX for number, target in enumerate([0, *targets])}
+    return LabelTable(num_classes, mapping), NYU13_NAMES if num_classes == 13 else NYU40_NAMES
 
 
 def _read_numbers(path: Path, key: str) -> np.ndarray:
@@ -206,7 +188,7 @@ def _read_numbers(path: Path, key: str) -> np.ndarray:
 
     try:
         content = loadmat(str(path))
-    # scipy answers MATLAB 7.3 files with NotImplementedError, and files that are cut short with one of the others.
+    # NotImplementedError is scipy's answer to MATLAB 7.3 files; files that are cut short raise one of the others.
     except (OSError, ValueError, IndexError, NotImplementedError, MatReadError) as error:
         raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
     if key not in content:

@@ -16,20 +16,21 @@ the paper does. Pixels that the anonymisation masks hide do not count. A single 
 train or test list; frames marked as bad are left out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import cv2
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
 from fit3d_ns.data.frames import Frame
 from fit3d_ns.data.images import load_image, load_mask
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
-from fit3d_ns.probing.datasets.files import LabelTable, create_frame, load_depth_map, load_label_map, read_lines
+from fit3d_ns.probing.datasets.files import LabelTable, create_frame, read_lines
 from fit3d_ns.probing.datasets.folders import read_class_names
 from fit3d_ns.probing.datasets.frames import (
     IGNORE_INDEX,
@@ -51,10 +52,6 @@ class _LabelSource:
     folder: Path
     keeps_suffix: bool
     class_names: tuple[str, ...]
-
-    @property
-    def table(self) -> LabelTable:
-        return LabelTable(len(self.class_names))
 
 
 def is_scannetpp_scene(path: Path) -> bool:
@@ -156,14 +153,14 @@ def _create(frame: Frame, scene_id: str, source: _LabelSource | None) -> Labelle
         name=f"{scene_id}/{frame.image_path.stem}",
         group=scene_id,
         label_path=label_path,
-        table=source.table if source else None,
+        table=LabelTable(len(source.class_names)) if source else None,
         depth_path=depth_path,
     )
     return replace(
         plain,
         load_image=partial(_load_image, frame),
-        load_labels=None if label_path is None or source is None else partial(_load_labels, frame, label_path, source),
-        load_depth=None if depth_path is None else partial(_load_depth, frame, depth_path),
+        load_labels=plain.load_labels and partial(_load_map, frame, plain.load_labels, IGNORE_INDEX),
+        load_depth=plain.load_depth and partial(_load_map, frame, plain.load_depth, 0),
         files=(*plain.files, *((frame.mask_path,) if frame.mask_path else ())),
     )
 
@@ -176,16 +173,13 @@ def _load_image(frame: Frame) -> UInt8[Tensor, "height width 3"]:
     return undistortion.apply_to_image(image)
 
 
-def _load_depth(frame: Frame, path: Path) -> Float[Tensor, "height width"]:
-    undistortion = _compute_undistortion(frame)
-    depth = undistortion.apply_to_depth(_reduce(load_depth_map(path, 1000.0), undistortion))
-    return torch.where(_load_valid_mask(frame, undistortion), depth, 0.0)
-
-
-def _load_labels(frame: Frame, path: Path, source: _LabelSource) -> UInt8[Tensor, "height width"]:
-    undistortion = _compute_undistortion(frame)
-    labels = undistortion.apply_to_depth(_reduce(load_label_map(path, source.table).float(), undistortion))
-    return torch.where(_load_valid_mask(frame, undistortion), labels, IGNORE_INDEX).to(torch.uint8)
+def _load_map(
+    frame: Frame, load: Callable[[], Shaped[Tensor, "height width"]], fill: int
+) -> Shaped[Tensor, "new_height new_width"]:
+    """Labels or depth on the undistorted image; `fill` is what does not count."""
+    undistortion, values = _compute_undistortion(frame), load()
+    moved = undistortion.apply_to_depth(_reduce(values.float(), undistortion))
+    return torch.where(_load_valid_mask(frame, undistortion), moved, fill).to(values.dtype)
 
 
 def _load_valid_mask(frame: Frame, undistortion: Undistortion) -> Bool[Tensor, "height width"]:
