@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.features import TokenModel, compute_patch_grid
+from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.training_views import locate_capture
 from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views
 from fit3d_ns.rasterization import backproject_features, rasterize_features
@@ -65,19 +65,14 @@ def average_lifted_views(
     Raises:
         ValueError: The capture is not there, or a mask is damaged.
     """
-    capture, patch_size = locate_capture(scene, data_root), scene.backbone.patch_size
+    capture = locate_capture(scene, data_root)
     usable, num_lifted = _find_usable(scene, capture), len(find_lifted(scene))
     if len(usable) < num_lifted:
         notice(
             f"Features of scene {scene.scene_id} are averaged over {len(usable)} of its {num_lifted} lifted views; the "
             "masks of the others are gone."
         )
-    return average_over_views(
-        scene,
-        select_evenly(usable, max_views),
-        lambda view: compute_patch_grid(view.height, view.width, patch_size),
-        capture.load_valid_mask,
-    )
+    return average_over_views(scene, capture, select_evenly(usable, max_views))
 
 
 def compute_scene_hash(scene: FeatureScene) -> str:

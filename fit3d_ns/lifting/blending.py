@@ -5,7 +5,7 @@ over each token's cell, `u` the within-patch weight (1 for the rules `bilinear` 
 over views of u W |t - R f|^2 + (1 - u) W |t - P R f|^2, so its operator is R^T W Q R with Q = u + (1 - u) P.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.pca import PcaBasis
+from fit3d_ns.analysis.pca import PcaBasis, apply_pca
+from fit3d_ns.features import compute_patch_grid
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.decoder_fit import project_tokens
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import backproject_features, rasterize_features
-from fit3d_ns.scene import FeatureScene, View
+from fit3d_ns.scene import FeatureScene, PosedCapture, View
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import average_over_cells, spread_tokens
 
@@ -29,7 +29,7 @@ AVERAGING_SAMPLES = 4
 
 @dataclass(frozen=True)
 class SampledCamera:
-    """A camera that looks at one value per square block of pixels, at the blocks' centres.
+    """A camera that looks at one value per square block of pixels, at the blocks' centres; all in its own pixels.
 
     Shrinking the intrinsics moves pixel centres onto the centres of the blocks, and shrinking the blur with them keeps
     every projected covariance what it was: the result equals the full image sampled at block centres, except where tile
@@ -37,13 +37,9 @@ class SampledCamera:
     """
 
     K: Float[Tensor, "3 3"]
-    """In pixels of the sampled picture."""
     width: int
-    """In pixels."""
     height: int
-    """In pixels."""
     eps2d: float
-    """Blur in square pixels."""
 
 
 def compute_stride(width: int, height: int, patch_grid: tuple[int, int], samples_per_patch: int) -> int:
@@ -53,13 +49,16 @@ def compute_stride(width: int, height: int, patch_grid: tuple[int, int], samples
     return max(int(min(width / patch_grid[1], height / patch_grid[0]) / samples_per_patch), 1)
 
 
-def sample_camera(K: Float[Tensor, "3 3"], width: int, height: int, eps2d: float, stride: int) -> SampledCamera:
-    """The camera for blocks of `stride` x `stride` pixels; sizes that do not divide are stretched by under a block."""
+def sample_camera(
+    view: LiftView | View, eps2d: float, patch_grid: tuple[int, int], samples_per_patch: int
+) -> SampledCamera:
+    """The camera for blocks of `compute_stride` pixels; sizes that do not divide are stretched by under a block."""
+    stride = compute_stride(view.width, view.height, patch_grid, samples_per_patch)
     if stride == 1:
-        return SampledCamera(K, width, height, eps2d)
-    small_width, small_height = max(round(width / stride), 1), max(round(height / stride), 1)
-    shrinkage = torch.tensor([small_width / width, small_height / height, 1.0])
-    return SampledCamera(K * shrinkage[:, None].to(K), small_width, small_height, eps2d * float(shrinkage.prod()))
+        return SampledCamera(view.K, view.width, view.height, eps2d)
+    width, height = max(round(view.width / stride), 1), max(round(view.height / stride), 1)
+    shrinkage = torch.tensor([width / view.width, height / view.height, 1.0])
+    return SampledCamera(view.K * shrinkage[:, None].to(view.K), width, height, eps2d * float(shrinkage.prod()))
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class PreparedView:
     mask: Float[Tensor, "height width"]
     """Weights from the valid mask, ones where there is none."""
     tokens: Float[Tensor, "h w embed"]
-    """The original backbone's patch tokens, float32."""
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -113,10 +111,7 @@ class ViewBlender:
         samples_per_patch: int = 0,
         memory_mb: float = 0.0,
     ):
-        """Args:
-        samples_per_patch: See `prepare_view`.
-        memory_mb: Projections are kept up to this many 1e6 bytes.
-        """
+        """Keeps projections up to `memory_mb` times 1e6 bytes; `samples_per_patch` is that of `prepare_view`."""
         self.gaussians = gaussians
         self.views = views
         self.config = config
@@ -139,10 +134,7 @@ class ViewBlender:
         return prepared
 
     def add_normal(
-        self,
-        index: int,
-        features: Float[Tensor, "num_gaussians dim"],
-        image: Float[Tensor, "num_gaussians dim"],
+        self, index: int, features: Float[Tensor, "num_gaussians dim"], image: Float[Tensor, "num_gaussians dim"]
     ) -> None:
         """Adds one view's R^T W Q R f to `image`, in place."""
         view = self.prepare(index)
@@ -156,21 +148,15 @@ class ViewBlender:
 
 @torch.no_grad()
 def prepare_view(gaussians: ActivatedGaussians, view: LiftView, samples_per_patch: int = 0) -> PreparedView:
-    """Projects the Gaussians into a view; its tokens and mask are read.
+    """Projects the Gaussians into a view; its tokens and mask are read, with the errors of `LiftView`.
 
-    Args:
-        samples_per_patch: How many pixels along a patch's side are looked at, about; 0 for all. The picture is then
-            sampled at the centres of square blocks, each with the mean of its mask.
-
-    Raises:
-        ValueError: The tokens or the mask do not fit, see `LiftView`.
+    About `samples_per_patch` pixels along a patch's side are looked at, 0 for all. The picture is then sampled at the
+    centres of square blocks, each with the mean of its mask.
     """
     device = gaussians.means.device
-    tokens = view.read_tokens(device)
-    mask = view.read_mask(device)
-    stride = compute_stride(view.width, view.height, (tokens.shape[0], tokens.shape[1]), samples_per_patch)
-    camera = sample_camera(view.K, view.width, view.height, gaussians.eps2d, stride)
-    if stride > 1:
+    tokens, mask = view.read_tokens(device), view.read_mask(device)
+    camera = sample_camera(view, gaussians.eps2d, (tokens.shape[0], tokens.shape[1]), samples_per_patch)
+    if mask.shape != (camera.height, camera.width):
         mask = F.adaptive_avg_pool2d(mask[None, None], (camera.height, camera.width))[0, 0]
     info = gaussians.project(view.viewmat, camera.K, camera.width, camera.height, camera.eps2d)
     # Blending ones gives alpha.
@@ -192,14 +178,10 @@ def backproject_targets(
 ) -> ViewSums:
     """One view's part of the weighted sum: a single adjoint pass, weights riding along as one more channel.
 
-    Args:
-        view: The view.
-        basis: Space of the targets.
-        config: The rules.
-        zeros: Memory for the result, [N, D + 1]; new by default.
+    `zeros` is memory for the result, [N, D + 1]; new by default.
     """
     height, width = view.alphas.shape
-    coordinates = project_tokens(view.tokens, basis)
+    coordinates = apply_pca(view.tokens, basis)
     # Ones spread as ones: the last channel becomes W.
     with_ones = torch.cat([coordinates, torch.ones_like(coordinates[..., :1])], dim=-1)
     targets = spread_tokens(with_ones, width, height, config.token_to_pixel)
@@ -209,12 +191,7 @@ def backproject_targets(
 
 
 @torch.no_grad()
-def average_over_views(
-    scene: FeatureScene,
-    views: Sequence[View],
-    compute_patch_grid: Callable[[View], tuple[int, int]],
-    load_valid_mask: Callable[[View], Bool[Tensor, "height width"]],
-) -> FeatureScene:
+def average_over_views(scene: FeatureScene, capture: PosedCapture, views: Sequence[View]) -> FeatureScene:
     """The scene in which each Gaussian's features are the mean of what the patches it appears in show.
 
     A solve fits the tokens of every lifted view, their noise included; rendered at one of those views it gives back
@@ -224,21 +201,15 @@ def average_over_views(
         f' = sum of R^T W P R f / sum of R^T W 1, with W = opacity times valid mask.
 
     Masked pixels neither take part in a patch's mean nor receive it: features lifted there correspond to no token.
-    Gaussians that no valid pixel shows keep theirs, and the decoder stays.
-
-    Args:
-        scene: A scene that is ready to render.
-        views: Cameras over which is averaged, best those that were lifted.
-        compute_patch_grid: Token grid (h, w) of a view.
-        load_valid_mask: A view's mask at its full size, True = use.
+    Gaussians that no valid pixel shows keep theirs, and the decoder stays. `capture` has the masks of the `views`, best
+    those that were lifted.
     """
     features_and_one = scene.features_and_one
     sums = torch.zeros_like(features_and_one)
     for view in views:
-        patch_grid = compute_patch_grid(view)
-        stride = compute_stride(view.width, view.height, patch_grid, AVERAGING_SAMPLES)
-        camera = sample_camera(view.K, view.width, view.height, scene.eps2d, stride)
-        mask = sample_mask(load_valid_mask(view).to(sums.device), camera.width, camera.height)
+        patch_grid = compute_patch_grid(view.height, view.width, scene.backbone.patch_size)
+        camera = sample_camera(view, scene.eps2d, patch_grid, AVERAGING_SAMPLES)
+        mask = sample_mask(capture.load_valid_mask(view).to(sums.device), camera.width, camera.height)
         info = scene.project(view.camera_to_world, camera.K, camera.width, camera.height, camera.eps2d)
         low, alphas = rasterize_features(features_and_one, info)[0].tensor_split([-1], dim=-1)
         weights = alphas * mask[..., None]
@@ -251,17 +222,8 @@ def average_over_views(
 
 
 def sample_mask(mask: Bool[Tensor, "height width"], width: int, height: int) -> Float[Tensor, "rows columns"]:
-    """One where all pixels of a sample's block are valid, else zero, as where photographs are reduced.
-
-    Args:
-        mask: At the view's size.
-        width: Columns of the sampled picture.
-        height: Rows of the sampled picture.
-    """
-    invalid = (~mask).float()
-    if mask.shape == (height, width):
-        return 1.0 - invalid
-    return 1.0 - F.adaptive_max_pool2d(invalid[None, None], (height, width))[0, 0]
+    """One where all pixels of a sample's block are valid, else zero, as where photographs are reduced."""
+    return 1.0 - F.adaptive_max_pool2d((~mask).float()[None, None], (height, width))[0, 0]
 
 
 def _collect_tensors(value: Any) -> list[Tensor]:

@@ -30,12 +30,7 @@ class ConjugateGradients:
         weighted_sum: Float[Tensor, "num_gaussians dim"],
         sums: tuple[str, str] = ("numerator", "denominator"),
     ):
-        """Args:
-        blender: The operator.
-        passes: Whose state holds b [N, D] and d [N].
-        weighted_sum: f0.
-        sums: Names of b and d in the state.
-        """
+        """Takes f0, and b and d from the passes' state by their names `sums`."""
         self.blender = blender
         self.passes = passes
         self.config = config
@@ -70,23 +65,22 @@ class ConjugateGradients:
         numbers["passes"] = numbers["is_solved"] = numbers["steps_since_truth"] = 0
         numbers["relative_residual"] = 1.0
 
-    def _may_go_on(self) -> bool:
-        if self.passes.state.current_pass:
-            return True
-        is_certainly_small = self._is_small() and self._numbers["steps_since_truth"] == 0
-        return self._numbers["passes"] < self.config.max_passes and not is_certainly_small
-
     def _is_small(self) -> bool:
         return self._numbers["relative_residual"] <= self.config.tolerance
 
+    def _may_go_on(self) -> bool:
+        is_certainly_small = self._is_small() and self._numbers["steps_since_truth"] == 0
+        may_begin = self._numbers["passes"] < self.config.max_passes and not is_certainly_small
+        return may_begin or bool(self.passes.state.current_pass)
+
     def _is_residual_due(self) -> bool:
-        steps = self._numbers["steps_since_truth"]
-        interval = self.config.steps_per_true_residual
+        steps, interval = self._numbers["steps_since_truth"], self.config.steps_per_true_residual
         return steps > 0 and (self._is_small() or 0 < interval <= steps)
 
     def _step(self) -> None:
         tensors, name = self._tensors, f"solve {int(self._numbers['passes']) + 1}"
-        if not self.passes.is_under_way(name):
+        # A state that was read in the middle of this pass has its direction already.
+        if self.passes.state.current_pass != name:
             preconditioned = self._precondition(tensors["residual"])
             products = (tensors["residual"] * preconditioned).sum(dim=0)
             # The first direction is the preconditioned residual: its old products are zero.

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, apply_pca
+from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
 from fit3d_ns.scene.feature_decoder import NUM_TAPS, FeatureDecoder
 from fit3d_ns.scene.token_grid import sum_over_cells
 
@@ -36,17 +36,12 @@ def add_view_tokens(
 def fit_token_basis(tokens: PcaAccumulator, feature_dim: int, *, centred: bool = True) -> PcaBasis:
     """The `feature_dim` leading principal directions of accumulated tokens.
 
-    Args:
-        tokens: Sums over tokens, weighted by how much of each lies under the valid mask.
-        centred: False leaves the mean at zero and keeps most of the second moment instead of the variance, for
-            decoders without a bias.
+    Without `centred` the mean stays zero and most of the second moment is kept instead of the variance, for decoders
+    without a bias.
 
     Raises:
         ValueError: No token was counted, or `feature_dim` exceeds the tokens' width.
     """
-    embed_dim = tokens.sum_features.shape[0]
-    if feature_dim > embed_dim:
-        raise ValueError(f"feature_dim {feature_dim} exceeds the tokens' width {embed_dim}; choose at most that.")
     if not tokens.sum_weights > 0:
         raise ValueError("No token lies under a valid mask, so there is nothing to fit a basis to; check the masks.")
     if centred:
@@ -54,20 +49,6 @@ def fit_token_basis(tokens: PcaAccumulator, feature_dim: int, *, centred: bool =
     uncentred = copy(tokens)
     uncentred.sum_features = torch.zeros_like(tokens.sum_features)
     return uncentred.finish(feature_dim)
-
-
-def project_tokens(tokens: Float[Tensor, "*batch embed"], basis: PcaBasis) -> Float[Tensor, "*batch dim"]:
-    """Coordinates of tokens in the basis.
-
-    Raises:
-        ValueError: The tokens are of another width.
-    """
-    if tokens.shape[-1] != basis.mean.shape[0]:
-        raise ValueError(
-            f"The basis is made for tokens of width {basis.mean.shape[0]}, these have {tokens.shape[-1]}; "
-            "use a basis of the same backbone."
-        )
-    return apply_pca(tokens, basis)
 
 
 @dataclass
@@ -97,13 +78,7 @@ class DecoderStatistics:
         tokens: Float[Tensor, "h w embed"],
         weights: Float[Tensor, "h w"],
     ) -> None:
-        """Counts one view's tokens.
-
-        Args:
-            neighbourhoods: Rendered features read with the nine taps' shifts.
-            alphas: Rendered opacity read at the tokens.
-            weights: How much each token counts, 0 or above.
-        """
+        """Counts one view's tokens, each with a weight of 0 or above; alphas and features are read at the tokens."""
         # (h, w, 9, d) -> (h*w, 9*d)
         inputs = neighbourhoods.flatten(0, 1).flatten(1)
         if self.regressors.shape[0] > inputs.shape[1]:
@@ -115,12 +90,11 @@ class DecoderStatistics:
 
 
 def fit_decoder(statistics: Sequence[DecoderStatistics], basis: PcaBasis, ridge: float) -> FeatureDecoder:
-    """The decoder of least squared error, pulled towards the PCA decoder.
+    """The decoder of least squared error for all scenes that were lifted on `basis`, pulled towards the PCA decoder.
 
     Args:
-        statistics: One per scene that was lifted on `basis` and shares the decoder.
-        ridge: Pull as a fraction of the mean squared regressor, 0 or above; below 1e-6 it
-            acts as 1e-6, and infinity gives the PCA decoder.
+        ridge: Pull as a fraction of the mean squared regressor, 0 or above; below 1e-6 it acts as 1e-6, and infinity
+            gives the PCA decoder.
 
     Raises:
         ValueError: The statistics do not belong to this basis.

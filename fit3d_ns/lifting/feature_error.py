@@ -56,13 +56,6 @@ class FeatureLoss:
     """The loss for images and token grids of one size."""
 
     def __init__(self, width: int, height: int, patch_grid: tuple[int, int], config: FeatureLossConfig):
-        """Args:
-        width: Image width in pixels.
-        height: Image height in pixels.
-        patch_grid: Token grid (h, w).
-        """
-        self.width = width
-        self.height = height
         self.config = config
         self.size = (height, width)
         self._reader: TokenReader | None = None
@@ -88,8 +81,6 @@ class FeatureLoss:
         Args:
             features_low: Rendered features, of the whole image or at `pixels`.
             alphas: Rendered opacity of the whole image, 0 to 1; no gradient passes through it.
-            decoder: From rendered features to tokens.
-            patch_tokens: The original backbone's tokens of this view.
             valid_mask: True, or a weight above 0, where pixels count.
         """
         alphas = alphas.detach()
@@ -148,12 +139,7 @@ def sum_token_errors(
 ) -> Float[Tensor, "5"]:
     """Sums over a view's covered tokens, float64, in the order of the fields of `FeatureMetrics`.
 
-    Args:
-        predicted: Decoded features, read at the tokens.
-        tokens: The backbone's tokens.
-        alphas: Rendered alpha, read at the tokens.
-        mask: Valid area of each token, 0 to 1.
-        mean_token: The constant token of the baseline.
+    Predictions, alpha and mask (0 to 1) are read at the tokens; `mean_token` is the constant token of the baseline.
     """
     covered = (alphas > COVERED) & (mask > COVERED)
     expected = tokens[covered]
@@ -174,12 +160,9 @@ def evaluate_features(
     *,
     token_reading: TokenReadingRule,
 ) -> FeatureMetrics:
-    """Renders views that a lift has not seen and compares them with their tokens.
+    """Renders views that a lift has not seen and compares them with their tokens, read by the lift's `token_reading`.
 
-    Args:
-        views: Views that the lift has not seen.
-        mean_token: The mean token of the views that it has seen, for the baseline; `LiftResult.basis.mean`.
-        token_reading: How the map is read, `LiftConfig.token_reading` of the lift.
+    The baseline's `mean_token` is that of the views that the lift has seen, `LiftResult.basis.mean`.
 
     Raises:
         ValueError: No token is covered in any view.

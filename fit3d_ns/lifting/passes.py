@@ -50,15 +50,7 @@ class LiftState:
 
     def save(self, path: Path) -> None:
         """Writes the state atomically."""
-        content = {
-            "format": _FORMAT,
-            "identity": self.identity,
-            "numbers": self.numbers,
-            "residuals": self.residuals,
-            "current_pass": self.current_pass,
-            "next_view": self.next_view,
-            "finished": self.finished,
-        }
+        content = {"format": _FORMAT, **{name: value for name, value in vars(self).items() if name != "tensors"}}
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         with write_atomically(path) as temporary:
             save_file(tensors, temporary, metadata={"state": json.dumps(content)})
@@ -76,11 +68,7 @@ class ViewPasses:
         seconds_per_checkpoint: float = 60.0,
         progress: Progress | None = None,
     ):
-        """Args:
-        state_path: Where the state is written; None keeps it in memory only.
-        seconds_per_checkpoint: Time between two writes.
-        progress: Called with the pass's name, the views done and their number, before the first and after each.
-        """
+        """Without a `state_path` the state is in memory only; `progress` is called before the first and after each."""
         self.state = state
         self.num_views = num_views
         self.state_path = state_path
@@ -90,13 +78,13 @@ class ViewPasses:
         self._seconds_per_save = 0.0
 
     def save_if_due(self) -> None:
-        """Writes the state if the last write is long enough ago; called between passes."""
-        if self._is_save_due():
+        """Writes the state if the last write is long enough ago."""
+        interval = self.seconds_per_checkpoint
+        if interval > 0:
+            # The state of a million Gaussians is over a gigabyte: writing it may take a twentieth of the time at most.
+            interval = max(interval, 20.0 * self._seconds_per_save)
+        if time.perf_counter() - self._last_save >= interval:
             self._save()
-
-    def is_under_way(self, name: str) -> bool:
-        """True if a state was read in the middle of this pass: what precedes it must not be done again."""
-        return self.state.current_pass == name
 
     @torch.no_grad()
     def run(self, name: str, sums: dict[str, Tensor], add: Callable[[int], None]) -> None:
@@ -114,7 +102,7 @@ class ViewPasses:
         state = self.state
         if name in state.finished:
             return
-        if not self.is_under_way(name):
+        if state.current_pass != name:
             state.current_pass, state.next_view = name, 0
             state.tensors.update(sums)
         self._report(name)
@@ -139,13 +127,6 @@ class ViewPasses:
             if stop is not None and stop.is_requested:
                 return
             self.save_if_due()
-
-    def _is_save_due(self) -> bool:
-        interval = self.seconds_per_checkpoint
-        if interval > 0:
-            # The state of a million Gaussians is over a gigabyte: writing it may take a twentieth of the time at most.
-            interval = max(interval, 20.0 * self._seconds_per_save)
-        return time.perf_counter() - self._last_save >= interval
 
     def _save(self) -> None:
         start = time.perf_counter()
@@ -174,8 +155,8 @@ def load_state(path: Path, identity: dict[str, str], device: torch.device) -> Li
             # `safe_open` is not a dictionary: it has `keys()` and nothing to iterate.
             names = list(file.keys())
             tensors = {name: file.get_tensor(name).to(device) for name in names}
-        if content["format"] != _FORMAT:
-            raise KeyError(content["format"])
+        if content.pop("format") != _FORMAT:
+            raise ValueError("another format")
     except Exception as error:
         raise ValueError(f"{path} is not the state of a lift; delete it to lift from the start.") from error
     for name, value in identity.items():
@@ -184,26 +165,13 @@ def load_state(path: Path, identity: dict[str, str], device: torch.device) -> Li
                 f"{path} belongs to a lift with another {name} ({content['identity'].get(name)}, not {value}); "
                 "finish that lift, or delete the file to start again."
             )
-    return LiftState(
-        identity=identity,
-        tensors=tensors,
-        numbers=content["numbers"],
-        residuals=content["residuals"],
-        current_pass=content["current_pass"],
-        next_view=content["next_view"],
-        finished=content["finished"],
-    )
+    return LiftState(**{**content, "identity": identity}, tensors=tensors)
 
 
 def compute_identity(
-    gaussians: ActivatedGaussians,
-    views: list[LiftView],
-    config: LiftConfig,
-    backbone: str,
-    basis: PcaBasis | None,
+    gaussians: ActivatedGaussians, views: list[LiftView], config: LiftConfig, backbone: str, basis: PcaBasis | None
 ) -> dict[str, str]:
     """What the sums of a lift depend on, by the word an error message uses for it."""
-    geometry = gaussians.geometry
     cameras = [part for view in views for part in (view.viewmat, view.K)]
     names = json.dumps([(view.name, view.width, view.height) for view in views])
     rendering = json.dumps([gaussians.rasterize_mode, gaussians.eps2d])
@@ -214,7 +182,7 @@ def compute_identity(
     given = [] if basis is None else [basis.mean, basis.components]
     return {
         "backbone": backbone or "unnamed",
-        "geometry": hash_bytes(rendering.encode(), *map(_to_bytes, geometry)),
+        "geometry": hash_bytes(rendering.encode(), *map(_to_bytes, gaussians.geometry)),
         "set of views": hash_bytes(names.encode(), *map(_to_bytes, cameras)),
         "setting": hash_bytes(json.dumps(settings, sort_keys=True, default=str).encode()),
         "basis": hash_bytes(*map(_to_bytes, given)),

@@ -37,13 +37,12 @@ class LiftResult:
     """Features of all Gaussians that were given, in their order; invalid ones (NaN geometry) hold zeros."""
 
     features: Float[Tensor, "num_gaussians dim"]
-    """Solved features, float32."""
+    """Float32."""
     decoder: FeatureDecoder
-    """From rendered features to tokens."""
     basis: PcaBasis
     """Space of the features; the decoder's start."""
     config: LiftConfig
-    """What was asked for; `token_reading` belongs in the scene file."""
+    """Its `token_reading` belongs in the scene file."""
     blend_weight: Float[Tensor, " num_gaussians"]
     """Sum over views and all pixels, masked ones too, of the blend weight, in pixels. Where it is 0, leaving the
     Gaussian out changes no pixel of any lifted view."""
@@ -65,7 +64,7 @@ class LiftResult:
 
     @property
     def is_unseen(self) -> Bool[Tensor, " num_gaussians"]:
-        """True for Gaussians that no lifted view ever weighted."""
+        """Gaussians that no lifted view ever weighted."""
         return self.blend_weight <= 0
 
     @property
@@ -84,16 +83,14 @@ def solve_features(
     state_path: Path | None = None,
     progress: Progress | None = None,
 ) -> LiftResult:
-    """Lifts the tokens of `views` onto `gaussians`.
+    """Lifts the tokens of `views`, all of one backbone, onto `gaussians`.
+
+    Gaussians with NaN or infinite numbers are left out, with a notice of how many.
 
     Args:
-        gaussians: Fixed geometry. Gaussians with NaN or infinite numbers are left out, with a notice of how many.
-        views: Captured views with tokens of one backbone.
-        config: Settings; None for the defaults.
         basis: Space of the features, for example one that many scenes share; None fits one to these views' tokens.
         backbone: Identity of the backbone and its weights, so that a state file of another one is refused.
         state_path: Where an interrupted lift is kept and found again; removed at the end. None keeps nothing.
-        progress: Called with (pass, views done, views).
 
     Raises:
         ValueError: No views; views without tokens or with tokens of different widths; a basis of another size; no
@@ -126,7 +123,7 @@ class _Lift:
     """The phases of one lift, in order; each leaves its sums in the passes' state."""
 
     def __init__(self, blender: ViewBlender, passes: ViewPasses, config: LiftConfig, embed_dim: int, is_sampled: bool):
-        """Args: `is_sampled`: whether the solve looks at fewer pixels than the weighted sum and the decoder."""
+        """With `is_sampled` the solve looks at fewer pixels than the weighted sum and the decoder."""
         self.blender = blender
         self.is_sampled = is_sampled
         self.passes = passes
@@ -158,7 +155,11 @@ class _Lift:
         tensors, views = self._tensors, self.blender.views
 
         def sums() -> PcaAccumulator:
-            return _create_accumulator(tensors["token_weight"], tensors["token_first"], tensors["token_second"])
+            """An accumulator on the state's sums, which it adds to in place."""
+            accumulator = PcaAccumulator(self.embed_dim, self.device)
+            accumulator.sum_weights, accumulator.sum_features = tensors["token_weight"], tensors["token_first"]
+            accumulator.sum_products = tensors["token_second"]
+            return accumulator
 
         def add(index: int) -> None:
             tokens = views[index].read_tokens(self.device)
@@ -166,11 +167,7 @@ class _Lift:
             add_view_tokens(sums(), tokens, views[index].read_mask(self.device))
 
         empty = PcaAccumulator(self.embed_dim, self.device)
-        new = {
-            "token_weight": empty.sum_weights,
-            "token_first": empty.sum_features,
-            "token_second": empty.sum_products,
-        }
+        new = {"token_weight": empty.sum_weights, "token_first": empty.sum_features, "token_second": empty.sum_products}
         self.passes.run("basis", new, add)
         return fit_token_basis(sums(), self.config.feature_dim, centred=self.config.decoder_bias)
 
@@ -191,17 +188,10 @@ class _Lift:
             energy = torch.linalg.vector_norm(sums.numerator, dim=-1).square() / sums.denominator.clamp(min=1e-12)
             tensors["energy"] += torch.where(sums.denominator > 0, energy, 0.0)
 
-        self.passes.run(
-            "weighted sum",
-            {
-                "numerator": zeros.new_zeros(len(zeros), self.config.feature_dim),
-                "denominator": zeros.clone(),
-                "blend_weight": zeros.clone(),
-                "num_views": zeros.to(torch.int32),
-                "energy": zeros.clone(),
-            },
-            add,
-        )
+        new = {name: zeros.clone() for name in ("denominator", "blend_weight", "energy")}
+        new["numerator"] = zeros.new_zeros(len(zeros), self.config.feature_dim)
+        new["num_views"] = zeros.to(torch.int32)
+        self.passes.run("weighted sum", new, add)
         if not bool((tensors["denominator"] > 0).any()):
             raise ValueError(
                 f"None of the {len(self.blender.views)} views sees a Gaussian under its mask; "
@@ -230,6 +220,8 @@ class _Lift:
 
             new = {sums[0]: torch.zeros_like(weighted_sum), sums[1]: weighted_sum.new_zeros(len(weighted_sum))}
             self.passes.run("sampled weighted sum", new, add)
+            # The conjugate gradients need the room.
+            del memory
         solution = ConjugateGradients(blender, self.passes, config, weighted_sum, sums).solve()
         # What no sample hits, the solve knows nothing of (and without a Tikhonov term leaves at zero).
         return torch.where(self._tensors[sums[1]][:, None] > 0, solution, weighted_sum)
@@ -251,10 +243,9 @@ class _Lift:
             sums = DecoderStatistics(tensors["regressors"], tensors["products"])
             sums.add(reader.read_neighbourhoods(features_low), alphas, view.tokens, weights)
 
-        empty = DecoderStatistics.create(
-            self.config.feature_dim, self.embed_dim, bias=self.config.decoder_bias, device=self.device
-        )
-        self.passes.run("decoder", {"regressors": empty.regressors, "products": empty.products}, add)
+        dim, bias = self.config.feature_dim, self.config.decoder_bias
+        empty = DecoderStatistics.create(dim, self.embed_dim, bias=bias, device=self.device)
+        self.passes.run("decoder", vars(empty), add)
         return DecoderStatistics(tensors["regressors"], tensors["products"])
 
     @torch.enable_grad()
@@ -334,13 +325,6 @@ class _Lift:
                 f"View {self.blender.views[index].name!r} has tokens of width {tokens.shape[-1]}, the first view "
                 f"{self.embed_dim}; lift the tokens of one backbone at a time."
             )
-
-
-def _create_accumulator(weight: Tensor, first: Tensor, second: Tensor) -> PcaAccumulator:
-    """An accumulator on existing sums, which it adds to in place."""
-    accumulator = PcaAccumulator(first.shape[0], first.device)
-    accumulator.sum_weights, accumulator.sum_features, accumulator.sum_products = weight, first, second
-    return accumulator
 
 
 def _check_sizes(
