@@ -100,17 +100,17 @@ COMMANDS = {
     ),
     "fit3d-report": Command("fit3d_ns.cli.report", "ReportCommand", ("results.json",)),
     "fit3d-report features": Command(
-        "fit3d_ns.cli.report",
+        "fit3d_ns.cli.figures",
         "FeaturesCommand",
         ("features a.png --models m --output-path out.png", "features a.mp4 --models m --output-path out.png"),
         {
-            "fit3d_ns.cli.report.read_models": [Stub()],
-            "fit3d_ns.cli.report.save_feature_video": {"backbones": [{"temporal_consistency": {}}]},
-            "fit3d_ns.cli.report.is_clip": lambda path: path.suffix == ".mp4",
+            "fit3d_ns.cli.figures.read_models": [Stub()],
+            "fit3d_ns.cli.figures.save_feature_video": {"backbones": [{"temporal_consistency": {}}]},
+            "fit3d_ns.cli.figures.is_clip": lambda path: path.suffix == ".mp4",
         },
     ),
     "fit3d-report predictions": Command(
-        "fit3d_ns.cli.report",
+        "fit3d_ns.cli.figures",
         "PredictionsCommand",
         ("predictions a b --output-path out.png",),
     ),

@@ -1,31 +1,22 @@
-"""`fit3d-report`: tables out of results; `fit3d-report features` and `fit3d-report predictions` draw figures."""
+"""`fit3d-report`: tables out of results, without waiting for torch; `figures.py` has the commands that draw."""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from fit3d_ns.cli.command import run_command
-from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.feature_figure import FeatureFigureConfig, save_feature_figure
-from fit3d_ns.report.feature_video import is_clip, load_clip_images, read_clip, save_feature_video
-from fit3d_ns.report.prediction_figure import read_predictions, save_prediction_figure
 from fit3d_ns.report.report_files import write_report
 from fit3d_ns.report.result_files import read_results
-from fit3d_ns.report.token_columns import load_figure_images, open_scenes
-from fit3d_ns.utils.device import DeviceChoice, choose_device
 
 DESCRIPTION = """Makes Markdown, LaTeX and HTML tables of what fit3d-probe and fit3d-finetune measured.
 
 Two first words do something else, see their own --help: `fit3d-report features ...` draws feature maps of photographs,
 frame folders and videos, `fit3d-report predictions ...` sets predicted segmentation or depth side by side. (Results in
 a folder of such a name: `./features`.)"""
-
-Paths = tuple[Path, ...]
-_FLAT = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
@@ -40,76 +31,13 @@ class ReportCommand:
     """Headline."""
 
 
-@dataclass(frozen=True)
-class FeaturesCommand:
-    """Which pictures are shown, by which backbones, and where the figure goes."""
-
-    images: Annotated[Paths, tyro.conf.Positional]
-    """Photographs, video files, and folders of frames in the order of their names. Photographs make one PNG. Every
-    video or folder makes an MP4 with one basis for the whole clip, and a JSON with its temporal consistency."""
-    models: tuple[str, ...]
-    """Backbones: a name (one of the paper's, any timm id, `random:NAME`), NAME=FILE with a weights file, a folder of
-    fit3d-finetune, or a fine-tuned weights file after the name of its backbone. Fine-tuned ones go after their
-    original. Several architectures make several rows, each with a basis of its own."""
-    output_path: Path
-    """The PNG; a clip takes the same name with `.mp4` (and its own name in it, if there are several)."""
-    backbone_weights: Paths = ()
-    """Weights files of the names in --models that have none, in their order."""
-    scenes: Paths = ()
-    """Scene files; where one holds a picture as a photograph, its rendered features are the last column."""
-    data_root: Path | None = None
-    """Where the photographs of scene files lie now, if they were moved."""
-    figure: Annotated[FeatureFigureConfig, _FLAT] = field(default_factory=FeatureFigureConfig)
-    """What is drawn."""
-    longest_side: int | None = None
-    """Longer side in pixels that backbones are shown; by default pictures stay as they are up to 640."""
-    max_frames: int = 240
-    """Clips end after this many frames; their tokens are kept in memory."""
-    frame_stride: int = 1
-    """Takes every n-th frame of a clip."""
-    fps: float | None = None
-    """Frames per second of the MP4; by default the video's own, and 10 for folders."""
-    normalization: Literal["timm", "imagenet"] = "timm"
-    """Whose mean and deviation normalise images."""
-    device: DeviceChoice = "auto"
-    """Where backbones run; `auto` takes CUDA where there is one."""
-
-
-@dataclass(frozen=True)
-class PredictionsCommand:
-    """Which predictions are compared, and where the figure goes."""
-
-    folders: Annotated[Paths, tyro.conf.Positional]
-    """Folders that fit3d-probe --predictions wrote, one column each: the original's first, then the fine-tuned's. All
-    of one task and one test set."""
-    output_path: Path
-    """The PNG; a JSON with the metrics of each frame goes next to it."""
-    max_frames: int = 4
-    """Frames to show, evenly spread over those that were written."""
-    column_width: int = 320
-    """Width of each picture in pixels."""
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the command; the first word chooses between tables and figures."""
     arguments = list(sys.argv[1:] if args is None else args)
-    first = arguments[0] if arguments else ""
-    if first == "features":
-        run_command(
-            FeaturesCommand,
-            draw_features,
-            prog="fit3d-report features",
-            description="Draws feature maps of original and fine-tuned backbones and of lifted scenes side by side.",
-            args=arguments[1:],
-        )
-    elif first == "predictions":
-        run_command(
-            PredictionsCommand,
-            draw_predictions,
-            prog="fit3d-report predictions",
-            description="Draws segmentation or depth predictions of several probes next to the truth.",
-            args=arguments[1:],
-        )
+    if arguments[:1] in (["features"], ["predictions"]):
+        from fit3d_ns.cli import figures
+
+        figures.main(arguments)
     else:
         run_command(ReportCommand, report, prog="fit3d-report", description=DESCRIPTION, args=arguments)
 
@@ -119,52 +47,6 @@ def report(command: ReportCommand) -> None:
     written = write_report(read_results(command.results), command.output_dir, command.title)
     print(written.markdown)
     print("Report: " + ", ".join(map(str, written.files)))
-
-
-def draw_features(command: FeaturesCommand) -> None:
-    """Writes the figure of the photographs and the video of each clip, and says where they are."""
-    if command.output_path.suffix.lower() not in (".png", ".mp4"):
-        raise ValueError(f"--output-path {command.output_path} must end in .png (photographs) or .mp4 (clips).")
-    if not command.images:
-        raise ValueError("No pictures to draw; name photographs, videos or folders of frames.")
-    if command.longest_side is not None and command.longest_side < 1:
-        raise ValueError(f"--longest-side {command.longest_side} is not a size; give pixels.")
-    device = choose_device(command.device).type
-    groups = read_models(command.models, command.backbone_weights, command.normalization)
-    scene_index = open_scenes(command.scenes, command.data_root, device)
-    has_scenes = bool(command.scenes)
-    photographs = [path for path in command.images if not is_clip(path)]
-    clips = [path for path in command.images if is_clip(path)]
-    if photographs:
-        images = load_figure_images(photographs, scene_index, command.longest_side)
-        path = command.output_path.with_suffix(".png")
-        save_feature_figure(images, groups, path, command.figure, has_scenes=has_scenes, device=device)
-        print(f"Figure: {path}\nWhat it shows: {path.with_suffix('.json')}")
-    for source in clips:
-        clip = read_clip(source, command.max_frames, command.frame_stride)
-        images = load_clip_images(clip, scene_index, command.longest_side)
-        # The clip's JSON must not take the name of the figure's.
-        is_alone = len(clips) == 1 and not photographs
-        stem = command.output_path.stem if is_alone else f"{command.output_path.stem}-{source.stem}"
-        path = command.output_path.with_name(f"{stem}.mp4")
-        content = save_feature_video(
-            clip.name, images, groups, path, command.figure,
-            fps=command.fps or clip.fps, has_scenes=has_scenes, device=device,
-        )  # fmt: skip
-        for group, described in zip(groups, content["backbones"], strict=True):
-            for label, metrics in described["temporal_consistency"].items():
-                print(f"{group.label}, {label}: temporal consistency {metrics['centred_cosine']:.4f}")
-        print(f"Video: {path}\nMetrics: {path.with_suffix('.json')}")
-
-
-def draw_predictions(command: PredictionsCommand) -> None:
-    """Writes the figure and says where it is."""
-    path = command.output_path
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--output-path {path} must end in .png.")
-    folders = read_predictions(command.folders)
-    save_prediction_figure(folders, path, max_frames=command.max_frames, column_width=command.column_width)
-    print(f"Figure: {path}\nMetrics of each frame: {path.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,10 @@ from fit3d_ns.utils.progress import notice
 
 @dataclass(frozen=True)
 class NamedBackbone:
-    """A backbone and how a figure calls it."""
+    """A backbone of which nothing is loaded yet, and the short name, folder or file that figures call it by."""
 
     label: str
-    """Name, folder or file, short."""
     description: BackboneDescription
-    """What it is; nothing is loaded yet."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,16 @@ class ComparedBackbones:
         return self.members[0].description
 
     @property
+    def is_random(self) -> bool:
+        """True if one of them has random weights."""
+        return any(member.description.is_random for member in self.members)
+
+    @property
     def label(self) -> str:
         """Architecture, which fine-tuned one is which, and a warning where weights are random."""
         notes = [f"{number + 1}: {member.label}" for number, member in enumerate(self.finetuned)]
         notes = notes if len(notes) > 1 else []
-        if any(member.description.is_random for member in self.members):
+        if self.is_random:
             notes.append("random weights")
         return _bare(self.description) + (f" ({', '.join(notes)})" if notes else "")
 
@@ -60,10 +63,7 @@ def read_models(
 ) -> list[ComparedBackbones]:
     """Describes the backbones and sorts them into originals and fine-tuned ones; nothing is loaded.
 
-    Args:
-        models: The entries.
-        backbone_weights: Weights of the names that come without a file, in their order.
-        normalization: Whose mean and deviation normalise images.
+    `backbone_weights` are of the names that come without a file, in their order.
 
     Raises:
         ValueError: No entries, an unknown name, a missing file, or a weights file alone before any name.
@@ -72,6 +72,7 @@ def read_models(
         raise ValueError("No backbones to compare; name some with --models.")
     remaining = list(backbone_weights)
     groups: list[ComparedBackbones] = []
+    originals: set[tuple[str, bool]] = set()
     last_name: str | None = None
     for entry in models:
         name, weights = _split(entry)
@@ -88,12 +89,13 @@ def read_models(
             continue
         if weights is None and remaining and not name.startswith(RANDOM_PREFIX):
             weights = remaining.pop(0)
-        named = NamedBackbone(name, describe_backbone(name, weights, normalization))
-        if any(_is_same_original(group, named) for group in groups):
-            label = name if weights is None else weights.name
-            _add_finetuned(groups, NamedBackbone(label, named.description))
+        description = describe_backbone(name, weights, normalization)
+        original = description.architecture, description.is_random
+        if original in originals:
+            _add_finetuned(groups, NamedBackbone(name if weights is None else weights.name, description))
         else:
-            groups.append(ComparedBackbones(named))
+            originals.add(original)
+            groups.append(ComparedBackbones(NamedBackbone(name, description)))
         last_name = name.removeprefix(RANDOM_PREFIX)
     if remaining:
         raise ValueError(f"--backbone-weights {remaining[0]} belongs to none of --models; use NAME=FILE instead.")
@@ -115,13 +117,6 @@ def _split(entry: str) -> tuple[str | None, Path | None]:
         return name, Path(file).expanduser()
     # A path that leads nowhere stays a folder, so that the error names it as one.
     return (None, None) if folder is not None else (entry, None)
-
-
-def _is_same_original(group: ComparedBackbones, named: NamedBackbone) -> bool:
-    if group.original is None:
-        return False
-    first, second = group.original.description, named.description
-    return (first.architecture, first.is_random) == (second.architecture, second.is_random)
 
 
 def _add_finetuned(groups: list[ComparedBackbones], named: NamedBackbone) -> None:

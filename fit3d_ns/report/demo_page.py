@@ -27,12 +27,10 @@ _MARK = (1.0, 0.1, 0.1)
 
 @dataclass(frozen=True, eq=False)
 class AnalysedImage:
-    """A picture with its tokens by every backbone."""
+    """A picture, at the size that backbones were shown, and a column of one frame for each of them."""
 
     image: FigureImage
-    """At the size that backbones were shown."""
     columns: list[TokenColumn]
-    """One per backbone, one frame each."""
 
     def draw_pca(self) -> list[Picture]:
         """One basis for all backbones."""
@@ -91,7 +89,7 @@ class ImageAnalyser:
     def __init__(self, group: ComparedBackbones, device: str = "cpu") -> None:
         self.labels = [f"original: {group.original.label}"] if group.original is not None else []
         self.labels += [f"fine-tuned: {member.label}" for member in group.finetuned]
-        if any(member.description.is_random for member in group.members):
+        if group.is_random:
             self.labels = [f"{label} (random weights)" for label in self.labels]
         self.device = device
         self.extractors: Sequence[FeatureExtractor] = [
@@ -100,15 +98,7 @@ class ImageAnalyser:
 
     @torch.no_grad()
     def analyse(self, pixels: UInt8[Tensor, "height width 3"], longest_side: int | None = None) -> AnalysedImage:
-        """Tokens of a picture.
-
-        Args:
-            pixels: RGB.
-            longest_side: Longer side in pixels to resize to; by default what is beyond 640 is reduced.
-
-        Raises:
-            ValueError: The picture is smaller than a patch.
-        """
+        """Tokens of a picture; `longest_side` as for `resize`. A picture smaller than a patch is a ValueError."""
         image = FigureImage("picture", resize(pixels, longest_side))
         # (h, w, 3) -> (1, 3, h, w)
         batch = image.image.permute(2, 0, 1)[None].to(self.device)
@@ -145,13 +135,7 @@ def check_gradio() -> None:
 
 
 def create_page(analyser: ImageAnalyser, num_clusters: int = 8, longest_side: int = 640) -> Any:
-    """Builds the page (`gradio.Blocks`).
-
-    Args:
-        analyser: The backbones.
-        num_clusters: Where the slider of clusters starts.
-        longest_side: Where the slider of the image's longer side starts, in pixels.
-    """
+    """Builds the page (`gradio.Blocks`); its sliders of clusters and of the longer side start at the given values."""
     import gradio as gr
 
     def show(pixels: np.ndarray | None, clusters: float, side: float) -> list[Any]:
@@ -223,16 +207,10 @@ def find_share(index: Any, shown: np.ndarray | Tensor) -> tuple[float, float]:
 
 
 def serve(page: Any, host: str, port: int | None) -> None:
-    """Serves until it is interrupted; prints the address.
-
-    Args:
-        page: Of `create_page`.
-        host: Address to bind to.
-        port: None takes the first free one from 7860 on.
+    """Prints the address and serves until Ctrl-C; without a `port`, at the first free one from 7860 on.
 
     Raises:
         OSError: The port is taken.
-        KeyboardInterrupt: Ctrl-C, after the server is closed.
     """
     import gradio as gr
     from starlette.middleware import Middleware

@@ -18,7 +18,6 @@ from fit3d_ns.report.token_columns import FigureImage, TokenColumn, extract_colu
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.results import collect_versions
 
-FigureKind = Literal["pca", "kmeans", "both"]
 ColourSharing = Literal["row", "backbone"]
 
 
@@ -26,7 +25,7 @@ ColourSharing = Literal["row", "backbone"]
 class FeatureFigureConfig:
     """What is drawn."""
 
-    kind: FigureKind = "pca"
+    kind: Literal["pca", "kmeans", "both"] = "pca"
     """Principal components, clusters by cosine, or a row of each."""
     num_clusters: int = 8
     """Clusters of k-means, at least 1."""
@@ -48,13 +47,7 @@ def save_feature_figure(
 ) -> dict[str, Any]:
     """Writes the PNG and, next to it, a JSON with what each row shows; returns the JSON's content.
 
-    Args:
-        images: The pictures.
-        groups: The backbones.
-        path: The PNG.
-        config: What is drawn.
-        has_scenes: Whether there is a column of rendered features.
-        device: Where backbones run.
+    With `has_scenes` there is a column of rendered features.
 
     Raises:
         ValueError: No pictures, or more clusters than tokens.
@@ -64,7 +57,7 @@ def save_feature_figure(
         "kind": "report/features",
         "backbones": [describe_group(group) for group in groups],
         "rows": rows,
-        "is_random": any(member.description.is_random for group in groups for member in group.members),
+        "is_random": any(group.is_random for group in groups),
         "versions": collect_versions(),
     }
     save_picture(panel, path)

@@ -6,8 +6,8 @@ of frames; written is MP4 with VP9, which browsers play, or MPEG-4 part 2 where 
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from torch import Tensor
 
 from fit3d_ns.analysis.pictures import compose_panel
 from fit3d_ns.analysis.temporal_consistency import TemporalMetrics, compute_temporal_consistency
@@ -45,25 +44,13 @@ DEFAULT_FPS = 10.0
 
 
 @dataclass(frozen=True)
-class ClipFrame:
-    """One frame of a clip, not decoded further than it has to be."""
-
-    name: str
-    """File name, or number in the video."""
-    path: Path | None = None
-    """The photograph; None for a frame of a video file."""
-    pixels: UInt8[Tensor, "height width 3"] | None = None
-    """RGB of a frame of a video file."""
-
-
-@dataclass(frozen=True)
 class Clip:
     """A video."""
 
     name: str
     """Name of the file or folder."""
-    frames: list[ClipFrame]
-    """In the order of time."""
+    frames: list[Path | FigureImage]
+    """In the order of time: photographs to load, or frames of a video file at its own size."""
     fps: float
     """Frames per second of what was read, after frames were left out."""
 
@@ -76,10 +63,7 @@ def is_clip(path: Path) -> bool:
 def read_clip(path: Path, max_frames: int, frame_stride: int = 1) -> Clip:
     """Reads a video file, or lists a folder of frames in the order of names.
 
-    Args:
-        path: The file or folder.
-        max_frames: The clip ends after so many frames.
-        frame_stride: Every so many frames one is taken, at least 1.
+    Of every `frame_stride` frames one is taken, until there are `max_frames`.
 
     Raises:
         ValueError: Missing, unreadable, fewer than two frames, or numbers out of range.
@@ -88,30 +72,22 @@ def read_clip(path: Path, max_frames: int, frame_stride: int = 1) -> Clip:
         raise ValueError(
             f"{max_frames} frames at a stride of {frame_stride}; take at least 2 frames and a stride of 1."
         )
+    frames: list[Path | FigureImage]
     if path.is_dir():
-        photographs = list_images(path)[::frame_stride]
-        frames, fps = [ClipFrame(photograph.name, photograph) for photograph in photographs], DEFAULT_FPS
-        num_found = len(frames)
-        frames = frames[:max_frames]
+        frames, fps = [*list_images(path)[::frame_stride]], DEFAULT_FPS
     else:
-        frames, fps, num_found = _read_video(path, max_frames, frame_stride)
+        frames, fps = _read_video(path, max_frames, frame_stride)
     if len(frames) < 2:
         raise ValueError(f"{path} has {len(frames)} frames that can be read; a clip needs two or more.")
-    if num_found > len(frames):
+    if len(frames) > max_frames:
         notice(f"{path.name} is longer than {max_frames} frames; the rest is left out (--max-frames).")
-    return Clip(path.name, frames, fps / (1 if path.is_dir() else frame_stride))
+    return Clip(path.name, frames[:max_frames], fps)
 
 
 def write_video(frames: Iterable[UInt8[np.ndarray, "height width 3"]], path: Path, fps: float) -> str:
-    """Writes an MP4, whole or not at all; odd sizes are padded by a pixel, which the codecs need.
+    """Writes RGB frames of one size as MP4, whole or not at all, and returns the codec's four letters.
 
-    Args:
-        frames: RGB, all of one size.
-        path: The file, `.mp4`.
-        fps: Frames per second.
-
-    Returns:
-        The codec's four letters.
+    Odd sizes are padded by a pixel, which the codecs need.
 
     Raises:
         ValueError: No frame, or an OpenCV that can write none of the codecs.
@@ -143,13 +119,12 @@ def load_clip_images(clip: Clip, scene_index: SceneIndex, longest_side: int | No
     Raises:
         ValueError: A frame cannot be read, or differs in size from the first; the message names it.
     """
-    images = []
+    images: list[FigureImage] = []
     for frame in clip.frames:
-        if frame.path is not None:
-            images.append(load_figure_image(frame.path, scene_index, longest_side))
+        if isinstance(frame, Path):
+            images.append(load_figure_image(frame, scene_index, longest_side))
         else:
-            assert frame.pixels is not None
-            images.append(FigureImage(frame.name, resize(frame.pixels, longest_side)))
+            images.append(replace(frame, pixels=resize(frame.pixels, longest_side)))
         if images[-1].size != images[0].size:
             sizes = [f"{image.size[1]}x{image.size[0]}" for image in (images[-1], images[0])]
             raise ValueError(f"{clip.name}: {frame.name} is {sizes[0]}, the first frame {sizes[1]}; give one size.")
@@ -169,15 +144,8 @@ def save_feature_video(
 ) -> dict[str, Any]:
     """Writes the MP4 and, next to it, a JSON with the temporal consistency of each backbone; returns its content.
 
-    Args:
-        clip_name: Name of the clip.
-        images: Its frames, of one size.
-        groups: The backbones; one row (two for PCA and k-means) each.
-        path: The file, `.mp4`.
-        config: What is drawn; `sharing` has no meaning here, colours are always the clip's.
-        fps: Frames per second.
-        has_scenes: Whether there is a column of rendered features.
-        device: Where backbones run.
+    Each backbone has a row, or two for PCA and k-means; with `has_scenes` there is a column of rendered features.
+    The configuration's `sharing` has no meaning here: colours are always the clip's.
 
     Raises:
         ValueError: Fewer than two frames, more clusters than tokens, or no codec.
@@ -208,7 +176,7 @@ def save_feature_video(
             }
             for group, of, fits in zip(groups, measured, colours, strict=True)
         ],
-        "is_random": any(member.description.is_random for group in groups for member in group.members),
+        "is_random": any(group.is_random for group in groups),
         "versions": collect_versions(),
     }
     write_json(path.with_suffix(".json"), content)
@@ -263,26 +231,23 @@ def _open_writer(path: Path, fps: float, size: tuple[int, int]) -> tuple[cv2.Vid
     )
 
 
-def _read_video(path: Path, max_frames: int, frame_stride: int) -> tuple[list[ClipFrame], float, int]:
+def _read_video(path: Path, max_frames: int, frame_stride: int) -> tuple[list[Path | FigureImage], float]:
+    """Frames, one more than wanted to know whether something is left out, and how many of them pass in a second."""
     if not path.is_file():
         raise ValueError(f"No such video: {path}.")
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     if not capture.isOpened():
         raise ValueError(f"Video {path} cannot be read; OpenCV's FFmpeg does not know its format, or it is damaged.")
+    frames: list[Path | FigureImage] = []
     try:
         fps = capture.get(cv2.CAP_PROP_FPS)
-        decoded = enumerate(_decode(capture))
-        kept = (ClipFrame(f"frame {number}", pixels=pixels) for number, pixels in decoded if number % frame_stride == 0)
-        # One more than wanted, to know whether something was left out.
-        frames = [frame for frame, _ in zip(kept, range(max_frames + 1), strict=False)]
+        for number in count():
+            is_read, frame = capture.read()
+            if not is_read or len(frames) > max_frames:
+                break
+            if number % frame_stride == 0:
+                pixels = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+                frames.append(FigureImage(f"frame {number}", pixels))
     finally:
         capture.release()
-    return frames[:max_frames], fps if fps > 0 else DEFAULT_FPS, len(frames)
-
-
-def _decode(capture: cv2.VideoCapture) -> Iterator[UInt8[Tensor, "height width 3"]]:
-    while True:
-        is_read, frame = capture.read()
-        if not is_read:
-            return
-        yield torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    return frames, (fps if fps > 0 else DEFAULT_FPS) / frame_stride

@@ -28,9 +28,7 @@ class PaperRow:
     """One row of one table, or the same row of several."""
 
     tables: tuple[int, ...]
-    """Where it stands."""
     task: str
-    """Of fit3d-probe."""
     data: str
     """As `find_paper_data` names it."""
     values: Mapping[str, float]
@@ -46,7 +44,6 @@ class PaperRow:
     train: str = "all"
     """What stage II trained: `all` or `adapter`."""
     head: str = "linear"
-    """Of the probe."""
 
 
 def name_backbone(backbone: Mapping[str, Any]) -> str:
@@ -57,14 +54,9 @@ def name_backbone(backbone: Mapping[str, Any]) -> str:
 
 
 def find_paper_data(task: str, train: Mapping[str, Any], test: Mapping[str, Any]) -> str | None:
-    """Which of the paper's data sets a probe was trained and tested on, or None.
+    """Which of the paper's data sets a record's training and test data are, or None.
 
     Name, number of classes and, where the official split fixes it, the number of frames have to agree.
-
-    Args:
-        task: Of the probe.
-        train: What a record says of the training data.
-        test: The same of the test data.
     """
     if task == "classification":
         is_imagenet = (test.get("num_classes"), test.get("num_frames")) == (1000, 50_000)
@@ -86,14 +78,8 @@ def find_paper_row(
 ) -> PaperRow | None:
     """The paper's row for a record, or None where the paper did something else.
 
-    Args:
-        task: Of the probe.
-        data: Result of `find_paper_data`.
-        backbone: timm's name of the original.
-        assembly: Of the features.
-        head: Of the probe.
-        finetuning: `feature_dim epochs train` as far as they are known; what is not known is taken to be as in the
-            paper (published weights have no report).
+    `data` is what `find_paper_data` found, `backbone` timm's name of the original. Of `feature_dim`, `epochs` and
+    `train` in `finetuning` what is not known is taken to be as in the paper: published weights have no report.
     """
     uses_finetuned = assembly not in ("original", "duplicate")
     for row in PAPER_ROWS:
@@ -129,19 +115,12 @@ _DATA: dict[tuple[str, str], tuple[int | None, int | None, int | None]] = {
 def _read_rows() -> tuple[PaperRow, ...]:
     with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    names = {field.name for field in fields(PaperRow)}
+    readers: dict[str, Any] = {"tables": lambda text: tuple(map(int, text.split())), "feature_dim": int, "epochs": int}
+    names = [field.name for field in fields(PaperRow) if field.name != "values"]
     return tuple(
         PaperRow(
-            tables=tuple(map(int, line["tables"].split())),
-            task=line["task"],
-            data=line["data"],
             values={name: float(text) for name, text in line.items() if name not in names and text},
-            assembly=line["assembly"],
-            backbone=line["backbone"],
-            feature_dim=int(line["feature_dim"]),
-            epochs=int(line["epochs"]),
-            train=line["train"],
-            head=line["head"],
+            **{name: readers.get(name, str)(line[name]) for name in names},
         )
         for line in lines
     )

@@ -25,7 +25,7 @@ from fit3d_ns.utils.results import collect_versions
 from fit3d_ns.utils.selection import select_evenly
 
 LISTING_NAME = "predictions.json"
-_PARTS = ("image", "truth", "prediction")
+_PARTS: tuple[Literal["image", "truth", "prediction"], ...] = ("image", "truth", "prediction")
 IGNORED = 255
 _DEPTH_MAP = "viridis"
 _ERROR_MAP = "magma"
@@ -36,44 +36,33 @@ Cell = Float[Tensor, "height width 3"] | None
 
 @dataclass(frozen=True)
 class PredictionFolder:
-    """Predictions of one head."""
+    """Predictions of one head for some test frames."""
 
     folder: Path
-    """Where they lie."""
     task: Literal["segmentation", "depth"]
-    """What was predicted."""
     assembly: str
-    """The features the head reads."""
     frames: tuple[str, ...]
-    """Names of the test frames."""
     class_names: tuple[str, ...]
     """Of segmentation."""
     is_random: bool
     """True if a backbone has random weights."""
-    seed: int
-    """Of the head."""
-    depth_units_per_metre: float = 1000.0
-    """Of the depth maps."""
+    depth_units_per_metre: float
 
-    def load_image(self, index: int) -> UInt8[Tensor, "height width 3"]:
-        """The photograph."""
-        return load_image(self._path(index, "image"))
+    def load_image(self, index: int) -> Float[Tensor, "height width 3"]:
+        """The photograph, in [0, 1]."""
+        return load_image(self.get_path(index, "image")).float() / 255.0
 
     def load_labels(self, index: int, part: Literal["truth", "prediction"]) -> UInt8[Tensor, "height width"]:
         """Class indices, 255 = does not count."""
-        with Image.open(self._path(index, part)) as image:
+        with Image.open(self.get_path(index, part)) as image:
             return torch.from_numpy(np.array(image, dtype=np.uint8))
 
     def load_depth(self, index: int, part: Literal["truth", "prediction"]) -> Float[Tensor, "height width"]:
         """z-depth in metres, 0 = none."""
-        return load_depth(self._path(index, part), self.depth_units_per_metre)
+        return load_depth(self.get_path(index, part), self.depth_units_per_metre)
 
-    def read_size(self, index: int, part: str) -> tuple[int, int]:
-        """(width, height) of a file."""
-        header = read_image_header(self._path(index, part), "Prediction picture")
-        return header.width, header.height
-
-    def _path(self, index: int, part: str) -> Path:
+    def get_path(self, index: int, part: Literal["image", "truth", "prediction"]) -> Path:
+        """The picture of a part."""
         return self.folder / f"{index:03d}_{part}.png"
 
 
@@ -89,12 +78,8 @@ def read_predictions(folders: Sequence[Path]) -> list[PredictionFolder]:
     read = [_read_folder(Path(folder)) for folder in folders]
     first = read[0]
     for other in read[1:]:
-        for what, a, b in (
-            ("tasks", first.task, other.task),
-            ("frames", first.frames, other.frames),
-            ("classes", first.class_names, other.class_names),
-        ):
-            if a != b:
+        for what, name in (("tasks", "task"), ("frames", "frames"), ("classes", "class_names")):
+            if getattr(first, name) != getattr(other, name):
                 raise ValueError(
                     f"{first.folder} and {other.folder} have different {what}; compare probes of one task that were "
                     "tested on the same frames."
@@ -103,8 +88,7 @@ def read_predictions(folders: Sequence[Path]) -> list[PredictionFolder]:
             random = first if first.is_random else other
             raise ValueError(f"{random.folder} is of random weights; it is not shown next to trained ones.")
         for index in range(len(first.frames)):
-            truths = [folder._path(index, "truth").read_bytes() for folder in (first, other)]
-            if truths[0] != truths[1]:
+            if first.get_path(index, "truth").read_bytes() != other.get_path(index, "truth").read_bytes():
                 raise ValueError(
                     f"{first.folder} and {other.folder} have another truth for {first.frames[index]}; "
                     "run both probes on the same version of the data."
@@ -127,19 +111,11 @@ def save_prediction_figure(
 ) -> dict[str, Any]:
     """Writes the PNG and, next to it, a JSON with each frame's metrics; returns the JSON's content.
 
-    Args:
-        folders: Of `read_predictions`.
-        path: The PNG.
-        max_frames: At most so many frames, evenly spread.
-        column_width: Width of each picture in pixels.
-
-    Raises:
-        ValueError: Numbers out of range.
+    There are at most `max_frames` frames, evenly spread, of pictures `column_width` pixels wide.
     """
     if max_frames < 1 or column_width < 16:
         raise ValueError(f"{max_frames} frames of {column_width} pixels; take at least one frame of 16 pixels.")
-    total = len(folders[0].frames)
-    chosen = select_evenly(range(total), max_frames)
+    chosen = select_evenly(range(len(folders[0].frames)), max_frames)
     draw = _draw_segmentation if folders[0].task == "segmentation" else _draw_depth
     panel, metrics = draw(folders, chosen, column_width)
     content = {
@@ -199,7 +175,6 @@ def _read_folder(folder: Path) -> PredictionFolder:
             frames=tuple(content["frames"]),
             class_names=tuple(content["class_names"]),
             is_random=bool(content.get("is_random", False)),
-            seed=int(content["seed"]),
             depth_units_per_metre=float(content.get("depth_units_per_metre", 1000.0)),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -208,11 +183,11 @@ def _read_folder(folder: Path) -> PredictionFolder:
         ) from error
     if read.task not in ("segmentation", "depth"):
         raise ValueError(f"{path} is about {read.task!r}; predictions are of segmentation or depth.")
-    for index in range(len(read.frames)):
-        sizes = {part: read.read_size(index, part) for part in _PARTS}
+    for index, frame in enumerate(read.frames):
+        _, truth, prediction = (read_image_header(read.get_path(index, part), "Prediction picture") for part in _PARTS)
         # Photographs of some sets are larger than their labels; truth and prediction never differ.
-        if sizes["truth"] != sizes["prediction"]:
-            raise ValueError(f"{folder}: truth and prediction of {read.frames[index]} differ in size; probe again.")
+        if (truth.width, truth.height) != (prediction.width, prediction.height):
+            raise ValueError(f"{folder}: truth and prediction of {frame} differ in size; probe again.")
     return read
 
 
@@ -230,8 +205,8 @@ def _draw_segmentation(
         predictions = [folder.load_labels(index, "prediction") for folder in folders]
         accuracy = [compute_accuracy(prediction, truth) for prediction in predictions]
         pictures = [palette[labelled.long().clamp(max=len(names))] for labelled in (*predictions, truth)]
-        image = folders[0].load_image(index).float() / 255.0
-        rows.append([_fit(image, width, "area"), *(_fit(picture, width) for picture in pictures)])
+        image = _fit(folders[0].load_image(index), width, "area")
+        rows.append([image, *(_fit(picture, width) for picture in pictures)])
         row_labels.append(_say(folders[0].frames[index], "right pixels", labels, accuracy))
         metrics.append({"frame": folders[0].frames[index], "accuracy": dict(zip(labels, accuracy, strict=True))})
         seen |= {int(value) for labelled in (*predictions, truth) for value in labelled.unique()}
@@ -248,13 +223,14 @@ def _draw_depth(
     truths = {index: folders[0].load_depth(index, "truth") for index in chosen}
     predictions = {index: [folder.load_depth(index, "prediction") for folder in folders] for index in chosen}
     errors = {index: [compute_errors(depth, truths[index]) for depth in predictions[index]] for index in chosen}
-    measured = torch.cat([error[where] for pairs in errors.values() for error, where in pairs])
-    largest = _find_rank(measured, 0.95, otherwise=1.0)
+    all_errors = torch.cat([error[where] for pairs in errors.values() for error, where in pairs])
+    largest = _find_rank(all_errors, 0.95, otherwise=1.0)
     rows: list[list[Cell]] = []
     row_labels, metrics = [], []
     for index in chosen:
         truth = truths[index]
-        low, high = _find_range(truth)
+        measured = truth[truth > 0]
+        low, high = _find_rank(measured, 0.02, otherwise=0.0), _find_rank(measured, 0.98, otherwise=1.0)
         depths = [colour_values(depth, low, high, _DEPTH_MAP) for depth in (*predictions[index], truth)]
         depths[-1] = depths[-1] * (truth > 0)[..., None]
         maps = [
@@ -262,8 +238,8 @@ def _draw_depth(
             for error, where in errors[index]
         ]
         rmse = [float(error[where].square().mean().sqrt()) for error, where in errors[index]]
-        image = folders[0].load_image(index).float() / 255.0
-        rows.append([_fit(image, width, "area"), *(_fit(picture, width) for picture in (*depths, *maps))])
+        image = _fit(folders[0].load_image(index), width, "area")
+        rows.append([image, *(_fit(picture, width) for picture in (*depths, *maps))])
         name = f"{folders[0].frames[index]}, {low:.2f} to {high:.2f} m"
         row_labels.append(_say(name, "RMSE in m", labels, rmse))
         metrics.append({"frame": folders[0].frames[index], "rmse": dict(zip(labels, rmse, strict=True))})
@@ -276,12 +252,6 @@ def _draw_depth(
         ),
     ]
     return append_legend(compose_panel(rows, columns, row_labels), entries), metrics
-
-
-def _find_range(depth: Float[Tensor, "height width"]) -> tuple[float, float]:
-    """Second and 98th percentile of what is measured."""
-    measured = depth[depth > 0]
-    return _find_rank(measured, 0.02, otherwise=0.0), _find_rank(measured, 0.98, otherwise=1.0)
 
 
 def _find_rank(values: Float[Tensor, " n"], share: float, otherwise: float) -> float:

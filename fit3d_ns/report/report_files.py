@@ -1,7 +1,8 @@
 """`write_report`: tables as Markdown, LaTeX, HTML and JSON."""
 
 import html
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,22 +17,15 @@ STEM = "tables"
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """What was written: the tables, those of random weights last, as Markdown, and the names of all files."""
 
     tables: list[Table]
-    """Those of random weights last."""
     markdown: str
-    """Content of the Markdown file."""
     files: list[Path]
-    """All files."""
 
 
 def write_report(results: Results, folder: Path, title: str) -> Report:
-    """Writes the tables of all results.
-
-    Raises:
-        ValueError: Results that must not stand in one table.
-    """
+    """Writes the tables of all results; ValueError where two must not stand in one table."""
     tables = create_probe_tables(results.probes) + create_finetune_tables(results.finetunings)
     tables.sort(key=lambda table: table.is_random)
     markdown = write_markdown(tables, title)
@@ -46,15 +40,8 @@ def write_report(results: Results, folder: Path, title: str) -> Report:
     return Report(tables, markdown, files)
 
 
-_LATEX = {
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
@@ -81,7 +68,7 @@ def write_markdown(tables: Sequence[Table], title: str) -> str:
         lines += [f"## {_escape_markdown(table.title)}", ""]
         lines.append(_join(map(_escape_markdown, table.header)))
         lines.append("|" + " --- |" * len(table.header))
-        lines += [_join(_mark_markdown(cell) for cell in row) for row in table.rows]
+        lines += [_join(_mark(cell, _escape_markdown, "**", "**") for cell in row) for row in table.rows]
         lines += ["", *(f"- {_escape_markdown(note)}" for note in table.notes), ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -96,7 +83,9 @@ def write_latex(tables: Sequence[Table], title: str) -> str:
         lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
         lines += [rf"\begin{{tabular}}{{{'l' * len(table.header)}}}", r"\toprule"]
         lines += [" & ".join(map(_escape_latex, table.header)) + r" \\", r"\midrule"]
-        lines += [" & ".join(_mark_latex(cell) for cell in row) + r" \\" for row in table.rows]
+        lines += [
+            " & ".join(_mark(cell, _escape_latex, r"\textbf{", "}") for cell in row) + r" \\" for row in table.rows
+        ]
         lines += [r"\bottomrule", r"\end{tabular}}", r"\par\smallskip", rf"{{\footnotesize {_escape_latex(notes)}}}"]
         lines += [r"\end{table}", ""]
     return "\n".join(lines)
@@ -114,7 +103,9 @@ def write_html(tables: Sequence[Table], title: str) -> str:
         names = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
         parts.append(f"<thead><tr>{names}</tr></thead>")
         parts.append("<tbody>")
-        parts += ["<tr>" + "".join(f"<td>{_mark_html(cell)}</td>" for cell in row) + "</tr>" for row in table.rows]
+        for row in table.rows:
+            cells = [_mark(cell, html.escape, "<strong>", "</strong>") for cell in row]
+            parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
         parts += ["</tbody>", "</table>", "</div>", '<ul class="notes">']
         parts += [f"<li>{html.escape(note)}</li>" for note in table.notes]
         parts.append("</ul>")
@@ -125,26 +116,13 @@ def _join(texts: Iterable[str]) -> str:
     return "| " + " | ".join(texts) + " |"
 
 
-def _mark_markdown(cell: Cell) -> str:
-    text = _escape_markdown(cell.text)
-    return f"**{text}**" if cell.is_best else text
+def _mark(cell: Cell, escape: Callable[[str], str], start: str, end: str) -> str:
+    return f"{start}{escape(cell.text)}{end}" if cell.is_best else escape(cell.text)
 
 
 def _escape_markdown(text: str) -> str:
-    for character in ("\\", "|", "*", "_", "`", "<", "["):
-        text = text.replace(character, "\\" + character)
-    return text
-
-
-def _mark_latex(cell: Cell) -> str:
-    text = _escape_latex(cell.text)
-    return rf"\textbf{{{text}}}" if cell.is_best else text
+    return re.sub(r"([\\|*_`<\[])", r"\\\1", text)
 
 
 def _escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
-
-
-def _mark_html(cell: Cell) -> str:
-    text = html.escape(cell.text)
-    return f"<strong>{text}</strong>" if cell.is_best else text

@@ -15,39 +15,34 @@ from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
 
-PROBE_PREFIX = "probe/"
-FINETUNE_KIND = "finetune"
+_PROBE_PREFIX = "probe/"
 TASKS = ("segmentation", "depth", "classification", "consistency", "correspondence")
 """Of fit3d-probe, in the order of the report."""
 
 _PUT_ASIDE = re.compile(r"\.[0-9a-f]{16}$")
 """End of the stem that fit3d-probe gives to records of other settings before it writes new ones in their place."""
-_SKIPPED_FOLDERS = ("checkpoints", "nerfstudio_models", "tensorboard")
+_SKIPPED_FOLDERS = {"checkpoints", "nerfstudio_models", "tensorboard"}
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A record of fit3d-probe."""
+    """A record of fit3d-probe, and where it was read."""
 
     path: Path
-    """Where it was read."""
     record: ResultRecord
-    """Its content."""
 
     @property
     def task(self) -> str:
         """What was probed."""
-        return self.record.kind.removeprefix(PROBE_PREFIX)
+        return self.record.kind.removeprefix(_PROBE_PREFIX)
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A `report.json` of fit3d-finetune."""
+    """A `report.json` of fit3d-finetune, and where it was read."""
 
     path: Path
-    """Where it was read."""
     report: dict[str, Any]
-    """Its content."""
 
     @property
     def name(self) -> str:
@@ -57,19 +52,14 @@ class FinetuneResult:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was found, in the order of the patterns."""
+    """Everything that was found, in the order of the patterns; no two probes have the same settings."""
 
     probes: list[ProbeResult]
-    """Records of probes; no two of the same settings."""
     finetunings: list[FinetuneResult]
-    """Reports of stage II."""
 
 
 def read_results(patterns: Sequence[str | Path]) -> Results:
-    """Reads all results that the patterns name, each file once.
-
-    Args:
-        patterns: Files, folders (everything below), globs (`**` descends).
+    """Reads all results below files, folders and globs (`**` descends), each file once.
 
     Raises:
         ValueError: Nothing is found, a file is broken or of another kind, or two are of the same settings; one
@@ -80,13 +70,19 @@ def read_results(patterns: Sequence[str | Path]) -> Results:
     for path, is_named in _find_files(patterns):
         content = read_json(path)
         kind = content.get("kind") if isinstance(content, dict) else None
-        if kind == FINETUNE_KIND:
-            finetunings.append(_check_report(path, content))
-        elif isinstance(kind, str) and kind.removeprefix(PROBE_PREFIX) in TASKS and kind.startswith(PROBE_PREFIX):
+        if kind == "finetune":
+            missing = [name for name in ("steps", "settings", "consistency") if name not in content]
+            if missing:
+                raise ValueError(f"{path} has no {', '.join(missing)}; it is not a finished report of fit3d-finetune.")
+            finetunings.append(FinetuneResult(path, content))
+        elif kind in [_PROBE_PREFIX + task for task in TASKS]:
             if not is_named and _PUT_ASIDE.search(path.stem):
                 notice(f"{path} was put aside by a later run with other settings; it is passed over.")
                 continue
-            probes.append(_check_record(path))
+            record = load_result(path)
+            if not isinstance(record.metrics, dict) or not isinstance(record.settings, dict) or not record.metrics:
+                raise ValueError(f"{path} holds no metrics; run its probe again.")
+            probes.append(ProbeResult(path, record))
         elif is_named:
             found = f"a record of {kind!r}" if isinstance(kind, str) else "no record"
             raise ValueError(f"{path} is {found}; the report takes records of fit3d-probe and report.json files.")
@@ -112,28 +108,11 @@ def _find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, bool]]:
             is_named = match == path and match.is_file()
             files = sorted(match.rglob("*.json")) if match.is_dir() else [match]
             for file in files:
-                if is_named or (file.suffix == ".json" and not _is_skipped(file.relative_to(match), file)):
+                # Left out are folders of training states, hidden files and unfinished ones.
+                is_skipped = file.name.startswith(".") or _SKIPPED_FOLDERS & {*file.relative_to(match).parts}
+                if is_named or (file.suffix == ".json" and not is_skipped):
                     found.setdefault(file.resolve(), (file, is_named))
     return list(found.values())
-
-
-def _is_skipped(relative: Path, file: Path) -> bool:
-    """Folders of training states, hidden files and unfinished ones."""
-    return file.name.startswith(".") or any(part in _SKIPPED_FOLDERS for part in relative.parts)
-
-
-def _check_record(path: Path) -> ProbeResult:
-    record = load_result(path)
-    if not isinstance(record.metrics, dict) or not isinstance(record.settings, dict) or not record.metrics:
-        raise ValueError(f"{path} holds no metrics; run its probe again.")
-    return ProbeResult(path, record)
-
-
-def _check_report(path: Path, content: dict[str, Any]) -> FinetuneResult:
-    missing = [name for name in ("steps", "settings", "consistency") if name not in content]
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; it is no finished report of fit3d-finetune.")
-    return FinetuneResult(path, content)
 
 
 def _check_duplicates(probes: Sequence[ProbeResult]) -> None:

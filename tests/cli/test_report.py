@@ -1,10 +1,12 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from fit3d_ns.cli import report as module
+from fit3d_ns.cli import figures
 from fit3d_ns.cli.report import main
 from tests.report.report_records import write_probe
 
@@ -75,7 +77,7 @@ def test_report__writes_four_files_and_shows_the_tables(tmp_path: Path, capsys: 
 @pytest.mark.parametrize("word", ["features", "predictions"])
 def test_report__first_words_lead_to_the_figures(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     called: list[object] = []
-    monkeypatch.setattr(module, f"draw_{word}", called.append)
+    monkeypatch.setattr(figures, f"draw_{word}", called.append)
     main([word, "a.png", "--output-path", "b.png", *(("--models", "features") if word == "features" else ())])
     assert len(called) == 1 and word in type(called[0]).__name__.lower()
 
@@ -86,3 +88,8 @@ def test_report__help_names_the_picture_commands(capsys: pytest.CaptureFixture[s
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert "fit3d-report features" in text and "fit3d-report predictions" in text
+
+
+def test_report__tables_do_not_wait_for_torch() -> None:
+    code = "import sys, fit3d_ns.cli.report; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
