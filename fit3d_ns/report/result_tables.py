@@ -1,6 +1,7 @@
 """Results as tables: records of fit3d-probe one way, reports of fit3d-finetune the other."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -15,13 +16,11 @@ from fit3d_ns.report.table import (
     Cell,
     Column,
     Table,
-    create_header,
     describe_settings,
     describe_versions,
     find_differences,
     flatten,
     mark_best,
-    mark_best_of_each,
 )
 from fit3d_ns.utils.progress import SECONDS_PER_HOUR
 
@@ -41,11 +40,7 @@ _MAX_NAMES = 4
 
 
 def create_probe_tables(probes: Sequence[ProbeResult]) -> list[Table]:
-    """Tables of all tasks, results of random weights last.
-
-    Raises:
-        ValueError: Two records of one table are about different versions of the same data.
-    """
+    """Tables of all tasks, results of random weights last; ValueError where one is about two versions of its data."""
     groups: dict[tuple[Any, ...], list[ProbeResult]] = {}
     for probe in probes:
         settings = probe.record.settings
@@ -63,7 +58,8 @@ def create_finetune_tables(results: Sequence[FinetuneResult]) -> list[Table]:
     for result in results:
         report = result.report
         views = str(report["consistency"].get("views", ""))
-        scenes = tuple(_name_scenes(report, "validation_scenes") or _name_scenes(report, "scenes"))
+        paths = report.get("validation_scenes") or report.get("scenes") or ()
+        scenes = tuple(PurePath(str(path)).stem for path in paths)
         key = (bool(report.get("is_random")), name_backbone(report.get("backbone") or {}), views, scenes)
         groups.setdefault(key, []).append(result)
     return [_create_finetune_table(groups[key], *key[:3]) for key in sorted(groups)]
@@ -85,18 +81,19 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
     records = [probe.record for probe in sorted(group, key=_order)]
     first = records[0]
     task = group[0].task
-    backbones = [_name_backbone(record.settings) for record in records]
+    backbones = [name_backbone(_get_backbone(record.settings)) for record in records]
     assemblies = [str(record.settings.get("assembly")) for record in records]
-    header = ["Backbone", "Features"]
-    columns = [[Cell(name) for name in backbones], [Cell(ASSEMBLY_NAMES.get(name, name)) for name in assemblies]]
+    columns = {
+        "Backbone": [Cell(name) for name in backbones],
+        "Features": [Cell(ASSEMBLY_NAMES.get(name, name)) for name in assemblies],
+    }
     protocols = [_list_protocol(record.settings) for record in records]
     variants = [_list_finetuning(record.settings) for record in records]
     differing = find_differences(protocols)
     varied = find_differences([item for item in variants if item])
     for title, names, items in (("Stage II", varied, variants), ("Probe", differing, protocols)):
         if names:
-            header.append(title)
-            columns.append([Cell(describe_settings(item, names) or NOTHING) for item in items])
+            columns[title] = [Cell(describe_settings(item, names) or NOTHING) for item in items]
     papers = [_find_paper(task, record.settings, record.is_random) for record in records]
     costs = [read_finetuning(record.settings) for record in records]
     spreads = [record.metrics.get("spread") or {} for record in records]
@@ -105,28 +102,26 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
         values = [column.find(source) for source in sources]
         published = [None if row is None else row.values.get(column.name) for row in papers]
         if any(value is not None for value in (*values, *published)):
-            best = mark_best_of_each(column, values, backbones)
-            header.append(create_header(column))
-            columns.append(
-                [
-                    _create_cell(column, value, column.find(spread), is_best)
-                    for value, spread, is_best in zip(values, spreads, best, strict=True)
-                ]
-            )
+            best = mark_best(column, values, backbones)
+            columns[column.header] = [
+                _create_cell(column, value, column.find(spread), is_best)
+                for value, spread, is_best in zip(values, spreads, best, strict=True)
+            ]
         if any(value is not None for value in published):
-            header.append(f"{column.title}, paper")
-            columns.append([_create_cell(column, value) for value in published])
+            columns[f"{column.title}, paper"] = [_create_cell(column, value) for value in published]
     counts = [len(record.metrics.get("per_seed") or {}) or 1 for record in records]
-    header.append("Seeds")
-    columns.append([Cell(str(count), value=count) for count in counts])
+    columns["Seeds"] = [Cell(str(count), value=count) for count in counts]
     if any(papers):
-        header.append("Paper's tables")
-        columns.append([Cell() if row is None else Cell(", ".join(map(str, row.tables))) for row in papers])
+        columns["Paper's tables"] = [Cell() if row is None else Cell(", ".join(map(str, row.tables))) for row in papers]
     shared = {name: value for name, value in protocols[0].items() if name not in differing}
     notes = ["Bold: the best of each backbone."] if len(set(backbones)) > 1 else []
     notes += _write_notes(group, shared, any(papers), max(counts) > 1)
-    title = (RANDOM_TITLE if first.is_random else "") + _write_title(task, first.settings)
-    return Table(title, header, [list(row) for row in zip(*columns, strict=True)], notes, first.is_random)
+    return _create_table(_write_title(task, first.settings), columns, notes, first.is_random)
+
+
+def _create_table(title: str, columns: Mapping[str, Sequence[Cell]], notes: list[str], is_random: bool) -> Table:
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    return Table((RANDOM_TITLE if is_random else "") + title, list(columns), rows, notes, is_random)
 
 
 def _create_cell(column: Column, value: float | None, spread: float | None = None, is_best: bool = False) -> Cell:
@@ -161,10 +156,6 @@ def _get_backbone(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return backbones.get("original") or backbones.get("finetuned") or {}
 
 
-def _name_backbone(settings: Mapping[str, Any]) -> str:
-    return name_backbone(_get_backbone(settings))
-
-
 def _name_data(data: Any) -> str:
     if not isinstance(data, Mapping):
         return ""
@@ -174,10 +165,9 @@ def _name_data(data: Any) -> str:
 def _order(probe: ProbeResult) -> tuple[Any, ...]:
     """Backbone, then the assemblies in their order, then the file's name."""
     settings = probe.record.settings
-    names = list(ASSEMBLY_NAMES)
     assembly = str(settings.get("assembly"))
-    place = names.index(assembly) if assembly in names else len(names)
-    return (_name_backbone(settings), place, str(probe.path))
+    place = [*ASSEMBLY_NAMES, assembly].index(assembly)
+    return (name_backbone(_get_backbone(settings)), place, str(probe.path))
 
 
 def _write_title(task: str, settings: Mapping[str, Any]) -> str:
@@ -194,7 +184,7 @@ def _list_protocol(settings: Mapping[str, Any]) -> dict[str, Any]:
     parts = ("config", "run", "patch_fit", "precision")
     flat = flatten({name: settings[name] for name in parts if name in settings})
     backbone = _get_backbone(settings)
-    return flat | {name: backbone[name] for name in ("normalization",) if name in backbone}
+    return flat | ({"normalization": backbone["normalization"]} if "normalization" in backbone else {})
 
 
 def _list_finetuning(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +193,7 @@ def _list_finetuning(settings: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(finetuning, Mapping):
         return {}
     chosen = flatten(finetuning.get("settings") or {})
-    known = {name: finetuning[name] for name in ("steps",) if name in finetuning}
+    known = {"steps": finetuning["steps"]} if "steps" in finetuning else {}
     scenes = [str(scene) for scene in finetuning.get("scenes", ())]
     names = "+".join(scenes) if len(scenes) <= _MAX_NAMES else f"{len(scenes)} scenes"
     return {**chosen, **known, "scenes": names}
@@ -247,35 +237,29 @@ def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, bac
     reports = [result.report for result in group]
     settings = [flatten(report["settings"]) for report in reports]
     differing = find_differences(settings)
-    header = ["Run", "Scenes", "Steps"]
-    columns = [
-        [Cell(result.name) for result in group],
-        [Cell(str(count := len(report.get("scenes", ()))), value=count) for report in reports],
-        [Cell(str(report["steps"]), value=report["steps"]) for report in reports],
-    ]
+    columns = {
+        "Run": [Cell(result.name) for result in group],
+        "Scenes": [Cell(str(count := len(report.get("scenes", ()))), value=count) for report in reports],
+        "Steps": [Cell(str(report["steps"]), value=report["steps"]) for report in reports],
+    }
     if differing:
-        header.append("Settings")
-        columns.append([Cell(describe_settings(item, differing) or NOTHING) for item in settings])
+        columns["Settings"] = [Cell(describe_settings(item, differing) or NOTHING) for item in settings]
     costs = [_read_costs(report) for report in reports]
     for column in COST_COLUMNS:
         values = [column.find(item) for item in costs]
         if any(value is not None for value in values):
-            header.append(create_header(column))
-            columns.append([_create_cell(column, value) for value in values])
+            columns[column.header] = [_create_cell(column, value) for value in values]
     for template in FINETUNE_COLUMNS:
         for part, word in _PARTS.items():
-            column = Column(
-                template.name.format(part=part), f"{template.title}, {word}", template.direction, template.scale,
-                template.digits,
-            )  # fmt: skip
+            column = replace(template, name=template.name.format(part=part), title=f"{template.title}, {word}")
             values = [column.find(report) for report in reports]
-            # The original is the same in every row; only fine-tuned ones compete.
-            best = mark_best(column, values) if part == "finetuned" else [False] * len(values)
+            best = mark_best(column, values, [part] * len(values))
             if any(value is not None for value in values):
-                header.append(create_header(column))
-                columns.append(
-                    [_create_cell(column, value, None, is_best) for value, is_best in zip(values, best, strict=True)]
-                )
+                columns[column.header] = [
+                    # The original is the same in every row; only fine-tuned ones compete.
+                    _create_cell(column, value, is_best=is_best and part == "finetuned")
+                    for value, is_best in zip(values, best, strict=True)
+                ]
     shared = {name: value for name, value in settings[0].items() if name not in differing and value not in (None, [])}
     notes = [
         f"Measured on {views or 'unknown views'}: target cosine against the rendered scene, centred cosine and recall "
@@ -283,8 +267,7 @@ def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, bac
         f"Settings: {describe_settings(shared, list(shared))}.",
         f"Versions: {describe_versions([report.get('versions', {}) for report in reports])}.",
     ]
-    title = (RANDOM_TITLE if is_random else "") + f"Fine-tuning (stage II) of {backbone}"
-    return Table(title, header, [list(row) for row in zip(*columns, strict=True)], notes, is_random)
+    return _create_table(f"Fine-tuning (stage II) of {backbone}", columns, notes, is_random)
 
 
 def _read_costs(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,7 +281,3 @@ def _read_costs(report: Mapping[str, Any]) -> dict[str, Any]:
         if values and all(isinstance(value, (int, float)) for value in values):
             costs[name] = sum(values) / len(values)
     return costs
-
-
-def _name_scenes(report: Mapping[str, Any], key: str) -> list[str]:
-    return [PurePath(str(path)).stem for path in report.get(key) or ()]

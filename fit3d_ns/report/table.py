@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Direction = Literal["up", "down", "none"]
-
 
 @dataclass(frozen=True)
 class Column:
@@ -14,13 +12,17 @@ class Column:
     name: str
     """In our records; `by_angle/0-15/recall_10px` descends."""
     title: str
-    """In the header, without the arrow."""
-    direction: Direction = "none"
+    direction: Literal["up", "down", "none"] = "none"
     """Whether larger or smaller is better; `none` has no best."""
     scale: float = 1.0
     """What the record's value is multiplied by to be shown."""
     digits: int = 2
     """Decimals."""
+
+    @property
+    def header(self) -> str:
+        """The title with an arrow in the better direction."""
+        return self.title + {"up": " ↑", "down": " ↓", "none": ""}[self.direction]
 
     def find(self, metrics: Mapping[str, Any]) -> float | None:
         """The value in a record's metrics, in the record's unit; None where there is none."""
@@ -121,49 +123,30 @@ class Table:
     """One table of the report."""
 
     title: str
-    """Without markup."""
     header: list[str]
-    """Titles of the columns; arrows tell the better direction."""
     rows: list[list[Cell]]
-    """As long as the header each."""
     notes: list[str] = field(default_factory=list)
     """Footnotes: settings, versions, sources."""
     is_random: bool = False
     """True if untrained backbones took part."""
 
 
-def mark_best(column: Column, values: Sequence[float | None]) -> list[bool]:
-    """Which values of a column are the best as shown; none where there is nothing to compare."""
-    present = [value for value in values if value is not None]
-    if column.direction == "none" or len(present) < 2:
-        return [False] * len(values)
-    best = column.show(max(present) if column.direction == "up" else min(present))
-    return [value is not None and column.show(value) == best for value in values]
-
-
-def create_header(column: Column) -> str:
-    """A column's title with its arrow."""
-    return column.title + {"up": " ↑", "down": " ↓", "none": ""}[column.direction]
-
-
-def mark_best_of_each(column: Column, values: Sequence[float | None], groups: Sequence[str]) -> list[bool]:
-    """The best of each group of rows, for example of each backbone."""
-    marks = [False] * len(values)
+def mark_best(column: Column, values: Sequence[float | None], groups: Sequence[str]) -> list[bool]:
+    """Which values are the best of their group of rows as shown; none where a group has nothing to compare."""
+    best: dict[str, str] = {}
     for group in set(groups):
-        places = [place for place, name in enumerate(groups) if name == group]
-        for place, is_best in zip(places, mark_best(column, [values[place] for place in places]), strict=True):
-            marks[place] = is_best
-    return marks
+        present = [value for value, name in zip(values, groups, strict=True) if name == group and value is not None]
+        if column.direction != "none" and len(present) > 1:
+            best[group] = column.show(max(present) if column.direction == "up" else min(present))
+    pairs = zip(values, groups, strict=True)
+    return [value is not None and column.show(value) == best.get(group) for value, group in pairs]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level of dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -53,19 +53,15 @@ class ClusterColours:
     agreement: list[float | None]
     """Share of tokens that have the first column's colour."""
     num_clusters: int
-    """How many."""
     title: str = "k-means"
     """For labels."""
 
-    def label(self, column: int, frame: FrameTokens) -> Int[Tensor, "h w"]:
-        """Numbers of the first column's clusters."""
-        clusters, renamed = self.clusters[column], self.renamed[column]
-        assert clusters is not None and renamed is not None
-        return renamed[apply_kmeans(frame.tokens.float(), clusters)]
-
     def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
         """A picture of one frame of a column, of `size` (height, width)."""
-        colours = map_clusters_to_colours(self.label(column, frame), self.num_clusters)
+        clusters, renamed = self.clusters[column], self.renamed[column]
+        assert clusters is not None and renamed is not None
+        labels = renamed[apply_kmeans(frame.tokens.float(), clusters)]
+        colours = map_clusters_to_colours(labels, self.num_clusters)
         return upscale(colours * frame.is_covered[..., None], size)
 
     def describe(self) -> dict[str, Any]:
@@ -97,12 +93,7 @@ def fit_pca_colours(columns: Sequence[TokenColumn]) -> PcaColours:
 
 
 def fit_cluster_colours(columns: Sequence[TokenColumn], num_clusters: int, seed: int = 0) -> ClusterColours:
-    """Clusters of each column and their matching to the first column that holds tokens.
-
-    Args:
-        columns: Columns of the same pictures.
-        num_clusters: How many clusters, at least 1.
-        seed: Seed of k-means.
+    """Clusters of columns of the same pictures, matched to those of the first column that holds tokens.
 
     Raises:
         ValueError: More clusters than tokens are asked for.

@@ -7,6 +7,7 @@ features and the backbones' tokens belong to the same pixels; everything else is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import cv2
@@ -18,11 +19,13 @@ from fit3d_ns.data.images import load_image
 from fit3d_ns.features import compute_patch_grid, create_extractor
 from fit3d_ns.geometry.cameras import resize_Ks
 from fit3d_ns.report.compared_backbones import ComparedBackbones
-from fit3d_ns.scene import FeatureScene, PosedCapture, RenderedFeatures, View, load_scene
+from fit3d_ns.scene import FeatureScene, PosedCapture, View, load_scene
 from fit3d_ns.utils.progress import notice, track
 
 MAX_DEFAULT_SIDE = 640
 """Larger pictures are reduced to this longer side unless one is asked for: tokens grow with the square of it."""
+_RENDERED = "feature Gaussians"
+"""Label of the column of rendered features."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +33,16 @@ class SceneView:
     """The view of a lifted scene whose photograph a picture is."""
 
     scene: FeatureScene
-    """The scene."""
     capture: PosedCapture
     """Its photographs, where they lie now."""
     view: View
-    """The camera."""
-
-    def render(self, width: int, height: int, size: tuple[int, int]) -> RenderedFeatures:
-        """The scene's features of a picture of this size at a token grid (h, w), on the CPU."""
-        view = self.view
-        K = resize_Ks(view.K, (view.width, view.height), (width, height))
-        rendered = self.scene.render_features_with_alpha(view.camera_to_world, K, width, height, size)
-        return RenderedFeatures(rendered.features.cpu(), rendered.alphas.cpu())
 
 
 @dataclass(frozen=True)
 class FigureImage:
-    """One picture."""
+    """One picture and its short name."""
 
     name: str
-    """How the figure calls it."""
     pixels: UInt8[Tensor, "height width 3"]
     """RGB, at the size that backbones are shown."""
     scene_views: tuple[SceneView, ...] = ()
@@ -66,21 +59,12 @@ class FigureImage:
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
+@dataclass(frozen=True)
 class SceneIndex:
-    """Lifted scenes, looked up by photograph; made by `open_scenes`."""
+    """Lifted scenes, and their views by the resolved path of the photograph."""
 
-    def __init__(self, scenes: Sequence[FeatureScene], data_root: Path | None = None) -> None:
-        self.scenes = list(scenes)
-        self.by_photograph: dict[Path, list[SceneView]] = {}
-        for scene in scenes:
-            capture = scene.capture(data_root)
-            for view in capture.views:
-                found = self.by_photograph.setdefault(view.frame.image_path.resolve(), [])
-                found.append(SceneView(scene, capture, view))
-
-    def find(self, path: Path) -> tuple[SceneView, ...]:
-        """The views whose photograph is this file."""
-        return tuple(self.by_photograph.get(Path(path).resolve(), ()))
+    scenes: list[FeatureScene]
+    by_photograph: dict[Path, list[SceneView]]
 
 
 def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: str = "cpu") -> SceneIndex:
@@ -89,33 +73,31 @@ def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: st
     Raises:
         ValueError: A file is no scene, or its photographs are gone.
     """
-    return SceneIndex([load_scene(path, device) for path in paths], data_root)
+    scenes = [load_scene(path, device) for path in paths]
+    by_photograph: dict[Path, list[SceneView]] = {}
+    for scene in scenes:
+        capture = scene.capture(data_root)
+        for view in capture.views:
+            found = by_photograph.setdefault(view.frame.image_path.resolve(), [])
+            found.append(SceneView(scene, capture, view))
+    return SceneIndex(scenes, by_photograph)
 
 
 def load_figure_image(path: Path, scene_index: SceneIndex, longest_side: int | None = None) -> FigureImage:
-    """Loads a picture, as a scene's view sees it if there is one.
-
-    Args:
-        path: The file.
-        scene_index: Scenes that may hold it.
-        longest_side: Longer side in pixels to resize to; by default pictures stay as they are up to 640 pixels.
+    """Loads a picture, as a scene's view sees it if there is one; `longest_side` as for `resize`.
 
     Raises:
-        ValueError: The file is missing or no 8-bit photograph.
+        ValueError: The file is missing or not an 8-bit photograph.
     """
-    found = scene_index.find(path)
+    found = scene_index.by_photograph.get(path.resolve(), [])
     pixels = found[0].capture.load_image(found[0].view) if found else load_image(path)
-    return FigureImage(Path(path).name, resize(pixels, longest_side), found)
+    return FigureImage(path.name, resize(pixels, longest_side), tuple(found))
 
 
 def load_figure_images(
     paths: Sequence[Path], scene_index: SceneIndex, longest_side: int | None = None
 ) -> list[FigureImage]:
-    """Loads pictures; says so where scenes are given that hold none of them.
-
-    Raises:
-        ValueError: As `load_figure_image`.
-    """
+    """Loads pictures as `load_figure_image` does; says so where scenes are given that hold none of them."""
     images = [load_figure_image(path, scene_index, longest_side) for path in paths]
     if scene_index.scenes and not any(image.scene_views for image in images):
         notice(
@@ -128,7 +110,7 @@ def load_figure_images(
 def resize(
     pixels: UInt8[Tensor, "height width 3"], longest_side: int | None
 ) -> UInt8[Tensor, "new_height new_width 3"]:
-    """Resizes to a longer side, areas averaged where it shrinks; None only reduces what is beyond 640 pixels."""
+    """Resizes to a longer side in pixels, averaging areas where it shrinks; None only reduces what is beyond 640."""
     height, width = pixels.shape[:2]
     wanted = longest_side or min(max(height, width), MAX_DEFAULT_SIDE)
     scale = wanted / max(height, width)
@@ -144,7 +126,6 @@ class FrameTokens:
     """Tokens of one picture."""
 
     tokens: Float[Tensor, "h w embed"]
-    """The map."""
     alphas: Float[Tensor, "h w"] | None = None
     """How much of each token a scene covers; None: all of it."""
 
@@ -165,10 +146,9 @@ class FrameTokens:
 
 @dataclass(frozen=True)
 class TokenColumn:
-    """One column."""
+    """One column with the label above it."""
 
     label: str
-    """Above the column."""
     frames: list[FrameTokens | None]
     """One per picture; None where there is nothing to show."""
     is_rendered: bool = False
@@ -188,7 +168,7 @@ def list_column_labels(groups: Sequence[ComparedBackbones], has_scenes: bool) ->
     """Labels of the columns of tokens, the same for every row of a figure."""
     most = max(len(group.finetuned) for group in groups)
     finetuned = ["fine-tuned"] if most == 1 else [f"fine-tuned {number + 1}" for number in range(most)]
-    return ["original", *finetuned, *(["feature Gaussians"] if has_scenes else [])]
+    return ["original", *finetuned, *([_RENDERED] if has_scenes else [])]
 
 
 @torch.no_grad()
@@ -201,16 +181,11 @@ def extract_columns(
 ) -> list[TokenColumn]:
     """Tokens of the pictures by every backbone of a group and by the scenes that were lifted from its original.
 
-    Args:
-        group: The backbones; each is built, used and forgotten.
-        images: The pictures.
-        labels: Of `list_column_labels`.
-        device: Where backbones run.
-        dtype: In which tokens are kept; half precision for long clips.
+    Each backbone is built, used and forgotten. `labels` are of `list_column_labels`; in `dtype` tokens are kept.
     """
-    members = [group.original, *group.finetuned]
     columns = []
-    for label, member in zip(labels, members, strict=False):
+    of_backbones = [label for label in labels if label != _RENDERED]
+    for label, member in zip_longest(of_backbones, [group.original, *group.finetuned]):
         if member is None:
             columns.append(TokenColumn(label, [None] * len(images)))
             continue
@@ -221,28 +196,26 @@ def extract_columns(
             tokens = extractor(image.image.permute(2, 0, 1)[None].to(device)).maps[0]
             frames.append(FrameTokens(tokens.to("cpu", dtype)))
         columns.append(TokenColumn(label, frames))
-    num_missing = sum(label.startswith("fine-tuned") for label in labels) - len(group.finetuned)
-    columns += [TokenColumn(label, [None] * len(images)) for label in labels[len(members) :][:num_missing]]
-    if labels[-1] == "feature Gaussians":
-        columns.append(TokenColumn(labels[-1], [_render(group, image, dtype) for image in images], is_rendered=True))
+    if _RENDERED in labels:
+        columns.append(TokenColumn(_RENDERED, [_render(group, image, dtype) for image in images], is_rendered=True))
     return columns
 
 
 def _render(group: ComparedBackbones, image: FigureImage, dtype: torch.dtype) -> FrameTokens | None:
-    description = group.description
+    height, width = image.size
+    patch_grid = compute_patch_grid(height, width, group.description.patch_size)
     for scene_view in image.scene_views:
-        if not _is_lifted_from(group, scene_view):
-            continue
-        height, width = image.size
-        size = compute_patch_grid(height, width, description.patch_size)
-        rendered: RenderedFeatures = scene_view.render(width, height, size)
-        return FrameTokens(rendered.features.to(dtype), rendered.alphas)
+        scene, view = scene_view.scene, scene_view.view
+        if _is_lifted_from(group, scene):
+            K = resize_Ks(view.K, (view.width, view.height), (width, height))
+            rendered = scene.render_features_with_alpha(view.camera_to_world, K, width, height, patch_grid)
+            return FrameTokens(rendered.features.to("cpu", dtype), rendered.alphas.cpu())
     return None
 
 
-def _is_lifted_from(group: ComparedBackbones, scene_view: SceneView) -> bool:
+def _is_lifted_from(group: ComparedBackbones, scene: FeatureScene) -> bool:
     """Whether a scene holds features of the group's original; a scene of its architecture that does not is named."""
-    lifted, description = scene_view.scene.backbone, group.description
+    lifted, description = scene.backbone, group.description
     if lifted.architecture.split(".")[0] != description.architecture.split(".")[0]:
         return False
     if group.original is None:
@@ -250,7 +223,7 @@ def _is_lifted_from(group: ComparedBackbones, scene_view: SceneView) -> bool:
     differences = description.find_differences(lifted)
     if differences:
         notice(
-            f"Scene {scene_view.scene.scene_id} holds features of another {lifted.backbone} "
+            f"Scene {scene.scene_id} holds features of another {lifted.backbone} "
             f"({'; '.join(differences)}); it is not shown next to {group.members[0].label}."
         )
     return not differences

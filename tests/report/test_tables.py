@@ -231,8 +231,9 @@ def test_report__reports_of_stage_two(tmp_path: Path) -> None:
 )
 def test_mark_best__ties_as_shown(direction: str, expected: list[bool]) -> None:
     # 0.50001 and 0.50002 are both 0.5000.
-    assert mark_best(Column("x", "x", direction, digits=4), [0.4, 0.50001, 0.50002]) == expected  # type: ignore[arg-type]
-    assert mark_best(Column("x", "x", "up"), [None, 0.5]) == [False, False]
+    column = Column("x", "x", direction, digits=4)  # type: ignore[arg-type]
+    assert mark_best(column, [0.4, 0.50001, 0.50002], ["a"] * 3) == expected
+    assert mark_best(Column("x", "x", "up"), [None, 0.5], ["a", "a"]) == [False, False]
 
 
 def test_column__small_figures_do_not_become_zero() -> None:
