@@ -8,7 +8,7 @@ have two (Tables 6, 7 and 13).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -30,16 +30,12 @@ ClassTokenSource = Literal["auto", "original", "finetuned", "none"]
 """Whose class token is put next to the patch tokens: `auto` takes the original's where it runs (the public code), else
 the fine-tuned one's."""
 
-ASSEMBLIES: tuple[Assembly, ...] = get_args(Assembly)
-
 
 def list_parts(assembly: Assembly) -> tuple[Part, ...]:
     """The backbones that have to run."""
-    if assembly in ("original", "duplicate"):
-        return ("original",)
     if assembly == "finetuned":
         return ("finetuned",)
-    return ("original", "finetuned")
+    return ("original",) if assembly in ("original", "duplicate") else ("original", "finetuned")
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,6 @@ class BackboneConfig:
     """Which features a probe reads."""
 
     assembly: Assembly = "original"
-    """What is made of original and fine-tuned features."""
     backbone: str = "dinov2_small"
     """The original backbone: one of the paper's names or any timm id."""
     backbone_weights: Path | None = None
@@ -69,7 +64,6 @@ class FrozenFeatures:
     class_tokens: Float[Tensor, "batch parts layers embed"]
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "FrozenFeatures":
-        """The same on another device and in another type."""
         return FrozenFeatures(self.maps.to(device, dtype), self.class_tokens.to(device, dtype))
 
 
@@ -88,7 +82,6 @@ class FrozenBackbones:
 
     @property
     def embed_dim(self) -> int:
-        """Length of a token of one part."""
         return self.description.embed_dim
 
     @property
@@ -124,9 +117,8 @@ def describe_backbones(config: BackboneConfig, *, norm: bool) -> dict[Part, Back
         notice(f"Assembly {config.assembly} reads the original backbone only; --finetuned is not used.")
     described: dict[Part, BackboneDescription] = {}
     if "original" in parts:
-        described["original"] = describe_backbone(
-            config.backbone, config.backbone_weights, config.normalization, norm=norm
-        )
+        weights = config.backbone_weights
+        described["original"] = describe_backbone(config.backbone, weights, config.normalization, norm=norm)
     if "finetuned" in parts:
         assert config.finetuned is not None
         described["finetuned"] = _describe_finetuned(config, config.finetuned, norm)
@@ -136,19 +128,11 @@ def describe_backbones(config: BackboneConfig, *, norm: bool) -> dict[Part, Back
 
 
 def create_frozen_backbones(
-    config: BackboneConfig,
-    *,
-    norm: bool,
-    num_layers: int = 1,
-    device: torch.device | str = "cpu",
+    config: BackboneConfig, *, norm: bool, num_layers: int = 1, device: torch.device | str = "cpu"
 ) -> FrozenBackbones:
-    """Builds the backbones that the assembly runs and loads their weights.
+    """Builds the backbones that the assembly runs, with or without the final `norm`, and loads their weights.
 
-    Args:
-        config: Which ones.
-        norm: Whether the final norm is applied (segmentation and classification) or not (depth).
-        num_layers: 1 for the last block, more for as many evenly spaced ones up to it.
-        device: Where they run.
+    `num_layers` is 1 for the last block, more for as many evenly spaced ones up to it.
     """
     described = describe_backbones(config, norm=norm)
     num_blocks = next(iter(described.values())).num_blocks
@@ -187,19 +171,17 @@ class Assembler(nn.Module):
 
     def forward(self, features: FrozenFeatures, layer: int = -1) -> Float[Tensor, "batch channels h w"]:
         """The assembled map of one layer."""
-        tokens = self.assemble(features.maps[:, :, layer])
         # (b, h, w, c) -> (b, c, h, w)
-        return tokens.permute(0, 3, 1, 2)
+        return self.assemble(features.maps[:, :, layer]).permute(0, 3, 1, 2)
 
     def assemble(self, parts: Float[Tensor, "batch parts *grid embed"]) -> Float[Tensor, "batch *grid channels"]:
         """Assembles vectors of any grid, the empty one included."""
         if self.assembly in ("original", "finetuned"):
             return parts[:, 0]
-        if self.assembly == "duplicate":
-            return torch.cat([parts[:, 0], parts[:, 0]], dim=-1)
         if self.assembly == "add":
             return parts[:, 0] + parts[:, 1]
-        joined = torch.cat([parts[:, 0], parts[:, 1]], dim=-1)
+        # The last part of `duplicate` is its first.
+        joined = torch.cat([parts[:, 0], parts[:, -1]], dim=-1)
         return joined if self.fusion is None else self.fusion(joined)
 
     def select_class_token(self, features: FrozenFeatures, layer: int = -1) -> Float[Tensor, "batch class_dim"]:
@@ -235,10 +217,8 @@ def _check_pair(original: BackboneDescription, finetuned: BackboneDescription) -
 
 
 def _find_class_token_part(parts: tuple[Part, ...], source: ClassTokenSource) -> int | None:
-    if source == "none":
-        return None
-    if source == "auto":
-        return 0
+    if source in ("none", "auto"):
+        return None if source == "none" else 0
     if source not in parts:
         raise ValueError(f"The class token of the {source} backbone is asked for, but only {', '.join(parts)} runs.")
     return parts.index(source)

@@ -56,11 +56,9 @@ class RunConfig:
     """Choices that every probe has."""
 
     cache: CacheRule = "auto"
-    """Whether frozen features are computed once."""
     cache_gb: float = 4.0
     """Largest memory for kept features, 1e9 bytes."""
     selection: Selection = "validation"
-    """Which checkpoint counts."""
     validation_fraction: float = 0.1
     """Share of the training frames that selects the checkpoint, in (0, 0.5]."""
     num_evaluations: int = 5
@@ -88,7 +86,6 @@ class HeadProbe(ABC, Generic[Config]):
     """One data set and one assembly; a head is trained for each seed, and all seeds share the frozen features."""
 
     task: ClassVar[str]
-    """Name of the task, in titles and random seeds."""
     fill: ClassVar[int | float] = 0
     """The target that does not count."""
     published_iterations: ClassVar[int]

@@ -38,7 +38,6 @@ class Schedule:
     """m, the factor at the end of `cosine`."""
 
     def compute_factor(self, iteration: int) -> float:
-        """The factor at an iteration."""
         progress = iteration / self.num_iterations
         if self.kind == "poly":
             factor = 1.0 - progress
@@ -53,16 +52,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """How a head is trained."""
+    """How a head is trained; a batch is spread over all devices, and the schedule scales the peak learning rate."""
 
     schedule: Schedule
-    """Learning rate over the iterations."""
     batch_size: int
-    """Images per iteration over all devices."""
     learning_rate: float
-    """Peak learning rate, positive."""
     weight_decay: float
-    """Decay of all parameters."""
     max_gradient_norm: float | None = None
     """Gradients are scaled down to this norm."""
     has_one_cycle_momentum: bool = False
@@ -84,10 +79,9 @@ class LossSum:
 
 @dataclass
 class TrainedHead:
-    """A head with the selected checkpoint's weights, and what its training and measurement gave."""
+    """A head in evaluation mode with the weights of a checkpoint, and what its training and measurement gave."""
 
     head: nn.Module
-    """In evaluation mode."""
     iteration: int
     """Iterations after which the checkpoint was taken."""
     losses: list[float] = field(default_factory=list)
@@ -95,7 +89,7 @@ class TrainedHead:
     scores: dict[int, float] = field(default_factory=dict)
     """Score by iteration, larger is better; empty for selection `last`."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Metrics on the test data."""
+    """On the test data."""
     choices: dict[str, Any] = field(default_factory=dict)
     """What else was chosen on the selection data, for the record."""
 
@@ -123,21 +117,12 @@ def train_head(
     iterations_per_evaluation: int | None = None,
     title: str = "Training",
 ) -> TrainedHead:
-    """Trains and selects.
+    """Trains a head of `FrozenFeatures` in place, and selects.
 
-    Args:
-        head: Takes `FrozenFeatures`; changed in place.
-        batches: This process's share of the batch of every iteration, on any device.
-        compute_loss: Loss of (predictions, targets, iteration) on this process's share.
-        config: As above.
-        accelerator: accelerate's; its processes share each batch.
-        compute_score: Score of the head on the selection data, larger is better, the same on every process; None keeps
-            the last iteration's weights.
-        iterations_per_evaluation: Iterations between scores; the last iteration is always scored.
-        title: Label of the progress bar.
-
-    Raises:
-        ValueError: The batch does not split over the processes, or the loss is not finite.
+    `batches` are this process's share of every iteration's batch, `compute_loss` takes predictions, targets and
+    iteration. `compute_score` measures the head on the selection data, larger is better, the same on every process; the
+    last iteration is always scored, and without scores its weights are kept. ValueError if the batch does not split
+    over the processes, or the loss is not finite.
     """
     num_processes = accelerator.num_processes
     check_batch(config.batch_size, num_processes, config.images_per_group)
@@ -168,8 +153,7 @@ def train_head(
             result.losses.append(float(total[0] / total[1].clamp_min(1e-12)))
             is_due = iterations_per_evaluation is not None and (iteration + 1) % iterations_per_evaluation == 0
             if compute_score is not None and (is_due or iteration + 1 == num_iterations):
-                score = compute_score(head.eval())
-                result.scores[iteration + 1] = score
+                score = result.scores[iteration + 1] = compute_score(head.eval())
                 if best is None or score > best[0]:
                     best = (score, copy.deepcopy(head.state_dict()))
                     result.iteration = iteration + 1

@@ -33,7 +33,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class PictureKey:
-    """Names a fixed picture of a frame (`LabelledFrame.key`): mirrored or not, and which part, as the task counts."""
+    """Names a fixed picture of a frame (`LabelledFrame.key`); the `part` is counted by the task."""
 
     frame: Hashable
     is_flipped: bool = False

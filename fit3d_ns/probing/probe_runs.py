@@ -54,9 +54,7 @@ DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     "correspondence": MultiviewConfig(),
 }
 HEAD_PROBES: dict[str, type[HeadProbe]] = {
-    "segmentation": SegmentationProbe,
-    "depth": DepthProbe,
-    "classification": ClassificationProbe,
+    probe.task: probe for probe in (SegmentationProbe, DepthProbe, ClassificationProbe)
 }
 
 _DECISIVE_RUN_FIELDS = ("cache", "cache_gb", "selection", "validation_fraction", "num_evaluations")
@@ -68,11 +66,8 @@ class ProbeRequest:
     """One cell of a table."""
 
     task: Task
-    """What is probed."""
     backbones: BackboneConfig
-    """Which features are read."""
     output_path: Path
-    """Where the record goes."""
     train: Sequence[Path] = ()
     """Folders that heads are trained on; not used by consistency and correspondence."""
     test: Sequence[Path] = ()
@@ -82,11 +77,8 @@ class ProbeRequest:
     config: TaskConfig | None = None
     """Values of the task; its defaults if None."""
     run: RunConfig = field(default_factory=RunConfig)
-    """Choices that all probes share."""
     options: LabelledOptions = field(default_factory=LabelledOptions)
-    """How folders are read."""
     device: DeviceChoice = "auto"
-    """Where it runs."""
     precision: Precision = "fp32"
     """Arithmetic of the head's training."""
     predictions: Path | None = None
@@ -96,8 +88,7 @@ class ProbeRequest:
 def run_probe(request: ProbeRequest) -> ResultRecord:
     """Runs the seeds that are not in the result file yet, and writes it after each.
 
-    Raises:
-        ValueError: Folders, backbones or settings that do not fit; the message names the piece.
+    ValueError names folders, backbones or settings that do not fit.
     """
     if not request.seeds:
         raise ValueError("No seed is given; name at least one with --seeds.")
@@ -233,12 +224,8 @@ def _open_record(
 
 
 def _describe_set(labelled_set: LabelledSet) -> dict[str, Any]:
-    return {
-        "name": labelled_set.name,
-        "num_frames": len(labelled_set.frames),
-        "num_classes": labelled_set.num_classes,
-        "data_hash": compute_data_hash(labelled_set),
-    }
+    sizes = {"num_frames": len(labelled_set.frames), "num_classes": labelled_set.num_classes}
+    return {"name": labelled_set.name, **sizes, "data_hash": compute_data_hash(labelled_set)}
 
 
 def _read_training(path: Path) -> dict[str, Any]:

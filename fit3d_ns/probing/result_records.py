@@ -33,7 +33,6 @@ class ResultFile:
     """The record of one cell of a table, at one path."""
 
     path: Path
-    """Where it is written."""
     kind: str
     """For example `probe/depth`."""
     settings: dict[str, Any]
@@ -84,12 +83,12 @@ def compute_settings_key(kind: str, settings: dict[str, Any]) -> str:
 
 def summarise_seeds(per_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Means of every metric over seeds, with spreads; one seed's metrics are their own means."""
-    items = [per_seed[seed] for seed in sorted(per_seed)]
+    by_seed = {str(seed): per_seed[seed] for seed in sorted(per_seed)}
+    items = list(by_seed.values())
     summary = _combine(items, _mean)
     if len(items) > 1:
         summary["spread"] = _combine(items, _deviation)
-    summary["per_seed"] = {str(seed): per_seed[seed] for seed in sorted(per_seed)}
-    return summary
+    return {**summary, "per_seed": by_seed}
 
 
 def is_finetuned_from_random(config: BackboneConfig) -> bool:
@@ -99,11 +98,9 @@ def is_finetuned_from_random(config: BackboneConfig) -> bool:
 
 
 def read_costs(config: BackboneConfig) -> dict[str, Any]:
-    """What a fine-tuned backbone has cost, as far as fit3d-finetune's report tells (Tables 5, 6 and 8 show it).
+    """`{"finetuning": {...}}`: what a fine-tuned backbone has cost by its report, if it has one (Tables 5, 6 and 8).
 
-    Returns:
-        `{"finetuning": {...}}`, or nothing where no fine-tuned folder takes part or it has no report. `hours` are stage
-        II's, `stage1_hours` and `scene_file_mb` means over scenes, `feature_dim` that of all scenes.
+    `hours` are stage II's, `stage1_hours` and `scene_file_mb` means over scenes, `feature_dim` that of all scenes.
     """
     report = _read_report(config)
     if report is None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ from fit3d_ns.features import create_extractor, create_token_model
 from fit3d_ns.features.adapters import add_adapter
 from fit3d_ns.finetuning.backbone_folder import save_finetuned
 from fit3d_ns.probing.frozen_features import (
-    ASSEMBLIES,
     Assembly,
     BackboneConfig,
     create_frozen_backbones,
@@ -46,7 +45,7 @@ def run(rooms: Path, output: Path, task: str, *flags: str) -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize("assembly", ASSEMBLIES)
+@pytest.mark.parametrize("assembly", get_args(Assembly))
 def test_probe__depth_record(rooms: Path, tmp_path: Path, assembly: Assembly) -> None:
     flags = ("--assembly", assembly, "--finetuned", str(rooms / "finetuned"), "--seeds", "0", "1")
     record = run(rooms, tmp_path / "r.json", "depth", *flags)
@@ -89,7 +88,7 @@ def test_probe__dpt_head(rooms: Path, tmp_path: Path) -> None:
     assert record["settings"]["config"]["head"] == "dpt" and 0.0 < record["metrics"]["rmse"] < 20.0
 
 
-@pytest.mark.parametrize("assembly", ASSEMBLIES)
+@pytest.mark.parametrize("assembly", get_args(Assembly))
 def test_probe__segmentation_record(rooms: Path, tmp_path: Path, assembly: Assembly) -> None:
     flags = ("--assembly", assembly, "--finetuned", str(rooms / "finetuned"))
     record = run(rooms, tmp_path / "r.json", "segmentation", *flags)

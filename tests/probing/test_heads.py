@@ -1,16 +1,18 @@
 """Assemblies and heads against what they say they compute."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fit3d_ns.probing.depth.head import DepthBins, DPTDepthHead, LinearDepthHead
-from fit3d_ns.probing.frozen_features import ASSEMBLIES, Assembler, list_parts
+from fit3d_ns.probing.frozen_features import Assembler, Assembly, list_parts
 from fit3d_ns.probing.segmentation.head import SegmentationHead
 from tests.probing.probe_backbones import create_features
 
 
-@pytest.mark.parametrize("assembly", ASSEMBLIES)
+@pytest.mark.parametrize("assembly", get_args(Assembly))
 def test_assembler__each_strategy_by_hand(assembly) -> None:
     features = create_features(0, parts=len(list_parts(assembly)), layers=2)
     torch.manual_seed(1)

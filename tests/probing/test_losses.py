@@ -132,4 +132,4 @@ def test_depth_bins__linear_normalisation_by_hand() -> None:
     assert float(bins(logits)) == pytest.approx(expected, rel=1e-6)
     softmax = DepthBins(1.0, 4.0, num_bins=4, normalization="softmax")
     assert float(softmax(torch.zeros(1, 4, 1, 1))) == pytest.approx(2.5)
-    assert DepthBins(0.001, 10.0).num_bins == 256
+    assert len(DepthBins(0.001, 10.0).centers) == 256

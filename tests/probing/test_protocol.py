@@ -1,6 +1,7 @@
 """What a probe decides for itself, and every value of the public code."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from fit3d_ns.probing.classification.probe import PAPER_CLASSIFICATION, ClassificationProbe
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
-from fit3d_ns.probing.frozen_features import ASSEMBLIES, BackboneConfig, create_frozen_backbones
+from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.head_probe import (
     ProbeSets,
     PublishedTraining,
@@ -48,7 +49,7 @@ def test_learning_rate__duplicate_gets_half_of_the_originals_and_dpt_keeps_probe
     config = SegmentationConfig(short_side=16, num_iterations=40_000)
     rates = {
         assembly: SegmentationProbe(config, RunConfig(), sets, backbones, assembly, accelerator).learning_rate
-        for assembly in ASSEMBLIES
+        for assembly in get_args(Assembly)
     }
     # Three channels instead of 768; all that read two maps of them have six inputs.
     assert rates["original"] == rates["finetuned"] == rates["add"] == pytest.approx(1e-3 * 768 / 3)

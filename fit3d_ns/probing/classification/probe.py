@@ -15,12 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.frozen_features import (
-    Assembler,
-    ClassTokenSource,
-    FrozenBackbones,
-    FrozenFeatures,
-)
+from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource, FrozenBackbones, FrozenFeatures
 from fit3d_ns.probing.head_probe import HeadProbe, ProbeSets, RunConfig, resolve_cache
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
 from fit3d_ns.probing.pictures import Picture, PictureKey, Window, compute_size, draw_window, to_image
@@ -28,9 +23,6 @@ from fit3d_ns.probing.samples import BYTES_PER_GB, Inputs, stack_features
 
 PUBLISHED_ITERATIONS = 12_500
 REFERENCE_BATCH = 256
-"""Learning rates are given for this many images and scale with the batch."""
-LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
-"""DINOv2's range."""
 AREA_RANGE = (0.08, 1.0)
 """Share of the picture's area that a random crop has."""
 RATIO_RANGE = (3 / 4, 4 / 3)
@@ -45,14 +37,13 @@ class ClassificationConfig:
     """Training iterations; None: 12,500 as published, or 60 epochs (at least 800 iterations) if that is less."""
     batch_size: int = 128
     """Images per iteration over all devices (the paper: one GPU)."""
-    learning_rates: tuple[float, ...] = LEARNING_RATES
-    """Each trains a layer of its own; the rates are for batches of 256."""
+    learning_rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+    """DINOv2's range. Each trains a layer of its own; rates are for batches of 256 and scale with the batch."""
     resize_side: int = 256
     """Shorter side of test images before the crop, pixels."""
     crop_side: int = 224
     """Side of the square that is seen, pixels."""
     weight_decay: float = 0.0
-    """Weight decay of SGD."""
 
 
 PAPER_CLASSIFICATION = ClassificationConfig(num_iterations=PUBLISHED_ITERATIONS)
@@ -76,7 +67,6 @@ class PooledBackbones(FrozenBackbones):
     """The same backbones, whose maps are averaged to one token: a hundredth of the memory."""
 
     def __call__(self, images: Float[Tensor, "batch 3 height width"]) -> FrozenFeatures:
-        """Features with maps of one row and one column."""
         features = super().__call__(images)
         return FrozenFeatures(features.maps.mean(dim=(3, 4), keepdim=True), features.class_tokens)
 
@@ -161,7 +151,6 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
         return {"num_iterations": self.num_iterations, "features_cached": self.is_cached}
 
     def run_seed(self, seed: int) -> TrainedHead:
-        """Trains the layers and measures the selected one on the test data."""
         self.seed_head(seed)
         source: ClassTokenSource = "auto" if self.backbones.has_class_token else "none"
         assembler = Assembler(self.assembly, self.backbones.embed_dim, source)
@@ -179,7 +168,6 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
         return trained
 
     def create_optimization(self) -> OptimizationConfig:
-        """How the layers are trained."""
         return OptimizationConfig(
             Schedule("cosine", self.num_iterations),
             self.config.batch_size,
@@ -195,7 +183,6 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
         return LossSum(total, total.new_tensor(float(len(targets))))
 
     def compute_score(self, head: nn.Module, labelled_set: LabelledSet) -> float:
-        """The best accuracy of all layers."""
         return max(self.evaluate(head, labelled_set).top1)
 
     @torch.no_grad()
@@ -216,8 +203,7 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
             counts[1] += ranks.any(dim=-1).double().sum(dim=0)
             chances = logits.double().log_softmax(dim=-1)
             counts[2] -= chances.gather(-1, classes[:, None, None].expand(-1, logits.shape[1], 1))[..., 0].sum(dim=0)
-        shares = sum_over_processes(counts, self.accelerator) / len(labelled_set.frames)
-        return RateMetrics(shares[0].tolist(), shares[1].tolist(), shares[2].tolist())
+        return RateMetrics(*(sum_over_processes(counts, self.accelerator) / len(labelled_set.frames)).tolist())
 
 
 def draw_resized_window(height: int, width: int, generator: np.random.Generator, num_tries: int = 10) -> Window:

@@ -18,16 +18,10 @@ from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
 from fit3d_ns.probing.pictures import resize_map
 from fit3d_ns.probing.segmentation.head import INITIAL_DEVIATION
 
-NUM_BINS = 256
-"""Paper section 3.3."""
 SHARE_OF_EACH_BIN = 0.1
 """Added to each rectified logit before normalising, so that no bin is ever empty (DINOv2's evaluation)."""
 UPSAMPLING = 4
 """Pixels of the linear head's prediction per token and axis."""
-FUSED_DIM = 256
-"""Channels of the DPT head's fused maps."""
-DPT_SCALES = (4.0, 2.0, 1.0, 0.5)
-"""Size of the map of each layer that the DPT head reads relative to the token grid, first layer first."""
 
 BinNormalization = Literal["linear", "softmax"]
 
@@ -38,16 +32,11 @@ class DepthBins(nn.Module):
     centers: Tensor
 
     def __init__(
-        self, min_depth: float, max_depth: float, num_bins: int = NUM_BINS, normalization: BinNormalization = "linear"
+        self, min_depth: float, max_depth: float, num_bins: int = 256, normalization: BinNormalization = "linear"
     ) -> None:
         super().__init__()
         self.normalization: BinNormalization = normalization
         self.register_buffer("centers", torch.linspace(min_depth, max_depth, num_bins), persistent=False)
-
-    @property
-    def num_bins(self) -> int:
-        """Number of bins."""
-        return len(self.centers)
 
     def forward(self, logits: Float[Tensor, "batch bins height width"]) -> Float[Tensor, "batch height width"]:
         """The expected depth, between the range's ends."""
@@ -60,22 +49,21 @@ class DepthBins(nn.Module):
 
 
 class LinearDepthHead(nn.Module):
-    """Pre-norm tokens of the last block to depth on a grid four times as fine as the tokens'."""
+    """Pre-norm tokens of the last block to depth on a grid four times as fine as the tokens'.
+
+    Training reads the same interpolated logits at `training_upsampling` places per token and axis; fewer are cheaper.
+    """
 
     def __init__(self, assembler: Assembler, bins: DepthBins, training_upsampling: int = UPSAMPLING) -> None:
-        """Args:
-        assembler: Makes the map.
-        bins: Make depth out of logits.
-        training_upsampling: Places per token and axis at which training reads the same interpolated logits; fewer
-            are cheaper.
-        """
         super().__init__()
         self.assembler = assembler
         self.training_upsampling = training_upsampling
         self.bins = bins
-        self.token_layer = nn.Linear(assembler.out_dim, bins.num_bins)
+        self.token_layer = nn.Linear(assembler.out_dim, len(bins.centers))
         # The class token is the same for all tokens: its share of the linear layer is computed once per image.
-        self.class_layer = nn.Linear(assembler.class_dim, bins.num_bins, bias=False) if assembler.class_dim else None
+        self.class_layer = (
+            nn.Linear(assembler.class_dim, len(bins.centers), bias=False) if assembler.class_dim else None
+        )
         nn.init.normal_(self.token_layer.weight, std=INITIAL_DEVIATION)
         nn.init.zeros_(self.token_layer.bias)
         if self.class_layer is not None:
@@ -95,34 +83,38 @@ class LinearDepthHead(nn.Module):
 class DPTDepthHead(nn.Module):
     """Pre-norm tokens of four blocks to depth on a grid eight times as fine as the tokens'."""
 
-    def __init__(self, assembler: Assembler, bins: DepthBins, fused_dim: int = FUSED_DIM) -> None:
+    def __init__(self, assembler: Assembler, bins: DepthBins, fused_dim: int = 256) -> None:
         super().__init__()
         self.assembler = assembler
         self.bins = bins
         widths = [max(fused_dim // 4, 1), max(fused_dim // 2, 1), fused_dim, fused_dim]
         in_dim = assembler.out_dim
         self.readouts = nn.ModuleList(
-            nn.Sequential(nn.Linear(in_dim + assembler.class_dim, in_dim), nn.GELU()) for _ in DPT_SCALES
+            nn.Sequential(nn.Linear(in_dim + assembler.class_dim, in_dim), nn.GELU()) for _ in widths
         )
         self.projections = nn.ModuleList(nn.Conv2d(in_dim, width, kernel_size=1) for width in widths)
+        # To four times, twice, once and half the token grid.
         self.rescalings = nn.ModuleList(
-            _create_rescaling(width, scale) for width, scale in zip(widths, DPT_SCALES, strict=True)
+            [
+                nn.ConvTranspose2d(widths[0], widths[0], kernel_size=4, stride=4),
+                nn.ConvTranspose2d(widths[1], widths[1], kernel_size=2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(widths[3], widths[3], kernel_size=3, stride=2, padding=1),
+            ]
         )
         self.reductions = nn.ModuleList(
             nn.Conv2d(width, fused_dim, kernel_size=3, padding=1, bias=False) for width in widths
         )
-        self.fusions = nn.ModuleList(
-            _Fusion(fused_dim, has_lateral=index < len(DPT_SCALES) - 1) for index in range(len(DPT_SCALES))
-        )
+        self.fusions = nn.ModuleList(_Fusion(fused_dim, has_lateral=index < 3) for index in range(4))
         self.output = nn.Sequential(
             nn.Conv2d(fused_dim, fused_dim, kernel_size=3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(fused_dim, bins.num_bins, kernel_size=1),
+            nn.Conv2d(fused_dim, len(bins.centers), kernel_size=1),
         )
 
     def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch height width"]:
         """Depth in metres on eight times the token grid."""
-        levels = [self._reassemble(features, layer) for layer in range(len(DPT_SCALES))]
+        levels = [self._reassemble(features, layer) for layer in range(4)]
         fused = self.fusions[-1](levels[-1], None)
         for level, fusion in zip(levels[-2::-1], list(self.fusions)[-2::-1], strict=True):
             fused = fusion(level, resize_map(fused, (level.shape[-2], level.shape[-1])))
@@ -167,9 +159,3 @@ class _Fusion(nn.Module):
         if self.lateral is not None and coarser is not None:
             level = coarser + self.lateral(level)
         return self.project(self.refine(level))
-
-
-def _create_rescaling(width: int, scale: float) -> nn.Module:
-    if scale > 1:
-        return nn.ConvTranspose2d(width, width, kernel_size=int(scale), stride=int(scale))
-    return nn.Identity() if scale == 1 else nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1)

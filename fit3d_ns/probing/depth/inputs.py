@@ -46,11 +46,10 @@ class DepthInputs(Inputs):
     crop_size: tuple[int, int]
 
     def load_image(self, frame: LabelledFrame) -> UInt8[np.ndarray, "height width 3"]:
-        """The photograph as the set's benchmark sees it, at its own size."""
+        """The photograph as the set's benchmark sees it, at its own size, which `load_depth` shares."""
         return _crop_bottom(frame.load_image().numpy(), self.convention)
 
     def load_depth(self, frame: LabelledFrame) -> Float[Tensor, "height width"]:
-        """Its depth; `load_image`'s size."""
         assert frame.load_depth is not None
         return torch.from_numpy(_crop_bottom(frame.load_depth().numpy(), self.convention))
 

@@ -22,14 +22,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.data.images import save_depth
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, warn_about_depth_unit
-from fit3d_ns.probing.depth.head import (
-    NUM_BINS,
-    UPSAMPLING,
-    BinNormalization,
-    DepthBins,
-    DPTDepthHead,
-    LinearDepthHead,
-)
+from fit3d_ns.probing.depth.head import UPSAMPLING, BinNormalization, DepthBins, DPTDepthHead, LinearDepthHead
 from fit3d_ns.probing.depth.inputs import DEPTHS_PER_TOKEN, DepthInputs, choose_crop_size
 from fit3d_ns.probing.depth.metrics import DepthMetrics
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource
@@ -43,7 +36,6 @@ PUBLISHED = PublishedTraining(num_iterations=38_400, learning_rate=1e-4, width=1
 ClassTokenChoice = Literal["auto", "original", "finetuned", "none", "validated"]
 """Whose class token is put next to the patch tokens, see `ClassTokenSource`; or `validated`: a head with (`auto`) and
 one without (`none`) are trained, and the one that is better on the validation part of the training data is kept."""
-VALIDATED_SOURCES: tuple[ClassTokenSource, ...] = ("auto", "none")
 LARGEST_DPT_RATE = 5e-4
 """probe3d's rate for its DPT heads, whose convolutions do not bear a linear layer's rates."""
 EPSILON = 1e-3
@@ -74,7 +66,6 @@ class DepthConfig:
     """Peak learning rate of AdamW; None: the published 1e-4 for a width of 1152, times published iterations and width
     over ours, at most 4 over the width and 5e-4 for `dpt`; see `resolve_learning_rate`."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW."""
     warmup_share: float = 1 / 3
     """Share of the iterations with a linear warm-up (12,800 of 38,400)."""
     loss_warmup_iterations: int = 100
@@ -85,10 +76,9 @@ class DepthConfig:
     images_per_group: int = 2
     """Images that share one value of the scale-invariant loss (2 per device in the public code)."""
     class_token: ClassTokenChoice = "auto"
-    """Whose class token is read next to the patch tokens (published: the original's, which `auto` takes); `validated`
-    trains two heads and keeps the better one."""
-    num_bins: int = NUM_BINS
-    """Number of depth bins."""
+    """Published: the original's, which `auto` takes."""
+    num_bins: int = 256
+    """Paper section 3.3."""
     bin_normalization: BinNormalization = "linear"
     """How logits become shares of the bins."""
     is_flip_averaged: bool = True
@@ -129,7 +119,6 @@ class DepthProbe(HeadProbe[DepthConfig]):
         }
 
     def run_seed(self, seed: int) -> TrainedHead:
-        """Trains a head, or one for each way to use the class token, and measures the best on the test data."""
         candidates: dict[ClassTokenSource, TrainedHead] = {}
         for source in self.sources:
             # Each candidate starts as it would alone, so that `validated` keeps exactly what that setting gives.
@@ -158,7 +147,6 @@ class DepthProbe(HeadProbe[DepthConfig]):
         return LinearDepthHead(assembler, bins, DEPTHS_PER_TOKEN if self.is_cached else UPSAMPLING)
 
     def create_optimization(self, source: ClassTokenSource) -> OptimizationConfig:
-        """How a head that reads a class token is trained."""
         warmup = round(self.config.warmup_share * self.num_iterations)
         return OptimizationConfig(
             Schedule("cosine", self.num_iterations, warmup, warmup_ratio=1e-3, min_ratio=1e-8),
@@ -183,7 +171,6 @@ class DepthProbe(HeadProbe[DepthConfig]):
         return LossSum(loss.total + self.config.gradient_loss_weight * gradient.total, loss.count)
 
     def compute_score(self, head: nn.Module, labelled_set: LabelledSet) -> float:
-        """AbsRel, negative."""
         return -self.evaluate(head, labelled_set)["abs_rel"]
 
     @torch.no_grad()
@@ -228,7 +215,7 @@ class DepthProbe(HeadProbe[DepthConfig]):
             )
         if not self.backbones.has_class_token:
             return ("none",)
-        return VALIDATED_SOURCES if choice == "validated" else (choice,)
+        return ("auto", "none") if choice == "validated" else (choice,)
 
     def _choose_learning_rate(self, source: ClassTokenSource) -> float:
         assembler = Assembler(self.assembly, self.backbones.embed_dim, source)

@@ -49,7 +49,6 @@ class SegmentationConfig:
     """Peak learning rate of AdamW; None: the published 1e-3 for a width of 768, times published iterations and width
     over ours, at most 4 over the width; see `resolve_learning_rate`."""
     weight_decay: float = 1e-4
-    """Weight decay of AdamW."""
     warmup_share: float = 1500 / PUBLISHED.num_iterations
     """Share of the iterations with a linear warm-up."""
     loss_average: Literal["counted", "all"] = "counted"
@@ -110,7 +109,6 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
         return trained
 
     def create_optimization(self) -> OptimizationConfig:
-        """How a head is trained."""
         return OptimizationConfig(
             Schedule("poly", self.num_iterations, round(self.config.warmup_share * self.num_iterations)),
             self.config.batch_size,
@@ -126,7 +124,6 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
         return LossSum(total, total.new_tensor(float(counted)))
 
     def compute_score(self, head: nn.Module, labelled_set: LabelledSet) -> float:
-        """The mIoU."""
         return self.evaluate(head, labelled_set)["miou"]
 
     @torch.no_grad()
