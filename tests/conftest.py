@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ import torch
 # Tests work on tiny tensors: threads only wait for each other there, and on a busy machine they wait long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+# What tests confirm is not remembered for the person who runs them; commands in other processes take it over.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="fit3d-tests-")
 
 
 MAY_SKIP = "chromium and chromedriver are not installed"

@@ -15,7 +15,7 @@ class ExportConfig:
     """Where from, where to, and what to keep."""
 
     load_config: Path
-    """The run's config.yml or its folder. nerfstudio's config is code: read only those of people you trust."""
+    """The run's config.yml or its folder."""
     output_path: Path
     """The file to write; `.safetensors` for `--format scene`, `.ply` for `--format ply`."""
     format: Literal["scene", "ply"] = "scene"
@@ -27,13 +27,16 @@ class ExportConfig:
     """Leave out Gaussians that no training view weighted; captured views stay as they are."""
     data: Path | None = None
     """Where the dataset lies now, if it was moved since the run."""
+    trust_config: bool = False
+    """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
+    methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
 
 
 def export(config: ExportConfig) -> None:
     """Writes the scene and a JSON with its metrics."""
     from fit3d_ns.plugin.run_reader import load_run_scene
 
-    scene = load_run_scene(config.load_config, config.data, config.drop_unseen)
+    scene = load_run_scene(config.load_config, config.data, config.drop_unseen, config.trust_config)
     if config.format == "ply":
         write_fit3d(scene, config.output_path, config.output_path.with_suffix(".decoder.pth"))
     else:

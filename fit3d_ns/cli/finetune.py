@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,8 +35,7 @@ class FinetuneCommand:
     """Scenes, backbone, where the result goes, and all settings of the training."""
 
     ckpts: tuple[str, ...]
-    """Scenes to train on: scene files, globs of them, nerfstudio run folders or their config.yml (which is code: give
-    only those of people you trust)."""
+    """Scenes to train on: scene files, globs of them, nerfstudio run folders or their config.yml."""
     output_dir: Path
     """Folder of the result; an interrupted run goes on there."""
     val_ckpts: tuple[str, ...] = ()
@@ -46,6 +46,9 @@ class FinetuneCommand:
     """File with the backbone's weights; by default timm's download."""
     device: DeviceChoice = "auto"
     """Where to train; `auto` takes CUDA where there is one."""
+    trust_config: bool = False
+    """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
+    methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
     paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Set every value of the paper's public code; flags that are given still win."""
     optimization: Annotated[OptimizationConfig, _FLAT] = field(default_factory=OptimizationConfig)
@@ -92,17 +95,17 @@ def run_finetune(command: FinetuneCommand) -> None:
     both = sorted(set(scenes) & set(validation))
     if both:
         raise ValueError(f"{both[0]} is given to --ckpts and to --val-ckpts; take it out of one of them.")
+    load_run = partial(_load_run, trust_config=command.trust_config)
     accelerator = create_accelerator(command.device, config.optimization.precision, config.run.trackers, folder)
     processes = Processes(accelerator)
 
     def export() -> None:
         for group in (scenes, validation):
-            prepare_scene_files(group, folder / EXPORT_FOLDER, _load_run)
+            prepare_scene_files(group, folder / EXPORT_FOLDER, load_run)
 
     processes.run_on_main(export)
     files = [
-        prepare_scene_files(group, folder / EXPORT_FOLDER, _load_run, may_export=False)
-        for group in (scenes, validation)
+        prepare_scene_files(group, folder / EXPORT_FOLDER, load_run, may_export=False) for group in (scenes, validation)
     ]
     inputs = FinetuneInputs(files[0], files[1], command.backbone, command.backbone_weights)
     try:
@@ -131,7 +134,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
 
 
-def _load_run(config: Path) -> FeatureScene:
+def _load_run(config: Path, trust_config: bool) -> FeatureScene:
     """Reads a nerfstudio run; imported here so that the command works where nerfstudio is not installed."""
     try:
         from fit3d_ns.plugin.run_reader import load_run_scene
@@ -140,7 +143,7 @@ def _load_run(config: Path) -> FeatureScene:
             f"{config} is a nerfstudio run, and nerfstudio cannot be imported ({error}); export the run with "
             "fit3d-export on a machine that has it."
         ) from error
-    return load_run_scene(config)
+    return load_run_scene(config, trust_config=trust_config)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tyro
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.cli.export import describe_scene
+from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheConfig, describe_backbone
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
@@ -45,13 +46,16 @@ class LiftCommand:
     the state of an interrupted lift, which the same command goes on from."""
     load_config: tuple[Path, ...] = ()
     """Splatfacto runs, ours or nerfstudio's (also splatfacto-big, antialiased, with camera optimizer): their config.yml
-    or folder. nerfstudio's config is code: read only those of people you trust."""
+    or folder."""
     ply: Path | None = None
     """Gaussians as Inria's code, gsplat, nerfstudio or SuperSplat write them; needs --data."""
     scene: tuple[Path, ...] = ()
     """Scene files to lift again with another backbone or other settings: cameras and Gaussians are read from them."""
     data: Path | None = None
     """The captured scene folder: of a PLY, or where the dataset of a single run or scene lies now if it was moved."""
+    trust_config: bool = False
+    """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
+    methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
     shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lift all scenes on one basis, with one decoder and one set of picture colours; each then keeps a little less of
     its own tokens than with a basis to itself."""
@@ -152,7 +156,7 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
     for path in command.scene:
         readers.append((path.stem, partial(read_scene_source, path, command.data)))
     for path in command.load_config:
-        readers.append((name_run(path), partial(_read_run, path, command.data)))
+        readers.append((name_run(path), partial(_read_run, path, command.data, command.trust_config)))
     names = [name for name, _ in readers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice and command.is_folder:
@@ -175,9 +179,9 @@ def name_run(path: Path) -> str:
     folder = path.absolute()
     if not folder.is_dir():
         folder = folder.parent
-    elif not (folder / "config.yml").is_file():
+    elif not (folder / RUN_CONFIG).is_file():
         # None or several are refused where the run is read.
-        folder = next((config.parent for config in sorted(folder.glob("**/config.yml"))), folder)
+        folder = next((config.parent for config in find_runs(folder)), folder)
     return folder.parents[1].name if len(folder.parents) > 2 else folder.name
 
 
@@ -236,7 +240,7 @@ def _find_own_backbone(command: LiftCommand) -> BackboneDescription | None:
     except ImportError:
         # Reading the run says what is missing.
         return None
-    found = read_backbone(command.load_config[0])
+    found = read_backbone(command.load_config[0], command.trust_config)
     if found is None:
         return None
     name, recorded, recorded_normalization = found
@@ -254,7 +258,7 @@ def _read(read: Callable[[], LiftSource]) -> LiftSource:
     return source
 
 
-def _read_run(path: Path, data: Path | None) -> LiftSource:
+def _read_run(path: Path, data: Path | None, trust_config: bool) -> LiftSource:
     """A nerfstudio run; imported here so that PLYs are lifted where nerfstudio is not installed."""
     try:
         from fit3d_ns.plugin.run_reader import read_run, read_run_figures
@@ -263,7 +267,7 @@ def _read_run(path: Path, data: Path | None) -> LiftSource:
             f"{path} is a nerfstudio run, and nerfstudio cannot be imported ({error}); install it, or export the run "
             "as a PLY and lift that."
         ) from error
-    run = read_run(path, data)
+    run = read_run(path, data, trust_config)
     gaussians = run.create_gaussians()
     description = f"{run.config.method_name} run {run.config_path.parent.name}, step {run.step}"
     return LiftSource(

@@ -1,4 +1,4 @@
-"""`read_capture`: finds out which layout a folder has and reads it."""
+"""`read_capture`: finds out which layout a folder has and reads it; `find_runs`: nerfstudio's runs below a folder."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,6 +8,8 @@ from fit3d_ns.data.frames import CaptureFiles, Layout
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.data.transforms import read_transforms
 
+RUN_CONFIG = "config.yml"
+"""nerfstudio's name of a run's configuration."""
 _READERS = {"scannetpp": read_scannetpp, "nerfstudio": read_transforms, "colmap": read_colmap}
 
 
@@ -30,6 +32,21 @@ def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto") -> Captu
     if not any(frame.split == "train" and not frame.is_bad for frame in capture.frames):
         raise ValueError(f"{path} has no usable train frame; all are bad or held out.")
     return capture
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The config.yml of each run in nerfstudio's own layout: OUTPUT/EXPERIMENT/METHOD/TIMESTAMP, or a part of it.
+
+    A run has its checkpoints next to the config; hidden folders, and what lies deeper, do not count.
+    """
+    runs: list[Path] = []
+    for depth in range(4):
+        for config in sorted(folder.glob(f"{'*/' * depth}{RUN_CONFIG}")):
+            is_hidden = any(part.startswith(".") for part in config.relative_to(folder).parts)
+            is_inside = any(run.parent in config.parents for run in runs)
+            if not is_hidden and not is_inside and (config.parent / "nerfstudio_models").is_dir():
+                runs.append(config)
+    return sorted(runs)
 
 
 def _find_layout(path: Path) -> Layout:

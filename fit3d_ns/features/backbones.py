@@ -185,9 +185,11 @@ def create_timm_model(architecture: str, model_args: tuple[tuple[str, Any], ...]
     arguments = {"num_classes": 0, "dynamic_img_size": True, **dict(model_args), **kwargs}
     try:
         model = timm.create_model(architecture, **arguments)
-    except TypeError as error:
+    except Exception as error:
+        # timm asserts, divides and looks up what it is given; what a folder recorded may be damaged.
         raise ValueError(
-            f"Backbone {architecture} cannot be built as a vision transformer for images of any size ({error}); "
+            f"Backbone {architecture} cannot be built as a vision transformer for images of any size "
+            f"({first_line(error)}); "
             "choose a `VisionTransformer` or `Eva` id of timm."
         ) from error
     if not isinstance(model, (VisionTransformer, Eva)):

@@ -34,6 +34,20 @@ ADAPTER_KEY = "fit3d_adapter"
 _LOCAL_PREFIX = "local-dir:"
 _HUB_PREFIX = "hf-hub:"
 _MODULES_WITH_VITS = ("vision_transformer", "eva", "deit")
+MODEL_ARGS = frozenset(
+    "img_size patch_size in_chans embed_dim depth num_heads num_kv_heads mlp_ratio qkv_bias qkv_fused qk_norm "
+    "proj_bias init_values class_token reg_tokens num_reg_tokens no_embed_class pos_embed pre_norm final_norm fc_norm "
+    "use_fc_norm global_pool pool_include_prefix attn_type attn_pool_num_heads attn_pool_mlp_ratio "
+    "attn_only_layer_scale dynamic_img_pad scale_attn_norm scale_attn_inner scale_mlp_norm scale_mlp swiglu_mlp "
+    "swiglu_align_to "
+    "use_abs_pos_emb use_rot_pos_emb use_post_norm use_pre_transformer_norm use_post_transformer_norm ref_feat_shape "
+    "rope_type rope_temperature rope_grid_offset rope_grid_indexing rope_rotate_half".split()
+)
+"""Arguments of timm's vision transformers that only shape the network; `checkpoint_path`, for one, loads a file."""
+LARGEST_ARGUMENT = 100_000
+LARGEST_DEPTH = 256
+LARGEST_CHANNEL = 10.0
+"""Of a mean or deviation; images are in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +123,11 @@ def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
     weights = weights or folder / "model.safetensors"
     if not weights.is_file():
         raise ValueError(f"{folder} has no model.safetensors; copy the folder again, or give --backbone-weights FILE.")
-    if not isinstance(config, dict) or "architecture" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise ValueError(f"{folder / 'config.json'} names no `architecture`; give a folder that fit3d-finetune wrote.")
     architecture = _resolve_architecture(config["architecture"])
     pretrained_cfg = config.get("pretrained_cfg", config)
-    model_args = {key: _freeze(value) for key, value in (config.get("model_args") or {}).items()}
-    for key, value in model_args.items():
-        if isinstance(value, dict):
-            raise ValueError(f"{folder / 'config.json'} has model_args.{key}={value!r}, expected a plain value.")
-    for key in ("num_classes", "dynamic_img_size"):
-        model_args.pop(key, None)
+    model_args = _read_model_args(config.get("model_args") or {}, folder / "config.json", weights.stat().st_size)
     weights_hash = _hash_weights(weights)
     if ADAPTER_KEY in config:
         if not (folder / ADAPTER_NAME).is_file():
@@ -133,6 +142,34 @@ def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
         mean=_read_channels(pretrained_cfg, "mean", folder),
         std=_read_channels(pretrained_cfg, "std", folder),
     )
+
+
+def _read_model_args(found: Any, path: Path, num_bytes: int) -> dict[str, Any]:
+    """Arguments of a fine-tuned folder that only shape the network; nothing else reaches timm.
+
+    Raises:
+        ValueError: An argument that is unknown or would load something, or numbers that the weights file cannot hold.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} has model_args={found!r}, expected names with values; restore the file.")
+    model_args = {key: _freeze(value) for key, value in found.items() if key not in ("num_classes", "dynamic_img_size")}
+    for key, value in model_args.items():
+        if key not in MODEL_ARGS:
+            raise ValueError(f"{path} has model_args.{key}, which does not shape a vision transformer; take it out.")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(item, (bool, int, float, str)) or item is None for item in numbers):
+            raise ValueError(f"{path} has model_args.{key}={value!r}, expected a plain value.")
+        limit = LARGEST_DEPTH if key == "depth" else LARGEST_ARGUMENT
+        if any(isinstance(item, (int, float)) and not abs(item) <= limit for item in numbers):
+            raise ValueError(f"{path} has model_args.{key}={value!r}, beyond any vision transformer; restore the file.")
+    depth, width = (model_args.get(key) or 1 for key in ("depth", "embed_dim"))
+    # Attention alone has 4 width^2 weights a block, each of at least one byte.
+    if isinstance(depth, (int, float)) and isinstance(width, (int, float)) and 4 * depth * width**2 > num_bytes:
+        raise ValueError(
+            f"{path} has depth {depth} and embed_dim {width}, more than its weights file of {num_bytes} bytes holds; "
+            "copy the folder again."
+        )
+    return model_args
 
 
 def _resolve_architecture(given: str) -> str:
@@ -189,6 +226,8 @@ def _read_channels(config: Any, key: str, folder: Path) -> tuple[float, float, f
         return None
     if not isinstance(values, list) or len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
         raise ValueError(f"{folder / 'config.json'} has {key}={values!r}, expected three numbers; correct the file.")
+    if not all(abs(value) <= LARGEST_CHANNEL for value in values) or (key == "std" and min(values) <= 0):
+        raise ValueError(f"{folder / 'config.json'} has {key}={values!r}, which cannot normalise images; correct it.")
     return float(values[0]), float(values[1]), float(values[2])
 
 

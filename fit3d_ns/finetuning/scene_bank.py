@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription
 from fit3d_ns.finetuning.lifted_views import SceneAverages
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
@@ -26,14 +27,13 @@ LoadRun = Callable[[Path], FeatureScene]
 """Reads the lifted scene of a nerfstudio run from its `config.yml`."""
 
 SCENE_SUFFIX = ".safetensors"
-RUN_CONFIG = "config.yml"
 
 
 def find_scenes(patterns: Sequence[str | Path], flag: str = "--ckpts") -> list[Path]:
     """Scene files and `config.yml`s that the patterns name, each once, in order of the patterns, sorted within one.
 
     Args:
-        patterns: Files, globs (`**` descends), run folders (each `config.yml` below counts), folders of scene files.
+        patterns: Files, globs (`**` descends), folders of scene files, folders of nerfstudio runs.
         flag: Where they were given, for messages.
 
     Raises:
@@ -173,8 +173,8 @@ class SceneBank:
 
 def _expand(match: Path, flag: str) -> list[Path]:
     if match.is_dir():
-        # Outputs of fine-tuning next to scenes are folders with `model.safetensors`; only direct children count.
-        return sorted(match.rglob(RUN_CONFIG)) or sorted(match.glob(f"*{SCENE_SUFFIX}"))
+        # A folder of scene files is that, whatever else lies in it; only its direct children count.
+        return sorted(match.glob(f"*{SCENE_SUFFIX}")) or find_runs(match)
     if match.suffix == SCENE_SUFFIX or match.name == RUN_CONFIG:
         return [match]
     raise ValueError(f"{match} is not a scene file (.safetensors), run folder or config.yml; take it out of {flag}.")

@@ -1,7 +1,6 @@
 """Reads runs of `ns-train`, without a pipeline: any splatfacto's as a `SplatRun`, ours also as a `FeatureScene`.
 
-A run's `config.yml` is code: nerfstudio writes and reads it with a YAML loader that builds any object. Read only
-configs of people you trust.
+Its `config.yml` is read by `run_config.py`, which runs nothing that it says unless the user trusts it.
 """
 
 from dataclasses import dataclass, replace
@@ -10,10 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from torch import Tensor
 
@@ -21,10 +18,10 @@ from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.plugin.checkpoints import load_latest_checkpoint
 from fit3d_ns.plugin.dataset import UndistortedDataset, correct_poses, find_root
 from fit3d_ns.plugin.feature_branch import PICTURE_BUFFERS, read_picture_basis
+from fit3d_ns.plugin.run_config import find_config, load_config
 from fit3d_ns.plugin.trainer import SUMMARY_NAME
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians
 from fit3d_ns.scene.posed_capture import PosedCapture
-from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import load_result
 
@@ -73,18 +70,19 @@ class SplatRun:
         )
 
 
-def read_run(path: Path, data: Path | None = None) -> SplatRun:
+def read_run(path: Path, data: Path | None = None, trust_config: bool = False) -> SplatRun:
     """Reads a run of splatfacto or of a method built on it.
 
     Args:
         path: The run's config.yml, its folder, or a folder above it that holds one run.
         data: Where the dataset lies now, if it was moved since.
+        trust_config: As in `load_config`.
 
     Raises:
         ValueError: No run there, another kind of method, a dataset that moved, or no readable checkpoint.
     """
     config_path = find_config(Path(path))
-    config = _load_config(config_path)
+    config = load_config(config_path, trust_config)
     model = config.pipeline.model
     if not isinstance(model, SplatfactoModelConfig):
         raise ValueError(
@@ -110,7 +108,9 @@ def read_run(path: Path, data: Path | None = None) -> SplatRun:
     )
 
 
-def load_run_scene(path: Path, data: Path | None = None, drop_unseen: bool = False) -> FeatureScene:
+def load_run_scene(
+    path: Path, data: Path | None = None, drop_unseen: bool = False, trust_config: bool = False
+) -> FeatureScene:
     """Reads a finished run of `fit3d-features` as the scene that stage II takes.
 
     Args:
@@ -121,7 +121,7 @@ def load_run_scene(path: Path, data: Path | None = None, drop_unseen: bool = Fal
     Raises:
         ValueError: Another method's run, or one whose features were never solved.
     """
-    run = read_run(path, data)
+    run = read_run(path, data, trust_config)
     if "features" not in run.gauss_params or "feature_branch.decoder.weight" not in run.state:
         raise ValueError(
             f"{run.config_path} is a run of {run.config.method_name} without features; lift it with "
@@ -158,13 +158,13 @@ def load_run_scene(path: Path, data: Path | None = None, drop_unseen: bool = Fal
     )
 
 
-def read_backbone(path: Path) -> tuple[str, Path | None, str] | None:
+def read_backbone(path: Path, trust_config: bool = False) -> tuple[str, Path | None, str] | None:
     """Name, weights file and normalization of the backbone in a run's config; None where the method has no features.
 
     Raises:
         ValueError: There is no run, or its config cannot be read.
     """
-    config: Any = _load_config(find_config(path))
+    config: Any = load_config(find_config(path), trust_config)
     datamanager = config.pipeline.datamanager
     name = getattr(datamanager, "backbone", None)
     return None if name is None else (name, datamanager.backbone_weights, datamanager.normalization)
@@ -178,26 +178,6 @@ def read_run_figures(config_path: Path) -> dict[str, Any]:
     except ValueError:
         # Other programs also write a `results.json`; ours is the only one that is known here.
         return {}
-
-
-def find_config(path: Path) -> Path:
-    """The config.yml a path means.
-
-    Raises:
-        ValueError: There is none, or there are several.
-    """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(f"No such run: {path}; give a run's config.yml or its folder.")
-    if (path / "config.yml").is_file():
-        return path / "config.yml"
-    found = sorted(path.glob("**/config.yml"))
-    if not found:
-        raise ValueError(f"{path} holds no run: there is no config.yml in it.")
-    if len(found) > 1:
-        raise ValueError(f"{path} holds {len(found)} runs; give one of them, such as {found[-1]}.")
-    return found[0]
 
 
 def _read_by_products(run: SplatRun) -> dict[str, Tensor]:
@@ -214,17 +194,6 @@ def _describe_backbone(run: SplatRun) -> BackboneDescription:
         return BackboneDescription.from_metadata(recorded)
     datamanager: Any = run.config.pipeline.datamanager
     return describe_backbone(datamanager.backbone, datamanager.backbone_weights, datamanager.normalization)
-
-
-def _load_config(config_path: Path) -> TrainerConfig:
-    # Plugins register their configs when nerfstudio lists its methods; unpickling needs them importable.
-    try:
-        config = yaml.load(config_path.read_text(encoding="utf-8"), Loader=yaml.Loader)
-    except Exception as error:
-        raise ValueError(f"{config_path} cannot be read as a nerfstudio config ({first_line(error)}).") from error
-    if not isinstance(config, TrainerConfig):
-        raise ValueError(f"{config_path} is not a nerfstudio run: it holds a {type(config).__name__}.")
-    return config
 
 
 def _point_at_data(config: Any, config_path: Path, data: Path | None) -> None:

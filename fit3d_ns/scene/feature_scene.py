@@ -22,6 +22,7 @@ from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import RasterizeMode, rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
+from fit3d_ns.scene.photograph_roots import check_root
 from fit3d_ns.scene.posed_capture import PosedCapture, View
 from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader
 
@@ -63,6 +64,8 @@ class FeatureScene:
     """Numbers of the run that made the scene, plain JSON values."""
     lifted_views: tuple[str, ...] | None = None
     """Names of the captured views whose tokens the features came from; None where that was not recorded."""
+    source: Path | None = None
+    """The scene file it was loaded from; None for a scene that was made here."""
 
     def __post_init__(self) -> None:
         if self.decoder.feature_dim != self.gaussians.feature_dim:
@@ -210,11 +213,14 @@ class FeatureScene:
         """The captured views with paths that exist.
 
         Args:
-            data_root: Where the photographs lie now, if the capture was moved since.
+            data_root: Where the photographs lie now, if the capture was moved since. Without it, a scene file's own
+                word counts only within its folder and within confirmed roots (`photograph_roots.py`).
 
         Raises:
-            ValueError: None of the photographs is there.
+            ValueError: None of the photographs is there, or nobody confirmed the folder that the file names.
         """
+        if data_root is None and self.source is not None:
+            check_root(self.posed_capture.root, self.source)
         capture = self.posed_capture if data_root is None else self.posed_capture.move(Path(data_root))
         missing = [view.frame.image_path for view in capture.views if not view.frame.image_path.is_file()]
         # Single photographs that are gone are the caller's to skip or refuse.

@@ -21,6 +21,7 @@ from fit3d_ns.features import BackboneDescription
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
 from fit3d_ns.scene.gaussians import STORED_DTYPES, Gaussians
+from fit3d_ns.scene.photograph_roots import confirm_root
 from fit3d_ns.scene.posed_capture import parse_capture, record_capture
 from fit3d_ns.utils.files import write_atomically
 
@@ -85,6 +86,9 @@ def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> Non
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with write_atomically(Path(path)) as temporary:
         save_file(on_cpu, temporary, metadata={HEADER_KEY: json.dumps(header)})
+    if scene.source is None:
+        # Made here, from a capture that its maker named.
+        confirm_root(scene.posed_capture.root)
 
 
 def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureScene:
@@ -111,6 +115,7 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
             metrics=header["figures"],
             # Files of earlier versions do not name them.
             lifted_views=None if header.get("lifted_views") is None else tuple(map(str, header["lifted_views"])),
+            source=path,
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole scene file ({error!r}); export the scene again.") from error

@@ -244,7 +244,7 @@ def test_lift__takes_a_run_as_its_gaussians_and_corrected_cameras(run, capture, 
         rasterize_mode="classic",
     )
     asked = []
-    monkeypatch.setattr(run_reader, "read_run", lambda path, data: asked.append((path, data)) or splat_run)
+    monkeypatch.setattr(run_reader, "read_run", lambda path, data, trust: asked.append((path, data)) or splat_run)
     config = tmp_path / "2024-01-01"
     code, _, err = run(*arguments, name="run.safetensors", source=("--load-config", config, "--data", root))
     assert code == 0 and asked == [(config, root)] and "Left out 1 Gaussians" in err

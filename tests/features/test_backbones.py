@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -194,3 +195,35 @@ def test_finetuned_folder__names_what_is_missing(tmp_path):
     (folder / "config.json").write_text('{"model_args": {}}')
     with pytest.raises(ValueError, match="names no `architecture`"):
         describe_backbone(str(folder), folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_args": {"checkpoint_path": "extra.pth"}}, "model_args.checkpoint_path"),
+        ({"model_args": {"pretrained": True}}, "model_args.pretrained"),
+        ({"model_args": {"cache_dir": "elsewhere"}}, "model_args.cache_dir"),
+        ({"model_args": {"block_fn": "anything"}}, "model_args.block_fn"),
+        ({"model_args": {"depth": 1_000_000}}, "beyond any vision transformer"),
+        ({"model_args": {"depth": 200, "embed_dim": 9600}}, "more than its weights file"),
+        ({"model_args": {"patch_size": {"x": 1}}}, "expected a plain value"),
+        ({"model_args": {"num_heads": 0}}, "cannot be built"),
+        ({"model_args": {"patch_size": "large"}}, "cannot be built"),
+        ({"model_args": ["depth"]}, "expected names with values"),
+        ({"architecture": ["vit_tiny_patch16_224"]}, "names no `architecture`"),
+        ({"pretrained_cfg": {"mean": [1e30, 0, 0]}}, "cannot normalise images"),
+        ({"pretrained_cfg": {"std": [0, 1, 1]}}, "cannot normalise images"),
+    ],
+)
+def test_describe_backbone__a_folder_from_a_stranger_gets_a_sentence_and_nothing_loaded(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "vit"
+    _write_finetuned_folder(folder, "vit_tiny_patch16_224")
+    # What timm's `checkpoint_path` would unpickle.
+    (folder / "extra.pth").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=words):
+        describe_backbone(str(folder))
+    assert not Path("canary").exists()

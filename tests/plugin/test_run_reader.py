@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from fit3d_ns.features import create_extractor
-from fit3d_ns.plugin.run_reader import find_config, load_run_scene, read_backbone, read_run
+from fit3d_ns.plugin.run_config import find_config
+from fit3d_ns.plugin.run_reader import load_run_scene, read_backbone, read_run
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 
 
@@ -139,10 +140,10 @@ def test_viewing__works_without_the_weights_file_and_says_what_is_missing(
 def test_find_config__names_the_choices(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No such run"):
         find_config(tmp_path / "absent")
-    with pytest.raises(ValueError, match="no config.yml"):
+    with pytest.raises(ValueError, match="holds no run"):
         find_config(tmp_path)
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "nerfstudio_models").mkdir(parents=True)
         (tmp_path / name / "config.yml").write_text("")
     with pytest.raises(ValueError, match="holds 2 runs"):
         find_config(tmp_path)
