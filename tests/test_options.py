@@ -26,6 +26,13 @@ import tyro
 PACKAGE = Path(__file__).parents[1] / "fit3d_ns"
 
 
+KEPT = {"choose_device"}
+"""Functions that commands resolve their options with; these stay as they are."""
+
+AUTO = object()
+"""An answer of the type that the function promises, for functions of the command's own module."""
+
+
 class Stub(MagicMock):
     """Whatever the library would have returned."""
 
@@ -71,13 +78,15 @@ COMMANDS = {
         "fit3d_ns.cli.lift",
         "LiftCommand",
         (
-            "--scene a.safetensors --output-path out.safetensors",
-            "--scene a.safetensors b.safetensors --output-path out",
+            "--scene a.safetensors --backbone m --output-path out.safetensors",
+            "--scene a.safetensors b.safetensors --backbone m --output-path out",
             "--load-config run --output-path out.safetensors",
             "--ply a.ply --data scene --output-path out.safetensors",
         ),
         {
-            "fit3d_ns.cli.lift._write_figures": None,
+            "fit3d_ns.cli.lift._write_metrics": None,
+            "fit3d_ns.cli.lift._read_run": AUTO,
+            "fit3d_ns.plugin.run_reader.read_backbone": ("m", None, "timm"),
             "fit3d_ns.cli.lift.describe_forecast": "",
         },
     ),
@@ -239,11 +248,13 @@ def run(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
             home = getattr(value, "__module__", None) or ""
             is_library = home.startswith("fit3d_ns.") and home not in (module.__name__, "fit3d_ns.cli.command")
             is_code = isinstance(value, types.FunctionType) or (isinstance(value, type) and _is_plain_class(value))
-            if is_library and is_code:
+            if is_library and is_code and name not in KEPT:
                 answer = command.answers.get(f"{module.__name__}.{name}", create_stub(value))
                 patches.setattr(module, name, note(name, answer))
         for where, answer in command.answers.items():
-            patches.setattr(where, note(where.rpartition(".")[2], answer))
+            home, _, name = where.rpartition(".")
+            own = create_stub(getattr(importlib.import_module(home), name)) if answer is AUTO else answer
+            patches.setattr(where, note(name, own))
         patches.setattr(sys, "argv", ["command", *arguments])
         # With a card in sight, `auto` and `cpu` are not the same.
         patches.setattr("torch.cuda.is_available", lambda: True)

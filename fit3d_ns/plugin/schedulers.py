@@ -18,7 +18,7 @@ ADAM_EPS = 1e-15
 def create_optimizers(feature_lr: float, decoder_lr: float) -> dict[str, dict[str, Any]]:
     """One optimizer per parameter group, at splatfacto's rates but for features and decoder."""
 
-    def decay(lr: float, **schedule: float) -> dict[str, Any]:
+    def decay(lr: float, **schedule: Any) -> dict[str, Any]:
         return constant(lr) | {"scheduler": RunLengthDecaySchedulerConfig(**schedule)}
 
     def constant(lr: float) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class FeatureTrainer(Trainer):
     """Trains colour, lifts features, and leaves a checkpoint, metrics and a config behind."""
 
     config: FeatureTrainerConfig
+    training_state: Literal["training", "paused", "completed"]
 
     def __init__(self, config: FeatureTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
         config.resolve()
