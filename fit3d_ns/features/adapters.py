@@ -27,11 +27,7 @@ class SwinAdapter(nn.Module):
     """One Swin Transformer block on a token map; the identity until it is trained."""
 
     def __init__(self, embed_dim: int, window_size: int = 7):
-        """Heads are 32 wide as in Swin, or one head where that does not divide `embed_dim`.
-
-        Raises:
-            ValueError: The window is smaller than one token.
-        """
+        """Heads are 32 wide as in Swin, or one head where that does not divide `embed_dim`; the window is in tokens."""
         from timm.models.swin_transformer import SwinTransformerBlock
 
         super().__init__()
@@ -60,12 +56,7 @@ class AdaptedTokenModel(TokenModel):
     """A frozen backbone with an adapter behind its final norm; prefix tokens pass by."""
 
     def __init__(self, token_model: TokenModel, adapter: SwinAdapter):
-        """Args:
-        token_model: Frozen from here on.
-
-        Raises:
-            ValueError: The backbone's description leaves the final norm out.
-        """
+        """Freezes the backbone; ValueError where its description leaves the final norm out."""
         if not token_model.description.norm:
             raise ValueError("The adapter works on normed tokens; use a backbone with its final norm.")
         super().__init__(token_model.model, token_model.description)
@@ -86,17 +77,12 @@ class AdaptedTokenModel(TokenModel):
 
 def add_adapter(token_model: TokenModel, window_size: int = 7) -> AdaptedTokenModel:
     """The backbone, frozen, with a fresh adapter; attention is initialised from torch's global generator."""
-    parameter = next(token_model.parameters())
-    adapter = SwinAdapter(token_model.description.embed_dim, window_size).to(parameter)
+    adapter = SwinAdapter(token_model.description.embed_dim, window_size).to(next(token_model.parameters()))
     return AdaptedTokenModel(token_model, adapter)
 
 
 def attach_adapter(token_model: TokenModel, folder: Path) -> AdaptedTokenModel:
-    """The backbone of a folder with the adapter that lies there.
-
-    Raises:
-        ValueError: The adapter's file is missing, damaged or of another shape.
-    """
+    """The backbone of a folder with the adapter that lies there; ValueError where its file cannot be used."""
     config = read_json(folder / "config.json")
     try:
         adapter = SwinAdapter(token_model.description.embed_dim, **config[ADAPTER_KEY])
@@ -109,11 +95,7 @@ def attach_adapter(token_model: TokenModel, folder: Path) -> AdaptedTokenModel:
 
 
 def add_lora(token_model: TokenModel, rank: int = 8, alpha: float = 8.0) -> TokenModel:
-    """Freezes the backbone and adds trainable low-rank matrices to its attention, in place.
-
-    Args:
-        rank: Rank of the matrices, at least 1.
-        alpha: They are multiplied by alpha / rank.
+    """Freezes the backbone and adds trainable low-rank matrices, times `alpha / rank`, to its attention, in place.
 
     Raises:
         ValueError: peft is not installed, or the backbone's attention cannot take the matrices.

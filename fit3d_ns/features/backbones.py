@@ -27,13 +27,10 @@ image shrinks by less than one patch, so there is little to alias. `bilinear-ant
 factor, which matters for images of a few patches only."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Channel means of ImageNet's images in [0, 1]."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Channel deviations of ImageNet's images in [0, 1]."""
-
-
-# What decides the tokens of an image; names may differ for the same weights.
+"""Channel means and deviations of ImageNet's images in [0, 1]."""
 _DECISIVE = ("patch_size", "embed_dim", "mean", "std", "resize_rule", "norm", "weights_hash")
+"""What decides the tokens of an image; names may differ for the same weights."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +82,13 @@ class BackboneDescription:
     def with_weights(
         self, weights: Path | None, backbone: str | None = None, normalization: Normalization | None = None
     ) -> "BackboneDescription":
-        """A backbone that can be built and sees images as this one does: its own, or another.
-
-        Args:
-            weights: Weights file; timm's download if None.
-            backbone: Another one's name.
-            normalization: Another choice of mean and deviation.
+        """A backbone that can be built and sees images as this one does: its own or, by name, another.
 
         Raises:
             ValueError: What `describe_backbone` refuses.
         """
-        return describe_backbone(
-            backbone or self.backbone,
-            weights,
-            normalization or self.normalization,
-            norm=self.norm,
-            resize_rule=self.resize_rule,
-        )
+        backbone, normalization = backbone or self.backbone, normalization or self.normalization
+        return describe_backbone(backbone, weights, normalization, norm=self.norm, resize_rule=self.resize_rule)
 
     def find_differences(self, other: "BackboneDescription") -> list[str]:
         """What would give other tokens for the same image, as "patch_size 14 against 16"; empty if nothing."""
@@ -136,9 +123,6 @@ def describe_backbone(
     Args:
         backbone: A name as `sources.py` lists them.
         weights: A file with weights (`weights.py` says which kinds); None: timm's download, or the folder's own.
-        normalization: Whose mean and deviation normalise the images.
-        norm: Whether the final norm is applied to the tokens.
-        resize_rule: How images are resized to the patch grid.
 
     Raises:
         ValueError: Unknown name (nearest ones are given), missing file, no vision transformer, or no weights available.

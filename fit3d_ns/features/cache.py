@@ -47,14 +47,12 @@ class FeatureCacheConfig:
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """Names one image by its content."""
+    """Names one image by its content and its size in pixels, as the extractor gets it."""
 
     pixels_hash: str
     """Hash of the undistorted pixels, 16 hexadecimal digits."""
     height: int
-    """Height of the image as the extractor gets it, in pixels."""
     width: int
-    """Its width."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +88,7 @@ class FeatureCache:
         return isinstance(found, CachedTokens)
 
     def load(self, key: FeatureKey) -> CachedTokens:
-        """Reads the tokens of an image.
-
-        Raises:
-            ValueError: They are not there, or damaged.
-        """
+        """Reads the tokens of an image; ValueError where they are not there, or damaged."""
         path = self.get_path(key)
         if not path.is_file():
             raise ValueError(f"No cached features at {path}; start the run again to extract them.")
@@ -114,24 +108,20 @@ class FeatureCache:
         Raises:
             ValueError: The disk is full or may not be written to, or a token is NaN or too large for the storage type.
         """
-        tensors = {
-            "patch_tokens": patch_tokens.detach().to("cpu", self._dtype).contiguous(),
-            "prefix_tokens": prefix_tokens.detach().to("cpu", self._dtype).contiguous(),
-        }
+        tensors = {"patch_tokens": patch_tokens, "prefix_tokens": prefix_tokens}
         path = self.get_path(key)
         for name, tensor in tensors.items():
+            tensors[name] = tensor = tensor.detach().to("cpu", self._dtype).contiguous()
             if not torch.isfinite(tensor).all():
                 raise ValueError(
                     f"Some {name} of {self.description.label} are NaN or too large for {self.config.dtype}; "
                     "check the weights, or store float32."
                 )
-        metadata = {"schema": _SCHEMA, "checksum": _compute_checksum(tensors)}
-        content = save(tensors, metadata={**metadata, "backbone": json.dumps(self.description.to_metadata())})
-        try:
-            with write_atomically(path) as temporary:
-                temporary.write_bytes(content)
-        except OSError as error:
-            raise ValueError(f"Cannot write features to {path} ({error.strerror}); choose another folder.") from error
+        backbone = json.dumps(self.description.to_metadata())
+        metadata = {"schema": _SCHEMA, "checksum": _compute_checksum(tensors), "backbone": backbone}
+        content = save(tensors, metadata)
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(content)
         return path
 
     def _read(self, key: FeatureKey) -> CachedTokens | str:
@@ -165,15 +155,7 @@ def extract_features(
 
     Every image is read once, by a thread of its own, to know its content; at most a few batches are in
     memory at a time. Images of one size form batches. Nothing here draws from a global random generator.
-
-    Args:
-        images: Called once each, in order.
-        cache: Where tokens are kept, and of which backbone.
-        device: Where the backbone runs.
-        batch_size: Images per pass of the backbone, at least 1.
-
-    Returns:
-        One key per image, in the order of `images`, for `cache.load`.
+    Returned is one key per image, in the order of `images`, for `cache.load`.
 
     Raises:
         ValueError: The backbone cannot be built, or the disk is full. What was extracted until then stays.
@@ -186,7 +168,8 @@ def extract_features(
         if extractor is None:
             extractor = create_extractor(cache.description, device=device)
         # (h, w, 3) each -> (b, 3, h, w)
-        pixels = torch.stack([_as_float(image).permute(2, 0, 1) for _, image in batch])
+        scaled = [image.float() / (255 if image.dtype == torch.uint8 else 1) for _, image in batch]
+        pixels = torch.stack([image.permute(2, 0, 1) for image in scaled])
         tokens = extractor(pixels.to(device))
         for (key, _), patch_tokens, prefix_tokens in zip(batch, tokens.maps, tokens.prefix_tokens, strict=True):
             cache.save(key, patch_tokens, prefix_tokens)
@@ -194,14 +177,10 @@ def extract_features(
 
 
 def compute_feature_key(image: Tensor) -> FeatureKey:
-    """Names an image by its content.
+    """Names an image [height, width, 3], 8-bit or floating point in [0, 1], by its content.
 
-    Args:
-        image: [height, width, 3], 8-bit or floating point in [0, 1]. Both forms of the same image give the same key,
-            because pixels are compared as 16-bit integers, in which v / 255 is exactly 257 v.
-
-    Raises:
-        ValueError: Another shape or type.
+    Both forms of the same image give the same key, because pixels are compared as 16-bit integers, in which v / 255 is
+    exactly 257 v.
     """
     if image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"Image has shape {list(image.shape)}, expected [height, width, 3].")
@@ -243,10 +222,6 @@ def _find_missing(
         elif sum(map(len, pending.values())) >= _MAX_PENDING_BATCHES * batch_size:
             yield pending.pop(max(pending, key=lambda size: len(pending[size])))
     yield from pending.values()
-
-
-def _as_float(image: Tensor) -> Tensor:
-    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
 
 
 def _prefetch(images: Sequence[LazyImage], depth: int) -> Iterator[Tensor]:

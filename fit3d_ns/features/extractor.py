@@ -40,13 +40,9 @@ class FeatureExtractor:
         self.dtype = dtype
 
     def __call__(self, images: Float[Tensor, "batch 3 height width"]) -> Tokens:
-        """Extracts tokens.
+        """Tokens of RGB images in [0, 1], which are resized to the patch grid here and may be as small as one patch.
 
-        Args:
-            images: RGB in [0, 1], any size from one patch on; resized to the patch grid here.
-
-        Returns:
-            Tokens on the images' device, float32 (float64 if that is the extractor's type), without gradient.
+        They are on the images' device, float32 (float64 if that is the extractor's type), without gradient.
         """
         return self.extract_layers(images, [self.description.num_blocks - 1])[0]
 
@@ -57,14 +53,7 @@ class FeatureExtractor:
             raise ValueError(f"Images are {images.dtype}, expected floating point in [0, 1]; divide 8-bit ones by 255.")
         with torch.no_grad():
             outputs = self.token_model.forward_layers(images.to(self.device, out_dtype), layers)
-        return [
-            Tokens(
-                tokens.patch_tokens.to(images.device, out_dtype),
-                tokens.prefix_tokens.to(images.device, out_dtype),
-                tokens.patch_grid,
-            )
-            for tokens in outputs
-        ]
+        return [tokens.to(images.device, out_dtype) for tokens in outputs]
 
 
 def create_extractor(
@@ -82,20 +71,13 @@ def create_extractor(
     Args:
         backbone: A name (`sources.py` lists the kinds), or a description, whose settings then replace those below.
         weights: A file with weights; None: timm's download, the folder's or, if the name says so, random ones.
-        device: Where the backbone runs.
-        dtype: In which type it runs.
-        normalization: `timm`: the model's own mean and deviation; `imagenet`: ImageNet's, as the paper's code.
         norm: False gives tokens before the final norm.
-        resize_rule: How images are resized to the patch grid.
 
     Raises:
         ValueError: Unknown backbone, weights that are missing or do not fit, or a download that failed.
     """
-    return FeatureExtractor(
-        create_token_model(backbone, weights, normalization=normalization, norm=norm, resize_rule=resize_rule),
-        device,
-        dtype,
-    )
+    model = create_token_model(backbone, weights, normalization=normalization, norm=norm, resize_rule=resize_rule)
+    return FeatureExtractor(model, device, dtype)
 
 
 def create_token_model(
@@ -113,14 +95,7 @@ def create_token_model(
     """
     if isinstance(backbone, BackboneDescription):
         description = backbone
-        now = describe_backbone(
-            description.backbone,
-            description.weights,
-            description.normalization,
-            norm=description.norm,
-            resize_rule=description.resize_rule,
-        )
-        if now.identity != description.identity:
+        if description.with_weights(description.weights).identity != description.identity:
             raise ValueError(
                 f"The weights of {description.backbone} changed while they were in use; start the command again."
             )
@@ -129,13 +104,12 @@ def create_token_model(
     # Building a model must not draw from the global generator.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(RANDOM_SEED, "weights", description.architecture))
-        if description.is_random:
-            model = create_timm_model(description.architecture, description.model_args)
-        elif description.weights is not None:
-            model = create_timm_model(description.architecture, description.model_args)
-            load_weights(model, description.weights)
-        else:
+        if description.weights is None and not description.is_random:
             model = download_timm_model(description)
+        else:
+            model = create_timm_model(description.architecture, description.model_args)
+            if description.weights is not None:
+                load_weights(model, description.weights)
     token_model = TokenModel(model, description)
     folder = find_backbone_folder(description.backbone)
     if folder is not None and (folder / ADAPTER_NAME).is_file():

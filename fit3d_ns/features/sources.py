@@ -52,22 +52,17 @@ LARGEST_CHANNEL = 10.0
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """What a name stands for."""
+    """What a name stands for; names that `BackboneDescription` has mean the same here."""
 
     architecture: str
-    """timm's model name with the checkpoint's tag, which must be registered."""
     weights_hash: str
-    """As in `BackboneDescription`."""
     is_random: bool = False
-    """True for untrained weights."""
     weights: Path | None = None
-    """The file with the weights; None for timm's download and for random weights."""
     model_args: tuple[tuple[str, Any], ...] = ()
     """Arguments of timm's constructor that a fine-tuned folder recorded, sorted by name."""
     mean: tuple[float, float, float] | None = None
-    """Channel means that a fine-tuned folder recorded."""
     std: tuple[float, float, float] | None = None
-    """Channel deviations that a fine-tuned folder recorded."""
+    """Channel means and deviations that a fine-tuned folder recorded."""
 
 
 def list_backbones() -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +37,10 @@ class Tokens:
         # (b, h*w, e) -> (b, h, w, e)
         return self.patch_tokens.unflatten(1, self.patch_grid)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Tokens":
+        """The same tokens on another device, in another type."""
+        return Tokens(self.patch_tokens.to(device, dtype), self.prefix_tokens.to(device, dtype), self.patch_grid)
+
 
 class TokenModel(nn.Module):
     """A vision transformer from images in [0, 1] to tokens, with gradients; stage II wraps and trains it.
@@ -56,11 +61,7 @@ class TokenModel(nn.Module):
                 module.requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Tokens:
-        """Tokens of the last block, after the final norm if the description says so.
-
-        Raises:
-            ValueError: The images are smaller than one patch.
-        """
+        """Tokens of the last block, after the final norm if the description says so."""
         return self.forward_layers(images, [self.description.num_blocks - 1])[0]
 
     def forward_layers(self, images: Float[Tensor, "batch 3 height width"], layers: Sequence[int]) -> list[Tokens]:
@@ -96,11 +97,7 @@ class TokenModel(nn.Module):
 
 
 def compute_patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Number of patch rows and columns of an image.
-
-    Raises:
-        ValueError: The image is smaller than one patch.
-    """
+    """Number of patch rows and columns of an image; ValueError where it is smaller than one patch."""
     if height < patch_size or width < patch_size:
         raise ValueError(
             f"Image of {width}x{height} pixels is smaller than one patch of {patch_size}x{patch_size}; "
@@ -116,7 +113,7 @@ def fit_to_patch_grid(
     height, width = images.shape[-2:]
     rows, columns = compute_patch_grid(height, width, patch_size)
     size = (rows * patch_size, columns * patch_size)
+    antialias = resize_rule == "bilinear-antialias"
     if size == (height, width):
         return images
-    antialias = resize_rule == "bilinear-antialias"
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=antialias)

@@ -36,11 +36,7 @@ _MAX_NAMED = 3
 
 
 def load_weights(model: nn.Module, path: Path | str) -> None:
-    """Loads a file into a timm vision transformer; every parameter of the model must be in it.
-
-    Args:
-        model: A `VisionTransformer` or `Eva`, changed in place.
-        path: A file of one of the kinds above.
+    """Loads a file into a timm `VisionTransformer` or `Eva`; every parameter of the model must be in it.
 
     Raises:
         ValueError: Missing or unreadable file, or weights of another architecture: the first keys that differ are
@@ -48,7 +44,10 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     """
     path = Path(path)
     state_dict = select_backbone(read_state_dict(path), path)
-    _check_patch_size(state_dict, model, path)
+    kernel, expected = state_dict.get(_EMBEDDING), model.state_dict()[_EMBEDDING]
+    # timm would resample the kernel to any size: a backbone of another patch size is another backbone.
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[-2:] != expected.shape[-2:]:
+        raise ValueError(_describe_mismatch(path, model, [_name_shapes(_EMBEDDING, kernel, expected)]))
     converted = _convert(state_dict, model)
     _check_keys(converted, model, path)
     for key, tensor in converted.items():
@@ -65,7 +64,7 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"No such weights file: {path}; give the path of a .safetensors or .pth file.")
-    content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content: Any = _read_file(path)
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -94,22 +93,17 @@ def select_backbone(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tens
         raise ValueError(
             f"Weights file {path} holds several backbones ({', '.join(sorted(prefixes))}); save the one you mean alone."
         )
-    prefix = prefixes[0]
+    [prefix] = prefixes
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"Weights file {path} cannot be read ({error}); get the file again.") from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         # Training scripts put their command line next to the weights; a Namespace is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -118,16 +112,8 @@ def _read_torch(path: Path) -> Any:
             f"Weights file {path} is not a plain checkpoint (damaged, or with Python objects that loading would run); "
             "save its state dict as .safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"Weights file {path} cannot be read ({first_line(error)}); get the file again.") from error
-
-
-def _check_patch_size(state_dict: dict[str, Tensor], model: Any, path: Path) -> None:
-    # timm would resample the kernel to any size: a backbone of another patch size is another backbone.
-    kernel = state_dict.get(_EMBEDDING)
-    expected = model.patch_embed.proj.weight
-    if kernel is not None and kernel.ndim == 4 and kernel.shape[-2:] != expected.shape[-2:]:
-        raise ValueError(_describe_mismatch(path, model, [_name_shapes(_EMBEDDING, kernel, expected)]))
 
 
 def _convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -151,12 +137,11 @@ def _convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def _check_keys(converted: dict[str, Tensor], model: nn.Module, path: Path) -> None:
     targets = model.state_dict()
-    mismatches = [
-        _name_shapes(key, converted.get(key), target)
-        for key, target in targets.items()
-        if key not in converted or converted[key].shape != target.shape
-    ]
-    mismatches += [_name_shapes(key, tensor, None) for key, tensor in converted.items() if key not in targets]
+    mismatches = []
+    for key in dict.fromkeys([*targets, *converted]):
+        in_file, in_model = converted.get(key), targets.get(key)
+        if in_file is None or in_model is None or in_file.shape != in_model.shape:
+            mismatches.append(_name_shapes(key, in_file, in_model))
     if mismatches:
         raise ValueError(_describe_mismatch(path, model, mismatches))
 
