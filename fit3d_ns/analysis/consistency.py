@@ -82,13 +82,9 @@ class ConsistencyConfig:
 def create_pairs(
     num_views: int, gaps: Sequence[int] | None = None, max_pairs: int | None = None, seed: int = 0
 ) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of views to compare.
+    """Pairs (i, j), i < j, of views to compare; `max_pairs` of them are drawn at random, and the order stays.
 
-    Args:
-        num_views: Number of views, in the order of capture where `gaps` are given.
-        gaps: Distances j - i to take; all by default.
-        max_pairs: At most this many, drawn at random; the order stays.
-        seed: Seed of the draw.
+    Views are in the order of capture where `gaps`, the distances j - i to take, are given; all are taken by default.
     """
     wanted = range(1, num_views) if gaps is None else sorted(set(gaps))
     pairs = [(first, first + gap) for gap in wanted for first in range(num_views - gap)]
@@ -110,16 +106,13 @@ def compute_consistency(
 
     Args:
         token_maps: [h, w, E] of each view.
-        views: Depth and camera of each view, in the same order.
+        views: Depth and camera of each view.
         pairs: Which views to compare; all pairs by default.
         config: Tolerances, bins and thresholds.
         units_per_metre: Length of a metre in the unit of the poses; None leaves out metrics in centimetres.
 
     Returns:
         The metrics that this module's docstring lists, as plain values for JSON.
-
-    Raises:
-        ValueError: There are not as many token maps as views.
     """
     config = config or ConsistencyConfig()
     if len(token_maps) != len(views) or not views:
@@ -143,14 +136,11 @@ def compute_consistency(
 
 
 def pool_consistency(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One table for several scenes; nothing for no scene.
+    """What `compute_consistency` found in several scenes, with the same bins of angles, as one; nothing for no scene.
 
     Cosines and L1 are weighted by compared points and recalls by their matches, the effective rank is a plain mean, and
     counts are added. Metrics in centimetres are those of the scenes that have them. So the result says what a random
     co-visible token, or a random match, of all scenes sees.
-
-    Args:
-        reports: As `compute_consistency` gives them, all with the same bins of angles.
     """
     if not reports:
         return {}

@@ -82,12 +82,10 @@ class CovisiblePoints:
 
 @dataclass(frozen=True)
 class RatioMatches:
-    """Matches in the order of their ratios, the most distinct first."""
+    """Matches in the order of their ratios, the most distinct first: (x, y) in either image."""
 
     points: Float[Tensor, "matches 2"]
-    """(x, y) in the first image."""
     other_points: Float[Tensor, "matches 2"]
-    """(x, y) in the second image, where features find them."""
     ratios: Float[Tensor, " matches"]
     """In [0, 1]."""
 
@@ -123,16 +121,9 @@ def find_covisible(
 ) -> CovisiblePoints:
     """Which image points of `view` the `other` view sees, and where.
 
-    A point counts if its pixel has depth, it falls inside the other image, the other image has depth at the pixel it
-    falls into, and the two depths agree: otherwise something stands in between or the point moved.
-
-    Args:
-        view: The first view.
-        other: The second view.
-        points: (x, y) in the first image.
-        depth_tolerance: Largest relative difference of depths in the other view, at least 0.
-        angle_kind: `rotation`: between the orientations of the two cameras (probe3d's bins), the same for all points;
-            `parallax`: between the directions from the point to the two cameras.
+    A point (x, y) counts if its pixel has depth, it falls inside the other image, the other image has depth at the
+    pixel it falls into, and the two depths differ by at most the share `depth_tolerance`: otherwise something stands in
+    between or the point moved.
     """
     depth = look_up(view.usable_depth, points)
     in_world = _unproject(points, depth, view)
@@ -150,13 +141,10 @@ def find_covisible(
 def measure_angles(
     view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], angle_kind: AngleKind
 ) -> Float[Tensor, " points"]:
-    """Degrees between the two views at points (x, y) of the first, whether the second sees them or not.
+    """Degrees between two views at points (x, y) of the first with known depth, whether the second sees them or not.
 
-    Args:
-        view: The first view.
-        other: The second view.
-        points: (x, y) in the first image, where its depth is known.
-        angle_kind: As for `find_covisible`.
+    `rotation` is between the orientations of the two cameras (probe3d's bins), the same for all points; `parallax`
+    between the directions from the point to the two cameras.
     """
     if angle_kind == "rotation":
         return measure_rotation(view.camera_to_world, other.camera_to_world).expand(points.shape[0])
@@ -202,14 +190,7 @@ def find_matches(
     points: Float[Tensor, "points 2"],
     grid: tuple[int, int],
 ) -> Float[Tensor, "points 2"]:
-    """Where features find each point of the first image in the second, as (x, y) of a grid point there.
-
-    Args:
-        maps: Token maps of the two views.
-        views: The two views.
-        points: (x, y) in the first image.
-        grid: (h, w) of the candidates in the second image.
-    """
+    """Where features find each point (x, y) of the first image in the second, among a grid (h, w) of points there."""
     places = create_grid_points(*views[1].size, grid).to(maps[0])
     candidates = sample_tokens(maps[1], places, *views[1].size)
     return places[find_nearest(sample_tokens(maps[0], points, *views[0].size), candidates)]
@@ -224,12 +205,7 @@ def find_ratio_matches(
 ) -> RatioMatches:
     """The most distinct matches of the first view's grid in the second's; none where that has fewer than two points.
 
-    Args:
-        maps: Token maps of the two views.
-        views: Their depth and cameras.
-        grids: (h, w) of the points that features are read at, in either image.
-        max_matches: Matches that are kept, at least 1 (probe3d: 1000).
-        chunk_size: Rows of cosines in memory at a time.
+    Features are read at `grids` (h, w) of points in either image; `chunk_size` rows of cosines are in memory at a time.
     """
     points, places = (_list_measured(view, grid) for view, grid in zip(views, grids, strict=True))
     if len(points) == 0 or len(places) < 2:
@@ -254,13 +230,9 @@ def find_ratio_matches(
 def measure_match_errors(
     view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], matched: Float[Tensor, "points 2"]
 ) -> MatchErrors:
-    """Compares matches with the known geometry, whether the second view really sees the points or not.
+    """Compares where each point (x, y) was matched to in the second image with the known geometry.
 
-    Args:
-        view: The first view.
-        other: The second view.
-        points: (x, y) in the first image.
-        matched: (x, y) in the second image, where something took each point to be.
+    Whether the second view really sees the points does not matter.
     """
     depth, matched_depth = look_up(view.usable_depth, points), look_up(other.usable_depth, matched)
     in_world, matched_in_world = _unproject(points, depth, view), _unproject(matched, matched_depth, other)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-NUM_COLOURS = 3
+_NUM_COLOURS = 3
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,7 @@ def fit_colours(
 ) -> PcaBasis:
     """Fixes the colour ranges at the 1st and 99th percentile of a sample, so that outliers do not darken every picture.
 
-    Args:
-        basis: The basis whose first three components become red, green and blue.
-        features: A sample in the same space as `basis.mean`.
-        weights: Rows of weight zero are left out; other weights count alike.
+    Rows of weight zero are left out; other weights count alike.
     """
     rows = features.detach().reshape(-1, features.shape[-1])
     if weights is not None:
@@ -176,18 +173,15 @@ def map_to_colours(coefficients: Float[Tensor, "*batch components"], basis: PcaB
     """Colours in [0, 1] of coefficients, always by the basis' fixed ranges; missing components are drawn as 0."""
     low, high = basis.colour_low.to(coefficients), basis.colour_high.to(coefficients)
     colours = ((_first_three(coefficients) - low) / (high - low)).clamp(0.0, 1.0)
-    if coefficients.shape[-1] < NUM_COLOURS:
-        colours[..., coefficients.shape[-1] :] = 0.0
+    colours[..., coefficients.shape[-1] :] = 0.0
     return colours
 
 
 def compute_effective_rank(batches: Sequence[Float[Tensor, "..."]]) -> float:
     """Exponential of the entropy of the normalised singular values of the centred features (Roy & Vetterli, 2007).
 
-    Between 1 (all features on a line) and `embed` (a ball). A value that falls while a cosine rises means collapse.
-
-    Args:
-        batches: [..., embed] each, for example token maps of any sizes.
+    It is between 1 (all features on a line) and `embed` (a ball); one that falls while a cosine rises means collapse.
+    Each batch is [..., embed], for example a token map of any size.
     """
     accumulator = PcaAccumulator(batches[0].shape[-1], batches[0].device)
     for batch in batches:
@@ -223,8 +217,8 @@ def _fix_signs(directions: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
 
 def _first_three(coefficients: Float[Tensor, "*batch components"]) -> Float[Tensor, "*batch 3"]:
     """The first three, zeros where there are fewer."""
-    missing = NUM_COLOURS - coefficients.shape[-1]
-    return coefficients[..., :NUM_COLOURS] if missing <= 0 else torch.nn.functional.pad(coefficients, (0, missing))
+    missing = _NUM_COLOURS - coefficients.shape[-1]
+    return coefficients[..., :_NUM_COLOURS] if missing <= 0 else torch.nn.functional.pad(coefficients, (0, missing))
 
 
 def _above(low: Tensor, high: Tensor) -> Tensor:

@@ -26,12 +26,10 @@ _BAR_WIDTH = 160
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """A strip of colours with words behind it."""
+    """A strip of colours in [0, 1], one for a swatch and many for a bar, and what they mean."""
 
     colours: Float[Tensor, "steps 3"]
-    """One colour for a swatch, many for a bar, in [0, 1]."""
     text: str
-    """What they mean."""
 
 
 def draw_pca(
@@ -52,18 +50,15 @@ def compose_panel(
     column_labels: Sequence[str] = (),
     row_labels: Sequence[str] = (),
 ) -> Image.Image:
-    """Puts images into rows and columns with labels above the columns and above the rows.
+    """Puts images [H, W, 3] in [0, 1] into rows and columns, with a label above each of them or none.
 
-    Args:
-        rows: Images [H, W, 3] in [0, 1]; None leaves a place empty. Columns are as wide as their widest image.
-        column_labels: One for each column, or none.
-        row_labels: One for each row, or none; written above the row.
+    Columns are as wide as their widest image; None leaves a place empty.
 
     Raises:
         ValueError: There is no image, or the labels are not as many as rows or columns.
     """
     pictures = [[None if image is None else to_pixels(image) for image in row] for row in rows]
-    num_columns = max((len(row) for row in pictures), default=0)
+    num_columns = max(map(len, pictures), default=0)
     if not any(picture is not None for row in pictures for picture in row):
         raise ValueError("No image to put into the panel.")
     if (column_labels and len(column_labels) != num_columns) or (row_labels and len(row_labels) != len(pictures)):
@@ -96,7 +91,7 @@ def compose_panel(
 
 def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
     """The panel with entries below, in lines as wide as the panel; entries wider than the panel widen it."""
-    font = load_font()
+    font = _load_font()
     measure = ImageDraw.Draw(panel)
     widths = [_strip_width(entry) + 5 + int(measure.textlength(entry.text, font=font)) + 14 for entry in entries]
     total_width = max(panel.width, *(width + 2 * GAP for width in widths)) if entries else panel.width
@@ -131,18 +126,16 @@ def to_pixels(image: Float[Tensor, "height width 3"]) -> np.ndarray:
     return (image.detach().cpu().float().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()
 
 
-def load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font of labels."""
+def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=LABEL_HEIGHT - 6)
 
 
 def _write(draw: ImageDraw.ImageDraw, label: str, left: int, y: int, width: int) -> None:
     """Writes a label, cut with an ellipsis where it is wider than its place."""
-    font = load_font()
-    text = label
-    while text and draw.textlength(text, font=font) > width:
-        text = text[:-2] + "…" if len(text) > 2 else ""
-    draw.text((left, y + 1), text, fill=INK, font=font)
+    font = _load_font()
+    while label and draw.textlength(label, font=font) > width:
+        label = label[:-2] + "…" if len(label) > 2 else ""
+    draw.text((left, y + 1), label, fill=INK, font=font)
 
 
 def _strip_width(entry: LegendEntry) -> int:

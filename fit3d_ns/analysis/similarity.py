@@ -24,13 +24,8 @@ def fit_kmeans(
 ) -> Clusters:
     """Groups features by direction with scikit-learn's k-means (k-means++ start) on unit vectors.
 
-    On the unit sphere squared distance is 2 - 2 cosine, so assignments go by cosine.
-
-    Args:
-        features: Rows to group.
-        num_clusters: At least 1, at most the number of rows.
-        seed: Seed of the start.
-        centre: Subtract the mean first, so that what all features share does not hide what tells them apart.
+    On the unit sphere squared distance is 2 - 2 cosine, so assignments go by cosine. With `centre` the mean is
+    subtracted first, so that what all features share does not hide what tells them apart.
 
     Raises:
         ValueError: More clusters than features are asked for.
@@ -67,12 +62,7 @@ def match_clusters(
     """Renames clusters so that as many tokens as possible carry the number they have in `reference`.
 
     The one-to-one renaming with the largest overlap (Hungarian algorithm): `match_clusters(...)[labels]` is comparable
-    with `reference`, whose colours it then shares.
-
-    Args:
-        labels: Cluster of each token, 0 to `num_clusters - 1`.
-        reference: Another clustering of the same tokens with as many clusters.
-        num_clusters: Number of clusters of both.
+    with `reference`, another clustering of the same tokens, whose colours it then shares.
     """
     from scipy.optimize import linear_sum_assignment
 

@@ -54,14 +54,9 @@ def compute_temporal_consistency(
     clips: Sequence[Sequence[Float[Tensor, "..."]]],
     images: Sequence[UInt8[Tensor, "height width 3"]],
 ) -> list[TemporalMetrics]:
-    """Follows the tokens of several backbones through one clip.
+    """Follows the tokens of several backbones through one clip, given as images of one size.
 
-    Args:
-        clips: For each backbone its token maps [h, w, E] of all frames.
-        images: The frames, all of one size.
-
-    Raises:
-        ValueError: Fewer than two frames, or not one token map for each frame.
+    `clips` holds for each backbone its token maps [h, w, E] of all frames.
     """
     if len(images) < 2 or any(len(maps) != len(images) for maps in clips):
         raise ValueError(
@@ -80,16 +75,12 @@ def compute_temporal_consistency(
 
 @dataclass(frozen=True)
 class _Motion:
-    """What a pair of frames says about where points go."""
+    """What a pair of frames says about where points go: flow (x, y) in pixels, and both frames, blurred, in [0, 1]."""
 
     forth: Float[Tensor, "height width 2"]
-    """From the first frame to the second, (x, y) in pixels."""
     back: Float[Tensor, "height width 2"]
-    """From the second to the first."""
     grey: Float[Tensor, "height width 1"]
-    """The first frame, blurred, in [0, 1]."""
     next_grey: Float[Tensor, "height width 1"]
-    """The second."""
 
     def follow(self, points: Float[Tensor, "points 2"]) -> tuple[Float[Tensor, "points 2"], Bool[Tensor, " points"]]:
         """Where points go, and whether that can be trusted."""
@@ -103,10 +94,9 @@ class _Motion:
 
 
 def _compute_motion(grey: np.ndarray, next_grey: np.ndarray) -> _Motion:
-    flows = [_compute_flow(grey, next_grey), _compute_flow(next_grey, grey)]
     size = (_BLUR_WIDTH, _BLUR_WIDTH)
     looks = [torch.from_numpy(cv2.blur(image / np.float32(255.0), size))[..., None] for image in (grey, next_grey)]
-    return _Motion(flows[0], flows[1], looks[0], looks[1])
+    return _Motion(_compute_flow(grey, next_grey), _compute_flow(next_grey, grey), *looks)
 
 
 def _compute_flow(grey: np.ndarray, next_grey: np.ndarray) -> Float[Tensor, "height width 2"]:

@@ -120,8 +120,11 @@ class FeatureCache:
         backbone = json.dumps(self.description.to_metadata())
         metadata = {"schema": _SCHEMA, "checksum": _compute_checksum(tensors), "backbone": backbone}
         content = save(tensors, metadata)
-        with write_atomically(path) as temporary:
-            temporary.write_bytes(content)
+        try:
+            with write_atomically(path) as temporary:
+                temporary.write_bytes(content)
+        except OSError as error:
+            raise ValueError(f"Cannot write features to {path} ({error.strerror}); choose another folder.") from error
         return path
 
     def _read(self, key: FeatureKey) -> CachedTokens | str:
