@@ -45,11 +45,7 @@ def find_colmap_model(root: Path) -> Path | None:
 
 
 def read_colmap(path: Path) -> CaptureFiles:
-    """Reads a folder with a COLMAP model and `images`.
-
-    Raises:
-        ValueError: A piece is missing or wrong; the message names it.
-    """
+    """Reads a folder with a COLMAP model and `images`; a piece that is missing or wrong is a ValueError."""
     root = Path(path)
     model = find_colmap_model(root)
     if model is None:
@@ -93,11 +89,7 @@ def read_colmap(path: Path) -> CaptureFiles:
 
 
 def read_colmap_points(folder: Path) -> PointCloud | None:
-    """The points of `points3D.bin`, else `points3D.txt`, in COLMAP's own world; None where there are none.
-
-    Raises:
-        ValueError: The file is malformed or cut short, or a point is not finite.
-    """
+    """The points of `points3D.bin`, else `points3D.txt`, in COLMAP's own world; None where there are none."""
     path = next((path for path in (folder / "points3D.bin", folder / "points3D.txt") if path.is_file()), None)
     if path is None:
         return None

@@ -1,7 +1,8 @@
 """Frames with their lenses and poses: what every disk layout is read into, and the checks that all readers share.
 
 All poses and points of one `CaptureFiles` share one world, the dataset's own, before any orientation or scaling.
-Below, `entry` is one JSON object of a `transforms.json`, and `source` says in errors where it stands.
+Below, `entry` is one JSON object of a `transforms.json`, and `source` says in errors where it stands; whatever is
+missing or wrong in a file is a ValueError.
 """
 
 import math
@@ -90,11 +91,7 @@ class CaptureFiles:
 def create_points(
     xyz: Float[np.ndarray, "points 3"], rgb: UInt8[np.ndarray, "points 3"], source: Path
 ) -> PointCloud | None:
-    """The points that were read from the file `source`; None where it holds none.
-
-    Raises:
-        ValueError: A position is not finite.
-    """
+    """The points that were read from the file `source`, all of them finite; None where it holds none."""
     num_bad = int((~np.isfinite(xyz).all(axis=-1)).sum())
     if num_bad:
         raise ValueError(f"{num_bad} of {len(xyz)} points in {source} are not finite; remove them.")
@@ -102,11 +99,7 @@ def create_points(
 
 
 def list_entries(meta: Any, source: Path, *keys: str) -> list[dict[str, Any]]:
-    """All frames that a camera file lists under `keys`; only some of the lists may be missing.
-
-    Raises:
-        ValueError: There is no frame, one without a `file_path`, or one named twice.
-    """
+    """All frames, each with its own `file_path`, that a camera file lists under `keys`; some lists may be missing."""
     entries: list[dict[str, Any]] = []
     seen: set[str] = set()
     for key in keys:
@@ -131,9 +124,6 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
 
     As in nerfstudio, a perspective model may carry any coefficients, whatever its name is; without `camera_model` it is
     perspective.
-
-    Raises:
-        ValueError: A key is missing, a value is not finite or not positive, or the model is unknown.
     """
     missing = [key for key in ("fl_x", "cx", "cy", "w", "h") if key not in entry]
     if missing:
@@ -173,9 +163,6 @@ def create_lens(
         intrinsics: fx, fy, cx, cy in pixels.
         size: Width and height in pixels.
         distortion: Coefficients in OpenCV's order.
-
-    Raises:
-        ValueError: A number is not finite, or a focal length or size is not positive.
     """
     fx, fy, cx, cy = map(float, intrinsics)
     width, height = size
@@ -193,11 +180,7 @@ def create_lens(
 
 
 def parse_camera_to_world(entry: Mapping[str, Any], source: str) -> Float[Tensor, "3 4"]:
-    """Reads `transform_matrix`, a 4x4 or 3x4 OpenGL camera pose.
-
-    Raises:
-        ValueError: The matrix is missing, of another shape, not finite, singular, or not a rotation.
-    """
+    """Reads `transform_matrix`, a 4x4 or 3x4 OpenGL camera pose."""
     try:
         matrix = np.array(entry["transform_matrix"], dtype=np.float64)
     except KeyError as error:
@@ -210,11 +193,7 @@ def parse_camera_to_world(entry: Mapping[str, Any], source: str) -> Float[Tensor
 
 
 def check_camera_to_world(matrix: Float[np.ndarray, "3 4"], source: str) -> Float[Tensor, "3 4"]:
-    """The pose as float32, its rotation freed from rounding in the file.
-
-    Raises:
-        ValueError: The pose is not finite, singular, or its axes are not orthonormal and right-handed.
-    """
+    """The pose as float32, its rotation freed from rounding; its axes must be orthonormal and right-handed."""
     if not np.isfinite(matrix).all():
         raise ValueError(f"{source} has a transform_matrix with NaN or infinite values; remove the frame or its mark.")
     left, stretch, right = np.linalg.svd(matrix[:, :3])
@@ -229,11 +208,7 @@ def check_camera_to_world(matrix: Float[np.ndarray, "3 4"], source: str) -> Floa
 
 
 def resolve_inside(root: Path, relative: str, source: str) -> Path:
-    """The path `relative` below `root`; links inside the folder are followed, climbing out of it is not.
-
-    Raises:
-        ValueError: The path is not text, absolute outside `root`, or climbs out by `..`.
-    """
+    """The path `relative` below `root`; links inside the folder are followed, climbing out of it is refused."""
     if not isinstance(relative, str) or not relative:
         raise ValueError(f"{source} names a file by {relative!r}; expected a path relative to {root}.")
     pure = PurePosixPath(relative.replace("\\", "/"))
@@ -250,11 +225,7 @@ def resolve_inside(root: Path, relative: str, source: str) -> Path:
 
 
 def check_frame_files(frame: Frame) -> None:
-    """Reads the headers of a frame's files: they must be there and of the camera's size.
-
-    Raises:
-        ValueError: A file is missing, empty, not an image, or of another size than the camera.
-    """
+    """Reads the headers of a frame's files: they must be there and of the camera's size."""
     expected = frame.lens.width, frame.lens.height
     image = read_image_header(frame.image_path)
     if (image.width, image.height) != expected:

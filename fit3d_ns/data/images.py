@@ -1,4 +1,4 @@
-"""Photographs, masks and depth maps on disk; every error names the file.
+"""Photographs, masks and depth maps on disk; a file that is missing, empty or damaged is a ValueError that names it.
 
 EXIF orientation is ignored on purpose: cameras are given for the pixels as stored, and nerfstudio reads them so too.
 Reading a header (`read_image_header`) is cheap and finds wrong sizes early; other damage shows when loading.
@@ -26,23 +26,13 @@ class ImageHeader:
     """What the first bytes of an image file say."""
 
     width: int
-    """Width in pixels, as stored."""
     height: int
-    """Height in pixels, as stored."""
     mode: str
     """Pillow's name of the pixel format, for example `RGB`, `L` or `I;16`."""
 
 
 def read_image_header(path: Path, what: str = "Image") -> ImageHeader:
-    """Reads size and pixel format without decoding.
-
-    Args:
-        path: The file.
-        what: What errors call the file, for example "Mask".
-
-    Raises:
-        ValueError: The file is missing, empty or not an image.
-    """
+    """Reads size and pixel format without decoding; `what` is what errors call the file, for example "Mask"."""
     with _open_image(path, what) as image:
         return ImageHeader(image.width, image.height, image.mode)
 
@@ -53,11 +43,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def load_image(path: Path) -> UInt8[Tensor, "height width 3"]:
-    """Loads an 8-bit photograph as RGB; grey becomes three equal channels, an alpha channel is dropped.
-
-    Raises:
-        ValueError: The file is missing, empty, truncated, or has more than 8 bits a channel.
-    """
+    """Loads an 8-bit photograph as RGB; grey becomes three equal channels, an alpha channel is dropped."""
     with _open_image(path, "Image") as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"Image {path} has pixel format {image.mode}; convert it to 8 bits a channel.")
@@ -67,8 +53,7 @@ def load_image(path: Path) -> UInt8[Tensor, "height width 3"]:
 def load_mask(path: Path) -> Bool[Tensor, "height width"]:
     """Loads a mask; True (255 in the file) = use. Every lower value means the pixel is not used (paper's preparation).
 
-    Raises:
-        ValueError: The file is missing, empty, truncated, or holds values but never 255.
+    A mask that holds values but never 255 is a ValueError.
     """
     with _open_image(path, "Mask") as image:
         if image.mode.startswith(("I", "F")):
@@ -80,11 +65,7 @@ def load_mask(path: Path) -> Bool[Tensor, "height width"]:
 
 
 def load_depth(path: Path, units_per_metre: float = MILLIMETRES_PER_METRE) -> Float[Tensor, "height width"]:
-    """Loads z-depth in metres from a 16-bit PNG, in millimetres by default; 0 = no measurement.
-
-    Raises:
-        ValueError: The file is missing, empty, truncated, or not a 16-bit grey image.
-    """
+    """Loads z-depth in metres from a 16-bit PNG, in millimetres by default; 0 = no measurement."""
     with _open_image(path, "Depth map") as image:
         check_depth_mode(path, image.mode)
         values = np.array(image, dtype=np.float32)

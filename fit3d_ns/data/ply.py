@@ -47,11 +47,7 @@ def read_ply_vertices(path: Path) -> np.ndarray:
 
 
 def write_ply_vertices(vertices: np.ndarray, path: Path) -> None:
-    """Writes a structured array as little-endian binary PLY, atomically.
-
-    Raises:
-        ValueError: The disk is full; nothing is written.
-    """
+    """Writes a structured array as little-endian binary PLY, atomically."""
     names = {kind: name for name, kind in reversed(_TYPES.items())}
     fields = {name: vertices.dtype[name].str[1:] for name in vertices.dtype.names or ()}
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}"]
@@ -64,10 +60,7 @@ def write_ply_vertices(vertices: np.ndarray, path: Path) -> None:
 def read_ply_points(path: Path) -> PointCloud | None:
     """Reads positions and `red green blue` of a PLY file's vertices; None where it has no vertices.
 
-    Colours are 8-bit, or floats in [0, 1]; points without colours are grey.
-
-    Raises:
-        ValueError: As `read_ply_vertices`, or some positions are missing or not finite.
+    Colours are 8-bit, or floats in [0, 1]; points without colours are grey. Positions must be there and finite.
     """
     vertices = read_ply_vertices(path)
     names = vertices.dtype.names or ()

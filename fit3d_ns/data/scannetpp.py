@@ -51,14 +51,9 @@ _VARIANTS: dict[Variant, _VariantFiles] = {
 
 
 def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> CaptureFiles:
-    """Reads a ScanNet++ scene folder, or its `dslr` folder.
+    """Reads a ScanNet++ scene folder, or its `dslr` folder; a piece that is missing or wrong is a ValueError.
 
-    Args:
-        path: The scene folder; its name may hold underscores, it may be a symbolic link.
-        variant: Which images to take; `auto` takes the undistorted ones if all of them are there.
-
-    Raises:
-        ValueError: A piece is missing or wrong; the message names it.
+    `auto` takes the undistorted images if all of them are there.
     """
     path = Path(path)
     dslr = path / "dslr" if (path / "dslr").is_dir() else path

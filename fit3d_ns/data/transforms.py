@@ -37,11 +37,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG")
 
 
 def read_transforms(path: Path) -> CaptureFiles:
-    """Reads a folder with a `transforms.json`, or such a file of any name.
-
-    Raises:
-        ValueError: A piece is missing or wrong; the message names it.
-    """
+    """Reads a folder with a `transforms.json`, or such a file; a piece that is missing or wrong is a ValueError."""
     path = Path(path)
     transforms = path if path.suffix == ".json" else path / "transforms.json"
     root = transforms.parent

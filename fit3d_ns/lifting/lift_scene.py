@@ -22,13 +22,9 @@ from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
 from fit3d_ns.lifting.passes import Progress
 from fit3d_ns.lifting.solver import LiftResult, solve_features
-from fit3d_ns.lifting.sources import (
-    LiftSource,
-    compare_with_photographs,
-    warn_of_poor_fit,
-)
+from fit3d_ns.lifting.sources import LiftSource, compare_with_photographs, warn_of_poor_fit
 from fit3d_ns.lifting.views import ChosenViews, LiftView, choose_views, fit_picture_basis, load_views
-from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians
+from fit3d_ns.scene import FeatureScene, Gaussians
 from fit3d_ns.scene.scene_file import TRAINING_SECONDS
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, measure_peak_memory_mb, notice
 from fit3d_ns.utils.selection import select_evenly
@@ -39,11 +35,8 @@ class LiftForecast:
     """Predicted costs; other work on the machine changes the seconds."""
 
     num_gaussians: int
-    """Gaussians that get features."""
     num_views: int
-    """Views that are lifted."""
     num_held_out: int
-    """Views that are measured on afterwards."""
     token_seconds: float
     """Reading all photographs, and the backbone where the sampled view's tokens are not cached yet."""
     is_cached: bool
@@ -51,7 +44,6 @@ class LiftForecast:
     solve_seconds: float
     """All passes of the solve, at most."""
     evaluation_seconds: float
-    """Held-out views."""
     memory_mb: float
     """Peak memory in 1e6 bytes."""
     file_mb: float
@@ -85,22 +77,14 @@ def lift_scene(
     basis: PcaBasis | None = None,
     pca: PcaBasis | None = None,
 ) -> tuple[FeatureScene, LiftResult]:
-    """Lifts a backbone's tokens onto a source.
+    """Lifts a backbone's tokens onto a source: the scene on the CPU with its metrics, and everything the solve found.
 
     Args:
-        source: Gaussians and views.
         backbone: Whose tokens; its weights are read only if tokens are missing in the cache.
-        cache: Where tokens are kept, of the same backbone.
-        config: Settings of the solve.
-        options: Which views, and what is kept.
-        device: Where the backbone and the solve run.
         state_path: Where an interrupted solve is kept and found again; nowhere by default.
-        progress: Called with (pass, views done, views); a progress bar by default.
+        progress: A progress bar by default.
         basis: Space of the features, if other scenes share it; fitted to this scene's tokens by default.
         pca: Directions and colours of pictures, if other scenes share them; fitted by default.
-
-    Returns:
-        The scene on the CPU, with the lift's metrics, and everything the solve found.
 
     Raises:
         ValueError: What `solve_features` and `extract_features` refuse, or a feature dimension above the tokens' width.
@@ -164,11 +148,7 @@ def measure_held_out(
 ) -> dict[str, Any]:
     """Metrics of a scene on views that it was not lifted from; none, with a notice, where that cannot be measured.
 
-    Args:
-        scene: What is measured, as it will be stored.
-        held_out: Views with their tokens.
-        mean_token: Of the views that were lifted, for the baseline.
-        device: Where to render.
+    The baseline's `mean_token` is that of the views that were lifted.
     """
     if not held_out:
         notice("No view is held out: the capture has no test views, so there are no metrics for new views.")
@@ -213,7 +193,8 @@ def forecast_lift(
     """
     options = options or LiftSceneConfig()
     chosen = choose_views(source.capture, options.views)
-    sample = chosen.lifted[len(chosen.lifted) // 2]
+    num_views, num_held_out = len(chosen.lifted), len(chosen.held_out)
+    sample = chosen.lifted[num_views // 2]
     start = time.perf_counter()
     image = source.capture.load_image(sample)
     key = compute_feature_key(image)
@@ -237,7 +218,6 @@ def forecast_lift(
     start = time.perf_counter()
     prepared = prepare_view(gaussians, views[0], config.samples_per_patch)
     prepare_seconds = time.perf_counter() - start
-    num_views, num_held_out = len(chosen.lifted), len(chosen.held_out)
     # Views whose projections are not kept are projected again in each pass after the first that projects them. A
     # sampled solve's decoder pass projects whole views in any case, and so did the measured one.
     num_kept = min(int(config.cache_memory_mb * 1e6 / max(prepared.num_bytes, 1)), num_views)
@@ -250,13 +230,12 @@ def forecast_lift(
         + config.polish_steps * result.seconds["polish"]
     )
     kept_mb = (num_kept - 1) * prepared.num_bytes / 1e6
-    num_gaussians = source.gaussians.num_gaussians
     stored = source.gaussians if include_sh else replace(source.gaussians, sh_rest=None)
     # Features are stored in two bytes each.
     bytes_per_gaussian = stored.bytes_per_gaussian + 2 * (config.feature_dim - stored.feature_dim)
     decoder_bytes = 4 * 9 * config.feature_dim * cache.description.embed_dim
     return LiftForecast(
-        num_gaussians=num_gaussians,
+        num_gaussians=stored.num_gaussians,
         num_views=num_views,
         num_held_out=num_held_out,
         token_seconds=(num_views + num_held_out) * (read_seconds + backbone_seconds),
@@ -264,7 +243,7 @@ def forecast_lift(
         solve_seconds=solve_seconds,
         evaluation_seconds=num_held_out * (prepare_seconds + passes.total("decoder")),
         memory_mb=_measure_memory_mb(device) + max(kept_mb, 0.0),
-        file_mb=(num_gaussians * bytes_per_gaussian + decoder_bytes) / 1e6,
+        file_mb=(stored.num_gaussians * bytes_per_gaussian + decoder_bytes) / 1e6,
     )
 
 
@@ -289,22 +268,14 @@ def _show_passes() -> Iterator[Progress]:
 def _create_scene(
     source: LiftSource, result: LiftResult, keep: Tensor, pca: PcaBasis, backbone: BackboneDescription
 ) -> FeatureScene:
-    known = source.gaussians
-    lifted: dict[str, Any] = {
-        **known.tensors(),
-        "features": result.features.cpu(),
-        "blend_weight": result.blend_weight.cpu(),
-        "num_views": result.num_views.cpu(),
-        "feature_variance": result.feature_variance.cpu(),
-    }
-    gaussians = Gaussians.from_raw(**lifted)
+    names = ("features", "blend_weight", "num_views", "feature_variance")
+    lifted: dict[str, Any] = {name: getattr(result, name).cpu() for name in names}
+    gaussians = Gaussians.from_raw(**{**source.gaussians.tensors(), **lifted})
     # Rotations that are normalised twice are rounded twice.
-    gaussians = replace(gaussians, quats=known.quats)
-    decoder = result.decoder
-    bias = None if decoder.bias is None else decoder.bias.detach().cpu()
+    gaussians = replace(gaussians, quats=source.gaussians.quats)
     return FeatureScene(
         gaussians=gaussians.select(keep),
-        decoder=FeatureDecoder.from_weights(decoder.weight.detach().cpu(), bias),
+        decoder=result.decoder.copy_to("cpu"),
         posed_capture=source.capture,
         backbone=backbone,
         pca=pca,

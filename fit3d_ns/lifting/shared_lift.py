@@ -26,9 +26,6 @@ from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 from fit3d_ns.utils.files import hash_bytes, write_atomically
 from fit3d_ns.utils.progress import notice
 
-SUMS_SUFFIX = ".decoder-sums"
-"""Behind a scene's name: its decoder statistics, until the shared decoder is fitted."""
-
 
 @dataclass(frozen=True)
 class LiftTask:
@@ -47,7 +44,7 @@ class LiftTask:
     @property
     def sums_path(self) -> Path:
         """Its decoder statistics, until the shared decoder is fitted."""
-        return self.output_path.with_name(self.output_path.name + SUMS_SUFFIX)
+        return self.output_path.with_name(self.output_path.name + ".decoder-sums")
 
 
 def lift_together(
@@ -61,17 +58,7 @@ def lift_together(
     include_sh: bool = False,
     on_scene: Callable[[FeatureScene, Path], None] | None = None,
 ) -> None:
-    """Lifts scenes on a basis and with a decoder that they share, and writes their files.
-
-    Args:
-        tasks: The scenes, at least one.
-        backbone: Whose tokens.
-        cache: Where tokens are kept, of the same backbone.
-        config: Settings of the solve.
-        options: Which views, and what is kept.
-        device: Where the backbone and the solve run.
-        include_sh: Of `save_scene`.
-        on_scene: Called with each finished scene and its file.
+    """Lifts scenes on a basis and with a decoder that they share, writes their files and hands each to `on_scene`.
 
     Raises:
         ValueError: No scene, or what `lift_scene` and `save_scene` refuse.

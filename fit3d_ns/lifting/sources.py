@@ -21,15 +21,7 @@ from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import RasterizeMode
-from fit3d_ns.scene import (
-    ActivatedGaussians,
-    Gaussians,
-    PosedCapture,
-    View,
-    create_posed_capture,
-    load_scene,
-    read_ply,
-)
+from fit3d_ns.scene import ActivatedGaussians, Gaussians, PosedCapture, View, create_posed_capture, load_scene, read_ply
 from fit3d_ns.scene.posed_capture import parse_capture, record_capture
 from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.files import read_json
@@ -160,14 +152,10 @@ class WorldChange:
 
 
 def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
-    """Reads a scene file to lift it again: geometry, corrected cameras and splits are in it.
-
-    Args:
-        path: A scene file; its features are not used.
-        data_root: Where the photographs lie now, if they were moved.
+    """Reads a scene file to lift its geometry again, with its corrected cameras and splits, but not its features.
 
     Raises:
-        ValueError: The file is not a scene file, or its photographs are not there.
+        ValueError: The file is not a scene file, or its photographs are neither in their place nor in `data_root`.
     """
     scene = load_scene(path)
     return LiftSource(
@@ -187,15 +175,15 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
         ValueError: One of them cannot be read, the world is not known for this capture, or it is the wrong one; the
             message then says which one fits.
     """
-    read = read_ply(ply)
+    gaussians, num_dropped = read_ply(ply)
     files = read_capture(data)
     notice(files.description)
-    gaussians = read.gaussians.with_features(read.gaussians.features[:, :0])
+    gaussians = gaussians.with_features(gaussians.features[:, :0])
     description = f"PLY {Path(ply).name} in the {config.ply_world} world"
 
     def create(change: WorldChange) -> LiftSource:
         capture = create_posed_capture(files, change.transform, change.scale, config.downscale_factor)
-        return LiftSource(gaussians, capture, description, config.rasterize_mode, num_dropped=read.num_dropped)
+        return LiftSource(gaussians, capture, description, config.rasterize_mode, num_dropped=num_dropped)
 
     source, fit = _find_best([create(change) for change in find_changes(config.ply_world, files, ply, config)], device)
     if config.smallest_psnr > 0:
@@ -206,11 +194,7 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
 
 @torch.no_grad()
 def compare_with_photographs(source: LiftSource, device: torch.device | str = "cpu") -> PhotoFit:
-    """Renders a few train views and compares them with their photographs.
-
-    Raises:
-        ValueError: A photograph or mask cannot be read.
-    """
+    """Renders a few train views and compares them with their photographs, which must be there."""
     psnrs, coverages = [], []
     for view in select_evenly(source.capture.select("train"), NUM_CHECKED_VIEWS):
         rendered, alphas = source.render(view, device)
@@ -249,7 +233,7 @@ def find_changes(world: PlyWorld, files: CaptureFiles, ply: Path, config: PlyCon
                 "use --ply-world dataset or training."
             )
         return [invert_similarity(files.colmap_to_world, str(files.root))]
-    training = _read_transforms(_find_transforms(ply, config.dataparser_transforms))
+    training = _read_transforms(config.dataparser_transforms or Path(ply).parent)
     changes = [training]
     if files.colmap_to_world is not None and not torch.equal(files.colmap_to_world, torch.eye(4)[:3]):
         # nerfstudio's own dataparser folds `applied_transform` into what it records: its transform begins at COLMAP's
@@ -259,11 +243,7 @@ def find_changes(world: PlyWorld, files: CaptureFiles, ply: Path, config: PlyCon
 
 
 def invert_similarity(matrix: Float[Tensor, "3 4"], source: str) -> WorldChange:
-    """The inverse of a rotation with a scale and a translation.
-
-    Raises:
-        ValueError: The matrix mirrors or shears.
-    """
+    """The inverse of a rotation with a scale and a translation; a matrix that mirrors or shears is a ValueError."""
     linear = matrix[:, :3].double()
     determinant = float(torch.linalg.det(linear))
     if not determinant > 0:
@@ -276,18 +256,14 @@ def invert_similarity(matrix: Float[Tensor, "3 4"], source: str) -> WorldChange:
     return WorldChange(torch.cat([rotation, translation[:, None]], dim=1).float(), 1.0 / scale)
 
 
-def _find_transforms(ply: Path, given: Path | None) -> Path:
-    path = Path(ply).parent / TRANSFORMS_NAME if given is None else Path(given)
+def _read_transforms(path: Path) -> WorldChange:
+    """What nerfstudio recorded in a file or in a run's folder."""
     path = path / TRANSFORMS_NAME if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
             f"The training frame is not known: there is no {path}; give the run's folder or its {TRANSFORMS_NAME} with "
             "--dataparser-transforms."
         )
-    return path
-
-
-def _read_transforms(path: Path) -> WorldChange:
     content: Any = read_json(path)
     try:
         matrix = torch.tensor(content["transform"], dtype=torch.float32)[:3]

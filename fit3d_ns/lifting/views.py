@@ -27,13 +27,9 @@ class LiftView:
     """One captured view; its tokens and mask stay on disk until they are needed."""
 
     viewmat: Float[Tensor, "4 4"]
-    """World-to-camera, OpenCV axes."""
     K: Float[Tensor, "3 3"]
-    """Pinhole intrinsics in pixels of the `width` x `height` image."""
     width: int
-    """Image width in pixels."""
     height: int
-    """Image height in pixels."""
     load_tokens: Callable[[], Float[Tensor, "h w embed"] | None]
     """Reads the original backbone's patch tokens of this view; any float type."""
     load_mask: Callable[[], Bool[Tensor, "height width"] | Float[Tensor, "height width"] | None] = lambda: None
@@ -90,12 +86,9 @@ def create_lift_views(
     load_tokens: Callable[[View], Float[Tensor, "h w embed"] | None],
     load_mask: Callable[[View], Bool[Tensor, "height width"] | Float[Tensor, "height width"] | None] | None = None,
 ) -> list[LiftView]:
-    """Views of `capture` as a lift takes them; tokens and masks are read each time they are needed.
+    """Views of `capture`, whose poses may be corrected ones, as a lift takes them; masks are the capture's by default.
 
-    Args:
-        views: Which of the capture's views, for example `capture.select("train")`; poses may be corrected ones.
-        load_tokens: Reads the patch tokens of a view's undistorted photograph.
-        load_mask: Reads a view's valid mask; from the capture by default.
+    Tokens, which are those of the undistorted photographs, and masks are read each time they are needed.
     """
     return [
         LiftView(

@@ -3,10 +3,10 @@
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_features, create_depth_view
 from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
-from fit3d_ns.scene.ply import ReadGaussians, read_fit3d, read_ply, write_fit3d, write_ply
+from fit3d_ns.scene.ply import read_ply, write_ply
 from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture
 from fit3d_ns.scene.scene_file import load_scene, save_scene
-from fit3d_ns.scene.token_grid import TokenReader, TokenReadingRule, create_token_reader, read_at_tokens
+from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader, read_at_tokens
 
 __all__ = [
     "ActivatedGaussians",
@@ -14,9 +14,7 @@ __all__ = [
     "FeatureScene",
     "Gaussians",
     "PosedCapture",
-    "ReadGaussians",
     "RenderedFeatures",
-    "TokenReader",
     "TokenReadingRule",
     "View",
     "colour_features",
@@ -25,9 +23,7 @@ __all__ = [
     "create_token_reader",
     "load_scene",
     "read_at_tokens",
-    "read_fit3d",
     "read_ply",
     "save_scene",
-    "write_fit3d",
     "write_ply",
 ]

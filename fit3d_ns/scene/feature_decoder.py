@@ -23,13 +23,7 @@ class FeatureDecoder(nn.Module):
     def __init__(self, feature_dim: int, embed_dim: int, bias: bool = False):
         """Starts from PyTorch's default convolution weights, as the public code does; `from_pca` is the other start.
 
-        Args:
-            feature_dim: D, channels of the rendered features, at least 1.
-            embed_dim: E, width of the backbone's tokens, at least 1.
-            bias: Adds `bias * alpha`; the paper's code has none.
-
-        Raises:
-            ValueError: A dimension is below 1.
+        A dimension below 1 is a ValueError. The paper's code has no bias.
         """
         super().__init__()
         if feature_dim < 1 or embed_dim < 1:
@@ -65,14 +59,19 @@ class FeatureDecoder(nn.Module):
         weight[:, :, 1, 1] = components.T
         return cls.from_weights(weight, mean)
 
+    def copy_to(self, device: torch.device | str) -> "FeatureDecoder":
+        """A copy on another device, or the same one."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return FeatureDecoder.from_weights(self.weight.to(device), bias)
+
     @property
     def feature_dim(self) -> int:
-        """D, channels that go in."""
+        """D."""
         return self.weight.shape[1]
 
     @property
     def embed_dim(self) -> int:
-        """E, channels that come out."""
+        """E."""
         return self.weight.shape[0]
 
     @property
@@ -85,12 +84,7 @@ class FeatureDecoder(nn.Module):
         features_low: Float[Tensor, "*batch height width dim"],
         alphas: Float[Tensor, "*batch height width"] | None = None,
     ) -> Float[Tensor, "*batch height width embed"]:
-        """Decodes full maps.
-
-        Args:
-            features_low: Blended features, without division by alpha.
-            alphas: Accumulated opacity in [0, 1] that weights the bias; needed where there is a bias.
-        """
+        """Decodes full maps of features that are not divided by alpha; a bias needs `alphas`, 0 to 1, to weight it."""
         self._check(features_low.shape[-1], alphas)
         batch = features_low.shape[:-3]
         # (*b, h, w, d) -> (b, d, h, w)

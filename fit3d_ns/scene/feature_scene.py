@@ -45,9 +45,7 @@ class FeatureScene:
     """Feature Gaussians, their decoder, and the captured views they came from."""
 
     gaussians: Gaussians
-    """The Gaussians, as stored."""
     decoder: FeatureDecoder
-    """From the Gaussians' D channels to the backbone's E."""
     posed_capture: PosedCapture
     """The captured views as recorded; `capture` finds their photographs."""
     backbone: BackboneDescription
@@ -88,7 +86,7 @@ class FeatureScene:
 
     @property
     def scene_id(self) -> str:
-        """Name of the scene."""
+        """That of the capture."""
         return self.posed_capture.scene_id
 
     @property
@@ -115,11 +113,8 @@ class FeatureScene:
 
     def to(self, device: torch.device | str) -> "FeatureScene":
         """The same scene on another device."""
-        decoder = FeatureDecoder.from_weights(
-            self.decoder.weight.to(device), None if self.decoder.bias is None else self.decoder.bias.to(device)
-        )
         pca = None if self.pca is None else self.pca.to(device)
-        return replace(self, gaussians=self.gaussians.to(device), decoder=decoder, pca=pca)
+        return replace(self, gaussians=self.gaussians.to(device), decoder=self.decoder.copy_to(device), pca=pca)
 
     @torch.no_grad()
     def render_rgb(
@@ -154,10 +149,7 @@ class FeatureScene:
         """Backbone features at the token grid: what rendering at full size, decoding and resizing gives.
 
         Args:
-            camera_to_world: OpenGL pose in the scene's frame.
-            K: Intrinsics for a picture of `width` x `height` pixels.
-            width: Width of the picture that is read.
-            height: Height of the picture that is read.
+            K: Intrinsics for a picture of `width` x `height` pixels, of which each token reads its part.
             size: Token grid (h, w).
             token_reading: How a token reads the picture; the lift's own rule by default.
         """
@@ -197,24 +189,14 @@ class FeatureScene:
         height: int,
         eps2d: float | None = None,
     ) -> dict[str, Any]:
-        """The Gaussians as a camera sees them, for `rasterize_features` and `backproject_features`.
-
-        Args:
-            camera_to_world: OpenGL pose in the scene's frame.
-            K: Intrinsics in pixels.
-            width: Width of the picture.
-            height: Height of the picture.
-            eps2d: Blur in square pixels; the scene's own by default.
-        """
-        viewmat = self._compute_viewmat(camera_to_world)
-        return self.activated.project(viewmat, K, width, height, eps2d)
+        """As `ActivatedGaussians.project`, for a camera as this class has them."""
+        return self.activated.project(self._compute_viewmat(camera_to_world), K, width, height, eps2d)
 
     def capture(self, data_root: Path | None = None) -> PosedCapture:
-        """The captured views with paths that exist.
+        """The captured views with paths that exist; a capture that was moved since is in `data_root`.
 
-        Args:
-            data_root: Where the photographs lie now, if the capture was moved since. Without it, a scene file's own
-                word counts only within its folder and within confirmed roots (`photograph_roots.py`).
+        Without `data_root`, a scene file's own word counts only within its folder and within confirmed roots
+        (`photograph_roots.py`).
 
         Raises:
             ValueError: None of the photographs is there, or nobody confirmed the folder that the file names.
@@ -237,9 +219,8 @@ class FeatureScene:
     def _blend_features(
         self, camera_to_world: Tensor, K: Tensor, width: int, height: int, pixels: Tensor | None
     ) -> tuple[Float[Tensor, "pixels dim"], Float[Tensor, " pixels"]]:
-        features = self.features_and_one
         info = self.project(camera_to_world, K, width, height)
-        blended = rasterize_features(features, info, pixels=pixels)
+        blended = rasterize_features(self.features_and_one, info, pixels=pixels)
         # (1, h, w, d+1) or (1, p, d+1) -> (p, d+1)
         blended = blended.reshape(-1, blended.shape[-1])
         return blended[:, :-1], blended[:, -1]
@@ -248,10 +229,7 @@ class FeatureScene:
 def create_depth_view(capture: PosedCapture, view: View, get_scene: Callable[[], FeatureScene] | None) -> DepthView:
     """Depth, camera and valid mask of a view, on the CPU, in the unit of the poses.
 
-    Args:
-        capture: Where the view's files are.
-        view: Which view.
-        get_scene: Gives the scene that renders depth where none is measured or its unit is not known.
+    The scene that `get_scene` gives renders depth where none is measured or its unit is not known.
 
     Raises:
         ValueError: There is neither measured depth nor a scene.

@@ -82,17 +82,11 @@ class Gaussians:
         feature_variance: Float[Tensor, " num_gaussians"] | None = None,
         drop_invalid: bool = False,
     ) -> "Gaussians":
-        """Brings raw Gaussians of any precision into the stored types.
+        """Brings raw Gaussians of any precision, with rotations of any length, into the stored types.
 
-        Args:
-            quats: Rotations, wxyz, any length.
-            opacity_logits: [N] or [N, 1].
-            features: 0 channels by default.
-            sh_rest: None, or 0 coefficients, for colour that does not depend on the direction.
-            blend_weight: Zeros if unknown, as are `num_views` and `feature_variance`.
-            num_views: Counts, capped at 65535.
-            drop_invalid: Leave out Gaussians that cannot be stored or drawn: a number is NaN, infinite or beyond its
-                stored type's range, a rotation has no length, or a scale overflows when it is activated.
+        Features have 0 channels by default, by-products of the lift are zeros; counts are capped at 65535. With
+        `drop_invalid` Gaussians are left out that cannot be stored or drawn: a number is NaN, infinite or beyond its
+        stored type's range, a rotation has no length, or a scale overflows when it is activated.
 
         Raises:
             ValueError: A number cannot be stored, and `drop_invalid` is off.
@@ -200,7 +194,6 @@ class ActivatedGaussians:
     """Gaussians as the rasterizer takes them, float32."""
 
     means: Float[Tensor, "num_gaussians 3"]
-    """Centres in world units."""
     quats: Float[Tensor, "num_gaussians 4"]
     """Rotations wxyz, of any length above zero."""
     scales: Float[Tensor, "num_gaussians 3"]
@@ -240,10 +233,7 @@ class ActivatedGaussians:
     ) -> dict[str, Any]:
         """The Gaussians as a camera sees them, for `rasterize_features` and `backproject_features`.
 
-        Args:
-            viewmat: World-to-camera, OpenCV axes.
-            K: Intrinsics for a picture of `width` x `height` pixels.
-            eps2d: Another blur than the Gaussians' own.
+        The camera is world-to-camera in OpenCV axes, K in pixels; `eps2d` is another blur than the Gaussians' own.
         """
         return project(
             *self.geometry,
@@ -266,11 +256,9 @@ class ActivatedGaussians:
         sh_degree: int | None = None,
         render_mode: Literal["RGB", "ED"] = "RGB",
     ) -> tuple[Float[Tensor, "height width channels"], Float[Tensor, "height width"]]:
-        """Blends colours, or expected depth, and gives them with the rendered opacity; arguments as in `project`.
+        """Blends colours, or with `ED` expected z-depth, and gives them with the rendered opacity.
 
-        Args:
-            colours: [N, C], or spherical harmonics coefficients [N, K, 3] with their `sh_degree`.
-            render_mode: `RGB` for colours, `ED` for expected z-depth.
+        Colours are [N, C], or spherical harmonics coefficients [N, K, 3] with their `sh_degree`.
         """
         renders, alphas, _ = rasterization(
             *self.geometry,

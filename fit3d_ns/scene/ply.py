@@ -5,7 +5,6 @@ Properties: `x y z`, `nx ny nz` (unused), `f_dc_0..2`, `f_rest_*` (all coefficie
 order, further properties and missing normals do not matter.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +23,11 @@ from fit3d_ns.utils.files import write_atomically
 _NUM_REST = (0, 9, 24, 45, 72)
 
 
-@dataclass(frozen=True)
-class ReadGaussians:
-    """What a PLY file held."""
-
-    gaussians: Gaussians
-    """Usable Gaussians; features have 0 channels where the file has no `sem_*`."""
-    num_dropped: int
-    """Gaussians left out because a value was NaN, infinite or too large."""
-
-
 def write_ply(gaussians: Gaussians, path: Path, sh_degree: int | None = None) -> None:
     """Writes Gaussians with their features as binary little-endian PLY, atomically.
 
-    Args:
-        gaussians: The Gaussians, in the frame that the file is to have.
-        path: The file.
-        sh_degree: Degree in the file, 0 to 4; coefficients are cut or filled with zeros. As stored by default. FiT3D's
-            and Inria's readers want 3.
-
-    Raises:
-        ValueError: The disk is full; nothing is written.
+    Colour has `sh_degree` 0 to 4 in the file, by default as stored; coefficients are cut or filled with zeros. FiT3D's
+    and Inria's readers want 3.
     """
     num = gaussians.num_gaussians
     degree = gaussians.sh_degree if sh_degree is None else sh_degree
@@ -68,8 +51,11 @@ def write_ply(gaussians: Gaussians, path: Path, sh_degree: int | None = None) ->
     write_ply_vertices(values.astype("<f4").view([(name, "<f4") for name in names])[:, 0], path)
 
 
-def read_ply(path: Path) -> ReadGaussians:
+def read_ply(path: Path) -> tuple[Gaussians, int]:
     """Reads Gaussians that Inria's code, gsplat, nerfstudio, SuperSplat (uncompressed) or FiT3D wrote.
+
+    Features have 0 channels where the file has no `sem_*`. The number is that of Gaussians left out because
+    a value was NaN, infinite or too large.
 
     Raises:
         ValueError: The file is missing, cut short, not a PLY, or lacks what a Gaussian needs.
@@ -112,7 +98,7 @@ def read_ply(path: Path) -> ReadGaussians:
     )
     if gaussians.num_gaussians == 0:
         raise ValueError(f"{path} holds no usable Gaussian ({len(vertices)} in the file, all NaN or infinite).")
-    return ReadGaussians(gaussians, num_dropped=len(vertices) - gaussians.num_gaussians)
+    return gaussians, len(vertices) - gaussians.num_gaussians
 
 
 def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None:
@@ -139,7 +125,6 @@ def read_fit3d(
     """Reads a scene that FiT3D published or `write_fit3d` wrote, and how many Gaussians were dropped.
 
     Args:
-        ply_path: Gaussians with `sem_*`.
         decoder_path: Checkpoint of the convolution, a state dict with `0.weight` and no bias.
         capture: The captured views in the PLY's world. FiT3D's is COLMAP's: make the capture with the inverse of
             `CaptureFiles.colmap_to_world` as `dataparser_transform` (ScanNet++: (x, y, z) to (y, x, -z)).
@@ -148,13 +133,13 @@ def read_fit3d(
     Raises:
         ValueError: One of the files is not what it should be, or they do not belong together.
     """
-    read, weight = read_ply(ply_path), _read_decoder(Path(decoder_path))
-    if weight.shape[1] != read.gaussians.feature_dim:
+    (gaussians, num_dropped), weight = read_ply(ply_path), _read_decoder(Path(decoder_path))
+    if weight.shape[1] != gaussians.feature_dim:
         raise ValueError(
-            f"{ply_path} has {read.gaussians.feature_dim} sem_* properties, {decoder_path} takes {weight.shape[1]} "
+            f"{ply_path} has {gaussians.feature_dim} sem_* properties, {decoder_path} takes {weight.shape[1]} "
             "channels; give the checkpoint that was saved with the PLY."
         )
-    return FeatureScene(read.gaussians, FeatureDecoder.from_weights(weight), capture, backbone), read.num_dropped
+    return FeatureScene(gaussians, FeatureDecoder.from_weights(weight), capture, backbone), num_dropped
 
 
 def _read_decoder(path: Path) -> Float[Tensor, "embed dim 3 3"]:

@@ -8,7 +8,8 @@ every path is relative to the root.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,7 @@ class View:
     K: Float[Tensor, "3 3"]
     """Pinhole intrinsics of the undistorted picture, in pixels."""
     width: int
-    """Width of the undistorted picture in pixels."""
     height: int
-    """Height of the undistorted picture in pixels."""
     split: Split
     """`test` views never train anything."""
     frame: Frame
@@ -46,8 +45,6 @@ class View:
     @property
     def lens(self) -> Lens:
         """The photograph's lens at the view's size, before undistortion."""
-        if (self.frame.lens.width, self.frame.lens.height) == (self.width, self.height):
-            return self.frame.lens
         return resize_lens(self.frame.lens, self.width, self.height)
 
 
@@ -70,16 +67,17 @@ class PosedCapture:
     num_bad: int = 0
     """Frames left out because the dataset marks them as bad."""
     scene_id: str = ""
-    """Name of the scene."""
     layout: str = ""
     """Disk layout it was read from."""
-    name_to_view: dict[str, View] = field(init=False, repr=False, compare=False)
-    """The views by name."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name_to_view", {view.name: view for view in self.views})
         if len(self.name_to_view) != len(self.views):
             raise ValueError(f"{self.root} lists a photograph twice; every frame needs an image file of its own.")
+
+    @cached_property
+    def name_to_view(self) -> dict[str, View]:
+        """The views by name."""
+        return {view.name: view for view in self.views}
 
     def select(self, *splits: Split) -> list[View]:
         """The views of the given splits, in file order."""
@@ -88,18 +86,13 @@ class PosedCapture:
     def load_image(self, view: View) -> UInt8[Tensor, "height width 3"]:
         """The undistorted photograph at the view's size; divide by 255 for [0, 1].
 
-        Raises:
-            ValueError: The file is missing, damaged or of another size than its camera says; the message names it.
+        A file that is missing, damaged or of another size than its camera says is a ValueError, as in the next two.
         """
         image = _fit(load_image(view.frame.image_path), view, view.frame.image_path, cv2.INTER_AREA)
         return self.compute_undistortion(view).apply_to_image(image)
 
     def load_valid_mask(self, view: View) -> Bool[Tensor, "height width"]:
-        """True where a pixel of `load_image` may be used: inside the photograph and not masked.
-
-        Raises:
-            ValueError: The mask is missing, damaged or of another size than the photograph.
-        """
+        """True where a pixel of `load_image` may be used: inside the photograph and not masked."""
         undistortion = self.compute_undistortion(view)
         if view.frame.mask_path is None:
             return undistortion.inside
@@ -123,11 +116,8 @@ class PosedCapture:
 
     def replace_camera_to_worlds(self, camera_to_worlds: Sequence[Float[Tensor, "3 4"]]) -> "PosedCapture":
         """The same capture with other poses in the training frame, one per view (a camera optimizer's result)."""
-        moved = [
-            replace(view, camera_to_world=camera_to_world.detach().cpu().float())
-            for view, camera_to_world in zip(self.views, camera_to_worlds, strict=True)
-        ]
-        return replace(self, views=moved)
+        pairs = zip(self.views, camera_to_worlds, strict=True)
+        return replace(self, views=[replace(view, camera_to_world=pose.detach().cpu().float()) for view, pose in pairs])
 
     def move(self, data_root: Path) -> "PosedCapture":
         """The same capture below another folder, all relative paths kept."""
@@ -143,7 +133,6 @@ def create_posed_capture(
     """Moves a scene folder's frames into the training frame and gives each its pinhole camera.
 
     Args:
-        files: The scene folder as read.
         dataparser_transform: Rigid motion of the dataset's world; none by default.
         dataparser_scale: Factor after the motion, positive.
         downscale_factor: Photographs are reduced by this factor before they are undistorted, at least 1.
@@ -216,17 +205,12 @@ def parse_capture(record: dict[str, Any]) -> PosedCapture:
 
 
 def _create_view(frame: Frame, root: Path, transform: Tensor, scale: float, downscale_factor: int) -> View:
-    try:
-        name = Path(frame.image_path).relative_to(root).as_posix()
-    except ValueError as error:
-        raise ValueError(f"Photograph {frame.image_path} lies outside {root}; move it below that folder.") from error
     width = max(frame.lens.width // downscale_factor, 1)
     height = max(frame.lens.height // downscale_factor, 1)
-    lens = frame.lens if downscale_factor == 1 else resize_lens(frame.lens, width, height)
     return View(
-        name=name,
+        name=_relative(frame.image_path, root),
         camera_to_world=transform_camera_to_worlds(frame.camera_to_world.float(), transform, scale),
-        K=compute_undistortion(lens).lens.K,
+        K=compute_undistortion(resize_lens(frame.lens, width, height)).lens.K,
         width=width,
         height=height,
         split=frame.split,
@@ -235,14 +219,9 @@ def _create_view(frame: Frame, root: Path, transform: Tensor, scale: float, down
 
 
 def _move_view(view: View, root: Path, new_root: Path) -> View:
-    frame = view.frame
-    moved = replace(
-        frame,
-        image_path=new_root / frame.image_path.relative_to(root),
-        mask_path=None if frame.mask_path is None else new_root / frame.mask_path.relative_to(root),
-        depth_path=None if frame.depth_path is None else new_root / frame.depth_path.relative_to(root),
-    )
-    return replace(view, frame=moved)
+    paths = {name: getattr(view.frame, name) for name in ("image_path", "mask_path", "depth_path")}
+    moved = {name: new_root / path.relative_to(root) for name, path in paths.items() if path is not None}
+    return replace(view, frame=replace(view.frame, **moved))
 
 
 def _fit(picture: Tensor, view: View, path: Path, interpolation: int) -> Tensor:
@@ -263,8 +242,8 @@ def _record_view(view: View, root: Path, lenses: dict[Lens, int]) -> dict[str, A
     frame = view.frame
     return {
         "image": view.name,
-        "mask": _relative(frame.mask_path, root),
-        "depth": _relative(frame.depth_path, root),
+        "mask": None if frame.mask_path is None else _relative(frame.mask_path, root),
+        "depth": None if frame.depth_path is None else _relative(frame.depth_path, root),
         "split": view.split,
         "lens": lenses.setdefault(frame.lens, len(lenses)),
         "dataset_camera_to_world": _numbers(frame.camera_to_world),
@@ -295,9 +274,7 @@ def _parse_view(record: dict[str, Any], root: Path, lenses: list[Lens]) -> View:
     )
 
 
-def _relative(path: Path | None, root: Path) -> str | None:
-    if path is None:
-        return None
+def _relative(path: Path, root: Path) -> str:
     try:
         return Path(path).relative_to(root).as_posix()
     except ValueError as error:

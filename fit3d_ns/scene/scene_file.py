@@ -5,9 +5,8 @@ there is one, and `pca.*` if there is a basis. Everything else is JSON in the he
 """
 
 import json
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,8 @@ class SceneCosts:
     """What one scene takes on disk and took to make (Tables 5 and 8 of the paper)."""
 
     scene_id: str
-    """Which scene."""
     feature_dim: int
-    """Numbers per Gaussian."""
     num_gaussians: int
-    """Gaussians in the file."""
     file_mb: float
     """Size of the scene file, 1e6 bytes."""
     stage1_hours: float | None
@@ -53,12 +49,9 @@ class SceneCosts:
 
 
 def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> None:
-    """Writes a scene file, atomically.
+    """Writes a scene file, atomically; `.safetensors` is the customary suffix.
 
-    Args:
-        scene: The scene, on any device.
-        path: The file; `.safetensors` is the customary suffix.
-        include_sh: Also store the colour's dependence on the direction (twice the size at degree 3 and D = 64).
+    With `include_sh` it also stores the colour's dependence on the direction (twice the size at degree 3 and D = 64).
 
     Raises:
         ValueError: The disk is full, or a mask lies outside the capture's root; nothing is written.
@@ -100,15 +93,12 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
     path = Path(path)
     header, tensors = _read_file(path)
     try:
-        gaussians = Gaussians(
-            **{field.name: tensors[field.name] for field in fields(Gaussians) if field.name in tensors}
-        )
         scene = FeatureScene(
-            gaussians=gaussians,
+            gaussians=Gaussians(**{name: tensors[name] for name in STORED_DTYPES if name in tensors}),
             decoder=FeatureDecoder.from_weights(tensors["decoder.weight"], tensors.get("decoder.bias")),
             posed_capture=parse_capture(header["capture"]),
             backbone=BackboneDescription.from_metadata(header["backbone"]),
-            pca=_parse_pca(tensors, header),
+            pca=_parse_pca(tensors, header["pca_total_variance"]) if "pca.mean" in tensors else None,
             token_reading=header["token_reading"],
             rasterize_mode=header["rasterize_mode"],
             eps2d=float(header["eps2d"]),
@@ -183,11 +173,11 @@ def _check_length(path: Path) -> None:
     """Distinguishes a file that was cut from one that never was a scene; safetensors' messages for both are obscure."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if len(start) == 8 and file.read(1) != b"{":
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        if len(start) >= 8 and start[8:] != b"{":
             raise ValueError(f"{path} is not a scene file; give a .safetensors made by fit3d-export or fit3d-lift.")
-        if size < 8 + length or len(start) < 8:
+        if len(start) < 8 or size < 8 + length:
             raise ValueError(f"{path} is cut short ({size} bytes); copy or export it again.")
         file.seek(8)
         try:
@@ -199,9 +189,5 @@ def _check_length(path: Path) -> None:
         raise ValueError(f"{path} is cut short: {size} of {8 + length + end} bytes; copy or export it again.")
 
 
-def _parse_pca(tensors: dict[str, Tensor], header: dict[str, Any]) -> PcaBasis | None:
-    if "pca.mean" not in tensors:
-        return None
-    return PcaBasis(
-        **{name: tensors[f"pca.{name}"] for name in _PCA_TENSORS}, total_variance=float(header["pca_total_variance"])
-    )
+def _parse_pca(tensors: dict[str, Tensor], total_variance: float) -> PcaBasis:
+    return PcaBasis(**{name: tensors[f"pca.{name}"] for name in _PCA_TENSORS}, total_variance=float(total_variance))

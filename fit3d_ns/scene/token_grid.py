@@ -96,13 +96,9 @@ def create_token_reader(
     neighbourhood: bool = True,
     device: torch.device | str = "cpu",
 ) -> TokenReader:
-    """The reader of (width, height) images at the token grid `size`.
+    """The reader of images at the token grid `size` (h, w), which may be finer than the image.
 
     Args:
-        width: Image width in pixels.
-        height: Image height in pixels.
-        size: Token grid (h, w); finer than the image is allowed.
-        rule: How a token reads the map, see the module's docstring.
         neighbourhood: Also read the one-pixel ring that a 3x3 convolution needs.
         device: Where its tensors live; readers work on any device, but elsewhere copy their tables at every use.
 
@@ -133,9 +129,8 @@ def spread_tokens(
 ) -> Float[Tensor, "height width channels"]:
     """The value each pixel is compared with.
 
-    Args:
-        rule: `bilinear` interpolates between token centres (paper section 3.1, `align_corners=False`); `nearest` and
-            `area` give each pixel its own token's value.
+    `bilinear` interpolates between token centres (paper section 3.1, `align_corners=False`); `nearest` and `area` give
+    each pixel its own token's value.
     """
     if rule == "bilinear":
         # (h, w, c) -> (1, c, h, w) -> (H, W, c)

@@ -39,7 +39,7 @@ def test_read_ply__any_order_types_and_elements(tmp_path, layout):
     types = {"red": "uchar", "scale_1": "double"}
     before = "element camera 2\nproperty float focal" if layout == "binary_little_endian" else ""
     write_by_hand(tmp_path / "scene.ply", rows, layout, types, before)
-    gaussians = read_ply(tmp_path / "scene.ply").gaussians
+    gaussians = read_ply(tmp_path / "scene.ply")[0]
     torch.testing.assert_close(gaussians.means[2], torch.tensor([2.0, 2.25, 2.5]))
     torch.testing.assert_close(gaussians.sh_dc[1].float(), torch.tensor([1.75, 2.0, 2.25]))
     torch.testing.assert_close(gaussians.opacity_logits.float(), torch.tensor([1.5, 2.5, 3.5]))
@@ -58,7 +58,7 @@ def hash_name(name):
 def test_read_ply__harmonics_are_stored_channel_by_channel(tmp_path):
     rows = [make_row(0, **{f"f_rest_{i}": float(i) for i in range(9)})]
     write_by_hand(tmp_path / "scene.ply", rows)
-    rest = read_ply(tmp_path / "scene.ply").gaussians.sh_rest
+    rest = read_ply(tmp_path / "scene.ply")[0].sh_rest
     # Red has coefficients 0 1 2, green 3 4 5, blue 6 7 8.
     assert rest[0].tolist() == [[0.0, 3.0, 6.0], [1.0, 4.0, 7.0], [2.0, 5.0, 8.0]]
 
@@ -66,9 +66,9 @@ def test_read_ply__harmonics_are_stored_channel_by_channel(tmp_path):
 def test_read_ply__drops_and_counts_what_is_not_finite(tmp_path):
     rows = [make_row(0), make_row(1, x=float("nan")), make_row(2, scale_2=float("inf")), make_row(3)]
     write_by_hand(tmp_path / "scene.ply", rows)
-    read = read_ply(tmp_path / "scene.ply")
-    assert read.num_dropped == 2
-    assert read.gaussians.means[:, 0].tolist() == [0.0, 3.0]
+    gaussians, num_dropped = read_ply(tmp_path / "scene.ply")
+    assert num_dropped == 2
+    assert gaussians.means[:, 0].tolist() == [0.0, 3.0]
     write_by_hand(tmp_path / "none.ply", [make_row(0, x=float("nan"))])
     with pytest.raises(ValueError, match="no usable Gaussian .1 in the file"):
         read_ply(tmp_path / "none.ply")
@@ -90,22 +90,22 @@ def test_write_ply__is_read_back_and_laid_out_as_inria_does(make_scene, tmp_path
     table = np.frombuffer(body, dtype="<f4").reshape(30, len(names))
     np.testing.assert_allclose(table[:, names.index("y")], gaussians.means[:, 1])
     np.testing.assert_allclose(table[:, names.index("sem_4")], gaussians.features[:, 4].float())
-    read = read_ply(path)
-    assert read.num_dropped == 0
+    read, num_dropped = read_ply(path)
+    assert num_dropped == 0
     for name in ("means", "log_scales", "opacity_logits", "sh_dc", "features", "sh_rest"):
-        expected, actual = getattr(gaussians, name), getattr(read.gaussians, name)
+        expected, actual = getattr(gaussians, name), getattr(read, name)
         assert (actual is None and expected is None) or torch.equal(actual, expected), name
     # Normalising a quaternion of half precision again may round its last bit.
-    torch.testing.assert_close(read.gaussians.quats, gaussians.quats, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(read.quats, gaussians.quats, rtol=2e-3, atol=1e-3)
 
 
 def test_write_ply__fills_up_or_cuts_the_degree(make_scene, tmp_path):
     gaussians = make_scene(sh_degree=1).gaussians
     write_ply(gaussians, tmp_path / "scene.ply", sh_degree=2)
-    rest = read_ply(tmp_path / "scene.ply").gaussians.sh_rest
+    rest = read_ply(tmp_path / "scene.ply")[0].sh_rest
     assert torch.equal(rest[:, :3], gaussians.sh_rest) and not rest[:, 3:].any()
     write_ply(gaussians, tmp_path / "scene.ply", sh_degree=0)
-    assert read_ply(tmp_path / "scene.ply").gaussians.sh_rest is None
+    assert read_ply(tmp_path / "scene.ply")[0].sh_rest is None
 
 
 @pytest.mark.parametrize("bias", [False, True])
