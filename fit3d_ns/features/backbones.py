@@ -170,6 +170,9 @@ def create_timm_model(architecture: str, model_args: tuple[tuple[str, Any], ...]
     try:
         model = timm.create_model(architecture, **arguments)
     except Exception as error:
+        if "pretrained" in kwargs and not isinstance(error, TypeError):
+            # About the download.
+            raise
         # timm asserts, divides and looks up what it is given; what a folder recorded may be damaged.
         raise ValueError(
             f"Backbone {architecture} cannot be built as a vision transformer for images of any size "

@@ -120,11 +120,8 @@ class FeatureCache:
         backbone = json.dumps(self.description.to_metadata())
         metadata = {"schema": _SCHEMA, "checksum": _compute_checksum(tensors), "backbone": backbone}
         content = save(tensors, metadata)
-        try:
-            with write_atomically(path) as temporary:
-                temporary.write_bytes(content)
-        except OSError as error:
-            raise ValueError(f"Cannot write features to {path} ({error.strerror}); choose another folder.") from error
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(content)
         return path
 
     def _read(self, key: FeatureKey) -> CachedTokens | str:

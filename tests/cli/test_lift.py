@@ -111,6 +111,7 @@ def test_lift__refuses_what_only_one_scene_can_have(run, capture, tmp_path):
 def test_name_run__is_the_experiment(tmp_path):
     run = tmp_path / "outputs" / "kitchen" / "splatfacto" / "2024-01-01"
     run.mkdir(parents=True)
+    (run / "nerfstudio_models").mkdir()
     (run / "config.yml").touch()
     assert module.name_run(run) == module.name_run(run / "config.yml") == "kitchen"
     # A run is also found from a folder above it.

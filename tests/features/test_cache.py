@@ -191,7 +191,9 @@ def test_cache__full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypat
 def test_cache__folder_that_is_a_file_is_one_sentence(tmp_path):
     (tmp_path / "cache").write_text("")
     cache = _setup(tmp_path / "cache")
-    with pytest.raises(ValueError, match="Cannot write features to .*; choose another folder"):
+    with pytest.raises(
+        ValueError, match="cannot be written: .*a file stands where a folder is needed; choose another path"
+    ):
         _extract(_images([(28, 28)]), cache)
 
 

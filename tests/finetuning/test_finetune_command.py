@@ -186,8 +186,9 @@ def test_command__without_validation_scenes_takes_held_out_views(tmp_path, capsy
 def test_command__a_nerfstudio_run_is_exported_on_the_fly(tmp_path, capsys, monkeypatch):
     scene = create_scene(tmp_path)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "nerfstudio_models").mkdir()
     (tmp_path / "run" / "config.yml").touch()
-    monkeypatch.setattr(module, "_load_run", lambda config: scene)
+    monkeypatch.setattr(module, "_load_run", lambda config, trust_config: scene)
     code, errors = run(capsys, "--ckpts", tmp_path / "run", "--output-dir", tmp_path / "out", *SMALL)
     assert code == 0 and "Exporting" in errors
     (exported,) = (tmp_path / "out" / "exported_scenes").iterdir()

@@ -27,6 +27,7 @@ def test_find_scenes__takes_files_globs_runs_and_folders(tmp_path):
         (tmp_path / name).touch()
     for run in ("runs/x/fit3d-features/1", "runs/y/fit3d-features/2"):
         (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "nerfstudio_models").mkdir()
         (tmp_path / run / "config.yml").touch()
     a, b, c = tmp_path / "scenes/a.safetensors", tmp_path / "scenes/b.safetensors", tmp_path / "more/[c].safetensors"
     x, y = (tmp_path / run / "config.yml" for run in ("runs/x/fit3d-features/1", "runs/y/fit3d-features/2"))
