@@ -6,7 +6,7 @@ exporting never load a ViT.
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,9 @@ from fit3d_ns.features.backbones import describe_backbone
 from fit3d_ns.features.cache import FeatureCache, FeatureCacheConfig, FeatureKey, compute_feature_key, extract_features
 from fit3d_ns.features.tokens import compute_patch_grid
 from fit3d_ns.lifting.views import LiftView, create_lift_views
-from fit3d_ns.plugin.dataset import UndistortedDataset, find_root
+from fit3d_ns.plugin.dataset import UndistortedDataset
 from fit3d_ns.scene.posed_capture import View
 from fit3d_ns.utils.progress import notice, track
-
-NUM_LOADING_THREADS = 4
-"""Threads that decode and undistort images; decoding releases the interpreter's lock."""
 
 KEY = "feature_key"
 """Under this name a loaded frame remembers the hash of its pixels, which is its name in the feature cache."""
@@ -41,7 +38,6 @@ class FeatureDatamanagerConfig(FullImageDatamanagerConfig):
     """nerfstudio's full-image options and the choice of the backbone."""
 
     _target: type = field(default_factory=lambda: FeatureDatamanager)
-    """The datamanager's class."""
     backbone: str = "dinov2_small"
     """`dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base`, any timm ViT id, a fine-tuned
     backbone's folder, or `random:<timm id>` for untrained weights (tests only)."""
@@ -72,6 +68,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         super().__init__(config, device=device, **kwargs)
         if len(self.eval_dataset) == 0:
             raise ValueError("The dataparser holds out no frame for evaluation; hold out at least one.")
+        self.train_cameras = self.train_dataset.cameras.to(self.device)
         self.cache = self._open_cache()
         if self.cache is not None:
             backbone = self.cache.description
@@ -102,23 +99,16 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
 
     def create_eval_dataset(self) -> UndistortedDataset:
         """Held-out frames with pinhole cameras."""
-        outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
-        return self._create_dataset(outputs, "test")
+        return self._create_dataset(self.dataparser.get_dataparser_outputs(split=self.test_split), "test")
 
     def _create_dataset(self, outputs: DataparserOutputs, split: Split) -> UndistortedDataset:
-        root = find_root(Path(self.config.dataparser.data))
-        return UndistortedDataset(outputs, self.config.camera_res_scale_factor, root, split)
-
-    @cached_property
-    def train_cameras(self) -> Cameras:
-        """Pinhole cameras of the training frames, on the device."""
-        return self.train_dataset.cameras.to(self.device)
+        data = Path(self.config.dataparser.data)
+        return UndistortedDataset(outputs, self.config.camera_res_scale_factor, data, split)
 
     def extract_tokens(self, frames: list[dict[str, Any]]) -> None:
         """Runs the backbone on every frame whose tokens are not in the cache, with a progress bar.
 
-        Raises:
-            ValueError: The backbone's weights cannot be had or do not fit, or the disk is full.
+        A ValueError says that its weights cannot be had or do not fit, or that the disk is full.
         """
         if self.cache is None or all(KEY in frame for frame in frames):
             return
@@ -128,20 +118,12 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
             frame[KEY] = key
 
     def load_tokens(self, frame: dict[str, Any]) -> Float[Tensor, "h w embed"]:
-        """Patch tokens of a loaded frame, in the cache's half precision.
-
-        Raises:
-            ValueError: They are not in the cache.
-        """
+        """Patch tokens of a loaded frame, in the cache's half precision; a ValueError where it does not have them."""
         assert self.cache is not None
         return self.cache.load(_get_key(frame)).patch_tokens.to(self.device)
 
     def create_lift_views(self, camera_to_worlds: Float[Tensor, "views 3 4"]) -> list[LiftView]:
-        """The training views as the lift takes them; tokens are read when they are needed.
-
-        Args:
-            camera_to_worlds: Poses of the training views, corrected where a camera optimizer moved them.
-        """
+        """The training views as the lift takes them, at these poses; tokens are read when they are needed."""
         capture = self.train_dataset.capture
         frames = {view.name: frame for view, frame in zip(capture.views, self.cached_train, strict=True)}
         poses = camera_to_worlds.to(self.device)
@@ -195,11 +177,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         return state
 
     def restore_order(self, state: dict[str, Any]) -> None:
-        """Puts back what `capture_order` took.
-
-        Raises:
-            ValueError: The checkpoint saw another number of frames.
-        """
+        """Puts back what `capture_order` took; a ValueError where the checkpoint saw more frames than there are."""
         train_is_short = any(index >= len(self.train_dataset) for index in state["train"])
         if train_is_short or any(index >= len(self.eval_dataset) for index in state["eval"]):
             raise ValueError("The checkpoint was made with more frames than --data has now; restore the data.")
@@ -223,7 +201,8 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         def load(index: int) -> dict[str, Any]:
             return dataset.get_data(index, image_type=self.config.cache_images_type)
 
-        with ThreadPoolExecutor(max_workers=NUM_LOADING_THREADS) as executor:
+        # Decoding releases the interpreter's lock.
+        with ThreadPoolExecutor(max_workers=4) as executor:
             loaded = executor.map(load, range(len(dataset)))
             frames = list(track(loaded, f"Loading {split} images", total=len(dataset)))
         if cache_images_device == "gpu":

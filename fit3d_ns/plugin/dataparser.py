@@ -5,6 +5,7 @@ dataparsers, cameras, the scene box and the registry, or every `ns-*` command of
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +24,15 @@ from fit3d_ns.geometry.cameras import transform_points
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.utils.progress import notice
 
+INTRINSICS = ("fx", "fy", "cx", "cy", "width", "height")
+"""What a `Lens` and nerfstudio's cameras name alike."""
+
 
 @dataclass
 class FeatureDataParserConfig(DataParserConfig):
     """Reads ScanNet++ (`dslr/`), nerfstudio (`transforms.json`) and COLMAP (`sparse/`, `colmap/`) scene folders."""
 
     _target: type = field(default_factory=lambda: FeatureDataParser)
-    """The dataparser's class."""
     data: Path = Path()
     """Scene folder; its content tells the layout."""
     layout: Literal["auto", "scannetpp", "nerfstudio", "colmap"] = "auto"
@@ -54,12 +57,8 @@ class FeatureDataParser(DataParser):
     config: FeatureDataParserConfig
     downscale_factor: int | None = None
 
-    def __init__(self, config: FeatureDataParserConfig) -> None:
-        super().__init__(config)
-        self._files: CaptureFiles | None = None
-
     def _generate_dataparser_outputs(self, split: str = "train", **kwargs: Any) -> DataparserOutputs:
-        files = self._read()
+        files = self._files
         usable = [frame for frame in files.frames if not frame.is_bad]
         poses, transform, scale = self._place_world(usable)
         indices = _select_frames(usable, split, self.config.eval_mode)
@@ -83,19 +82,20 @@ class FeatureDataParser(DataParser):
             metadata=metadata,
         )
 
-    def _read(self) -> CaptureFiles:
-        if self._files is None:
-            self._files = read_capture(self.config.data, layout=self.config.layout)
-            bad = sum(frame.is_bad for frame in self._files.frames)
-            notice(self._files.description + (f" {bad} frames marked bad are left out." if bad else ""))
-            if self._files.points is None:
-                notice("The capture has no seed points; Gaussians start at random positions, which takes longer.")
-        return self._files
+    @cached_property
+    def _files(self) -> CaptureFiles:
+        files = read_capture(self.config.data, layout=self.config.layout)
+        bad = sum(frame.is_bad for frame in files.frames)
+        notice(files.description + (f" {bad} frames marked bad are left out." if bad else ""))
+        if files.points is None:
+            notice("The capture has no seed points; Gaussians start at random positions, which takes longer.")
+        return files
 
     def _place_world(self, frames: list[Frame]) -> tuple[Float[Tensor, "frames 3 4"], Float[Tensor, "3 4"], float]:
         """Poses after orientation, centring and scaling, with the transform and the scale that did it."""
+        last_row = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
         poses, transform = camera_utils.auto_orient_and_center_poses(
-            torch.stack([_homogeneous_pose(frame) for frame in frames]),
+            torch.stack([torch.cat([frame.camera_to_world, last_row]) for frame in frames]),
             method=self.config.orientation_method,
             center_method=self.config.center_method,
         )
@@ -113,23 +113,14 @@ def create_cameras(lenses: list[Lens], camera_to_worlds: Float[Tensor, "frames 3
     types = [CameraType.FISHEYE if lens.model == "fisheye" else CameraType.PERSPECTIVE for lens in lenses]
     return Cameras(
         camera_to_worlds=camera_to_worlds,
-        fx=torch.tensor([[lens.fx] for lens in lenses]),
-        fy=torch.tensor([[lens.fy] for lens in lenses]),
-        cx=torch.tensor([[lens.cx] for lens in lenses]),
-        cy=torch.tensor([[lens.cy] for lens in lenses]),
-        width=torch.tensor([[lens.width] for lens in lenses]),
-        height=torch.tensor([[lens.height] for lens in lenses]),
+        **{name: torch.tensor([[getattr(lens, name)] for lens in lenses]) for name in INTRINSICS},
         distortion_params=torch.tensor([_distortion_parameters(lens) for lens in lenses]),
         camera_type=torch.tensor([[camera_type.value] for camera_type in types]),
     )
 
 
 def read_lens(cameras: Cameras, index: int) -> Lens:
-    """The lens of one nerfstudio camera, whichever dataparser made it.
-
-    Raises:
-        ValueError: The camera model is neither perspective nor fisheye.
-    """
+    """The lens of one nerfstudio camera, whichever dataparser made it; a ValueError if it cannot be undistorted."""
     camera_type = int(cameras.camera_type[index].item())
     if camera_type not in (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value):
         raise ValueError(
@@ -145,21 +136,12 @@ def read_lens(cameras: Cameras, index: int) -> Lens:
         distortion = (k1, k2, k3, k4) if is_fisheye else (k1, k2, p1, p2, k3)
     if not is_fisheye and not any(distortion):
         distortion = ()
-    return Lens(
-        fx=float(cameras.fx[index]),
-        fy=float(cameras.fy[index]),
-        cx=float(cameras.cx[index]),
-        cy=float(cameras.cy[index]),
-        width=int(cameras.width[index]),
-        height=int(cameras.height[index]),
-        model="fisheye" if is_fisheye else ("opencv" if distortion else "pinhole"),
-        distortion=distortion if is_fisheye or distortion else (),
-    )
+    intrinsics: dict[str, Any] = {name: getattr(cameras, name)[index].item() for name in INTRINSICS}
+    model = "fisheye" if is_fisheye else ("opencv" if distortion else "pinhole")
+    return Lens(**intrinsics, model=model, distortion=distortion)
 
 
 def _distortion_parameters(lens: Lens) -> list[float]:
-    if lens.model == "pinhole":
-        return [0.0] * 6
     given = [float(value) for value in lens.distortion] + [0.0] * 5
     if lens.model == "fisheye":
         return [*given[:4], 0.0, 0.0]
@@ -181,10 +163,6 @@ def _select_frames(frames: list[Frame], split: str, eval_mode: str) -> list[int]
         notice("The capture holds out no frame: its metrics are of training frames.")
     exact = [i for i in held_out if frames[i].split == split]
     return exact or held_out or list(range(len(frames)))
-
-
-def _homogeneous_pose(frame: Frame) -> Float[Tensor, "4 4"]:
-    return torch.cat([frame.camera_to_world, torch.tensor([[0.0, 0.0, 0.0, 1.0]])])
 
 
 fit3d_dataparser = DataParserSpecification(

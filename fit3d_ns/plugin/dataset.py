@@ -4,7 +4,6 @@ Pixels come from `PosedCapture`, the one place that loads and undistorts them fo
 datamanager undistorts while caching and rewrites cameras as it goes, so what they say depends on when one asks.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +26,12 @@ from fit3d_ns.scene.posed_capture import PosedCapture, View
 class UndistortedDataset(InputDataset):
     """Photographs and masks of one split, undistorted, with pinhole cameras that never change afterwards."""
 
-    def __init__(self, outputs: DataparserOutputs, scale_factor: float, root: Path, split: Split) -> None:
-        """Reads lenses and poses; no image is opened.
+    def __init__(self, outputs: DataparserOutputs, scale_factor: float, data: Path, split: Split) -> None:
+        """Reads lenses and poses of any dataparser's frames; no image is opened.
 
         Args:
-            outputs: Frames of any dataparser, distorted or not.
             scale_factor: Photographs are resized by this factor before they are undistorted, in (0, 1].
-            root: The scene folder that was given as `--data`.
-            split: What these frames are for.
+            data: The scene folder or camera file that was given as `--data`.
 
         Raises:
             ValueError: The factor is out of range, or a camera model cannot be undistorted.
@@ -42,16 +39,13 @@ class UndistortedDataset(InputDataset):
         super().__init__(outputs, scale_factor=1.0)
         if not 0.0 < scale_factor <= 1.0:
             raise ValueError(f"camera_res_scale_factor must be in (0, 1], not {scale_factor}.")
+        root = data.parent if data.is_file() else data
         self.capture = _create_capture(outputs, scale_factor, root, split)
         lenses = [compute_undistortion(view.lens).lens for view in self.capture.views]
         self.cameras = create_cameras(lenses, outputs.cameras.camera_to_worlds)
 
     def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "height width 3"]:
-        """The undistorted photograph.
-
-        Raises:
-            ValueError: The file is missing, damaged, or of another size than its camera says.
-        """
+        """The undistorted photograph; a ValueError names a file that is missing, damaged or of the wrong size."""
         return self.capture.load_image(self.capture.views[image_idx]).numpy()
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
@@ -75,29 +69,25 @@ def correct_poses(optimizer: CameraOptimizer, cameras: Cameras) -> Float[Tensor,
     return torch.stack(corrected)
 
 
-def find_root(data: Path) -> Path:
-    """The scene folder that `--data` means: itself, or the folder of the camera file that it names."""
-    return data.parent if data.is_file() else data
-
-
 def _create_capture(outputs: DataparserOutputs, scale_factor: float, root: Path, split: Split) -> PosedCapture:
     masks, depths = _collect_paths(outputs, "mask"), _collect_paths(outputs, "depth")
     transform, scale = outputs.dataparser_transform, float(outputs.dataparser_scale)
     views = []
-    for index, path in enumerate(outputs.image_filenames):
+    for index, path in enumerate(map(Path, outputs.image_filenames)):
         lens = read_lens(outputs.cameras, index)
         pose = outputs.cameras.camera_to_worlds[index]
         frame = Frame(
-            image_path=Path(path),
+            image_path=path,
             lens=lens,
             camera_to_world=_undo_transform(pose, transform, scale),
             split=split,
             mask_path=masks[index],
             depth_path=depths[index],
         )
-        width, height = _scale_size(lens.width, scale_factor), _scale_size(lens.height, scale_factor)
-        view = View(_name(Path(path), root), pose, lens.K, width, height, split, frame)
-        views.append(replace(view, K=compute_undistortion(resize_lens(lens, width, height)).lens.K))
+        width, height = (max(round(side * scale_factor), 1) for side in (lens.width, lens.height))
+        K = compute_undistortion(resize_lens(lens, width, height)).lens.K
+        name = path.relative_to(root) if path.is_relative_to(root) else path
+        views.append(View(name.as_posix(), pose, K, width, height, split, frame))
     return PosedCapture(
         root=root,
         views=views,
@@ -108,22 +98,12 @@ def _create_capture(outputs: DataparserOutputs, scale_factor: float, root: Path,
     )
 
 
-def _scale_size(pixels: int, scale_factor: float) -> int:
-    return max(round(pixels * scale_factor), 1)
-
-
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-
-
 def _undo_transform(pose: Float[Tensor, "3 4"], transform: Float[Tensor, "3 4"], scale: float) -> Float[Tensor, "3 4"]:
     """The pose in the dataset's own world: first the scale is taken back, then the rigid motion."""
     unscaled = pose.clone()
     unscaled[:, 3] /= scale
     rotation = transform[:3, :3].T
-    inverse = rotation.new_zeros(3, 4)
-    inverse[:, :3] = rotation
-    inverse[:, 3] = -rotation @ transform[:3, 3]
+    inverse = torch.cat([rotation, (-rotation @ transform[:3, 3])[:, None]], dim=1)
     return transform_camera_to_worlds(unscaled, inverse, 1.0)
 
 

@@ -19,7 +19,7 @@ from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import colour_features
-from fit3d_ns.scene.token_grid import TokenReader, create_token_reader, read_at_tokens
+from fit3d_ns.scene.token_grid import create_token_reader, read_at_tokens
 from fit3d_ns.utils.seeds import create_generator
 
 FEATURE_SEED = 0
@@ -107,7 +107,11 @@ class FeatureBranch(nn.Module):
         self._render = None
         height, width = alpha.shape
         tokens = batch["patch_tokens"].to(alpha.device).float()
-        loss = self._create_loss(width, height, (tokens.shape[0], tokens.shape[1]))
+        key = (width, height, (tokens.shape[0], tokens.shape[1]))
+        if key not in self._losses:
+            weighting, multiple = self.config.accumulation_weighting, self.config.feature_grid_multiple
+            self._losses[key] = FeatureLoss(*key, FeatureLossConfig(multiple=multiple, alpha_weighting=weighting))
+        loss = self._losses[key]
         pixels = None if loss.pixels is None else loss.pixels.to(alpha.device)
         features_low = rasterize_features(features, info, pixels=pixels)[0]
         mask = _resize_mask(batch["mask"].to(alpha.device), height, width) if "mask" in batch else None
@@ -124,7 +128,10 @@ class FeatureBranch(nn.Module):
         size = (tokens.shape[0], tokens.shape[1])
         width, height = int(info["width"]), int(info["height"])
         reader = create_token_reader(width, height, size, self.config.token_reading)
-        low, alpha = _render_pixels(features, info, reader)
+        # Opacity is the blend of ones.
+        with_ones = torch.cat([features, features.new_ones(len(features), 1)], dim=-1)
+        rendered = rasterize_features(with_ones, info, pixels=reader.pixels.to(features.device))[0]
+        low, alpha = rendered[:, :-1], rendered[:, -1]
         decoded = self.decoder.decode_pixels(low, alpha, reader)
         alpha_at_tokens = reader.read(alpha[:, None])[..., 0]
         valid = torch.ones(size, device=features.device)
@@ -166,10 +173,7 @@ class FeatureBranch(nn.Module):
         return pictures | {"features_pca_original": upsampled[0].permute(1, 2, 0)}
 
     def set_decoder(self, decoder: FeatureDecoder) -> None:
-        """Takes over the weights of a solved decoder, in place: the optimizer keeps its parameters.
-
-        A solved decoder without a bias leaves a zero bias.
-        """
+        """Copies a solved decoder in place, so that the optimizer keeps its parameters; no bias leaves a zero bias."""
         with torch.no_grad():
             self.decoder.weight.copy_(decoder.weight)
             if self.decoder.bias is not None:
@@ -205,15 +209,6 @@ class FeatureBranch(nn.Module):
         decoded = rows[:: max(len(rows) // MAX_COLOUR_ROWS, 1)] @ matrix.T
         return fit_colours(basis, decoded if bias is None else decoded + bias)
 
-    def _create_loss(self, width: int, height: int, patch_grid: tuple[int, int]) -> FeatureLoss:
-        key = (width, height, patch_grid)
-        if key not in self._losses:
-            config = FeatureLossConfig(
-                multiple=self.config.feature_grid_multiple, alpha_weighting=self.config.accumulation_weighting
-            )
-            self._losses[key] = FeatureLoss(width, height, patch_grid, config)
-        return self._losses[key]
-
 
 def read_picture_basis(buffers: Mapping[str, Tensor]) -> PcaBasis | None:
     """The picture basis out of a feature branch's buffers, or None where it was never fitted."""
@@ -223,17 +218,6 @@ def read_picture_basis(buffers: Mapping[str, Tensor]) -> PcaBasis | None:
     return PcaBasis(**parts | {"total_variance": float(parts["total_variance"])})
 
 
-def _render_pixels(
-    features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], reader: TokenReader
-) -> tuple[Float[Tensor, "pixels dim"], Float[Tensor, " pixels"]]:
-    """Blended features and opacity at the pixels a reader reads; opacity is the blend of ones."""
-    with_ones = torch.cat([features, features.new_ones(len(features), 1)], dim=-1)
-    rendered = rasterize_features(with_ones, info, pixels=reader.pixels.to(features.device))[0]
-    return rendered[:, :-1], rendered[:, -1]
-
-
 def _resize_mask(mask: Float[Tensor, "rows columns 1"], height: int, width: int) -> Float[Tensor, "height width"]:
     """The valid mask at the size of a render, which early in training is a fraction of the image's."""
-    if tuple(mask.shape[:2]) == (height, width):
-        return mask[..., 0].float()
     return F.interpolate(mask.float().permute(2, 0, 1)[None], size=(height, width), mode="area")[0, 0]

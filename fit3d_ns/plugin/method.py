@@ -23,19 +23,14 @@ from fit3d_ns.plugin.trainer import FeatureTrainerConfig
 HAS_CUDA = torch.cuda.is_available()
 """Asked once: decides the default device and the default length of a run."""
 
-GPU_ITERATIONS = 30_000
-CPU_ITERATIONS = 3_000
-"""A first result on two cores in minutes; the README has the quality of both lengths."""
+MAX_NUM_ITERATIONS = 30_000 if HAS_CUDA else 3_000
+"""On two cores, a first result in minutes; the README has the quality of both lengths."""
 
-GPU_DENSIFY_THRESHOLD = 0.0008
-"""splatfacto's."""
-
-CPU_DENSIFY_THRESHOLD = 0.002
-"""Held-out PSNR and features of short runs are the same with 2.5 times fewer Gaussians; see the README."""
+DENSIFY_THRESHOLD = 0.0008 if HAS_CUDA else 0.002
+"""splatfacto's; short runs have the same held-out PSNR and features with 2.5 times fewer Gaussians (see the README)."""
 
 PAPER_FEATURE_LR = 0.0025 / 40
 """Learning rate of features and decoder in the paper's code."""
-
 
 SUPPORTED = {"nerfstudio": ("1.1.5", "1.2"), "gsplat": ("1.4.0", "1.6"), "timm": ("1.0.20", "2")}
 """Package to the first supported version and the first that is not, `[from, to)`."""
@@ -44,19 +39,12 @@ SUPPORTED = {"nerfstudio": ("1.1.5", "1.2"), "gsplat": ("1.4.0", "1.6"), "timm":
 def check_versions() -> None:
     """Warns of each package that is too old or too new; a wrong guess must not stop `ns-train`."""
     for package, (first, beyond) in SUPPORTED.items():
-        problem = describe_problem(package, first, beyond)
-        if problem:
+        if problem := describe_problem(package, first, beyond):
             warnings.warn(problem, stacklevel=2)
 
 
 def describe_problem(package: str, first: str, beyond: str) -> str | None:
-    """What is wrong with the installed version of a package, or None.
-
-    Args:
-        package: Name of the distribution.
-        first: Oldest version that works.
-        beyond: Oldest version that is not known to work.
-    """
+    """What is wrong with the installed version of a package, or None; it works from `first` up to below `beyond`."""
     try:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -83,7 +71,7 @@ def _create_config(
     model._target = FeatureSplatfactoModel
     return FeatureTrainerConfig(
         method_name=method_name,
-        max_num_iterations=GPU_ITERATIONS if HAS_CUDA else CPU_ITERATIONS,
+        max_num_iterations=MAX_NUM_ITERATIONS,
         steps_per_eval_batch=0,
         steps_per_eval_all_images=0,
         machine=MachineConfig(device_type="cuda" if HAS_CUDA else "cpu"),
@@ -101,7 +89,7 @@ fit3d_features = MethodSpecification(
     config=_create_config(
         "fit3d-features",
         FeatureDatamanagerConfig(dataparser=FeatureDataParserConfig(), cache_images_type="uint8"),
-        FeatureSplatfactoModelConfig(densify_grad_thresh=GPU_DENSIFY_THRESHOLD if HAS_CUDA else CPU_DENSIFY_THRESHOLD),
+        FeatureSplatfactoModelConfig(densify_grad_thresh=DENSIFY_THRESHOLD),
         feature_lr=0.0025,
         decoder_lr=1e-3,
     ),

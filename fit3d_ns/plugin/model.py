@@ -3,6 +3,7 @@
 Colour moves the geometry, features never do: `rasterize_features` blends them through the same projection, detached.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,6 @@ class FeatureSplatfactoModel(SplatfactoModel):
         """Builds parameters, strategy, metrics and the feature branch.
 
         splatfacto's own version needs CUDA and downloads LPIPS weights, so nothing of it is called.
-
-        Raises:
-            ValueError: A feature option is out of range, or a step count was left open.
         """
         # Two seconds of import that commands of other methods need not pay.
         from torchmetrics.image import PeakSignalNoiseRatio
@@ -54,7 +52,6 @@ class FeatureSplatfactoModel(SplatfactoModel):
         Model.populate_modules(self)
         # A collider clips rays; a splatting model has none.
         self.collider = None
-        self.config.check_features()
         if self.config.refine_every is None:
             raise ValueError("Step counts are open; `FeatureTrainerConfig.resolve` fills them before set-up.")
         self.gauss_params = torch.nn.ParameterDict(self._create_gaussians())
@@ -62,7 +59,6 @@ class FeatureSplatfactoModel(SplatfactoModel):
         self.camera_optimizer = self.config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
         self.psnr = PeakSignalNoiseRatio(data_range=1.0)
         self.ssim = SSIM(data_range=1.0, size_average=True, channel=3)
-        self.lpips = LazyLPIPS(is_wanted=self.config.lpips == "auto")
         self.step = 0
         self.crop_box = None
         is_random = self.config.background_color == "random"
@@ -73,8 +69,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
             grid_x, grid_y, grid_w = self.config.grid_shape
             self.bil_grids = BilateralGrid(num=self.num_train_data, grid_X=grid_x, grid_Y=grid_y, grid_W=grid_w)
         self.strategy = create_strategy(self.config, self.num_train_data)
-        is_default = self.config.strategy == "default"
-        self.strategy_state = self.strategy.initialize_state(**({"scene_scale": 1.0} if is_default else {}))
+        self.strategy_state = self.strategy.initialize_state()
 
     @property
     def features(self) -> Float[Tensor, "num_gaussians dim"]:
@@ -138,18 +133,11 @@ class FeatureSplatfactoModel(SplatfactoModel):
     def step_post_backward(self, step: int) -> None:
         """Lets the strategy densify, prune or relocate."""
         assert step == self.step
-        arguments: dict[str, Any] = {
-            "params": self.gauss_params,
-            "optimizers": self.optimizers,
-            "state": self.strategy_state,
-            "step": step,
-            "info": self.info,
-        }
-        if self.config.strategy == "mcmc":
-            arguments["lr"] = float(self.optimizers["means"].param_groups[0]["lr"])
-        else:
-            arguments["packed"] = False
-        self.strategy.step_post_backward(**arguments)
+        is_mcmc = self.config.strategy == "mcmc"
+        rate = {"lr": float(self.optimizers["means"].param_groups[0]["lr"])} if is_mcmc else {}
+        self.strategy.step_post_backward(
+            self.gauss_params, self.optimizers, self.strategy_state, step, self.info, **rate
+        )
 
     def get_outputs(self, camera: Cameras) -> dict[str, Any]:
         """Renders one camera.
@@ -242,9 +230,8 @@ class FeatureSplatfactoModel(SplatfactoModel):
             "psnr": float(self.psnr(truth_nchw, prediction_nchw)),
             "ssim": float(self.ssim(truth_nchw, prediction_nchw)),
         }
-        perceptual = self.lpips.compute(truth_nchw, prediction_nchw)
-        if perceptual is not None:
-            metrics["lpips"] = perceptual
+        if self._lpips is not None:
+            metrics["lpips"] = float(self._lpips(truth_nchw.clamp(0, 1), prediction_nchw.clamp(0, 1)))
         if "patch_tokens" in batch:
             metrics |= self.feature_branch.compute_metrics(self.features, self.info, batch)
         pictures = {"img": torch.cat([truth, prediction], dim=1)}
@@ -270,7 +257,6 @@ class FeatureSplatfactoModel(SplatfactoModel):
         num_neighbours = min(3, num_gaussians - 1)
         distances = self.k_nearest_sklearn(means, num_neighbours)[0] if num_neighbours > 0 else [[1.0]]
         spacing = torch.as_tensor(distances).mean(dim=-1, keepdim=True).clamp(min=1e-7)
-        initial_features = FeatureBranch.create_features(self.config, num_gaussians)
         raw = {
             "means": means,
             "scales": torch.log(spacing.repeat(1, 3)),
@@ -278,7 +264,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
             "features_dc": sh_coefficients[:, 0].contiguous(),
             "features_rest": sh_coefficients[:, 1:].contiguous(),
             "opacities": torch.logit(torch.full((num_gaussians, 1), INITIAL_OPACITY)),
-            "features": initial_features,
+            "features": FeatureBranch.create_features(self.config, num_gaussians),
         }
         return {name: Parameter(value) for name, value in raw.items()}
 
@@ -289,25 +275,15 @@ class FeatureSplatfactoModel(SplatfactoModel):
         degree = min(self.step // self.config.sh_degree_interval, self.config.sh_degree)
         return torch.cat([parameters["features_dc"][:, None], parameters["features_rest"]], dim=1), degree
 
-
-class LazyLPIPS:
-    """LPIPS (AlexNet), built on first use where its weights are at hand. It is not a module, so nothing is saved."""
-
-    def __init__(self, is_wanted: bool) -> None:
-        self._is_wanted = is_wanted
-        self._metric: Any = None
-
-    def compute(
-        self, truth: Float[Tensor, "1 3 height width"], prediction: Float[Tensor, "1 3 height width"]
-    ) -> float | None:
-        """LPIPS of two images in [0, 1], or None where it is off or its weights are not at hand, which it says once."""
-        if self._is_wanted and not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE).is_file():
-            notice(f"LPIPS is left out: torch's hub cache has no {ALEXNET_FILE} (torchvision's AlexNet).")
-            self._is_wanted = False
-        if not self._is_wanted:
+    @cached_property
+    def _lpips(self) -> Any:
+        """LPIPS (AlexNet), or None where it is off or its weights are not at hand. A cached property is not registered
+        as a submodule, so nothing of it is saved."""
+        if self.config.lpips == "off":
             return None
-        if self._metric is None:
-            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        if not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE).is_file():
+            notice(f"LPIPS is left out: torch's hub cache has no {ALEXNET_FILE} (torchvision's AlexNet).")
+            return None
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-            self._metric = LearnedPerceptualImagePatchSimilarity(normalize=True).to(truth.device)
-        return float(self._metric(truth.clamp(0, 1), prediction.clamp(0, 1)))
+        return LearnedPerceptualImagePatchSimilarity(normalize=True).to(self.device)

@@ -103,12 +103,7 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
         return "bilinear" if self.feature_schedule == "joint" else self.lift.token_reading
 
     def create_lift_config(self, max_passes: int, decoder_share: float) -> LiftConfig:
-        """The options of one solve.
-
-        Args:
-            max_passes: Passes of this solve, 0 or above.
-            decoder_share: Largest share of the views that the decoder is fitted to; `lift.decoder_share` may be less.
-        """
+        """The options of one solve of at most `max_passes` passes, with the decoder fitted to at most that share."""
         # Runs from before `SolveConfig` hold a whole `LiftConfig`; the options of its own are the model's here.
         solve = {item.name: getattr(self.lift, item.name) for item in fields(SolveConfig)}
         solve |= {"max_passes": max_passes, "decoder_share": min(self.lift.decoder_share, decoder_share)}
@@ -120,29 +115,17 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
         )
 
     def check_features(self) -> None:
-        """Refuses feature options that are out of range.
-
-        Raises:
-            ValueError: The sentence names the flag.
-        """
+        """Refuses feature options that are out of range, with a ValueError that names the flag."""
         smallest = {"feature_dim": 1, "feature_loss_weight": 0, "feature_grid_multiple": 0, "steps_per_solve": 0}
         for name, least in smallest.items():
-            value = getattr(self, name)
-            if value < least:
+            if (value := getattr(self, name)) < least:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--pipeline.model.{flag} is {value}; it must be at least {least}.")
         if not 0 < self.solve_share <= 1:
             raise ValueError(f"--pipeline.model.solve-share is {self.solve_share}; it must be in (0, 1].")
 
     def resolve_steps(self, max_num_iterations: int) -> None:
-        """Fills every step count that the user left open; values the user gave stay.
-
-        Args:
-            max_num_iterations: Length of the whole run in steps.
-
-        Raises:
-            ValueError: The run has no steps.
-        """
+        """Fills every step count that the user left open, from the length of the whole run; given values stay."""
         if max_num_iterations < 1:
             raise ValueError(f"--max-num-iterations must be at least 1, not {max_num_iterations}.")
         scale = max_num_iterations / SPLATFACTO_ITERATIONS

@@ -17,7 +17,7 @@ from fit3d_ns.lifting.views import fit_picture_basis
 from fit3d_ns.plugin.datamanager import FeatureDatamanager
 from fit3d_ns.plugin.dataset import correct_poses
 from fit3d_ns.plugin.model import FeatureSplatfactoModel
-from fit3d_ns.plugin.solve_budget import SolveCosts, SolvePlan, compute_solve_budget, estimate_solve_costs
+from fit3d_ns.plugin.solve_budget import SolvePlan, compute_solve_budget, estimate_solve_costs
 from fit3d_ns.utils.errors import install_error_sentences
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.selection import select_evenly
@@ -34,7 +34,6 @@ class FeaturePipelineConfig(VanillaPipelineConfig):
     """nerfstudio's pipeline options."""
 
     _target: type = field(default_factory=lambda: FeaturePipeline)
-    """The pipeline's class."""
 
 
 class FeaturePipeline(VanillaPipeline):
@@ -81,9 +80,10 @@ class FeaturePipeline(VanillaPipeline):
         config = self.model.config
         if not self.branch.is_on or config.feature_schedule != "solve":
             return
-        costs = self._solve_costs
+        costs = estimate_solve_costs(config.feature_dim, config.lift.samples_per_patch)
         # A run that goes on after its end solves again; what that end cost, its own steps have paid.
-        left = compute_solve_budget(max_num_iterations, self._num_views, config.solve_share) - self.early_cost_spent
+        budget = compute_solve_budget(max_num_iterations, len(self.datamanager.train_dataset), config.solve_share)
+        left = budget - self.early_cost_spent
         done = step + 1
         if done == max_num_iterations:
             self.solve_features(costs.plan(left, config.lift.max_passes))
@@ -97,11 +97,7 @@ class FeaturePipeline(VanillaPipeline):
                 self.early_cost_spent += costs.compute(EARLY_SOLVE)
 
     def solve_features(self, plan: SolvePlan) -> None:
-        """Lifts the captured tokens onto the Gaussians as they are now, by least squares (`fit3d_ns.lifting`).
-
-        Args:
-            plan: How thoroughly.
-        """
+        """Lifts the captured tokens onto the Gaussians as they are now, by least squares (`fit3d_ns.lifting`)."""
         config = self.model.config
         lift = config.create_lift_config(plan.max_passes, plan.decoder_share)
         poses = correct_poses(self.model.camera_optimizer, self.datamanager.train_dataset.cameras.to(self.model.device))
@@ -144,16 +140,14 @@ class FeaturePipeline(VanillaPipeline):
         """Loads a checkpoint, strictly: a missing key is an error and never a random feature."""
         state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
         self.model.update_to_step(step)
-        prefix = "_model."
-        self.model.load_state_dict(
-            {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        )
+        model = {key.removeprefix("_model."): value for key, value in state.items() if key.startswith("_model.")}
+        self.model.load_state_dict(model)
 
     def capture_run_state(self) -> dict[str, Any]:
         """What a resumed run needs besides parameters and optimizers."""
         return {
             "datamanager": self.datamanager.capture_order(),
-            "strategy": {key: value for key, value in self.model.strategy_state.items()},
+            "strategy": dict(self.model.strategy_state),
             "passes_spent": self.passes_spent,
             "early_cost_spent": self.early_cost_spent,
             "lift": self.lift_state,
@@ -182,15 +176,6 @@ class FeaturePipeline(VanillaPipeline):
     def _reset_colours(self, button: ViewerButton) -> None:
         if self._scene_basis is not None:
             self.branch.set_picture_basis(self._scene_basis)
-
-    @property
-    def _solve_costs(self) -> SolveCosts:
-        config = self.model.config
-        return estimate_solve_costs(config.feature_dim, config.lift.samples_per_patch)
-
-    @property
-    def _num_views(self) -> int:
-        return len(self.datamanager.train_dataset)
 
 
 def _average(rows: list[dict[str, float]], with_std: bool) -> dict[str, float]:

@@ -9,14 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from torch import Tensor
 
 from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.plugin.checkpoints import load_latest_checkpoint
-from fit3d_ns.plugin.dataset import UndistortedDataset, correct_poses, find_root
+from fit3d_ns.plugin.dataset import UndistortedDataset, correct_poses
 from fit3d_ns.plugin.feature_branch import PICTURE_BUFFERS, read_picture_basis
 from fit3d_ns.plugin.run_config import find_config, load_config
 from fit3d_ns.plugin.trainer import SUMMARY_NAME
@@ -35,7 +33,7 @@ class SplatRun:
     config: Any
     """nerfstudio's trainer config."""
     step: int
-    """Last step of the checkpoint that was read."""
+    """Last step of the checkpoint."""
     gauss_params: dict[str, Tensor]
     """Raw parameters by splatfacto's names (`means`, `features_dc`, `opacities`, ...), and our `features`."""
     state: dict[str, Tensor]
@@ -50,8 +48,7 @@ class SplatRun:
     def create_gaussians(self, **lifted: Tensor) -> Gaussians:
         """The Gaussians in their stored types, without those that cannot be stored or drawn.
 
-        Args:
-            lifted: `features` and by-products of a lift, by the argument names of `Gaussians.from_raw`.
+        `lifted` are features and by-products of a lift, by the argument names of `Gaussians.from_raw`.
         """
         raw = self.gauss_params
         sh_dc = raw["features_dc"]
@@ -90,8 +87,8 @@ def read_run(path: Path, data: Path | None = None, trust_config: bool = False) -
         )
     _point_at_data(config, config_path, data)
     checkpoint, _ = load_latest_checkpoint(config_path.parent / config.relative_model_dir)
-    prefix = "_model."
-    state = {key.removeprefix("module.").removeprefix(prefix): value for key, value in checkpoint["pipeline"].items()}
+    stored = checkpoint["pipeline"]
+    state = {key.removeprefix("module.").removeprefix("_model."): value for key, value in stored.items()}
     names = ("means", "scales", "quats", "features_dc", "features_rest", "opacities", "features")
     gauss_params = {name: state[f"gauss_params.{name}"].float() for name in names if f"gauss_params.{name}" in state}
     if "means" not in gauss_params:
@@ -159,11 +156,7 @@ def load_run_scene(
 
 
 def read_backbone(path: Path, trust_config: bool = False) -> tuple[str, Path | None, str] | None:
-    """Name, weights file and normalization of the backbone in a run's config; None where the method has no features.
-
-    Raises:
-        ValueError: There is no run, or its config cannot be read.
-    """
+    """Name, weights file and normalization of the backbone in a run's config; None where the method has no features."""
     config: Any = load_config(find_config(path), trust_config)
     datamanager = config.pipeline.datamanager
     name = getattr(datamanager, "backbone", None)
@@ -211,20 +204,14 @@ def _read_capture(config: Any, state: dict[str, Tensor]) -> PosedCapture:
     """Training views with corrected poses, then held-out views, in one capture."""
     datamanager = config.pipeline.datamanager
     parser = datamanager.dataparser.setup()
-    factor, root = datamanager.camera_res_scale_factor, find_root(Path(datamanager.dataparser.data))
-    train = UndistortedDataset(parser.get_dataparser_outputs(split="train"), factor, root, "train")
-    test = UndistortedDataset(parser.get_dataparser_outputs(split="test"), factor, root, "test")
-    poses = _correct_poses(config.pipeline.model, train.cameras, state)
-    views = train.capture.replace_camera_to_worlds(poses).views
+    factor, data = datamanager.camera_res_scale_factor, Path(datamanager.dataparser.data)
+    train = UndistortedDataset(parser.get_dataparser_outputs(split="train"), factor, data, "train")
+    test = UndistortedDataset(parser.get_dataparser_outputs(split="test"), factor, data, "test")
+    optimizer = config.pipeline.model.camera_optimizer.setup(num_cameras=len(train.cameras), device="cpu")
+    prefix = "camera_optimizer."
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    optimizer.load_state_dict(own, strict=False)
+    views = train.capture.replace_camera_to_worlds(list(correct_poses(optimizer, train.cameras))).views
     known = {view.name for view in views}
     views = [*views, *(view for view in test.capture.views if view.name not in known)]
     return replace(train.capture, views=views)
-
-
-def _correct_poses(model: Any, cameras: Cameras, state: dict[str, Tensor]) -> list[Float[Tensor, "3 4"]]:
-    optimizer = model.camera_optimizer.setup(num_cameras=len(cameras), device="cpu")
-    prefix = "camera_optimizer."
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if own:
-        optimizer.load_state_dict(own, strict=False)
-    return list(correct_poses(optimizer, cameras))

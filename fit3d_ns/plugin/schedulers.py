@@ -51,7 +51,6 @@ class RunLengthDecaySchedulerConfig(ExponentialDecaySchedulerConfig):
     """nerfstudio's exponential decay whose length is the run's unless one is given."""
 
     _target: type = field(default_factory=lambda: RunLengthDecayScheduler)
-    """The scheduler's class."""
     max_steps: int | None = None  # type: ignore[assignment]
     """Steps after which the final rate is reached; the whole run by default."""
     warmup_share: float = 0.0
@@ -64,11 +63,7 @@ class RunLengthDecayScheduler(ExponentialDecayScheduler):
     config: RunLengthDecaySchedulerConfig
 
     def get_scheduler(self, optimizer: Optimizer, lr_init: float) -> Any:
-        """The torch scheduler.
-
-        Raises:
-            ValueError: The length was never resolved.
-        """
+        """The torch scheduler; a ValueError where its length was never resolved."""
         if self.config.max_steps is None:
             raise ValueError(
                 "The scheduler's max_steps is open; `FeatureTrainerConfig.resolve` fills it before set-up."

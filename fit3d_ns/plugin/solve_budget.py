@@ -50,12 +50,7 @@ class SolveCosts:
         return plan.view_share * (self.weighted_sum + plan.decoder_share * self.decoder + passes)
 
     def plan(self, budget: float, max_passes: int) -> SolvePlan:
-        """The best solve within a budget.
-
-        Args:
-            budget: In the unit of the costs.
-            max_passes: More are not wanted.
-        """
+        """The best solve of at most `max_passes` passes within a budget, in the unit of the costs."""
         for decoder_share, enough in ((1.0, PASSES_WITH_ALL_VIEWS), (0.5, PASSES_WITH_HALF), (0.25, 0)):
             rest = budget - self.weighted_sum - decoder_share * self.decoder
             passes = max(min(int(rest / self.sampled_pass) - 1, max_passes), 0)
@@ -66,13 +61,7 @@ class SolveCosts:
 
 
 def compute_solve_budget(num_steps: int, num_views: int, share: float) -> float:
-    """What solving features may cost after `num_steps` colour steps, in `SolveCosts`' unit.
-
-    Args:
-        num_steps: Colour steps of the run.
-        num_views: Training views.
-        share: Largest share of the colour time that may go into solving, for example 0.15.
-    """
+    """What solving features may cost after `num_steps` colour steps, in `SolveCosts`' unit: a share of their time."""
     return share * num_steps / max(num_views, 1)
 
 

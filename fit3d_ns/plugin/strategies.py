@@ -18,9 +18,7 @@ NOISE_STEEPNESS, NOISE_THRESHOLD = 100.0, 0.995
 def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> DefaultStrategy | MCMCStrategy:
     """The strategy the options ask for; all step counts must be resolved.
 
-    Args:
-        config: Options of the model.
-        num_views: Training views; refinement pauses for about one epoch after an opacity reset.
+    After an opacity reset, refinement pauses for about one epoch of the `num_views` training views.
     """
     assert config.refine_every is not None and config.reset_alpha_every is not None
     if config.strategy == "mcmc":
@@ -93,9 +91,7 @@ class PortableMCMCStrategy(MCMCStrategy):
     ) -> None:
         """Copies the chosen Gaussians over the replaced ones, or as new ones; all copies of one together look like it.
 
-        Args:
-            chosen: Indices, one per copy; a Gaussian may be chosen several times.
-            replaced: Indices, as many, of the Gaussians that make room.
+        Both are indices, one per copy; a Gaussian may be chosen several times.
         """
         opacities, scales = compute_relocation(
             opacities=torch.sigmoid(params["opacities"].flatten())[chosen],
