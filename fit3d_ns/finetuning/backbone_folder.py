@@ -25,11 +25,11 @@ from fit3d_ns.utils.files import read_json, write_atomically, write_json
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-CARD_NAME = "README.md"
-FIT3D_NAME = "fit3d.pth"
 
-_KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv")
+_KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "license")
 """What stays of timm's description of the original checkpoint; where it was downloaded from does not."""
+_MAX_NAMES = 20
+"""Training scenes that the card names; of more it says how many."""
 
 
 def save_finetuned(
@@ -37,57 +37,23 @@ def save_finetuned(
 ) -> None:
     """Writes the folder; each file is whole or not there, the configuration last.
 
-    Args:
-        folder: Made if it is missing.
-        token_model: The backbone, for its architecture and preprocessing.
-        weights: timm's state dict.
-        card: Text of the model card.
-        add_fit3d: Also write the plain state dict.
+    `weights` is timm's state dict; architecture, preprocessing and adapter are those of `token_model`.
 
     Raises:
         ValueError: The disk is full.
     """
-    folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    tensors = _detach(weights)
     with write_atomically(folder / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     if isinstance(token_model, AdaptedTokenModel):
-        adapter = {name: value.detach().cpu().contiguous() for name, value in token_model.adapter.state_dict().items()}
         with write_atomically(folder / ADAPTER_NAME) as temporary:
-            save_file(adapter, temporary)
+            save_file(_detach(token_model.adapter.state_dict()), temporary)
     if add_fit3d:
-        with write_atomically(folder / FIT3D_NAME) as temporary:
+        with write_atomically(folder / "fit3d.pth") as temporary:
             torch.save(tensors, temporary)
-    with write_atomically(folder / CARD_NAME) as temporary:
+    with write_atomically(folder / "README.md") as temporary:
         temporary.write_text(card, encoding="utf-8")
-    write_json(folder / CONFIG_NAME, describe_folder(token_model))
-
-
-def describe_folder(token_model: TokenModel) -> dict[str, Any]:
-    """The content of `config.json`."""
-    description = token_model.description
-    published = dict(token_model.model.pretrained_cfg)
-    kept = {key: published[key] for key in _KEPT_CONFIG if published.get(key) is not None}
-    licence = find_licence(token_model)
-    if licence is not None:
-        kept["license"] = licence
-    adapter = {ADAPTER_KEY: token_model.config} if isinstance(token_model, AdaptedTokenModel) else {}
-    return {
-        **adapter,
-        "architecture": description.architecture.split(".")[0],
-        "num_classes": 0,
-        "num_features": description.embed_dim,
-        "model_args": {**dict(description.model_args), "num_classes": 0, "dynamic_img_size": True},
-        "pretrained_cfg": {
-            **kept,
-            "mean": list(description.mean),
-            "std": list(description.std),
-            "num_classes": 0,
-            "fixed_input_size": False,
-            "tag": "fit3d",
-            "custom_load": False,
-        },
-    }
+    write_json(folder / CONFIG_NAME, _describe_folder(token_model))
 
 
 def find_licence(token_model: TokenModel) -> str | None:
@@ -118,12 +84,8 @@ def load_finetuned(folder: Path | str) -> nn.Module:
             f"{folder} holds a backbone with an adapter, which is not a timm model; "
             "use fit3d_ns.features.create_extractor with this folder."
         )
-    model = token_model.model
-    model.pretrained_cfg = {
-        **model.pretrained_cfg,
-        "mean": token_model.description.mean,
-        "std": token_model.description.std,
-    }
+    model, description = token_model.model, token_model.description
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": description.mean, "std": description.std}
     return model.eval()
 
 
@@ -132,12 +94,8 @@ def write_card(
 ) -> str:
     """The model card: Markdown with the front matter that model hubs read.
 
-    Args:
-        description: The original backbone.
-        report: As in `report.json`.
-        licence: The original weights' licence, as timm knows it.
-        scenes: Names of the training scenes.
-        share: Share of the fine-tuned weights, below 1 for mixtures with the original ones.
+    Description and licence are those of the original backbone, `report` is the content of `report.json`, and `scenes`
+    names the training scenes. A share below 1 is that of the fine-tuned weights in a mixture with the original ones.
     """
     name = description.architecture
     lines = ["---", "library_name: timm", f"base_model: {name}", "tags:", "- image-feature-extraction", "- fit3d"]
@@ -166,6 +124,10 @@ def write_card(
             "from fit3d_ns.features import create_extractor",
             'tokens = create_extractor("local-dir:THIS_FOLDER")(images).maps  # images in [0, 1]',
         ]
+    loss_first, loss_last = (
+        "unknown" if loss is None else f"{loss:.4f}" for loss in (report["loss_first"], report["loss_last"])
+    )
+    shown = ", ".join(scenes[:_MAX_NAMES]) + (f" and {len(scenes) - _MAX_NAMES} more" if scenes[_MAX_NAMES:] else "")
     lines += [
         "```python",
         *usage,
@@ -180,13 +142,12 @@ def write_card(
         "",
         "## Data",
         "",
-        f"{report['num_images']} images of {len(scenes)} scenes: {_shorten(scenes)}.",
+        f"{report['num_images']} images of {len(scenes)} scenes: {shown}.",
         "",
         "## Training",
         "",
         f"{report['steps']} steps of {report['images_per_step']} images in {report['seconds']:.0f} s; feature loss "
-        f"{_number(report['loss_first'])} at the start, {_number(report['loss_last'])} at the end. Original "
-        f"weights: hash `{description.weights_hash}`.",
+        f"{loss_first} at the start, {loss_last} at the end. Original weights: hash `{description.weights_hash}`.",
         "",
         "| setting | value |",
         "|---|---|",
@@ -210,17 +171,34 @@ def write_card(
     return "\n".join(lines)
 
 
+def _detach(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def _describe_folder(token_model: TokenModel) -> dict[str, Any]:
+    """The content of `config.json`."""
+    description = token_model.description
+    published = {**token_model.model.pretrained_cfg, "license": find_licence(token_model)}
+    return {
+        **({ADAPTER_KEY: token_model.config} if isinstance(token_model, AdaptedTokenModel) else {}),
+        "architecture": description.architecture.split(".")[0],
+        "num_classes": 0,
+        "num_features": description.embed_dim,
+        "model_args": {**dict(description.model_args), "num_classes": 0, "dynamic_img_size": True},
+        "pretrained_cfg": {
+            **{key: published[key] for key in _KEPT_CONFIG if published.get(key) is not None},
+            "mean": list(description.mean),
+            "std": list(description.std),
+            "num_classes": 0,
+            "fixed_input_size": False,
+            "tag": "fit3d",
+            "custom_load": False,
+        },
+    }
+
+
 def _flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for key, value in settings.items():
         rows += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return rows
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
-
-
-def _shorten(names: list[str], at_most: int = 20) -> str:
-    rest = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + rest

@@ -58,19 +58,12 @@ class FinetuneConfig:
     """All choices of stage II."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Order of images."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    """Variation of images."""
     targets: TargetConfig = field(default_factory=TargetConfig)
-    """What is taught."""
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
-    """What is trained."""
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
-    """What holds the backbone near the original."""
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
-    """How long and how fast."""
     run: RunConfig = field(default_factory=RunConfig)
-    """Saving and reporting."""
 
     def __post_init__(self) -> None:
         if self.trainable.train == "adapter" and self.anchors.wise_ft:
@@ -105,23 +98,10 @@ class FinetuneConfig:
 
 
 PAPER = FinetuneConfig(
-    sampling=SamplingConfig(sampling="epoch", images_per_visit=0, scenes_at_once=1, seed=42),
-    augmentation=AugmentationConfig(flip_probability=0.5),
+    sampling=SamplingConfig(images_per_visit=0, scenes_at_once=1),
     targets=TargetConfig(token_reading="bilinear", average_views=False, weight_by_opacity=False, cache="none"),
-    trainable=TrainableConfig(train="all"),
-    anchors=AnchorConfig(),
-    optimization=OptimizationConfig(
-        learning_rate=1e-5,
-        weight_decay=1e-4,
-        clip_norm=0.1,
-        batch_size=2,
-        accumulation_steps=1,
-        epochs=1.0,
-        schedule="constant",
-        warmup_fraction=0.0,
-        ema_decay=0.0,
-        precision="fp32",
-    ),
+    optimization=OptimizationConfig(epochs=1.0),
     run=RunConfig(splits=("train", "val", "test")),
 )
-"""The public code's values: held-out frames are trained on too, images come one by one from any scene."""
+"""The public code's values: held-out frames are trained on too, images come one by one from any scene. What is not
+named here is the default."""

@@ -76,28 +76,19 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class Draw:
-    """One image in one epoch; it seeds the augmentation."""
+    """One image in one epoch, by the indices of its scene and of its view among the scene's; seeds the augmentation."""
 
     epoch: int
-    """Counted from 0."""
     scene: int
-    """Index of the scene."""
     view: int
-    """Index into the scene's training views."""
     repeat: int | None = None
     """Where an image may be drawn again in the same epoch, the draw's number in it: what tells the repeats apart."""
 
 
 class DrawSequence:
-    """The endless sequence of draws; any position may be asked for."""
+    """The endless sequence of draws; any position may be asked for. ValueError where no scene has a view."""
 
     def __init__(self, views_per_scene: Sequence[int], config: SamplingConfig):
-        """Args:
-        views_per_scene: Number of training views of each scene.
-
-        Raises:
-            ValueError: There is no view at all.
-        """
         self.num_images = sum(views_per_scene)
         if self.num_images < 1:
             raise ValueError("The scenes have no training views; check their splits.")
@@ -141,20 +132,14 @@ def create_order(views_per_scene: Sequence[int], config: SamplingConfig, epoch: 
 
 @dataclass(frozen=True)
 class ImageWindow:
-    """The part of a view that is shown, and at which size."""
+    """The part of a view that is shown, in pixels of the view, and its size after resizing."""
 
     left: int
-    """First column of the crop."""
     top: int
-    """First row of the crop."""
     crop_width: int
-    """Columns of the crop."""
     crop_height: int
-    """Rows of the crop."""
     width: int
-    """Columns after resizing."""
     height: int
-    """Rows after resizing."""
 
     def apply_to_K(self, K: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
         """Intrinsics of the camera that sees only the window."""
@@ -164,9 +149,9 @@ class ImageWindow:
     def apply_to_map(self, image: Float[Tensor, "channels H W"]) -> Float[Tensor, "channels h w"]:
         """Crops and resizes; enlarging is bilinear, shrinking antialiased as a camera of fewer pixels would be."""
         cropped = image[:, self.top : self.top + self.crop_height, self.left : self.left + self.crop_width]
-        if (self.height, self.width) == (self.crop_height, self.crop_width):
-            return cropped
         size = (self.height, self.width)
+        if cropped.shape[1:] == size:
+            return cropped
         return F.interpolate(cropped[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
@@ -175,7 +160,6 @@ class Augmentation:
     """What is done to one draw."""
 
     window: ImageWindow
-    """The part that is shown."""
     flip: bool
     """Mirrored left to right at the end."""
     brightness: float = 1.0
@@ -210,8 +194,7 @@ def draw_augmentation(
 ) -> Augmentation:
     """The augmentation of one draw of a view of `width` times `height` pixels, a function of seed and draw.
 
-    Args:
-        patch_size: Resized images are never smaller than one patch.
+    Resized images are never smaller than one patch.
     """
     repeat = [] if draw.repeat is None else [draw.repeat]
     generator = create_generator(seed, "augmentation", draw.epoch, draw.scene, draw.view, *repeat)

@@ -38,7 +38,6 @@ from fit3d_ns.utils.results import collect_versions
 from fit3d_ns.utils.seeds import seed_everything
 
 REPORT_NAME = "report.json"
-COMPARISON_NAME = "comparison.png"
 MAX_REPORTED_LOSSES = 500
 """Points of the loss curve in the report; longer curves are averaged over as many steps each as it takes."""
 _ALL_SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -46,12 +45,10 @@ _ALL_SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class FinetuneInputs:
-    """What a run is given."""
+    """The scene files that are trained on, those for validation, and the backbone."""
 
     scenes: Sequence[Path]
-    """Scene files that are trained on."""
     validation_scenes: Sequence[Path] = ()
-    """Scene files that are not."""
     backbone: str | None = None
     """Name of the backbone; None takes the first scene's."""
     weights: Path | None = None
@@ -65,13 +62,10 @@ def finetune(
     device: DeviceChoice = "auto",
     accelerator: Accelerator | None = None,
 ) -> dict[str, Any]:
-    """Fine-tunes a backbone on lifted scenes and writes the folder.
+    """Fine-tunes a backbone on lifted scenes, writes the folder, and returns the content of `report.json`.
 
-    Args:
-        accelerator: One that exists already; made here by default.
-
-    Returns:
-        The content of `report.json`. Every process gets it, but only the main one has measured and written.
+    Every process gets the report, but only the main one has measured and written. An accelerator that exists already is
+    taken instead of a new one.
 
     Raises:
         ValueError: Anything a user can correct: scenes, backbone, photographs, settings, disk space.
@@ -86,7 +80,8 @@ def finetune(
     # With the first scene's preprocessing; the others are checked against it.
     description = bank.on_disk[0].backbone.with_weights(inputs.weights, inputs.backbone)
     bank.check_backbones(description)
-    views = _find_views(bank, [run.splits] * len(inputs.scenes) + [()] * len(inputs.validation_scenes), config)
+    splits: list[tuple[Split, ...]] = [run.splits] * len(inputs.scenes) + [()] * len(inputs.validation_scenes)
+    views = TrainingViews(bank.on_disk, splits, data_root=run.data_root, is_strict=run.strict)
     token_model = create_token_model(description).to(accelerator.device)
     original = copy_original(token_model)
     # Where cameras move, no target is asked for twice.
@@ -116,27 +111,24 @@ def finetune(
     return report
 
 
-def _find_views(bank: SceneBank, splits: Sequence[Sequence[Split]], config: FinetuneConfig) -> TrainingViews:
-    return TrainingViews(bank.on_disk, splits, data_root=config.run.data_root, is_strict=config.run.strict)
-
-
 def _create_validation(
     targets: TargetRenderer, inputs: FinetuneInputs, config: FinetuneConfig, patch_size: int
 ) -> Validation:
     """Views that are not trained on, as far as there are any."""
-    bank, num_trained, num_validated = targets.bank, len(inputs.scenes), len(inputs.validation_scenes)
-    held_out: tuple[Split, ...] = tuple(split for split in _ALL_SPLITS if split not in config.run.splits)
+    bank, run, num_trained, num_validated = targets.bank, config.run, len(inputs.scenes), len(inputs.validation_scenes)
+    held_out: tuple[Split, ...] = tuple(split for split in _ALL_SPLITS if split not in run.splits)
     if num_validated:
         splits: list[tuple[Split, ...]] = [()] * num_trained + [_ALL_SPLITS] * num_validated
         kind = f"{num_validated} validation scenes"
     elif any(scene.posed_capture.select(*held_out) for scene in bank.on_disk if held_out):
         splits, kind = [held_out] * num_trained, f"held-out views of the {num_trained} training scenes"
     else:
-        splits, kind = [config.run.splits] * num_trained, f"the views of the {num_trained} training scenes themselves"
+        splits, kind = [run.splits] * num_trained, f"the views of the {num_trained} training scenes themselves"
     # Leaving a view out is a way to train; metrics are against what the scene shows.
     shown = replace(config.targets, leave_one_out=False)
-    renderer = TargetRenderer(bank, _find_views(bank, splits, config), shown, targets.store)
-    return Validation(renderer, patch_size, config.run.max_validation_views, kind)
+    views = TrainingViews(bank.on_disk, splits, data_root=run.data_root, is_strict=run.strict)
+    renderer = TargetRenderer(bank, views, shown, targets.store)
+    return Validation(renderer, patch_size, run.max_validation_views, kind)
 
 
 def _summarise(
@@ -146,6 +138,11 @@ def _summarise(
     history, config, targets, bank = trainer.history, trainer.config, trainer.targets, trainer.bank
     loss_first, loss_last = history.summarise()
     num_shown = trainer.step * trainer.images_per_step
+    lifted = [{view.name for view in find_lifted(scene)} for scene in bank.on_disk]
+    novel = [
+        view for names, own in zip(lifted, trainer.views.views, strict=True) for view in own if view.name not in names
+    ]
+    num_rendered = targets.num_rendered + validation.targets.num_rendered
     return {
         "kind": "finetune",
         "is_random": description.is_random,
@@ -157,24 +154,20 @@ def _summarise(
         "images_per_second": num_shown / max(history.seconds, 1e-9),
         "phase_seconds": trainer.timer.seconds,
         "num_images": trainer.sequence.num_images,
-        "num_novel_images": _count_novel(trainer.views, bank),
+        "num_novel_images": len(novel),
         "num_missing_images": trainer.views.num_missing,
         "num_missing_validation_images": validation.targets.views.num_missing,
         "num_processes": trainer.processes.number,
         "num_trained_parameters": sum(parameter.numel() for parameter in trainer.backbone.parameters),
         "num_frozen_parameters": len(trainer.backbone.frozen),
-        "num_targets_rendered": None
-        if targets.store is None
-        else targets.num_rendered + validation.targets.num_rendered,
+        "num_targets_rendered": None if targets.store is None else num_rendered,
         "num_scene_loads": bank.num_loads,
         "num_scenes_averaged": None if bank.averages is None else bank.averages.num_averaged,
         "peak_memory_mb": measure_peak_memory_mb(),
-        "losses": thin_out(history.losses),
+        "losses": _thin_out(history.losses),
         "epochs": num_shown / trainer.sequence.num_images,
         "scenes": [str(path) for path in inputs.scenes],
-        "scene_costs": [
-            asdict(read_scene_costs(scene, path)) for scene, path in zip(bank.on_disk, inputs.scenes, strict=False)
-        ],
+        "scene_costs": [asdict(read_scene_costs(*pair)) for pair in zip(bank.on_disk, inputs.scenes, strict=False)],
         "validation_scenes": [str(path) for path in inputs.validation_scenes],
         "backbone": description.to_metadata(),
         "settings": config.reported,
@@ -183,13 +176,7 @@ def _summarise(
     }
 
 
-def _count_novel(views: TrainingViews, bank: SceneBank) -> int:
-    """Images that are trained on and that their scene was lifted without."""
-    lifted = [{view.name for view in find_lifted(scene)} for scene in bank.on_disk]
-    return sum(view.name not in names for names, own in zip(lifted, views.views, strict=True) for view in own)
-
-
-def thin_out(losses: Sequence[float]) -> list[float]:
+def _thin_out(losses: Sequence[float]) -> list[float]:
     """A loss curve that fits the report, each point the mean of as many steps as the others (the last of fewer)."""
     width = max(-(-len(losses) // MAX_REPORTED_LOSSES), 1)
     pieces = [losses[start : start + width] for start in range(0, len(losses), width)]
@@ -204,7 +191,7 @@ def _finish(
     finetuned = validation.evaluate(read_tokens_of(trained))
     trainer.accelerator.log(validation.collect_curves(finetuned), step=report["steps"])
     report |= validation.compare(finetuned)
-    save_comparison(validation, read_tokens_of(original), read_tokens_of(trained), folder / COMPARISON_NAME)
+    save_comparison(validation, read_tokens_of(original), read_tokens_of(trained), folder / "comparison.png")
     licence, add_fit3d = find_licence(original), config.run.format == "fit3d"
     names = [scene.scene_id for scene in trainer.bank.on_disk[: len(report["scenes"])]]
     weights: dict[str, Tensor] = trained.model.state_dict()

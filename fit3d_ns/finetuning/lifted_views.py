@@ -55,15 +55,11 @@ def find_lifted(scene: FeatureScene) -> list[View]:
 def average_lifted_views(
     scene: FeatureScene, data_root: Path | None = None, max_views: int | None = MAX_AVERAGED_VIEWS
 ) -> FeatureScene:
-    """The scene with its features averaged over the lifted views.
+    """A ready scene with its features averaged over the lifted views, ValueError where their capture is not there.
 
     Args:
-        scene: A scene that is ready to render.
         data_root: Where the capture with its masks lies now, if it was moved.
         max_views: At most this many of the views; None for all, so that any of them can be left out of the average.
-
-    Raises:
-        ValueError: The capture is not there, or a mask is damaged.
     """
     capture = locate_capture(scene, data_root)
     usable, num_lifted = _find_usable(scene, capture), len(find_lifted(scene))
@@ -78,10 +74,8 @@ def average_lifted_views(
 def compute_scene_hash(scene: FeatureScene) -> str:
     """Hashes the decoder, stretches of all the Gaussians' tensors, and which views were lifted.
 
-    Every tensor counts: whatever a target is rendered or weighted from must change the hash.
-
-    Args:
-        scene: On the CPU, as opened; only the stretches are read.
+    Every tensor counts: whatever a target is rendered or weighted from must change the hash. Of the scene,
+    on the CPU as opened, only the stretches are read.
     """
     count = scene.gaussians.num_gaussians
     starts = sorted({count * block // _NUM_HASHED_BLOCKS for block in range(_NUM_HASHED_BLOCKS)})
@@ -97,11 +91,7 @@ def compute_scene_hash(scene: FeatureScene) -> str:
 def compute_average_hash(
     scene: FeatureScene, data_root: Path | None = None, max_views: int | None = MAX_AVERAGED_VIEWS
 ) -> str:
-    """Hashes everything that `average_lifted_views` reads: the scene, and the cameras and masks it averages over.
-
-    Raises:
-        ValueError: The capture is not there.
-    """
+    """Hashes everything that `average_lifted_views` reads: the scene, and the cameras and masks it averages over."""
     parts: list[object] = [AVERAGING_SAMPLES, scene.backbone.patch_size]
     for view in select_evenly(_find_usable(scene, locate_capture(scene, data_root)), max_views):
         mask = None if view.frame.mask_path is None else hash_file(view.frame.mask_path)
@@ -111,7 +101,7 @@ def compute_average_hash(
 
 
 class SceneAverages:
-    """Averaged features of the scenes of one bank.
+    """Averaged features of the scenes of one bank; `average_lifted_views` describes data root and number of views.
 
     They are as large as those of the files (128 MB for a million Gaussians of 64 channels), so the store keeps them in
     memory within a budget, and beyond it on disk if there is a folder; where neither has room they are computed again.
@@ -125,25 +115,13 @@ class SceneAverages:
         data_root: Path | None = None,
         max_views: int | None = MAX_AVERAGED_VIEWS,
     ):
-        """Args:
-        scenes: The scenes as opened.
-        store: Where averaged features are kept.
-        data_root: Where captures and their masks lie now, if they were moved.
-        max_views: Views of each scene that are averaged over, at most; None for all.
-        """
-        self.scenes = scenes
-        self.store = store
+        self.scenes, self.store = scenes, store
         self.num_averaged = 0
-        self._data_root = data_root
-        self._max_views = max_views
+        self._data_root, self._max_views = data_root, max_views
         self._hashes: dict[int, str] = {}
 
     def apply(self, index: int, scene: FeatureScene) -> FeatureScene:
-        """The scene with averaged features.
-
-        Args:
-            index: Which of the scenes.
-            scene: The same, ready to render on any device, with the features of its file.
+        """The scene with averaged features, from its index and itself, ready on any device with its file's features.
 
         Raises:
             ValueError: The capture is not there, a mask is damaged, or the disk is full.
@@ -158,11 +136,7 @@ class SceneAverages:
         return averaged
 
     def compute_hash(self, index: int) -> str:
-        """Hashes everything that the averaged features of a scene depend on.
-
-        Raises:
-            ValueError: The capture is not there.
-        """
+        """Hashes everything that the averaged features of a scene depend on."""
         if index not in self._hashes:
             self._hashes[index] = compute_average_hash(self.scenes[index], self._data_root, self._max_views)
         return self._hashes[index]
@@ -178,12 +152,9 @@ def leave_view_out(
     not lifted changes nothing.
 
     Args:
-        scene: A ready scene whose `blend_weight` is known.
+        scene: A ready scene; ValueError where it keeps no blend weights.
         capture: Where the view's photograph is.
         original: The backbone whose tokens were lifted.
-
-    Raises:
-        ValueError: The scene keeps no blend weights.
     """
     if not bool(scene.gaussians.blend_weight.any()):
         raise ValueError(
@@ -207,8 +178,7 @@ def leave_view_out(
     rest = total - own_weight
     is_known = rest > SMALLEST_SHARE * total
     step = torch.where(is_known[:, None], sums / rest.clamp(min=1e-12)[:, None], 0.0)
-    features = features_and_one[:, :-1] - step
-    return replace(scene, gaussians=scene.gaussians.with_features(features)), is_known
+    return replace(scene, gaussians=scene.gaussians.with_features(features_and_one[:, :-1] - step)), is_known
 
 
 def _find_usable(scene: FeatureScene, capture: PosedCapture) -> list[View]:

@@ -64,27 +64,26 @@ class AnchorConfig:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What sums of one optimizer step are divided by: totals over all processes and accumulated batches."""
+    """What sums of one optimizer step are divided by: totals over all processes and accumulated batches.
+
+    They are the sum of the targets' weights, the number of patch tokens, valid or not, and that of images.
+    """
 
     weight: float
-    """Sum of the targets' weights."""
     num_tokens: float
-    """Patch tokens, valid or not."""
     num_images: float
-    """Images."""
 
 
 class TokenOutputs(NamedTuple):
-    """Tokens of images of one size; a plain tuple, so that wrappers can convert it."""
+    """Tokens of images of one size; a plain tuple, so that wrappers can convert it.
+
+    The first of each kind are after the final norm if the backbone's description says so, as scenes were lifted.
+    """
 
     patch_tokens: Float[Tensor, "batch patches embed"]
-    """After the final norm, if the backbone's description says so: what scenes were lifted from."""
     unnormed_patch_tokens: Float[Tensor, "batch patches embed"]
-    """Before the final norm."""
     prefix_tokens: Float[Tensor, "batch prefix embed"]
-    """As `patch_tokens`."""
     unnormed_prefix_tokens: Float[Tensor, "batch prefix embed"]
-    """Before the final norm."""
 
 
 class TokenModule(nn.Module):
@@ -143,14 +142,11 @@ def compute_token_anchors(
 ) -> Float[Tensor, ""]:
     """The local part of all terms on tokens, normalised by the totals.
 
-    Args:
-        original: Tokens of the original backbone for the same images, without gradient.
-        norm: The original's final norm.
+    `original` are the original backbone's tokens of the same images, without gradient, and `norm` is its final norm.
     """
     total = outputs.patch_tokens.new_zeros((), dtype=torch.float32)
     if config.feature_anchor > 0:
-        ones = torch.ones_like(weights)
-        kept = compute_l1_sum(outputs.patch_tokens, original.patch_tokens, ones).sum()
+        kept = compute_l1_sum(outputs.patch_tokens, original.patch_tokens, torch.ones_like(weights)).sum()
         total = total + config.feature_anchor * kept / totals.num_tokens
     if config.prefix_anchor > 0 and outputs.prefix_tokens.shape[1] > 0:
         number = totals.num_images * outputs.prefix_tokens.shape[1]
@@ -171,8 +167,7 @@ def invert_norm(
 ) -> Float[Tensor, "*batch embed"]:
     """Tokens before a LayerNorm whose result is `normed`, with mean and deviation of the tokens `unnormed`.
 
-    Raises:
-        ValueError: The norm is not a LayerNorm.
+    Another kind of norm raises ValueError.
     """
     if not isinstance(norm, nn.LayerNorm):
         raise ValueError(

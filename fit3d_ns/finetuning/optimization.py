@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fit3d_ns.features import TokenModel
+from fit3d_ns.features.adapters import add_adapter, add_lora, merge_lora
 from fit3d_ns.finetuning.losses import AnchorConfig, TokenModule
 from fit3d_ns.training.accelerator import Precision
 
@@ -80,8 +81,7 @@ class OptimizationConfig:
     def count_steps(self, num_images: int, num_processes: int) -> int:
         """Optimizer steps of a whole run; the last images that fill no step are left out (public code: drop_last).
 
-        Raises:
-            ValueError: One epoch is asked for and has fewer images than one step.
+        Epochs that have fewer images than one step raise ValueError.
         """
         if self.max_steps is not None:
             return self.max_steps
@@ -115,10 +115,7 @@ def copy_original(token_model: TokenModel) -> TokenModel:
 def select_trainable(token_model: TokenModel, config: TrainableConfig) -> TokenModel:
     """The model with everything else frozen; LoRA and the adapter are put in.
 
-    Parameters that were frozen before stay so.
-
-    Raises:
-        ValueError: More blocks than there are, or peft is not installed.
+    Parameters that were frozen before stay so. ValueError where there are fewer blocks, or peft is not installed.
     """
     if config.train == "all":
         return token_model
@@ -133,29 +130,17 @@ def select_trainable(token_model: TokenModel, config: TrainableConfig) -> TokenM
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
         return token_model
     if config.train == "lora":
-        from fit3d_ns.features.adapters import add_lora
-
         return add_lora(token_model, config.lora_rank, config.lora_alpha)
-    from fit3d_ns.features.adapters import add_adapter
-
     return add_adapter(token_model, config.adapter_window)
 
 
 def merge_trained(token_model: TokenModel, config: TrainableConfig) -> TokenModel:
     """The model as it is saved: LoRA's matrices are merged into the weights; otherwise the model itself."""
-    if config.train != "lora":
-        return token_model
-    from fit3d_ns.features.adapters import merge_lora
-
-    return merge_lora(token_model)
+    return merge_lora(token_model) if config.train == "lora" else token_model
 
 
 def freeze_unreachable(module: TokenModule, anchors: AnchorConfig) -> list[str]:
-    """Freezes the parameters that the loss cannot reach, found by one backward pass on a small image.
-
-    Returns:
-        Names of the parameters that were frozen here.
-    """
+    """Freezes the parameters that the loss cannot reach, by one backward pass on a small image; returns their names."""
     parameter = next(module.parameters())
     side = 2 * module.token_model.description.patch_size
     image = torch.linspace(0.0, 1.0, 3 * side * side, device=parameter.device).reshape(1, 3, side, side)
@@ -166,14 +151,12 @@ def freeze_unreachable(module: TokenModule, anchors: AnchorConfig) -> list[str]:
             total = total + outputs.prefix_tokens.sum() + outputs.unnormed_prefix_tokens.sum()
         if anchors.pre_norm > 0:
             total = total + outputs.unnormed_patch_tokens.sum()
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(total, [parameter for _, parameter in named], allow_unused=True)
-    frozen = [
-        (name, parameter) for (name, parameter), gradient in zip(named, gradients, strict=True) if gradient is None
-    ]
-    for _, parameter in frozen:
-        parameter.requires_grad_(False)
-    return [name for name, _ in frozen]
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    frozen = [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
+    for name in frozen:
+        named[name].requires_grad_(False)
+    return frozen
 
 
 class MovingAverage:
@@ -181,11 +164,8 @@ class MovingAverage:
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self.averages: dict[str, Tensor] = {
-            name: parameter.detach().float().clone()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+        trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.averages: dict[str, Tensor] = {name: value.detach().float().clone() for name, value in trained.items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -219,14 +199,9 @@ class TrainedBackbone:
         anchors: AnchorConfig,
         optimization: OptimizationConfig,
     ):
-        """Freezes what is not trained.
+        """Freezes what is not trained of the backbone, which is trained in place; ValueError if settings do not fit it.
 
-        Args:
-            token_model: The backbone, trained in place.
-            original: A frozen copy, if an anchor needs it.
-
-        Raises:
-            ValueError: Settings that do not fit the backbone.
+        `original` is a frozen copy, if an anchor needs it.
         """
         description = token_model.description
         if anchors.pre_norm > 0 and not description.norm:
@@ -243,9 +218,8 @@ class TrainedBackbone:
         if not trained:
             raise ValueError(f"Nothing of {description.label} is trained; choose another --train.")
         self.parameters = list(trained.values())
-        self.original_weights = (
-            {name: value.detach().clone() for name, value in trained.items()} if anchors.l2_sp else {}
-        )
+        pulled = trained if anchors.l2_sp else {}
+        self.original_weights = {name: value.detach().clone() for name, value in pulled.items()}
         self.average = MovingAverage(self.bare, optimization.ema_decay) if optimization.ema_decay > 0 else None
         if optimization.compile:
             model = self.bare.token_model
@@ -283,9 +257,9 @@ class TrainedBackbone:
 
 def interpolate_weights(original: dict[str, Tensor], finetuned: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """(1 - share) original + share finetuned, for floating-point tensors of the same names; exact at 0 and 1."""
-    return {
+    mixed = {
         name: torch.lerp(original[name].double(), value.double(), share).to(value.dtype)
-        if value.is_floating_point()
-        else value
         for name, value in finetuned.items()
+        if value.is_floating_point()
     }
+    return {**finetuned, **mixed}

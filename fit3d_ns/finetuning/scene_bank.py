@@ -23,9 +23,6 @@ from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
 
-LoadRun = Callable[[Path], FeatureScene]
-"""Reads the lifted scene of a nerfstudio run from its `config.yml`."""
-
 SCENE_SUFFIX = ".safetensors"
 
 
@@ -57,18 +54,13 @@ def find_scenes(patterns: Sequence[str | Path], flag: str = "--ckpts") -> list[P
 
 
 def prepare_scene_files(
-    scenes: Sequence[Path], export_folder: Path, load_run: LoadRun, *, may_export: bool = True
+    scenes: Sequence[Path], export_folder: Path, load_run: Callable[[Path], FeatureScene], *, may_export: bool = True
 ) -> list[Path]:
     """Scene files for `find_scenes`' result: runs are exported to `export_folder`, under a name with the run's hash.
 
     Args:
-        scenes: Scene files and `config.yml`s.
-        export_folder: Where exported scenes lie.
-        load_run: Reads a run.
+        load_run: Reads the lifted scene of a nerfstudio run from its `config.yml`; ValueError where it cannot.
         may_export: False on processes that wait until another one has exported.
-
-    Raises:
-        ValueError: A run cannot be read here.
     """
     files = []
     for scene in scenes:
@@ -89,12 +81,7 @@ class SceneBank:
     """
 
     def __init__(self, paths: Sequence[Path], device: torch.device | str = "cpu", memory_gb: float = 8.0):
-        """Opens all scene files.
-
-        Args:
-            paths: Scene files.
-            device: Where scenes are rendered.
-            memory_gb: Ready scenes take at most this many 1e9 bytes, above 0.
+        """Opens all scene files; ready scenes will take at most `memory_gb` (above 0) times 1e9 bytes on the device.
 
         Raises:
             ValueError: No path, a file that is not a whole scene, or a scene larger than the budget.
@@ -158,8 +145,7 @@ class SceneBank:
     def check_backbones(self, backbone: BackboneDescription) -> None:
         """Refuses scenes that were lifted with another backbone, other weights or other preprocessing.
 
-        Raises:
-            ValueError: Some were; the message names the first, and both sides of every difference.
+        The ValueError names the first of them, and both sides of every difference.
         """
         for path, scene in zip(self.paths, self.on_disk, strict=True):
             differences = scene.backbone.find_differences(backbone)

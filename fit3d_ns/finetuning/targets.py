@@ -27,9 +27,7 @@ from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.tensor_store import TensorStore
 
 TARGET_FOLDER = "targets"
-"""Below the output folder; removed when training has ended."""
-AVERAGE_FOLDER = "averages"
-"""Below the folder of the targets: the averaged features of scenes."""
+"""Below the output folder, with the averaged features of scenes below itself; removed when training has ended."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,17 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class Target:
-    """What one image's tokens should be."""
+    """What one image's tokens should be, and how much each counts (0 to 1); float32, on the device."""
 
     features: Float[Tensor, "h w embed"]
-    """Float32, on the device."""
     weights: Float[Tensor, "h w"]
-    """How much each token counts, 0 to 1."""
 
 
 class TargetRenderer:
-    """Renders targets, or takes them from the store."""
+    """Renders targets, or takes them from the store, if there is one.
+
+    The views are the photographs of the bank's scenes; leave-one-out needs the backbone as it was before training.
+    """
 
     def __init__(
         self,
@@ -88,12 +87,6 @@ class TargetRenderer:
         store: TensorStore | None = None,
         original: TokenModel | None = None,
     ):
-        """Args:
-        bank: The scenes.
-        views: The photographs of the same scenes.
-        store: None renders every target every time.
-        original: The backbone before training, needed for leave-one-out.
-        """
         self.bank = bank
         self.views = views
         self.config = config
@@ -108,11 +101,7 @@ class TargetRenderer:
         assert original is not None or not config.leave_one_out
 
     def render(self, sample: Sample) -> Target:
-        """The target of a sample, flipped as its image is.
-
-        Raises:
-            ValueError: The rendering is not finite; the message names scene and view.
-        """
+        """The target of a sample, flipped as its image is; ValueError where the rendering is not finite."""
         content_hash = "" if self.store is None else self._compute_hash(sample)
         stored = None if self.store is None else self.store.load(content_hash)
         if stored is None:
@@ -191,31 +180,24 @@ def create_averages(
 ) -> SceneAverages | None:
     """What replaces the features of a bank's scenes before targets are rendered, if a configuration asks for it.
 
-    Args:
-        output_folder: The run's folder, for averages that outgrow the memory.
-        data_root: Where captures and their masks lie now, if they were moved.
+    Averages that outgrow the memory go below the run's output folder. Captures lie below `data_root` if moved.
     """
     if not config.average_views:
         return None
-    folder = _find_folder(config, bank.device, output_folder)
-    folder = None if folder is None else folder / AVERAGE_FOLDER
-    store = TensorStore(config.average_gb, folder, keep_on_disk=config.cache_folder is not None)
+    store = _create_store(config, config.average_gb, bank.device, output_folder, "averages")
     # A view can only be left out of an average that it is part of.
     max_views = None if config.leave_one_out else MAX_AVERAGED_VIEWS
     return SceneAverages(bank.on_disk, store, data_root, max_views)
 
 
 def create_target_store(config: TargetConfig, device: torch.device, output_folder: Path) -> TensorStore | None:
-    """Where a configuration keeps targets, None if it does not.
+    """Where a configuration keeps targets, None if it does not: on CUDA, rendering one costs less than keeping it.
 
-    Args:
-        device: Where scenes are rendered; on CUDA a target costs less than keeping it.
-        output_folder: The run's folder, for targets that outgrow the memory.
+    Targets that outgrow the memory go below the run's output folder.
     """
     if _find_kind(config, device) == "none":
         return None
-    folder = _find_folder(config, device, output_folder)
-    return TensorStore(config.cache_gb, folder, keep_on_disk=config.cache_folder is not None)
+    return _create_store(config, config.cache_gb, device, output_folder)
 
 
 def _find_kind(config: TargetConfig, device: torch.device) -> Literal["none", "memory", "disk"]:
@@ -224,6 +206,9 @@ def _find_kind(config: TargetConfig, device: torch.device) -> Literal["none", "m
     return "disk" if config.cache_folder is not None or device.type == "cpu" else "none"
 
 
-def _find_folder(config: TargetConfig, device: torch.device, output_folder: Path) -> Path | None:
-    """Where targets and averages go that outgrow the memory; None where they are forgotten."""
-    return (config.cache_folder or output_folder / TARGET_FOLDER) if _find_kind(config, device) == "disk" else None
+def _create_store(
+    config: TargetConfig, memory_gb: float, device: torch.device, output_folder: Path, subfolder: str = ""
+) -> TensorStore:
+    folder = (config.cache_folder or output_folder / TARGET_FOLDER) / subfolder
+    kept_in = folder if _find_kind(config, device) == "disk" else None
+    return TensorStore(memory_gb, kept_in, keep_on_disk=config.cache_folder is not None)

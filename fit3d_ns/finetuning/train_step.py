@@ -5,7 +5,7 @@ batch's loss is divided by the global total right away, and gradients add up to 
 over processes, hence the factor of their number.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,76 +38,48 @@ SMALLEST_SCALE = 2.0**-20
 
 @dataclass(frozen=True)
 class Group:
-    """Images of one size."""
+    """Images of one size in [0, 1], what their tokens should be (float32), and how much each token counts."""
 
     samples: list[Sample]
-    """Where they come from, in order."""
     images: Float[Tensor, "batch 3 height width"]
-    """What the backbone sees, in [0, 1]."""
     targets: Float[Tensor, "batch patches embed"]
-    """What their tokens should be, float32."""
     weights: Float[Tensor, "batch patches"]
-    """How much each token counts."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes through the backbone at once."""
+    """What goes through the backbone at once: one group per image size, in order of first appearance."""
 
     groups: list[Group]
-    """One per image size, in order of first appearance."""
 
     @property
-    def weight(self) -> float:
-        """Sum of all weights."""
-        return sum(float(group.weights.sum(dtype=torch.float64)) for group in self.groups)
-
-    @property
-    def num_tokens(self) -> int:
-        """Patch tokens."""
-        return sum(group.weights.numel() for group in self.groups)
-
-    @property
-    def num_images(self) -> int:
-        """Images."""
-        return sum(len(group.samples) for group in self.groups)
-
-    @property
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> list[Sample]:
         """All samples, group by group."""
-        return (sample for group in self.groups for sample in group.samples)
+        return [sample for group in self.groups for sample in group.samples]
 
 
 def create_batch(samples: Sequence[Sample], targets: Sequence[Target], device: torch.device) -> Batch:
     """Stacks samples of equal size."""
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    for index, sample in enumerate(samples):
-        by_size.setdefault(tuple(sample.image.shape), []).append(index)
+    by_size: dict[tuple[int, ...], list[tuple[Sample, Target]]] = {}
+    for sample, target in zip(samples, targets, strict=True):
+        by_size.setdefault(tuple(sample.image.shape), []).append((sample, target))
     groups = []
-    for indices in by_size.values():
-        images = torch.stack([samples[index].image for index in indices])
-        groups.append(
-            Group(
-                samples=[samples[index] for index in indices],
-                images=images.to(device, non_blocking=True),
-                # (b, h, w, e) -> (b, h*w, e)
-                targets=torch.stack([targets[index].features for index in indices]).flatten(1, 2).to(device),
-                weights=torch.stack([targets[index].weights for index in indices]).flatten(1, 2).to(device),
-            )
-        )
+    for pairs in by_size.values():
+        images = torch.stack([sample.image for sample, _ in pairs]).to(device, non_blocking=True)
+        # (b, h, w, e) -> (b, h*w, e)
+        features = torch.stack([target.features for _, target in pairs]).flatten(1, 2).to(device)
+        weights = torch.stack([target.weights for _, target in pairs]).flatten(1, 2).to(device)
+        groups.append(Group([sample for sample, _ in pairs], images, features, weights))
     return Batch(groups)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found, over all processes."""
+    """What one step found, over all processes: masked L1 per channel, weighted anchors, the norm before clipping."""
 
     loss: float
-    """Feature loss: masked L1 per channel."""
     anchor_loss: float
-    """All anchors together, weighted; 0 without."""
     gradient_norm: float
-    """Before clipping."""
 
 
 class NotFiniteError(ValueError):
@@ -120,7 +92,7 @@ class NotFiniteError(ValueError):
 
 
 class TrainStep:
-    """Does one step at a time."""
+    """Does one step at a time, with gradients scaled down to `clip_norm`."""
 
     def __init__(
         self,
@@ -130,16 +102,8 @@ class TrainStep:
         processes: Processes,
         timer: PhaseTimer,
     ):
-        """Args:
-        clip_norm: Gradients are scaled down to this norm.
-        timer: Gets `forward_backward` and `optimizer`.
-        """
-        self.backbone = backbone
-        self.anchors = anchors
-        self.clip_norm = clip_norm
-        self.processes = processes
-        self.accelerator = processes.accelerator
-        self.timer = timer
+        self.backbone, self.anchors, self.clip_norm = backbone, anchors, clip_norm
+        self.processes, self.accelerator, self.timer = processes, processes.accelerator, timer
 
     def run(self, batches: Sequence[Batch], totals: StepTotals) -> StepResult:
         """Forward, backward and update for this process's batches.
@@ -151,11 +115,12 @@ class TrainStep:
             loss, anchor_loss = self._accumulate(batches, totals)
         with self.timer.phase("optimizer"):
             norm = self.accelerator.clip_grad_norm_(self.backbone.parameters, self.clip_norm)
+            scaler = self.accelerator.scaler
             # A scaled fp16 gradient may overflow; then the scaler skips this step and lowers its scale.
-            if self.accelerator.scaler is None and not bool(torch.isfinite(norm)):
+            if scaler is None and not bool(torch.isfinite(norm)):
                 self._stop("gradient", (batches[-1], []))
             self.backbone.optimizer.step()
-            if self.accelerator.scaler is not None and self.accelerator.scaler.get_scale() < SMALLEST_SCALE:
+            if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
                 self._stop("gradient", (batches[-1], []))
             self.backbone.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, anchor_loss, float(norm))
@@ -168,9 +133,9 @@ class TrainStep:
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.backbone.module):
                 loss, anchor, tokens = self._compute_losses(batch, totals)
-                if not bool(torch.isfinite(loss + anchor)):
-                    broken = broken or (batch, tokens)
                 total = loss + anchor
+                if not bool(torch.isfinite(total)):
+                    broken = broken or (batch, tokens)
                 if is_last and self.backbone.original_weights:
                     # On every process alike, so averaging over them leaves it as it is.
                     pull = compute_l2_sp(self.backbone.bare, self.backbone.original_weights, self.anchors.l2_sp)
@@ -191,7 +156,7 @@ class TrainStep:
         for group, output in zip(batch.groups, outputs, strict=True):
             sums.append(compute_l1_sum(output.patch_tokens, group.targets, group.weights).sum())
             tokens.append(output.patch_tokens.detach())
-            if original is not None and self.anchors.needs_original:
+            if original is not None:
                 with torch.no_grad(), self.accelerator.autocast():
                     reference = compute_outputs(original, group.images)
                 norm = original.model.norm
@@ -219,7 +184,7 @@ def find_broken(batch: Batch, tokens: Sequence[Tensor]) -> list[Sample]:
         for sample, loss in zip(group.samples, compute_l1_sum(own, group.targets, group.weights), strict=True)
         if not bool(torch.isfinite(loss))
     ]
-    return broken or list(batch.samples)
+    return broken or batch.samples
 
 
 def save_evidence(error: NotFiniteError, folder: Path, rank: int, facts: dict[str, Any]) -> Path | None:
@@ -228,17 +193,15 @@ def save_evidence(error: NotFiniteError, folder: Path, rank: int, facts: dict[st
         return None
     tensors: dict[str, Tensor] = {}
     for index, group in enumerate(error.batch.groups):
-        tensors |= {f"images.{index}": group.images, f"targets.{index}": group.targets}
-        tensors[f"weights.{index}"] = group.weights
-        if index < len(error.tokens):
-            tensors[f"tokens.{index}"] = error.tokens[index]
+        tensors |= {f"{name}.{index}": getattr(group, name) for name in ("images", "targets", "weights")}
+    tensors |= {f"tokens.{index}": tokens for index, tokens in enumerate(error.tokens)}
     path = folder / f"not-finite-{rank}.safetensors"
     with write_atomically(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     broken = {sample.name for sample in find_broken(error.batch, error.tokens)}
     views = [
-        {"scene": sample.scene_id, "view": sample.view.name, "flip": sample.augmentation.flip, "broken": name in broken}
-        for name, sample in ((sample.name, sample) for sample in error.batch.samples)
+        {"scene": one.scene_id, "view": one.view.name, "flip": one.augmentation.flip, "broken": one.name in broken}
+        for one in error.batch.samples
     ]
     write_json(path.with_suffix(".json"), {**facts, "error": str(error), "views": views})
     return path
@@ -247,17 +210,14 @@ def save_evidence(error: NotFiniteError, folder: Path, rank: int, facts: dict[st
 def sum_totals(batches: Sequence[Batch], processes: Processes, stop: bool, problem: str) -> tuple[StepTotals, bool]:
     """Totals over all processes, and whether any process wishes to stop after this step.
 
-    Args:
-        batches: This process's; empty if it has a problem.
-        stop: This process got a signal.
-        problem: What kept this process from its batches; "" if nothing did.
-
-    Raises:
-        ValueError: On every process, if any has a problem.
+    What keeps this process from its batches (`problem`, "" if nothing does) raises ValueError on every process.
     """
-    local = [float(sum(batch.weight for batch in batches)), float(sum(batch.num_tokens for batch in batches))]
-    local += [float(sum(batch.num_images for batch in batches)), float(stop), float(bool(problem))]
-    weight, num_tokens, num_images, wishes, problems = processes.sum(local)
+    # Summed batch by batch: the order decides the last bit.
+    sums = [sum(float(group.weights.sum(dtype=torch.float64)) for group in batch.groups) for batch in batches]
+    groups = [group for batch in batches for group in batch.groups]
+    num_tokens, num_images = sum(group.weights.numel() for group in groups), sum(len(group.images) for group in groups)
+    local = [float(value) for value in (sum(sums), num_tokens, num_images, stop, bool(problem))]
+    *totals, wishes, problems = processes.sum(local)
     if problems > 0:
         processes.agree(problem)
-    return StepTotals(weight, num_tokens, num_images), wishes > 0
+    return StepTotals(*totals), wishes > 0

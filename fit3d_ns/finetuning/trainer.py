@@ -5,6 +5,7 @@ function of the weights, the optimizer's state and the step's number: there is n
 so a run that was killed goes on to the same weights.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.draws import Draw, DrawSequence
+from fit3d_ns.finetuning.losses import StepTotals
 from fit3d_ns.finetuning.optimization import TrainedBackbone, copy_original
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.train_step import (
@@ -35,8 +37,8 @@ from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, notice
 from fit3d_ns.utils.stopping import StopRequest
 
-CHECKPOINT_FOLDER = "checkpoints"
-"""Below the output folder."""
+Validate = Callable[[TokenModel, int], dict[str, float]]
+"""The backbone and the step to curves that are logged."""
 NUM_NOTICES = 10
 """Lines about the loss in a run without a terminal."""
 
@@ -47,12 +49,10 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class TrainingHistory:
-    """What is known of all steps so far, those before a resume included."""
+    """Feature loss of each step so far, those before a resume included, and the time without validation."""
 
     losses: list[float] = field(default_factory=list)
-    """Feature loss of each step."""
     seconds: float = 0.0
-    """Wall-clock time of training, validation excepted."""
 
     def summarise(self) -> tuple[float | None, float | None]:
         """Mean loss of the first and of the last quarter of the steps (1 to 100 steps); single steps are noisy."""
@@ -73,33 +73,27 @@ class FinetuneTrainer:
         processes: Processes,
         output_folder: Path,
         inputs: dict[str, Any],
-        validate: Callable[[TokenModel, int], dict[str, float]] | None = None,
+        validate: Validate | None = None,
         timer: PhaseTimer | None = None,
     ):
         """Freezes what is not trained, wraps the backbone, and goes on from a checkpoint where there is one.
 
         Args:
             token_model: The original backbone; it is trained in place.
-            targets: Renders what is taught, for its own bank of scenes and their views.
-            output_folder: Checkpoints and evidence go there.
             inputs: Backbone, scenes and photographs by their hashes, as plain JSON values; a checkpoint of others is
                 refused.
-            validate: Called by the main process with the backbone and the step, every `steps_per_validation` steps;
-                returns curves to log.
+            validate: Called by the main process every `steps_per_validation` steps.
             timer: Gets the seconds of `load`, `target`, `forward_backward` and `optimizer`.
 
         Raises:
             ValueError: Settings that do not fit together, or a checkpoint of another run.
         """
         self.targets, self.config, self.processes = targets, config, processes
-        self.bank, self.views = targets.bank, targets.views
-        self.accelerator = processes.accelerator
-        self.output_folder = output_folder
-        self.validate = validate
+        self.bank, self.views, self.accelerator = targets.bank, targets.views, processes.accelerator
+        self.output_folder, self.validate, self._inputs = output_folder, validate, inputs
         self.history = TrainingHistory()
         self.timer = timer or PhaseTimer()
         self.step = 0
-        self._inputs = inputs
         optimization, anchors = config.optimization, config.anchors
         self.sequence = DrawSequence(self.views.views_per_scene, config.sampling)
         self.num_steps = optimization.count_steps(self.sequence.num_images, processes.number)
@@ -107,7 +101,7 @@ class FinetuneTrainer:
         original = (targets.original or copy_original(token_model)).to(device) if anchors.needs_original else None
         self.backbone = TrainedBackbone(token_model.to(device), original, config.trainable, anchors, optimization)
         self.bare = self.backbone.bare
-        self.checkpoints = CheckpointFolder(output_folder / CHECKPOINT_FOLDER, config.run.keep_checkpoints)
+        self.checkpoints = CheckpointFolder(output_folder / "checkpoints", config.run.keep_checkpoints)
         scaler_state = self._resume()
         self.backbone.prepare(self.accelerator)
         if scaler_state is not None and self.accelerator.scaler is not None:
@@ -128,10 +122,9 @@ class FinetuneTrainer:
             ValueError: An image cannot be read, a loss is not finite, or the disk is full.
         """
         self.bare.train()
-        description = "Fine-tuning"
         steps_per_notice = max(self.num_steps // NUM_NOTICES, 1)
         with StopRequest() as stop, create_progress() as progress:
-            task = progress.add_task(description, total=self.num_steps, completed=self.step, note="")
+            task = progress.add_task("Fine-tuning", total=self.num_steps, completed=self.step, note="")
             if not self.processes.is_main:
                 progress.stop()
             for result, wishes in self._iterate(stop):
@@ -140,19 +133,18 @@ class FinetuneTrainer:
                 progress.update(task, completed=self.step, note=note)
                 is_last = self.step == self.num_steps
                 if progress.disable and self.processes.is_main and (self.step % steps_per_notice == 0 or is_last):
-                    notice(f"{description}: step {self.step} of {self.num_steps}, {note}")
+                    notice(f"Fine-tuning: step {self.step} of {self.num_steps}, {note}")
                 self._log(result)
                 if wishes or is_last or self.step % self.config.run.steps_per_checkpoint == 0:
                     self.save_checkpoint()
                 if wishes and not is_last:
                     raise Interrupted(f"stopped at step {self.step} of {self.num_steps}; the same command goes on")
                 every = self.config.run.steps_per_validation
-                if every and self.step % every == 0 and not is_last:
-                    self._validate()
+                if self.validate is not None and every and self.step % every == 0 and not is_last:
+                    self._validate(self.validate)
         self.bare.eval()
 
     def save_checkpoint(self) -> None:
-        """Writes the state after the present step."""
         scaler = self.accelerator.scaler
         state = {
             **self.backbone.state_dict(),
@@ -185,7 +177,7 @@ class FinetuneTrainer:
         finally:
             samples.close()  # type: ignore[attr-defined]
 
-    def _step(self, batches: list[Batch], totals: Any) -> StepResult:
+    def _step(self, batches: list[Batch], totals: StepTotals) -> StepResult:
         try:
             with self.processes.explain_deaths():
                 return self.train_step.run(batches, totals)
@@ -238,12 +230,12 @@ class FinetuneTrainer:
         self.processes.wait()
         if kind == "never":
             if self.processes.is_main:
-                self.checkpoints.clear()
+                shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
             self.processes.wait()
             return None
+        if not steps and kind == "require":
+            raise ValueError(f"There is no checkpoint in {self.checkpoints.folder} to resume; use --resume auto.")
         if not steps:
-            if kind == "require":
-                raise ValueError(f"There is no checkpoint in {self.checkpoints.folder} to resume; use --resume auto.")
             return None
         path = self.checkpoints.get_path(steps[-1])
         progress, state = self.checkpoints.load(steps[-1], self.processes.rank)
@@ -271,10 +263,7 @@ class FinetuneTrainer:
             settings={**self.config.decisive, **self._inputs},
         )
 
-    def _validate(self) -> None:
-        validate = self.validate
-        if validate is None:
-            return
+    def _validate(self, validate: Validate) -> None:
         self.backbone.swap_averages()
         self.bare.eval()
         self.processes.run_on_main(
@@ -284,8 +273,8 @@ class FinetuneTrainer:
         self.backbone.swap_averages()
 
     def _log(self, result: StepResult) -> None:
-        values = {"loss": result.loss, "gradient_norm": result.gradient_norm}
+        rate = self.backbone.optimizer.param_groups[0]["lr"]
+        values = {"loss": result.loss, "gradient_norm": result.gradient_norm, "learning_rate": rate}
         if self.config.anchors.needs_original or self.config.anchors.l2_sp:
             values["anchor_loss"] = result.anchor_loss
-        values["learning_rate"] = self.backbone.optimizer.param_groups[0]["lr"]
         self.accelerator.log(values, step=self.step)

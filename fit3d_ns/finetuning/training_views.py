@@ -24,13 +24,10 @@ class Sample:
     """One draw, loaded: everything but its target."""
 
     draw: Draw
-    """Which image."""
     scene_id: str
-    """Name of its scene."""
     view: View
     """Its camera, before augmentation."""
     augmentation: Augmentation
-    """What was done to it; the target still needs it."""
     image: Float[Tensor, "3 height width"]
     """What the backbone sees, RGB in [0, 1]."""
     mask: Float[Tensor, "h w"]
@@ -64,10 +61,9 @@ class TrainingViews:
         data_root: Path | None = None,
         is_strict: bool = False,
     ):
-        """Finds the photographs.
+        """Finds the photographs; nothing of the scenes' Gaussians is read.
 
         Args:
-            scenes: Scenes as opened; nothing of their Gaussians is read.
             splits: Which views of each scene count; none at all leaves the scene out. Views the lift has not seen
                 give novel-view targets.
             data_root: Where photographs lie now: the capture's own folder, or one that holds it.
@@ -76,13 +72,11 @@ class TrainingViews:
         Raises:
             ValueError: All photographs of a scene are gone, one is and `is_strict`, or no view is left.
         """
-        self.captures = [
-            locate_capture(scene, data_root) if own else scene.posed_capture
-            for scene, own in zip(scenes, splits, strict=True)
-        ]
+        self.captures: list[PosedCapture] = []
         self.views: list[list[View]] = []
         self.num_missing = 0
-        for capture, own in zip(self.captures, splits, strict=True):
+        for scene, own in zip(scenes, splits, strict=True):
+            capture = locate_capture(scene, data_root) if own else scene.posed_capture
             chosen = capture.select(*own) if own else []
             missing = [view for view in chosen if not view.frame.image_path.is_file()]
             if missing and is_strict:
@@ -91,6 +85,7 @@ class TrainingViews:
                     f"({len(missing)} of {len(chosen)} are); restore it, or leave out --strict to skip such views."
                 )
             self.num_missing += len(missing)
+            self.captures.append(capture)
             self.views.append([view for view in chosen if view.frame.image_path.is_file()])
         if self.num_missing:
             notice(f"Skipping {self.num_missing} views whose photographs are gone.")
@@ -106,16 +101,15 @@ class TrainingViews:
     @property
     def views_hash(self) -> str:
         """Number and hash of the views that are drawn from, by scene and photograph."""
-        names = [f"{scene}/{view.name}" for scene, views in enumerate(self.views) for view in views]
-        return f"{len(names)} images {hash_bytes(*(name.encode() for name in names))}"
+        names = [f"{scene}/{view.name}".encode() for scene, views in enumerate(self.views) for view in views]
+        return f"{len(names)} images {hash_bytes(*names)}"
 
     def load_sample(
         self, draw: Draw, config: AugmentationConfig, patch_size: int, seed: int, rule: TokenReadingRule
     ) -> Sample:
         """Loads and augments one image; safe in threads.
 
-        Raises:
-            ValueError: The photograph or its mask is damaged, or smaller than one patch; the message names it.
+        A photograph or mask that is damaged or smaller than one patch raises a ValueError that names it.
         """
         capture, view = self.captures[draw.scene], self.views[draw.scene][draw.view]
         augmentation = draw_augmentation(config, view.width, view.height, patch_size, seed, draw)
@@ -135,13 +129,9 @@ class TrainingViews:
 
 
 def locate_capture(scene: FeatureScene, data_root: Path | None) -> PosedCapture:
-    """The scene's capture where its photographs are.
+    """The scene's capture where its photographs are; ValueError where none is found.
 
-    Args:
-        data_root: The capture's folder or one above it: the recorded path's tail is looked for below it.
-
-    Raises:
-        ValueError: No photograph is found.
+    `data_root` is the capture's folder or one above it: the recorded path's tail is looked for below it.
     """
     if data_root is None:
         return scene.capture()

@@ -42,32 +42,24 @@ ComputeTokens = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """Metrics of one backbone."""
+    """Metrics of one backbone: means over all scenes' tokens, and the same of each scene."""
 
     feature_l1: float
-    """Mean absolute difference per channel to the rendered targets."""
     feature_cosine: float
-    """Mean cosine to the rendered targets."""
     consistency: dict[str, Any]
-    """As `compute_consistency` gives it, pooled over scenes."""
     per_scene: dict[str, dict[str, Any]]
-    """Both distances and the consistency of each scene."""
 
 
 class Validation:
-    """A fixed set of views of some scenes, and what the original backbone reaches on them."""
+    """A fixed set of views of some scenes, and what the original backbone reaches on them.
+
+    At most `max_views` of each scene's `targets.views` are taken, evenly spread; `kind` says what to call them.
+    """
 
     original: ValidationMetrics
     """Set by `measure_original`."""
 
     def __init__(self, targets: TargetRenderer, patch_size: int, max_views: int, kind: str = "views"):
-        """Args:
-        targets: Renders the same targets as in training, for the views that may be validated; scenes without any are
-            left out.
-        patch_size: The backbone's.
-        max_views: Views per scene, evenly spread over its list.
-        kind: What to call these views.
-        """
         self.targets = targets
         self.patch_size = patch_size
         self.draws = {
@@ -129,14 +121,14 @@ class Validation:
 
     def collect_curves(self, found: ValidationMetrics) -> dict[str, float]:
         """What is logged of a backbone's metrics."""
+        keys = ("mean_cosine", "centred_cosine", "recall_10px", "effective_rank")
         curves = {
             "validation/feature_l1": found.feature_l1,
             "validation/feature_cosine": found.feature_cosine,
             "validation/original_feature_l1": self.original.feature_l1,
             "validation/original_feature_cosine": self.original.feature_cosine,
+            **{f"consistency/{key}": found.consistency[key] for key in keys},
         }
-        for key in ("mean_cosine", "centred_cosine", "recall_10px", "effective_rank"):
-            curves[f"consistency/{key}"] = found.consistency[key]
         return {key: value for key, value in curves.items() if math.isfinite(value)}
 
     def compare(self, finetuned: ValidationMetrics) -> dict[str, Any]:
@@ -194,10 +186,9 @@ def format_consistency(original: dict[str, Any], finetuned: dict[str, Any]) -> s
     for name, before, after in rows:
         if not before["num_points"]:
             continue
-        pairs = [
-            f"{before[key]:.3f} → {after[key]:.3f}" for key in ("centred_cosine", "mean_cosine", "l1", "recall_10px")
-        ]
-        lines.append(f"| {name} | {' | '.join(pairs)} | {before['num_points']} |")
+        keys = ("centred_cosine", "mean_cosine", "l1", "recall_10px")
+        pairs = " | ".join(f"{before[key]:.3f} → {after[key]:.3f}" for key in keys)
+        lines.append(f"| {name} | {pairs} | {before['num_points']} |")
     return "\n".join(lines)
 
 

@@ -16,28 +16,17 @@ from fit3d_ns.utils.device import DeviceChoice, choose_device
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Arithmetic of what is trained; losses and weights are always float32."""
-TRACKER_FOLDER = "tensorboard"
-"""Below the output folder."""
-PROJECT_NAME = "fit3d-finetune"
-"""Name under which trackers file the run."""
 LONGEST_WAIT = timedelta(hours=24)
 """Processes wait for each other at most this long: the main one may validate many scenes meanwhile. One that died is
 noticed sooner, by its closed connection or by the launcher."""
 
 
 def create_accelerator(
-    device: DeviceChoice,
-    precision: Precision = "fp32",
-    trackers: Sequence[str] = (),
-    output_folder: Path | None = None,
+    device: DeviceChoice, precision: Precision = "fp32", trackers: Sequence[str] = (), output_folder: Path | None = None
 ) -> Accelerator:
     """The accelerator of this process; under `accelerate launch` or torchrun it joins the other processes.
 
-    Args:
-        device: With `cuda`, accelerate picks the process's own card.
-        precision: Arithmetic of the forward pass.
-        trackers: Where curves go, see `track_run`.
-        output_folder: TensorBoard's files go below it.
+    With `cuda`, accelerate picks the process's own card. TensorBoard's files go below the output folder.
 
     Raises:
         ValueError: CUDA is asked for and not there, fp16 without it, or a tracker that is not installed.
@@ -53,7 +42,7 @@ def create_accelerator(
     AcceleratorState._reset_state()
     project = None
     if output_folder is not None:
-        project = ProjectConfiguration(str(output_folder), logging_dir=str(Path(output_folder) / TRACKER_FOLDER))
+        project = ProjectConfiguration(str(output_folder), logging_dir=str(output_folder / "tensorboard"))
     return Accelerator(
         cpu=chosen == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
@@ -73,8 +62,7 @@ def track_run(
 
     Args:
         processes: Their accelerator was made for these trackers.
-        trackers: `tensorboard`, `wandb`, or none at all.
-        output_folder: Both write below it.
+        output_folder: All trackers write below it.
         settings: The run's settings, as one text.
         first_step: Number of the first step that will be logged; later ones of an interrupted run are dropped.
 
@@ -93,17 +81,17 @@ def track_run(
     options = {name: choice for name, choice in choices.items() if name in trackers}
     problem, cause = "", None
     try:
-        processes.accelerator.init_trackers(PROJECT_NAME, config={"settings": settings}, init_kwargs=options)
+        processes.accelerator.init_trackers("fit3d-finetune", config={"settings": settings}, init_kwargs=options)
     except Exception as error:
         # wandb's own errors, of many classes; they come in the main process alone.
         if "wandb" not in trackers:
             raise
         sentence = " ".join(str(error).split()).rstrip(".")
-        problem, cause = (
+        problem = (
             f"--trackers wandb does not start ({sentence}); log in with `wandb login`, set WANDB_MODE=offline to keep "
-            "the curves on this machine, or leave it out.",
-            error,
+            "the curves on this machine, or leave it out."
         )
+        cause = error
     processes.agree(problem, cause)
     try:
         yield

@@ -9,7 +9,6 @@ Older ones are removed after that. So a full disk or a kill at any moment leaves
 """
 
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.errors import first_line, is_disk_full
-from fit3d_ns.utils.files import flush_to_disk, read_json, write_json
+from fit3d_ns.utils.files import flush_to_disk, read_json, remove, write_json
 from fit3d_ns.utils.seeds import capture_random_states, restore_random_states
 
 FORMAT_VERSION = 1
@@ -31,9 +30,7 @@ class CheckpointProgress:
     """Where a run stood."""
 
     step: int
-    """Optimizer steps done."""
     num_processes: int
-    """Processes that trained."""
     batch_size: int
     """Images per process and batch."""
     accumulation_steps: int
@@ -43,16 +40,12 @@ class CheckpointProgress:
     settings: dict[str, Any]
     """Everything else that decides the weights; compared when resuming."""
     format_version: int = FORMAT_VERSION
-    """Layout of the checkpoint."""
 
 
 class CheckpointFolder:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; the `keep` newest stay."""
 
     def __init__(self, folder: Path, keep: int):
-        """Args:
-        keep: Number of newest checkpoints that stay.
-        """
         self.folder = folder
         self.keep = keep
 
@@ -68,11 +61,8 @@ class CheckpointFolder:
     def save(self, progress: CheckpointProgress, state: dict[str, Any], processes: Processes) -> None:
         """Writes a checkpoint; called by all processes, of which the first writes the shared part.
 
-        Args:
-            state: Tensors, numbers and strings in dictionaries and lists.
-
-        Raises:
-            ValueError: The disk is full; earlier checkpoints are untouched.
+        The state consists of tensors, numbers and strings in dictionaries and lists. Where the disk is full, all
+        processes raise ValueError, and earlier checkpoints are untouched.
         """
         final, is_first = self.get_path(progress.step), processes.rank == 0
         if progress.step in self.find_steps():
@@ -83,7 +73,7 @@ class CheckpointFolder:
         if is_first:
             # What a kill left half-written, at whatever step.
             for stale in self.folder.glob(f"{_PREFIX}*{_TEMPORARY}"):
-                shutil.rmtree(stale, ignore_errors=True)
+                remove(stale)
             try:
                 temporary.mkdir(parents=True)
             except OSError as error:
@@ -100,14 +90,14 @@ class CheckpointFolder:
             processes.agree(problem)
         except ValueError:
             if is_first:
-                shutil.rmtree(temporary, ignore_errors=True)
+                remove(temporary)
             raise
         if is_first:
             flush_to_disk(temporary)
             os.replace(temporary, final)
             flush_to_disk(self.folder)
             for step in self.find_steps()[: -self.keep]:
-                shutil.rmtree(self.get_path(step), ignore_errors=True)
+                remove(self.get_path(step))
         processes.wait()
 
     def load(self, step: int, rank: int = 0) -> tuple[CheckpointProgress, dict[str, Any]]:
@@ -131,25 +121,12 @@ class CheckpointFolder:
             ) from error
         return progress, state
 
-    def clear(self) -> None:
-        """Removes all checkpoints, whole or not."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def check_resumable(found: CheckpointProgress, wanted: CheckpointProgress, path: Path) -> None:
-    """Refuses to go on with other settings than those the checkpoint was made with.
-
-    Raises:
-        ValueError: Processes, batch size, accumulation or a decisive setting differ; both values are named.
-    """
-    for name in ("num_processes", "batch_size", "accumulation_steps"):
-        if getattr(found, name) != getattr(wanted, name):
-            raise ValueError(
-                f"Checkpoint {path} was made with {name} {getattr(found, name)}, this run has {getattr(wanted, name)}; "
-                "resume with the same, or start over with --resume never."
-            )
-    differences = _compare(found.settings, wanted.settings, "")
-    if differences:
+    """Refuses to go on with other settings than those the checkpoint was made with; the ValueError names both values."""
+    names = ("num_processes", "batch_size", "accumulation_steps")
+    sides = [{**{name: getattr(side, name) for name in names}, **side.settings} for side in (found, wanted)]
+    if differences := _compare(*sides, ""):
         raise ValueError(
             f"Checkpoint {path} was made with other settings: {'; '.join(differences[:5])} (checkpoint against now); "
             "resume with the same, or start over with --resume never."

@@ -15,24 +15,20 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class Place(Generic[Item]):
-    """One place in the sequence."""
+    """An item with its epoch and its index in the epoch, both counted from 0."""
 
     epoch: int
-    """Counted from 0."""
     index: int
-    """Counted from 0 within the epoch."""
     item: Item
-    """What stands there."""
 
 
 class EpochSequence(Generic[Item]):
-    """The endless sequence of items; any position may be asked for, so it has no state worth saving."""
+    """The endless sequence of items; any position may be asked for, so it has no state worth saving.
+
+    `create_order` gives the `num_items` items of an epoch in their order, as a function of the epoch's number.
+    """
 
     def __init__(self, num_items: int, create_order: Callable[[int], Sequence[Item]]):
-        """Args:
-        num_items: Items of one epoch, at least 1.
-        create_order: The items of an epoch in their order, a function of the epoch's number.
-        """
         self.num_items = num_items
         self.create_order = create_order
         self._orders: dict[int, Sequence[Item]] = {}
@@ -47,14 +43,9 @@ class EpochSequence(Generic[Item]):
 
 
 def list_positions(step: int, batch_size: int, process: int, num_processes: int, num_batches: int = 1) -> list[int]:
-    """The positions that a process takes in one step.
+    """The positions that a process takes in one step of `num_batches` accumulated batches; all count from 0.
 
-    Args:
-        step: Counted from 0.
-        batch_size: Items per process and batch.
-        process: Index of the process.
-        num_processes: Processes that share each batch.
-        num_batches: Accumulated batches of one step.
+    `num_processes` share each batch, with `batch_size` items each.
     """
     starts = [((step * num_batches + batch) * num_processes + process) * batch_size for batch in range(num_batches)]
     return [position for start in starts for position in range(start, start + batch_size)]
@@ -64,13 +55,7 @@ def load_ahead(items: Iterable[Item], load: Callable[[Item], Loaded], num_worker
     """Loads items in their order, by threads, up to `depth` items ahead; an error ends it, in its turn.
 
     Decoding and resizing images release Python's lock, so threads are enough, and a rasterizer's thread pool is never
-    forked.
-
-    Args:
-        items: What is loaded; it may be endless.
-        load: Safe in threads.
-        num_workers: Threads; 0 loads in the caller.
-        depth: Loaded items in memory, besides the one given out.
+    forked. The items may be endless; without workers they are loaded in the caller.
     """
     if num_workers == 0:
         yield from map(load, items)

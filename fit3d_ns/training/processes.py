@@ -42,11 +42,7 @@ class Processes:
                 self.accelerator.wait_for_everyone()
 
     def run_on_main(self, work: Callable[[], None]) -> None:
-        """Lets the main process work while the others wait.
-
-        Raises:
-            ValueError: On every process, if the work raised one.
-        """
+        """Lets the main process work while the others wait; what goes wrong raises ValueError on every process."""
         problem, cause = "", None
         if self.is_main:
             try:
@@ -56,11 +52,7 @@ class Processes:
         self.agree(problem, cause)
 
     def agree(self, problem: str, cause: BaseException | None = None) -> None:
-        """Called by every process with its problem, "" for none.
-
-        Raises:
-            ValueError: On every process, if any has a problem, with that problem's sentence.
-        """
+        """Called by every process with its problem, "" for none; all raise ValueError with any that there is."""
         problems = [problem]
         if self.number > 1:
             problems = [""] * self.number

@@ -9,11 +9,7 @@ DeviceChoice = Literal["auto", "cuda", "cpu"]
 
 
 def choose_device(choice: DeviceChoice) -> torch.device:
-    """The device that a flag names.
-
-    Raises:
-        ValueError: `cuda` is asked for and torch finds no CUDA device.
-    """
+    """The device that a flag names; ValueError where `cuda` is asked for and torch finds no CUDA device."""
     if choice == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine offers no CUDA device (see fit3d-info); take --device cpu.")
     if choice == "auto":

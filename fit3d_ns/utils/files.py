@@ -5,6 +5,7 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,16 +17,12 @@ from typing import Any
 
 from fit3d_ns.utils.errors import explain, find_errno
 
-LOCK_NAME = ".lock"
-"""Of the file in an output folder that a running command holds."""
-
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 """Process numbers mean something on their own machine only."""
 
 _NUMBERS = itertools.count()
 _OWN: set[str] = set()
 """Temporary names that this process is writing to; several threads may write at once."""
-
 _MAX_NAME = 200
 """File systems allow 255 bytes for a name."""
 
@@ -35,22 +32,23 @@ def write_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`; what was written there takes the name `path` when the block ends well.
 
     The data is on disk before the name changes, so after a crash `path` holds either the old content or the new. A
-    symbolic link stays one: what it points to is replaced. What dead processes left of the same file is removed.
-
-    Args:
-        path: The final file or, if the block makes a folder, the final folder. Missing folders above it are made.
+    symbolic link stays one: what it points to is replaced. What dead processes left of the same file is removed. The
+    block may make a folder instead of a file; missing folders above are made.
 
     Raises:
         ValueError: It cannot be written; the sentence names `path`, and nothing remains of the attempt.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(_name_temporary(path.name))
+    # A later writer of the same file sees whether this one is still alive.
+    temporary = path.with_name(f".{path.name[:_MAX_NAME]}.{_HOST}.{os.getpid()}-{next(_NUMBERS)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(path)
         _OWN.add(temporary.name)
         yield temporary
-        _sync_tree(temporary)
+        for inner in sorted(temporary.rglob("*"), reverse=True):
+            flush_to_disk(inner)
+        flush_to_disk(temporary)
         if temporary.is_file():
             # Some libraries make files that only their owner may read; these become like any other file.
             with suppress(PermissionError):
@@ -95,9 +93,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another process is at work there.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK_NAME, "a") as file:
+    with open(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -124,11 +121,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        ValueError: The file is missing or is not JSON; the message names it.
-    """
+    """Reads a JSON file; a ValueError names one that is missing or is not JSON."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"No such file: {path}.")
@@ -156,11 +149,6 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _name_temporary(name: str) -> str:
-    """`.NAME.HOST.PID-N.tmp`: a later writer of the same file sees whether this one is still alive."""
-    return f".{name[:_MAX_NAME]}.{_HOST}.{os.getpid()}-{next(_NUMBERS)}.tmp"
-
-
 def _is_alive(process: int) -> bool:
     if process == os.getpid():
         # The number came round again: what this process writes itself is known.
@@ -174,12 +162,6 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _sync_tree(path: Path) -> None:
-    for inner in sorted(path.rglob("*"), reverse=True) if path.is_dir() else []:
-        flush_to_disk(inner)
-    flush_to_disk(path)
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
@@ -189,9 +171,7 @@ def _finite(value: Any) -> Any:
         return str(value)
     if hasattr(value, "item") and not isinstance(value, (str, bytes)):
         value = value.item()
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @lru_cache(maxsize=1)

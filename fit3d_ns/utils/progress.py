@@ -3,20 +3,13 @@
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 
@@ -48,15 +41,11 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     """Iterates with a progress bar; where there is no terminal, one notice at the start and one at the end.
 
     Args:
-        items: What to go through.
         description: What is being done, for example "Extracting features".
-        total: Number of items, if `len(items)` does not tell.
+        total: Number of items, where `len(items)` does not tell.
     """
-    if total is None:
-        try:
-            total = len(items)  # type: ignore[arg-type]
-        except TypeError:
-            total = None
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     start = time.perf_counter()
     with create_progress() as progress:
         if progress.disable:

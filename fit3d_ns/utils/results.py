@@ -1,6 +1,7 @@
 """`ResultRecord`: one measured result, with everything needed to trust it or to make it again."""
 
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,11 +36,7 @@ def save_result(record: ResultRecord, path: Path) -> None:
 
 
 def load_result(path: Path) -> ResultRecord:
-    """Reads a record.
-
-    Raises:
-        ValueError: The file is not a record, or one of a newer version.
-    """
+    """Reads a record; ValueError if the file is not one, or one of a newer version."""
     content = read_json(path)
     if not isinstance(content, dict) or "kind" not in content or "metrics" not in content:
         raise ValueError(f"{path} is not a result file: it has no `kind` and `metrics`.")
@@ -47,16 +44,13 @@ def load_result(path: Path) -> ResultRecord:
         raise ValueError(
             f"{path} has result schema {content['schema_version']}, newer than {SCHEMA_VERSION}; update fit3d-ns."
         )
-    known = {key: content[key] for key in ResultRecord.__dataclass_fields__ if key in content}
-    return ResultRecord(**known)
+    return ResultRecord(**{key: content[key] for key in ResultRecord.__dataclass_fields__ if key in content})
 
 
 def collect_versions() -> dict[str, str]:
     """Versions of Python and of the packages whose numerics matter; absent packages are left out."""
     versions = {"python": platform.python_version()}
     for package in ("fit3d-ns", "torch", "torchvision", "timm", "numba", "gsplat", "nerfstudio", "accelerate"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions

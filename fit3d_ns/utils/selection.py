@@ -7,11 +7,9 @@ Item = TypeVar("Item")
 
 
 def select_evenly(items: Sequence[Item], count: int | None) -> list[Item]:
-    """Chooses `count` items at even distances, in order: the middle one of each of `count` equal parts.
+    """Chooses `count` (1 and above) items at even distances, in order: the middle one of each of `count` equal parts.
 
-    Args:
-        items: What is chosen from.
-        count: How many, at least 1; None, or no fewer than there are, takes all.
+    None, or a count no smaller than the number of items, takes all.
     """
     if count is None or count >= len(items):
         return list(items)

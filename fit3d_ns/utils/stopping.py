@@ -1,15 +1,12 @@
 """`StopRequest`: SIGTERM and SIGINT become a wish that a loop grants where its work is whole: after a step, a view."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
 class StopRequest:
-    """Notes the first signal; a second one acts as if this were not here.
-
-    A context manager: the handlers that were there before return when the block ends.
-    """
+    """Notes the first signal while its block runs; a second one acts as if this were not here."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -29,9 +26,7 @@ class StopRequest:
                 break
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()

@@ -48,15 +48,11 @@ class TensorStore:
     """Dictionaries of CPU tensors by hash.
 
     A hash covers everything that its tensors were computed from, so a file is right or damaged, never out of date, and
-    a folder serves other runs.
+    a folder serves other runs. At most `memory_gb` times 1e9 bytes stay in memory. The others go to the folder (None
+    forgets them), with `keep_on_disk` all of them do.
     """
 
     def __init__(self, memory_gb: float, folder: Path | None, *, keep_on_disk: bool = False):
-        """Args:
-        memory_gb: At most this many 1e9 bytes stay in memory.
-        folder: Where the others go; None forgets them.
-        keep_on_disk: Write everything to the folder, for other runs to use.
-        """
         self.folder = folder
         self.keep_on_disk = keep_on_disk
         self.memory: BoundedMemory[dict[str, Tensor]] = BoundedMemory(int(memory_gb * 1e9))
@@ -81,11 +77,7 @@ class TensorStore:
         return tensors
 
     def save(self, content_hash: str, tensors: dict[str, Tensor]) -> None:
-        """Keeps tensors that were just computed, as far as there is room.
-
-        Raises:
-            ValueError: The disk is full.
-        """
+        """Keeps tensors that were just computed, as far as there is room; ValueError where the disk is full."""
         is_kept = self.memory.keep(content_hash, tensors, count_bytes(*tensors.values()))
         path = self._get_path(content_hash)
         if path is not None and (self.keep_on_disk or not is_kept):

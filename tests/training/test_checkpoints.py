@@ -96,7 +96,7 @@ def test_checkpoint__damage_is_named(tmp_path, processes):
 def test_resume__refuses_other_processes_batches_and_settings(tmp_path):
     check_resumable(PROGRESS, replace(PROGRESS, step=0, seconds=0.0), tmp_path)
     for name, value in (("num_processes", 2), ("batch_size", 4), ("accumulation_steps", 3)):
-        with pytest.raises(ValueError, match=f"{name} {getattr(PROGRESS, name)}, this run has {value}"):
+        with pytest.raises(ValueError, match=f"{name} {getattr(PROGRESS, name)} against {value}"):
             check_resumable(PROGRESS, replace(PROGRESS, **{name: value}), tmp_path)
     other = {"sampling": {"seed": 1}, "scenes": ["a"]}
     with pytest.raises(ValueError, match=r"sampling.seed 42 against 1 \(checkpoint against now\)"):
