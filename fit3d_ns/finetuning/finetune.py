@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import Split
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model
+from fit3d_ns.features.adapters import merge_lora
 from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned, write_card
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.lifted_views import compute_scene_hash, find_lifted
-from fit3d_ns.finetuning.optimization import copy_original, interpolate_weights, merge_trained
+from fit3d_ns.finetuning.optimization import copy_original, interpolate_weights
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_averages, create_target_store
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
@@ -105,7 +106,8 @@ def finetune(
         processes.run_on_main(lambda: validation.measure_original(original))
         trainer.run()
         trainer.backbone.swap_averages()
-        trained = merge_trained(trainer.bare.token_model, config.trainable)
+        model = trainer.bare.token_model
+        trained = merge_lora(model) if config.trainable.train == "lora" else model
         report = _summarise(trainer, validation, inputs, description)
         processes.run_on_main(lambda: _finish(trainer, validation, original, trained, report))
     return report

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fit3d_ns.features import TokenModel
-from fit3d_ns.features.adapters import add_adapter, add_lora, merge_lora
+from fit3d_ns.features.adapters import add_adapter, add_lora
 from fit3d_ns.finetuning.losses import AnchorConfig, TokenModule
 from fit3d_ns.training.accelerator import Precision
 
@@ -134,11 +133,6 @@ def select_trainable(token_model: TokenModel, config: TrainableConfig) -> TokenM
     return add_adapter(token_model, config.adapter_window)
 
 
-def merge_trained(token_model: TokenModel, config: TrainableConfig) -> TokenModel:
-    """The model as it is saved: LoRA's matrices are merged into the weights; otherwise the model itself."""
-    return merge_lora(token_model) if config.train == "lora" else token_model
-
-
 def freeze_unreachable(module: TokenModule, anchors: AnchorConfig) -> list[str]:
     """Freezes the parameters that the loss cannot reach, by one backward pass on a small image; returns their names."""
     parameter = next(module.parameters())
@@ -229,10 +223,6 @@ class TrainedBackbone:
             self.parameters, lr=optimization.learning_rate, weight_decay=optimization.weight_decay
         )
 
-    def prepare(self, accelerator: Accelerator) -> None:
-        """Lets accelerate wrap module and optimizer; after a state was loaded, because DDP copies what it is given."""
-        self.module, self.optimizer = accelerator.prepare(self.bare, self.optimizer)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step changes."""
         return {
@@ -242,7 +232,7 @@ class TrainedBackbone:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Sets what `state_dict` gave, before `prepare`."""
+        """Sets what `state_dict` gave, before accelerate wraps anything."""
         self.bare.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

@@ -29,12 +29,8 @@ SCENE_SUFFIX = ".safetensors"
 def find_scenes(patterns: Sequence[str | Path], flag: str = "--ckpts") -> list[Path]:
     """Scene files and `config.yml`s that the patterns name, each once, in order of the patterns, sorted within one.
 
-    Args:
-        patterns: Files, globs (`**` descends), folders of scene files, folders of nerfstudio runs.
-        flag: Where they were given, for messages.
-
-    Raises:
-        ValueError: A pattern matches nothing, or a file that is neither.
+    Patterns are files, globs (`**` descends), folders of scene files, and folders of nerfstudio runs. One that matches
+    nothing, or a file that is neither, raises ValueError with the flag that gave it.
     """
     found: list[Path] = []
     for pattern in patterns:
@@ -104,9 +100,6 @@ class SceneBank:
                     f"{path} takes {scene.num_bytes / 1e9:.2f} GB when it is ready, the budget is "
                     f"{self.max_bytes / 1e9:.2f} GB; raise --scene-memory-gb."
                 )
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def __getitem__(self, index: int) -> FeatureScene:
         scene = self.get_geometry(index)

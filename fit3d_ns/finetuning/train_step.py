@@ -82,17 +82,8 @@ class StepResult:
     gradient_norm: float
 
 
-class NotFiniteError(ValueError):
-    """The loss or its gradient is NaN or infinite; carries the batch that shows it, if it is this process's."""
-
-    def __init__(self, message: str, batch: Batch | None, tokens: list[Tensor]):
-        super().__init__(message)
-        self.batch = batch
-        self.tokens = tokens
-
-
 class TrainStep:
-    """Does one step at a time, with gradients scaled down to `clip_norm`."""
+    """Does one step at a time, with gradients scaled down to `clip_norm`; evidence of a failure goes to `folder`."""
 
     def __init__(
         self,
@@ -101,34 +92,35 @@ class TrainStep:
         clip_norm: float,
         processes: Processes,
         timer: PhaseTimer,
+        folder: Path,
     ):
-        self.backbone, self.anchors, self.clip_norm = backbone, anchors, clip_norm
+        self.backbone, self.anchors, self.clip_norm, self.folder = backbone, anchors, clip_norm, folder
         self.processes, self.accelerator, self.timer = processes, processes.accelerator, timer
 
-    def run(self, batches: Sequence[Batch], totals: StepTotals) -> StepResult:
+    def run(self, batches: Sequence[Batch], totals: StepTotals, step: int) -> StepResult:
         """Forward, backward and update for this process's batches.
 
         Raises:
-            NotFiniteError: On every process, if the loss or gradient of any is not finite; no weight has moved.
+            ValueError: On every process, if the loss or gradient of any is not finite; no weight has moved.
         """
         with self.timer.phase("forward_backward"):
-            loss, anchor_loss = self._accumulate(batches, totals)
+            loss, anchor_loss = self._accumulate(batches, totals, step)
         with self.timer.phase("optimizer"):
             norm = self.accelerator.clip_grad_norm_(self.backbone.parameters, self.clip_norm)
             scaler = self.accelerator.scaler
             # A scaled fp16 gradient may overflow; then the scaler skips this step and lowers its scale.
             if scaler is None and not bool(torch.isfinite(norm)):
-                self._stop("gradient", (batches[-1], []))
+                self._stop("gradient", step, batches[-1])
             self.backbone.optimizer.step()
             if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
-                self._stop("gradient", (batches[-1], []))
+                self._stop("gradient", step, batches[-1])
             self.backbone.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, anchor_loss, float(norm))
 
-    def _accumulate(self, batches: Sequence[Batch], totals: StepTotals) -> tuple[float, float]:
+    def _accumulate(self, batches: Sequence[Batch], totals: StepTotals, step: int) -> tuple[float, float]:
         """Forward and backward of all batches; returns feature loss and anchors, over all processes."""
         losses = anchored = 0.0
-        broken: tuple[Batch, list[Tensor]] | None = None
+        broken: tuple[Batch, list[Tensor]] | tuple[()] = ()
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.backbone.module):
@@ -144,9 +136,9 @@ class TrainStep:
                 self.accelerator.backward(total * self.processes.number)
             losses += float(loss.detach())
             anchored += float(anchor.detach())
-        loss_sum, anchor_sum, num_broken = self.processes.sum([losses, anchored, float(broken is not None)])
+        loss_sum, anchor_sum, num_broken = self.processes.sum([losses, anchored, float(bool(broken))])
         if num_broken > 0:
-            self._stop("loss", broken)
+            self._stop("loss", step, *broken)
         return loss_sum, anchor_sum
 
     def _compute_losses(self, batch: Batch, totals: StepTotals) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -166,14 +158,22 @@ class TrainStep:
         loss = torch.stack(sums).sum() / max(totals.weight, SMALLEST_WEIGHT)
         return loss, torch.stack(anchored).sum() if anchored else loss.new_zeros(()), tokens
 
-    def _stop(self, what: str, broken: tuple[Batch, list[Tensor]] | None) -> None:
-        """Raises on every process, with the views of the process that has them."""
+    def _stop(self, what: str, step: int, batch: Batch | None = None, tokens: Sequence[Tensor] = ()) -> None:
+        """Raises on every process, with the views of the process that has them; it also keeps what explains them."""
         self.backbone.optimizer.zero_grad(set_to_none=True)
-        names = "" if broken is None else ", ".join(sample.name for sample in find_broken(*broken))
+        names = "" if batch is None else ", ".join(sample.name for sample in find_broken(batch, tokens))
         try:
             self.processes.agree(f"The {what} is not finite for {names}" if names else "")
         except ValueError as error:
-            raise NotFiniteError(str(error), *(broken or (None, []))) from error
+            kept = ""
+            if batch is not None:
+                path = self.folder / f"not-finite-{self.processes.rank}.safetensors"
+                rate = self.backbone.optimizer.param_groups[0]["lr"]
+                save_evidence(path, batch, tokens, {"step": step, "learning_rate": rate, "error": str(error)})
+                kept = f"; its images, targets and tokens are in {path}"
+            raise ValueError(
+                f"{error} at step {step}{kept}; look at that scene's features, lower --learning-rate, or use fp32."
+            ) from error
 
 
 def find_broken(batch: Batch, tokens: Sequence[Tensor]) -> list[Sample]:
@@ -187,24 +187,19 @@ def find_broken(batch: Batch, tokens: Sequence[Tensor]) -> list[Sample]:
     return broken or batch.samples
 
 
-def save_evidence(error: NotFiniteError, folder: Path, rank: int, facts: dict[str, Any]) -> Path | None:
+def save_evidence(path: Path, batch: Batch, tokens: Sequence[Tensor], facts: dict[str, Any]) -> None:
     """Writes what explains a loss that is not finite: images, targets, weights and tokens, and the views' names."""
-    if error.batch is None:
-        return None
-    tensors: dict[str, Tensor] = {}
-    for index, group in enumerate(error.batch.groups):
+    tensors = {f"tokens.{index}": own for index, own in enumerate(tokens)}
+    for index, group in enumerate(batch.groups):
         tensors |= {f"{name}.{index}": getattr(group, name) for name in ("images", "targets", "weights")}
-    tensors |= {f"tokens.{index}": tokens for index, tokens in enumerate(error.tokens)}
-    path = folder / f"not-finite-{rank}.safetensors"
     with write_atomically(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    broken = {sample.name for sample in find_broken(error.batch, error.tokens)}
+    broken = {sample.name for sample in find_broken(batch, tokens)}
     views = [
         {"scene": one.scene_id, "view": one.view.name, "flip": one.augmentation.flip, "broken": one.name in broken}
-        for one in error.batch.samples
+        for one in batch.samples
     ]
-    write_json(path.with_suffix(".json"), {**facts, "error": str(error), "views": views})
-    return path
+    write_json(path.with_suffix(".json"), {**facts, "views": views})
 
 
 def sum_totals(batches: Sequence[Batch], processes: Processes, stop: bool, problem: str) -> tuple[StepTotals, bool]:

@@ -18,18 +18,9 @@ import torch
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.draws import Draw, DrawSequence
-from fit3d_ns.finetuning.losses import StepTotals
 from fit3d_ns.finetuning.optimization import TrainedBackbone, copy_original
 from fit3d_ns.finetuning.targets import TargetRenderer
-from fit3d_ns.finetuning.train_step import (
-    Batch,
-    NotFiniteError,
-    StepResult,
-    TrainStep,
-    create_batch,
-    save_evidence,
-    sum_totals,
-)
+from fit3d_ns.finetuning.train_step import Batch, StepResult, TrainStep, create_batch, sum_totals
 from fit3d_ns.finetuning.training_views import Sample
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
 from fit3d_ns.training.epochs import list_positions, load_ahead
@@ -103,10 +94,13 @@ class FinetuneTrainer:
         self.bare = self.backbone.bare
         self.checkpoints = CheckpointFolder(output_folder / "checkpoints", config.run.keep_checkpoints)
         scaler_state = self._resume()
-        self.backbone.prepare(self.accelerator)
+        # After a state was loaded, because DDP copies what it is given.
+        self.backbone.module, self.backbone.optimizer = self.accelerator.prepare(self.bare, self.backbone.optimizer)
         if scaler_state is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler_state)
-        self.train_step = TrainStep(self.backbone, anchors, optimization.clip_norm, processes, self.timer)
+        self.train_step = TrainStep(
+            self.backbone, anchors, optimization.clip_norm, processes, self.timer, output_folder
+        )
 
     @property
     def images_per_step(self) -> int:
@@ -166,7 +160,8 @@ class FinetuneTrainer:
                 rate = optimization.compute_learning_rate(self.step, self.num_steps)
                 for group in self.backbone.optimizer.param_groups:
                     group["lr"] = rate
-                result = self._step(batches, totals)
+                with self.processes.explain_deaths():
+                    result = self.train_step.run(batches, totals, self.step)
                 if self.backbone.average is not None:
                     self.backbone.average.update(self.bare)
                 self.step += 1
@@ -176,18 +171,6 @@ class FinetuneTrainer:
                 yield result, wishes or (self.processes.number == 1 and stop.is_requested)
         finally:
             samples.close()  # type: ignore[attr-defined]
-
-    def _step(self, batches: list[Batch], totals: StepTotals) -> StepResult:
-        try:
-            with self.processes.explain_deaths():
-                return self.train_step.run(batches, totals)
-        except NotFiniteError as error:
-            facts = {"step": self.step, "learning_rate": self.backbone.optimizer.param_groups[0]["lr"]}
-            path = save_evidence(error, self.output_folder, self.processes.rank, facts)
-            kept = f"; its images, targets and tokens are in {path}" if path is not None else ""
-            raise ValueError(
-                f"{error} at step {self.step}{kept}; look at that scene's features, lower --learning-rate, or use fp32."
-            ) from error
 
     def _collect(self, samples: Iterator[Sample]) -> tuple[list[Batch], str]:
         """This process's batches of the next step, or the problem that kept it from them."""

@@ -107,10 +107,7 @@ class TrainingViews:
     def load_sample(
         self, draw: Draw, config: AugmentationConfig, patch_size: int, seed: int, rule: TokenReadingRule
     ) -> Sample:
-        """Loads and augments one image; safe in threads.
-
-        A photograph or mask that is damaged or smaller than one patch raises a ValueError that names it.
-        """
+        """Loads and augments one image; safe in threads. ValueError names one that is damaged or below one patch."""
         capture, view = self.captures[draw.scene], self.views[draw.scene][draw.view]
         augmentation = draw_augmentation(config, view.width, view.height, patch_size, seed, draw)
         window = augmentation.window

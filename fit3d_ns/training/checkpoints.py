@@ -34,7 +34,6 @@ class CheckpointProgress:
     batch_size: int
     """Images per process and batch."""
     accumulation_steps: int
-    """Batches per optimizer step."""
     seconds: float
     """Time trained so far, over all runs."""
     settings: dict[str, Any]
@@ -101,11 +100,7 @@ class CheckpointFolder:
         processes.wait()
 
     def load(self, step: int, rank: int = 0) -> tuple[CheckpointProgress, dict[str, Any]]:
-        """Reads a checkpoint and sets this process's random generators.
-
-        Raises:
-            ValueError: It is damaged, or of a newer version.
-        """
+        """Reads a checkpoint and sets this process's random generators; ValueError if it is damaged or too new."""
         path = self.get_path(step)
         content = read_json(path / "progress.json")
         if content.get("format_version", 0) > FORMAT_VERSION:
@@ -123,9 +118,8 @@ class CheckpointFolder:
 
 
 def check_resumable(found: CheckpointProgress, wanted: CheckpointProgress, path: Path) -> None:
-    """Refuses to go on with other settings than those the checkpoint was made with; the ValueError names both values."""
-    names = ("num_processes", "batch_size", "accumulation_steps")
-    sides = [{**{name: getattr(side, name) for name in names}, **side.settings} for side in (found, wanted)]
+    """Refuses other processes or settings than those the checkpoint was made with; the ValueError names both values."""
+    sides = [{"num_processes": side.num_processes, **side.settings} for side in (found, wanted)]
     if differences := _compare(*sides, ""):
         raise ValueError(
             f"Checkpoint {path} was made with other settings: {'; '.join(differences[:5])} (checkpoint against now); "

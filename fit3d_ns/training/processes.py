@@ -11,10 +11,7 @@ _BROKEN_CONNECTION = ("gloo", "NCCL", "Connection closed", "Connection reset", "
 
 
 class Processes:
-    """Small exchanges between the processes of an accelerator; each costs one round.
-
-    All of them raise ValueError where another process died.
-    """
+    """Exchanges between the processes of an accelerator, one round each; ValueError where another process died."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator

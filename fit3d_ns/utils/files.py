@@ -88,10 +88,9 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of an output folder while the block runs; the system frees it when a process dies.
+    """Keeps other processes out of an output folder while the block runs, ValueError if one is at work there already.
 
-    Raises:
-        ValueError: Another process is at work there.
+    The system frees the folder when a process dies.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:

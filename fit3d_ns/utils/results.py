@@ -27,7 +27,6 @@ class ResultRecord:
     versions: dict[str, str] = field(default_factory=lambda: collect_versions())
     """Versions of the packages that computed the metrics."""
     schema_version: int = SCHEMA_VERSION
-    """Version of this record's layout."""
 
 
 def save_result(record: ResultRecord, path: Path) -> None:

@@ -21,9 +21,9 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def create_generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+def create_generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A torch generator of its own for one purpose; drawing from it leaves the global state alone."""
-    return torch.Generator(device=device).manual_seed(derive_seed(seed, *purpose))
+    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
 def capture_random_states() -> dict[str, Any]:

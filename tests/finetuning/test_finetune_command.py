@@ -124,7 +124,7 @@ def test_command__trains_and_writes_the_folder(tmp_path, capsys):
     assert again["losses"] == report["losses"]
     assert all(torch.equal(value, finetuned[name]) for name, value in load_file(out / "model.safetensors").items())
     code, errors = run(capsys, *arguments, "--learning-rate", "1e-3", "--batch-size", "3")
-    assert code == 1 and "batch_size 2, this run has 3" in errors
+    assert code == 1 and "optimization.batch_size 2 against 3" in errors
 
 
 def test_report__sets_original_against_finetuned_by_angle(tmp_path, capsys):

@@ -161,7 +161,7 @@ def test_signal__saves_at_the_step_boundary_and_the_same_command_goes_on(scenes,
 
 def test_resume__refuses_another_batch_size_and_fewer_steps(scenes, tmp_path):
     create_trainer(scenes, tmp_path / "out", configure(optimization=FAST)).run()
-    with pytest.raises(ValueError, match="batch_size 2, this run has 1"):
+    with pytest.raises(ValueError, match="optimization.batch_size 2 against 1"):
         create_trainer(scenes, tmp_path / "out", configure(optimization=replace(FAST, batch_size=1)))
     with pytest.raises(ValueError, match="has 4 steps, this run shall have 3"):
         create_trainer(scenes, tmp_path / "out", configure(optimization=replace(FAST, max_steps=3)))
