@@ -28,7 +28,7 @@ def bank(tmp_path):
 
 
 def validate(bank, max_views=3, splits=("train", "test")):
-    views = TrainingViews(bank.on_disk, [splits] * len(bank.paths))
+    views = TrainingViews(bank.on_disk, [splits] * len(bank))
     return Validation(TargetRenderer(bank, views, TargetConfig()), PATCH, max_views)
 
 
