@@ -10,6 +10,7 @@ import pytest
 from fit3d_ns.finetuning.optimization import OptimizationConfig
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetRenderer
+from fit3d_ns.finetuning.train_step import TrainStep
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import load_scene
 from tests.finetuning.finetuning_scene import EMBED, PATCH, save_new_scene
@@ -38,18 +39,18 @@ def config(tmp_path):
 def run(config, monkeypatch):
     """The one case's figures, and how many targets were rendered in each step."""
     rendered, render = [], TargetRenderer._render
-    steps, run_step = [], module.FinetuneTrainer._step
+    steps, run_step = [], TrainStep.run
 
     def count_render(self, sample):
         rendered.append(sample.name)
         return render(self, sample)
 
-    def count_step(self, batches, totals):
+    def count_step(self, *arguments):
         steps.append(len(rendered))
-        return run_step(self, batches, totals)
+        return run_step(self, *arguments)
 
     monkeypatch.setattr(TargetRenderer, "_render", count_render)
-    monkeypatch.setattr(module.FinetuneTrainer, "_step", count_step)
+    monkeypatch.setattr(TrainStep, "run", count_step)
     module.main(config)
     (case,) = json.loads(config.output_path.read_text())["metrics"]["cases"].values()
     return case, steps

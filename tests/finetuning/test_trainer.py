@@ -179,10 +179,10 @@ def test_loss_that_is_not_finite__stops_at_once_names_the_view_and_keeps_the_evi
     trainer = create_trainer(scenes, tmp_path / "out", configure(optimization=FAST))
     run_step = trainer.train_step.run
 
-    def poison(batches, totals):
+    def poison(batches, *arguments):
         if trainer.step == 2:
             batches[0].groups[0].targets[0, 3] = float("nan")
-        return run_step(batches, totals)
+        return run_step(batches, *arguments)
 
     trainer.train_step.run = poison
     with pytest.raises(
