@@ -119,8 +119,8 @@ class CheckpointFolder:
 
 def check_resumable(found: CheckpointProgress, wanted: CheckpointProgress, path: Path) -> None:
     """Refuses other processes or settings than those the checkpoint was made with; the ValueError names both values."""
-    sides = [{"num_processes": side.num_processes, **side.settings} for side in (found, wanted)]
-    if differences := _compare(*sides, ""):
+    before, now = ({"num_processes": side.num_processes, **side.settings} for side in (found, wanted))
+    if differences := _compare(before, now, ""):
         raise ValueError(
             f"Checkpoint {path} was made with other settings: {'; '.join(differences[:5])} (checkpoint against now); "
             "resume with the same, or start over with --resume never."
