@@ -19,7 +19,7 @@ from ablation_tables import MAIN, TABLES, AblationTable, choose_tables
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.probing.datasets.files import read_lines
-from fit3d_ns.probing.datasets.scannetpp import find_scannetpp_scenes
+from fit3d_ns.probing.datasets.scannet import find_scannetpp_scenes
 from fit3d_ns.utils.progress import notice
 
 RANDOM_BACKBONE = "random:vit_tiny_patch16_224"

@@ -151,7 +151,12 @@ class Assembler(nn.Module):
         self.assembly = assembly
         self.embed_dim = embed_dim
         self.parts = list_parts(assembly)
-        self.class_token_part = _find_class_token_part(self.parts, class_token_source)
+        if class_token_source in ("original", "finetuned") and class_token_source not in self.parts:
+            only = f"only {', '.join(self.parts)} runs"
+            raise ValueError(f"The class token of the {class_token_source} backbone is asked for, but {only}.")
+        self.class_token_part: int | None = None
+        if class_token_source != "none":
+            self.class_token_part = 0 if class_token_source == "auto" else self.parts.index(class_token_source)
         self.fusion = nn.Linear(2 * embed_dim, embed_dim) if assembly == "linear" else None
 
     @property
@@ -214,11 +219,3 @@ def _check_pair(original: BackboneDescription, finetuned: BackboneDescription) -
         )
     if (original.mean, original.std) != (finetuned.mean, finetuned.std):
         notice(f"Original and fine-tuned {names[0]} normalise images differently; each gets its own.")
-
-
-def _find_class_token_part(parts: tuple[Part, ...], source: ClassTokenSource) -> int | None:
-    if source in ("none", "auto"):
-        return None if source == "none" else 0
-    if source not in parts:
-        raise ValueError(f"The class token of the {source} backbone is asked for, but only {', '.join(parts)} runs.")
-    return parts.index(source)

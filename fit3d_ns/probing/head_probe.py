@@ -1,8 +1,4 @@
-"""`HeadProbe`: what the probes that train heads share: data, kept features, length of the training, learning rate.
-
-Small sets are trained for fewer iterations than published, at a higher learning rate; see `resolve_iterations` and
-`resolve_learning_rate`.
-"""
+"""`HeadProbe`: what the probes that train heads share: data, kept features, length of the training, learning rate."""
 
 import math
 from abc import ABC, abstractmethod
@@ -204,12 +200,11 @@ def create_sets(train: LabelledSet, test: LabelledSet, config: RunConfig) -> Pro
 
 def resolve_iterations(num_iterations: int | None, published: int, num_frames: int, batch_size: int) -> int:
     """The given number, or the published one cut down for small sets."""
-    if num_iterations is not None:
-        if num_iterations < 1:
-            raise ValueError(f"{num_iterations} iterations are asked for, expected at least 1.")
-        return num_iterations
-    small = max(math.ceil(EPOCHS_OF_SMALL_SETS * num_frames / batch_size), MIN_ITERATIONS)
-    return min(published, small)
+    if num_iterations is None:
+        return min(published, max(math.ceil(EPOCHS_OF_SMALL_SETS * num_frames / batch_size), MIN_ITERATIONS))
+    if num_iterations < 1:
+        raise ValueError(f"{num_iterations} iterations are asked for, expected at least 1.")
+    return num_iterations
 
 
 def resolve_learning_rate(published: PublishedTraining, num_iterations: int, width: int) -> float:

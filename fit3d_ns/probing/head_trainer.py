@@ -26,7 +26,7 @@ from fit3d_ns.utils.progress import create_progress, notice
 class Schedule:
     """Factor of the learning rate at each iteration."""
 
-    kind: Literal["poly", "cosine", "constant"]
+    kind: Literal["poly", "cosine"]
     """Shape after the warm-up."""
     num_iterations: int
     """T, at least 1."""
@@ -39,12 +39,9 @@ class Schedule:
 
     def compute_factor(self, iteration: int) -> float:
         progress = iteration / self.num_iterations
-        if self.kind == "poly":
-            factor = 1.0 - progress
-        elif self.kind == "cosine":
+        factor = 1.0 - progress
+        if self.kind == "cosine":
             factor = self.min_ratio + (1.0 - self.min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
-        else:
-            factor = 1.0
         if iteration < self.num_warmup_iterations:
             factor *= 1.0 - (1.0 - iteration / self.num_warmup_iterations) * (1.0 - self.warmup_ratio)
         return factor
@@ -114,7 +111,7 @@ def train_head(
     *,
     accelerator: Any,
     compute_score: Callable[[nn.Module], float] | None = None,
-    iterations_per_evaluation: int | None = None,
+    iterations_per_evaluation: int = 1,
     title: str = "Training",
 ) -> TrainedHead:
     """Trains a head of `FrozenFeatures` in place, and selects.
@@ -151,8 +148,8 @@ def train_head(
             optimizer.step()
             optimizer.zero_grad()
             result.losses.append(float(total[0] / total[1].clamp_min(1e-12)))
-            is_due = iterations_per_evaluation is not None and (iteration + 1) % iterations_per_evaluation == 0
-            if compute_score is not None and (is_due or iteration + 1 == num_iterations):
+            is_due = (iteration + 1) % iterations_per_evaluation == 0 or iteration + 1 == num_iterations
+            if compute_score is not None and is_due:
                 score = result.scores[iteration + 1] = compute_score(head.eval())
                 if best is None or score > best[0]:
                     best = (score, copy.deepcopy(head.state_dict()))

@@ -10,6 +10,7 @@ multiples of the patch size meets the grid by one of three rules:
 - `resize`: the image is resized to the next smaller multiple, as stages I and II do.
 """
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
@@ -93,8 +94,7 @@ class PatchFit:
     def restore(self, maps: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch channels height width"]:
         """Predictions on the token grid, or a multiple of it, to the images' pixels, bilinearly."""
         left, right, top, bottom = self.padding if self.rule == "pad" else (0, 0, 0, 0)
-        size = (self.height + top + bottom, self.width + left + right)
-        restored = resize_map(maps, size)
+        restored = resize_map(maps, (self.height + top + bottom, self.width + left + right))
         return restored[:, :, top : top + self.height, left : left + self.width]
 
 
@@ -120,7 +120,7 @@ def create_padded_picture(
     return Picture(padded, fit.fit_targets(targets, fill))
 
 
-def compute_size(height: int, width: int, short_side: float, long_side: float) -> tuple[int, int]:
+def compute_size(height: int, width: int, short_side: float | int, long_side: float = math.inf) -> tuple[int, int]:
     """The largest (height, width) of the same ratio that fits into both sides, rounded to the nearest pixel."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)

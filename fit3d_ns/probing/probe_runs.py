@@ -17,7 +17,7 @@ from fit3d_ns.probing.datasets.frames import (
     compute_data_hash,
     join_sets,
 )
-from fit3d_ns.probing.datasets.scannetpp import is_scannetpp_scene
+from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
 from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.head_probe import HeadProbe, RunConfig, create_sets
@@ -86,10 +86,7 @@ class ProbeRequest:
 
 
 def run_probe(request: ProbeRequest) -> ResultRecord:
-    """Runs the seeds that are not in the result file yet, and writes it after each.
-
-    ValueError names folders, backbones or settings that do not fit.
-    """
+    """Runs the seeds that are not in the result file yet; ValueError names folders or settings that do not fit."""
     if not request.seeds:
         raise ValueError("No seed is given; name at least one with --seeds.")
     if request.task in ("consistency", "correspondence"):
@@ -99,9 +96,6 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     train, test = _read_sets(request)
     config = request.config or DEFAULT_CONFIGS[request.task]
     settings: dict[str, Any] = {
-        "task": request.task,
-        "assembly": request.backbones.assembly,
-        "backbones": {part: description.to_metadata() for part, description in described.items()},
         "patch_fit": request.backbones.patch_fit,
         "train": _describe_set(train),
         "test": _describe_set(test),
@@ -120,7 +114,9 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     backbones = create_frozen_backbones(request.backbones, norm=norm, num_layers=num_layers, device=accelerator.device)
     sets = create_sets(train, test, request.run)
     probe = HEAD_PROBES[request.task](config, request.run, sets, backbones, request.backbones.assembly, accelerator)
-    training = {**_read_training(file.path), "chosen": probe.describe(), **read_costs(request.backbones)}
+    earlier = load_result(file.path).settings if file.path.is_file() else {}
+    training = {name: earlier[name] for name in ("training", "chosen", "finetuning") if name in earlier}
+    training |= {"chosen": probe.describe(), **read_costs(request.backbones)}
     for seed in missing:
         start = time.perf_counter()
         trained = probe.run_seed(seed)
@@ -143,34 +139,30 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     return ResultRecord(file.kind, summarise_seeds(done), {**file.settings, **training}, file.is_random)
 
 
-def resolve_scene_splits(
-    train: Sequence[Path], test: Sequence[Path]
-) -> tuple[list[LabelledSplit | None], list[LabelledSplit | None]]:
-    """Which frames of each folder take part.
+def resolve_scene_split(path: Path, split: LabelledSplit, others: Sequence[Path]) -> LabelledSplit | None:
+    """Which frames of a folder take part: its train or test part, or all (None).
 
-    A single ScanNet++ scene that is only trained on, or only tested on, takes part whole; one that is named in both is
-    divided by its own lists. Everything else has a train and a test part.
+    A single ScanNet++ scene that is only trained on, or only tested on, takes part whole; one that is among `others` as
+    well is divided by its own lists.
     """
-    both = {path.resolve() for path in train} & {path.resolve() for path in test}
-
-    def resolve(path: Path, split: LabelledSplit) -> LabelledSplit | None:
-        return None if is_scannetpp_scene(path) and path.resolve() not in both else split
-
-    return [resolve(path, "train") for path in train], [resolve(path, "test") for path in test]
+    is_shared = path.resolve() in {other.resolve() for other in others}
+    return None if is_scannetpp_scene(path) and not is_shared else split
 
 
 def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
     task: ProbeTask = request.task  # type: ignore[assignment]
-    train, test = [Path(path) for path in request.train], [Path(path) for path in request.test]
-    for paths, flag in ((train, "--train"), (test, "--test")):
+    for paths, flag in ((request.train, "--train"), (request.test, "--test")):
         if not paths:
             raise ValueError(f"A {task} probe needs data; name folders with {flag}.")
-    check_options([*train, *test], task, request.options)
-    splits = resolve_scene_splits(train, test)
-    first, second = (
-        join_sets([read_labelled_set(path, split, task, request.options) for path, split in zip(part, of, strict=True)])
-        for part, of in zip((train, test), splits, strict=True)
-    )
+    check_options([*request.train, *request.test], task, request.options)
+
+    def read(paths: Sequence[Path], split: LabelledSplit, others: Sequence[Path]) -> LabelledSet:
+        options = request.options
+        return join_sets(
+            [read_labelled_set(path, resolve_scene_split(path, split, others), task, options) for path in paths]
+        )
+
+    first, second = read(request.train, "train", request.test), read(request.test, "test", request.train)
     check_same_kind(first, second)
     trained = {frame.key for frame in first.frames}
     num_common = sum(frame.key in trained for frame in second.frames)
@@ -185,16 +177,12 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     described = describe_backbones(chosen, norm=True)
     config = request.config or DEFAULT_CONFIGS[request.task]
     assert isinstance(config, MultiviewConfig) and request.task in ("consistency", "correspondence")
-    paths = [Path(path) for path in request.test]
-    for path in paths:
+    for path in request.test:
         if not path.exists():
             raise ValueError(f"No such capture or scene file: {path}; check --test.")
-    check_options(paths, request.task, request.options)
+    check_options(request.test, request.task, request.options)
     settings = {
-        "task": request.task,
-        "assembly": chosen.assembly,
-        "backbones": {part: description.to_metadata() for part, description in described.items()},
-        "test": {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]},
+        "test": {"scenes": [path.name for path in request.test], "sizes": [_measure(path) for path in request.test]},
         "config": {name: value for name, value in asdict(config).items() if name != "data_root"},
     }
     file, missing, done = _open_record(request, settings, described)
@@ -202,7 +190,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         return load_result(file.path)
     device = choose_device(request.device)
     backbones = create_frozen_backbones(chosen, norm=True, device=device)
-    probe = MultiviewProbe(request.task, config, paths, backbones, chosen.assembly, device)
+    probe = MultiviewProbe(request.task, config, request.test, backbones, chosen.assembly, device)
     for seed in missing:
         done[seed] = probe.compute(seed)
     return file.save(done, read_costs(chosen))
@@ -212,6 +200,12 @@ def _open_record(
     request: ProbeRequest, settings: dict[str, Any], described: dict[Any, Any]
 ) -> tuple[ResultFile, list[int], dict[int, dict[str, Any]]]:
     """The result file, the seeds that it lacks, and the metrics of those it has."""
+    settings = {
+        "task": request.task,
+        "assembly": request.backbones.assembly,
+        "backbones": {part: description.to_metadata() for part, description in described.items()},
+        **settings,
+    }
     is_random = any(item.is_random for item in described.values()) or is_finetuned_from_random(request.backbones)
     file = ResultFile(Path(request.output_path), f"probe/{request.task}", settings, is_random)
     done = file.load_seeds()
@@ -226,14 +220,6 @@ def _open_record(
 def _describe_set(labelled_set: LabelledSet) -> dict[str, Any]:
     sizes = {"num_frames": len(labelled_set.frames), "num_classes": labelled_set.num_classes}
     return {"name": labelled_set.name, **sizes, "data_hash": compute_data_hash(labelled_set)}
-
-
-def _read_training(path: Path) -> dict[str, Any]:
-    """What an earlier run said about its seeds."""
-    if not path.is_file():
-        return {}
-    settings = load_result(path).settings
-    return {name: settings[name] for name in ("training", "chosen", "finetuning") if name in settings}
 
 
 def _measure(path: Path) -> int | str:

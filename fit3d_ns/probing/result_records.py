@@ -46,10 +46,7 @@ class ResultFile:
         return compute_settings_key(self.kind, self.settings)
 
     def load_seeds(self) -> dict[int, dict[str, Any]]:
-        """Metrics of the seeds that an earlier run with the same settings has finished.
-
-        A file with other settings at the same path is put aside under the name of its key, with a notice.
-        """
+        """Metrics of finished seeds; a file with other settings is put aside under the name of its key, and said so."""
         if not self.path.is_file():
             return {}
         record = load_result(self.path)
@@ -110,7 +107,12 @@ def read_costs(config: BackboneConfig) -> dict[str, Any]:
         costs["hours"] = report["seconds"] / SECONDS_PER_HOUR
     scenes = [Path(name) for name in report.get("scenes", []) if isinstance(name, str)]
     costs["scenes"] = [scene.stem for scene in scenes]
-    return {"finetuning": {**costs, **_summarise_scenes(_list_scene_costs(report, scenes))}}
+    if isinstance(report.get("scene_costs"), list):
+        scene_costs = [SceneCosts(**entry) for entry in report["scene_costs"]]
+    else:
+        # Reports of earlier versions have none; the scenes may still be there.
+        scene_costs = [read_scene_costs(load_scene(scene), scene) for scene in scenes if scene.is_file()]
+    return {"finetuning": {**costs, **_summarise_scenes(scene_costs)}}
 
 
 def _combine(items: Sequence[dict[str, Any]], function: Any) -> dict[str, Any]:
@@ -149,13 +151,6 @@ def _sorted(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_sorted(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _list_scene_costs(report: dict[str, Any], scenes: list[Path]) -> list[SceneCosts]:
-    """What the report recorded; reports of earlier versions did not, then of the scenes that are still there."""
-    if isinstance(report.get("scene_costs"), list):
-        return [SceneCosts(**entry) for entry in report["scene_costs"]]
-    return [read_scene_costs(load_scene(scene), scene) for scene in scenes if scene.is_file()]
 
 
 def _summarise_scenes(costs: list[SceneCosts]) -> dict[str, Any]:

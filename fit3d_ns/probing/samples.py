@@ -105,17 +105,14 @@ class FeatureMemory:
         for group in by_size.values():
             features = self.backbones(torch.stack([pictures[key].image for key in group]))
             for row, key in enumerate(group):
-                found[key] = self._keep(key, features, row, pictures[key].target)
+                # Copies, because a slice would keep the whole batch alive.
+                maps, class_tokens = features.maps[row : row + 1].clone(), features.class_tokens[row : row + 1].clone()
+                dtype = torch.float32 if maps.abs().max() > _FLOAT16_MAX else torch.float16
+                halved = FrozenFeatures(maps, class_tokens).to("cpu", dtype)
+                # What does not fit is returned as if it had been kept, so that metrics do not depend on the budget.
+                found[key] = KeptFeatures(halved, pictures[key].target.cpu())
+                self._memory.keep(key, found[key], count_bytes(halved.maps, halved.class_tokens, found[key].target))
         return [found[key] for key in keys]
-
-    def _keep(self, key: PictureKey, features: FrozenFeatures, row: int, target: Tensor) -> KeptFeatures:
-        # Copies, because a slice would keep the whole batch alive.
-        maps, class_tokens = features.maps[row : row + 1].clone(), features.class_tokens[row : row + 1].clone()
-        dtype = torch.float32 if maps.abs().max() > _FLOAT16_MAX else torch.float16
-        entry = KeptFeatures(FrozenFeatures(maps, class_tokens).to("cpu", dtype), target.cpu())
-        self._memory.keep(key, entry, count_bytes(entry.features.maps, entry.features.class_tokens, entry.target))
-        # What did not fit is returned as if it had been kept, so that metrics do not depend on the budget.
-        return entry
 
 
 def estimate_memory(backbones: FrozenBackbones, height: int, width: int, num_pictures: int) -> float:

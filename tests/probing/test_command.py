@@ -21,7 +21,7 @@ from fit3d_ns.probing.frozen_features import (
     describe_backbones,
     list_parts,
 )
-from fit3d_ns.probing.probe_runs import resolve_scene_splits
+from fit3d_ns.probing.probe_runs import resolve_scene_split
 from fit3d_ns.probing.result_records import compute_settings_key, summarise_seeds
 from tests.probing.probe_scenes import BACKBONE, create_finetuned, create_scene
 
@@ -341,11 +341,11 @@ def test_create_request__explicit_flags_win_over_the_paper() -> None:
     assert request.run.cache == "auto" and request.run.selection == "last"
 
 
-def test_resolve_scene_splits__a_scene_on_both_sides_is_divided(rooms: Path) -> None:
+def test_resolve_scene_split__a_scene_on_both_sides_is_divided(rooms: Path) -> None:
     first, second = rooms / "room_0", rooms / "room_1"
-    assert resolve_scene_splits([first], [second]) == ([None], [None])
-    assert resolve_scene_splits([first, second], [second]) == ([None, "train"], ["test"])
-    assert resolve_scene_splits([rooms], [rooms]) == (["train"], ["test"])
+    assert resolve_scene_split(first, "train", [second]) is resolve_scene_split(second, "test", [first]) is None
+    assert resolve_scene_split(first, "train", [rooms, first]) == "train"
+    assert resolve_scene_split(rooms, "test", []) == resolve_scene_split(rooms, "test", [rooms]) == "test"
 
 
 def test_records__key_and_summary() -> None:

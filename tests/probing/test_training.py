@@ -168,7 +168,7 @@ def test_train_head__keeps_the_best_scored_checkpoint() -> None:
         return next(scores)
 
     head = LinearMap()
-    config = OptimizationConfig(Schedule("constant", 12), batch_size=2, learning_rate=0.05, weight_decay=0.0)
+    config = OptimizationConfig(Schedule("poly", 12), batch_size=2, learning_rate=0.05, weight_decay=0.0)
     trained = train_head(
         head,
         iterate_batches(features, targets, config),
@@ -184,7 +184,7 @@ def test_train_head__keeps_the_best_scored_checkpoint() -> None:
 
 def test_train_head__a_loss_that_is_not_finite_stops_at_once() -> None:
     features, targets = create_regression()
-    config = OptimizationConfig(Schedule("constant", 12), batch_size=2, learning_rate=0.05, weight_decay=0.0)
+    config = OptimizationConfig(Schedule("poly", 12), batch_size=2, learning_rate=0.05, weight_decay=0.0)
     batches = iterate_batches(features, targets * math.nan, config)
     with pytest.raises(ValueError, match="not finite at iteration 1"):
         train_head(LinearMap(), batches, compute_square_loss, config, accelerator=create_accelerator("cpu"))

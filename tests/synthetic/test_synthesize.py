@@ -10,7 +10,7 @@ from fit3d_ns.data.images import load_depth, load_image
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
 from fit3d_ns.geometry.undistortion import compute_undistortion
-from fit3d_ns.probing.datasets.scannetpp import read_scannetpp_labelled
+from fit3d_ns.probing.datasets.scannet import read_scannetpp_labelled
 from fit3d_ns.synthetic import synthesize as synthetic
 from fit3d_ns.synthetic.rendering import CLASSES
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes

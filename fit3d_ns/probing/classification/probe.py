@@ -23,10 +23,8 @@ from fit3d_ns.probing.samples import BYTES_PER_GB, Inputs, stack_features
 
 PUBLISHED_ITERATIONS = 12_500
 REFERENCE_BATCH = 256
-AREA_RANGE = (0.08, 1.0)
-"""Share of the picture's area that a random crop has."""
-RATIO_RANGE = (3 / 4, 4 / 3)
-"""Width over height of a random crop."""
+AREA_RANGE, RATIO_RANGE = (0.08, 1.0), (3 / 4, 4 / 3)
+"""Share of the picture's area that a random crop has, and its width over its height."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class ClassificationInputs(Inputs):
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
         """The central crop of the resized image."""
         image = frame.load_image().numpy()
-        height, width = compute_size(image.shape[0], image.shape[1], float(self.resize_side), max(image.shape) * 1e4)
+        height, width = compute_size(image.shape[0], image.shape[1], self.resize_side)
         resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         side = min(self.crop_side, height, width)
         window = Window((height - side) // 2, (width - side) // 2, side, side)

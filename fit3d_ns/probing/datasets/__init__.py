@@ -8,9 +8,14 @@ from typing import Any, Literal
 from fit3d_ns.probing.datasets.ade20k_voc import find_ade20k, find_voc, read_ade20k, read_voc
 from fit3d_ns.probing.datasets.folders import read_folder, read_image_folder
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, ProbeTask
-from fit3d_ns.probing.datasets.nyu_kitti import is_kitti, is_nyu, read_kitti, read_nyu
-from fit3d_ns.probing.datasets.scannet import find_scannet, read_scannet
-from fit3d_ns.probing.datasets.scannetpp import find_scannetpp_scenes, is_scannetpp_scene, read_scannetpp_labelled
+from fit3d_ns.probing.datasets.nyu_kitti import LABELLED_FILE, read_kitti, read_nyu
+from fit3d_ns.probing.datasets.scannet import (
+    find_scannet,
+    find_scannetpp_scenes,
+    is_scannetpp_scene,
+    read_scannet,
+    read_scannetpp_labelled,
+)
 
 LabelledLayout = Literal["scannetpp", "scannet", "nyu", "kitti", "ade20k", "voc", "folder", "imagefolder"]
 
@@ -43,8 +48,8 @@ def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
         return "imagefolder"
     layouts: dict[LabelledLayout, object] = {
         "scannetpp": is_scannetpp_scene(path) or find_scannetpp_scenes(path),
-        "nyu": is_nyu(path),
-        "kitti": is_kitti(path),
+        "nyu": any((path / name).is_file() for name in (LABELLED_FILE, "nyu_train.txt", "nyu_test.txt")),
+        "kitti": any((path / f"kitti_eigen_{split}.txt").is_file() for split in ("train", "test")),
         "ade20k": find_ade20k(path),
         "voc": find_voc(path),
         "scannet": find_scannet(path),
@@ -101,6 +106,6 @@ def read_labelled_set(
     if layout == "folder":
         return read_folder(path, part, task, options.depth_scale, options.max_depth)
     if layout == "nyu":
-        return read_nyu(path, part, task, options.nyu_classes)
+        return read_nyu(path, part, task, options.nyu_classes or 13)
     others = {"scannet": read_scannet, "kitti": read_kitti, "ade20k": read_ade20k, "voc": read_voc}
     return others.get(layout, read_image_folder)(path, part, task)

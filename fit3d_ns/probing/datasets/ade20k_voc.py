@@ -26,10 +26,8 @@ VOC_NAMES = tuple(
 
 def find_ade20k(root: Path) -> Path | None:
     """The challenge folder at or below `root`, or None."""
-    for folder in (root, root / "ADEChallengeData2016"):
-        if (folder / "annotations").is_dir() and (folder / "objectInfo150.txt").is_file():
-            return folder
-    return None
+    folders = (root, root / "ADEChallengeData2016")
+    return next((at for at in folders if (at / "annotations").is_dir() and (at / "objectInfo150.txt").is_file()), None)
 
 
 def read_ade20k(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
@@ -56,10 +54,8 @@ def read_ade20k(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSe
 
 def find_voc(root: Path) -> Path | None:
     """The VOC2012 folder at or below `root`, or None."""
-    for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
-        if (folder / "JPEGImages").is_dir():
-            return folder
-    return None
+    folders = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    return next((folder for folder in folders if (folder / "JPEGImages").is_dir()), None)
 
 
 def read_voc(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:

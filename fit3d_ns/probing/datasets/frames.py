@@ -6,6 +6,7 @@ metres, 0 where nothing was measured. Pixels are loaded when asked for.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -108,11 +109,8 @@ def join_sets(sets: Sequence[LabelledSet]) -> LabelledSet:
 def check_same_kind(first: LabelledSet, other: LabelledSet) -> None:
     """Raises ValueError unless a probe trained on `first` can be tested on `other`."""
     if first.class_names != other.class_names:
-        pairs = enumerate(zip(first.class_names, other.class_names, strict=False))
-        differing = next(
-            (f"class {index} is {a!r} and {b!r}" for index, (a, b) in pairs if a != b),
-            f"{first.num_classes} and {other.num_classes} classes",
-        )
+        pairs = enumerate(zip_longest(first.class_names, other.class_names))
+        differing = next(f"class {index} is {a!r} and {b!r}" for index, (a, b) in pairs if a != b)
         raise ValueError(f"{first.name} and {other.name} have other classes ({differing}); use sets of one class list.")
     if not first.class_names and first.depth.max_depth != other.depth.max_depth:
         raise ValueError(

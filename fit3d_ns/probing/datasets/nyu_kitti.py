@@ -54,12 +54,7 @@ _KITTI_IMAGE_ROOTS = ("", "raw", "input", "raw_data")
 _KITTI_DEPTH_ROOTS = ("data_depth_annotated/train", "data_depth_annotated/val", "gt_depth", "")
 
 
-def is_nyu(root: Path) -> bool:
-    """True where one of the two layouts begins."""
-    return any((root / name).is_file() for name in (LABELLED_FILE, "nyu_train.txt", "nyu_test.txt"))
-
-
-def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int | None = None) -> LabelledSet:
+def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int = 13) -> LabelledSet:
     """Reads one official split, with 13 classes (the paper's) or 40; for depth the published list, if any, wins."""
     if task == "classification":
         raise ValueError("NYUv2 has no classes of whole pictures; probe segmentation or depth.")
@@ -73,7 +68,6 @@ def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int
         count = int(file["images"].shape[0])
     if numbers.min() < 1 or numbers.max() > count:
         raise ValueError(f"{root / 'splits.mat'} names frame {numbers.max()}, {path} has {count}; download both again.")
-    num_classes = num_classes or 13
     table, names = _read_table(root, num_classes) if task == "segmentation" else (None, ())
     frames = [
         LabelledFrame(
@@ -87,11 +81,6 @@ def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int
     ]
     name = f"nyu{num_classes}" if task == "segmentation" else "nyu-labelled"
     return LabelledSet(name, frames, names, depth=NYU_CONVENTION)
-
-
-def is_kitti(root: Path) -> bool:
-    """True where one of Eigen's lists lies."""
-    return any((root / name).exists() for name in ("kitti_eigen_train.txt", "kitti_eigen_test.txt"))
 
 
 def read_kitti(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:

@@ -47,20 +47,15 @@ class DepthInputs(Inputs):
 
     def load_image(self, frame: LabelledFrame) -> UInt8[np.ndarray, "height width 3"]:
         """The photograph as the set's benchmark sees it, at its own size, which `load_depth` shares."""
-        return _crop_bottom(frame.load_image().numpy(), self.convention)
+        return _crop(frame.load_image().numpy(), self.convention, EVALUATION)
 
     def load_depth(self, frame: LabelledFrame) -> Float[Tensor, "height width"]:
         assert frame.load_depth is not None
-        return torch.from_numpy(_crop_bottom(frame.load_depth().numpy(), self.convention))
+        return torch.from_numpy(_crop(frame.load_depth().numpy(), self.convention, EVALUATION))
 
     def compute_size(self, frame: LabelledFrame) -> tuple[int, int]:
         """Height and width of a whole evaluation image."""
         return _compute_size(self.load_image(frame), self.short_side)
-
-    def list_keys(self, frame: LabelledFrame, is_flip_averaged: bool) -> list[PictureKey]:
-        """The pictures that an evaluation reads: the whole image and, to average, its mirror image."""
-        flips = (False, True) if is_flip_averaged else (False,)
-        return [PictureKey(frame.key, is_flipped, EVALUATION) for is_flipped in flips]
 
     def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:
         """The whole image, mirrored or not, by chance."""
@@ -89,9 +84,9 @@ class DepthInputs(Inputs):
 
     def _load_pair(self, frame: LabelledFrame, part: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and depth of one size, as they are shown."""
-        image, depth = self.load_image(frame), self.load_depth(frame).numpy()
-        if part == TRAINING:
-            image, depth = _crop_training(image, self.convention), _crop_training(depth, self.convention)
+        assert frame.load_depth is not None
+        pair = frame.load_image().numpy(), frame.load_depth().numpy()
+        image, depth = (_crop(picture, self.convention, part) for picture in pair)
         height, width = _compute_size(image, self.short_side)
         if (height, width) != image.shape[:2]:
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -105,7 +100,7 @@ def choose_crop_size(labelled_set: LabelledSet, short_side: int | None) -> tuple
     published = (352, 704) if convention.bottom_crop else (416, 544)
     sizes = []
     for frame in select_evenly(labelled_set.frames, 5):
-        image = _crop_training(_crop_bottom(frame.load_image().numpy(), convention), convention)
+        image = _crop(frame.load_image().numpy(), convention, TRAINING)
         sizes.append(_compute_size(image, short_side))
     return min(published[0], *(size[0] for size in sizes)), min(published[1], *(size[1] for size in sizes))
 
@@ -139,23 +134,17 @@ def shift_colours(
 
 def _compute_size(image: np.ndarray, short_side: int | None) -> tuple[int, int]:
     height, width = image.shape[:2]
-    if short_side is None:
-        return height, width
-    return compute_size(height, width, float(short_side), float(max(height, width) * short_side))
+    return (height, width) if short_side is None else compute_size(height, width, short_side)
 
 
-def _crop_bottom(picture: np.ndarray, convention: DepthConvention) -> np.ndarray:
-    """KITTI's benchmark crop: at the bottom, in the middle; pictures that are smaller stay whole along that axis."""
-    if convention.bottom_crop is None:
-        return picture
-    height, width = picture.shape[:2]
-    rows, columns = min(convention.bottom_crop[0], height), min(convention.bottom_crop[1], width)
-    left = (width - columns) // 2
-    return picture[height - rows :, left : left + columns]
-
-
-def _crop_training(picture: np.ndarray, convention: DepthConvention) -> np.ndarray:
-    if convention.train_crop is None:
-        return picture
-    top, bottom, left, right = convention.train_crop
-    return picture[top:bottom, left:right]
+def _crop(picture: np.ndarray, convention: DepthConvention, part: int) -> np.ndarray:
+    """KITTI's benchmark crop, at most as large as the picture; of that what the set trains on, if `part` says so."""
+    if convention.bottom_crop is not None:
+        height, width = picture.shape[:2]
+        rows, columns = min(convention.bottom_crop[0], height), min(convention.bottom_crop[1], width)
+        left = (width - columns) // 2
+        picture = picture[height - rows :, left : left + columns]
+    if part == TRAINING and convention.train_crop is not None:
+        top, bottom, left, right = convention.train_crop
+        picture = picture[top:bottom, left:right]
+    return picture

@@ -15,7 +15,6 @@ from torch import Tensor
 from fit3d_ns.probing.datasets.frames import EvaluationWindow
 
 METRIC_NAMES = ("rmse", "abs_rel", "sq_rel", "log10", "silog", "d1", "d2", "d3")
-_SUMS = ("squared", "abs_rel", "sq_rel", "log10", "log", "log_squared", "d1", "d2", "d3")
 
 
 class DepthMetrics:
@@ -26,45 +25,31 @@ class DepthMetrics:
 
     def __init__(self, min_depth: float = 0.001, max_depth: float = 10.0, window: EvaluationWindow = "none") -> None:
         self.min_depth, self.max_depth, self.window = min_depth, max_depth, window
-        self.sums = torch.zeros(len(_SUMS) + 1, dtype=torch.float64)
+        self.sums = torch.zeros(10, dtype=torch.float64)
         self.per_image = torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64)
 
     def update(self, prediction: Float[Tensor, "height width"], target: Float[Tensor, "height width"]) -> None:
         """Adds one image; one without valid pixels does not count (nanmean)."""
-        valid = self.find_valid(target)
+        valid = (target > self.min_depth) & (target < self.max_depth) & create_window(self.window, *target.shape)
         if not valid.any():
             return
         sums = _sum_errors(prediction[valid].double().clamp(self.min_depth, self.max_depth), target[valid].double())
         self.sums += sums
         self.per_image += torch.cat([_finish(sums), torch.ones(1, dtype=torch.float64)])
 
-    def find_valid(self, target: Float[Tensor, "height width"]) -> Bool[Tensor, "height width"]:
-        """Pixels that count: measured, in range, inside the window."""
-        valid = (target > self.min_depth) & (target < self.max_depth)
-        return valid & create_window(self.window, *target.shape)
-
     def compute(self) -> dict[str, Any]:
-        """Means of per-image values under their names, over all pixels below `pooled`.
-
-        Raises:
-            ValueError: No image had a valid pixel.
-        """
+        """Means of per-image values under their names, over all pixels below `pooled`; ValueError without any."""
         if self.per_image[-1] == 0:
             raise ValueError(
                 f"No test pixel has depth between {self.min_depth} and {self.max_depth} m; check unit and --max-depth."
             )
-        means = self.per_image[:-1] / self.per_image[-1]
-        metrics: dict[str, Any] = dict(zip(METRIC_NAMES, means.tolist(), strict=True))
-        metrics["pooled"] = dict(zip(METRIC_NAMES, _finish(self.sums).tolist(), strict=True))
-        metrics["num_images"] = int(self.per_image[-1])
-        return metrics
+        means = dict(zip(METRIC_NAMES, (self.per_image[:-1] / self.per_image[-1]).tolist(), strict=True))
+        pooled = dict(zip(METRIC_NAMES, _finish(self.sums).tolist(), strict=True))
+        return {**means, "pooled": pooled, "num_images": int(self.per_image[-1])}
 
 
 def create_window(window: EvaluationWindow, height: int, width: int) -> Bool[Tensor, "height width"]:
-    """True inside the part of an image that counts.
-
-    Eigen's window is given for 480x640 and scales with the size; Garg's is relative by definition.
-    """
+    """True inside the part that counts; Eigen's window is given for 480x640 and scales with the size, as Garg's."""
     inside = torch.zeros(height, width, dtype=torch.bool)
     if window == "eigen":
         top, bottom, left, right = 45 / 480, 471 / 480, 41 / 640, 601 / 640

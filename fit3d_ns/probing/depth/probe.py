@@ -1,8 +1,5 @@
 """The monocular depth probe (paper section 3.3, Table 12): one head per seed on pre-norm features of whole images.
 
-Where the use of the class token is validated, two heads are trained per seed and the better one is kept. Its twin is
-`fit3d_ns.probing.segmentation.probe`.
-
 Losses: g = log(prediction + eps) - log(target + eps) over pixels with valid depth. The scale-invariant loss is
 sqrt(var(g) + 0.15 mean(g)^2), var with n - 1 in the denominator; during its warm-up only the mean's term is used. The
 public gradient loss slices the batch instead of the image and is zero for two images a device; the one here has the
@@ -23,12 +20,12 @@ from torch import Tensor, nn
 from fit3d_ns.data.images import save_depth
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, warn_about_depth_unit
 from fit3d_ns.probing.depth.head import UPSAMPLING, BinNormalization, DepthBins, DPTDepthHead, LinearDepthHead
-from fit3d_ns.probing.depth.inputs import DEPTHS_PER_TOKEN, DepthInputs, choose_crop_size
+from fit3d_ns.probing.depth.inputs import DEPTHS_PER_TOKEN, EVALUATION, DepthInputs, choose_crop_size
 from fit3d_ns.probing.depth.metrics import DepthMetrics
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource
 from fit3d_ns.probing.head_probe import HeadProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
-from fit3d_ns.probing.pictures import resize_map
+from fit3d_ns.probing.pictures import PictureKey, resize_map
 from fit3d_ns.probing.samples import estimate_memory
 from fit3d_ns.utils.progress import notice
 
@@ -188,7 +185,8 @@ class DepthProbe(HeadProbe[DepthConfig]):
     @torch.no_grad()
     def predict(self, head: nn.Module, frame: LabelledFrame, size: tuple[int, int]) -> Float[Tensor, "height width"]:
         """Depth of each pixel of a frame at a size (height, width), in metres."""
-        keys = self.inputs.list_keys(frame, self.config.is_flip_averaged)
+        flips = (False, True) if self.config.is_flip_averaged else (False,)
+        keys = [PictureKey(frame.key, is_flipped, EVALUATION) for is_flipped in flips]
         kept = self.memory.fetch(keys, lambda key: self.inputs.load(frame, key))
         convention = self.sets.train.depth
         fit = self.backbones.create_fit(*self.inputs.compute_size(frame))

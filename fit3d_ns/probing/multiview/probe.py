@@ -104,15 +104,11 @@ class MultiviewProbe:
         per_scene: dict[str, dict[str, Any]] = {}
         for number, views in enumerate(self.scenes):
             pairs = create_pairs(len(views.token_maps), self.config.gaps or None, self.config.max_pairs, seed)
-            report = compute_consistency(
-                views.token_maps,
-                views.depth_views,
-                pairs,
-                self.config.create_consistency(self.task, seed),
-                views.units_per_metre,
-            )
+            config = self.config.create_consistency(self.task, seed)
             name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
-            per_scene[name] = report
+            per_scene[name] = compute_consistency(
+                views.token_maps, views.depth_views, pairs, config, views.units_per_metre
+            )
         if not any(report["num_points"] for report in per_scene.values()):
             raise ValueError("No two views see a common point; check depth and poses, or take more views.")
         pooled = pool_consistency(list(per_scene.values()))
@@ -127,8 +123,7 @@ class MultiviewProbe:
             capture = scene.capture(self.config.data_root)
         else:
             capture = create_posed_capture(read_capture(path))
-        chosen = capture.select(*self.config.splits)
-        chosen = select_evenly(chosen, self.config.max_views)
+        chosen = select_evenly(capture.select(*self.config.splits), self.config.max_views)
         if len(chosen) < 2:
             raise ValueError(f"{path} has {len(chosen)} views of {', '.join(self.config.splits)}; two are needed.")
         get_scene = None if scene is None else lambda: scene

@@ -65,12 +65,11 @@ class SegmentationInputs(Inputs):
         return PictureKey(frame.key, bool(generator.integers(2)), number)
 
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
-        """A window with the labels that the loss reads; without labels for frames that have none."""
+        """A window with the labels that the loss reads."""
+        assert frame.load_labels is not None
         window = self.list_windows(frame)[key.part]
         image = _resize(frame.load_image().numpy(), self.short_side, cv2.INTER_LINEAR)[window.slices]
-        labels: np.ndarray = np.full(image.shape[:2], IGNORE_INDEX, dtype=np.uint8)
-        if frame.load_labels is not None:
-            labels = _resize(frame.load_labels().numpy(), self.short_side, cv2.INTER_NEAREST_EXACT)[window.slices]
+        labels = _resize(frame.load_labels().numpy(), self.short_side, cv2.INTER_NEAREST_EXACT)[window.slices]
         if key.is_flipped:
             image, labels = image[:, ::-1], labels[:, ::-1]
         fit = self.backbones.create_fit(window.height, window.width)
@@ -140,12 +139,11 @@ def draw_varied_window(
 
     mmsegmentation's `RandomCrop` with `cat_max_ratio`: windows of a single class are drawn again, too.
     """
-    window = draw_window(labels.shape[0], labels.shape[1], (side, side), generator)
-    for _ in range(num_tries):
+    for _ in range(num_tries + 1):
+        window = draw_window(labels.shape[0], labels.shape[1], (side, side), generator)
         counts = np.bincount(labels[window.slices].reshape(-1), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
         if np.count_nonzero(counts) > 1 and counts.max() < max_share * counts.sum():
             break
-        window = draw_window(labels.shape[0], labels.shape[1], (side, side), generator)
     return window
 
 

@@ -29,11 +29,7 @@ class SegmentationMetrics:
         self.confusion += counts.view(self.num_classes, self.num_classes).cpu()
 
     def compute(self, class_names: Sequence[str] = ()) -> dict[str, Any]:
-        """The metrics, in [0, 1], with IoU by class name.
-
-        Raises:
-            ValueError: No pixel was counted.
-        """
+        """The metrics, in [0, 1], with IoU by class name; ValueError if no pixel was counted."""
         total = int(self.confusion.sum())
         if total == 0:
             raise ValueError("No test pixel has a label that counts; check the label maps.")

@@ -1,7 +1,4 @@
-"""The semantic segmentation probe (paper section 3.3): one linear head per seed, measured by slide inference.
-
-Its twin is `fit3d_ns.probing.depth.probe`.
-"""
+"""The semantic segmentation probe (paper section 3.3): one linear head per seed, measured by slide inference."""
 
 from dataclasses import dataclass
 from pathlib import Path

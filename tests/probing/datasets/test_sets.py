@@ -366,7 +366,7 @@ def test_scannetpp__wide_photographs_are_halved_with_their_depth_and_labels(
     scannetpp_scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1752x1168 becomes 876x584; here everything wider than ten pixels counts as wide."""
-    monkeypatch.setattr("fit3d_ns.probing.datasets.scannetpp.HALVED_FROM_WIDTH", 10)
+    monkeypatch.setattr("fit3d_ns.probing.datasets.scannet.HALVED_FROM_WIDTH", 10)
     dslr = scannetpp_scene / "dslr"
     edit_json(dslr / "nerfstudio/transforms.json", camera_model="PINHOLE", k1=None)
     for index in range(6):
