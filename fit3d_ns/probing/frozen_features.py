@@ -27,8 +27,7 @@ original next to itself; `add` and `linear` (a trained layer back to the origina
 Part = Literal["original", "finetuned"]
 
 ClassTokenSource = Literal["auto", "original", "finetuned", "none"]
-"""Whose class token is put next to the patch tokens: `auto` takes the original's where it runs (the public code), else
-the fine-tuned one's."""
+"""Whose class token is put next to the patch tokens: `auto` takes the original's (the public code) where it runs."""
 
 
 def list_parts(assembly: Assembly) -> tuple[Part, ...]:
@@ -48,12 +47,10 @@ class BackboneConfig:
     backbone_weights: Path | None = None
     """File with the original's weights; timm's download by default."""
     finetuned: Path | None = None
-    """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file for the original's architecture
-    (as FiT3D and Splat-and-Distill published them)."""
+    """A folder that fit3d-finetune wrote, or a weights file as FiT3D and Splat-and-Distill published them."""
     normalization: Normalization = "timm"
     """Whose mean and deviation normalise images; the public code takes ImageNet's for all backbones."""
     patch_fit: PatchFitRule = "pad"
-    """How images meet the patch grid."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,6 @@ class FrozenBackbones:
         return self.description.num_prefix_tokens > 0
 
     def create_fit(self, height: int, width: int) -> PatchFit:
-        """How images of a size meet the patch grid."""
         return PatchFit(height, width, self.description.patch_size, self.patch_fit)
 
     @torch.no_grad()
@@ -202,9 +198,7 @@ def _describe_finetuned(config: BackboneConfig, finetuned: Path, norm: bool) -> 
         norm = norm or (finetuned / ADAPTER_NAME).is_file()
         return describe_backbone(f"local-dir:{finetuned}", None, config.normalization, norm=norm)
     if not finetuned.is_file():
-        raise ValueError(
-            f"No such fine-tuned backbone: {finetuned}; give a folder of fit3d-finetune or a weights file."
-        )
+        raise ValueError(f"No such fine-tuned backbone: {finetuned}; give a fit3d-finetune folder or a weights file.")
     return describe_backbone(config.backbone, finetuned, config.normalization, norm=norm)
 
 

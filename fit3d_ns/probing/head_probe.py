@@ -32,8 +32,7 @@ MIN_ITERATIONS = 800
 EPOCHS_OF_SMALL_SETS = 60
 """Sets that the published number of iterations would see more often are trained for this many epochs."""
 LARGEST_STEP = 4.0
-"""Largest product of learning rate and width: about the largest step of a logit per iteration, since tokens are of the
-order of one."""
+"""Largest product of learning rate and width, which is a logit's largest step where tokens are of the order of one."""
 
 Config = TypeVar("Config")
 
@@ -87,7 +86,6 @@ class HeadProbe(ABC, Generic[Config]):
     published_iterations: ClassVar[int]
     inputs: Inputs
     is_cached: bool
-    """True if features of fixed pictures are kept."""
 
     def __init__(
         self,
@@ -101,16 +99,14 @@ class HeadProbe(ABC, Generic[Config]):
         self.config, self.run, self.sets = config, run, sets
         self.backbones, self.assembly, self.accelerator = backbones, assembly, accelerator
         self.memory = FeatureMemory(backbones, run.cache_gb)
+        values: Any = config
         self.num_iterations = resolve_iterations(
-            config.num_iterations,  # type: ignore[attr-defined]
-            self.published_iterations,
-            len(sets.train.frames),
-            config.batch_size,  # type: ignore[attr-defined]
+            values.num_iterations, self.published_iterations, len(sets.train.frames), values.batch_size
         )
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The values that were chosen, for the record."""
+        return {"num_iterations": self.num_iterations, "features_cached": self.is_cached}
 
     @abstractmethod
     def run_seed(self, seed: int) -> TrainedHead:
@@ -162,11 +158,10 @@ class HeadProbe(ABC, Generic[Config]):
         folder.mkdir(parents=True, exist_ok=True)
         test = self.sets.test
         units = choose_depth_units(test.depth.max_depth)
-        names = []
-        for number, frame in enumerate(select_evenly(test.frames, num_frames)):
+        frames = select_evenly(test.frames, num_frames)
+        for number, frame in enumerate(frames):
             image = self.save_prediction(trained.head, frame, folder / f"{number:03d}", units)
             save_image(image, folder / f"{number:03d}_image.png")
-            names.append(frame.name)
         described = [extractor.description.to_metadata() for extractor in self.backbones.extractors]
         content: dict[str, Any] = {
             "task": self.task,
@@ -177,7 +172,7 @@ class HeadProbe(ABC, Generic[Config]):
             "class_names": list(test.class_names),
             "max_depth": test.depth.max_depth,
             "depth_units_per_metre": units,
-            "frames": names,
+            "frames": [frame.name for frame in frames],
         }
         write_json(folder / "predictions.json", content)
 
@@ -219,8 +214,7 @@ def resolve_learning_rate(published: PublishedTraining, num_iterations: int, wid
 
 
 def resolve_cache(run: RunConfig, needed_gb: float, instead: str) -> bool:
-    """True if features are kept, for which all variants would need `needed_gb`; says what that changes: `instead`
-    replaces the random augmentation."""
+    """True if features, `needed_gb` in all, are kept; says that then `instead` replaces the random augmentation."""
     if run.cache == "never" or (run.cache == "auto" and needed_gb > run.cache_gb):
         return False
     notice(

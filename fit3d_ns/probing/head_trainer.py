@@ -27,7 +27,6 @@ class Schedule:
     """Factor of the learning rate at each iteration."""
 
     kind: Literal["poly", "cosine"]
-    """Shape after the warm-up."""
     num_iterations: int
     """T, at least 1."""
     num_warmup_iterations: int = 0
@@ -86,7 +85,6 @@ class TrainedHead:
     scores: dict[int, float] = field(default_factory=dict)
     """Score by iteration, larger is better; empty for selection `last`."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """On the test data."""
     choices: dict[str, Any] = field(default_factory=dict)
     """What else was chosen on the selection data, for the record."""
 

@@ -110,8 +110,7 @@ def create_whole_picture(
 def create_padded_picture(
     image: np.ndarray, target: np.ndarray, fit: PatchFit, mean: tuple[float, float, float], fill: int | float
 ) -> Picture:
-    """A crop, filled up at the right and bottom to the size of the fit: by the channel mean, which is zero after
-    normalisation, and by targets that do not count."""
+    """A crop, filled up right and below to the size of the fit by the channel mean, and targets that do not count."""
     height, width = target.shape
     padded = torch.tensor(mean)[:, None, None].repeat(1, fit.height, fit.width)
     padded[:, :height, :width] = to_image(image)

@@ -53,12 +53,7 @@ DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     "consistency": MultiviewConfig(),
     "correspondence": MultiviewConfig(),
 }
-HEAD_PROBES: dict[str, type[HeadProbe]] = {
-    probe.task: probe for probe in (SegmentationProbe, DepthProbe, ClassificationProbe)
-}
-
-_DECISIVE_RUN_FIELDS = ("cache", "cache_gb", "selection", "validation_fraction", "num_evaluations")
-"""Choices of a run that metrics depend on; the memory decides whether features are kept."""
+PROBES: dict[str, type[HeadProbe]] = {kind.task: kind for kind in (SegmentationProbe, DepthProbe, ClassificationProbe)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         "train": _describe_set(train),
         "test": _describe_set(test),
         "config": asdict(config),
-        "run": {name: getattr(request.run, name) for name in _DECISIVE_RUN_FIELDS},
+        "run": {name: value for name, value in asdict(request.run).items() if name != "num_threads"},
         "precision": request.precision,
     }
     if request.options.depth_scale not in (None, DEFAULT_DEPTH_SCALE):
@@ -113,7 +108,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     num_layers = 4 if isinstance(config, DepthConfig) and config.head == "dpt" else 1
     backbones = create_frozen_backbones(request.backbones, norm=norm, num_layers=num_layers, device=accelerator.device)
     sets = create_sets(train, test, request.run)
-    probe = HEAD_PROBES[request.task](config, request.run, sets, backbones, request.backbones.assembly, accelerator)
+    probe = PROBES[request.task](config, request.run, sets, backbones, request.backbones.assembly, accelerator)
     earlier = load_result(file.path).settings if file.path.is_file() else {}
     training = {name: earlier[name] for name in ("training", "chosen", "finetuning") if name in earlier}
     training |= {"chosen": probe.describe(), **read_costs(request.backbones)}

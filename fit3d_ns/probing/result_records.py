@@ -9,6 +9,7 @@ settings: what the metrics depend on, `key` (a hash of that), `seeds`, and what 
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,9 @@ class ResultFile:
     settings: dict[str, Any]
     """Everything the metrics depend on, except the seeds; plain JSON values."""
     is_random: bool
-    """True if random weights took part."""
 
     @property
     def key(self) -> str:
-        """Names the settings."""
         return compute_settings_key(self.kind, self.settings)
 
     def load_seeds(self) -> dict[int, dict[str, Any]]:
@@ -52,23 +51,17 @@ class ResultFile:
         record = load_result(self.path)
         if record.settings.get("key") != self.key:
             other = self.path.with_name(f"{self.path.stem}.{record.settings.get('key', 'earlier')}{self.path.suffix}")
-            try:
+            # Another process of the same run may be faster.
+            with suppress(FileNotFoundError):
                 self.path.rename(other)
-            except FileNotFoundError:
-                # Another process of the same run was faster.
-                return {}
-            notice(f"{self.path} held metrics of other settings; they are now in {other.name}.")
+                notice(f"{self.path} held metrics of other settings; they are now in {other.name}.")
             return {}
         return {int(seed): metrics for seed, metrics in record.metrics.get("per_seed", {}).items()}
 
     def save(self, per_seed: dict[int, dict[str, Any]], training: dict[str, Any]) -> ResultRecord:
         """Writes the metrics of the finished seeds, atomically."""
-        record = ResultRecord(
-            kind=self.kind,
-            metrics=summarise_seeds(per_seed),
-            settings={**self.settings, "key": self.key, "seeds": sorted(per_seed), **training},
-            is_random=self.is_random,
-        )
+        settings = {**self.settings, "key": self.key, "seeds": sorted(per_seed), **training}
+        record = ResultRecord(self.kind, summarise_seeds(per_seed), settings, self.is_random)
         save_result(record, self.path)
         return record
 

@@ -7,7 +7,7 @@ instead and loads ahead in threads. Batches depend on nothing but (seed, positio
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -94,11 +94,11 @@ class FeatureMemory:
         self.backbones = backbones
         self._memory: BoundedMemory[KeptFeatures] = BoundedMemory(int(budget_gb * BYTES_PER_GB))
 
-    def fetch(self, keys: Sequence[PictureKey], load: Callable[[PictureKey], Picture]) -> list[KeptFeatures]:
-        """Features of some pictures in the order of their keys; `load` is called for each that is not there."""
-        kept = {key: self._memory.get(key) for key in keys}
-        found = {key: entry for key, entry in kept.items() if entry is not None}
-        pictures = {key: load(key) for key in kept if key not in found}
+    def fetch(self, keys: Sequence[PictureKey], frames: Sequence[LabelledFrame], inputs: Inputs) -> list[KeptFeatures]:
+        """Features of a picture of each frame; those that are not there are loaded and computed."""
+        asked = dict(zip(keys, frames, strict=True))
+        found = {key: entry for key in asked if (entry := self._memory.get(key)) is not None}
+        pictures = {key: inputs.load(frame, key) for key, frame in asked.items() if key not in found}
         by_size: dict[torch.Size, list[PictureKey]] = {}
         for key, picture in pictures.items():
             by_size.setdefault(picture.image.shape, []).append(key)
@@ -134,11 +134,10 @@ def iterate_kept(
 ) -> Iterator[Batch]:
     """Batches of fixed pictures, through the memory; `fill` is the target that does not count."""
     for batch in draws:
-        chosen = [(frames[draw.index], create_numpy_generator(seed, draw.position)) for draw in batch]
-        keys = [inputs.choose_key(frame, generator) for frame, generator in chosen]
-        by_key = {key: frame for key, (frame, _) in zip(keys, chosen, strict=True)}
-        entries = memory.fetch(keys, lambda key, by_key=by_key: inputs.load(by_key[key], key))  # type: ignore[misc]
-        yield stack_features(entries, fill)
+        chosen = [frames[draw.index] for draw in batch]
+        generators = [create_numpy_generator(seed, draw.position) for draw in batch]
+        keys = list(map(inputs.choose_key, chosen, generators))
+        yield stack_features(memory.fetch(keys, chosen, inputs), fill)
 
 
 def iterate_augmented(

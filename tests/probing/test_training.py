@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,7 +275,10 @@ def test_segmentation_probe__ignored_pixels_do_not_change_the_loss() -> None:
 
 
 class NoisyInputs(ClassificationInputs):
-    """Pictures of one random value, whose targets say which sample they are of."""
+    """Pictures of one value: a random one, whose targets say which sample they are of, or the name of the frame."""
+
+    def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
+        return Picture(torch.full((3, 4, 4), float(frame.name)), torch.zeros(1))
 
     def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
         return Picture(torch.full((3, 4, 4), float(generator.random())), torch.tensor(float(frame.name)))
@@ -302,6 +306,6 @@ def test_feature_memory__half_precision_unless_features_are_too_large() -> None:
     backbones = MeanColourBackbones()
     memory = FeatureMemory(backbones, 1.0)
     for value, dtype in ((0.5, torch.float16), (1e5, torch.float32)):
-        picture = Picture(torch.full((3, 4, 4), value), torch.zeros(1))
-        (entry,) = memory.fetch([PictureKey(value)], lambda key, shown=picture: shown)  # type: ignore[misc]
+        frame = replace(create_striped_frame(0), name=str(value))
+        (entry,) = memory.fetch([PictureKey(value)], [frame], NoisyInputs(4, 4))
         assert entry.features.maps.dtype == dtype and float(entry.features.maps.max()) == value

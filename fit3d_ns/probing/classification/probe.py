@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource, FrozenBackbones, FrozenFeatures
-from fit3d_ns.probing.head_probe import HeadProbe, ProbeSets, RunConfig, resolve_cache
+from fit3d_ns.probing.head_probe import HeadProbe, resolve_cache
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
 from fit3d_ns.probing.pictures import Picture, PictureKey, Window, compute_size, draw_window, to_image
-from fit3d_ns.probing.samples import BYTES_PER_GB, Inputs, stack_features
+from fit3d_ns.probing.samples import BYTES_PER_GB, FeatureMemory, Inputs, stack_features
 
 PUBLISHED_ITERATIONS = 12_500
 REFERENCE_BATCH = 256
@@ -91,7 +91,6 @@ class ClassificationHeads(nn.Module):
         return [*rates, (fusion, middle)] if fusion else rates
 
     def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch rates classes"]:
-        """Logits of every layer."""
         # (b, c, 1, 1) -> (b, c)
         vectors = [self.assembler(features)[:, :, 0, 0]]
         if self.assembler.class_dim:
@@ -108,7 +107,6 @@ class ClassificationInputs(Inputs):
     crop_side: int
 
     def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:
-        """The central crop, mirrored or not, by chance."""
         return PictureKey(frame.key, bool(generator.integers(2)))
 
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
@@ -135,18 +133,14 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
     task = "classification"
     published_iterations = PUBLISHED_ITERATIONS
 
-    def __init__(
-        self, config: ClassificationConfig, run: RunConfig, sets: ProbeSets, backbones: FrozenBackbones, *args: Any
-    ) -> None:
-        pooled = PooledBackbones(backbones.extractors, backbones.layers, backbones.patch_fit)
-        super().__init__(config, run, sets, pooled, *args)
-        self.inputs: ClassificationInputs = ClassificationInputs(config.resize_side, config.crop_side)
-        numbers = 2 * len(sets.train.frames) * 2 * len(backbones.extractors) * backbones.embed_dim
-        needed_gb = 2 * numbers / BYTES_PER_GB
-        self.is_cached = resolve_cache(run, needed_gb, "central crops and their mirror images")
-
-    def describe(self) -> dict[str, Any]:
-        return {"num_iterations": self.num_iterations, "features_cached": self.is_cached}
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        backbones, num_frames = self.backbones, len(self.sets.train.frames)
+        self.backbones = PooledBackbones(backbones.extractors, backbones.layers, backbones.patch_fit)
+        self.memory = FeatureMemory(self.backbones, self.run.cache_gb)
+        self.inputs: ClassificationInputs = ClassificationInputs(self.config.resize_side, self.config.crop_side)
+        needed_gb = 2 * 2 * num_frames * 2 * len(backbones.extractors) * backbones.embed_dim / BYTES_PER_GB
+        self.is_cached = resolve_cache(self.run, needed_gb, "central crops and their mirror images")
 
     def run_seed(self, seed: int) -> TrainedHead:
         self.seed_head(seed)
@@ -166,13 +160,9 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
         return trained
 
     def create_optimization(self) -> OptimizationConfig:
-        return OptimizationConfig(
-            Schedule("cosine", self.num_iterations),
-            self.config.batch_size,
-            self.config.batch_size / REFERENCE_BATCH,
-            self.config.weight_decay,
-            optimizer="sgd",
-        )
+        config, schedule = self.config, Schedule("cosine", self.num_iterations)
+        rate = config.batch_size / REFERENCE_BATCH
+        return OptimizationConfig(schedule, config.batch_size, rate, config.weight_decay, optimizer="sgd")
 
     def compute_loss(self, predictions: Tensor, targets: Tensor, iteration: int) -> LossSum:
         """Sum over layers, which share nothing, so that each is trained as if alone."""
@@ -189,12 +179,9 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
         counts = torch.zeros(3, len(self.config.learning_rates), dtype=torch.float64)
         share = self.share(labelled_set)
         for start in range(0, len(share), self.config.batch_size):
-            by_key = {PictureKey(frame.key): frame for frame in share[start : start + self.config.batch_size]}
-            kept = self.memory.fetch(
-                list(by_key),
-                lambda key, by_key=by_key: self.inputs.load(by_key[key], key),  # type: ignore[misc]
-            )
-            features, classes = stack_features(kept)
+            frames = share[start : start + self.config.batch_size]
+            keys = [PictureKey(frame.key) for frame in frames]
+            features, classes = stack_features(self.memory.fetch(keys, frames, self.inputs))
             logits = heads(features.to(self.accelerator.device)).float().cpu()
             ranks = logits.argsort(dim=-1, descending=True)[..., :5] == classes[:, None, None]
             counts[0] += ranks[..., 0].double().sum(dim=0)

@@ -5,34 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fit3d_ns.probing.datasets.ade20k_voc import find_ade20k, find_voc, read_ade20k, read_voc
-from fit3d_ns.probing.datasets.folders import read_folder, read_image_folder
+from fit3d_ns.probing.datasets import ade20k_voc, folders, nyu_kitti, scannet
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, ProbeTask
-from fit3d_ns.probing.datasets.nyu_kitti import LABELLED_FILE, read_kitti, read_nyu
-from fit3d_ns.probing.datasets.scannet import (
-    find_scannet,
-    find_scannetpp_scenes,
-    is_scannetpp_scene,
-    read_scannet,
-    read_scannetpp_labelled,
-)
 
 LabelledLayout = Literal["scannetpp", "scannet", "nyu", "kitti", "ade20k", "voc", "folder", "imagefolder"]
 
 
 @dataclass(frozen=True)
 class LabelledOptions:
-    """What a folder does not say about itself."""
+    """What a folder does not say about itself; official sets keep their own unit and range of depth."""
 
     layout: LabelledLayout | Literal["auto"] = "auto"
     """Disk layout; `auto` looks at the folder."""
     nyu_classes: Literal[13, 40] | None = None
     """Class list of NYUv2; None: 13, as in the paper."""
     depth_scale: float | None = None
-    """Units per metre of the depth maps of plain folders, positive; None: 1000. Official sets keep their own."""
+    """Units per metre of the depth maps of plain folders, positive; None: 1000."""
     max_depth: float | None = None
-    """Depth from here on does not count, in metres; None: 20 for ScanNet++ scenes, 10 for plain folders. Official sets
-    keep their own."""
+    """Depth from here on does not count, in metres; None: 20 for ScanNet++ scenes, 10 for plain folders."""
 
     def __post_init__(self) -> None:
         for name, value in (("Depth scale", self.depth_scale), ("Maximal depth", self.max_depth)):
@@ -47,12 +37,12 @@ def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
     if task == "classification":
         return "imagefolder"
     layouts: dict[LabelledLayout, object] = {
-        "scannetpp": is_scannetpp_scene(path) or find_scannetpp_scenes(path),
-        "nyu": any((path / name).is_file() for name in (LABELLED_FILE, "nyu_train.txt", "nyu_test.txt")),
+        "scannetpp": scannet.is_scannetpp_scene(path) or scannet.find_scannetpp_scenes(path),
+        "nyu": any((path / name).is_file() for name in (nyu_kitti.LABELLED_FILE, "nyu_train.txt", "nyu_test.txt")),
         "kitti": any((path / f"kitti_eigen_{split}.txt").is_file() for split in ("train", "test")),
-        "ade20k": find_ade20k(path),
-        "voc": find_voc(path),
-        "scannet": find_scannet(path),
+        "ade20k": ade20k_voc.find_ade20k(path),
+        "voc": ade20k_voc.find_voc(path),
+        "scannet": scannet.find_scannet(path),
         "folder": (path / "images").is_dir(),
     }
     found = next((layout for layout, is_there in layouts.items() if is_there), None)
@@ -101,11 +91,17 @@ def read_labelled_set(
     path, options = Path(path), options or LabelledOptions()
     layout = find_labelled_layout(path, task) if options.layout == "auto" else options.layout
     if layout == "scannetpp":
-        return read_scannetpp_labelled(path, split, task, options.max_depth)
+        return scannet.read_scannetpp_labelled(path, split, task, options.max_depth)
     part: LabelledSplit = split or "train"
     if layout == "folder":
-        return read_folder(path, part, task, options.depth_scale, options.max_depth)
+        return folders.read_folder(path, part, task, options.depth_scale, options.max_depth)
     if layout == "nyu":
-        return read_nyu(path, part, task, options.nyu_classes or 13)
-    others = {"scannet": read_scannet, "kitti": read_kitti, "ade20k": read_ade20k, "voc": read_voc}
-    return others.get(layout, read_image_folder)(path, part, task)
+        return nyu_kitti.read_nyu(path, part, task, options.nyu_classes or 13)
+    readers = {
+        "scannet": scannet.read_scannet,
+        "kitti": nyu_kitti.read_kitti,
+        "ade20k": ade20k_voc.read_ade20k,
+        "voc": ade20k_voc.read_voc,
+        "imagefolder": folders.read_image_folder,
+    }
+    return readers[layout](path, part, task)

@@ -8,11 +8,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from fit3d_ns.data.images import load_image, read_image_header
+from fit3d_ns.data.images import load_depth, load_image, read_image_header
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledFrame
 
 
@@ -53,18 +53,17 @@ def create_zero_ignoring_table(num_classes: int) -> LabelTable:
 
 def load_label_map(path: Path, table: LabelTable) -> UInt8[Tensor, "height width"]:
     """Reads an index map: 8-bit grey, palette (its indices count) or 16-bit grey."""
-    return table.apply(torch.from_numpy(_read_grey(path, "Label map").astype(np.int64)), path)
-
-
-def load_depth_map(path: Path, depth_scale: float) -> Float[Tensor, "height width"]:
-    """Reads a 16-bit depth map and divides by `depth_scale`, the units per metre."""
-    header = read_image_header(path, "Depth map")
-    if not header.mode.startswith(("I", "F")):
+    header = read_image_header(path, "Label map")
+    if header.mode not in ("L", "P", "1", "F") and not header.mode.startswith("I"):
         raise ValueError(
-            f"Depth map {path} has pixel format {header.mode} (8 bits), which cannot hold depth; "
-            "it was probably rewritten by a tool that reads 16 bits as 8: get the original."
+            f"Label map {path} is a colour picture ({header.mode}), expected one index per pixel; "
+            "convert colours to class indices first."
         )
-    return torch.from_numpy(_read_grey(path, "Depth map").astype(np.float32) / depth_scale)
+    try:
+        with Image.open(path) as image:
+            return table.apply(torch.from_numpy(np.array(image).astype(np.int64)), path)
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"Label map {path} is truncated or damaged ({error}); copy the file again.") from error
 
 
 def create_frame(
@@ -100,7 +99,7 @@ def create_frame(
         name,
         load_image=partial(_load_image, image_path, size),
         load_labels=None if label_path is None or table is None else partial(load_label_map, label_path, table),
-        load_depth=None if depth_path is None else partial(load_depth_map, depth_path, depth_scale),
+        load_depth=None if depth_path is None else partial(load_depth, depth_path, depth_scale),
         group=group,
         files=tuple(path for path in (image_path, label_path, depth_path) if path is not None),
     )
@@ -114,21 +113,6 @@ def read_lines(path: Path, hint: str) -> list[str]:
     if not lines:
         raise ValueError(f"{path} lists nothing; {hint}.")
     return lines
-
-
-def _read_grey(path: Path, what: str) -> np.ndarray:
-    """One number per pixel, as stored."""
-    header = read_image_header(path, what)
-    if header.mode not in ("L", "P", "1", "F") and not header.mode.startswith("I"):
-        raise ValueError(
-            f"{what} {path} is a colour picture ({header.mode}), expected one index per pixel; "
-            "convert colours to class indices first."
-        )
-    try:
-        with Image.open(path) as image:
-            return np.array(image)
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
 
 
 def _load_image(path: Path, size: tuple[int, int] | None) -> UInt8[Tensor, "height width 3"]:

@@ -127,9 +127,7 @@ def split_validation(labelled_set: LabelledSet, fraction: float) -> tuple[Labell
     """
     frames = labelled_set.frames
     if len(frames) < 2:
-        raise ValueError(
-            f"{labelled_set.name} has one training frame, which cannot give a validation part; use --selection last."
-        )
+        raise ValueError(f"{labelled_set.name} has one training frame, none to validate with; use --selection last.")
     ordered = sorted(frames, key=lambda frame: frame.name)
     by_group: dict[str, list[str]] = {}
     for frame in ordered:

@@ -176,7 +176,6 @@ def _read_scene(
             raise ValueError(f"{path} has no dslr/render_depth/, which a depth probe needs; download or render it.")
         # Depth belongs to the distorted pictures; both are undistorted here.
         capture = read_scannetpp(path, variant="fisheye")
-    scene_id = capture.scene_id
     frames = []
     for frame in capture.frames:
         if frame.is_bad or (split is not None and (frame.split == "test") != (split == "test")):
@@ -185,7 +184,7 @@ def _read_scene(
             raise ValueError(
                 f"Image {frame.image_path} has no depth map in {dslr / 'render_depth'}; render it or mark the frame."
             )
-        frames.append(_create_scannetpp_frame(frame, scene_id, source))
+        frames.append(_create_scannetpp_frame(frame, capture.scene_id, source))
     if not frames:
         raise ValueError(f"{path} has no {split or 'usable'} frames; see dslr/train_test_lists.json.")
     return frames, source.class_names if source else ()

@@ -39,7 +39,6 @@ class DepthBins(nn.Module):
         self.register_buffer("centers", torch.linspace(min_depth, max_depth, num_bins), persistent=False)
 
     def forward(self, logits: Float[Tensor, "batch bins height width"]) -> Float[Tensor, "batch height width"]:
-        """The expected depth, between the range's ends."""
         if self.normalization == "softmax":
             return torch.einsum("bkhw,k->bhw", logits.softmax(dim=1), self.centers)
         # Numerator and denominator are one product; the share of each bin adds a constant to both.
@@ -113,7 +112,6 @@ class DPTDepthHead(nn.Module):
         )
 
     def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch height width"]:
-        """Depth in metres on eight times the token grid."""
         levels = [self._reassemble(features, layer) for layer in range(4)]
         fused = self.fusions[-1](levels[-1], None)
         for level, fusion in zip(levels[-2::-1], list(self.fusions)[-2::-1], strict=True):

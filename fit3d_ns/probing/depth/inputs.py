@@ -58,7 +58,6 @@ class DepthInputs(Inputs):
         return _compute_size(self.load_image(frame), self.short_side)
 
     def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:
-        """The whole image, mirrored or not, by chance."""
         part = EVALUATION if self.convention.train_crop is None else TRAINING
         return PictureKey(frame.key, bool(generator.integers(2)), part)
 
@@ -98,10 +97,9 @@ def choose_crop_size(labelled_set: LabelledSet, short_side: int | None) -> tuple
     smaller: padding would teach the head another kind of picture than it is tested on."""
     convention = labelled_set.depth
     published = (352, 704) if convention.bottom_crop else (416, 544)
-    sizes = []
-    for frame in select_evenly(labelled_set.frames, 5):
-        image = _crop(frame.load_image().numpy(), convention, TRAINING)
-        sizes.append(_compute_size(image, short_side))
+    frames = select_evenly(labelled_set.frames, 5)
+    images = (_crop(frame.load_image().numpy(), convention, TRAINING) for frame in frames)
+    sizes = [_compute_size(image, short_side) for image in images]
     return min(published[0], *(size[0] for size in sizes)), min(published[1], *(size[1] for size in sizes))
 
 

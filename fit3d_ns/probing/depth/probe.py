@@ -38,11 +38,8 @@ LARGEST_DPT_RATE = 5e-4
 EPSILON = 1e-3
 """Metres; keeps the logarithm finite."""
 MEAN_WEIGHT = 0.15
-"""Weight of the mean's square; 1 would be the plain mean square."""
-GRADIENT_STRIDES = (1, 2, 4, 6)
-"""Every how many pixels each scale of the gradient loss reads."""
-GRADIENT_STEP = 2
-"""Pixels of a scale between the two that are compared."""
+GRADIENT_STRIDES, GRADIENT_STEP = (1, 2, 4, 6), 2
+"""Every how many pixels each scale of the gradient loss reads, and how many of those lie between the two compared."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,8 @@ class DepthConfig:
     batch_size: int = 16
     """Images per iteration over all devices (published: 8 GPUs of 2)."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW; None: the published 1e-4 for a width of 1152, times published iterations and width
-    over ours, at most 4 over the width and 5e-4 for `dpt`; see `resolve_learning_rate`."""
+    """Peak learning rate of AdamW; None: `resolve_learning_rate` of the published 1e-4 for a width of 1152, and at most
+    5e-4 for `dpt`."""
     weight_decay: float = 0.01
     warmup_share: float = 1 / 3
     """Share of the iterations with a linear warm-up (12,800 of 38,400)."""
@@ -77,7 +74,6 @@ class DepthConfig:
     num_bins: int = 256
     """Paper section 3.3."""
     bin_normalization: BinNormalization = "linear"
-    """How logits become shares of the bins."""
     is_flip_averaged: bool = True
     """Predictions of an image and its mirror image are averaged."""
 
@@ -108,12 +104,8 @@ class DepthProbe(HeadProbe[DepthConfig]):
 
     def describe(self) -> dict[str, Any]:
         rates = self.learning_rates
-        return {
-            "num_iterations": self.num_iterations,
-            "learning_rate": rates[self.sources[0]] if len(rates) == 1 else dict(rates),
-            "crop_size": list(self.inputs.crop_size),
-            "features_cached": self.is_cached,
-        }
+        rate = rates[self.sources[0]] if len(rates) == 1 else dict(rates)
+        return {**super().describe(), "learning_rate": rate, "crop_size": list(self.inputs.crop_size)}
 
     def run_seed(self, seed: int) -> TrainedHead:
         candidates: dict[ClassTokenSource, TrainedHead] = {}
@@ -187,7 +179,7 @@ class DepthProbe(HeadProbe[DepthConfig]):
         """Depth of each pixel of a frame at a size (height, width), in metres."""
         flips = (False, True) if self.config.is_flip_averaged else (False,)
         keys = [PictureKey(frame.key, is_flipped, EVALUATION) for is_flipped in flips]
-        kept = self.memory.fetch(keys, lambda key: self.inputs.load(frame, key))
+        kept = self.memory.fetch(keys, [frame] * len(keys), self.inputs)
         convention = self.sets.train.depth
         fit = self.backbones.create_fit(*self.inputs.compute_size(frame))
         maps = []
@@ -231,12 +223,11 @@ def compute_sig_loss(
 ) -> LossSum:
     """Scale-invariant loss in log depth, summed over groups of images."""
     total, count = predictions.sum() * 0.0, 0
-    for group in range(0, len(predictions), images_per_group):
-        part = slice(group, group + images_per_group)
-        mask = valid[part]
+    groups = (values.split(images_per_group) for values in (predictions, targets, valid))
+    for predicted, target, mask in zip(*groups, strict=True):
         if int(mask.sum()) < 2:
             continue
-        logs = torch.log(predictions[part][mask] + EPSILON) - torch.log(targets[part][mask] + EPSILON)
+        logs = torch.log(predicted[mask] + EPSILON) - torch.log(target[mask] + EPSILON)
         squared_mean = MEAN_WEIGHT * logs.mean().square()
         inside = squared_mean if is_warming_up else logs.var() + squared_mean
         # At a perfect fit the root has no gradient; the floor keeps it finite.
@@ -255,12 +246,11 @@ def compute_gradient_loss(
     """Absolute differences of g between pixels two steps apart, along both image axes, summed over scales."""
     total, count = predictions.sum() * 0.0, 0
     logs = torch.where(valid, torch.log(predictions + EPSILON) - torch.log(targets.clamp_min(0.0) + EPSILON), 0.0)
-    for group in range(0, len(predictions), images_per_group):
-        part = slice(group, group + images_per_group)
-        if not valid[part].any():
+    for group, is_valid in zip(logs.split(images_per_group), valid.split(images_per_group), strict=True):
+        if not is_valid.any():
             continue
         for stride in GRADIENT_STRIDES:
-            coarse, mask = logs[part, ::stride, ::stride], valid[part, ::stride, ::stride]
+            coarse, mask = group[:, ::stride, ::stride], is_valid[:, ::stride, ::stride]
             differences = predictions.new_zeros(())
             for dim in (1, 2):
                 size = max(coarse.shape[dim] - GRADIENT_STEP, 0)

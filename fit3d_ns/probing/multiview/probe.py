@@ -46,8 +46,7 @@ class MultiviewConfig:
     angle_edges: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0, 180.0)
     """Edges of the bins, degrees, ascending: probe3d's for ScanNet; those for NAVI are 0 30 60 90 120."""
     ratio_matches: int = 0
-    """Most distinct matches per pair that recall is measured on as well (`ratio_recall_*`, probe3d: 1000); 0 leaves
-    them out."""
+    """Most distinct matches per pair that recall is measured on as well (`ratio_recall_*`, probe3d: 1000); 0: none."""
     data_root: Path | None = None
     """Where the photographs of scene files lie now, if they were moved."""
 

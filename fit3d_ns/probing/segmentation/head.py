@@ -24,7 +24,6 @@ class SegmentationHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
 
     def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch classes h w"]:
-        """Logits per token."""
         return self.classifier(self.norm(self.assembler(features)))
 
 
@@ -36,7 +35,6 @@ class SharedBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, input: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch channels h w"]:
-        """Normalises each channel; in training by the statistics of the batch over all processes."""
         if not self.training or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None

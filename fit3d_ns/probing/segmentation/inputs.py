@@ -53,14 +53,12 @@ class SegmentationInputs(Inputs):
         return [PictureKey(frame.key, part=number) for number in range(len(self.list_windows(frame)))]
 
     def list_windows(self, frame: LabelledFrame) -> list[Window]:
-        """The windows of a frame's resized image."""
         if frame.key not in self._windows:
             size = _compute_size(frame.load_image().numpy(), self.short_side)
             self._windows[frame.key] = list_windows(*size, self.crop_side, self.stride)
         return self._windows[frame.key]
 
     def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:
-        """A window of a frame, mirrored or not, by chance."""
         number = int(generator.integers(len(self.list_windows(frame))))
         return PictureKey(frame.key, bool(generator.integers(2)), number)
 

@@ -43,8 +43,7 @@ class SegmentationConfig:
     batch_size: int = 16
     """Images per iteration over all devices (published: 8 GPUs of 2)."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW; None: the published 1e-3 for a width of 768, times published iterations and width
-    over ours, at most 4 over the width; see `resolve_learning_rate`."""
+    """Peak learning rate of AdamW; None: `resolve_learning_rate` of the published 1e-3 for a width of 768."""
     weight_decay: float = 1e-4
     warmup_share: float = 1500 / PUBLISHED.num_iterations
     """Share of the iterations with a linear warm-up."""
@@ -89,14 +88,8 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
         self.is_cached = resolve_cache(self.run, needed_gb, variants)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "short_side": self.inputs.short_side,
-            "crop_side": self.inputs.crop_side,
-            "stride": self.inputs.stride,
-            "num_iterations": self.num_iterations,
-            "learning_rate": self.learning_rate,
-            "features_cached": self.is_cached,
-        }
+        sizes = {name: getattr(self.inputs, name) for name in ("short_side", "crop_side", "stride")}
+        return {**sizes, **super().describe(), "learning_rate": self.learning_rate}
 
     def run_seed(self, seed: int) -> TrainedHead:
         self.seed_head(seed)
@@ -106,12 +99,9 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
         return trained
 
     def create_optimization(self) -> OptimizationConfig:
-        return OptimizationConfig(
-            Schedule("poly", self.num_iterations, round(self.config.warmup_share * self.num_iterations)),
-            self.config.batch_size,
-            self.learning_rate,
-            self.config.weight_decay,
-        )
+        config, iterations = self.config, self.num_iterations
+        schedule = Schedule("poly", iterations, round(config.warmup_share * iterations))
+        return OptimizationConfig(schedule, config.batch_size, self.learning_rate, config.weight_decay)
 
     def compute_loss(self, predictions: Tensor, targets: Integer[Tensor, "batch h w"], iteration: int) -> LossSum:
         """Cross-entropy over labelled pixels."""
@@ -141,7 +131,7 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
     ) -> Float[Tensor, "classes height width"]:
         """Logits of each pixel of a frame at a size (height, width), by slide inference."""
         windows = self.inputs.list_windows(frame)
-        kept = self.memory.fetch(self.inputs.list_keys(frame), lambda key: self.inputs.load(frame, key))
+        kept = self.memory.fetch(self.inputs.list_keys(frame), [frame] * len(windows), self.inputs)
         maps = []
         for window, entry in zip(windows, kept, strict=True):
             logits = head(entry.features.to(self.accelerator.device))

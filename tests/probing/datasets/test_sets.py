@@ -122,7 +122,7 @@ def test_depth__eight_bit_files_are_refused(folder: Path) -> None:
     write_map(folder / "depths/train/a.png", label_map(0, 200))
     frame = read_labelled_set(folder, "train", "depth").frames[0]
     assert frame.load_depth is not None
-    with pytest.raises(ValueError, match=r"a\.png has pixel format L \(8 bits\)"):
+    with pytest.raises(ValueError, match=r"a\.png has pixel format L; write 16-bit grey"):
         frame.load_depth()
 
 
