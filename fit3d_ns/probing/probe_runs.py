@@ -110,7 +110,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     sets = create_sets(train, test, request.run)
     probe = PROBES[request.task](config, request.run, sets, backbones, request.backbones.assembly, accelerator)
     earlier = load_result(file.path).settings if file.path.is_file() else {}
-    training = {name: earlier[name] for name in ("training", "chosen", "finetuning") if name in earlier}
+    training: dict[str, Any] = {name: earlier[name] for name in ("training", "chosen", "finetuning") if name in earlier}
     training |= {"chosen": probe.describe(), **read_costs(request.backbones)}
     for seed in missing:
         start = time.perf_counter()
