@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from fit3d_ns.probing.classification import PAPER_CLASSIFICATION, ClassificationProbe
+from fit3d_ns.probing.classification.probe import PAPER_CLASSIFICATION, ClassificationProbe
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig, create_frozen_backbones

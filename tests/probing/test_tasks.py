@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fit3d_ns.features import create_extractor
-from fit3d_ns.probing.classification import ClassificationConfig, ClassificationHeads, ClassificationProbe
+from fit3d_ns.probing.classification.probe import ClassificationConfig, ClassificationHeads, ClassificationProbe
 from fit3d_ns.probing.datasets import read_labelled_set
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.depth.head import LinearDepthHead

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fit3d_ns.probing.classification import ClassificationInputs
+from fit3d_ns.probing.classification.probe import ClassificationInputs
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.depth.head import DepthBins, LinearDepthHead
 from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
