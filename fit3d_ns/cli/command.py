@@ -34,12 +34,7 @@ def run_command(
     standard error and exit code 1. Ctrl-C becomes exit code 130. Everything else is our fault and shows its traceback.
     `--debug`, or `FIT3D_DEBUG=1` in the environment, shows the traceback always.
 
-    Args:
-        config_class: Frozen dataclass whose field docstrings are the help.
-        function: The command.
-        prog: Name of the command as the user types it.
-        description: What it does, the first paragraph of `--help`.
-        args: Arguments without the program's name; `sys.argv` by default.
+    The field docstrings of `config_class` are the help, below `description`; `args` come without the program's name.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     # Asked for by name before parsing: a config that refuses its values does so while it is built.
@@ -48,12 +43,7 @@ def run_command(
     with suppress(ValueError):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        parsed: Any = tyro.cli(
-            _command_line_class(config_class),
-            prog=prog,
-            description=description,
-            args=arguments,
-        )
+        parsed: Any = tyro.cli(_command_line_class(config_class), prog=prog, description=description, args=arguments)
         for name in ("output_path", "output_dir"):
             # What cannot be written should not take an hour to say so.
             output = getattr(parsed.config, name, None)

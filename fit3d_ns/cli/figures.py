@@ -1,10 +1,10 @@
 """`fit3d-report features` and `fit3d-report predictions`: the commands that draw figures and videos."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -73,22 +73,13 @@ class PredictionsCommand:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point; the first word chooses the figure."""
     kind, *arguments = sys.argv[1:] if args is None else args
+    command: type[Any] = PredictionsCommand
+    draw: Callable[[Any], None] = draw_predictions
+    description = "Draws segmentation or depth predictions of several probes next to the truth."
     if kind == "features":
-        run_command(
-            FeaturesCommand,
-            draw_features,
-            prog="fit3d-report features",
-            description="Draws feature maps of original and fine-tuned backbones and of lifted scenes side by side.",
-            args=arguments,
-        )
-    else:
-        run_command(
-            PredictionsCommand,
-            draw_predictions,
-            prog="fit3d-report predictions",
-            description="Draws segmentation or depth predictions of several probes next to the truth.",
-            args=arguments,
-        )
+        command, draw = FeaturesCommand, draw_features
+        description = "Draws feature maps of original and fine-tuned backbones and of lifted scenes side by side."
+    run_command(command, draw, prog=f"fit3d-report {kind}", description=description, args=arguments)
 
 
 def draw_features(command: FeaturesCommand) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,15 +62,7 @@ class FinetuneCommand:
     @property
     def config(self) -> FinetuneConfig:
         """The settings of the training."""
-        return FinetuneConfig(
-            self.sampling,
-            self.augmentation,
-            self.targets,
-            self.trainable,
-            self.anchors,
-            self.optimization,
-            self.run,
-        )
+        return FinetuneConfig(**{part.name: getattr(self, part.name) for part in fields(FinetuneConfig)})
 
 
 @dataclass(frozen=True)
@@ -123,8 +115,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = list(sys.argv[1:] if args is None else args)
     # The flag chooses the defaults, so explicit flags win wherever they stand.
-    is_paper = _PAPER_FLAG in arguments
-    command: type[Any] = PaperFinetuneCommand if is_paper else FinetuneCommand
+    command: type[Any] = PaperFinetuneCommand if _PAPER_FLAG in arguments else FinetuneCommand
     run_command(
         command,
         run_finetune,

@@ -95,28 +95,23 @@ def _is_listed() -> bool | str:
 
 
 def _describe_weight_folders() -> dict[str, str]:
-    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub"
-    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
-    return {
-        "timm's downloads": f"{hub} ({'exists' if hub.is_dir() else 'empty'})",
-        "torchvision's downloads (LPIPS)": f"{checkpoints} ({'exists' if checkpoints.is_dir() else 'empty'})",
+    folders = {
+        "timm's downloads": Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub",
+        "torchvision's downloads (LPIPS)": Path(torch.hub.get_dir()) / "checkpoints",
     }
+    return {name: f"{folder} ({'exists' if folder.is_dir() else 'empty'})" for name, folder in folders.items()}
 
 
 def _find_missing() -> list[str]:
     """What is absent, what needs it, and where it comes from."""
     absent = [part for part in _PROGRAMS if shutil.which(part[0]) is None]
     absent += [part for part in _MODULES if importlib.util.find_spec(part[0]) is None]
-    absent += [part for part in _LIBRARIES if not _can_load(part[0])]
+    for library in _LIBRARIES:
+        try:
+            ctypes.CDLL(library[0])
+        except OSError:
+            absent.append(library)
     return [f"{name}: needed by {user}; {source}" for name, user, source in absent]
-
-
-def _can_load(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def main() -> None:

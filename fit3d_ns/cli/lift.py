@@ -94,10 +94,7 @@ def lift(command: LiftCommand) -> None:
     check_dimensions(command.lift, backbone)
     cache = FeatureCache(FeatureCacheConfig(directory=command.feature_cache), backbone)
     tasks = create_tasks(command, device)
-
-    def finish(scene: FeatureScene, path: Path) -> None:
-        _write_metrics(scene, path, backbone, device)
-
+    finish = partial(_write_metrics, backbone=backbone, device=device)
     if command.dry_run:
         forecasts = []
         for task in tasks:
@@ -125,11 +122,7 @@ def lift(command: LiftCommand) -> None:
 
 
 def choose_backbone(command: LiftCommand) -> BackboneDescription:
-    """The backbone that is asked for, else the source's own.
-
-    Raises:
-        ValueError: It is unknown, or its weights cannot be had.
-    """
+    """The backbone that is asked for, else the source's own; ValueError if it is unknown or has no weights."""
     name = command.backbone
     if name is None:
         own = _find_own_backbone(command)
@@ -142,21 +135,14 @@ def choose_backbone(command: LiftCommand) -> BackboneDescription:
 
 
 def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
-    """What is read, and where each scene goes.
-
-    Raises:
-        ValueError: Two scenes would get one name.
-    """
+    """What is read, and where each scene goes; ValueError where two scenes would get one name."""
+    data, trust = command.data, command.trust_config
     readers: list[tuple[str, Callable[[], LiftSource]]] = []
     if command.ply is not None:
-        assert command.data is not None
-        readers.append(
-            (command.ply.stem, partial(read_ply_source, command.ply, command.data, command.from_ply, device))
-        )
-    for path in command.scene:
-        readers.append((path.stem, partial(read_scene_source, path, command.data)))
-    for path in command.load_config:
-        readers.append((name_run(path), partial(_read_run, path, command.data, command.trust_config)))
+        assert data is not None
+        readers.append((command.ply.stem, partial(read_ply_source, command.ply, data, command.from_ply, device)))
+    readers += [(path.stem, partial(read_scene_source, path, data)) for path in command.scene]
+    readers += [(name_run(path), partial(_read_run, path, data, trust)) for path in command.load_config]
     names = [name for name, _ in readers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice and command.is_folder:
@@ -173,8 +159,7 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
 def name_run(path: Path) -> str:
     """A run's experiment: of nerfstudio's OUTPUT/EXPERIMENT/METHOD/TIMESTAMP/config.yml the second part.
 
-    Args:
-        path: As `read_run` takes it: the config.yml, its folder, or a folder above it that holds one run.
+    Like `read_run` this takes the config.yml, its folder, or a folder above it that holds one run.
     """
     folder = path.absolute()
     if not folder.is_dir():
@@ -244,8 +229,8 @@ def _find_own_backbone(command: LiftCommand) -> BackboneDescription | None:
     if found is None:
         return None
     name, recorded, recorded_normalization = found
-    if weights is None and recorded is not None and recorded.is_file():
-        weights = recorded
+    if recorded is not None and recorded.is_file():
+        weights = weights or recorded
     chosen: Any = normalization or recorded_normalization
     return describe_backbone(name, weights, chosen)
 
@@ -283,12 +268,8 @@ def _read_run(path: Path, data: Path | None, trust_config: bool) -> LiftSource:
 def _write_metrics(scene: FeatureScene, path: Path, backbone: BackboneDescription, device: str) -> None:
     """Writes the scene's JSON and prints a summary."""
     metrics: dict[str, Any] = dict(scene.metrics)
-    record = ResultRecord(
-        kind="lift",
-        metrics=metrics,
-        settings={"source": metrics["source"], "backbone": backbone.to_metadata(), "device": device},
-        is_random=backbone.is_random,
-    )
+    settings = {"source": metrics["source"], "backbone": backbone.to_metadata(), "device": device}
+    record = ResultRecord("lift", metrics, settings, backbone.is_random)
     description = describe_scene(scene, path)
     # The record holds the scene's metrics already.
     del description["run"]

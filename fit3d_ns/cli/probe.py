@@ -17,7 +17,6 @@ from fit3d_ns.training.accelerator import Precision
 from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.results import ResultRecord
 
-Seeds = tuple[int, ...]
 Paths = tuple[Path, ...]
 
 
@@ -42,7 +41,7 @@ class ProbeCommand:
     """File with the original's weights; timm downloads them if it is not given."""
     finetuned: Path | None = None
     """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file."""
-    seeds: Seeds = (0,)
+    seeds: tuple[int, ...] = (0,)
     """Seeds; one head is trained for each, and the record has mean and spread."""
     paper: bool = False
     """Takes every value of the public code; flags that are given still win."""
@@ -132,18 +131,13 @@ def probe(command: ProbeCommand) -> None:
 
 
 def create_request(command: ProbeCommand) -> ProbeRequest:
-    """Defaults or the paper's values first, flags that were given after.
-
-    Raises:
-        ValueError: A flag that the task does not have.
-    """
+    """Defaults or the paper's values first, flags that were given after; ValueError for one the task does not have."""
     configs = PAPER_CONFIGS if command.paper and command.task in PAPER_CONFIGS else DEFAULT_CONFIGS
     config: Any = configs[command.task]
     of_tasks = {item.name for each in DEFAULT_CONFIGS.values() for item in fields(each)}
     given = {name: value for name, value in vars(command).items() if name in of_tasks and value is not None}
-    known = {item.name for item in fields(config)}
     for name in given:
-        if name not in known:
+        if not hasattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} means nothing to the {command.task} probe; leave it out.")
     run = PAPER_RUNS.get(command.task, RunConfig()) if command.paper else RunConfig()
     chosen = {name: getattr(command, name) for name in ("selection", "cache") if getattr(command, name) is not None}
