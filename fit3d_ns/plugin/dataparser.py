@@ -137,7 +137,7 @@ def read_lens(cameras: Cameras, index: int) -> Lens:
     if not is_fisheye and not any(distortion):
         distortion = ()
     intrinsics: dict[str, Any] = {name: getattr(cameras, name)[index].item() for name in INTRINSICS}
-    model = "fisheye" if is_fisheye else ("opencv" if distortion else "pinhole")
+    model: Any = "fisheye" if is_fisheye else ("opencv" if distortion else "pinhole")
     return Lens(**intrinsics, model=model, distortion=distortion)
 
 

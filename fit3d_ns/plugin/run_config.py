@@ -157,10 +157,11 @@ def _construct_unknown(loader: Any, name: str, node: Any) -> Any:
 
 _PYTHON = "tag:yaml.org,2002:python/"
 _ConfigLoader.add_constructor(_PYTHON + "tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
-for _suffix, _construct in (
-    ("object:", _construct_object),
-    ("object/apply:", _construct_call),
-    ("name:", _construct_name),
-    ("", _construct_unknown),
-):
+_CONSTRUCTORS: dict[str, Any] = {
+    "object:": _construct_object,
+    "object/apply:": _construct_call,
+    "name:": _construct_name,
+    "": _construct_unknown,
+}
+for _suffix, _construct in _CONSTRUCTORS.items():
     _ConfigLoader.add_multi_constructor(_PYTHON + _suffix, _construct)
