@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -24,7 +24,6 @@ import pytest
 import tyro
 
 PACKAGE = Path(__file__).parents[1] / "fit3d_ns"
-
 
 KEPT = {"choose_device"}
 """Functions that commands resolve their options with; these stay as they are."""
@@ -40,18 +39,9 @@ class Stub(MagicMock):
         return "stub"
 
 
-@dataclass(frozen=True)
-class FakeScene:
-    """A scene with a part that `fit3d-export` takes out."""
-
-    gaussians: Any
-
-
-@dataclass(frozen=True)
-class FakeGaussians:
-    """Gaussians with the part."""
-
-    sh_rest: int | None = 1
+FakeGaussians = dataclasses.make_dataclass("FakeGaussians", ["sh_rest"])
+FakeScene = dataclasses.make_dataclass("FakeScene", ["gaussians"])
+"""A scene with the part that `fit3d-export` can leave out."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ COMMANDS = {
         "ExportConfig",
         ("--load-config run --output-path out.safetensors",),
         {
-            "fit3d_ns.plugin.run_reader.load_run_scene": FakeScene(FakeGaussians()),
+            "fit3d_ns.plugin.run_reader.load_run_scene": FakeScene(FakeGaussians(1)),
             "fit3d_ns.cli.export.describe_scene": {},
         },
     ),
@@ -119,9 +109,7 @@ COMMANDS = {
         },
     ),
     "fit3d-report predictions": Command(
-        "fit3d_ns.cli.figures",
-        "PredictionsCommand",
-        ("predictions a b --output-path out.png",),
+        "fit3d_ns.cli.figures", "PredictionsCommand", ("predictions a b --output-path out.png",)
     ),
     "fit3d-demo": Command("fit3d_ns.cli.demo", "DemoCommand", ("",), {"fit3d_ns.cli.demo.read_models": [Stub()]}),
     "fit3d-synthesize": Command(
@@ -132,13 +120,13 @@ COMMANDS = {
     ),
 }
 
-TRAINER_CONFIGS = (
-    "trainer.FeatureTrainerConfig",
-    "datamanager.FeatureDatamanagerConfig",
-    "dataparser.FeatureDataParserConfig",
-    "model_config.FeatureSplatfactoModelConfig",
-)
-"""Configs of `ns-train fit3d-features` that this package declares; `lift` is found inside the model's."""
+TRAINER_CONFIGS = {
+    "trainer.FeatureTrainerConfig": (),
+    "datamanager.FeatureDatamanagerConfig": ("pipeline", "datamanager"),
+    "dataparser.FeatureDataParserConfig": ("pipeline", "datamanager", "dataparser"),
+    "model_config.FeatureSplatfactoModelConfig": ("pipeline", "model"),
+}
+"""Configs of `ns-train fit3d-features` that this package declares, and where they stand; `lift` is in the model's."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +209,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [describe(item) for item in value]
+        return list(map(describe, value))
     if isinstance(value, partial):
         return [getattr(value.func, "__name__", ""), describe(value.args), describe(value.keywords)]
     if isinstance(value, (str, int, float, bool, Path, type(None))):
@@ -330,13 +318,11 @@ def _replace(base: list[str], option: Option, words: list[str]) -> list[str]:
 
 def list_trainer_options() -> list[Option]:
     """Options of `ns-train fit3d-features` that this package declares."""
-    prefixes = {"trainer": (), "datamanager": ("pipeline", "datamanager"), "model_config": ("pipeline", "model")}
-    prefixes["dataparser"] = ("pipeline", "datamanager", "dataparser")
     options: list[Option] = []
-    for where in TRAINER_CONFIGS:
+    for where, prefix in TRAINER_CONFIGS.items():
         module, name = where.split(".")
         config = getattr(importlib.import_module(f"fit3d_ns.plugin.{module}"), name)
-        options += walk(config, prefixes[module], own_only=True)
+        options += walk(config, prefix, own_only=True)
     return options
 
 
@@ -348,12 +334,6 @@ def parse_trainer(arguments: list[str]) -> Any:
     default.optimizers = {}
     kind: Any = tyro.conf.SuppressFixed[tyro.conf.FlagConversionOff[type(default)]]
     return tyro.cli(kind, default=default, args=arguments)
-
-
-def read_path(config: Any, path: tuple[str, ...]) -> Any:
-    for part in path:
-        config = getattr(config, part)
-    return config
 
 
 def test_ns_train__keeps_every_option_until_the_trainer_is_built(tmp_path: Path) -> None:
@@ -369,13 +349,13 @@ def test_ns_train__keeps_every_option_until_the_trainer_is_built(tmp_path: Path)
         words = [str(tmp_path)] if is_path else list_values(option.kind, option.default)[0]
         arguments += spell(option, words, with_pairs=False)
     config = parse_trainer(arguments)
-    before = {option.path: read_path(config, option.path) for option in options}
+    before = {option.path: reduce(getattr, option.path, config) for option in options}
     for option in options:
-        assert before[option.path] != read_path(default, option.path), f"{option.flag} did not change"
+        assert before[option.path] != reduce(getattr, option.path, default), f"{option.flag} did not change"
     config.set_experiment_name()
     config.set_timestamp()
     for option in options:
-        assert read_path(config, option.path) == before[option.path], f"{option.flag} was overwritten"
+        assert reduce(getattr, option.path, config) == before[option.path], f"{option.flag} was overwritten"
     model = config.pipeline.model
     lift = model.create_lift_config(max_passes=3, decoder_share=1.0)
     for item in dataclasses.fields(model.lift):
@@ -404,14 +384,14 @@ def test_ns_train__does_not_know_options_that_would_be_overwritten(flag: str) ->
 
 def list_declared() -> list[Any]:
     """Fields of configs that the library takes whole; a command's own are followed by the test above."""
+    from fit3d_ns.cli.synthesize import SynthesisConfig
+    from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS
+
     own = {getattr(importlib.import_module(command.module), command.config) for command in COMMANDS.values()}
-    options = [option for case in list_options() for option in [case.values[1]] if option.owner not in own]
+    options = [case.values[1] for case in list_options() if case.values[1].owner not in own]
     # What this package only gives another default is read by nerfstudio.
     options += [option for option in list_trainer_options() if not _is_inherited(option)]
-    for config in (
-        *_list_probe_configs(),
-        importlib.import_module("fit3d_ns.cli.synthesize").SynthesisConfig,
-    ):
+    for config in (*map(type, DEFAULT_CONFIGS.values()), SynthesisConfig):
         options += walk(config)
     found = {(option.owner, option.name): option for option in options}
     return [pytest.param(owner, name, id=f"{owner.__name__}.{name}") for owner, name in found]
@@ -419,12 +399,6 @@ def list_declared() -> list[Any]:
 
 def _is_inherited(option: Option) -> bool:
     return any(option.name in vars(base).get("__annotations__", {}) for base in option.owner.__mro__[1:])
-
-
-def _list_probe_configs() -> list[type]:
-    from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS
-
-    return [type(config) for config in DEFAULT_CONFIGS.values()]
 
 
 @pytest.mark.parametrize(("owner", "name"), list_declared())

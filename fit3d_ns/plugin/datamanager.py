@@ -57,8 +57,6 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
     config: FeatureDatamanagerConfig
     train_dataset: UndistortedDataset
     eval_dataset: UndistortedDataset
-    train_unseen_cameras: list[int]
-    eval_unseen_cameras: list[int]
     tokens_in_training: bool = True
     """False where no training step reads tokens, because features are solved; the pipeline knows."""
 
@@ -178,9 +176,9 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
 
     def restore_order(self, state: dict[str, Any]) -> None:
         """Puts back what `capture_order` took; a ValueError where the checkpoint saw more frames than there are."""
-        train_is_short = any(index >= len(self.train_dataset) for index in state["train"])
-        if train_is_short or any(index >= len(self.eval_dataset) for index in state["eval"]):
-            raise ValueError("The checkpoint was made with more frames than --data has now; restore the data.")
+        for name, dataset in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            if any(index >= len(dataset) for index in state[name]):
+                raise ValueError("The checkpoint was made with more frames than --data has now; restore the data.")
         self.train_unseen_cameras = list(state["train"])
         self.eval_unseen_cameras = list(state["eval"])
         if "generator" in state:

@@ -140,12 +140,10 @@ class FeatureSplatfactoModel(SplatfactoModel):
         )
 
     def get_outputs(self, camera: Cameras) -> dict[str, Any]:
-        """Renders one camera.
+        """Renders `rgb` [H, W, 3], `depth` [H, W, 1] (None in training unless asked for), `accumulation` [H, W, 1] and
+        `background`; outside training also `features_pca` and `features_pca_original`, both [H, W, 3].
 
-        Returns:
-            `rgb` [H, W, 3], `depth` [H, W, 1] (None in training unless asked for), `accumulation` [H, W, 1] and
-            `background`; outside training also `features_pca` and `features_pca_original`, both [H, W, 3]. There is
-            never an output with feature channels: the viewer would ship it to the browser.
+        There is never an output with feature channels: the viewer would ship it to the browser.
         """
         assert isinstance(camera, Cameras), "a splatting model renders cameras"
         if self.training:

@@ -123,8 +123,8 @@ class FeaturePipeline(VanillaPipeline):
         if output_path is not None:
             output_path.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, float]] = []
-        frames = self.datamanager.fixed_indices_eval_dataloader
-        for index, (camera, batch) in enumerate(track(frames, "Evaluating held-out frames")):
+        frames = track(self.datamanager.fixed_indices_eval_dataloader, "Evaluating held-out frames")
+        for index, (camera, batch) in enumerate(frames):
             start = time.perf_counter()
             with torch.no_grad():
                 outputs = self.model.get_outputs_for_camera(camera)

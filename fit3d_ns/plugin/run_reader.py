@@ -108,11 +108,9 @@ def read_run(path: Path, data: Path | None = None, trust_config: bool = False) -
 def load_run_scene(
     path: Path, data: Path | None = None, drop_unseen: bool = False, trust_config: bool = False
 ) -> FeatureScene:
-    """Reads a finished run of `fit3d-features` as the scene that stage II takes.
+    """Reads a finished run of `fit3d-features`, found as in `read_run`, as the scene that stage II takes.
 
     Args:
-        path: The run's config.yml or its folder.
-        data: Where the dataset lies now, if it was moved since.
         drop_unseen: Leave out Gaussians that no training view ever weighted; no captured view changes by that.
 
     Raises:
@@ -196,8 +194,7 @@ def _point_at_data(config: Any, config_path: Path, data: Path | None) -> None:
     if not chosen.exists():
         how = "give its place with --data" if data is None else "check --data"
         raise ValueError(f"The dataset of {config_path} is not at {chosen}; {how}.")
-    datamanager.data = chosen
-    datamanager.dataparser.data = chosen
+    datamanager.data = datamanager.dataparser.data = chosen
 
 
 def _read_capture(config: Any, state: dict[str, Tensor]) -> PosedCapture:

@@ -29,7 +29,6 @@ def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> Def
             refine_stop_iter=config.stop_split_at,
             refine_every=config.refine_every,
             min_opacity=config.mcmc_min_opacity,
-            verbose=False,
         )
     return DefaultStrategy(
         prune_opa=config.cull_alpha_thresh,
@@ -45,8 +44,6 @@ def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> Def
         refine_every=config.refine_every,
         pause_refine_after_reset=num_views + config.refine_every,
         absgrad=config.use_absgrad,
-        revised_opacity=False,
-        verbose=False,
     )
 
 
@@ -130,8 +127,6 @@ def compute_relocation(
     """Opacities and scales of the copies that together look like the one Gaussian they replace (equation 9).
 
     Args:
-        opacities: In [0, 1].
-        scales: Standard deviations in world units.
         ratios: Number of copies of each Gaussian, itself included; integers [N], taken as at least 1 and at most n_max.
         binoms: Binomial coefficients, `binoms[n, k]` = n over k.
 

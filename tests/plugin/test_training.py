@@ -14,6 +14,20 @@ from fit3d_ns.plugin.solve_budget import SolvePlan, compute_solve_budget, estima
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 
 
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[SolvePlan]:
+    """Notes the plan of every solve."""
+    noted: list[SolvePlan] = []
+    solve = FeaturePipeline.solve_features
+
+    def solve_and_note(pipeline: FeaturePipeline, plan: SolvePlan) -> None:
+        noted.append(plan)
+        solve(pipeline, plan)
+
+    monkeypatch.setattr(FeaturePipeline, "solve_features", solve_and_note)
+    return noted
+
+
 @pytest.mark.parametrize("schedule", ["joint", "solve"])
 def test_feature_loss__leaves_geometry_and_colour_bit_identical(
     make_config: Callable[..., Any], train: Callable[..., Any], schedule: str
@@ -72,17 +86,9 @@ def test_resume__does_not_run_past_the_total(make_config: Callable[..., Any], tr
 
 
 def test_resume__a_longer_run_solves_as_if_it_had_not_ended_before(
-    make_config: Callable[..., Any], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., Any], train: Callable[..., Any], plans: list[SolvePlan]
 ) -> None:
     """What the first end cost is not taken from the second: features would be worse after more steps."""
-    plans: list[SolvePlan] = []
-    solve = FeaturePipeline.solve_features
-
-    def solve_and_note(self: Any, plan: SolvePlan) -> None:
-        plans.append(plan)
-        solve(self, plan)
-
-    monkeypatch.setattr(FeaturePipeline, "solve_features", solve_and_note)
     config = make_config("parts", 60)
     train(config)
     longer = make_config("parts", 70)
@@ -176,15 +182,8 @@ def test_average__leaves_out_frames_without_a_figure_and_knows_the_spread_of_one
 
 
 def test_train__solves_again_at_an_interval_for_the_viewer(
-    make_config: Any, train: Any, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., Any], train: Callable[..., Any], plans: list[SolvePlan]
 ) -> None:
-    plans, solve = [], FeaturePipeline.solve_features
-
-    def note(pipeline: FeaturePipeline, plan: SolvePlan) -> None:
-        plans.append(plan)
-        solve(pipeline, plan)
-
-    monkeypatch.setattr(FeaturePipeline, "solve_features", note)
     pipeline = train(make_config(steps=30, steps_per_solve=10)).pipeline
     # Three solves of two passes each (weighted sum, decoder); only the last counts, and that within its share.
     assert pipeline.passes_spent == 6 and pipeline.early_cost_spent == 0
