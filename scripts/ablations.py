@@ -5,10 +5,12 @@ where they stopped, and those that need a failed one are left out. The tables co
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +23,7 @@ from fit3d_ns.cli.command import run_command
 from fit3d_ns.probing.datasets.files import read_lines
 from fit3d_ns.probing.datasets.scannet import find_scannetpp_scenes
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.stopping import StopRequest
 
 RANDOM_BACKBONE = "random:vit_tiny_patch16_224"
 NUM_CONSISTENCY_SCENES = 5
@@ -232,18 +235,24 @@ def run_cells(cells: Sequence[Cell], logs: Path, execute: Execute) -> list[str]:
 
 
 def execute_cell(cell: Cell, log: Path) -> bool:
-    """Runs a command; on Ctrl-C it is given the time to save what it has."""
+    """Runs a command; on Ctrl-C and SIGTERM it is given the time to save what it has."""
     log.parent.mkdir(parents=True, exist_ok=True)
     cell.result.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         environment = {"PYTHONWARNINGS": "ignore", **os.environ}
         process = subprocess.Popen(cell.create_command(), stdout=file, stderr=subprocess.STDOUT, env=environment)
-        try:
-            return process.wait() == 0
-        except KeyboardInterrupt:
-            notice(f"    stopping; {cell.name} saves what it has")
-            process.wait()
-            raise
+        with StopRequest() as stop:
+            while process.poll() is None and not stop.is_requested:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.2)
+            if stop.is_requested:
+                notice(f"    stopping; {cell.name} saves what it has")
+                if stop.signal == signal.SIGTERM:
+                    # A terminal sends Ctrl-C to both; this may have come to the parent alone.
+                    process.terminate()
+                process.wait()
+                raise KeyboardInterrupt
+        return process.returncode == 0
 
 
 def describe_cells(tables: dict[str, AblationTable], cells: dict[str, list[Cell]]) -> str:

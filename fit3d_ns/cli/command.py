@@ -1,11 +1,9 @@
 """`run_command`: what all `fit3d-*` commands share: parsing, errors in one sentence, exit codes."""
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from fit3d_ns.utils.errors import check_writable, explain, shows_tracebacks
+from fit3d_ns.utils.stopping import interrupt_on_signals
 
 Config = TypeVar("Config")
 
@@ -40,8 +39,7 @@ def run_command(
     # Asked for by name before parsing: a config that refuses its values does so while it is built.
     debug = shows_tracebacks() or "--debug" in arguments
     # A polite kill ends a command as Ctrl-C does, also outside the loops that save what they have.
-    with suppress(ValueError):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_signals()
     try:
         parsed: Any = tyro.cli(_command_line_class(config_class), prog=prog, description=description, args=arguments)
         for name in ("output_path", "output_dir"):

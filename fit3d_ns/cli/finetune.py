@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from accelerate import Accelerator
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig, RunConfig
@@ -22,6 +24,7 @@ from fit3d_ns.scene import FeatureScene
 from fit3d_ns.training.accelerator import create_accelerator
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.device import DeviceChoice
+from fit3d_ns.utils.files import lock_folder
 from fit3d_ns.utils.progress import notice
 
 EXPORT_FOLDER = "exported_scenes"
@@ -87,9 +90,22 @@ def run_finetune(command: FinetuneCommand) -> None:
     both = sorted(set(scenes) & set(validation))
     if both:
         raise ValueError(f"{both[0]} is given to --ckpts and to --val-ckpts; take it out of one of them.")
-    load_run = partial(_load_run, trust_config=command.trust_config)
     accelerator = create_accelerator(command.device, config.optimization.precision, config.run.trackers, folder)
     processes = Processes(accelerator)
+    with ExitStack() as locks:
+        processes.run_on_main(lambda: locks.enter_context(lock_folder(folder)))
+        _run(command, scenes, validation, accelerator, processes)
+
+
+def _run(
+    command: FinetuneCommand,
+    scenes: list[Path],
+    validation: list[Path],
+    accelerator: Accelerator,
+    processes: Processes,
+) -> None:
+    config, folder = command.config, command.output_dir
+    load_run = partial(_load_run, trust_config=command.trust_config)
 
     def export() -> None:
         for group in (scenes, validation):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,15 @@ from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheConfig, describe_backbone
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
-from fit3d_ns.lifting.lift_scene import LiftForecast, check_dimensions, forecast_lift, lift_scene
+from fit3d_ns.lifting.lift_scene import (
+    LIFT_HASH,
+    LiftForecast,
+    check_dimensions,
+    compute_lift_hash,
+    find_finished,
+    forecast_lift,
+    lift_scene,
+)
 from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
 from fit3d_ns.lifting.sources import (
     LiftSource,
@@ -30,7 +39,7 @@ from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice
-from fit3d_ns.utils.results import ResultRecord
+from fit3d_ns.utils.results import ResultRecord, load_result
 
 DEFAULT_BACKBONE = "dinov2_small"
 """Of sources that have no features yet."""
@@ -72,6 +81,8 @@ class LiftCommand:
     """Folder of the feature cache, shared with runs: tokens of a photograph and a backbone are extracted once."""
     include_sh: bool = False
     """Also store how colour depends on the direction; the file then grows by 90 bytes per Gaussian at degree 3."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Lift again what is lifted already from the same source with the same settings."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lift one view only and say how long everything would take and how much memory; no scene is written."""
     device: DeviceChoice = "auto"
@@ -108,11 +119,23 @@ def lift(command: LiftCommand) -> None:
     settings = (backbone, cache, command.lift, command.options)
     try:
         if command.shared_decoder:
-            lift_together(tasks, *settings, device=device, include_sh=command.include_sh, on_scene=finish)
+            lift_together(
+                tasks,
+                *settings,
+                device=device,
+                include_sh=command.include_sh,
+                overwrite=command.overwrite,
+                on_scene=finish,
+            )
             return
         for task in tasks:
-            scene, _ = lift_scene(task.read(), *settings, device=device, state_path=task.state_path)
-            save_scene(scene, task.output_path, include_sh=command.include_sh)
+            source = task.read()
+            lift_hash = compute_lift_hash(source, backbone, command.lift, command.options, command.include_sh)
+            scene = None if command.overwrite else find_finished(task.output_path, lift_hash)
+            if scene is None:
+                lifted, _ = lift_scene(source, *settings, device=device, state_path=task.state_path)
+                scene = dataclasses.replace(lifted, metrics={**lifted.metrics, LIFT_HASH: lift_hash})
+                save_scene(scene, task.output_path, include_sh=command.include_sh)
             finish(scene, task.output_path)
     except KeyboardInterrupt:
         for task in tasks:
@@ -266,14 +289,18 @@ def _read_run(path: Path, data: Path | None, trust_config: bool) -> LiftSource:
 
 
 def _write_metrics(scene: FeatureScene, path: Path, backbone: BackboneDescription, device: str) -> None:
-    """Writes the scene's JSON and prints a summary."""
+    """Writes the scene's JSON, if it is not there yet, and prints a summary."""
     metrics: dict[str, Any] = dict(scene.metrics)
+    metrics_path = path.with_suffix(".json")
+    with suppress(ValueError):
+        if load_result(metrics_path).metrics == metrics:
+            notice(f"{path} is lifted already with these settings; --overwrite lifts it again.")
+            return
     settings = {"source": metrics["source"], "backbone": backbone.to_metadata(), "device": device}
     record = ResultRecord("lift", metrics, settings, backbone.is_random)
     description = describe_scene(scene, path)
     # The record holds the scene's metrics already.
     del description["run"]
-    metrics_path = path.with_suffix(".json")
     write_json(metrics_path, {**dataclasses.asdict(record), **description})
     summary = f"{metrics['num_train_views']} views lifted in {sum(metrics['seconds'].values()):.1f} s"
     if "feature_cosine" in metrics:

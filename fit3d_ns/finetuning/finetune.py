@@ -8,8 +8,8 @@ OUTPUT / config.json, model.safetensors, README.md    the backbone (see `backbon
 """
 
 import json
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fit3d_ns.data.frames import Split
-from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model
+from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model, describe_backbone
 from fit3d_ns.features.adapters import merge_lora
-from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned, write_card
+from fit3d_ns.features.sources import check_report
+from fit3d_ns.finetuning.backbone_folder import WEIGHTS_NAME, find_licence, save_finetuned, write_card
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.lifted_views import compute_scene_hash, find_lifted
 from fit3d_ns.finetuning.optimization import copy_original, interpolate_weights
@@ -33,7 +34,7 @@ from fit3d_ns.scene.scene_file import read_scene_costs
 from fit3d_ns.training.accelerator import create_accelerator, track_run
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.device import DeviceChoice
-from fit3d_ns.utils.files import write_json
+from fit3d_ns.utils.files import hash_bytes, read_json, remove, write_json
 from fit3d_ns.utils.progress import measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import collect_versions
 from fit3d_ns.utils.seeds import seed_everything
@@ -101,6 +102,14 @@ def finetune(
     )
     if description.is_random and processes.is_main:
         notice("The backbone has random weights: the result is for tests, its features mean nothing.")
+    run_hash = _compute_run_hash(trainer, validation)
+    # The main process decides; others may see its files late.
+    finished = processes.gather(_find_finished(output_folder, run_hash) if run.resume != "never" else None)[0]
+    if finished is not None:
+        if processes.is_main:
+            notice(f"{output_folder} holds the result of these settings already; --resume never starts over.")
+            _remove_targets(trainer)
+        return finished
     # Before anything is measured: what does not start should not take an hour to say so.
     with track_run(processes, run.trackers, output_folder, json.dumps(config.reported), trainer.step + 1):
         processes.run_on_main(lambda: validation.measure_original(original))
@@ -108,9 +117,32 @@ def finetune(
         trainer.backbone.swap_averages()
         model = trainer.bare.token_model
         trained = merge_lora(model) if config.trainable.train == "lora" else model
-        report = _summarise(trainer, validation, inputs, description)
+        report = {"run_hash": run_hash, **_summarise(trainer, validation, inputs, description)}
         processes.run_on_main(lambda: _finish(trainer, validation, original, trained, report))
     return report
+
+
+def _compute_run_hash(trainer: FinetuneTrainer, validation: Validation) -> str:
+    """Everything that decides the content of the output folder."""
+    config = trainer.config
+    content = {
+        **trainer.describe_inputs(),
+        "steps": trainer.num_steps,
+        "mixtures": config.anchors.wise_ft,
+        "format": config.run.format,
+        "validation": [validation.targets.views.views_hash, config.run.max_validation_views],
+    }
+    return hash_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def _find_finished(folder: Path, run_hash: str) -> dict[str, Any] | None:
+    """The report in a folder, if it is of the same run and of the weights beside it."""
+    with suppress(ValueError):
+        report = read_json(folder / REPORT_NAME)
+        if isinstance(report, dict) and report.get("run_hash") == run_hash:
+            check_report(report, folder / REPORT_NAME)
+            return report if (folder / WEIGHTS_NAME).is_file() else None
+    return None
 
 
 def _create_validation(
@@ -203,7 +235,12 @@ def _finish(
         mixed = interpolate_weights(original.model.state_dict(), weights, share)
         card = write_card(original.description, report, licence, names, share)
         save_finetuned(folder / f"wise-ft-{share:g}", trained, mixed, card, add_fit3d=add_fit3d)
+    report["finetuned_weights_hash"] = describe_backbone(f"local-dir:{folder}").weights_hash
     write_json(folder / REPORT_NAME, report)
     notice(format_consistency(report["consistency"]["original"], report["consistency"]["finetuned"]))
-    if config.targets.cache_folder is None:
-        shutil.rmtree(folder / TARGET_FOLDER, ignore_errors=True)
+    _remove_targets(trainer)
+
+
+def _remove_targets(trainer: FinetuneTrainer) -> None:
+    if trainer.config.targets.cache_folder is None:
+        remove(trainer.output_folder / TARGET_FOLDER)

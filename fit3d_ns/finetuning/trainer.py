@@ -8,7 +8,7 @@ so a run that was killed goes on to the same weights.
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ class FinetuneTrainer:
                 self._log(result)
                 if wishes or is_last or self.step % self.config.run.steps_per_checkpoint == 0:
                     self.save_checkpoint()
-                if wishes and not is_last:
+                if wishes:
                     raise Interrupted(f"stopped at step {self.step} of {self.num_steps}; the same command goes on")
                 every = self.config.run.steps_per_validation
                 if self.validate is not None and every and self.step % every == 0 and not is_last:
@@ -208,7 +208,6 @@ class FinetuneTrainer:
 
     def _resume(self) -> dict[str, Any] | None:
         """Loads the newest checkpoint if the configuration wants it; returns the scaler's state."""
-        steps = self.checkpoints.find_steps()
         kind = self.config.run.resume
         self.processes.wait()
         if kind == "never":
@@ -216,12 +215,13 @@ class FinetuneTrainer:
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
             self.processes.wait()
             return None
-        if not steps and kind == "require":
+        found = self.checkpoints.load_newest(self.processes)
+        if found is None and kind == "require":
             raise ValueError(f"There is no checkpoint in {self.checkpoints.folder} to resume; use --resume auto.")
-        if not steps:
+        if found is None:
             return None
-        path = self.checkpoints.get_path(steps[-1])
-        progress, state = self.checkpoints.load(steps[-1], self.processes.rank)
+        progress, state = found
+        path = self.checkpoints.get_path(progress.step)
         check_resumable(progress, self._describe_progress(), path)
         if progress.step > self.num_steps:
             raise ValueError(
@@ -234,6 +234,11 @@ class FinetuneTrainer:
         if self.processes.is_main:
             notice(f"Resuming from step {self.step} of {self.num_steps} ({path}).")
         return state["scaler"]
+
+    def describe_inputs(self) -> dict[str, Any]:
+        """What the weights depend on besides the number of steps, as plain JSON values."""
+        described = asdict(self._describe_progress())
+        return {name: value for name, value in described.items() if name not in ("step", "seconds")}
 
     def _describe_progress(self) -> CheckpointProgress:
         optimization = self.config.optimization

@@ -4,6 +4,7 @@ Tokens of all views come from the feature cache, which is filled first; the solv
 view. Metrics are those of what the scene file will hold: half-precision features, dropped Gaussians gone.
 """
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +21,19 @@ from fit3d_ns.features import BackboneDescription, FeatureCache, compute_feature
 from fit3d_ns.lifting.blending import prepare_view
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
-from fit3d_ns.lifting.passes import Progress
+from fit3d_ns.lifting.passes import Progress, list_decisive
 from fit3d_ns.lifting.solver import LiftResult, solve_features
 from fit3d_ns.lifting.sources import LiftSource, compare_with_photographs, warn_of_poor_fit
 from fit3d_ns.lifting.views import ChosenViews, LiftView, choose_views, fit_picture_basis, load_views
-from fit3d_ns.scene import FeatureScene, Gaussians
+from fit3d_ns.scene import FeatureScene, Gaussians, load_scene
+from fit3d_ns.scene.posed_capture import record_capture
 from fit3d_ns.scene.scene_file import TRAINING_SECONDS
+from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, measure_peak_memory_mb, notice
 from fit3d_ns.utils.selection import select_evenly
+
+LIFT_HASH = "lift_hash"
+"""Metric of a scene: which lift it came from."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,44 @@ def measure_held_out(
         "feature_cosine_mean_token": metrics.mean_token_cosine,
         "num_eval_tokens": metrics.num_tokens,
     }
+
+
+def compute_lift_hash(
+    source: LiftSource,
+    backbone: BackboneDescription,
+    config: LiftConfig,
+    options: LiftSceneConfig,
+    include_sh: bool = False,
+) -> str:
+    """What a scene file depends on: source, photographs (by name and size), backbone and settings; one that is finished
+    has it among its metrics, as `LIFT_HASH`."""
+    frames = [view.frame for view in source.capture.views]
+    files = [path for frame in frames for path in (frame.image_path, frame.mask_path) if path is not None]
+    content = {
+        "capture": record_capture(source.capture),
+        "sizes": [path.stat().st_size if path.is_file() else None for path in files],
+        "rendering": [source.rasterize_mode, source.eps2d],
+        "backbone": backbone.identity,
+        "config": list_decisive(config),
+        "options": [options.views, options.drop_unseen, include_sh],
+    }
+    # What the lift itself finds is no part of what it starts from: a scene file may be lifted onto itself.
+    found = {"features", "blend_weight", "num_views", "feature_variance", *(() if include_sh else ("sh_rest",))}
+    tensors = [tensor for name, tensor in source.gaussians.tensors().items() if name not in found]
+    return hash_bytes(
+        json.dumps(content).encode(), *(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)
+    )
+
+
+def find_finished(path: Path, lift_hash: str) -> FeatureScene | None:
+    """The scene in a file, if it is of the same lift."""
+    if not path.is_file():
+        return None
+    try:
+        scene = load_scene(path)
+    except ValueError:
+        return None
+    return scene if scene.metrics.get(LIFT_HASH) == lift_hash else None
 
 
 def forecast_lift(

@@ -175,18 +175,22 @@ def compute_identity(
     cameras = [part for view in views for part in (view.viewmat, view.K)]
     names = json.dumps([(view.name, view.width, view.height) for view in views])
     rendering = json.dumps([gaussians.rasterize_mode, gaussians.eps2d])
-    # Where projections are kept and how often the file is written changes no sum.
-    settings = {
-        name: value for name, value in vars(config).items() if name not in ("cache_memory_mb", "seconds_per_checkpoint")
-    }
     given = [] if basis is None else [basis.mean, basis.components]
     return {
         "backbone": backbone or "unnamed",
         "geometry": hash_bytes(rendering.encode(), *map(_to_bytes, gaussians.geometry)),
         "set of views": hash_bytes(names.encode(), *map(_to_bytes, cameras)),
-        "setting": hash_bytes(json.dumps(settings, sort_keys=True, default=str).encode()),
+        "setting": hash_bytes(list_decisive(config).encode()),
         "basis": hash_bytes(*map(_to_bytes, given)),
     }
+
+
+def list_decisive(config: LiftConfig) -> str:
+    """Settings of a solve that change its sums: not where projections are kept and how often the state is written."""
+    settings = {
+        name: value for name, value in vars(config).items() if name not in ("cache_memory_mb", "seconds_per_checkpoint")
+    }
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _to_bytes(tensor: Tensor) -> bytes:

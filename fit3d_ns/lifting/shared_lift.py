@@ -18,12 +18,19 @@ from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, fit_pca
 from fit3d_ns.features import BackboneDescription, FeatureCache
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit_decoder, fit_token_basis
-from fit3d_ns.lifting.lift_scene import check_dimensions, lift_scene, measure_held_out
+from fit3d_ns.lifting.lift_scene import (
+    LIFT_HASH,
+    check_dimensions,
+    compute_lift_hash,
+    find_finished,
+    lift_scene,
+    measure_held_out,
+)
 from fit3d_ns.lifting.passes import compute_identity
 from fit3d_ns.lifting.sources import LiftSource
 from fit3d_ns.lifting.views import MAX_PICTURE_TOKENS, choose_views, load_views, sample_tokens
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
-from fit3d_ns.utils.files import hash_bytes, write_atomically
+from fit3d_ns.utils.files import hash_bytes, remove, write_atomically
 from fit3d_ns.utils.progress import notice
 
 
@@ -56,7 +63,8 @@ def lift_together(
     *,
     device: torch.device | str = "cpu",
     include_sh: bool = False,
-    on_scene: Callable[[FeatureScene, Path], None] | None = None,
+    overwrite: bool = False,
+    on_scene: Callable[[FeatureScene, Path], None] = lambda scene, path: None,
 ) -> None:
     """Lifts scenes on a basis and with a decoder that they share, writes their files and hands each to `on_scene`.
 
@@ -65,6 +73,16 @@ def lift_together(
     """
     options = options or LiftSceneConfig()
     check_dimensions(config, backbone)
+    own = [compute_lift_hash(task.read(), backbone, config, options, include_sh) for task in tasks]
+    # Each depends on all.
+    hashes = [hash_bytes(text.encode(), *(other.encode() for other in own)) for text in own]
+    finished = [] if overwrite else list(map(find_finished, (task.output_path for task in tasks), hashes))
+    whole = [scene for scene in finished if scene is not None]
+    if len(whole) == len(tasks) > 0:
+        for task, scene in zip(tasks, whole, strict=True):
+            on_scene(scene, task.output_path)
+            remove(task.sums_path)
+        return
     notice(f"Tokens of {len(tasks)} scenes, for the basis they share")
     basis, pca = fit_shared_space(tasks, cache, config, options, device)
     statistics = []
@@ -72,19 +90,19 @@ def lift_together(
         notice(f"[{number}/{len(tasks)}] {task.output_path.name}")
         statistics.append(_lift(task, basis, pca, backbone, cache, config, options, device, include_sh))
     decoder = fit_decoder(statistics, basis, config.decoder_ridge).requires_grad_(False).cpu()
-    for task in tasks:
+    for task, lift_hash in zip(tasks, hashes, strict=True):
         scene = replace(load_scene(task.output_path), decoder=decoder)
         held_out = choose_views(scene.posed_capture, options.views).held_out
         views = load_views(scene.posed_capture, held_out, cache, options, device)
         measured = measure_held_out(scene, views, basis.mean, device)
         # The baseline's metrics stay those of the scene's own mean token.
         metrics = {name: value for name, value in measured.items() if not name.endswith("_mean_token")}
-        scene = replace(scene, metrics={**scene.metrics, **metrics, "num_scenes_sharing_decoder": len(tasks)})
+        metrics |= {"num_scenes_sharing_decoder": len(tasks), LIFT_HASH: lift_hash}
+        scene = replace(scene, metrics={**scene.metrics, **metrics})
         save_scene(scene, task.output_path, include_sh=include_sh)
-        if on_scene is not None:
-            on_scene(scene, task.output_path)
+        on_scene(scene, task.output_path)
     for task in tasks:
-        task.sums_path.unlink(missing_ok=True)
+        remove(task.sums_path)
 
 
 def fit_shared_space(

@@ -5,25 +5,25 @@ order of the data, the strategy's statistics and the lift's by-products. Only te
 containers of them, because `torch.load` refuses everything else.
 """
 
-import os
 import re
-import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fit3d_ns.utils.errors import first_line, is_disk_full
+from fit3d_ns.utils.errors import first_line
+from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice
 
 CHECKPOINT_PATTERN = re.compile(r"step-(\d{9})\.ckpt")
 
 
 def save_checkpoint_file(state: dict[str, Any], path: Path, keep_older: bool = False) -> None:
-    """Writes a checkpoint under a temporary name in the folder above, flushes it to disk and renames it.
+    """Writes a checkpoint whole or not at all.
 
-    nerfstudio reads a step number out of every name in the checkpoint folder, so nothing else may ever lie there.
+    nerfstudio reads a step number out of every name in the checkpoint folder, so nothing else may ever lie there:
+    the temporary name is in the folder above.
 
     Args:
         state: Tensors and plain values only.
@@ -31,24 +31,11 @@ def save_checkpoint_file(state: dict[str, Any], path: Path, keep_older: bool = F
         keep_older: False deletes the other checkpoints once this one is safe.
 
     Raises:
-        ValueError: The disk is full; the previous checkpoint stays whole.
+        ValueError: It cannot be written; the previous checkpoint stays whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise ValueError(
-                f"No space left for checkpoint {path}; the previous one is whole. Free some space and resume with "
-                f"--load-dir {path.parent}."
-            ) from error
-        raise
+    with write_atomically(path, beside=path.parent) as temporary, open(temporary, "wb") as file:
+        # Python's file says why it cannot be written, torch's own does not.
+        torch.save(state, file)
     if not keep_older:
         for other in path.parent.iterdir():
             if other != path and CHECKPOINT_PATTERN.fullmatch(other.name):

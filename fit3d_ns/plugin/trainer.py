@@ -6,15 +6,16 @@ Checkpoints are whole, Ctrl-C saves and exits 130, step counts that were left op
 written to config.yml, and a run ends with its metrics, as a table and as `results.json`.
 """
 
-import signal
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils import writer
@@ -29,10 +30,12 @@ from fit3d_ns.plugin.checkpoints import (
     make_plain,
     save_checkpoint_file,
 )
-from fit3d_ns.utils.errors import install_error_sentences
+from fit3d_ns.utils.errors import check_writable, install_error_sentences
+from fit3d_ns.utils.files import lock_folder, write_atomically
 from fit3d_ns.utils.progress import PhaseTimer, measure_peak_memory_mb, notice
-from fit3d_ns.utils.results import ResultRecord, save_result
+from fit3d_ns.utils.results import ResultRecord, load_result, save_result
 from fit3d_ns.utils.seeds import capture_random_states, restore_random_states
+from fit3d_ns.utils.stopping import StopRequest, interrupt_on_signals
 
 EXIT_INTERRUPTED = 130
 
@@ -55,7 +58,9 @@ class FeatureTrainerConfig(TrainerConfig):
         """nerfstudio's first call on the parsed config: the open step counts are filled here, before it is saved."""
         super().set_timestamp()
         install_error_sentences()
+        interrupt_on_signals()
         self.resolve()
+        check_writable(self.get_base_dir() / SUMMARY_NAME)
 
     def set_experiment_name(self) -> None:
         """Uses the scene folder's full name, including dots; `--data .` resolves to the current folder's name."""
@@ -63,6 +68,11 @@ class FeatureTrainerConfig(TrainerConfig):
         if name is None and data is not None and not Path(data).is_file():
             self.experiment_name = Path(data).resolve().name
         super().set_experiment_name()
+
+    def save_config(self) -> None:
+        """Writes config.yml as nerfstudio does, whole or not at all."""
+        with write_atomically(self.get_base_dir() / "config.yml") as temporary:
+            temporary.write_text(yaml.dump(self), "utf8")
 
     def resolve(self) -> None:
         """Fills every step count that was left open and checks what can be checked before anything is built.
@@ -106,70 +116,83 @@ class FeatureTrainer(Trainer):
         config.resolve()
         super().__init__(config, local_rank, world_size)
         self.timer = PhaseTimer()
-        self._interrupted = False
+        self._locks = ExitStack()
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Builds everything; features are extracted here, so that what can fail fails before training."""
-        try:
+        with self._exit_when_interrupted("Interrupted while setting up; nothing was trained."):
+            if self.local_rank == 0:
+                self._locks.enter_context(lock_folder(self.base_dir))
             with self.timer.phase("setup"):
                 super().setup(test_mode)
             with self.timer.phase("features"):
                 self.pipeline.prepare_features()
-        except KeyboardInterrupt:
-            # nerfstudio would print a traceback and call it a success.
-            notice("Interrupted while setting up; nothing was trained.")
-            sys.exit(EXIT_INTERRUPTED)
 
     def train(self) -> None:
         """Runs the steps up to `max_num_iterations`; an interrupt ends it at the next step boundary."""
         datamanager = self.pipeline.datamanager
         datamanager.train_dataparser_outputs.save_dataparser_transform(self.base_dir / "dataparser_transforms.json")
-        self._init_viewer_state()
-        self.stop_training = False
-        previous = self._listen_for_interrupts()
-        try:
-            with TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
+        with self._locks, self._exit_when_interrupted(f"Stopped at once; what was saved is in {self.base_dir}."):
+            self._init_viewer_state()
+            self.stop_training = False
+            is_trained = False
+            with StopRequest() as stop, TimeWriter(writer, EventName.TOTAL_TRAIN_TIME):
                 for step in range(self._start_step, self.config.max_num_iterations):
-                    while self.training_state == "paused" and not (self.stop_training or self._interrupted):
+                    while self.training_state == "paused" and not (self.stop_training or stop.is_requested):
                         time.sleep(0.01)
-                    if self.stop_training or self._interrupted:
+                    if self.stop_training or stop.is_requested:
                         break
                     self.step = step
                     self._run_step(step)
-        except KeyboardInterrupt:
-            # A second Ctrl-C, in the middle of a step: nothing consistent is left to save.
-            notice(f"Stopped at once; the last checkpoint is in {self.checkpoint_dir}.")
-            sys.exit(EXIT_INTERRUPTED)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+                    is_trained = True
+            if stop.is_requested:
+                self._leave_interrupted(is_trained)
+            self._finish(is_trained)
+
+    @contextmanager
+    def _exit_when_interrupted(self, text: str) -> Iterator[None]:
+        """nerfstudio would print a traceback and call it a success."""
         try:
-            if self._interrupted:
-                self._leave_interrupted()
-            self._finish()
+            yield
         except KeyboardInterrupt:
-            notice(f"Interrupted after training; everything up to the metrics is in {self.base_dir}.")
+            notice(text)
             sys.exit(EXIT_INTERRUPTED)
 
-    def _finish(self) -> None:
-        """Saves, evaluates all held-out frames, writes the metrics, and says where everything is."""
-        if self._start_step >= self.config.max_num_iterations:
-            notice(
-                f"The checkpoint is at step {self._start_step} of {self.config.max_num_iterations}: nothing to train."
-            )
-            self.step = self._start_step - 1
+    def _finish(self, is_trained: bool) -> None:
+        """Saves, evaluates all held-out frames, writes the metrics, and says where everything is; of a run that was
+        finished before, what is missing."""
         self.training_state = "completed"
-        with self.timer.phase("saving"):
-            self.save_checkpoint(self.step)
-        writer.write_out_storage()
-        self._run_callbacks(self.step, TrainingCallbackLocation.AFTER_TRAIN)
-        with self.train_lock, self.timer.phase("evaluation"):
-            metrics = self.pipeline.get_average_eval_image_metrics(get_std=True)
-        record = self._create_record(metrics)
-        save_result(record, self.base_dir / SUMMARY_NAME)
-        self._print_record(record)
+        record = None if is_trained else self._find_record()
+        if is_trained:
+            with self.timer.phase("saving"):
+                self.save_checkpoint(self.step)
+            writer.write_out_storage()
+            self._run_callbacks(self.step, TrainingCallbackLocation.AFTER_TRAIN)
+        else:
+            rest = "metrics are measured now" if record is None else f"metrics are in {self.base_dir / SUMMARY_NAME}"
+            notice(
+                f"The checkpoint is at step {self._start_step} of {self.config.max_num_iterations}: nothing to train; "
+                f"{rest}."
+            )
+            if not (self.checkpoint_dir / f"step-{self.step:09d}.ckpt").is_file():
+                self.save_checkpoint(self.step)
+        if record is None:
+            with self.train_lock, self.timer.phase("evaluation"):
+                metrics = self.pipeline.get_average_eval_image_metrics(get_std=True)
+            record = self._create_record(metrics)
+            save_result(record, self.base_dir / SUMMARY_NAME)
+            self._print_record(record)
         if not self.config.viewer.quit_on_train_completion:
             self._train_complete_viewer()
+
+    def _find_record(self) -> ResultRecord | None:
+        """The metrics of this run, if they were written and are of as many steps."""
+        try:
+            record = load_result(self.base_dir / SUMMARY_NAME)
+            is_current = record.settings.get("max_num_iterations") == self.config.max_num_iterations
+        except (ValueError, AttributeError):
+            return None
+        return record if is_current else None
 
     def save_checkpoint(self, step: int) -> None:
         """Saves everything after step `step` was taken, atomically."""
@@ -263,24 +286,12 @@ class FeatureTrainer(Trainer):
         for callback in self.callbacks:
             callback.run_callback_at_location(step, location=location)
 
-    def _leave_interrupted(self) -> None:
-        if self.step >= self._start_step:
+    def _leave_interrupted(self, is_trained: bool) -> None:
+        if is_trained:
             self.save_checkpoint(self.step)
         resume = f"--load-dir {self.checkpoint_dir}"
         notice(f"Interrupted after step {self.step}; go on with the same command and {resume}.")
         sys.exit(EXIT_INTERRUPTED)
-
-    def _listen_for_interrupts(self) -> dict[int, Any]:
-        """Ctrl-C and SIGTERM now end the run between two steps, and a second one at once. Returns the old handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-
-        def stop(signum: int, frame: Any) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-
-        return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _create_record(self, metrics: dict[str, float]) -> ResultRecord:
         """The record of a finished run, from its means over the held-out frames."""

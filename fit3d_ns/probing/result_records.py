@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fit3d_ns.features.sources import check_report
 from fit3d_ns.probing.frozen_features import BackboneConfig, list_parts
 from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_file import SceneCosts, read_scene_costs
@@ -163,4 +164,7 @@ def _read_report(config: BackboneConfig) -> dict[str, Any] | None:
     if folder is None or "finetuned" not in list_parts(config.assembly) or not (folder / "report.json").is_file():
         return None
     report = read_json(folder / "report.json")
-    return report if isinstance(report, dict) else None
+    if not isinstance(report, dict):
+        return None
+    check_report(report, folder / "report.json")
+    return report

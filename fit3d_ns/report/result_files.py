@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fit3d_ns.features.sources import check_report
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
@@ -74,6 +75,7 @@ def read_results(patterns: Sequence[str | Path]) -> Results:
             missing = [name for name in ("steps", "settings", "consistency") if name not in content]
             if missing:
                 raise ValueError(f"{path} has no {', '.join(missing)}; it is not a finished report of fit3d-finetune.")
+            check_report(content, path)
             finetunings.append(FinetuneResult(path, content))
         elif kind in [_PROBE_PREFIX + task for task in TASKS]:
             if not is_named and _PUT_ASIDE.search(path.stem):

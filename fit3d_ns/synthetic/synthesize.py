@@ -7,13 +7,11 @@
 The world of a room, z up, is COLMAP's; its point (x, y, z) is (y, x, -z) in the world of the transforms files.
 """
 
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -29,11 +27,12 @@ from fit3d_ns.geometry.cameras import transform_camera_to_worlds
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.synthetic.rendering import CLASSES, render_room
 from fit3d_ns.synthetic.rooms import build_room, walk_through
-from fit3d_ns.utils.files import read_json, write_json
-from fit3d_ns.utils.progress import track
+from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, write_atomically, write_json
+from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.seeds import derive_seed
 
 METRICS_NAME = "synthesis.json"
+_RECORDED = ("seed", "num_frames", "width", "height", "lens", "num_points")
 _IGNORE_INDEX = 255
 
 
@@ -42,7 +41,7 @@ class SynthesisConfig:
     """Which rooms to make, and how to photograph them."""
 
     output_dir: Path
-    """Folder for the scenes; it must be new or empty."""
+    """Folder for the scenes; new, empty, or with what the same settings made."""
     num_scenes: int = 2
     """Number of rooms, at least 1. Room k is the same whatever the number."""
     num_frames: int = 24
@@ -83,30 +82,49 @@ class SceneFrame:
 def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:
     """Makes all scenes; they take their place when all are complete. Returns what is written to `synthesis.json`.
 
+    A folder that holds exactly what the same settings made is finished and stays as it is.
+
     Raises:
-        ValueError: `output_dir` is not empty (without `overwrite`), or not ours to replace.
+        ValueError: `output_dir` holds something else (without `overwrite`), or is not ours to replace.
     """
     output_dir = Path(config.output_dir).resolve()
     if output_dir.is_file():
         raise ValueError(f"{output_dir} is a file; give the name of a folder.")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in _RECORDED}
     if output_dir.is_dir() and any(output_dir.iterdir()):
+        finished = _find_finished(output_dir, settings, config.num_scenes)
+        if finished is not None and not config.overwrite:
+            notice(f"{output_dir} holds the scenes of these settings already; --overwrite makes them again.")
+            return finished
         if not config.overwrite:
             raise ValueError(f"{output_dir} is not empty; choose another --output-dir or add --overwrite.")
         if not (output_dir / METRICS_NAME).is_file() or "scenes" not in read_json(output_dir / METRICS_NAME):
             raise ValueError(
                 f"{output_dir} was not made by fit3d-synthesize and is not replaced; choose another folder."
             )
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output_dir.name}.", dir=output_dir.parent) as temporary:
-        folder = Path(temporary) / output_dir.name
-        metrics = {name: getattr(config, name) for name in ("seed", "num_frames", "width", "height", "lens")}
-        metrics["classes"] = list(CLASSES)
+    with write_atomically(output_dir) as folder:
+        folder.mkdir()
+        metrics = settings | {"classes": list(CLASSES)}
         metrics["scenes"] = [_synthesize_scene(config, index, folder) for index in range(config.num_scenes)]
+        metrics["files_hash"] = _hash_files(folder)
         write_json(folder / METRICS_NAME, metrics)
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        folder.rename(output_dir)
     return metrics
+
+
+def _find_finished(folder: Path, settings: dict[str, Any], num_scenes: int) -> dict[str, Any] | None:
+    """What `synthesis.json` says, if the folder holds what these settings made and nothing else."""
+    try:
+        found = read_json(folder / METRICS_NAME)
+        same = all(found[name] == value for name, value in settings.items()) and len(found["scenes"]) == num_scenes
+        return found if same and found["files_hash"] == _hash_files(folder) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _hash_files(folder: Path) -> str:
+    """Of the names and contents of all files but `synthesis.json`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METRICS_NAME)
+    return hash_bytes(*(f"{path.relative_to(folder)} {hash_file(path)}".encode() for path in files))
 
 
 def write_scannetpp(

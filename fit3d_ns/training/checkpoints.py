@@ -4,11 +4,10 @@
                                   rng-0.pt ...      random generators, one file per process
                                   progress.json     step, processes, batch size, settings, format
 
-A checkpoint is written to `step-N.tmp/`, every file is flushed to disk, and only then does the folder get its name.
-Older ones are removed after that. So a full disk or a kill at any moment leaves the previous checkpoint whole.
+Older checkpoints are removed once a newer one is safe. So a full disk or a kill at any moment leaves one that is whole,
+and where another program damaged the newest, the run goes on from the one before.
 """
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 
 from fit3d_ns.training.processes import Processes
-from fit3d_ns.utils.errors import first_line, is_disk_full
-from fit3d_ns.utils.files import flush_to_disk, read_json, remove, write_json
+from fit3d_ns.utils.errors import first_line
+from fit3d_ns.utils.files import read_json, remove, write_atomically, write_json
+from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.seeds import capture_random_states, restore_random_states
 
 FORMAT_VERSION = 1
 _PREFIX = "step-"
-_TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -41,79 +40,96 @@ class CheckpointProgress:
     format_version: int = FORMAT_VERSION
 
 
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that cannot be read; one before it may be whole."""
+
+
 class CheckpointFolder:
     """The checkpoints of one run; the `keep` newest stay."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
+        self._damaged: set[int] = set()
 
     def find_steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Steps of the checkpoints that are not known to be damaged, ascending."""
         names = [path.name for path in self.folder.glob(f"{_PREFIX}*") if (path / "progress.json").is_file()]
-        return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdigit())
+        steps = {int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdigit()}
+        return sorted(steps - self._damaged)
 
     def get_path(self, step: int) -> Path:
         """Folder of a checkpoint."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def save(self, progress: CheckpointProgress, state: dict[str, Any], processes: Processes) -> None:
-        """Writes a checkpoint; called by all processes, of which the first writes the shared part.
+        """Writes a checkpoint; called by all processes, of which the first writes.
 
-        The state consists of tensors, numbers and strings in dictionaries and lists. Where the disk is full, all
+        The state consists of tensors, numbers and strings in dictionaries and lists. Where it cannot be written, all
         processes raise ValueError, and earlier checkpoints are untouched.
         """
-        final, is_first = self.get_path(progress.step), processes.rank == 0
         if progress.step in self.find_steps():
             # A run that was stopped right after it resumed has nothing new to say.
             return
-        temporary = final.with_name(final.name + _TEMPORARY)
-        problem = ""
-        if is_first:
-            # What a kill left half-written, at whatever step.
-            for stale in self.folder.glob(f"{_PREFIX}*{_TEMPORARY}"):
-                remove(stale)
-            try:
-                temporary.mkdir(parents=True)
-            except OSError as error:
-                problem = _describe(error, temporary)
-        processes.agree(problem)
-        try:
-            _save_tensors(capture_random_states(), temporary / f"rng-{processes.rank}.pt")
-            if is_first:
+        random_states = processes.gather(capture_random_states())
+
+        def write() -> None:
+            with write_atomically(self.get_path(progress.step)) as temporary:
+                temporary.mkdir()
+                for rank, random_state in enumerate(random_states):
+                    _save_tensors(random_state, temporary / f"rng-{rank}.pt")
                 _save_tensors(state, temporary / "state.pt")
                 write_json(temporary / "progress.json", asdict(progress))
-        except (OSError, RuntimeError, ValueError) as error:
-            problem = _describe(error, temporary)
-        try:
-            processes.agree(problem)
-        except ValueError:
-            if is_first:
-                remove(temporary)
-            raise
-        if is_first:
-            flush_to_disk(temporary)
-            os.replace(temporary, final)
-            flush_to_disk(self.folder)
+            self._damaged.discard(progress.step)
             for step in self.find_steps()[: -self.keep]:
                 remove(self.get_path(step))
-        processes.wait()
+
+        processes.run_on_main(write)
+
+    def load_newest(self, processes: Processes) -> tuple[CheckpointProgress, dict[str, Any]] | None:
+        """Reads the newest checkpoint that all processes can read; None where there is none at all.
+
+        Raises:
+            ValueError: All are damaged, or the newest is of a newer version.
+        """
+        problem = ""
+        for step in reversed(self.find_steps()):
+            found, problem = None, ""
+            try:
+                found = self.load(step, processes.rank)
+            except DamagedCheckpointError as error:
+                problem = str(error)
+            problem = next(filter(None, processes.gather(problem)), "")
+            if not problem:
+                return found
+            self._damaged.add(step)
+            if processes.is_main:
+                notice(f"{problem} Trying the one before.")
+        if problem:
+            raise ValueError(f"{problem} There is none before it; start over with --resume never.")
+        return None
 
     def load(self, step: int, rank: int = 0) -> tuple[CheckpointProgress, dict[str, Any]]:
-        """Reads a checkpoint and sets this process's random generators; ValueError if it is damaged or too new."""
+        """Reads a checkpoint and sets this process's random generators.
+
+        Raises:
+            DamagedCheckpointError: It cannot be read.
+            ValueError: It is of a newer version.
+        """
         path = self.get_path(step)
-        content = read_json(path / "progress.json")
-        if content.get("format_version", 0) > FORMAT_VERSION:
+        try:
+            content = read_json(path / "progress.json")
+            is_newer = content.get("format_version", 0) > FORMAT_VERSION
+        except Exception as error:
+            raise DamagedCheckpointError(f"Checkpoint {path} cannot be read ({first_line(error)}).") from error
+        if is_newer:
             raise ValueError(f"Checkpoint {path} is of a newer version; update fit3d-ns.")
         try:
             progress = CheckpointProgress(**content)
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             restore_random_states(torch.load(path / f"rng-{rank}.pt", map_location="cpu", weights_only=True))
         except Exception as error:
-            raise ValueError(
-                f"Checkpoint {path} cannot be read ({first_line(error)}); remove the folder to go on from the "
-                "one before."
-            ) from error
+            raise DamagedCheckpointError(f"Checkpoint {path} cannot be read ({first_line(error)}).") from error
         return progress, state
 
 
@@ -134,12 +150,7 @@ def _compare(found: Any, wanted: Any, name: str) -> list[str]:
     return [] if found == wanted else [f"{name} {found} against {wanted}"]
 
 
-def _describe(error: Exception, path: Path) -> str:
-    if is_disk_full(error):
-        return f"No space left for the checkpoint {path}; free some disk space and run the same command again."
-    return f"The checkpoint {path} cannot be written ({first_line(error)})."
-
-
 def _save_tensors(content: dict[str, Any], path: Path) -> None:
-    torch.save(content, path)
-    flush_to_disk(path)
+    # Python's file says why it cannot be written, torch's own does not.
+    with open(path, "wb") as file:
+        torch.save(content, file)

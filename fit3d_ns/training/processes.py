@@ -2,10 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+
+from fit3d_ns.utils.errors import explain
+
+Value = TypeVar("Value")
 
 _BROKEN_CONNECTION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Socket")
 
@@ -32,6 +37,14 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, by rank."""
+        values = [value] * self.number
+        if self.number > 1:
+            with self.explain_deaths():
+                dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """A barrier."""
         if self.number > 1:
@@ -45,17 +58,12 @@ class Processes:
             try:
                 work()
             except (ValueError, OSError) as error:
-                problem, cause = str(error) or type(error).__name__, error
+                problem, cause = explain(error) or type(error).__name__, error
         self.agree(problem, cause)
 
     def agree(self, problem: str, cause: BaseException | None = None) -> None:
         """Called by every process with its problem, "" for none; all raise ValueError with any that there is."""
-        problems = [problem]
-        if self.number > 1:
-            problems = [""] * self.number
-            with self.explain_deaths():
-                dist.all_gather_object(problems, problem)
-        for rank, text in enumerate(problems):
+        for rank, text in enumerate(self.gather(problem)):
             if text:
                 sentence = text if self.number == 1 or rank == self.rank else f"Process {rank} failed: {text}"
                 raise ValueError(sentence) from cause

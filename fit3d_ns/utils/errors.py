@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -76,10 +77,13 @@ def explain(error: BaseException) -> str | None:
 
 def find_errno(error: BaseException) -> tuple[int | None, str]:
     """The number of the system's error behind an exception, and the path that it names ("" if none)."""
-    for link, is_context in _walk(error):
-        number, path = _read_errno(link)
-        if number is not None and (not is_context or number in _RESOURCES):
-            return number, path
+    links = list(_walk(error))
+    # What the system said comes before what a library made of it.
+    for read in (_read_errno, _guess_errno):
+        for link, is_context in links:
+            number, path = read(link)
+            if number is not None and (not is_context or number in _RESOURCES):
+                return number, path
     return None, ""
 
 
@@ -99,11 +103,9 @@ def check_writable(path: Path) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    probe = folder / f".fit3d-{os.getpid()}.tmp"
-    try:
-        probe.write_bytes(b"\0")
-    finally:
-        probe.unlink(missing_ok=True)
+    # A file without a name, where the file system has them: not even a kill leaves it.
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"\0")
 
 
 def first_line(error: BaseException) -> str:
@@ -151,6 +153,10 @@ def _walk(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
 def _read_errno(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno, str(error.filename or "")
+    return None, ""
+
+
+def _guess_errno(error: BaseException) -> tuple[int | None, str]:
     text = str(error)
     place = re.search(r'at path "([^"]+)"', text)
     path = place.group(1) if place else ""

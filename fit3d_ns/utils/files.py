@@ -1,7 +1,6 @@
 """Files that are never half-written, folders that one process works in, and hashes of contents."""
 
 import fcntl
-import glob
 import hashlib
 import itertools
 import json
@@ -28,22 +27,22 @@ _MAX_NAME = 200
 
 
 @contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path, beside: Path | None = None) -> Iterator[Path]:
     """Yields a temporary path next to `path`; what was written there takes the name `path` when the block ends well.
 
     The data is on disk before the name changes, so after a crash `path` holds either the old content or the new. A
-    symbolic link stays one: what it points to is replaced. What dead processes left of the same file is removed. The
-    block may make a folder instead of a file; missing folders above are made.
+    symbolic link stays one: what it points to is replaced. What dead processes left beside it is removed. The block may
+    make a folder instead of a file; missing folders above are made. With `beside`, a path on the same disk, temporary
+    names go into the folder of that instead.
 
     Raises:
         ValueError: It cannot be written; the sentence names `path`, and nothing remains of the attempt.
     """
     path = Path(os.path.realpath(path))
-    # A later writer of the same file sees whether this one is still alive.
-    temporary = path.with_name(f".{path.name[:_MAX_NAME]}.{_HOST}.{os.getpid()}-{next(_NUMBERS)}.tmp")
+    temporary = (beside or path).with_name(_name_temporary(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep_temporaries(path)
+        sweep_temporaries(temporary.parent)
         _OWN.add(temporary.name)
         yield temporary
         for inner in sorted(temporary.rglob("*"), reverse=True):
@@ -54,7 +53,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
             with suppress(PermissionError):
                 # Not every file system (FAT, some network shares) has permissions to give.
                 os.chmod(temporary, 0o666 & ~_get_umask())
-        os.replace(temporary, path)
+        _replace(temporary, path)
         flush_to_disk(path.parent)
     except BaseException as error:
         remove(temporary)
@@ -68,12 +67,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
         _OWN.discard(temporary.name)
 
 
-def sweep_temporaries(path: Path) -> None:
-    """Removes temporary files and folders of `path` whose writers are no longer alive on this machine."""
-    for stale in path.parent.glob(f".{glob.escape(path.name[:_MAX_NAME])}.*.tmp"):
-        host, writer = stale.name.split(".")[-3:-1]
-        process = writer.split("-")[0]
-        if host == _HOST and process.isdigit() and stale.name not in _OWN and not _is_alive(int(process)):
+def sweep_temporaries(folder: Path) -> None:
+    """Removes temporary files and folders in `folder` whose writers are no longer alive on this machine."""
+    for stale in folder.glob(f".*.{_HOST}.*-*.tmp"):
+        process = stale.name.split(".")[-2].split("-")[0]
+        if process.isdigit() and stale.name not in _OWN and not _is_alive(int(process)):
             remove(stale)
 
 
@@ -146,6 +144,29 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Gives a file or folder its name; a folder that has the name leaves when the new one is there."""
+    if not (temporary.is_dir() and path.is_dir()):
+        os.replace(temporary, path)
+        return
+    old = path.with_name(_name_temporary(path.name))
+    _OWN.add(old.name)
+    os.replace(path, old)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    finally:
+        _OWN.discard(old.name)
+    remove(old)
+
+
+def _name_temporary(name: str) -> str:
+    """`.NAME.HOST.PID-N.tmp`: a later writer of the same file sees whether this one is still alive."""
+    return f".{name[:_MAX_NAME]}.{_HOST}.{os.getpid()}-{next(_NUMBERS)}.tmp"
 
 
 def _is_alive(process: int) -> bool:

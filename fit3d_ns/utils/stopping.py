@@ -1,12 +1,29 @@
-"""`StopRequest`: SIGTERM and SIGINT become a wish that a loop grants where its work is whole: after a step, a view."""
+"""`StopRequest`: SIGTERM and SIGINT become a wish that a loop grants where its work is whole: after a step, a view.
+
+Outside such loops `interrupt_on_signals` makes both a `KeyboardInterrupt`. Whoever stops a job may send SIGTERM to its
+parent and to everyone, so one that follows another signal says nothing new; a second Ctrl-C does.
+"""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def interrupt_on_signals() -> None:
+    """From here on SIGTERM ends this process as Ctrl-C does; whoever started it may have chosen to ignore either."""
+    global _is_interrupted
+    if threading.current_thread() is threading.main_thread():
+        _is_interrupted = False
+        for number in SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, _interrupt)
+
 
 class StopRequest:
-    """Notes the first signal while its block runs; a second one acts as if this were not here."""
+    """Notes the first signal while its block runs; a second Ctrl-C acts as if this were not here."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -18,12 +35,9 @@ class StopRequest:
         return self.signal is not None
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._previous[number] = signal.signal(number, self._note)
-            except ValueError:
-                # Only the main thread may handle signals; elsewhere the process keeps its own behaviour.
-                break
+        # Only the main thread may handle signals; elsewhere the process keeps its own behaviour.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -32,7 +46,19 @@ class StopRequest:
         self._previous.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None and number == signal.SIGINT:
             signal.signal(number, self._previous.get(number, signal.SIG_DFL))
             signal.raise_signal(number)
-        self.signal = number
+        global _is_interrupted
+        _is_interrupted = True
+        self.signal = self.signal or number
+
+
+_is_interrupted = False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _is_interrupted
+    if number == signal.SIGINT or not _is_interrupted:
+        _is_interrupted = True
+        raise KeyboardInterrupt

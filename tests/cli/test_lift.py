@@ -161,6 +161,27 @@ def test_lift__interrupted_goes_on(run, tmp_path, monkeypatch):
     assert torch.equal(whole.gaussians.features, resumed.gaussians.features)
 
 
+def test_lift__a_finished_one_is_lifted_again_only_for_another_lift(run, capture, tmp_path):
+    path, record = tmp_path / "out" / "ring.safetensors", tmp_path / "out" / "ring.json"
+
+    def lift_again(*arguments):
+        before = path.stat().st_mtime_ns
+        code, _, err = run("--feature-dim", 4, *arguments)
+        assert code == 0 and ("lifted already" in err) == (path.stat().st_mtime_ns == before)
+        return path.stat().st_mtime_ns != before
+
+    assert run("--feature-dim", 4)[0] == 0
+    text = record.read_text()
+    assert not lift_again() and record.read_text() == text
+    # Where the state lies and how often it is written is no other lift.
+    assert not lift_again("--seconds-per-checkpoint", 7)
+    assert lift_again("--max-passes", 1) and not lift_again("--max-passes", 1) and lift_again("--overwrite")
+    assert lift_again("--drop-unseen") and lift_again("--include-sh")
+    # Killed between the two files.
+    record.unlink()
+    assert run("--feature-dim", 4, "--include-sh")[0] == 0 and record.is_file()
+
+
 def test_lift__flags_are_the_fields_of_the_lift(monkeypatch, capture):
     parsed = []
     monkeypatch.setattr(module, "lift", parsed.append)

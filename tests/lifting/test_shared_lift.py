@@ -125,13 +125,25 @@ def test_lift_together__other_settings_lift_again(tasks, cache, monkeypatch):
     assert len(found) == 2 and load_scene(tasks[0].output_path).gaussians.feature_dim == 5
 
 
+def test_lift_together__finished_scenes_are_not_lifted_again(tasks, cache, monkeypatch):
+    lift(tasks, cache)
+    before = [(task.output_path.read_bytes(), task.output_path.stat().st_mtime_ns) for task in tasks]
+    monkeypatch.setattr(module, "fit_shared_space", lambda *args: pytest.fail("lifted again"))
+    lift(tasks, cache)
+    assert before == [(task.output_path.read_bytes(), task.output_path.stat().st_mtime_ns) for task in tasks]
+    monkeypatch.undo()
+    # Another set of scenes shares another decoder.
+    lift(tasks[:1], cache)
+    assert load_scene(tasks[0].output_path).metrics["num_scenes_sharing_decoder"] == 1
+
+
 @pytest.mark.parametrize("ending", ["another lift's", "cut short"])
 def test_lift_together__a_file_that_is_no_longer_its_own_is_lifted_again(tasks, cache, monkeypatch, ending):
     """Features of another basis under the shared decoder would be noise, and nobody would be told."""
     whole = lift(tasks, cache)
     monkeypatch.setattr(module, "fit_decoder", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        lift(tasks, cache)
+        lift(tasks, cache, overwrite=True)
     monkeypatch.undo()
     task = tasks[0]
     if ending == "another lift's":

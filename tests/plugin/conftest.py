@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def train() -> Callable[..., Any]:
 
             def solve_then_interrupt(step: int, total: int) -> None:
                 solve(step, total)
-                trainer._interrupted = step + 1 >= stop_after
+                if step + 1 == stop_after:
+                    signal.raise_signal(signal.SIGINT)
 
             trainer.pipeline.solve_features_if_due = solve_then_interrupt
         trainer.train()

@@ -65,7 +65,7 @@ def test_save__on_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints.torch, "save", fail)
-    with pytest.raises(ValueError, match="the previous one is whole"):
+    with pytest.raises(ValueError, match=r"step-000000002.ckpt cannot be written: the disk is full"):
         save_checkpoint_file(create_state(2), folder / "step-000000002.ckpt")
     assert [path.name for path in folder.iterdir()] == ["step-000000001.ckpt"]
     assert [path.name for path in tmp_path.iterdir()] == ["models"]

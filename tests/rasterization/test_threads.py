@@ -1,12 +1,17 @@
 """The CPU backend under threads and forks: same bits always, no lock-ups."""
 
+import errno
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from fit3d_ns.rasterization.cpu import runtime
 from tests.rasterization.rasterization_scenes import make_scene, render_everything
 
 
@@ -99,3 +104,52 @@ def test_cpu__loader_workers_can_render_after_the_parent_did():
     )
     for image in loader:
         assert torch.equal(image, expected)
+
+
+READ_ONLY = """
+import errno, sys
+from pathlib import Path
+import numba.core.caching as caching
+
+make = caching._CacheLocator.ensure_cache_path
+def refuse(self):
+    if not self.get_cache_path().startswith(sys.argv[1]):
+        raise OSError(errno.EROFS, "Read-only file system")
+    make(self)
+caching._CacheLocator.ensure_cache_path = refuse
+from fit3d_ns.rasterization.cpu import runtime
+
+@runtime.compiled
+def double(number):
+    return 2 * number
+
+print(double(21))
+"""
+
+
+def test_kernels__are_kept_elsewhere_where_code_and_home_are_read_only(tmp_path: Path) -> None:
+    def run() -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "script.py"
+        script.write_text(READ_ONLY)
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        command = [sys.executable, str(script), str(folder)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+
+    folder = tmp_path / f"fit3d_ns-kernels-{os.getuid()}"
+    said = run()
+    assert said.stdout == "42\n" and f"kept in {folder}" in said.stderr
+    assert any(folder.rglob("*.nbc")) and folder.stat().st_mode & 0o777 == 0o700
+    # What others may write to is never run.
+    folder.chmod(0o777)
+    for kept in [*folder.rglob("*.nb?")]:
+        kept.write_bytes(b"strange")
+    said = run()
+    assert said.stdout == "42\n" and "not kept" in said.stderr
+
+
+def test_kernels__a_full_disk_costs_only_the_cache(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fill_up(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    runtime._save_if_possible(fill_up)("signature", "code")
+    assert "not kept: the disk is full" in capsys.readouterr().err

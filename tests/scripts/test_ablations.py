@@ -209,14 +209,15 @@ def test_run_cells__a_command_that_leaves_no_result_has_failed(tmp_path: Path) -
     assert (tmp_path / "logs" / "probe-x.log").read_text() == "hello\n"
 
 
-def test_execute_cell__ctrl_c_waits_until_the_command_has_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_execute_cell__a_signal_waits_until_the_command_has_saved(tmp_path: Path, name: str) -> None:
     child = (
         "import pathlib, signal, sys, time\n"
         "def save(*_):\n"
         "    time.sleep(0.6)\n"
         f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
         "    sys.exit(130)\n"
-        "signal.signal(signal.SIGINT, save)\n"
+        f"signal.signal(signal.{name}, save)\n"
         f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
         "time.sleep(60)\n"
     )
@@ -231,7 +232,10 @@ def test_execute_cell__ctrl_c_waits_until_the_command_has_saved(tmp_path: Path) 
     process = subprocess.Popen([sys.executable, "-c", driver], start_new_session=True, stderr=subprocess.DEVNULL)
     while not (tmp_path / "ready").exists():
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
+    if name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
     assert process.wait(timeout=60) != 0
     assert (tmp_path / "saved").exists()
 

@@ -101,15 +101,23 @@ def make_stub_scene(config: SynthesisConfig, index: int, folder: Path) -> dict[s
     return {"name": f"room_{index:02d}"}
 
 
+def make_no_scene(config: SynthesisConfig, index: int, folder: Path) -> dict[str, str]:
+    raise AssertionError("a finished folder is made again")
+
+
 def test_synthesize_scenes__replaces_only_what_it_made_and_leaves_nothing_half_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(synthetic, "_synthesize_scene", make_stub_scene)
     target, home = tmp_path / "rooms", tmp_path / "home"
-    synthesize_scenes(SynthesisConfig(target))
-    with pytest.raises(ValueError, match="is not empty; choose another --output-dir or add --overwrite"):
-        synthesize_scenes(SynthesisConfig(target))
+    made = synthesize_scenes(SynthesisConfig(target))
+    monkeypatch.setattr(synthetic, "_synthesize_scene", make_no_scene)
+    assert synthesize_scenes(SynthesisConfig(target)) == made
+    monkeypatch.setattr(synthetic, "_synthesize_scene", make_stub_scene)
     (target / "stale").touch()
+    for other in (SynthesisConfig(target), SynthesisConfig(target, num_points=7), SynthesisConfig(target, 1)):
+        with pytest.raises(ValueError, match="is not empty; choose another --output-dir or add --overwrite"):
+            synthesize_scenes(other)
     with pytest.raises(KeyboardInterrupt):
         synthesize_scenes(SynthesisConfig(target, num_scenes=3, overwrite=True))
     assert (target / "stale").exists()
@@ -137,9 +145,8 @@ def test_main__makes_fisheye_scenes_and_refuses_what_makes_none(
     assert [frame.split for frame in capture.frames] == ["train", "train", "test"]
     assert {frame.lens.model for frame in capture.frames} == {"fisheye"}
     assert compute_undistortion(capture.frames[0].lens).inside.all()
-    with pytest.raises(SystemExit):
-        main()
-    assert "is not empty" in capsys.readouterr().err
+    main()
+    assert "already" in capsys.readouterr().err
     for name in ("num_scenes", "num_frames", "width", "height", "num_points"):
         with pytest.raises(ValueError, match=f"{name} is 0; it must be at least"):
             SynthesisConfig(tmp_path, **{name: 0})

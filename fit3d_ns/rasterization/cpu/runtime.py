@@ -8,11 +8,14 @@ Work is cut into tasks by its size alone, never by the number of threads, and ea
 so results are the same to the bit whichever thread runs which task.
 """
 
+import errno
 import functools
 import hashlib
 import inspect
 import itertools
 import os
+import stat
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import config, njit
+
+from fit3d_ns.utils.errors import explain
+from fit3d_ns.utils.progress import notice
 
 CHUNK = 1024
 """Gaussians per task of the kernels that go through all Gaussians."""
@@ -35,13 +41,24 @@ _kept = threading.local()
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compiles a kernel: no bounds checks, no interpreter lock, division by zero gives infinity; kept on disk.
+    """Compiles a kernel: no bounds checks, no interpreter lock, division by zero gives infinity; kept where possible.
 
     Products and sums may be fused, but never reordered, so that results do not depend on how a loop was compiled.
     Type checkers that wrap every function at import are unwrapped: numba can only compile the function itself.
     """
-    options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
-    kernel = njit(**options)(inspect.unwrap(function))
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+    function = inspect.unwrap(function)
+    try:
+        kernel = njit(cache=True, **options)(function)
+    except RuntimeError:
+        # Neither beside the code nor below the home folder may anything be written.
+        folder = _choose_temporary_cache()
+        if folder is None:
+            return njit(**options)(function)
+        # numba asks for this where a kernel is defined, and has no other way to say it.
+        vars(config)["CACHE_DIR"] = str(folder)
+        kernel = njit(cache=True, **options)(function)
+    kernel._cache.save_overload = _save_if_possible(kernel._cache.save_overload)
     # numba takes stored code for current as long as the kernel's own file has not changed. But kernels call functions
     # of other files, whose code is stored within theirs: any change here must make all of them stale.
     kernel._cache._cache_file._source_stamp = _hash_sources()
@@ -104,6 +121,38 @@ def _hash_sources() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+@functools.cache
+def _choose_temporary_cache() -> Path | None:
+    """A folder for compiled kernels that only this user can write to, since they are run; None where there is none."""
+    folder = Path(tempfile.gettempdir()) / f"fit3d_ns-kernels-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        tempfile.TemporaryFile(dir=folder).close()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        notice(f"Compiled kernels are not kept ({explain(error)}); every start compiles them. See NUMBA_CACHE_DIR.")
+        return None
+    notice(f"Code and home are read-only: compiled kernels are kept in {folder}. See NUMBA_CACHE_DIR.")
+    return folder
+
+
+def _save_if_possible(save: Callable[..., None]) -> Callable[..., None]:
+    def save_or_say(*arguments: Any) -> None:
+        try:
+            save(*arguments)
+        except OSError as error:
+            _say_once(f"Compiled kernels are not kept: {explain(error)} See NUMBA_CACHE_DIR.")
+
+    return save_or_say
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    notice(text)
 
 
 def _submit(work: Callable[[], None], count: int) -> list:

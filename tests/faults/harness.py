@@ -1,0 +1,201 @@
+"""Commands in children whose every file operation can be made to fail: the harness of the fault campaigns.
+
+Children are forked from a server that has imported everything and computed nothing, so an attempt costs what the
+command itself costs. SQLite tests its journal this way: count the operations, then stop at the N-th, for every N.
+"""
+
+import errno
+import importlib
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+OPERATIONS = ("mkdir", "fsync", "replace", "rename", "unlink", "remove", "rmdir")
+"""Functions of `os` that change what a folder holds or what a disk has; all writers end in one of them."""
+
+PRELOADED = [
+    *(f"fit3d_ns.cli.{name}" for name in ("export", "finetune", "lift", "probe", "report", "synthesize")),
+    "nerfstudio.scripts.train",
+    "tests.faults.world",
+]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at one operation below the work folder."""
+
+    at: int
+    """The operation, counted from 1; 0 counts only."""
+    error: int = 0
+    """Number of the `OSError` that is raised there and from there on; 0 kills the process instead."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended."""
+
+    kind: str
+    """`done`, `sentence`, `interrupted`, `killed`, `traceback` or `hang`."""
+    text: str
+    """Everything that was printed."""
+    num_operations: int = 0
+    """Operations below the work folder."""
+
+
+def attempt(
+    function: Callable[..., None],
+    arguments: Sequence[Any],
+    folder: Path,
+    *,
+    fault: Fault | None = None,
+    seconds: float = 60.0,
+    memory_gb: float = 6.0,
+    file_mb: float | None = None,
+) -> Outcome:
+    """Runs a module-level function in a child and says how it ended.
+
+    Args:
+        function: Imported anew in the child.
+        arguments: What it is called with; picklable.
+        folder: Where the child works; only operations below it count.
+        fault: What happens there.
+        seconds: After which a child counts as hanging.
+        memory_gb: Address space that the child may take beyond what the server has.
+        file_mb: Largest file that the child may write, in 1e6 bytes.
+    """
+    log, counter = folder / ".attempt.log", folder / ".attempt.count"
+    for stale in (log, counter):
+        stale.unlink(missing_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    child = context.Process(target=_run_child, args=(function, list(arguments), folder, fault, memory_gb, file_mb))
+    child.start()
+    child.join(seconds)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        return Outcome("hang", _read(log))
+    text, count = _read(log), int(_read(counter) or 0)
+    code = child.exitcode
+    if "Traceback (most recent call last)" in text:
+        return Outcome("traceback", text, count)
+    kinds = {0: "done", 1: "sentence", 130: "interrupted", -signal.SIGKILL: "killed"}
+    return Outcome(kinds.get(code if code is not None else -1, f"exit {code}"), text, count)
+
+
+def run_all(items: Sequence[Item], function: Callable[[Item], Any]) -> list[Any]:
+    """Maps over two attempts at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, items))
+
+
+def find_litter(folder: Path) -> list[str]:
+    """Temporary files that an earlier process left."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.endswith(".tmp"))
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    """A fresh copy for one attempt."""
+    shutil.copytree(source, target, symlinks=True)
+    return target
+
+
+def call_main(module: str, arguments: list[str]) -> None:
+    """The `main` of a command, as its entry point calls it."""
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
+
+
+def call_ns_train(arguments: list[str]) -> None:
+    """nerfstudio's entry point, which reads `sys.argv`."""
+    sys.argv = ["ns-train", *arguments]
+    importlib.import_module("nerfstudio.scripts.train").entrypoint()
+
+
+def _run_child(
+    function: Callable[..., None],
+    arguments: list[Any],
+    folder: Path,
+    fault: Fault | None,
+    memory_gb: float,
+    file_mb: float | None,
+) -> None:
+    with open(folder / ".attempt.log", "wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.chdir(folder)
+    # The server runs with signals as the test runner has them; commands expect Python's own.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    resource.setrlimit(resource.RLIMIT_AS, (_used_address_space() + int(memory_gb * 1e9),) * 2)
+    if file_mb is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_mb * 1e6),) * 2)
+    install(fault or Fault(0), folder)
+    code = 0
+    try:
+        function(*arguments)
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        code = 1
+        # A command may have installed a hook of its own for what ends the process.
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def install(fault: Fault, folder: Path) -> None:
+    """Replaces the operations by ones that count and fail; the count is written to `.attempt.count`."""
+    counter = os.open(folder / ".attempt.count", os.O_CREAT | os.O_WRONLY)
+    root = str(folder.resolve())
+    number = [0]
+
+    def wrap(name: str) -> None:
+        original = getattr(os, name)
+
+        def operation(target: Any, *rest: Any, **named: Any) -> Any:
+            if _locate(target).startswith(root):
+                number[0] += 1
+                os.pwrite(counter, f"{number[0]:8d}".encode(), 0)
+                if fault.at and number[0] == fault.at and not fault.error:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if fault.at and number[0] >= fault.at and fault.error and name not in ("unlink", "remove", "rmdir"):
+                    raise OSError(fault.error, os.strerror(fault.error), str(target))
+            return original(target, *rest, **named)
+
+        setattr(os, name, operation)
+
+    for name in OPERATIONS:
+        wrap(name)
+
+
+def describe(error: int) -> str:
+    """`ENOSPC` of 28."""
+    return errno.errorcode[error]
+
+
+def _locate(target: Any) -> str:
+    if isinstance(target, int):
+        return os.readlink(f"/proc/self/fd/{target}")
+    return os.path.abspath(os.fspath(target))
+
+
+def _used_address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
