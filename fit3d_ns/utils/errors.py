@@ -87,11 +87,6 @@ def find_errno(error: BaseException) -> tuple[int | None, str]:
     return None, ""
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """True for the ways in which Python, torch and safetensors report that nothing more can be written."""
-    return find_errno(error)[0] in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def check_writable(path: Path) -> None:
     """Tries to write where `path` will be, before the work that leads to it; nothing stays there.
 
