@@ -15,8 +15,9 @@ from tests.finetuning.finetuning_scene import save_new_scene
 
 @pytest.fixture
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user who has confirmed nothing yet."""
+    """A user who has confirmed nothing yet, in a process that has named no root yet."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr("fit3d_ns.scene.photograph_roots._said", [])
 
 
 def rewrite_root(path: Path, root: str) -> None:
