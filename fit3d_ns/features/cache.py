@@ -120,8 +120,14 @@ class FeatureCache:
         backbone = json.dumps(self.description.to_metadata())
         metadata = {"schema": _SCHEMA, "checksum": _compute_checksum(tensors), "backbone": backbone}
         content = save(tensors, metadata)
-        with write_atomically(path) as temporary:
-            temporary.write_bytes(content)
+        try:
+            with write_atomically(path) as temporary:
+                temporary.write_bytes(content)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} The feature cache is {self.config.directory}; --feature-cache names another (ns-train: "
+                "--pipeline.datamanager.feature-cache)."
+            ) from error
         return path
 
     def _read(self, key: FeatureKey) -> CachedTokens | str:

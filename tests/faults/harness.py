@@ -37,7 +37,9 @@ class Fault:
     at: int
     """The operation, counted from 1; 0 counts only."""
     error: int = 0
-    """Number of the `OSError` that is raised there and from there on; 0 kills the process instead."""
+    """Number of the `OSError` that is raised there and from there on; 0 sends `signal` instead."""
+    signal: int = signal.SIGKILL
+    """What the process gets there."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def install(fault: Fault, folder: Path) -> None:
                 number[0] += 1
                 os.pwrite(counter, f"{number[0]:8d}".encode(), 0)
                 if fault.at and number[0] == fault.at and not fault.error:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), fault.signal)
                 if fault.at and number[0] >= fault.at and fault.error and name not in ("unlink", "remove", "rmdir"):
                     raise OSError(fault.error, os.strerror(fault.error), str(target))
             return original(target, *rest, **named)

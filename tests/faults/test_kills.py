@@ -1,5 +1,6 @@
 """Killed at the N-th file operation, a command that is run again ends as if it had never been killed."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,55 @@ def choose_points(number: int) -> list[int]:
 def test_kill__a_second_run_ends_as_the_undisturbed_one(
     name: str, base: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Also after SIGTERM, which is Ctrl-C at any moment."""
     command = COMMANDS[name]
     outcome, expected = run_undisturbed(base, command, undisturbed)
-    assert outcome.num_operations > 2
+    number = outcome.num_operations
+    assert number > 2
 
-    def kill_and_repeat(point: int) -> str:
-        folder = start_folder(base, command, tmp_path / str(point))
-        killed = attempt(command.function, command.arguments, folder, fault=Fault(point), seconds=300)
-        assert killed.kind == "killed", (point, killed.kind, killed.text)
+    def disturb_and_repeat(fault: Fault) -> str:
+        folder = start_folder(base, command, tmp_path / f"{fault.at}-{fault.signal}")
+        disturbed = attempt(command.function, command.arguments, folder, fault=fault, seconds=300)
+        wanted = ("killed",) if fault.signal == signal.SIGKILL else ("interrupted", "done")
+        if disturbed.kind not in wanted:
+            return f"{fault}: {disturbed.kind}\n{disturbed.text[-1500:]}"
         arguments = command.arguments
         if command.again is not None and any(folder.rglob("*.ckpt")):
             arguments = command.again
         again = attempt(command.function, arguments, folder, seconds=300)
         if again.kind != "done":
-            return f"operation {point}: {again.kind}\n{again.text[-1500:]}"
+            return f"{fault}: then {again.kind}\n{again.text[-1500:]}"
         found = collect_results(folder / command.results)
         different = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
         litter = find_litter(folder)
-        return f"operation {point}: other results in {different}, litter {litter}" if different or litter else ""
+        return f"{fault}: other results in {different}, litter {litter}" if different or litter else ""
 
-    problems = [problem for problem in run_all(choose_points(outcome.num_operations), kill_and_repeat) if problem]
+    faults = [Fault(point) for point in choose_points(number)]
+    faults += [Fault(point, signal=signal.SIGTERM) for point in ((1 + number) // 2, number)[: 2 if IS_NIGHTLY else 1]]
+    problems = [problem for problem in run_all(faults, disturb_and_repeat) if problem]
     assert not problems, "\n".join(problems)
+
+
+FLAGS = {
+    "tensorboard": (),
+    "viewer": ("--vis", "viewer+tensorboard", "--viewer.quit-on-train-completion", "True"),
+    "no local log": ("--logging.local-writer.max-log-size", "0"),
+    "a long local log": ("--logging.local-writer.max-log-size", "10", "--vis", "viewer+tensorboard"),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS if IS_NIGHTLY else [*FLAGS][-2:])
+def test_ns_train__finished_without_its_metrics_gets_them(name: str, base: Path, tmp_path: Path) -> None:
+    """Killed after the last checkpoint, it can never be resumed at a step."""
+    command = COMMANDS["ns-train"]
+    folder = start_folder(base, COMMANDS["fit3d-export"], tmp_path / "again")
+    (record,) = folder.rglob("results.json")
+    expected = collect_results(folder / command.results)
+    record.unlink()
+    assert command.again is not None
+    again = attempt(command.function, [[*command.again[0], *FLAGS[name]]], folder, seconds=300)
+    assert again.kind == "done" and "nothing to train; metrics are measured now" in again.text, again.text[-2000:]
+    assert collect_results(folder / command.results) == expected
 
 
 @pytest.mark.parametrize("name", COMMANDS)

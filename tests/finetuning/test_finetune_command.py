@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fit3d_ns.cli import command as command_module
 from fit3d_ns.cli import finetune as module
@@ -21,9 +21,11 @@ from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning.backbone_folder import load_finetuned
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
 from fit3d_ns.finetuning.lifted_views import average_lifted_views
+from fit3d_ns.report.result_files import read_results
 from fit3d_ns.scene import load_scene, save_scene
 from fit3d_ns.training import accelerator as accelerator_module
 from fit3d_ns.training.checkpoints import CheckpointFolder
+from fit3d_ns.utils.files import lock_folder
 from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
 
 NUM_KILLS = int(os.environ.get("FIT3D_TEST_KILLS", "3"))
@@ -241,6 +243,29 @@ def test_command__interrupted_run_exits_130(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "finetune", interrupt)
     code, errors = run(capsys, "--ckpts", scene, "--output-dir", tmp_path / "out", *SMALL)
     assert code == command_module.EXIT_INTERRUPTED and "stopped at step 3 of 6" in errors
+
+
+def test_command__a_finished_folder_is_kept_and_one_of_other_weights_is_not_believed(tmp_path, capsys):
+    scene, out = save_new_scene(tmp_path, num_frames=3), tmp_path / "out"
+    arguments = ["--ckpts", scene, "--output-dir", out, *SMALL]
+    assert run(capsys, *arguments)[0] == 0
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    code, errors = run(capsys, *arguments)
+    assert code == 0 and "holds the result of these settings already" in errors
+    assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert read_results([out]).finetunings
+    with lock_folder(out):
+        # A second descriptor is what another process would have.
+        code, errors = run(capsys, *arguments)
+        assert code == 1 and f"Another process works in {out}" in errors
+    # As after a kill between the weights and the report of another run.
+    weights = {name: value + 1 for name, value in load_file(out / "model.safetensors").items()}
+    save_file(weights, out / "model.safetensors")
+    with pytest.raises(ValueError, match="describes other weights than stand beside it"):
+        read_results([out])
+    code, errors = run(capsys, *arguments)
+    assert code == 0 and "Resuming from step 6 of 6" in errors and read_results([out]).finetunings
+    assert "already" not in run(capsys, *arguments, "--wise-ft", "0.5")[1] and (out / "wise-ft-0.5").is_dir()
 
 
 def test_command__lora_is_merged_into_timms_own_weights(tmp_path, capsys):
