@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from fit3d_ns.utils.errors import check_writable, explain, shows_tracebacks
+from fit3d_ns.utils.errors import check_writable, explain, explain_thread_errors, shows_tracebacks
 from fit3d_ns.utils.stopping import interrupt_on_signals
 
 Config = TypeVar("Config")
@@ -40,6 +40,8 @@ def run_command(
     debug = shows_tracebacks() or "--debug" in arguments
     # A polite kill ends a command as Ctrl-C does, also outside the loops that save what they have.
     interrupt_on_signals()
+    if not debug:
+        explain_thread_errors()
     try:
         parsed: Any = tyro.cli(_command_line_class(config_class), prog=prog, description=description, args=arguments)
         for name in ("output_path", "output_dir"):

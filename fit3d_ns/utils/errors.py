@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -121,6 +122,20 @@ def install_error_sentences() -> None:
     """
     if not shows_tracebacks():
         sys.excepthook = _print_sentence
+        explain_thread_errors()
+
+
+def explain_thread_errors() -> None:
+    """From here on a user's error in a thread is one line; TensorBoard's writer, for one, has a thread of its own."""
+    threading.excepthook = _print_thread_error
+
+
+def _print_thread_error(arguments: threading.ExceptHookArgs) -> None:
+    sentence = None if arguments.exc_value is None else explain(arguments.exc_value)
+    if sentence is None:
+        threading.__excepthook__(arguments)
+    else:
+        print(f"fit3d: error in the background: {sentence}", file=sys.stderr)
 
 
 def _print_sentence(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -236,13 +236,13 @@ def _bits(value: torch.Tensor) -> bytes:
 
 
 def _without_times(value: Any) -> Any:
-    """Numbers that say how the metrics came out; what depends on the clock or on the machine is dropped."""
+    """Numbers that say how the metrics came out; what depends on clock, machine or folder is dropped."""
     clocks = (
         "seconds",
         "memory",
         "megabytes",
+        "lift_hash",
         "per_second",
-        "is_resumed",
         "num_scene_loads",
         "num_targets_rendered",
         "resumed",
