@@ -111,21 +111,6 @@ def find_backbone_folder(backbone: str) -> Path | None:
     return None
 
 
-def check_report(report: dict[str, Any], path: Path) -> None:
-    """Compares a `report.json` of fit3d-finetune with the weights that stand beside it.
-
-    Raises:
-        ValueError: They are not those that it describes.
-    """
-    recorded, folder = report.get("finetuned_weights_hash"), path.parent
-    if recorded is None or not (folder / "model.safetensors").is_file():
-        return
-    if _read_folder(folder, None).weights_hash != recorded:
-        raise ValueError(
-            f"{path} describes other weights than stand beside it; run that fit3d-finetune again to its end."
-        )
-
-
 def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a backbone: it has no config.json; give a folder that fit3d-finetune wrote.")

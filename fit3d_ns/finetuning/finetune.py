@@ -20,7 +20,6 @@ from torch import Tensor
 from fit3d_ns.data.frames import Split
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model, describe_backbone
 from fit3d_ns.features.adapters import merge_lora
-from fit3d_ns.features.sources import check_report
 from fit3d_ns.finetuning.backbone_folder import WEIGHTS_NAME, find_licence, save_finetuned, write_card
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.lifted_views import compute_scene_hash, find_lifted
@@ -36,7 +35,7 @@ from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.files import hash_bytes, read_json, remove, write_json
 from fit3d_ns.utils.progress import measure_peak_memory_mb, notice
-from fit3d_ns.utils.results import collect_versions
+from fit3d_ns.utils.results import check_report, collect_versions
 from fit3d_ns.utils.seeds import seed_everything
 
 REPORT_NAME = "report.json"

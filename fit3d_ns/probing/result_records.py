@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.features.sources import check_report
 from fit3d_ns.probing.frozen_features import BackboneConfig, list_parts
 from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_file import SceneCosts, read_scene_costs
 from fit3d_ns.utils.files import hash_bytes, read_json
 from fit3d_ns.utils.progress import SECONDS_PER_HOUR, notice
-from fit3d_ns.utils.results import ResultRecord, load_result, save_result
+from fit3d_ns.utils.results import ResultRecord, check_report, load_result, save_result
 
 UNCOUNTED = ("per_scene",)
 """Metrics that are kept per seed but not averaged."""

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.features.sources import check_report
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import notice
-from fit3d_ns.utils.results import ResultRecord, load_result
+from fit3d_ns.utils.results import ResultRecord, check_report, load_result
 
 _PROBE_PREFIX = "probe/"
 TASKS = ("segmentation", "depth", "classification", "consistency", "correspondence")

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.utils.files import read_json, write_json
+from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, write_json
 
 SCHEMA_VERSION = 1
 
@@ -44,6 +44,22 @@ def load_result(path: Path) -> ResultRecord:
             f"{path} has result schema {content['schema_version']}, newer than {SCHEMA_VERSION}; update fit3d-ns."
         )
     return ResultRecord(**{key: content[key] for key in ResultRecord.__dataclass_fields__ if key in content})
+
+
+def check_report(report: dict[str, Any], path: Path) -> None:
+    """Raises ValueError if a `report.json` of fit3d-finetune is about other weights than those next to it."""
+    recorded = report.get("finetuned_weights_hash")
+    weights, adapter = path.parent / "model.safetensors", path.parent / "adapter.safetensors"
+    if recorded is None or not weights.is_file():
+        return
+    found = hash_file(weights)
+    if adapter.is_file():
+        # As the identity of a folder with an adapter is made: the backbone's weights are the original's.
+        found = hash_bytes(found.encode(), hash_file(adapter).encode())
+    if found != recorded:
+        raise ValueError(
+            f"{path} describes other weights than those next to it; run that fit3d-finetune again to its end."
+        )
 
 
 def collect_versions() -> dict[str, str]:

@@ -261,7 +261,7 @@ def test_command__a_finished_folder_is_kept_and_one_of_other_weights_is_not_beli
     # As after a kill between the weights and the report of another run.
     weights = {name: value + 1 for name, value in load_file(out / "model.safetensors").items()}
     save_file(weights, out / "model.safetensors")
-    with pytest.raises(ValueError, match="describes other weights than stand beside it"):
+    with pytest.raises(ValueError, match="describes other weights than those next to it"):
         read_results([out])
     code, errors = run(capsys, *arguments)
     assert code == 0 and "Resuming from step 6 of 6" in errors and read_results([out]).finetunings
