@@ -71,7 +71,7 @@ run="$output/runs/$scene/fit3d-features/latest"
 rm -f "$run/results.json"
 set +e
 ns-train fit3d-features --data "$data" --output-dir "$output/runs" --experiment-name "$scene" --timestamp latest \
-    --vis tensorboard "${train_flags[@]}" 2>&1 | tee "$output/train.log" | grep -E "error|Features|solved|Loading|ScanNet|│|done"
+    --vis tensorboard "${train_flags[@]}" 2>&1 | tee "$output/train.log" | grep -E "error|Features|solved|Loading|ScanNet|│|done|^Metrics|^Config"
 status=${PIPESTATUS[0]}
 set -e
 [ "$status" -eq 0 ] && [ -f "$run/results.json" ] || { echo "Training failed; see $output/train.log" >&2; exit 1; }

@@ -1,12 +1,14 @@
 """`fit3d-demo`: a local page to look at features of any image: PCA, clusters, similarity to a clicked pixel."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.demo_page import ImageAnalyser, check_gradio, create_page, serve
+from fit3d_ns.report.demo_page import ImageAnalyser, create_page
+from fit3d_ns.report.demo_server import check_gradio, keep_uploads_private, serve
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 
 
@@ -58,8 +60,13 @@ def demo(command: DemoCommand) -> None:
     if len(groups) > 1:
         names = " and a ".join(group.description.architecture.split(".")[0] for group in groups)
         raise ValueError(f"Original and fine-tuned backbone are a {names}; the page compares one architecture.")
-    page = create_page(ImageAnalyser(groups[0], device), command.num_clusters, command.longest_side)
-    serve(page, command.host, command.port)
+    analyser = ImageAnalyser(groups[0], device)
+    with keep_uploads_private():
+        page = create_page(analyser, command.num_clusters, command.longest_side)
+        with serve(page, command.host, command.port) as address:
+            print(f"Page: {address} (Ctrl-C ends it)", flush=True)
+            while True:
+                time.sleep(1.0)
 
 
 if __name__ == "__main__":

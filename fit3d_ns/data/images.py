@@ -19,6 +19,8 @@ from torch import Tensor
 MILLIMETRES_PER_METRE = 1000.0
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 """Suffixes of photographs, in lower case."""
+VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+"""Suffixes of videos, in lower case."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """`read_capture`: finds out which layout a folder has and reads it; `find_runs`: nerfstudio's runs below a folder."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from fit3d_ns.data.colmap import find_colmap_model, read_colmap
 from fit3d_ns.data.frames import CaptureFiles, Layout
+from fit3d_ns.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.data.transforms import read_transforms
 
@@ -54,6 +57,7 @@ def _find_layout(path: Path) -> Layout:
     if path.is_file():
         if path.suffix == ".json":
             return "nerfstudio"
+        _refuse_without_cameras([path], VIDEO_SUFFIXES)
         raise ValueError(f"{path} is a file; give the scene's folder or its transforms.json.")
     if (path / "dslr").is_dir() or (path / "nerfstudio").is_dir():
         return "scannetpp"
@@ -67,7 +71,20 @@ def _find_layout(path: Path) -> Layout:
             f"{path} holds {len(scenes)} ScanNet++ scenes ({', '.join(scenes[:5])}); "
             f"give one, such as {path / scenes[0]}."
         )
+    found = sorted([*path.iterdir(), *(path / "images").glob("*")])
+    _refuse_without_cameras(found, (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
     raise ValueError(
         f"{path} holds no scene: there is no dslr/ (ScanNet++), no transforms.json (nerfstudio), no sparse/0 (COLMAP); "
         "check the path given as --data."
     )
+
+
+def _refuse_without_cameras(files: Sequence[Path], suffixes: Sequence[str]) -> None:
+    """Raises ValueError at the first file with one of the suffixes, with the command that finds its cameras."""
+    for file in files:
+        if file.suffix.lower() in suffixes and file.is_file():
+            kind, source = ("video", file) if file.suffix.lower() in VIDEO_SUFFIXES else ("images", file.parent)
+            raise ValueError(
+                f"{file} has no cameras beside it; run `ns-process-data {kind} --data {shlex.quote(str(source))} "
+                "--output-dir SCENE` (needs ffmpeg and COLMAP) and give SCENE as --data."
+            )

@@ -104,7 +104,7 @@ def add_lora(token_model: TokenModel, rank: int = 8, alpha: float = 8.0) -> Toke
         import peft
     except ImportError as error:
         raise ValueError(
-            "LoRA needs peft, which is not installed; install it with `pip install fit3d-ns[lora]`."
+            "LoRA needs peft, which is not installed; run `pip install '.[lora]'` in the clone."
         ) from error
     # peft divides by the rank, so its `int` may be any number.
     scale: Any = alpha

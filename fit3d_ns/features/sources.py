@@ -184,7 +184,9 @@ def _resolve_architecture(given: str) -> str:
         else:
             return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
     nearest = difflib.get_close_matches(name, list_backbones(), n=3, cutoff=0.5) or list(PAPER_BACKBONES)[:3]
-    raise ValueError(f"Unknown backbone {given!r}; did you mean {', '.join(nearest)}?")
+    is_folder = not given.startswith((RANDOM_PREFIX, _HUB_PREFIX))
+    beside = f" There is no folder {given} with a config.json either." if is_folder else ""
+    raise ValueError(f"Unknown backbone {given!r}; did you mean {', '.join(nearest)}?{beside}")
 
 
 def _is_known(name: str) -> bool:

@@ -4,7 +4,9 @@ The original backbone sees each image once; tokens come from the feature cache f
 exporting never load a ViT.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +53,17 @@ class FeatureDatamanagerConfig(FullImageDatamanagerConfig):
     """Images per forward pass of the backbone while features are extracted."""
 
 
+@contextmanager
+def name_own_flags() -> Iterator[None]:
+    """Errors about the backbone name flags as `fit3d-*` have them; here they are called by what ns-train calls them."""
+    try:
+        yield
+    except ValueError as error:
+        if "--backbone" not in str(error):
+            raise
+        raise ValueError(str(error).replace("--backbone", "--pipeline.datamanager.backbone")) from error
+
+
 class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
     """Hands out (camera, batch) pairs; a batch has `image`, perhaps `mask`, and `patch_tokens` [h, w, E]."""
 
@@ -83,7 +96,8 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         and its weights file is no longer there."""
         config = self.config
         try:
-            backbone = describe_backbone(config.backbone, config.backbone_weights, config.normalization)
+            with name_own_flags():
+                backbone = describe_backbone(config.backbone, config.backbone_weights, config.normalization)
         except ValueError as error:
             if self.test_mode == "val":
                 raise
@@ -111,7 +125,8 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         if self.cache is None or all(KEY in frame for frame in frames):
             return
         images = [partial(frame.__getitem__, "image") for frame in frames]
-        keys = extract_features(images, self.cache, device=self.device, batch_size=self.config.feature_batch_size)
+        with name_own_flags():
+            keys = extract_features(images, self.cache, device=self.device, batch_size=self.config.feature_batch_size)
         for frame, key in zip(frames, keys, strict=True):
             frame[KEY] = key
 

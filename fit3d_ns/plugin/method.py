@@ -32,7 +32,7 @@ DENSIFY_THRESHOLD = 0.0008 if HAS_CUDA else 0.002
 PAPER_FEATURE_LR = 0.0025 / 40
 """Learning rate of features and decoder in the paper's code."""
 
-SUPPORTED = {"nerfstudio": ("1.1.5", "1.2"), "gsplat": ("1.4.0", "1.6"), "timm": ("1.0.20", "2")}
+SUPPORTED = {"nerfstudio": ("1.1.5", "1.2"), "gsplat": ("1.4.0", "1.6"), "timm": ("1.0.26", "2")}
 """Package to the first supported version and the first that is not, `[from, to)`."""
 
 
@@ -78,7 +78,8 @@ def _create_config(
         mixed_precision=False,
         pipeline=FeaturePipelineConfig(datamanager=datamanager, model=model),
         optimizers=create_optimizers(feature_lr, decoder_lr),
-        viewer=ViewerConfig(num_rays_per_chunk=1 << 15, quit_on_train_completion=True),
+        # nerfstudio's default, 0.0.0.0, lets everybody on the network look and click.
+        viewer=ViewerConfig(websocket_host="127.0.0.1", num_rays_per_chunk=1 << 15, quit_on_train_completion=True),
         vis="viewer+tensorboard",
     )
 

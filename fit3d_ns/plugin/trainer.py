@@ -86,6 +86,8 @@ class FeatureTrainerConfig(TrainerConfig):
             )
         datamanager = self.pipeline.datamanager
         data = Path(datamanager.data or datamanager.dataparser.data)
+        if datamanager.data is None and data == Path():
+            raise ValueError("--data is missing; give the scene's folder.")
         if not data.exists():
             raise ValueError(f"No such scene: {data}; check the path given as --data.")
         if datamanager.backbone_weights is not None:
@@ -327,6 +329,6 @@ class FeatureTrainer(Trainer):
                 table.add_row("seconds", ", ".join(f"{phase} {spent:.1f}" for phase, spent in value.items()))
             elif not name.endswith("_std"):
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-        table.add_row("metrics", str(self.base_dir / SUMMARY_NAME))
-        table.add_row("config", str(self.base_dir / "config.yml"))
         Console(soft_wrap=True).print(table)
+        # The table cuts what is long, and takes square brackets for markup.
+        print(f"Metrics: {self.base_dir / SUMMARY_NAME}\nConfig: {self.base_dir / 'config.yml'}")

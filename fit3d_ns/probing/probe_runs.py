@@ -84,6 +84,8 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     """Runs the seeds that are not in the result file yet; ValueError names folders or settings that do not fit."""
     if not request.seeds:
         raise ValueError("No seed is given; name at least one with --seeds.")
+    if request.predictions is not None and request.task not in ("segmentation", "depth"):
+        raise ValueError(f"--predictions means nothing to the {request.task} probe; leave it out.")
     if request.task in ("consistency", "correspondence"):
         return _run_multiview(request)
     norm = request.task != "depth"
@@ -127,7 +129,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         training["training"] = {**training.get("training", {}), str(seed): said}
         if accelerator.is_main_process:
             file.save(done, training)
-            if seed == missing[0] and request.predictions is not None and request.task != "classification":
+            if seed == missing[0] and request.predictions is not None:
                 probe.save_predictions(trained, seed, request.predictions)
     if accelerator.is_main_process:
         return file.save(done, training)

@@ -1,10 +1,5 @@
-"""The demo page: PCA, clusters and similarity maps of a picture, in Gradio, served to this machine alone.
+"""The demo page: PCA, clusters and similarity maps of a picture, in Gradio; `demo_server.py` serves it."""
 
-Gradio's usage statistics, share links and web fonts are off, and the page forbids the browser to load from elsewhere.
-"""
-
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +13,7 @@ from fit3d_ns.analysis.pictures import to_pixels, upscale
 from fit3d_ns.analysis.similarity import compute_similarity, map_similarity_to_colours, pick_token
 from fit3d_ns.features import FeatureExtractor, create_extractor
 from fit3d_ns.report.compared_backbones import ComparedBackbones
+from fit3d_ns.report.demo_server import read_upload
 from fit3d_ns.report.token_colours import TokenColours, fit_cluster_colours, fit_pca_colours
 from fit3d_ns.report.token_columns import FigureImage, FrameTokens, TokenColumn, resize
 
@@ -109,8 +105,6 @@ class ImageAnalyser:
         return AnalysedImage(image, columns)
 
 
-CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
-"""The browser fetches nothing from another host; inline parts are how Gradio builds its page."""
 _HINT = (
     "Drop an image. **PCA**: one basis for all backbones, so equal colours mean equal features. **k-means**: clusters "
     "by cosine of each backbone, in the colours of the first one's clusters they cover. **Similarity**: click a pixel "
@@ -119,19 +113,6 @@ _HINT = (
 _BUTTONS: Any = ["download", "fullscreen"]
 """Gradio's third one would publish the picture."""
 _SECONDS_TO_KEEP_UPLOADS = 3600
-
-
-def check_gradio() -> None:
-    """Raises ValueError with what to do where Gradio is not installed."""
-    # Read while Gradio is imported.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"The demo page needs Gradio, which is not installed ({error}); "
-            "run `pip install 'fit3d-ns[demo]'`, or `uv sync --extra demo` in a clone."
-        ) from error
 
 
 def create_page(analyser: ImageAnalyser, num_clusters: int = 8, longest_side: int = 640) -> Any:
@@ -176,9 +157,7 @@ def create_page(analyser: ImageAnalyser, num_clusters: int = 8, longest_side: in
         with gr.Row():
             with gr.Column():
                 gr.Markdown("**Input**")
-                source = gr.Image(
-                    show_label=False, sources=["upload", "clipboard"], elem_id="input", type="numpy", buttons=_BUTTONS
-                )
+                source = _create_image("input", sources=["upload", "clipboard"])
             pca = _create_maps("PCA", analyser.labels)
         with gr.Row():
             with gr.Column():
@@ -206,53 +185,6 @@ def find_share(index: Any, shown: np.ndarray | Tensor) -> tuple[float, float]:
     return (float(x) + 0.5) / shown.shape[1], (float(y) + 0.5) / shown.shape[0]
 
 
-def serve(page: Any, host: str, port: int | None) -> None:
-    """Prints the address and serves until Ctrl-C; without a `port`, at the first free one from 7860 on.
-
-    Raises:
-        OSError: The port is taken.
-    """
-    import gradio as gr
-    from starlette.middleware import Middleware
-
-    _, address, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        ssr_mode=False,
-        enable_monitoring=False,
-        footer_links=[],
-        # Named fonts of the system instead of web fonts.
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        app_kwargs={"middleware": [Middleware(_ContentPolicy)]},
-    )
-    print(f"Page: {address} (Ctrl-C ends it)", flush=True)
-    try:
-        while True:
-            time.sleep(1.0)
-    finally:
-        page.close(verbose=False)
-
-
-class _ContentPolicy:
-    """ASGI middleware that sends `CONTENT_POLICY` with every answer."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                headers = [*message.get("headers", []), (b"content-security-policy", CONTENT_POLICY.encode())]
-                message = {**message, "headers": headers}
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)
-
-
 def _create_maps(title: str, labels: list[str]) -> list[Any]:
     slug = title.lower().replace("-", "")
     return [_create_map(f"{title}, {label}", f"{slug}-{number}") for number, label in enumerate(labels)]
@@ -264,4 +196,13 @@ def _create_map(title: str, elem_id: str) -> Any:
 
     with gr.Column():
         gr.Markdown(f"**{title}**")
-        return gr.Image(show_label=False, interactive=False, format="png", elem_id=elem_id, buttons=_BUTTONS)
+        return _create_image(elem_id, interactive=False, format="png")
+
+
+def _create_image(elem_id: str, **options: Any) -> Any:
+    """A picture without Gradio's label; what browsers send for it is judged before it is decoded."""
+    import gradio as gr
+
+    image = gr.Image(show_label=False, elem_id=elem_id, buttons=_BUTTONS, **options)
+    image.preprocess = read_upload
+    return image

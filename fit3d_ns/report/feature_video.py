@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 
 from fit3d_ns.analysis.pictures import compose_panel
 from fit3d_ns.analysis.temporal_consistency import TemporalMetrics, compute_temporal_consistency
-from fit3d_ns.data.images import list_images
+from fit3d_ns.data.images import VIDEO_SUFFIXES, list_images
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, describe_group, fit_colours_of, paint_row
 from fit3d_ns.report.token_colours import TokenColours
@@ -35,8 +35,6 @@ from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.results import collect_versions
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
-"""What counts as a video file, in lower case."""
 CODECS = ("vp09", "mp4v")
 """Best first."""
 DEFAULT_FPS = 10.0

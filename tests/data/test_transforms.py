@@ -204,3 +204,24 @@ def test_read_capture__refuses_no_scene_no_layout_and_broken_json(tmp_path: Path
     (nerfstudio_scene / "transforms.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         read_capture(nerfstudio_scene)
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "command"),
+    [
+        (["walk.MP4"], "walk.MP4", "ns-process-data video --data '{}/walk.MP4'"),
+        (["walk.mov"], ".", "ns-process-data video --data '{}/walk.mov'"),
+        (["a.JPG", "b.JPG"], ".", "ns-process-data images --data '{}'"),
+        (["images/a.png"], ".", "ns-process-data images --data '{}/images'"),
+    ],
+)
+def test_read_capture__names_the_command_that_finds_cameras(
+    tmp_path: Path, files: list[str], given: str, command: str
+) -> None:
+    folder = tmp_path / "my holiday"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    with pytest.raises(ValueError, match="has no cameras beside it") as error:
+        read_capture(folder / given)
+    assert f"`{command.format(folder)} --output-dir SCENE`" in str(error.value)

@@ -40,7 +40,7 @@ def test_adapter__alone_is_trained():
 
 def test_lora__without_peft_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(ValueError, match=r"pip install fit3d-ns\[lora\]"):
+    with pytest.raises(ValueError, match=r"run `pip install '\.\[lora\]'` in the clone"):
         add_lora(create_token_model("random:tiny_plain16"))
 
 

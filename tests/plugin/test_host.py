@@ -1,11 +1,19 @@
 """How the plugin sits in nerfstudio: import order, what it drags in, error sentences, versions."""
 
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from fit3d_ns.plugin.datamanager import name_own_flags
 from fit3d_ns.plugin.method import describe_problem, is_listed_by_ns_train
+from fit3d_ns.plugin.trainer import FeatureTrainer
+from fit3d_ns.utils.results import ResultRecord
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -71,3 +79,56 @@ def test_errors__become_one_sentence_with_exit_code_1() -> None:
 def test_version_check__names_what_is_wrong(package: str, first: str, beyond: str, expected: str | None) -> None:
     problem = describe_problem(package, first, beyond)
     assert problem is None if expected is None else expected in str(problem)
+
+
+def test_train__parses_what_its_errors_and_documents_name() -> None:
+    """nerfstudio's own parser; in a process without type checks, which some of nerfstudio's defaults do not pass."""
+    result = run_python(
+        "import tyro\n"
+        "from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion\n"
+        "def parse(*flags): return tyro.cli(AnnotatedBaseConfigUnion, args=flags)\n"
+        "for method in ('fit3d-features', 'fit3d-features-paper'):\n"
+        "    print(parse(method).viewer.websocket_host)\n"
+        "print(parse('fit3d-features', '--viewer.websocket-host', '0.0.0.0').viewer.websocket_host)\n"
+        "weights = ('--pipeline.datamanager.backbone-weights', 'FILE')\n"
+        "print(parse('fit3d-features', *weights).pipeline.datamanager.backbone_weights)\n"
+        "parse('fit3d-features').set_timestamp()\n"
+    )
+    assert result.stdout.split() == ["127.0.0.1", "127.0.0.1", "0.0.0.0", "FILE"], result.stderr
+    assert "fit3d: error: --data is missing; give the scene's folder." in result.stderr
+
+
+def test_viewer__is_bound_to_this_machine_while_training(make_config: Callable[..., Any]) -> None:
+    config = make_config("viewer", 2)
+    config.vis = "viewer"
+    config.set_timestamp()
+    config.save_config()
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    server = trainer.viewer_state.viser_server
+    try:
+        # All of 127.x.x.x is this machine: a socket that is bound to every address answers at the second one too.
+        assert [is_open(host, server.get_port()) for host in ("127.0.0.1", "127.0.0.2")] == [True, False]
+    finally:
+        server.stop()
+
+
+def is_open(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        return probe.connect_ex((host, port)) == 0
+
+
+def test_errors_about_the_backbone__name_the_flags_of_ns_train() -> None:
+    with pytest.raises(ValueError, match=r"^offline; give --pipeline\.datamanager\.backbone-weights FILE\.$"):
+        with name_own_flags():
+            raise ValueError("offline; give --backbone-weights FILE.")
+
+
+def test_train__prints_paths_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets are the markup of the library that draws the table."""
+    folder = Path("/runs") / "[bold]kitchen" / "[demo]" / ("long" * 30)
+    trainer: Any = SimpleNamespace(base_dir=folder)
+    FeatureTrainer._print_record(trainer, ResultRecord("stage1", {"psnr": 20.0}))
+    printed = capsys.readouterr().out
+    assert f"{folder}/results.json" in printed and f"{folder}/config.yml" in printed

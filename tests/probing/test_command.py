@@ -274,6 +274,9 @@ def test_probe__classification_record(tmp_path: Path) -> None:
         (("consistency", "--assembly", "linear", "--finetuned", "FINETUNED"), "consistency trains nothing"),
         (("depth", "--class-token", "finetuned"), "only original runs"),
         (("depth", "--depth-scale", "500"), "in the layout scannetpp, which has its own; leave it out"),
+        (("consistency", "--predictions", "p"), "--predictions means nothing to the consistency probe"),
+        (("correspondence", "--predictions", "p"), "--predictions means nothing to the correspondence probe"),
+        (("classification", "--predictions", "p"), "--predictions means nothing to the classification probe"),
         (("consistency", "--depth-scale", "500"), "--depth-scale means nothing to the consistency probe"),
     ],
 )

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.demo_page import ImageAnalyser, check_gradio, create_page, find_share
+from fit3d_ns.report.demo_page import ImageAnalyser, create_page, find_share
+from fit3d_ns.report.demo_server import check_gradio
 from tests.report.figure_scenes import BACKBONE, write_finetuned, write_photographs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -67,7 +68,7 @@ def test_analyser__clicks_on_the_edge_belong_to_the_last_token(analyser: ImageAn
 
 def test_check_gradio__says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r"pip install 'fit3d-ns\[demo\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[demo\]'"):
         check_gradio()
 
 
