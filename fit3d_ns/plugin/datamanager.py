@@ -118,10 +118,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         return UndistortedDataset(outputs, self.config.camera_res_scale_factor, data, split)
 
     def extract_tokens(self, frames: list[dict[str, Any]]) -> None:
-        """Runs the backbone on every frame whose tokens are not in the cache, with a progress bar.
-
-        A ValueError says that its weights cannot be had or do not fit, or that the disk is full.
-        """
+        """Runs the backbone on every frame whose tokens are not in the cache; a ValueError says why it cannot."""
         if self.cache is None or all(KEY in frame for frame in frames):
             return
         images = [partial(frame.__getitem__, "image") for frame in frames]

@@ -29,12 +29,8 @@ class UndistortedDataset(InputDataset):
     def __init__(self, outputs: DataparserOutputs, scale_factor: float, data: Path, split: Split) -> None:
         """Reads lenses and poses of any dataparser's frames; no image is opened.
 
-        Args:
-            scale_factor: Photographs are resized by this factor before they are undistorted, in (0, 1].
-            data: The scene folder or camera file that was given as `--data`.
-
-        Raises:
-            ValueError: The factor is out of range, or a camera model cannot be undistorted.
+        Photographs are resized by `scale_factor`, in (0, 1], before they are undistorted; `data` is the scene folder
+        or camera file given as `--data`. A ValueError names a camera model that cannot be undistorted.
         """
         super().__init__(outputs, scale_factor=1.0)
         if not 0.0 < scale_factor <= 1.0:

@@ -110,11 +110,8 @@ def load_run_scene(
 ) -> FeatureScene:
     """Reads a finished run of `fit3d-features`, found as in `read_run`, as the scene that stage II takes.
 
-    Args:
-        drop_unseen: Leave out Gaussians that no training view ever weighted; no captured view changes by that.
-
-    Raises:
-        ValueError: Another method's run, or one whose features were never solved.
+    `drop_unseen` leaves out Gaussians that no training view ever weighted; no captured view changes by that. A
+    ValueError says that another method made the run, or that its features were never solved.
     """
     run = read_run(path, data, trust_config)
     if "features" not in run.gauss_params or "feature_branch.decoder.weight" not in run.state:
