@@ -42,6 +42,13 @@ def save_checkpoint_file(state: dict[str, Any], path: Path, keep_older: bool = F
                 other.unlink()
 
 
+def remove_older_checkpoints(path: Path) -> None:
+    """Removes those of lower steps beside a checkpoint, as a kill may have kept its writer from doing."""
+    for other in path.parent.iterdir():
+        if CHECKPOINT_PATTERN.fullmatch(other.name) and other.name < path.name:
+            other.unlink()
+
+
 def load_checkpoint_file(path: Path) -> dict[str, Any]:
     """Reads one checkpoint.
 

@@ -28,6 +28,7 @@ from fit3d_ns.plugin.checkpoints import (
     load_checkpoint_file,
     load_latest_checkpoint,
     make_plain,
+    remove_older_checkpoints,
     save_checkpoint_file,
 )
 from fit3d_ns.utils.errors import check_writable, install_error_sentences
@@ -176,8 +177,11 @@ class FeatureTrainer(Trainer):
                 f"The checkpoint is at step {self._start_step} of {self.config.max_num_iterations}: nothing to train; "
                 f"{rest}."
             )
-            if not (self.checkpoint_dir / f"step-{self.step:09d}.ckpt").is_file():
+            path = self.checkpoint_dir / f"step-{self.step:09d}.ckpt"
+            if not path.is_file():
                 self.save_checkpoint(self.step)
+            elif self.config.save_only_latest_checkpoint and self.local_rank == 0:
+                remove_older_checkpoints(path)
         if record is None:
             with self.train_lock, self.timer.phase("evaluation"):
                 metrics = self.pipeline.get_average_eval_image_metrics(get_std=True)

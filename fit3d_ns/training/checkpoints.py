@@ -81,8 +81,7 @@ class CheckpointFolder:
                 _save_tensors(state, temporary / "state.pt")
                 write_json(temporary / "progress.json", asdict(progress))
             self._damaged.discard(progress.step)
-            for step in self.find_steps()[: -self.keep]:
-                remove(self.get_path(step))
+            self._remove_older()
 
         processes.run_on_main(write)
 
@@ -101,6 +100,8 @@ class CheckpointFolder:
                 problem = str(error)
             problem = next(filter(None, processes.gather(problem)), "")
             if not problem:
+                if processes.is_main:
+                    self._remove_older()
                 return found
             self._damaged.add(step)
             if processes.is_main:
@@ -108,6 +109,10 @@ class CheckpointFolder:
         if problem:
             raise ValueError(f"{problem} There is none before it; start over with --resume never.")
         return None
+
+    def _remove_older(self) -> None:
+        for step in self.find_steps()[: -self.keep]:
+            remove(self.get_path(step))
 
     def load(self, step: int, rank: int = 0) -> tuple[CheckpointProgress, dict[str, Any]]:
         """Reads a checkpoint and sets this process's random generators.

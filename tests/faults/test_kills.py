@@ -10,7 +10,7 @@ from tests.faults.conftest import IS_NIGHTLY, run_undisturbed, start_folder
 from tests.faults.harness import Fault, attempt, find_litter, run_all
 from tests.faults.world import COMMANDS, collect_results
 
-NUM_POINTS = 3
+NUM_POINTS = 2
 
 
 def choose_points(number: int) -> list[int]:
