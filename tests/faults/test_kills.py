@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from fit3d_ns.utils.files import lock_folder
 from tests.faults.conftest import IS_NIGHTLY, run_undisturbed, start_folder
 from tests.faults.harness import Fault, attempt, find_litter, run_all
-from tests.faults.world import COMMANDS, collect_results
+from tests.faults.world import COMMANDS, RUN, collect_results
 
 NUM_POINTS = 2
 
@@ -89,3 +90,12 @@ def test_finished__is_said_and_repeated_at_no_cost(
     assert again.kind == "done", again.text
     assert collect_results(folder / command.results) == before
     assert not find_litter(folder)
+
+
+@pytest.mark.parametrize(("name", "place"), [("ns-train", RUN), ("fit3d-finetune", "vit")])
+def test_lock__a_second_process_is_kept_out(name: str, place: str, base: Path, tmp_path: Path) -> None:
+    command = COMMANDS[name]
+    folder = start_folder(base, command, tmp_path / "locked")
+    with lock_folder(folder / place):
+        second = attempt(command.function, command.arguments, folder, seconds=300)
+    assert second.kind == "sentence" and "Another process works in" in second.text, second.text[-1500:]

@@ -17,7 +17,7 @@ from tests.finetuning.finetuning_scene import BACKBONE, save_new_scene
 from tests.lift_capture import write_capture, write_gaussians
 from tests.report.report_records import write_probe
 
-__all__ = ["CANARY", "COMMANDS", "Command", "build", "collect_results"]
+__all__ = ["CANARY", "COMMANDS", "RUN", "Command", "build", "collect_results"]
 
 CANARY = "code-ran"
 """A file that strangers' code would make."""
