@@ -204,5 +204,5 @@ def _create_image(elem_id: str, **options: Any) -> Any:
     import gradio as gr
 
     image = gr.Image(show_label=False, elem_id=elem_id, buttons=_BUTTONS, **options)
-    image.preprocess = read_upload
+    image.preprocess = read_upload  # type: ignore[assignment, method-assign]
     return image
