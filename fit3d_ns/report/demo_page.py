@@ -203,6 +203,6 @@ def _create_image(elem_id: str, **options: Any) -> Any:
     """A picture without Gradio's label; what browsers send for it is judged before it is decoded."""
     import gradio as gr
 
-    image = gr.Image(show_label=False, elem_id=elem_id, buttons=_BUTTONS, **options)
-    image.preprocess = read_upload  # type: ignore[assignment, method-assign]
+    image: Any = gr.Image(show_label=False, elem_id=elem_id, buttons=_BUTTONS, **options)
+    image.preprocess = read_upload
     return image

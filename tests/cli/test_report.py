@@ -86,7 +86,7 @@ def test_report__help_names_the_picture_commands(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     assert exit_.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "fit3d-report features" in text and "fit3d-report predictions" in text
 
 
