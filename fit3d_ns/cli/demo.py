@@ -1,6 +1,5 @@
 """`fit3d-demo`: a local page to look at features of any image: PCA, clusters, similarity to a clicked pixel."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +7,7 @@ from typing import Literal
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.demo_page import ImageAnalyser, create_page
-from fit3d_ns.report.demo_server import check_gradio, keep_uploads_private, serve
+from fit3d_ns.report.demo_server import check_gradio, keep_uploads_private, serve, wait_for_interrupt
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 
 
@@ -65,8 +64,7 @@ def demo(command: DemoCommand) -> None:
         page = create_page(analyser, command.num_clusters, command.longest_side)
         with serve(page, command.host, command.port) as address:
             print(f"Page: {address} (Ctrl-C ends it)", flush=True)
-            while True:
-                time.sleep(1.0)
+            wait_for_interrupt()
 
 
 if __name__ == "__main__":
