@@ -40,6 +40,7 @@ class Stub(MagicMock):
 
 
 FakeGaussians = dataclasses.make_dataclass("FakeGaussians", ["sh_rest"])
+FakeLiftedScene = dataclasses.make_dataclass("FakeLiftedScene", ["metrics"])
 FakeScene = dataclasses.make_dataclass("FakeScene", ["gaussians"])
 """A scene with the part that `fit3d-export` can leave out."""
 
@@ -78,6 +79,7 @@ COMMANDS = {
             "fit3d_ns.cli.lift._read_run": AUTO,
             "fit3d_ns.plugin.run_reader.read_backbone": ("m", None, "timm"),
             "fit3d_ns.cli.lift.describe_forecast": "",
+            "fit3d_ns.cli.lift.lift_scene": (FakeLiftedScene({}), None),
         },
     ),
     "fit3d-finetune": Command(
