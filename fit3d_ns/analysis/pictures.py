@@ -20,6 +20,8 @@ LABEL_HEIGHT = 18
 """Height in pixels of the strip for a label."""
 BACKGROUND = (255, 255, 255)
 INK = (0, 0, 0)
+COLOUR_WORDS = "strongest three components as red, green, blue: like colours mean like features, also between columns"
+"""Says what PCA pictures with one basis for a row show."""
 _SWATCH = 14
 _BAR_WIDTH = 160
 

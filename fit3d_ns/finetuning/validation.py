@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
-from fit3d_ns.analysis.pca import fit_pca
-from fit3d_ns.analysis.pictures import compose_panel, draw_pca, save_picture
+from fit3d_ns.analysis.pca import fit_pca, map_to_colours
+from fit3d_ns.analysis.pictures import COLOUR_WORDS, LegendEntry, append_legend, compose_panel, draw_pca, save_picture
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.draws import AugmentationConfig, Draw
 from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum, compute_outputs
@@ -151,28 +151,33 @@ def read_tokens_of(token_model: TokenModel) -> ComputeTokens:
 
 @torch.no_grad()
 def save_comparison(validation: Validation, original: ComputeTokens, finetuned: ComputeTokens, path: Path) -> None:
-    """Writes a PNG with one view per row: photograph, original tokens, fine-tuned tokens and targets.
+    """Writes a PNG with one view per row: photograph, original tokens, fine-tuned tokens and the lifted scene.
 
-    All are drawn in the colours of one PCA basis, fitted to both backbones' tokens of the rows together.
+    All are drawn in the colours of one PCA basis, fitted to both backbones' tokens of the rows together; the scene,
+    whose values at the tokens are the targets, at every pixel.
     """
     by_scene = list(validation.draws.values())
     # First the first view of every scene, then the middle ones.
     chosen = [draws[0] for draws in by_scene] + [draws[len(draws) // 2] for draws in by_scene if len(draws) > 1]
-    images, maps, names = [], [], []
+    images, maps, names, samples = [], [], [], []
     for draw in chosen[:MAX_ROWS]:
         sample = validation.load_sample(draw)
         batch = sample.image[None].to(validation.targets.bank.device)
         tokens = [compute(batch)[0].float().cpu().unflatten(0, sample.patch_grid) for compute in (original, finetuned)]
-        maps.append([*tokens, validation.targets.render(sample).features.cpu()])
+        maps.append(tokens)
+        samples.append(sample)
         # (3, h, w) -> (h, w, 3)
         images.append(sample.image.permute(1, 2, 0))
         names.append(sample.name)
-    basis = fit_pca(torch.cat([tokens.flatten(0, 1) for row in maps for tokens in row[:2]]), 3)
-    rows = [
-        [image, *(draw_pca(tokens, basis, (image.shape[0], image.shape[1])) for tokens in row)]
-        for image, row in zip(images, maps, strict=True)
-    ]
-    save_picture(compose_panel(rows, ["image", "original", "fine-tuned", "lifted (target)"], names), path)
+    basis = fit_pca(torch.cat([tokens.flatten(0, 1) for row in maps for tokens in row]), 3)
+    rows = []
+    for image, row, sample in zip(images, maps, samples, strict=True):
+        scene = validation.targets.bank[sample.draw.scene]
+        lifted, alphas = scene.render_coefficients(*sample.camera, basis.components, basis.mean)
+        pictures = [draw_pca(tokens, basis, (image.shape[0], image.shape[1])) for tokens in row]
+        rows.append([image, *pictures, (map_to_colours(lifted, basis) * alphas[..., None].clamp(0.0, 1.0)).cpu()])
+    panel = compose_panel(rows, ["photograph", "original", "fine-tuned", "lifted"], names)
+    save_picture(append_legend(panel, [LegendEntry(torch.eye(3), COLOUR_WORDS)]), path)
 
 
 def format_consistency(original: dict[str, Any], finetuned: dict[str, Any]) -> str:

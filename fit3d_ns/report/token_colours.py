@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, apply_pca, fit_colours, map_to_colours
+from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, fit_colours, map_to_colours
 from fit3d_ns.analysis.pictures import upscale
 from fit3d_ns.analysis.similarity import Clusters, apply_kmeans, fit_kmeans, map_clusters_to_colours, match_clusters
 from fit3d_ns.report.token_columns import FrameTokens, TokenColumn
@@ -32,9 +32,10 @@ class PcaColours:
 
     def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
         """A picture of one frame of any column, of `size` (height, width)."""
-        colours = map_to_colours(apply_pca(frame.tokens.float(), self.basis), self.basis)
-        if frame.alphas is not None:
-            colours = colours * frame.alphas[..., None].clamp(0.0, 1.0)
+        coefficients, alphas = frame.project(self.basis.components, self.basis.mean)
+        colours = map_to_colours(coefficients, self.basis)
+        if alphas is not None:
+            colours = colours * alphas[..., None].clamp(0.0, 1.0)
         return upscale(colours, size)
 
     def describe(self) -> dict[str, Any]:
@@ -60,9 +61,10 @@ class ClusterColours:
         """A picture of one frame of a column, of `size` (height, width)."""
         clusters, renamed = self.clusters[column], self.renamed[column]
         assert clusters is not None and renamed is not None
-        labels = renamed[apply_kmeans(frame.tokens.float(), clusters)]
-        colours = map_clusters_to_colours(labels, self.num_clusters)
-        return upscale(colours * frame.is_covered[..., None], size)
+        # The cluster with the largest cosine is the one with the largest coefficient: centres are unit vectors.
+        coefficients, alphas = frame.project(clusters.centres, clusters.mean)
+        colours = map_clusters_to_colours(renamed[coefficients.argmax(dim=-1)], self.num_clusters)
+        return upscale(colours if alphas is None else colours * (alphas > 0.5)[..., None], size)
 
     def describe(self) -> dict[str, Any]:
         """Share of tokens whose colour is the first column's, for each column."""

@@ -5,8 +5,9 @@ photograph that a scene holds is shown as the scene's view sees it (undistorted,
 features and the backbones' tokens belong to the same pixels; everything else is shown as it lies on disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,13 +19,17 @@ from torch import Tensor
 from fit3d_ns.data.images import load_image
 from fit3d_ns.features import compute_patch_grid, create_extractor
 from fit3d_ns.geometry.cameras import resize_Ks
+from fit3d_ns.lifting.blending import average_over_views
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.scene import FeatureScene, PosedCapture, View, load_scene
 from fit3d_ns.utils.progress import notice, track
+from fit3d_ns.utils.selection import select_evenly
 
+MAX_AVERAGED_VIEWS = 32
+"""A picture is as smooth with no more of them."""
 MAX_DEFAULT_SIDE = 640
 """Larger pictures are reduced to this longer side unless one is asked for: tokens grow with the square of it."""
-_RENDERED = "feature Gaussians"
+_RENDERED = "lifted"
 """Label of the column of rendered features."""
 
 
@@ -36,6 +41,9 @@ class SceneView:
     capture: PosedCapture
     """Its photographs, where they lie now."""
     view: View
+    get_averaged: Callable[[], FeatureScene]
+    """The scene with its features averaged over the lifted views, which is what pictures show: a solve also fits what
+    each view alone said, and that is speckle where a scene is drawn sharper than its tokens."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,10 @@ def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: st
     by_photograph: dict[Path, list[SceneView]] = {}
     for scene in scenes:
         capture = scene.capture(data_root)
+        get_averaged = cache(partial(_average, scene, capture))
         for view in capture.views:
             found = by_photograph.setdefault(view.frame.image_path.resolve(), [])
-            found.append(SceneView(scene, capture, view))
+            found.append(SceneView(scene, capture, view, get_averaged))
     return SceneIndex(scenes, by_photograph)
 
 
@@ -102,7 +111,7 @@ def load_figure_images(
     if scene_index.scenes and not any(image.scene_views for image in images):
         notice(
             f"None of the pictures is a photograph of {', '.join(scene.scene_id for scene in scene_index.scenes)}; "
-            "the column of feature Gaussians stays empty."
+            f'the column "{_RENDERED}" stays empty.'
         )
     return images
 
@@ -128,6 +137,18 @@ class FrameTokens:
     tokens: Float[Tensor, "h w embed"]
     alphas: Float[Tensor, "h w"] | None = None
     """How much of each token a scene covers; None: all of it."""
+    render: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """Of a scene: from components [c, embed] and mean [embed] to coefficients and opacity at every pixel of the
+    picture, because a scene can be shown sharper than its tokens."""
+
+    def project(
+        self, components: Float[Tensor, "c embed"], mean: Float[Tensor, " embed"]
+    ) -> tuple[Float[Tensor, "height width c"], Float[Tensor, "height width"] | None]:
+        """Coefficients in a basis and how much is covered, as sharp as can be drawn: by pixels, else by tokens."""
+        if self.render is not None:
+            coefficients, alphas = self.render(components, mean)
+            return coefficients.cpu(), alphas.cpu()
+        return (self.tokens.float() - mean) @ components.T, self.alphas
 
     @property
     def rows(self) -> Float[Tensor, "n embed"]:
@@ -208,9 +229,18 @@ def _render(group: ComparedBackbones, image: FigureImage, dtype: torch.dtype) ->
         scene, view = scene_view.scene, scene_view.view
         if _is_lifted_from(group, scene):
             K = resize_Ks(view.K, (view.width, view.height), (width, height))
-            rendered = scene.render_features_with_alpha(view.camera_to_world, K, width, height, patch_grid)
-            return FrameTokens(rendered.features.to("cpu", dtype), rendered.alphas.cpu())
+            camera = view.camera_to_world, K, width, height
+            rendered = scene.render_features_with_alpha(*camera, patch_grid)
+            draw = partial(scene_view.get_averaged().render_coefficients, *camera)
+            return FrameTokens(rendered.features.to("cpu", dtype), rendered.alphas.cpu(), draw)
     return None
+
+
+def _average(scene: FeatureScene, capture: PosedCapture) -> FeatureScene:
+    lifted = scene.lifted_views or [view.name for view in capture.select("train")]
+    views = [capture.name_to_view[name] for name in lifted]
+    usable = [view for view in views if view.frame.mask_path is None or view.frame.mask_path.is_file()]
+    return average_over_views(scene, capture, select_evenly(usable, MAX_AVERAGED_VIEWS))
 
 
 def _is_lifted_from(group: ComparedBackbones, scene: FeatureScene) -> bool:

@@ -181,6 +181,22 @@ class FeatureScene:
         low, alphas = self._blend_features(camera_to_world, K, width, height, None)
         return low.reshape(height, width, -1), alphas.reshape(height, width)
 
+    def render_coefficients(
+        self,
+        camera_to_world: Float[Tensor, "3 4"],
+        K: Float[Tensor, "3 3"],
+        width: int,
+        height: int,
+        components: Float[Tensor, "components embed"],
+        mean: Float[Tensor, " embed"],
+    ) -> tuple[Float[Tensor, "height width components"], Float[Tensor, "height width"]]:
+        """Coefficients of the backbone features in a basis, at every pixel, and accumulated opacity.
+
+        A few channels for pictures as sharp as the Gaussians are, without ever decoding all; empty pixels are zero.
+        """
+        low, alphas = self.render_features_low(camera_to_world, K, width, height)
+        return self.decoder.project(components.to(low), mean.to(low))(low, alphas).detach(), alphas
+
     def project(
         self,
         camera_to_world: Float[Tensor, "3 4"],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fit3d_ns.analysis.pca import map_to_colours
 from fit3d_ns.features import create_extractor
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, draw_feature_figure, save_feature_figure
@@ -50,7 +51,7 @@ def test_fit_cluster_colours__uncovered_tokens_are_black_and_do_not_count() -> N
     tokens = draw_map(2)
     alphas = torch.ones(5, 6)
     alphas[:, 3:] = 0.2
-    rendered = TokenColumn("feature Gaussians", [FrameTokens(tokens, alphas)], is_rendered=True)
+    rendered = TokenColumn("lifted", [FrameTokens(tokens, alphas)], is_rendered=True)
     colours = fit_cluster_colours([create_column("original", tokens), rendered], 3)
     picture = colours.paint(1, rendered.frames[0], (5, 6))
     assert bool((picture[:, 3:] == 0).all()) and bool((picture[:, :3].sum(dim=-1) > 0).all())
@@ -59,7 +60,7 @@ def test_fit_cluster_colours__uncovered_tokens_are_black_and_do_not_count() -> N
 def test_fit_pca_colours__one_basis_for_original_and_finetuned_and_none_of_the_rendered() -> None:
     original, finetuned = draw_map(3), draw_map(4)
     columns = [create_column("original", original), create_column("fine-tuned", finetuned)]
-    rendered = TokenColumn("feature Gaussians", [FrameTokens(100 * draw_map(5), torch.ones(5, 6))], is_rendered=True)
+    rendered = TokenColumn("lifted", [FrameTokens(100 * draw_map(5), torch.ones(5, 6))], is_rendered=True)
     basis = fit_pca_colours([*columns, rendered]).basis
     rows = torch.cat([original.flatten(0, 1), finetuned.flatten(0, 1)]).double()
     centred = rows - rows.mean(dim=0)
@@ -110,7 +111,7 @@ def test_extract_columns__are_the_extractors_tokens_and_the_scenes(tmp_path: Pat
     images = load_figure_images(photographs, scene_index)
     groups = read_models([BACKBONE, str(write_finetuned(tmp_path / "tuned"))])
     labels = list_column_labels(groups, has_scenes=True)
-    assert labels == ["original", "fine-tuned", "feature Gaussians"]
+    assert labels == ["original", "fine-tuned", "lifted"]
     columns = extract_columns(groups[0], images, labels)
     expected = create_extractor(BACKBONE)(images[0].image.permute(2, 0, 1)[None]).maps[0]
     assert torch.equal(columns[0].frames[0].tokens, expected)
@@ -121,6 +122,15 @@ def test_extract_columns__are_the_extractors_tokens_and_the_scenes(tmp_path: Pat
     # The Gaussians stand on the left, and the scene does not hold the third photograph.
     assert columns[2].frames[0].is_covered[:, 0].any() and not columns[2].frames[0].is_covered[:, 3].any()
     assert columns[2].frames[2] is None
+    # A scene is drawn by pixels: decoding them all and then projecting gives the same colours.
+    colours = fit_pca_colours(columns)
+    scene, basis = images[1].scene_views[0].get_averaged(), colours.basis
+    low, alphas = scene.render_features_low(view.camera_to_world, view.K, WIDTH, HEIGHT)
+    decoded = scene.decoder(low, alphas).detach() - alphas[..., None] * basis.mean
+    sharp = map_to_colours(decoded @ basis.components.T, basis) * alphas[..., None].clamp(0.0, 1.0)
+    picture = colours.paint(2, columns[2].frames[1], (HEIGHT, WIDTH))
+    assert torch.allclose(picture, sharp, atol=1e-4)
+    assert not torch.equal(picture[0::2, 0::2], picture[1::2, 1::2]), "pixels of a token differ"
 
 
 def test_extract_columns__scene_of_other_weights_is_named_and_left_out(
@@ -146,7 +156,7 @@ def test_draw_feature_figure__rows_of_images_and_backbones_say_what_they_are(tmp
     content = save_feature_figure(images, groups, path, config, has_scenes=True)
     assert json.loads(path.with_suffix(".json").read_text())["rows"] == content["rows"]
     assert len(content["rows"]) == 2 * 2 * 2 and content["is_random"]
-    assert content["rows"][0]["columns"] == ["original", "fine-tuned", "feature Gaussians"]
+    assert content["rows"][0]["columns"] == ["original", "fine-tuned", "lifted"]
     assert content["rows"][2]["columns"] == ["original"]
     # Input, original, fine-tuned and Gaussians, each as wide as the photograph, with gaps of 6.
     assert Image.open(path).width == 4 * WIDTH + 5 * 6
