@@ -1,6 +1,7 @@
 """Reads a COLMAP model (`sparse/0` or `colmap/sparse/0`, text or binary) with its `images` folder, or only its points.
 
-The dataset's world is COLMAP's own. Masks are `masks/<image name>.png` (COLMAP's rule) or `masks/<stem>.png`.
+Where COLMAP could not connect all photographs it writes several models; that with most photographs is taken. The
+dataset's world is COLMAP's own. Masks are `masks/<image name>.png` (COLMAP's rule) or `masks/<stem>.png`.
 Every 8th image in order of names is test. Models go through pycolmap. Points are read here: pycolmap has no reader
 for them alone, and gives those of a model in an order of its own.
 """
@@ -19,18 +20,19 @@ from fit3d_ns.data.frames import (
     Frame,
     PointCloud,
     check_camera_to_world,
-    check_frame_files,
     choose_splits,
     count_splits,
     create_lens,
     create_points,
     resolve_inside,
 )
+from fit3d_ns.data.images import list_images
 from fit3d_ns.geometry.cameras import camera_to_worlds_from_viewmats
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.utils.files import write_atomically
 
-_MODEL_FOLDERS = ("sparse/0", "colmap/sparse/0", "sparse", "colmap/sparse", "colmap")
+_MODEL_FOLDERS = ("sparse", "colmap/sparse", "colmap")
+"""Where models lie, or folders of models with a number each."""
 _NUM_FOCAL_LENGTHS = {
     **{"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2, "FULL_OPENCV": 2},
     **{"SIMPLE_RADIAL_FISHEYE": 1, "RADIAL_FISHEYE": 1, "OPENCV_FISHEYE": 2},
@@ -39,17 +41,17 @@ _NUM_FOCAL_LENGTHS = {
 
 
 def find_colmap_model(root: Path) -> Path | None:
-    """The first of the usual folders that holds `cameras.bin` or `cameras.txt`, or None."""
-    candidates = [Path(root) / folder for folder in _MODEL_FOLDERS]
-    return next((c for c in candidates if (c / "cameras.bin").is_file() or (c / "cameras.txt").is_file()), None)
+    """The model with most registered images in the first of the usual folders that has models, or None."""
+    return next(iter(_find_models(Path(root))), None)
 
 
 def read_colmap(path: Path) -> CaptureFiles:
     """Reads a folder with a COLMAP model and `images`; a piece that is missing or wrong is a ValueError."""
     root = Path(path)
-    model = find_colmap_model(root)
-    if model is None:
+    models = _find_models(root)
+    if not models:
         raise ValueError(f"{root} has no COLMAP model: no cameras.bin or cameras.txt in {', '.join(_MODEL_FOLDERS)}.")
+    model = models[0]
     if not (root / "images").is_dir():
         raise ValueError(f"{root} has a COLMAP model but no folder `images`; put the photographs there.")
     reconstruction = _load_model(model)
@@ -71,7 +73,6 @@ def read_colmap(path: Path) -> CaptureFiles:
             split=split,
             mask_path=_find_mask(root / "masks", image.name),
         )
-        check_frame_files(frame)
         frames.append(frame)
     points = read_colmap_points(model)
     return CaptureFiles(
@@ -79,7 +80,7 @@ def read_colmap(path: Path) -> CaptureFiles:
         layout="colmap",
         description=(
             f"COLMAP model {model}: {count_splits(frames)} (every {FRAMES_PER_TEST_FRAME}th is test), "
-            f"{len(points.xyz) if points else 'no'} points."
+            f"{len(points.xyz) if points else 'no'} points{_describe_left_out(root, models, images)}."
         ),
         frames=frames,
         points=points,
@@ -105,6 +106,41 @@ def write_colmap_points(points: PointCloud, path: Path) -> None:
         lines.append(f"{index} {x:.4f} {y:.4f} {z:.4f} {red} {green} {blue} 0")
     with write_atomically(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
+
+
+def _find_models(root: Path) -> list[Path]:
+    """The models of the first usual folder that has some, that with most registered images first."""
+    for base in (root / folder for folder in _MODEL_FOLDERS):
+        folders = [base, *sorted(path for path in base.glob("*") if path.is_dir())]
+        models = [path for path in folders if any((path / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt"))]
+        if models:
+            return sorted(models, key=_count_images, reverse=True)
+    return []
+
+
+def _count_images(model: Path) -> int:
+    """The number of registered images that a model's file states."""
+    if (model / "cameras.bin").is_file():
+        path = model / "images.bin"
+        return int.from_bytes(path.read_bytes()[:8], "little") if path.is_file() else 0
+    path = model / "images.txt"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    # An image has a line of its own and one, perhaps empty, for its points.
+    return len([line for line in lines if not line.startswith("#")]) // 2
+
+
+def _describe_left_out(root: Path, models: list[Path], images: list[Any]) -> str:
+    """What the description says of other models, and of photographs that no model registered."""
+    names = {image.name for image in images}
+    said = ""
+    if len(models) > 1:
+        others = ", ".join(f"{path.name} with {_count_images(path)} images" for path in models[1:])
+        said = f"; of {len(models)} models it has most images, left out are {others}"
+        for path in models[1:]:
+            names |= {image.name for image in _load_model(path).images.values()}
+    folder = root / "images"
+    num_lost = sum(path.relative_to(folder).as_posix() not in names for path in list_images(folder))
+    return said + (f"; {num_lost} photographs are in none" if num_lost else "")
 
 
 def _load_model(model: Path) -> Any:
@@ -157,7 +193,7 @@ def _parse_text_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
             values = np.loadtxt(path, usecols=range(1, 7), ndmin=2, encoding="utf-8").reshape(-1, 6)
     except ValueError as error:
         raise ValueError(f"{path} is not a COLMAP points3D file ({error}); restore it.") from error
-    return values[:, :3].astype(np.float32), values[:, 3:].clip(0, 255).astype(np.uint8)
+    return values[:, :3], values[:, 3:].clip(0, 255).astype(np.uint8)
 
 
 def _parse_binary_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +204,7 @@ def _parse_binary_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     cut_short = ValueError(f"Point cloud {path} is cut short: fewer than {num_points} points; copy it again.")
     if len(content) < 8 + num_points * record.size:
         raise cut_short
-    xyz = np.empty((num_points, 3), np.float32)
+    xyz = np.empty((num_points, 3), np.float64)
     rgb = np.empty((num_points, 3), np.uint8)
     offset = 8
     for index in range(num_points):

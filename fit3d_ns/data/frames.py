@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.data.images import check_depth_mode, read_image_header
 from fit3d_ns.geometry.cameras import transform_points
 from fit3d_ns.geometry.lenses import Lens, LensModel
+from fit3d_ns.utils.progress import notice
 
 Split = Literal["train", "val", "test"]
 Layout = Literal["scannetpp", "nerfstudio", "colmap"]
@@ -28,8 +28,11 @@ FRAMES_PER_TEST_FRAME = 8
 
 _PERSPECTIVE_MODELS = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV")
 _FISHEYE_MODEL = "OPENCV_FISHEYE"
+_PANORAMIC_MODELS = ("EQUIRECTANGULAR", "OMNIDIRECTIONALSTEREO_L", "OMNIDIRECTIONALSTEREO_R", "VR180_L", "VR180_R")
 _COEFFICIENTS = ("k1", "k2", "k3", "k4", "p1", "p2")
 _LARGEST_SHEAR = 1e-2
+_LARGEST_RELATIVE_FOCAL = 10.0
+"""Focal lengths below it are none in pixels where the centre lies in the first one."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Frame:
     lens: Lens
     """Intrinsics and distortion of the file at `image_path`, at its own size."""
     camera_to_world: Float[Tensor, "3 4"]
-    """OpenGL camera pose in the dataset's world, float32."""
+    """OpenGL camera pose in the dataset's world; float32 from `read_capture` on."""
     split: Split = "train"
     """`test` frames never train anything."""
     mask_path: Path | None = None
@@ -57,7 +60,7 @@ class PointCloud:
     """Coloured seed points."""
 
     xyz: Float[Tensor, "points 3"]
-    """Positions, float32."""
+    """Positions; float32 from `read_capture` on."""
     rgb: UInt8[Tensor, "points 3"]
     """Colours, 0-255."""
 
@@ -91,10 +94,13 @@ class CaptureFiles:
 def create_points(
     xyz: Float[np.ndarray, "points 3"], rgb: UInt8[np.ndarray, "points 3"], source: Path
 ) -> PointCloud | None:
-    """The points that were read from the file `source`, all of them finite; None where it holds none."""
-    num_bad = int((~np.isfinite(xyz).all(axis=-1)).sum())
-    if num_bad:
-        raise ValueError(f"{num_bad} of {len(xyz)} points in {source} are not finite; remove them.")
+    """The points that were read from the file `source`, without those that are not finite; None where it holds none."""
+    finite = np.isfinite(xyz).all(axis=-1)
+    if not finite.all():
+        if not finite.any():
+            raise ValueError(f"All {len(xyz)} points in {source} are not finite; make the file again.")
+        notice(f"{int((~finite).sum())} of {len(xyz)} points in {source} are not finite and left out.")
+        xyz, rgb = xyz[finite], rgb[finite]
     return PointCloud(torch.from_numpy(xyz), torch.from_numpy(rgb)) if len(xyz) else None
 
 
@@ -123,7 +129,7 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
     """Reads `fl_x fl_y cx cy w h camera_model k1..k4 p1 p2` (or `distortion_params`) of a transforms.json.
 
     As in nerfstudio, a perspective model may carry any coefficients, whatever its name is; without `camera_model` it is
-    perspective.
+    perspective, unless instant-ngp's `is_fisheye` is set.
     """
     missing = [key for key in ("fl_x", "cx", "cy", "w", "h") if key not in entry]
     if missing:
@@ -139,7 +145,14 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
     fx, fy, cx, cy = (_parse_number(values, key, source) for key in ("fl_x", "fl_y", "cx", "cy"))
     width, height = (_parse_number(values, key, source) for key in ("w", "h"))
     k1, k2, k3, k4, p1, p2 = (_parse_number(values, key, source) for key in _COEFFICIENTS)
-    model = str(entry.get("camera_model", "OPENCV"))
+    model = str(entry.get("camera_model") or (_FISHEYE_MODEL if entry.get("is_fisheye") else "OPENCV"))
+    if entry.get("is_fisheye") and model != _FISHEYE_MODEL:
+        raise ValueError(f"{source} has is_fisheye with the camera model {model}; correct one of them.")
+    if model in _PANORAMIC_MODELS:
+        raise ValueError(
+            f"{source} has the camera model {model}: no flat picture shows what it sees; cut it into views with"
+            " perspective by `ns-process-data images --camera-type equirectangular --images-per-equirect 8`."
+        )
     known = (*_PERSPECTIVE_MODELS, _FISHEYE_MODEL)
     if model not in known:
         raise ValueError(f"{source} has the camera model {model}; known are {', '.join(known)}.")
@@ -173,6 +186,11 @@ def create_lens(
             f"{source} has focal lengths {fx:g}, {fy:g} and size {width:g}x{height:g}; "
             "they must be positive, sizes whole numbers."
         )
+    if max(fx, fy) < _LARGEST_RELATIVE_FOCAL and 0 <= cx <= 1 and 0 <= cy <= 1 and min(width, height) > 2:
+        raise ValueError(
+            f"{source} has intrinsics in shares of the image (focal length {fx:g}, centre {cx:g}, {cy:g}); multiply "
+            "fl_x and cx by w, fl_y and cy by h."
+        )
     if not is_fisheye and not any(distortion):
         return Lens(fx, fy, cx, cy, int(width), int(height))
     model: LensModel = "fisheye" if is_fisheye else "opencv"
@@ -193,7 +211,7 @@ def parse_camera_to_world(entry: Mapping[str, Any], source: str) -> Float[Tensor
 
 
 def check_camera_to_world(matrix: Float[np.ndarray, "3 4"], source: str) -> Float[Tensor, "3 4"]:
-    """The pose as float32, its rotation freed from rounding; its axes must be orthonormal and right-handed."""
+    """The pose as float64, its rotation freed from rounding; its axes must be orthonormal and right-handed."""
     if not np.isfinite(matrix).all():
         raise ValueError(f"{source} has a transform_matrix with NaN or infinite values; remove the frame or its mark.")
     left, stretch, right = np.linalg.svd(matrix[:, :3])
@@ -204,7 +222,7 @@ def check_camera_to_world(matrix: Float[np.ndarray, "3 4"], source: str) -> Floa
             f"{source} has a transform_matrix that is not a rotation (axes stretched by {stretch.min():.3g} to "
             f"{stretch.max():.3g}, determinant {np.linalg.det(matrix[:, :3]):.3g}); correct the pose."
         )
-    return torch.from_numpy(np.concatenate([left @ right, matrix[:, 3:]], axis=1)).float()
+    return torch.from_numpy(np.concatenate([left @ right, matrix[:, 3:]], axis=1))
 
 
 def resolve_inside(root: Path, relative: str, source: str) -> Path:
@@ -224,26 +242,9 @@ def resolve_inside(root: Path, relative: str, source: str) -> Path:
     return root / pure
 
 
-def check_frame_files(frame: Frame) -> None:
-    """Reads the headers of a frame's files: they must be there and of the camera's size."""
-    expected = frame.lens.width, frame.lens.height
-    image = read_image_header(frame.image_path)
-    if (image.width, image.height) != expected:
-        raise ValueError(
-            f"Image {frame.image_path} is {image.width}x{image.height}, its camera says {expected[0]}x{expected[1]}; "
-            "correct w and h or use the images that belong to the cameras."
-        )
-    for path, what in ((frame.mask_path, "Mask"), (frame.depth_path, "Depth map")):
-        if path is None:
-            continue
-        header = read_image_header(path, what)
-        if (header.width, header.height) != expected:
-            raise ValueError(
-                f"{what} {path} is {header.width}x{header.height}, its image {expected[0]}x{expected[1]}; "
-                "make it again at the image's size or remove it."
-            )
-        if what == "Depth map":
-            check_depth_mode(path, header.mode)
+def create_bad_frame(image_path: Path, split: Split) -> Frame:
+    """A frame that the dataset marks as unusable; its camera may be anything and is not read."""
+    return Frame(image_path, Lens(1.0, 1.0, 0.5, 0.5, 1, 1), torch.eye(4)[:3], split, is_bad=True)
 
 
 def choose_splits(names: Sequence[str]) -> list[Split]:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from fit3d_ns.data.capture_checks import check_capture
 from fit3d_ns.data.colmap import find_colmap_model, read_colmap
 from fit3d_ns.data.frames import CaptureFiles, Layout
-from fit3d_ns.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from fit3d_ns.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_visible
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.data.transforms import read_transforms
 
@@ -16,13 +17,14 @@ RUN_CONFIG = "config.yml"
 _READERS = {"scannetpp": read_scannetpp, "nerfstudio": read_transforms, "colmap": read_colmap}
 
 
-def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto") -> CaptureFiles:
+def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto", is_strict: bool = False) -> CaptureFiles:
     """Reads a scene from disk; the headers of all files are checked, no image is decoded.
 
     Args:
         path: The scene folder, the `dslr` folder of a ScanNet++ scene, or a camera file (`*.json`).
         layout: `auto` looks in this order: `dslr/` is ScanNet++, `transforms.json` nerfstudio's layout,
             `sparse/` or `colmap/` COLMAP.
+        is_strict: Refuse a missing photograph; otherwise its frame is left out where most are there.
 
     Raises:
         ValueError: There is no such scene, no known layout, or something in it is wrong; the message names the piece.
@@ -31,7 +33,7 @@ def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto") -> Captu
     if not path.exists():
         raise ValueError(f"No such scene: {path}; check the path given as --data.")
     chosen = _find_layout(path) if layout == "auto" else layout
-    capture = _READERS[chosen](path)
+    capture = check_capture(_READERS[chosen](path), is_strict)
     if not any(frame.split == "train" and not frame.is_bad for frame in capture.frames):
         raise ValueError(f"{path} has no usable train frame; all are bad or held out.")
     return capture
@@ -82,7 +84,7 @@ def _find_layout(path: Path) -> Layout:
 def _refuse_without_cameras(files: Sequence[Path], suffixes: Sequence[str]) -> None:
     """Raises ValueError at the first file with one of the suffixes, with the command that finds its cameras."""
     for file in files:
-        if file.suffix.lower() in suffixes and file.is_file():
+        if is_visible(file, suffixes) and file.is_file():
             kind, source = ("video", file) if file.suffix.lower() in VIDEO_SUFFIXES else ("images", file.parent)
             raise ValueError(
                 f"{file} has no cameras beside it; run `ns-process-data {kind} --data {shlex.quote(str(source))} "

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fit3d_ns.data.frames import PointCloud, create_points
-from fit3d_ns.utils.files import write_atomically
+from fit3d_ns.utils.files import refuse_lfs_pointer, write_atomically
 
 _TYPES = {
     **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
@@ -20,6 +20,15 @@ _TYPES = {
 _ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": "="}
 _MAX_HEADER_BYTES = 2**20
 _GREY = 128
+_COLOURS = (
+    ("red", "green", "blue"),
+    ("diffuse_red", "diffuse_green", "diffuse_blue"),
+    ("r", "g", "b"),
+    ("f_dc_0", "f_dc_1", "f_dc_2"),
+)
+"""Names of colours in point clouds, and last in Gaussians."""
+_SH_CONSTANT = 0.28209479177387814
+_MAX_16_BITS = 65535
 
 
 def read_ply_vertices(path: Path) -> np.ndarray:
@@ -31,6 +40,7 @@ def read_ply_vertices(path: Path) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"PLY file {path} is missing; restore it or name another one.")
+    refuse_lfs_pointer(path)
     with open(path, "rb") as file:
         start = file.read(_MAX_HEADER_BYTES)
     end = re.search(rb"^end_header[ \r]*\n", start, re.MULTILINE)
@@ -58,17 +68,21 @@ def write_ply_vertices(vertices: np.ndarray, path: Path) -> None:
 
 
 def read_ply_points(path: Path) -> PointCloud | None:
-    """Reads positions and `red green blue` of a PLY file's vertices; None where it has no vertices.
+    """Reads positions, float64, and colours of a PLY file's vertices; None where it has no vertices.
 
-    Colours are 8-bit, or floats in [0, 1]; points without colours are grey. Positions must be there and finite.
+    Colours are `red green blue`, `diffuse_red ...` or `r g b`: 8 bits, 16 bits where one is beyond 255, or floats in
+    [0, 1]; or those of Gaussians (`f_dc_0..2`). Points without colours are grey, those without a finite position are
+    left out.
     """
     vertices = read_ply_vertices(path)
     names = vertices.dtype.names or ()
     if not {"x", "y", "z"} <= set(names):
         raise ValueError(f"{path} has no vertex properties x, y, z but {', '.join(names)}.")
-    xyz = np.stack([vertices[axis].astype(np.float32) for axis in "xyz"], axis=-1)
-    if {"red", "green", "blue"} <= set(names):
-        rgb = np.stack([_to_bytes(vertices[colour]) for colour in ("red", "green", "blue")], axis=-1)
+    xyz = np.stack([vertices[axis].astype(np.float64) for axis in "xyz"], axis=-1)
+    found = next((group for group in _COLOURS if set(group) <= set(names)), None)
+    if found is not None:
+        values = np.stack([vertices[name] for name in found], axis=-1)
+        rgb = _to_bytes(np.clip(0.5 + _SH_CONSTANT * values, 0, 1) if found == _COLOURS[-1] else values)
     else:
         rgb = np.full(xyz.shape, _GREY, dtype=np.uint8)
     return create_points(xyz, rgb, path)
@@ -114,6 +128,9 @@ def _parse_text(body: bytes, num_before: int, count: int, dtype: np.dtype, path:
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind == "f" and values.size and 0.0 <= values.min() and values.max() <= 1.0:
-        values = values * 255.0
-    return np.clip(np.round(values), 0, 255).astype(np.uint8)
+    finite = np.nan_to_num(values.astype(np.float64), nan=0.0)
+    if finite.size and values.dtype.kind == "f" and 0.0 <= finite.min() and finite.max() <= 1.0:
+        finite = finite * 255.0
+    elif finite.size and 255.0 < finite.max() <= _MAX_16_BITS:
+        finite = finite * (255.0 / _MAX_16_BITS)
+    return np.clip(np.round(finite), 0, 255).astype(np.uint8)

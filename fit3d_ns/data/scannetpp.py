@@ -24,8 +24,8 @@ from fit3d_ns.data.frames import (
     CaptureFiles,
     Frame,
     Split,
-    check_frame_files,
     count_splits,
+    create_bad_frame,
     list_entries,
     parse_camera_to_world,
     parse_lens,
@@ -123,19 +123,21 @@ def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple
     frames = []
     for index, (name, entry) in enumerate(zip(names, entries, strict=True)):
         source = f"Frame {name} in {transforms}"
+        image_path = resolve_inside(dslr / files.images, name, source)
+        split: Split = listed.get(name, "train" if index < num_train else "test")
+        if entry.get("is_bad", False):
+            frames.append(create_bad_frame(image_path, split))
+            continue
         lens = parse_lens({**meta, **entry}, source)
         depth_path = dslr / "render_depth" / f"{Path(name).stem}.png"
         frame = Frame(
-            image_path=resolve_inside(dslr / files.images, name, source),
+            image_path=image_path,
             lens=lens,
             camera_to_world=parse_camera_to_world(entry, source),
-            split=listed.get(name, "train" if index < num_train else "test"),
+            split=split,
             mask_path=_find_mask(dslr, files, meta, entry),
             depth_path=depth_path if lens == depth_lens and depth_path.is_file() else None,
-            is_bad=bool(entry.get("is_bad", False)),
         )
-        if not frame.is_bad:
-            check_frame_files(frame)
         frames.append(frame)
     return frames, num_without_camera
 

@@ -21,9 +21,9 @@ from fit3d_ns.data.frames import (
     Frame,
     PointCloud,
     Split,
-    check_frame_files,
     choose_splits,
     count_splits,
+    create_bad_frame,
     list_entries,
     parse_camera_to_world,
     parse_lens,
@@ -49,10 +49,7 @@ def read_transforms(path: Path) -> CaptureFiles:
     for name, entry, split in zip(names, entries, splits, strict=True):
         if split is None:
             continue
-        frame = _read_frame(root, meta, entry, split, f"Frame {name} in {transforms}")
-        if not frame.is_bad:
-            check_frame_files(frame)
-        frames.append(frame)
+        frames.append(_read_frame(root, meta, entry, split, f"Frame {name} in {transforms}"))
     colmap_to_world = _read_colmap_to_world(root, meta, transforms)
     points, origin = _read_points(root, meta, colmap_to_world, transforms)
     return CaptureFiles(
@@ -67,17 +64,19 @@ def read_transforms(path: Path) -> CaptureFiles:
 
 
 def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], split: Split, source: str) -> Frame:
+    image_path = _find_image(resolve_inside(root, entry["file_path"], source))
+    if entry.get("is_bad", False):
+        return create_bad_frame(image_path, split)
     optional = {
         key: resolve_inside(root, entry[key], source) for key in ("mask_path", "depth_file_path") if entry.get(key)
     }
     return Frame(
-        image_path=_find_image(resolve_inside(root, entry["file_path"], source)),
+        image_path=image_path,
         lens=parse_lens({**meta, **entry}, source),
         camera_to_world=parse_camera_to_world(entry, source),
         split=split,
         mask_path=optional.get("mask_path"),
         depth_path=optional.get("depth_file_path"),
-        is_bad=bool(entry.get("is_bad", False)),
     )
 
 
@@ -135,7 +134,7 @@ def _read_colmap_to_world(root: Path, meta: Mapping[str, Any], transforms: Path)
         matrix = np.array(meta["applied_transform"], dtype=np.float64)
         if matrix.shape not in ((3, 4), (4, 4)) or not np.isfinite(matrix).all():
             raise ValueError(f"{transforms} has an applied_transform that is not a finite 3x4 matrix; correct it.")
-        return torch.from_numpy(matrix[:3]).float() * float(meta.get("applied_scale", 1.0))
+        return torch.from_numpy(matrix[:3]) * float(meta.get("applied_scale", 1.0))
     if (root / _COLMAP_FOLDER).is_dir():
         return torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]])
     return None

@@ -71,6 +71,7 @@ def transform_points(
     points: Float[Tensor, "points 3"], transform: Float[Tensor, "3 4"], scale: float
 ) -> Float[Tensor, "points 3"]:
     """World points under the same change of world as `transform_camera_to_worlds`."""
+    transform = transform.to(points)
     return (points @ transform[:, :3].T + transform[:, 3]) * scale
 
 

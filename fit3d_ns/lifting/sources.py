@@ -128,6 +128,8 @@ class PlyConfig:
     """With --ply: the mode the Gaussians were trained in."""
     downscale_factor: int = 1
     """With --ply: photographs are reduced by this factor, at least 1."""
+    strict: bool = False
+    """With --ply: refuse a capture with missing photographs; otherwise their frames are left out."""
     smallest_psnr: float = SMALLEST_PSNR
     """With --ply: below this many dB between three renderings and their photographs the lift is refused, and where
     another world fits clearly better; 0 never refuses (for photographs before another background than black)."""
@@ -176,7 +178,7 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
             message then says which one fits.
     """
     gaussians, num_dropped = read_ply(ply)
-    files = read_capture(data)
+    files = read_capture(data, is_strict=config.strict)
     notice(files.description)
     gaussians = gaussians.with_features(gaussians.features[:, :0])
     description = f"PLY {Path(ply).name} in the {config.ply_world} world"

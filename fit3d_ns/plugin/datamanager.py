@@ -24,7 +24,7 @@ from fit3d_ns.features.backbones import describe_backbone
 from fit3d_ns.features.cache import FeatureCache, FeatureCacheConfig, FeatureKey, compute_feature_key, extract_features
 from fit3d_ns.features.tokens import compute_patch_grid
 from fit3d_ns.lifting.views import LiftView, create_lift_views
-from fit3d_ns.plugin.dataset import UndistortedDataset
+from fit3d_ns.plugin.dataset import UndistortedDataset, get_feature_mask, get_photograph
 from fit3d_ns.scene.posed_capture import View
 from fit3d_ns.utils.progress import notice, track
 
@@ -121,7 +121,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
         """Runs the backbone on every frame whose tokens are not in the cache; a ValueError says why it cannot."""
         if self.cache is None or all(KEY in frame for frame in frames):
             return
-        images = [partial(frame.__getitem__, "image") for frame in frames]
+        images = [partial(get_photograph, frame) for frame in frames]
         with name_own_flags():
             keys = extract_features(images, self.cache, device=self.device, batch_size=self.config.feature_batch_size)
         for frame, key in zip(frames, keys, strict=True):
@@ -143,7 +143,8 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
             return self.load_tokens(frames[view.name])
 
         def load_mask(view: View) -> Tensor | None:
-            return frames[view.name]["mask"][..., 0] if "mask" in frames[view.name] else None
+            mask = get_feature_mask(frames[view.name])
+            return None if mask is None else mask[..., 0]
 
         return create_lift_views(capture, views, load_tokens, load_mask)
 
@@ -223,5 +224,5 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
 
 def _get_key(frame: dict[str, Any]) -> FeatureKey:
     if KEY not in frame:
-        frame[KEY] = compute_feature_key(frame["image"])
+        frame[KEY] = compute_feature_key(get_photograph(frame))
     return frame[KEY]

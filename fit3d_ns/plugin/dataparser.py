@@ -22,7 +22,7 @@ from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import transform_points
 from fit3d_ns.geometry.lenses import Lens
-from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.progress import notice, notice_once
 
 INTRINSICS = ("fx", "fy", "cx", "cy", "width", "height")
 """What a `Lens` and nerfstudio's cameras name alike."""
@@ -37,6 +37,8 @@ class FeatureDataParserConfig(DataParserConfig):
     """Scene folder; its content tells the layout."""
     layout: Literal["auto", "scannetpp", "nerfstudio", "colmap"] = "auto"
     """Which layout to read; `auto` looks for `dslr/`, then `transforms.json`, then a COLMAP model."""
+    strict: bool = False
+    """Refuse a capture with missing photographs; otherwise their frames are left out where most are there."""
     scale_factor: float = 1.0
     """Extra factor on camera positions and points, positive."""
     orientation_method: Literal["pca", "up", "vertical", "none"] = "up"
@@ -65,6 +67,7 @@ class FeatureDataParser(DataParser):
         frames = [usable[index] for index in indices]
         metadata: dict[str, Any] = {
             "mask_paths": [frame.mask_path for frame in frames],
+            "lenses": [frame.lens for frame in frames],
             "depth_paths": [frame.depth_path for frame in frames],
             "scene_id": files.scene_id or files.root.name,
             "metric_scale": scale if files.is_metric else None,
@@ -84,7 +87,7 @@ class FeatureDataParser(DataParser):
 
     @cached_property
     def _files(self) -> CaptureFiles:
-        files = read_capture(self.config.data, layout=self.config.layout)
+        files = read_capture(self.config.data, self.config.layout, self.config.strict)
         bad = sum(frame.is_bad for frame in files.frames)
         notice(files.description + (f" {bad} frames marked bad are left out." if bad else ""))
         if files.points is None:
@@ -147,7 +150,7 @@ def _distortion_parameters(lens: Lens) -> list[float]:
         return [*given[:4], 0.0, 0.0]
     k1, k2, p1, p2, k3 = given[:5]
     if any(lens.distortion[5:]):
-        raise ValueError("OpenCV's rational distortion (k4, k5, k6) has no place in nerfstudio's cameras.")
+        notice_once("rational", "Distortion k4 to k6 is read by fit3d-features only; other methods see k1 to k3.")
     return [k1, k2, k3, 0.0, p1, p2]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from nerfstudio.cameras.camera_optimizers import CameraOptimizer
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
@@ -40,18 +40,40 @@ class UndistortedDataset(InputDataset):
         lenses = [compute_undistortion(view.lens).lens for view in self.capture.views]
         self.cameras = create_cameras(lenses, outputs.cameras.camera_to_worlds)
 
-    def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "height width 3"]:
-        """The undistorted photograph; a ValueError names a file that is missing, damaged or of the wrong size."""
-        return self.capture.load_image(self.capture.views[image_idx]).numpy()
+    def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "height width channels"]:
+        """The undistorted photograph, with its alpha channel if it has one.
+
+        nerfstudio puts the dataparser's `alpha_color` behind it, else the model its background. A ValueError names a
+        file that is missing, damaged or of the wrong size.
+        """
+        return self.capture.load_rgba(self.capture.views[image_idx]).numpy()
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
-        """One frame: `image` [H, W, 3], `image_idx`, and `mask` [H, W, 1] where some pixels may not be used."""
+        """One frame: `image` [H, W, 3 or 4], `image_idx`, and `mask` [H, W, 1] where some pixels may not be used.
+
+        Where the photograph is transparent somewhere, colours learn the background there and features nothing: then
+        `feature_mask` [H, W, 1] is what features use instead of `mask`, and `photograph` what the backbone sees.
+        """
         image = self.get_image_uint8(image_idx) if image_type == "uint8" else self.get_image_float32(image_idx)
         data: dict[str, Any] = {"image_idx": image_idx, "image": image}
-        valid_mask = self.capture.load_valid_mask(self.capture.views[image_idx])
+        view = self.capture.views[image_idx]
+        valid_mask, opaque = self.capture.load_mask(view), self.capture.load_opaque_mask(view)
         if not bool(valid_mask.all()):
             data["mask"] = valid_mask[..., None].float()
+        if opaque is not None:
+            data["feature_mask"] = (valid_mask & opaque)[..., None].float()
+            data["photograph"] = self.capture.load_image(view)
         return data
+
+
+def get_photograph(frame: dict[str, Any]) -> Shaped[Tensor, "height width 3"]:
+    """What the backbone sees of a loaded frame."""
+    return frame.get("photograph", frame["image"])
+
+
+def get_feature_mask(frame: dict[str, Any]) -> Float[Tensor, "height width 1"] | None:
+    """Where features may be learnt from a loaded frame; None: everywhere."""
+    return frame.get("feature_mask", frame.get("mask"))
 
 
 @torch.no_grad()
@@ -70,7 +92,8 @@ def _create_capture(outputs: DataparserOutputs, scale_factor: float, root: Path,
     transform, scale = outputs.dataparser_transform, float(outputs.dataparser_scale)
     views = []
     for index, path in enumerate(map(Path, outputs.image_filenames)):
-        lens = read_lens(outputs.cameras, index)
+        # Ours say lenses that nerfstudio's cameras have no place for.
+        lens = outputs.metadata["lenses"][index] if "lenses" in outputs.metadata else read_lens(outputs.cameras, index)
         pose = outputs.cameras.camera_to_worlds[index]
         frame = Frame(
             image_path=path,

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis, apply_pca, fit_colours, fit_mapped_pca, map_to_colours
 from fit3d_ns.lifting.feature_error import COVERED, FeatureLoss, FeatureLossConfig, FeatureMetrics, sum_token_errors
+from fit3d_ns.plugin.dataset import get_feature_mask
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
@@ -114,7 +115,8 @@ class FeatureBranch(nn.Module):
         loss = self._losses[key]
         pixels = None if loss.pixels is None else loss.pixels.to(alpha.device)
         features_low = rasterize_features(features, info, pixels=pixels)[0]
-        mask = _resize_mask(batch["mask"].to(alpha.device), height, width) if "mask" in batch else None
+        mask = get_feature_mask(batch)
+        mask = None if mask is None else _resize_mask(mask.to(alpha.device), height, width)
         return loss.compute(features_low, alpha, self.decoder, tokens, mask)
 
     @torch.no_grad()
@@ -135,8 +137,9 @@ class FeatureBranch(nn.Module):
         decoded = self.decoder.decode_pixels(low, alpha, reader)
         alpha_at_tokens = reader.read(alpha[:, None])[..., 0]
         valid = torch.ones(size, device=features.device)
-        if "mask" in batch:
-            mask = _resize_mask(batch["mask"].to(features.device), height, width)
+        mask = get_feature_mask(batch)
+        if mask is not None:
+            mask = _resize_mask(mask.to(features.device), height, width)
             valid = read_at_tokens(mask[..., None], size, self.config.token_reading)[..., 0]
         metrics = FeatureMetrics.from_sums(sum_token_errors(decoded, tokens, alpha_at_tokens, valid, self.pca_mean))
         return {

@@ -19,10 +19,20 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud, Split
-from fit3d_ns.data.images import load_depth, load_image, load_mask
+from fit3d_ns.data.images import (
+    composite_on_black,
+    find_opaque,
+    has_aspect,
+    load_depth,
+    load_image,
+    load_mask,
+    load_rgba,
+    read_image_header,
+)
 from fit3d_ns.geometry.cameras import transform_camera_to_worlds
 from fit3d_ns.geometry.lenses import Lens
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
+from fit3d_ns.utils.progress import notice_once
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class PosedCapture:
         return [view for view in self.views if view.split in splits]
 
     def load_image(self, view: View) -> UInt8[Tensor, "height width 3"]:
-        """The undistorted photograph at the view's size; divide by 255 for [0, 1].
+        """The undistorted photograph at the view's size, black where it is transparent; divide by 255 for [0, 1].
 
         A file that is missing, damaged or of another size than its camera says is a ValueError, as in the next two.
         """
@@ -92,13 +102,47 @@ class PosedCapture:
         return self.compute_undistortion(view).apply_to_image(image)
 
     def load_valid_mask(self, view: View) -> Bool[Tensor, "height width"]:
-        """True where a pixel of `load_image` may be used: inside the photograph and not masked."""
-        undistortion = self.compute_undistortion(view)
+        """True where a pixel of `load_image` may be used: inside the photograph, not masked, not transparent."""
+        valid_mask = self.load_mask(view)
+        opaque = self.load_opaque_mask(view)
+        return valid_mask if opaque is None else valid_mask & opaque
+
+    def load_mask(self, view: View) -> Bool[Tensor, "height width"]:
+        """True inside the photograph where no mask file says otherwise; transparent pixels too."""
         if view.frame.mask_path is None:
-            return undistortion.inside
+            return self.compute_undistortion(view).inside
+        return self._move_mask(load_mask(view.frame.mask_path), view, view.frame.mask_path)
+
+    def load_opaque_mask(self, view: View) -> Bool[Tensor, "height width"] | None:
+        """True where the photograph is not transparent; None where it has no alpha channel."""
+        path = view.frame.image_path
+        if not read_image_header(path).has_alpha:
+            return None
+        opaque = find_opaque(load_rgba(path))
+        if not bool(opaque.all()):
+            notice_once("transparency", f"What is transparent in photographs such as {path} is taken as background.")
+        return self._move_mask(opaque, view, path)
+
+    def load_rgba(self, view: View) -> UInt8[Tensor, "height width channels"]:
+        """The picture of `load_image`, where it has an alpha channel with its own colours and alpha."""
+        path = view.frame.image_path
+        rgba = load_rgba(path)
+        if rgba.shape[-1] == 3:
+            return self.load_image(view)
+        undistortion = self.compute_undistortion(view)
+        # OpenCV weights all channels alike: colours times alpha are moved, then divided by it again.
+        fitted = _fit(torch.cat([composite_on_black(rgba), rgba[..., 3:]], dim=-1), view, path, cv2.INTER_AREA)
+        alpha = fitted[..., 3:].expand(-1, -1, 3).contiguous()
+        premultiplied, alpha = (
+            undistortion.apply_to_image(part.contiguous()).float() for part in (fitted[..., :3], alpha)
+        )
+        colours = (premultiplied * 255.0 / alpha.clamp(min=1.0)).round().clamp(0.0, 255.0)
+        return torch.cat([colours, alpha[..., :1]], dim=-1).to(torch.uint8)
+
+    def _move_mask(self, mask: Bool[Tensor, "rows columns"], view: View, path: Path) -> Bool[Tensor, "height width"]:
         # As for the image, but a pixel that mixes valid with invalid ones is invalid.
-        shares = _fit(load_mask(view.frame.mask_path).float(), view, view.frame.mask_path, cv2.INTER_AREA)
-        return undistortion.apply_to_mask(shares > 1.0 - 1e-4)
+        shares = _fit(mask.float(), view, path, cv2.INTER_AREA, is_exact=False)
+        return self.compute_undistortion(view).apply_to_mask(shares > 1.0 - 1e-4)
 
     def load_depth(self, view: View) -> Float[Tensor, "height width"] | None:
         """Measured z-depth in metres, undistorted, 0 = no measurement; None where the frame has no depth file.
@@ -107,7 +151,7 @@ class PosedCapture:
         """
         if view.frame.depth_path is None:
             return None
-        depth = _fit(load_depth(view.frame.depth_path), view, view.frame.depth_path, cv2.INTER_NEAREST_EXACT)
+        depth = _fit(load_depth(view.frame.depth_path), view, view.frame.depth_path, cv2.INTER_NEAREST_EXACT, False)
         return self.compute_undistortion(view).apply_to_depth(depth)
 
     def compute_undistortion(self, view: View) -> Undistortion:
@@ -224,11 +268,12 @@ def _move_view(view: View, root: Path, new_root: Path) -> View:
     return replace(view, frame=replace(view.frame, **moved))
 
 
-def _fit(picture: Tensor, view: View, path: Path, interpolation: int) -> Tensor:
-    """A picture of the photograph's size, checked to be so, at the view's size."""
+def _fit(picture: Tensor, view: View, path: Path, interpolation: int, is_exact: bool = True) -> Tensor:
+    """A picture of the photograph's size, or unless `is_exact` of its aspect, at the view's size; else a ValueError."""
     height, width = picture.shape[:2]
     lens = view.frame.lens
-    if (width, height) != (lens.width, lens.height):
+    sizes = (width, height), (lens.width, lens.height)
+    if sizes[0] != sizes[1] and (is_exact or not has_aspect(*sizes)):
         raise ValueError(
             f"{path} is {width}x{height}, its camera says {lens.width}x{lens.height}; "
             "correct the camera file or restore the file."

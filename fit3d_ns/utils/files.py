@@ -22,6 +22,7 @@ _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _NUMBERS = itertools.count()
 _OWN: set[str] = set()
 """Temporary names that this process is writing to; several threads may write at once."""
+_LFS_MARK = b"version https://git-lfs"
 _MAX_NAME = 200
 """File systems allow 255 bytes for a name."""
 
@@ -117,13 +118,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises ValueError for the note that Git leaves where a large file was not fetched."""
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_MARK)) == _LFS_MARK:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`.")
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file; a ValueError names one that is missing or is not JSON."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"No such file: {path}.")
+    refuse_lfs_pointer(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); restore the file or make it again.") from error
 

@@ -14,11 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 SECONDS_PER_HOUR = 3600.0
+_said: set[str] = set()
 
 
 def notice(message: str) -> None:
     """Prints one line to standard error, so that standard output stays free for results."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+
+
+def notice_once(subject: str, message: str) -> None:
+    """`notice`, but only the first of one process about a subject."""
+    if subject not in _said:
+        _said.add(subject)
+        notice(message)
 
 
 def create_progress() -> Progress:

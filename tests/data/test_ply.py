@@ -103,7 +103,6 @@ def test_read_ply_points__without_colours_is_grey(tmp_path: Path) -> None:
         (ASCII.replace("ascii", "runes"), "incomplete PLY header"),
         (ASCII[:-35], "cut short: fewer than 2 vertices"),
         (ASCII.replace("-2.0", "two"), "something that is not a number"),
-        (ASCII.replace("-2.0", "nan"), "1 of 2 points in .* are not finite"),
         (ASCII.replace("float y", "float w"), "no vertex properties x, y, z but x, w"),
         (ASCII.replace("vertex 2", "edge 2"), "`property list uchar int vertex_indices`"),
         (ASCII.replace("vertex 2", "vertex -2"), "`element vertex -2`"),
