@@ -111,7 +111,7 @@ def _fit_lens(frame: Frame) -> Frame:
     if size != (lens.width, lens.height):
         sizes = f"Image {frame.image_path} is {size[0]}x{size[1]}, its camera says {lens.width}x{lens.height}"
         if not has_aspect(size, (lens.width, lens.height)):
-            turned = size != size[::-1] and has_aspect(size[::-1], (lens.width, lens.height))
+            turned = size[::-1] == (lens.width, lens.height) or has_aspect(size[::-1], (lens.width, lens.height))
             what = (
                 "the camera belongs to the picture turned upright; turn the pixels (`mogrify -auto-orient`)"
                 if turned

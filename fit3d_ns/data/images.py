@@ -211,7 +211,7 @@ def _read_deep(image: Image.Image, path: Path) -> np.ndarray | None:
     if image.mode.startswith("F"):
         raise ValueError(f"Image {path} has pixel format {image.mode}; convert it to 8 bits a channel.")
     is_png_of_16_bits = image.format == "PNG" and _read_png_depth(path) == 16
-    is_tiff_of_16_bits = image.format == "TIFF" and 16 in image.tag_v2.get(_TIFF_BITS, ())
+    is_tiff_of_16_bits = image.format == "TIFF" and 16 in getattr(image, "tag_v2", {}).get(_TIFF_BITS, ())
     if not (image.mode.startswith("I") or is_png_of_16_bits or is_tiff_of_16_bits):
         return None
     values = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)

@@ -93,13 +93,13 @@ def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: st
 
 
 def load_figure_image(path: Path, scene_index: SceneIndex, longest_side: int | None = None) -> FigureImage:
-    """Loads a picture, as a scene's view sees it if there is one; `longest_side` as for `resize`.
+    """Loads a picture, as a scene's view sees it if there is one, else upright; `longest_side` as for `resize`.
 
     Raises:
         ValueError: The file is missing or not an 8-bit photograph.
     """
     found = scene_index.by_photograph.get(path.resolve(), [])
-    pixels = found[0].capture.load_image(found[0].view) if found else load_image(path)
+    pixels = found[0].capture.load_image(found[0].view) if found else load_image(path, upright=True)
     return FigureImage(path.name, resize(pixels, longest_side), tuple(found))
 
 

@@ -1,4 +1,5 @@
 import math
+import shutil
 import struct
 from pathlib import Path
 
@@ -170,3 +171,21 @@ def test_write_colmap_points__round_trip_and_binary_first(tmp_path: Path) -> Non
     assert cloud is not None and torch.equal(cloud.xyz, CLOUD.xyz) and torch.equal(cloud.rgb, CLOUD.rgb)
     (tmp_path / "points3D.bin").write_bytes(struct.pack("<Q", 0))
     assert read_colmap_points(tmp_path) is None
+
+
+def test_read_colmap__takes_the_model_with_most_images_and_names_the_others(colmap_scene: Path) -> None:
+    sparse = colmap_scene / "sparse"
+    # As COLMAP numbers them: the first model is not always the largest.
+    shutil.copytree(sparse / "0", sparse / "1")
+    lines = (sparse / "0" / "images.txt").read_text().splitlines(keepends=True)
+    header = [line for line in lines if line.startswith("#")]
+    kept = [line for line in lines if not line.startswith("#")]
+    (sparse / "0" / "images.txt").write_text("".join(header + kept[:4]))
+    (sparse / "1" / "images.txt").write_text("".join(header + kept[2:]))
+    write_picture(colmap_scene / "images" / "lonely.png")
+    capture = read_capture(colmap_scene)
+    assert f"COLMAP model {sparse / '1'}" in capture.description
+    assert (
+        "of 2 models it has most images, left out are 0 with 2 images; 1 photographs are in none" in capture.description
+    )
+    assert len(capture.frames) == len(kept) // 2 - 1

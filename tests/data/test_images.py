@@ -1,14 +1,18 @@
+import importlib.util
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fit3d_ns.data.images import (
+    find_opaque,
     load_depth,
     load_image,
     load_mask,
+    load_rgba,
     read_image_header,
     save_depth,
     save_image,
@@ -115,3 +119,55 @@ def test_load_depth__refuses_eight_bits(tmp_path: Path) -> None:
     write_picture(tmp_path / "d.png", 30, mode="L")
     with pytest.raises(ValueError, match="pixel format L; write 16-bit grey PNGs in millimetres"):
         load_depth(tmp_path / "d.png")
+
+
+def test_load_image__what_is_transparent_is_black(tmp_path: Path) -> None:
+    rgba = np.full((2, 3, 4), 200, np.uint8)
+    rgba[..., 3] = [[255, 255, 0], [0, 128, 255]]
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png")[..., 1].tolist() == [[200, 200, 0], [0, 100, 200]]
+    assert find_opaque(load_rgba(tmp_path / "a.png")).tolist() == [[True, True, False], [False, False, True]]
+    # A palette whose colour 1 is transparent.
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([90, 90, 90, 250, 0, 0])
+    palette.save(tmp_path / "p.png", transparency=1)
+    assert load_image(tmp_path / "p.png").tolist() == [[[90, 90, 90], [0, 0, 0]]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("largest", "shown"), [(4095, 255), (65535, 255), (30000, 117)])
+def test_load_image__sixteen_bits_become_eight(tmp_path: Path, channels: int, largest: int, shown: int) -> None:
+    values = np.zeros((2, 3, channels), np.uint16)
+    values[1] = largest
+    for name in ("a.png", "a.tif"):
+        assert cv2.imwrite(str(tmp_path / name), values)
+        assert load_image(tmp_path / name)[..., 0].tolist() == [[0] * 3, [shown] * 3]
+
+
+def test_load_image__upright_turns_as_exif_says(tmp_path: Path) -> None:
+    picture = random_picture(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Stored lying on its side: to be turned by 90 degrees clockwise.
+    Image.fromarray(picture.numpy()).save(tmp_path / "a.png", exif=exif)
+    assert torch.equal(load_image(tmp_path / "a.png"), picture)
+    assert torch.equal(load_image(tmp_path / "a.png", upright=True), picture.rot90(-1))
+
+
+@pytest.mark.parametrize("colour", [0, 255])
+def test_load_mask__alpha_is_the_mask_where_colours_say_nothing(tmp_path: Path, colour: int) -> None:
+    rgba = np.full((1, 3, 4), colour, np.uint8)
+    rgba[..., 3] = [[255, 0, 254]]
+    Image.fromarray(rgba).save(tmp_path / "m.png")
+    assert load_mask(tmp_path / "m.png").tolist() == [[True, False, False]]
+    rgba[0, :, :3] = [[255] * 3, [0] * 3, [0] * 3]
+    rgba[..., 3] = 255
+    Image.fromarray(rgba).save(tmp_path / "m.png")
+    assert load_mask(tmp_path / "m.png").tolist() == [[True, False, False]]
+
+
+def test_load_image__heic_names_its_package(tmp_path: Path) -> None:
+    if importlib.util.find_spec("pillow_heif"):
+        pytest.skip("this machine reads HEIC")
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 40)
+    with pytest.raises(ValueError, match="a.HEIC is in HEIC or AVIF format; install .*pip install pillow-heif"):
+        load_image(tmp_path / "a.HEIC")

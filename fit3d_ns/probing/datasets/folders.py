@@ -113,5 +113,7 @@ def read_image_folder(root: Path, split: LabelledSplit, task: ProbeTask) -> Labe
             raise ValueError(f"Class folder {top / name} holds no pictures; remove it or fill it.")
         for path in paths:
             relative = path.relative_to(top).as_posix()
-            frames.append(LabelledFrame(relative, partial(load_image, path), class_index=index, files=(path,)))
+            frames.append(
+                LabelledFrame(relative, partial(load_image, path, upright=True), class_index=index, files=(path,))
+            )
     return LabelledSet(root.name, frames, tuple(classes))

@@ -1,0 +1,73 @@
+"""What `ns-train` gets of photographs: transparency and lenses that nerfstudio's cameras do not know."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from PIL import Image
+
+from fit3d_ns.plugin.dataparser import FeatureDataParserConfig
+from fit3d_ns.plugin.dataset import UndistortedDataset
+
+
+def open_dataset(scene: Path) -> UndistortedDataset:
+    outputs = FeatureDataParserConfig(data=scene).setup().get_dataparser_outputs("train")
+    return UndistortedDataset(outputs, 1.0, scene, "train")
+
+
+def write_rgba(path: Path) -> np.ndarray:
+    """Red hidden under the transparent left half, half transparent in the first column of the right one."""
+    rgba = np.zeros((48, 64, 4), np.uint8)
+    rgba[:, :32] = 255, 0, 0, 0
+    rgba[:, 32:] = 40, 80, 120, 255
+    rgba[:, 32, 3] = 128
+    Image.fromarray(rgba).save(path)
+    return rgba
+
+
+def test_transparency__is_background_for_colours_and_nothing_for_features(mini_capture: Path, tmp_path: Path) -> None:
+    scene = Path(shutil.copytree(mini_capture, tmp_path / "scene"))
+    for path in (scene / "images").iterdir():
+        write_rgba(path)
+    data = open_dataset(scene).get_data(0, "uint8")
+    # The model puts its own background behind the fourth channel; no hidden red.
+    assert data["image"][0, [0, 32, 33]].tolist() == [[0, 0, 0, 0], [40, 80, 120, 128], [40, 80, 120, 255]]
+    assert "mask" not in data
+    assert data["feature_mask"][0, [0, 32, 33], 0].tolist() == [0.0, 0.0, 1.0]
+    assert data["photograph"][0, [0, 32, 33]].tolist() == [[0, 0, 0], [20, 40, 60], [40, 80, 120]]
+
+
+def test_transparency__blender_scenes_are_as_nerfstudio_reads_them(mini_capture: Path, tmp_path: Path) -> None:
+    frames = json.loads((mini_capture / "transforms.json").read_text())["frames"][:2]
+    for index, frame in enumerate(frames):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        write_rgba(tmp_path / f"train/r_{index}.png")
+        frame["file_path"] = f"./train/r_{index}"
+    (tmp_path / "transforms_train.json").write_text(json.dumps({"camera_angle_x": 1.0, "frames": frames}))
+    outputs = BlenderDataParserConfig(data=tmp_path).setup().get_dataparser_outputs("train")
+    ours, theirs = UndistortedDataset(outputs, 1.0, tmp_path, "train"), InputDataset(outputs)
+    assert torch.equal(ours.get_image_float32(0), theirs.get_image_float32(0))
+    assert ours.get_image_float32(0)[0, 0].tolist() == [1.0, 1.0, 1.0]
+    assert torch.equal(ours.get_image_uint8(0), theirs.get_image_uint8(0))
+
+
+def test_full_opencv__is_undistorted_in_training_as_in_the_lift(mini_capture: Path, tmp_path: Path) -> None:
+    scene = Path(shutil.copytree(mini_capture, tmp_path / "scene"))
+    content = json.loads((scene / "transforms.json").read_text())
+    model = scene / "sparse" / "0"
+    model.mkdir(parents=True)
+    (scene / "transforms.json").unlink()
+    coefficients = "0.05 -0.02 0.002 -0.003 0.01 0.02 -0.01 0.003"
+    (model / "cameras.txt").write_text(f"1 FULL_OPENCV 64 48 60 60 32 24 {coefficients}\n")
+    names = [Path(frame["file_path"]).name for frame in content["frames"]]
+    (model / "images.txt").write_text("".join(f"{i + 1} 1 0 0 0 {i} 0 5 1 {name}\n\n" for i, name in enumerate(names)))
+    (model / "points3D.txt").write_text("")
+    dataset = open_dataset(scene)
+    lens = dataset.capture.views[0].frame.lens
+    assert lens.distortion == tuple(map(float, coefficients.split()))
+    without = dataset.capture.load_image(dataset.capture.views[0])
+    assert torch.equal(torch.from_numpy(dataset.get_numpy_image(0)), without)
