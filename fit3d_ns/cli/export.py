@@ -1,5 +1,6 @@
 """`fit3d-export`: a finished `fit3d-features` run as one scene file, or as a PLY with feature columns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -66,13 +67,14 @@ def describe_scene(scene: FeatureScene, path: Path) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Entry point."""
     run_command(
         ExportConfig,
         export,
         prog="fit3d-export",
         description="Writes a finished fit3d-features run as one file without nerfstudio inside.",
+        args=args,
     )
 
 

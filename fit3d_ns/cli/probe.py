@@ -1,5 +1,6 @@
 """`fit3d-probe`: measures what features are worth: linear probes, multi-view consistency, correspondence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -113,13 +114,14 @@ class ProbeCommand:
     """Precision in which the head is trained."""
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
     run_command(
         ProbeCommand,
         probe,
         prog="fit3d-probe",
         description="Measures features: segmentation, depth, classification, multi-view consistency, correspondence.",
+        args=args,
     )
 
 

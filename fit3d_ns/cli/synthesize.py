@@ -1,16 +1,19 @@
 """`fit3d-synthesize`: makes small furnished rooms in ScanNet++'s layout, to try everything on."""
 
+from collections.abc import Sequence
+
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.synthetic.synthesize import METRICS_NAME, SynthesisConfig, synthesize_scenes
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
     run_command(
         SynthesisConfig,
         synthesize,
         prog="fit3d-synthesize",
         description="Makes procedural indoor scenes with exact colour, depth, labels, masks and points.",
+        args=args,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fit3d_ns.features.sources import RANDOM_PREFIX, find_backbone_folder, resolve_source
+from fit3d_ns.features.sources import RANDOM_PREFIX, WEIGHTS_NAME, find_backbone_folder, resolve_source
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import hash_bytes
 
@@ -67,17 +67,27 @@ class BackboneDescription:
     num_blocks: int = field(default=0, compare=False)
     """Number of transformer blocks; 0 where the description was read from a file."""
     weights: Path | None = field(default=None, compare=False)
-    """The file the weights come from; None for timm's download, for random weights and where read from a file."""
+    """The file the weights come from; None for timm's download, for random weights, and where read from a file that
+    does not say."""
     model_args: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
     """Arguments of timm's constructor that a fine-tuned folder recorded; empty where read from a file."""
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> "BackboneDescription":
-        """From what `to_metadata` gave; keys of newer versions are ignored."""
+    def from_metadata(cls, metadata: Mapping[str, Any], place: str | None = None) -> "BackboneDescription":
+        """From what `to_metadata` and `place` gave; keys of newer versions are ignored."""
         known = {field.name: metadata[field.name] for field in fields(cls) if field.compare and field.name in metadata}
         for name in ("mean", "std"):
             known[name] = tuple(float(value) for value in known[name])
-        return cls(**known)
+        if place is not None and Path(place).name == known["backbone"]:
+            return cls(**{**known, "backbone": place}, weights=Path(place) / WEIGHTS_NAME)
+        return cls(**known, weights=None if place is None else Path(place))
+
+    @property
+    def place(self) -> str | None:
+        """The fine-tuned folder or the weights file on this machine, absolute; None where there is none."""
+        folder = find_backbone_folder(self.backbone)
+        found = self.weights if folder is None else folder
+        return None if found is None or self.weights is None else str(found.absolute())
 
     def with_weights(
         self, weights: Path | None, backbone: str | None = None, normalization: Normalization | None = None
@@ -85,8 +95,15 @@ class BackboneDescription:
         """A backbone that can be built and sees images as this one does: its own or, by name, another.
 
         Raises:
-            ValueError: What `describe_backbone` refuses.
+            ValueError: What `describe_backbone` refuses, or the recorded weights are gone and no others are given.
         """
+        if weights is None and self.weights is not None and backbone in (None, self.backbone):
+            weights = self.weights
+            if not weights.is_file():
+                raise ValueError(
+                    f"The features are of {self.backbone} with weights from {weights}, which is gone; say with "
+                    "--backbone or --backbone-weights where they are now."
+                )
         backbone, normalization = backbone or self.backbone, normalization or self.normalization
         return describe_backbone(backbone, weights, normalization, norm=self.norm, resize_rule=self.resize_rule)
 

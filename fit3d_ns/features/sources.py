@@ -27,6 +27,8 @@ PAPER_BACKBONES = {
 RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
 """Seed of untrained weights: the same architecture has the same random weights on every machine."""
+WEIGHTS_NAME = "model.safetensors"
+"""The weights in a fine-tuned folder."""
 ADAPTER_NAME = "adapter.safetensors"
 """In a fine-tuned folder, next to the weights: a block behind the backbone (`adapters.py`)."""
 ADAPTER_KEY = "fit3d_adapter"
@@ -115,9 +117,9 @@ def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a backbone: it has no config.json; give a folder that fit3d-finetune wrote.")
     config = read_json(folder / "config.json")
-    weights = weights or folder / "model.safetensors"
+    weights = weights or folder / WEIGHTS_NAME
     if not weights.is_file():
-        raise ValueError(f"{folder} has no model.safetensors; copy the folder again, or give --backbone-weights FILE.")
+        raise ValueError(f"{folder} has no {WEIGHTS_NAME}; copy the folder again, or give --backbone-weights FILE.")
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise ValueError(f"{folder / 'config.json'} names no `architecture`; give a folder that fit3d-finetune wrote.")
     architecture = _resolve_architecture(config["architecture"])

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model
 from fit3d_ns.features.adapters import ADAPTER_KEY, ADAPTER_NAME, AdaptedTokenModel
-from fit3d_ns.features.sources import find_backbone_folder
+from fit3d_ns.features.sources import WEIGHTS_NAME, find_backbone_folder
 from fit3d_ns.finetuning.validation import format_consistency
 from fit3d_ns.utils.files import read_json, write_atomically, write_json
 
-WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 _KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "license")

@@ -20,7 +20,8 @@ from torch import Tensor
 from fit3d_ns.data.frames import Split
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model, describe_backbone
 from fit3d_ns.features.adapters import merge_lora
-from fit3d_ns.finetuning.backbone_folder import WEIGHTS_NAME, find_licence, save_finetuned, write_card
+from fit3d_ns.features.sources import WEIGHTS_NAME
+from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned, write_card
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.lifted_views import compute_scene_hash, find_lifted
 from fit3d_ns.finetuning.optimization import copy_original, interpolate_weights

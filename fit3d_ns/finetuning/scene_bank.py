@@ -145,6 +145,11 @@ class SceneBank:
         """
         for path, scene in zip(self.paths, self.on_disk, strict=True):
             differences = scene.backbone.find_differences(backbone)
+            if len(differences) == 1 and differences[0].startswith("weights_hash") and backbone.weights is None:
+                raise ValueError(
+                    f"{path} was lifted with weights of {scene.backbone.backbone} from a file that it does not name; "
+                    "give that file with --backbone-weights."
+                )
             if differences:
                 raise ValueError(
                     f"{path} was lifted with {scene.backbone.backbone}, fine-tuning was asked for {backbone.backbone}: "

@@ -13,6 +13,7 @@ from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from torch import Tensor
 
 from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
+from fit3d_ns.features.sources import find_backbone_folder
 from fit3d_ns.plugin.checkpoints import load_latest_checkpoint
 from fit3d_ns.plugin.dataset import UndistortedDataset, correct_poses
 from fit3d_ns.plugin.feature_branch import PICTURE_BUFFERS, read_picture_basis
@@ -178,9 +179,10 @@ def _read_by_products(run: SplatRun) -> dict[str, Tensor]:
 def _describe_backbone(run: SplatRun) -> BackboneDescription:
     """The backbone's identity as the run recorded it, or from the config where it was written by an older version."""
     recorded = run.run_state.get("backbone")
-    if recorded:
-        return BackboneDescription.from_metadata(recorded)
     datamanager: Any = run.config.pipeline.datamanager
+    if recorded:
+        place = find_backbone_folder(datamanager.backbone) or datamanager.backbone_weights
+        return BackboneDescription.from_metadata(recorded, None if place is None else str(place))
     return describe_backbone(datamanager.backbone, datamanager.backbone_weights, datamanager.normalization)
 
 

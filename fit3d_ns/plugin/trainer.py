@@ -24,6 +24,7 @@ from nerfstudio.utils.writer import EventName, TimeWriter
 from rich.console import Console
 from rich.table import Table
 
+from fit3d_ns.features.sources import find_backbone_folder
 from fit3d_ns.plugin.checkpoints import (
     load_checkpoint_file,
     load_latest_checkpoint,
@@ -94,6 +95,9 @@ class FeatureTrainerConfig(TrainerConfig):
         if datamanager.backbone_weights is not None:
             # A relative path would be lost to commands that start in another folder.
             datamanager.backbone_weights = Path(datamanager.backbone_weights).resolve()
+        folder = find_backbone_folder(datamanager.backbone)
+        if folder is not None:
+            datamanager.backbone = str(folder.resolve())
         self.pipeline.model.resolve_steps(self.max_num_iterations)
         self.pipeline.model.check_features()
         tenth = max(self.max_num_iterations // 10, 1)

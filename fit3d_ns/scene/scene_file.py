@@ -67,6 +67,8 @@ def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> Non
         "schema_version": SCHEMA_VERSION,
         "capture": record_capture(scene.posed_capture),
         "backbone": scene.backbone.to_metadata(),
+        # Of this machine, as the capture's root is: later commands look there for the same weights.
+        "backbone_place": scene.backbone.place,
         "token_reading": scene.token_reading,
         "rasterize_mode": scene.rasterize_mode,
         "eps2d": scene.eps2d,
@@ -97,7 +99,7 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
             gaussians=Gaussians(**{name: tensors[name] for name in STORED_DTYPES if name in tensors}),
             decoder=FeatureDecoder.from_weights(tensors["decoder.weight"], tensors.get("decoder.bias")),
             posed_capture=parse_capture(header["capture"]),
-            backbone=BackboneDescription.from_metadata(header["backbone"]),
+            backbone=BackboneDescription.from_metadata(header["backbone"], header.get("backbone_place")),
             pca=_parse_pca(tensors, header["pca_total_variance"]) if "pca.mean" in tensors else None,
             token_reading=header["token_reading"],
             rasterize_mode=header["rasterize_mode"],

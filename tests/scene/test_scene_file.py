@@ -5,11 +5,13 @@ import struct
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fit3d_ns.scene import load_scene, save_scene
+from fit3d_ns.features import describe_backbone
+from fit3d_ns.scene import FeatureDecoder, load_scene, save_scene
 from fit3d_ns.scene.scene_file import compute_stage1_hours, find_geometry_seconds
 
 
@@ -46,6 +48,26 @@ def test_round_trip__keeps_every_value(make_scene, path, bias):
     assert (loaded.token_reading, loaded.rasterize_mode, loaded.eps2d) == ("area", "antialiased", 0.1)
     assert loaded.metrics == {"psnr": 20.5}
     assert loaded.metric_scale == 1.0
+
+
+def test_round_trip__remembers_where_weights_lie(make_scene, path, tmp_path):
+    folder = tmp_path / "deep" / "ft"
+    folder.mkdir(parents=True)
+    model = timm.create_model("test_vit", num_classes=0)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_vit", "num_classes": 0}))
+    scene = make_scene()
+    for name, weights in ((str(folder), None), ("test_vit", folder / "model.safetensors")):
+        backbone = describe_backbone(name, weights)
+        decoder = FeatureDecoder(scene.gaussians.feature_dim, backbone.embed_dim)
+        save_scene(replace(scene, backbone=backbone, decoder=decoder, pca=None), path)
+        found = load_scene(path).backbone
+        assert found.with_weights(None).identity == backbone.identity
+        assert str(tmp_path) not in json.dumps(found.to_metadata()), "records carry no path of this machine"
+    moved = folder.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="which is gone; say with --backbone or --backbone-weights"):
+        found.with_weights(None)
+    assert found.with_weights(moved / "model.safetensors").identity == backbone.identity
 
 
 def test_round_trip__renders_to_the_same_bits(make_scene, path):
