@@ -37,7 +37,9 @@ _NUM_FOCAL_LENGTHS = {
     **{"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2, "FULL_OPENCV": 2},
     **{"SIMPLE_RADIAL_FISHEYE": 1, "RADIAL_FISHEYE": 1, "OPENCV_FISHEYE": 2},
 }
-"""Of COLMAP's camera models. In their parameters, the principal point and the distortion in OpenCV's order follow."""
+"""Of the models that are read. In their parameters, principal point and distortion in OpenCV's order follow."""
+_NUM_PARAMETERS = (3, 4, 4, 5, 8, 8, 12, 5, 4, 5, 12, 16)
+"""Of all of COLMAP's camera models, by number."""
 
 
 def find_colmap_model(root: Path) -> Path | None:
@@ -54,6 +56,7 @@ def read_colmap(path: Path) -> CaptureFiles:
     model = models[0]
     if not (root / "images").is_dir():
         raise ValueError(f"{root} has a COLMAP model but no folder `images`; put the photographs there.")
+    points = read_colmap_points(model)
     reconstruction = _load_model(model)
     images = [image for image in reconstruction.images.values() if image.has_pose]
     images.sort(key=lambda image: image.name)
@@ -74,7 +77,6 @@ def read_colmap(path: Path) -> CaptureFiles:
             mask_path=_find_mask(root / "masks", image.name),
         )
         frames.append(frame)
-    points = read_colmap_points(model)
     return CaptureFiles(
         root=root,
         layout="colmap",
@@ -150,6 +152,9 @@ def _load_model(model: Path) -> Any:
     for name in ("images", "points3D"):
         if not (model / f"{name}{suffix}").is_file():
             raise ValueError(f"The COLMAP model {model} has no {name}{suffix}; copy the whole model.")
+    for name in ("cameras", "images", "rigs", "frames") if suffix == ".bin" else ():
+        if (model / f"{name}.bin").is_file():
+            _check_records(model / f"{name}.bin")
     try:
         return pycolmap.Reconstruction(str(model))
     except Exception as error:
@@ -196,6 +201,58 @@ def _parse_text_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return values[:, :3], values[:, 3:].clip(0, 255).astype(np.uint8)
 
 
+def _check_records(path: Path) -> None:
+    """Holds all counts of a binary file against its size, because pycolmap takes memory for whatever they say.
+
+    Raises:
+        ValueError: The file is cut short, or a count is damaged.
+    """
+    content = path.read_bytes()
+    num_records, offset = int.from_bytes(content[:8], "little"), 8
+    try:
+        for _ in range(num_records):
+            offset = _RECORD_ENDS[path.stem](content, offset)
+        if offset > len(content):
+            raise IndexError
+    except (struct.error, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is cut short or damaged: fewer than {num_records} records; copy it again.") from error
+
+
+def _find_camera_end(content: bytes, offset: int) -> int:
+    _, model, _, _ = struct.unpack_from("<IiQQ", content, offset)
+    return offset + 24 + 8 * _NUM_PARAMETERS[model]
+
+
+def _find_image_end(content: bytes, offset: int) -> int:
+    # Id, pose and camera come before the name.
+    name_end = content.index(b"\0", offset + 64) + 1
+    (num_points,) = struct.unpack_from("<Q", content, name_end)
+    return name_end + 8 + 24 * num_points
+
+
+def _find_rig_end(content: bytes, offset: int) -> int:
+    _, num_sensors = struct.unpack_from("<II", content, offset)
+    # The first sensor is the reference and has no pose.
+    offset += 16 if num_sensors else 8
+    for _ in range(num_sensors - 1):
+        has_pose = content[offset + 8]
+        offset += 9 + (56 if has_pose else 0)
+    return offset
+
+
+def _find_frame_end(content: bytes, offset: int) -> int:
+    *_, num_data = struct.unpack_from("<II7dI", content, offset)
+    return offset + 68 + 16 * num_data
+
+
+_RECORD_ENDS = {
+    "cameras": _find_camera_end,
+    "images": _find_image_end,
+    "rigs": _find_rig_end,
+    "frames": _find_frame_end,
+}
+
+
 def _parse_binary_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     # One point: id u64, xyz 3 f64, rgb 3 u8, error f64, track length u64, then 8 bytes for each of its elements.
     record = struct.Struct("<Q3d3BdQ")
@@ -213,4 +270,6 @@ def _parse_binary_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
         values = record.unpack_from(content, offset)
         xyz[index], rgb[index] = values[1:4], values[4:7]
         offset += record.size + 8 * values[8]
+    if offset > len(content):
+        raise cut_short
     return xyz, rgb

@@ -6,7 +6,9 @@ are black. Sixteen bits a channel become eight; where no value needs more than 1
 Reading a header (`read_image_header`) is cheap and finds wrong sizes early; other damage shows when loading.
 """
 
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fit3d_ns.geometry.lenses import MAX_PIXELS
 from fit3d_ns.utils.files import refuse_lfs_pointer
 from fit3d_ns.utils.progress import notice_once
 
@@ -37,6 +40,10 @@ _LARGEST_RATIO = 0.95
 _MAX_12_BITS, _MAX_16_BITS = 4095, 65535
 _TIFF_BITS = 258
 """Tag of a TIFF that says how many bits each channel has."""
+
+
+_DAMAGED = (OSError, SyntaxError, EOFError, TypeError, IndexError, KeyError, struct.error, zlib.error, OverflowError)
+"""What Pillow's readers raise for files that are not what they seem."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,9 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 yield image
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{what} {path} has more than {MAX_PIXELS} pixels; make it smaller.") from error
+    except _DAMAGED as error:
         raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
 
 

@@ -29,6 +29,8 @@ _COLOURS = (
 """Names of colours in point clouds, and last in Gaussians."""
 _SH_CONSTANT = 0.28209479177387814
 _MAX_16_BITS = 65535
+_MAX_DIGITS = 19
+"""Of a count; more vertices have no place in any file."""
 
 
 def read_ply_vertices(path: Path) -> np.ndarray:
@@ -98,7 +100,7 @@ def _parse_header(header: str, path: Path) -> tuple[str, list[tuple[int, np.dtyp
                 order = _ORDERS.get(layout)
             case ["element", *_] if element == "vertex":
                 break
-            case ["element", element, count] if count.isdecimal():
+            case ["element", element, count] if count.isdecimal() and len(count) < _MAX_DIGITS:
                 elements.append((int(count), []))
             case ["property", kind, name] if kind in _TYPES and elements:
                 elements[-1][1].append((name, (order or "=") + _TYPES[kind]))

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fit3d_ns.features.sources import ADAPTER_KEY, ADAPTER_NAME
 from fit3d_ns.features.tokens import TokenModel, Tokens
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import read_json
+from fit3d_ns.utils.tensor_files import open_tensors
 
 _LORA_MODULES = r"blocks\.\d+\.attn\.(qkv|q_proj|k_proj|v_proj|proj)"
 _HEAD_DIM = 32
@@ -86,7 +86,9 @@ def attach_adapter(token_model: TokenModel, folder: Path) -> AdaptedTokenModel:
     config = read_json(folder / "config.json")
     try:
         adapter = SwinAdapter(token_model.description.embed_dim, **config[ADAPTER_KEY])
-        adapter.load_state_dict(load_file(folder / ADAPTER_NAME))
+        file = open_tensors(folder / ADAPTER_NAME)
+        file.check()
+        adapter.load_state_dict(file.tensors)
     except Exception as error:
         raise ValueError(
             f"The adapter in {folder} cannot be read ({first_line(error)}); copy the folder again."

@@ -9,7 +9,6 @@ carries a checksum, verified whenever it is read.
 """
 
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,16 +17,14 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fit3d_ns.features.backbones import BackboneDescription
 from fit3d_ns.features.extractor import FeatureExtractor, create_extractor
 from fit3d_ns.features.tokens import compute_patch_grid
-from fit3d_ns.utils.errors import first_line
-from fit3d_ns.utils.files import hash_bytes, write_atomically
+from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice, track
+from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
 
 LazyImage = Callable[[], Tensor]
 """Returns one undistorted image [height, width, 3], 8-bit or floating point in [0, 1]."""
@@ -84,7 +81,7 @@ class FeatureCache:
         path = self.get_path(key)
         found = self._read(key) if path.is_file() else None
         if isinstance(found, str):
-            notice(f"Cached features {path} are damaged ({found}); extracting them again.")
+            notice(f"Cached features are damaged and extracted again: {found}")
         return isinstance(found, CachedTokens)
 
     def load(self, key: FeatureKey) -> CachedTokens:
@@ -94,7 +91,7 @@ class FeatureCache:
             raise ValueError(f"No cached features at {path}; start the run again to extract them.")
         tokens = self._read(key)
         if isinstance(tokens, str):
-            raise ValueError(f"Cached features {path} are damaged ({tokens}); start the run again to extract them.")
+            raise ValueError(f"Cached features are damaged, start the run again to extract them: {tokens}")
         return tokens
 
     def save(
@@ -117,12 +114,8 @@ class FeatureCache:
                     f"Some {name} of {self.description.label} are NaN or too large for {self.config.dtype}; "
                     "check the weights, or store float32."
                 )
-        backbone = json.dumps(self.description.to_metadata())
-        metadata = {"schema": _SCHEMA, "checksum": _compute_checksum(tensors), "backbone": backbone}
-        content = save(tensors, metadata)
         try:
-            with write_atomically(path) as temporary:
-                temporary.write_bytes(content)
+            save_tensors(path, tensors, {"schema": _SCHEMA, "backbone": json.dumps(self.description.to_metadata())})
         except ValueError as error:
             raise ValueError(
                 f"{error} The feature cache is {self.config.directory}; --feature-cache names another (ns-train: "
@@ -132,14 +125,15 @@ class FeatureCache:
 
     def _read(self, key: FeatureKey) -> CachedTokens | str:
         """The tokens, or what is wrong with the file."""
+        path = self.get_path(key)
         try:
-            with safe_open(self.get_path(key), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            return first_line(error)
-        if metadata.get("schema") != _SCHEMA:
-            return f"schema {metadata.get('schema')} instead of {_SCHEMA}"
+            file = open_tensors(path, known=("schema", "backbone", "checksum"))
+            file.check()
+        except ValueError as error:
+            return str(error)
+        tensors, schema = file.tensors, file.metadata.get("schema")
+        if schema != _SCHEMA or (file.checksums is None and "checksum" not in file.metadata):
+            return f"{path} has {'no checksum' if schema == _SCHEMA else f'schema {schema} instead of {_SCHEMA}'}"
         description = self.description
         rows, columns = compute_patch_grid(key.height, key.width, description.patch_size)
         expected = {
@@ -148,9 +142,7 @@ class FeatureCache:
         }
         for name, shape in expected.items():
             if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != self._dtype:
-                return f"{name} is not {list(shape)} of {self.config.dtype}"
-        if metadata.get("checksum") != _compute_checksum(tensors):
-            return "its checksum is wrong"
+                return f"{path}: {name} is not {list(shape)} of {self.config.dtype}"
         return CachedTokens(tensors["patch_tokens"], tensors["prefix_tokens"])
 
 
@@ -199,13 +191,6 @@ def compute_feature_key(image: Tensor) -> FeatureKey:
     height, width = image.shape[:2]
     pixels = levels.cpu().numpy().astype("<u2")
     return FeatureKey(hash_bytes(f"{height}x{width}".encode(), pixels.tobytes()), height, width)
-
-
-def _compute_checksum(tensors: dict[str, Tensor]) -> str:
-    checksum = 0
-    for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, checksum)
-    return f"{checksum:08x}"
 
 
 def _find_missing(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model
@@ -22,6 +21,7 @@ from fit3d_ns.features.adapters import ADAPTER_KEY, ADAPTER_NAME, AdaptedTokenMo
 from fit3d_ns.features.sources import WEIGHTS_NAME, find_backbone_folder
 from fit3d_ns.finetuning.validation import format_consistency
 from fit3d_ns.utils.files import read_json, write_atomically, write_json
+from fit3d_ns.utils.tensor_files import save_tensors
 
 CONFIG_NAME = "config.json"
 
@@ -41,13 +41,11 @@ def save_finetuned(
     Raises:
         ValueError: The disk is full.
     """
-    tensors = _detach(weights)
-    with write_atomically(folder / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS_NAME, weights, {"format": "pt"})
     if isinstance(token_model, AdaptedTokenModel):
-        with write_atomically(folder / ADAPTER_NAME) as temporary:
-            save_file(_detach(token_model.adapter.state_dict()), temporary)
+        save_tensors(folder / ADAPTER_NAME, token_model.adapter.state_dict())
     if add_fit3d:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         with write_atomically(folder / "fit3d.pth") as temporary:
             torch.save(tensors, temporary)
     with write_atomically(folder / "README.md") as temporary:

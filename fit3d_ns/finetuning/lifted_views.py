@@ -126,7 +126,7 @@ class SceneAverages:
         Raises:
             ValueError: The capture is not there, a mask is damaged, or the disk is full.
         """
-        kept = self.store.load(self.compute_hash(index))
+        kept = self.store.load(self.compute_hash(index), "features")
         if kept is not None:
             features = kept["features"].to(scene.gaussians.features.device)
             return replace(scene, gaussians=scene.gaussians.with_features(features))

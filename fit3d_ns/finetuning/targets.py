@@ -103,7 +103,7 @@ class TargetRenderer:
     def render(self, sample: Sample) -> Target:
         """The target of a sample, flipped as its image is; ValueError where the rendering is not finite."""
         content_hash = "" if self.store is None else self._compute_hash(sample)
-        stored = None if self.store is None else self.store.load(content_hash)
+        stored = None if self.store is None else self.store.load(content_hash, "features", "confidence")
         if stored is None:
             features, confidence = self._render(sample)
             self.num_rendered += 1

@@ -1,7 +1,8 @@
 """`Lens`: the intrinsics and distortion of one photograph as it lies on disk."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from fit3d_ns.geometry.cameras import create_K
 
 LensModel = Literal["pinhole", "opencv", "fisheye"]
+MAX_PIXELS = 178_956_970
+"""Of a picture. Pillow refuses larger ones, as files that unpack to anything."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,20 @@ class Lens:
     """`opencv`: polynomial radial and tangential; `fisheye`: OpenCV's equidistant polynomial."""
     distortion: tuple[float, ...] = field(default=())
     """`opencv`: k1 k2 p1 p2 [k3 [k4 k5 k6]], OpenCV's order; `fisheye`: k1 k2 k3 k4; `pinhole`: empty."""
+
+    def __post_init__(self) -> None:
+        values = (self.fx, self.fy, self.cx, self.cy, self.width, self.height, *self.distortion)
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise ValueError(f"A lens has numbers that are not finite: {values}; correct the camera file.")
+        if not isinstance(self.width, int) or not isinstance(self.height, int) or min(self.width, self.height) < 1:
+            raise ValueError(f"A camera has {self.width}x{self.height} pixels; correct the camera file.")
+        if self.width * self.height > MAX_PIXELS:
+            raise ValueError(
+                f"A camera has {self.width}x{self.height} pixels, more than the {MAX_PIXELS} of the largest photograph "
+                "that is read; correct the camera file, or use smaller photographs."
+            )
+        if self.model not in get_args(LensModel):
+            raise ValueError(f"A lens is {self.model!r}; known are {', '.join(get_args(LensModel))}.")
 
     @property
     def K(self) -> Float[Tensor, "3 3"]:

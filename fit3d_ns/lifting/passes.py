@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.scene.gaussians import ActivatedGaussians
-from fit3d_ns.utils.files import hash_bytes, write_atomically
+from fit3d_ns.utils.files import hash_bytes, parse_json
 from fit3d_ns.utils.stopping import StopRequest
+from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a pass, the views done and their number."""
@@ -51,9 +51,7 @@ class LiftState:
     def save(self, path: Path) -> None:
         """Writes the state atomically."""
         content = {"format": _FORMAT, **{name: value for name, value in vars(self).items() if name != "tensors"}}
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        with write_atomically(path) as temporary:
-            save_file(tensors, temporary, metadata={"state": json.dumps(content)})
+        save_tensors(path, self.tensors, {"state": json.dumps(content)})
 
 
 class ViewPasses:
@@ -150,22 +148,35 @@ def load_state(path: Path, identity: dict[str, str], device: torch.device) -> Li
     if not path.exists():
         return LiftState(identity)
     try:
-        with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})["state"])
-            # `safe_open` is not a dictionary: it has `keys()` and nothing to iterate.
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name).to(device) for name in names}
-        if content.pop("format") != _FORMAT:
-            raise ValueError("another format")
-    except Exception as error:
-        raise ValueError(f"{path} is not the state of a lift; delete it to lift from the start.") from error
+        file = open_tensors(path, known=("state",))
+        file.check(finite=False)
+        content = parse_json(file.metadata.get("state", ""), "its state")
+        _check_content(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not the state of a lift; delete it to lift from the start. ({error})") from error
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in file.tensors.items()}
     for name, value in identity.items():
         if content["identity"].get(name) != value:
             raise ValueError(
                 f"{path} belongs to a lift with another {name} ({content['identity'].get(name)}, not {value}); "
                 "finish that lift, or delete the file to start again."
             )
+    del content["format"]
     return LiftState(**{**content, "identity": identity}, tensors=tensors)
+
+
+def _check_content(content: Any) -> None:
+    """Raises ValueError where JSON is not what `LiftState.save` writes."""
+    kinds = {
+        **{"format": str, "identity": dict, "numbers": dict, "residuals": list},
+        **{"current_pass": str, "next_view": int, "finished": list},
+    }
+    if not isinstance(content, dict) or content.keys() != kinds.keys() or content["format"] != _FORMAT:
+        raise ValueError("another format")
+    wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
+    numbers = [*content["residuals"], *content["numbers"].values()] if not wrong else []
+    if wrong or not all(isinstance(number, (int, float)) for number in numbers) or content["next_view"] < 0:
+        raise ValueError(f"a wrong value in {', '.join(wrong) or 'its numbers'}")
 
 
 def compute_identity(

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, fit_pca
 from fit3d_ns.features import BackboneDescription, FeatureCache
@@ -30,8 +28,9 @@ from fit3d_ns.lifting.passes import compute_identity
 from fit3d_ns.lifting.sources import LiftSource
 from fit3d_ns.lifting.views import MAX_PICTURE_TOKENS, choose_views, load_views, sample_tokens
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
-from fit3d_ns.utils.files import hash_bytes, remove, write_atomically
+from fit3d_ns.utils.files import hash_bytes, remove
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,8 @@ def _lift(
     )
     save_scene(scene, task.output_path, include_sh=include_sh)
     sums = result.decoder_statistics
-    tensors = {"regressors": sums.regressors.cpu(), "products": sums.products.cpu()}
-    with write_atomically(task.sums_path) as temporary:
-        save_file(tensors, temporary, metadata=_describe(identity, scene))
+    tensors = {"regressors": sums.regressors, "products": sums.products}
+    save_tensors(task.sums_path, tensors, _describe(identity, scene))
     return sums
 
 
@@ -168,11 +166,13 @@ def _read_sums(task: LiftTask, identity: dict[str, str], device: torch.device | 
     if not task.sums_path.is_file() or not task.output_path.is_file():
         return None
     try:
-        with safe_open(task.sums_path, framework="pt") as file:
-            if file.metadata() != _describe(identity, load_scene(task.output_path)):
-                return None
-            return DecoderStatistics(*(file.get_tensor(name).to(device) for name in ("regressors", "products")))
-    except (SafetensorError, ValueError):
+        file, scene = open_tensors(task.sums_path, known=("identity", "features")), load_scene(task.output_path)
+        if file.metadata != _describe(identity, scene):
+            return None
+        for found in (file, scene):
+            found.check()
+        return DecoderStatistics(*(file.tensors[name].to(device) for name in ("regressors", "products")))
+    except (KeyError, ValueError):
         # Either file is damaged; both are made again.
         return None
 

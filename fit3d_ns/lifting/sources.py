@@ -160,6 +160,7 @@ def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
         ValueError: The file is not a scene file, or its photographs are neither in their place nor in `data_root`.
     """
     scene = load_scene(path)
+    scene.check()
     return LiftSource(
         scene.gaussians.with_features(scene.gaussians.features[:, :0]),
         scene.capture(data_root),

@@ -25,6 +25,7 @@ from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
 from fit3d_ns.scene.photograph_roots import check_root
 from fit3d_ns.scene.posed_capture import PosedCapture, View
 from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader
+from fit3d_ns.utils.tensor_files import TensorFile
 
 MIN_DEPTH_ALPHA = 0.5
 """Rendered depth counts where at least this much opacity stands behind it."""
@@ -62,7 +63,7 @@ class FeatureScene:
     """Numbers of the run that made the scene, plain JSON values."""
     lifted_views: tuple[str, ...] | None = None
     """Names of the captured views whose tokens the features came from; None where that was not recorded."""
-    source: Path | None = None
+    file: TensorFile | None = field(default=None, repr=False, compare=False)
     """The scene file it was loaded from; None for a scene that was made here."""
 
     def __post_init__(self) -> None:
@@ -90,6 +91,11 @@ class FeatureScene:
         return self.posed_capture.scene_id
 
     @property
+    def source(self) -> Path | None:
+        """Path of the scene file."""
+        return None if self.file is None else self.file.path
+
+    @property
     def metric_scale(self) -> float | None:
         """Units of the frame per metre, or None; lengths in metres divide by it."""
         return self.posed_capture.metric_scale
@@ -104,15 +110,27 @@ class FeatureScene:
     @cached_property
     def activated(self) -> ActivatedGaussians:
         """The Gaussians as the rasterizer takes them; made at the first rendering and kept while the scene lives."""
+        self.check()
         return self.gaussians.activate(self.rasterize_mode, self.eps2d)
 
     @cached_property
     def features_and_one(self) -> Float[Tensor, "num_gaussians dim_and_one"]:
         """Features, and a last channel of ones, which blends to the accumulated opacity; kept like `activated`."""
+        self.check()
         return F.pad(self.gaussians.features.float(), (0, 1), value=1.0)
+
+    def check(self) -> None:
+        """Reads the scene's file whole, once; whatever renders or moves the scene comes by here.
+
+        Raises:
+            ValueError: It is damaged, or a number in it is not finite.
+        """
+        if self.file is not None:
+            self.file.check()
 
     def to(self, device: torch.device | str) -> "FeatureScene":
         """The same scene on another device."""
+        self.check()
         pca = None if self.pca is None else self.pca.to(device)
         return replace(self, gaussians=self.gaussians.to(device), decoder=self.decoder.copy_to(device), pca=pca)
 

@@ -28,6 +28,10 @@ STORED_DTYPES = {
     "feature_variance": torch.float16,
     "sh_rest": torch.float16,
 }
+_ROW_SHAPES = {
+    **{"means": (3,), "quats": (4,), "log_scales": (3,), "sh_dc": (3,)},
+    **dict.fromkeys(("opacity_logits", "blend_weight", "num_views", "feature_variance"), ()),
+}
 MAX_VIEWS_STORED = 2**16 - 1
 
 
@@ -58,8 +62,12 @@ class Gaussians:
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
-            if tensor.shape[0] != self.num_gaussians:
-                raise ValueError(f"`{name}` has {tensor.shape[0]} rows for {self.num_gaussians} Gaussians.")
+            if tensor.ndim == 0 or tensor.shape[0] != self.num_gaussians:
+                raise ValueError(f"`{name}` has shape {list(tensor.shape)} for {self.num_gaussians} Gaussians.")
+            if name in _ROW_SHAPES and tensor.shape[1:] != _ROW_SHAPES[name]:
+                raise ValueError(f"`{name}` has rows of {list(tensor.shape[1:])}, expected {list(_ROW_SHAPES[name])}.")
+        if self.features.ndim != 2 or (self.sh_rest is not None and self.sh_rest.shape[2:] != (3,)):
+            raise ValueError("`features` has to be [N, D] and `sh_rest` [N, K, 3].")
         if self.sh_rest is not None and self.sh_rest.shape[1] not in (3, 8, 15, 24):
             raise ValueError(
                 f"{self.sh_rest.shape[1]} further spherical harmonics coefficients belong to no degree; "

@@ -7,13 +7,15 @@ view's size, then undistorted, all in 8 bits. As JSON values (`record_capture`),
 every path is relative to the root.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -30,7 +32,7 @@ from fit3d_ns.data.images import (
     read_image_header,
 )
 from fit3d_ns.geometry.cameras import transform_camera_to_worlds
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.lenses import MAX_PIXELS, Lens
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.utils.progress import notice_once
 
@@ -234,14 +236,19 @@ def parse_capture(record: dict[str, Any]) -> PosedCapture:
     Raises:
         KeyError, TypeError, IndexError, ValueError: The record is not what `record_capture` writes.
     """
-    root = Path(record["root"])
+    root, scale, metric = Path(record["root"]), record["dataparser_scale"], record["metric_scale"]
+    for name in ("scene_id", "layout"):
+        if not isinstance(record[name], str):
+            raise ValueError(f"`{name}` is {record[name]!r}")
+    if not all(math.isfinite(float(factor)) and factor > 0 for factor in (scale, 1 if metric is None else metric)):
+        raise ValueError(f"the scales {scale!r} and {metric!r} are not positive")
     lenses = [Lens(**{**lens, "distortion": tuple(lens["distortion"])}) for lens in record["lenses"]]
     return PosedCapture(
         root=root,
         views=[_parse_view(view, root, lenses) for view in record["views"]],
-        dataparser_transform=torch.tensor(record["dataparser_transform"]),
-        dataparser_scale=float(record["dataparser_scale"]),
-        metric_scale=None if record["metric_scale"] is None else float(record["metric_scale"]),
+        dataparser_transform=_parse_numbers(record["dataparser_transform"], 3, 4),
+        dataparser_scale=float(scale),
+        metric_scale=None if metric is None else float(metric),
         num_bad=int(record["num_bad"]),
         scene_id=record["scene_id"],
         layout=record["layout"],
@@ -300,20 +307,25 @@ def _record_view(view: View, root: Path, lenses: dict[Lens, int]) -> dict[str, A
 
 
 def _parse_view(record: dict[str, Any], root: Path, lenses: list[Lens]) -> View:
+    width, height = int(record["width"]), int(record["height"])
+    if min(width, height) < 1 or width * height > MAX_PIXELS:
+        raise ValueError(f"a view has {width}x{height} pixels")
+    if record["split"] not in get_args(Split):
+        raise ValueError(f"a view is of the split {record['split']!r}")
     frame = Frame(
         image_path=_below(record["image"], root),
         lens=lenses[record["lens"]],
-        camera_to_world=torch.tensor(record["dataset_camera_to_world"]),
+        camera_to_world=_parse_numbers(record["dataset_camera_to_world"], 3, 4),
         split=record["split"],
         mask_path=None if record["mask"] is None else _below(record["mask"], root),
         depth_path=None if record["depth"] is None else _below(record["depth"], root),
     )
     return View(
         name=record["image"],
-        camera_to_world=torch.tensor(record["camera_to_world"]),
-        K=torch.tensor(record["K"]),
-        width=int(record["width"]),
-        height=int(record["height"]),
+        camera_to_world=_parse_numbers(record["camera_to_world"], 3, 4),
+        K=_parse_numbers(record["K"], 3, 3),
+        width=width,
+        height=height,
         split=record["split"],
         frame=frame,
     )
@@ -332,6 +344,13 @@ def _below(name: str, root: Path) -> Path:
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"path {name!r} leaves the capture's root")
     return root / path
+
+
+def _parse_numbers(value: Any, *shape: int) -> Tensor:
+    matrix = np.array(value, dtype=np.float64)
+    if matrix.shape != shape or not np.isfinite(matrix).all():
+        raise ValueError(f"a matrix of {' x '.join(map(str, shape))} numbers is {str(value)[:60]}")
+    return torch.from_numpy(matrix).float()
 
 
 def _numbers(matrix: Tensor) -> list[list[float]]:

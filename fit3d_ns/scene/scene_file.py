@@ -8,21 +8,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription
+from fit3d_ns.rasterization import RasterizeMode
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
 from fit3d_ns.scene.gaussians import STORED_DTYPES, Gaussians
 from fit3d_ns.scene.photograph_roots import confirm_root
 from fit3d_ns.scene.posed_capture import parse_capture, record_capture
-from fit3d_ns.utils.files import write_atomically
+from fit3d_ns.scene.token_grid import TokenReadingRule
+from fit3d_ns.utils.files import parse_json
+from fit3d_ns.utils.tensor_files import TensorFile, open_tensors, save_tensors
 
 SCHEMA_VERSION = 1
 HEADER_KEY = "fit3d_scene"
@@ -78,22 +79,21 @@ def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> Non
         "figures": dict(scene.metrics),
         "lifted_views": None if scene.lifted_views is None else list(scene.lifted_views),
     }
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with write_atomically(Path(path)) as temporary:
-        save_file(on_cpu, temporary, metadata={HEADER_KEY: json.dumps(header)})
+    save_tensors(Path(path), tensors, {HEADER_KEY: json.dumps(header)})
     if scene.source is None:
         # Made here, from a capture that its maker named.
         confirm_root(scene.posed_capture.root)
 
 
 def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureScene:
-    """Opens a scene file. On the CPU its tensors stay on disk until they are read.
+    """Opens a scene file. On the CPU its tensors stay on disk, and unchecked, until they are rendered.
 
     Raises:
         ValueError: The file is missing, cut short, no scene file, or one of a newer schema.
     """
     path = Path(path)
-    header, tensors = _read_file(path)
+    header, file = _read_file(path)
+    tensors = file.tensors
     try:
         scene = FeatureScene(
             gaussians=Gaussians(**{name: tensors[name] for name in STORED_DTYPES if name in tensors}),
@@ -101,15 +101,15 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
             posed_capture=parse_capture(header["capture"]),
             backbone=BackboneDescription.from_metadata(header["backbone"], header.get("backbone_place")),
             pca=_parse_pca(tensors, header["pca_total_variance"]) if "pca.mean" in tensors else None,
-            token_reading=header["token_reading"],
-            rasterize_mode=header["rasterize_mode"],
+            token_reading=_choose(header["token_reading"], get_args(TokenReadingRule)),
+            rasterize_mode=_choose(header["rasterize_mode"], get_args(RasterizeMode)),
             eps2d=float(header["eps2d"]),
-            metrics=header["figures"],
+            metrics=dict(header["figures"]),
             # Files of earlier versions do not name them.
             lifted_views=None if header.get("lifted_views") is None else tuple(map(str, header["lifted_views"])),
-            source=path,
+            file=file,
         )
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not a whole scene file ({error!r}); export the scene again.") from error
     return scene if torch.device(device).type == "cpu" else scene.to(device)
 
@@ -143,52 +143,36 @@ def _read_phases(metrics: Mapping[str, Any]) -> dict[str, float]:
     return phases
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_file(path: Path) -> tuple[dict[str, Any], TensorFile]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a scene file; give the .safetensors file.")
     if not path.is_file():
         raise ValueError(f"No such scene file: {path}.")
-    _check_length(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(HEADER_KEY)
-            if text is None:
-                raise ValueError(
-                    f"{path} holds tensors but no scene; make scene files with fit3d-export or fit3d-lift."
-                )
-            header = json.loads(text)
-            version = header.get("schema_version", 0)
-            if version > SCHEMA_VERSION:
-                raise ValueError(
-                    f"{path} has scene schema {version}, this version reads up to {SCHEMA_VERSION}; update fit3d-ns."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable scene file ({error}); copy or export it again.") from error
-    for name, dtype in STORED_DTYPES.items():
-        if name in tensors and tensors[name].dtype != dtype:
-            raise ValueError(f"{path} stores `{name}` as {tensors[name].dtype}, expected {dtype}; export it again.")
-    return header, tensors
-
-
-def _check_length(path: Path) -> None:
-    """Distinguishes a file that was cut from one that never was a scene; safetensors' messages for both are obscure."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(9)
-        length = int.from_bytes(start[:8], "little")
-        if len(start) >= 8 and start[8:] != b"{":
+    with open(path, "rb") as start:
+        if start.read(9)[8:] not in (b"{", b""):
             raise ValueError(f"{path} is not a scene file; give a .safetensors made by fit3d-export or fit3d-lift.")
-        if len(start) < 8 or size < 8 + length:
-            raise ValueError(f"{path} is cut short ({size} bytes); copy or export it again.")
-        file.seek(8)
-        try:
-            header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} has a damaged header; copy or export it again.") from error
-    if size < 8 + length + end:
-        raise ValueError(f"{path} is cut short: {size} of {8 + length + end} bytes; copy or export it again.")
+    file = open_tensors(path, known=(HEADER_KEY, "format"))
+    if HEADER_KEY not in file.metadata:
+        raise ValueError(f"{path} holds tensors but no scene; make scene files with fit3d-export or fit3d-lift.")
+    header = parse_json(file.metadata[HEADER_KEY], f"The header of {path}")
+    version = header.get("schema_version", 0) if isinstance(header, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{path} is not a whole scene file (schema {version!r}); export the scene again.")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has scene schema {version}, this version reads up to {SCHEMA_VERSION}; update fit3d-ns."
+        )
+    for name, tensor in file.tensors.items():
+        expected = STORED_DTYPES.get(name, torch.float32)
+        if tensor.dtype != expected:
+            raise ValueError(f"{path} stores `{name}` as {tensor.dtype}, expected {expected}; export it again.")
+    return header, file
+
+
+def _choose(value: Any, known: tuple[Any, ...]) -> Any:
+    if value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    return value
 
 
 def _parse_pca(tensors: dict[str, Tensor], total_variance: float) -> PcaBasis:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.utils.errors import explain, find_errno
+from fit3d_ns.utils.errors import explain, find_errno, first_line
 
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 """Process numbers mean something on their own machine only."""
@@ -23,6 +23,10 @@ _NUMBERS = itertools.count()
 _OWN: set[str] = set()
 """Temporary names that this process is writing to; several threads may write at once."""
 _LFS_MARK = b"version https://git-lfs"
+
+_MAX_DEPTH = 100
+"""Of JSON; what goes through it recursively is safe up to several times that."""
+
 _MAX_NAME = 200
 """File systems allow 255 bytes for a name."""
 
@@ -131,10 +135,31 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"No such file: {path}.")
     refuse_lfs_pointer(path)
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """Parses JSON from anywhere.
+
+    Args:
+        text: The JSON, bytes in UTF-8.
+        source: What errors call it.
+
+    Raises:
+        ValueError: It is no JSON, or nested more deeply than anything that we or others write.
+    """
     try:
-        return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore the file or make it again.") from error
+        value = json.loads(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
+    except (ValueError, RecursionError) as error:
+        reason = first_line(error)
+        raise ValueError(f"{source} is not valid JSON ({reason}); restore the file or make it again.") from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        level = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return value
+    raise ValueError(f"{source} is nested more than {_MAX_DEPTH} levels deep; restore the file or make it again.")
 
 
 def hash_bytes(*chunks: bytes) -> str:

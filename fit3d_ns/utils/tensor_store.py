@@ -8,13 +8,10 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fit3d_ns.utils.errors import first_line
-from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
 
 Value = TypeVar("Value")
 
@@ -57,18 +54,21 @@ class TensorStore:
         self.keep_on_disk = keep_on_disk
         self.memory: BoundedMemory[dict[str, Tensor]] = BoundedMemory(int(memory_gb * 1e9))
 
-    def load(self, content_hash: str) -> dict[str, Tensor] | None:
-        """The tensors, not to be written to, or None if they have to be computed."""
+    def load(self, content_hash: str, *names: str) -> dict[str, Tensor] | None:
+        """The tensors of these names, not to be written to, or None if they have to be computed."""
         kept = self.memory.get(content_hash)
         path = self._get_path(content_hash)
         if kept is not None or path is None or not path.is_file():
             return kept
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, OSError) as error:
-            notice(f"{path}, which was kept earlier, is damaged ({first_line(error)}); making it again.")
+            file = open_tensors(path, known=())
+            file.check()
+            if set(names) != set(file.tensors):
+                raise ValueError(f"{path} holds {', '.join(file.tensors) or 'nothing'}, not {', '.join(names)}.")
+        except ValueError as error:
+            notice(f"What was kept earlier is made again: {error}")
             return None
+        tensors = file.tensors
         # Mapped pages are the system's to drop; what fits the budget is copied and stays.
         num_bytes = count_bytes(*tensors.values())
         if self.memory.fits(num_bytes):
@@ -81,8 +81,7 @@ class TensorStore:
         is_kept = self.memory.keep(content_hash, tensors, count_bytes(*tensors.values()))
         path = self._get_path(content_hash)
         if path is not None and (self.keep_on_disk or not is_kept):
-            with write_atomically(path) as temporary:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+            save_tensors(path, tensors)
 
     def _get_path(self, content_hash: str) -> Path | None:
         return None if self.folder is None else self.folder / content_hash[:2] / f"{content_hash}.safetensors"

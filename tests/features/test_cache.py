@@ -3,7 +3,6 @@
 import errno
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -143,10 +142,10 @@ def _copy_other_size(path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_truncate, "Error|error|incomplete"),
-        (lambda path: path.write_bytes(b""), "Error|error|empty"),
-        (lambda path: path.write_text("nonsense" * 40), "Error|error|header"),
-        (_flip_a_bit, "checksum is wrong"),
+        (_truncate, "cut short"),
+        (lambda path: path.write_bytes(b""), "cut short"),
+        (lambda path: path.write_text("nonsense" * 40), "cut short"),
+        (_flip_a_bit, "checksum of .* is wrong"),
         (_copy_other_size, r"patch_tokens is not \[2, 3, 16\]"),
     ],
 )
@@ -158,7 +157,7 @@ def test_cache__damaged_file_is_reported_and_made_again(tmp_path, capsys, batch_
     # Copies: a file that is cut short under a memory map would end the process.
     whole = {name: tensor.clone() for name, tensor in load_file(path).items()}
     damage(path)
-    with pytest.raises(ValueError, match=f"{path.name} are damaged.*({reason})"):
+    with pytest.raises(ValueError, match=f"are damaged.*{path.name}.*({reason})"):
         cache.load(keys[0])
     capsys.readouterr()
     _extract(images, cache)
@@ -177,12 +176,11 @@ def test_cache__missing_file_names_its_path(tmp_path):
 def test_cache__full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     cache = _setup(tmp_path)
 
-    def fail(self, content):
-        with open(self, "wb") as file:
-            file.write(content[:10])
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"{")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr("fit3d_ns.utils.tensor_files.save_file", fail)
     with pytest.raises(ValueError, match="cannot be written: the disk is full; free some space"):
         _extract(_images([(28, 28)]), cache)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,0 +1,115 @@
+"""Seeded damage to ten kinds of file: a command goes on, or says in one sentence what is wrong; it never guesses.
+
+Where a file of ours is damaged, its numbers are not used: a command refuses it, or makes the file again and ends
+with the results of the undamaged one.
+"""
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import IS_NIGHTLY
+from tests.faults.harness import Fault, attempt, call_main, copy_folder, run_all
+from tests.faults.mutations import mutate_bytes, mutate_embedded_json, mutate_json, mutate_safetensors
+from tests.faults.world import CANARY, COMMANDS, Command, collect_results
+
+NUM_MUTATIONS = 3000 if IS_NIGHTLY else 30
+"""Of each kind of file."""
+
+Mutate = Callable[[bytes, random.Random], bytes]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file, how it is damaged, and the command that then reads it."""
+
+    pattern: str
+    """Glob below the work folder; one match is damaged."""
+    mutate: tuple[Mutate, ...]
+    """Ways to damage it."""
+    command: Command
+    """Reads the file."""
+    prepare: tuple[Command, ...] = ()
+    """Commands that make it."""
+    is_ours: bool = False
+    """Whether damage must be found."""
+    stopped_by: Fault | None = None
+    """Kills the preparation half-way."""
+
+
+def _vary(command: Command, old: str, new: str) -> Command:
+    module, arguments = command.arguments
+    return replace(command, arguments=[module, [new if argument == old else argument for argument in arguments]])
+
+
+LIFT, FINETUNE, PROBE = COMMANDS["fit3d-lift"], COMMANDS["fit3d-finetune"], COMMANDS["fit3d-probe"]
+KEEPING = replace(FINETUNE, arguments=[FINETUNE.arguments[0], [*FINETUNE.arguments[1], "--cache-folder", "targets"]])
+"""Keeps targets and averages for other runs."""
+COLMAP = _vary(LIFT, "captures/a", "captures/colmap")
+FINETUNED = Command(
+    "fit3d-probe of a fine-tuned folder",
+    call_main,
+    [PROBE.arguments[0], [*PROBE.arguments[1], "--assembly", "finetuned", "--finetuned", "vit"]],
+    "probed",
+)
+REPORT = Command(
+    "fit3d-report",
+    call_main,
+    ["fit3d_ns.cli.report", ["vit/report.json", "probed/consistency.json", "--output-dir", "results"]],
+    "results",
+)
+KINDS = {
+    "scene file": Kind("scenes/room.safetensors", (mutate_safetensors, mutate_embedded_json), PROBE, is_ours=True),
+    "splat PLY": Kind("captures/a.ply", (mutate_bytes,), LIFT),
+    "transforms.json": Kind("captures/a/transforms.json", (mutate_json,), LIFT),
+    "COLMAP model": Kind("captures/colmap/sparse/0/*.bin", (mutate_bytes,), COLMAP),
+    "feature cache": Kind("cache/**/*.safetensors", (mutate_safetensors,), LIFT, is_ours=True),
+    "kept targets": Kind("targets/**/*.safetensors", (mutate_safetensors,), KEEPING, (KEEPING,), is_ours=True),
+    "lift state": Kind("lifted/*.lift", (mutate_safetensors, mutate_embedded_json), LIFT, (LIFT,), True, Fault(120)),
+    "weights": Kind("vit/model.safetensors", (mutate_safetensors,), FINETUNED, (FINETUNE,)),
+    "config.json": Kind("vit/config.json", (mutate_json,), FINETUNED, (FINETUNE,)),
+    "records": Kind("*/*.json", (mutate_json,), REPORT, (FINETUNE, PROBE)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damage__is_found_or_harmless(name: str, base: Path, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    start = copy_folder(base, tmp_path / "start")
+    for command in kind.prepare:
+        prepared = attempt(command.function, command.arguments, start, fault=kind.stopped_by, seconds=300)
+        assert prepared.kind == ("killed" if kind.stopped_by else "done"), prepared.text
+    matches = sorted(path for path in start.glob(kind.pattern) if "captures" in kind.pattern or path.is_file())
+    assert matches, list(start.rglob("*"))
+    intact = copy_folder(start, tmp_path / "intact")
+    outcome = attempt(kind.command.function, kind.command.arguments, intact, seconds=300)
+    assert outcome.kind == "done", outcome.text
+    expected = collect_results(intact / kind.command.results)
+
+    def damage_and_read(number: int) -> str:
+        random_ = random.Random(f"{name} {number}")
+        folder = copy_folder(start, tmp_path / str(number))
+        path = folder / random_.choice(matches).relative_to(start)
+        content = path.read_bytes()
+        damaged = random_.choice(kind.mutate)(content, random_)
+        path.write_bytes(damaged)
+        canary = folder / CANARY
+        outcome = attempt(kind.command.function, kind.command.arguments, folder, seconds=40, memory_gb=2)
+        problem = ""
+        if outcome.kind not in ("done", "sentence"):
+            problem = f"{outcome.kind}\n{outcome.text[-1500:]}"
+        elif outcome.kind == "done" and kind.is_ours and damaged != content:
+            found = collect_results(folder / kind.command.results)
+            different = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
+            problem = f"silent: other results in {different}" if different else ""
+        if canary.exists():
+            problem = f"code ran: {outcome.text[-500:]}"
+        shutil.rmtree(folder)
+        return f"{number}, {path.name}: {problem}" if problem else ""
+
+    problems = [problem for problem in run_all(range(NUM_MUTATIONS), damage_and_read) if problem]
+    assert not problems, f"{len(problems)} of {NUM_MUTATIONS}\n" + "\n".join(problems)
