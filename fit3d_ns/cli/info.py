@@ -1,4 +1,4 @@
-"""`fit3d-info`: what this machine offers and what is missing; the first thing a bug report needs."""
+"""`fit3d-info`: what this machine offers and what is missing, for bug reports; whether files are whole (`--verify`)."""
 
 import ctypes
 import importlib.util
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +19,12 @@ from rich.table import Table
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.rasterization import available_backends
-from fit3d_ns.utils.files import write_json
+from fit3d_ns.scene import load_scene
+from fit3d_ns.scene.scene_file import HEADER_KEY
+from fit3d_ns.utils.files import read_json, write_json
+from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.results import collect_versions
+from fit3d_ns.utils.tensor_files import open_tensors
 
 _PROGRAMS = (
     ("ffmpeg", "ns-render", "Debian package ffmpeg"),
@@ -37,12 +42,19 @@ _LIBRARIES = (
     ("libGL.so.1", "opencv-python, if that replaced the headless build", "Debian package libgl1"),
     ("libusb-1.0.so.0", "open3d (ns-export, nerfstudio-data with a ply)", "Debian package libusb-1.0-0"),
 )
+_VERIFIED_SUFFIXES = (".safetensors", ".lift", ".json")
+_WHOLE = "whole"
 
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Where the answer goes."""
+    """What is asked, and where the answer goes."""
 
+    verify: tuple[Path, ...] = ()
+    """Instead, read these files whole, and all scene, weight, target and JSON files below these folders, and say
+    which are damaged; the exit status is 1 if any is."""
+    json: bool = False
+    """Print JSON, for programs, instead of a table."""
     output_path: Path | None = None
     """Also write everything as JSON to this file."""
 
@@ -64,17 +76,72 @@ def collect_info() -> dict[str, Any]:
 
 
 def info(config: InfoConfig) -> None:
-    """Prints a table, and writes the JSON if asked to."""
-    content = collect_info()
+    """Prints a table, and writes the JSON if asked to.
+
+    Raises:
+        ValueError: Of the files to verify, one is damaged or missing.
+    """
+    content = verify_files(config.verify) if config.verify else collect_info()
+    if config.json:
+        print(json.dumps(content, indent=2))
+    else:
+        _print_table(content)
+    if config.output_path is not None:
+        write_json(config.output_path, content)
+        if not config.json:
+            print(f"Written to {config.output_path}")
+    damaged = [path for path, found in content.items() if config.verify and not found.startswith(_WHOLE)]
+    if damaged:
+        raise ValueError(f"{len(damaged)} of {len(content)} files are not whole: {', '.join(damaged)}.")
+
+
+def verify_files(paths: Sequence[Path]) -> dict[str, str]:
+    """Reads files whole and holds them against the checksums that they carry.
+
+    Args:
+        paths: `.safetensors` files (scenes, weights, features, targets), states of a lift (`.lift`), `.json` files,
+            or folders, which are searched for all of these.
+
+    Returns:
+        By path: "whole", with what that means, or what is wrong.
+    """
+    files = [path for root in paths for path in (_list_files(root) if root.is_dir() else [root])]
+    if not files:
+        raise ValueError(f"Below {', '.join(map(str, paths))} lie no {', '.join(_VERIFIED_SUFFIXES)} files to verify.")
+    return {str(path): _verify(path) for path in track(files, "Verifying files")}
+
+
+def _list_files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.suffix in _VERIFIED_SUFFIXES and path.is_file())
+
+
+def _verify(path: Path) -> str:
+    try:
+        if path.suffix == ".json":
+            read_json(path)
+            return f"{_WHOLE}: JSON"
+        if path.suffix not in _VERIFIED_SUFFIXES:
+            return f"nothing is known of {path.suffix or 'such'} files, only of {', '.join(_VERIFIED_SUFFIXES)}"
+        file = open_tensors(path)
+        file.check()
+        if HEADER_KEY in file.metadata:
+            load_scene(path)
+    except ValueError as error:
+        return str(error)
+    kind = "scene, " if HEADER_KEY in file.metadata else ""
+    has = "all checksums right" if file.checksums is not None else "all finite, but it carries no checksums"
+    return f"{_WHOLE}: {kind}{len(file.tensors)} tensors, {has}"
+
+
+def _print_table(content: dict[str, Any]) -> None:
     table = Table(title="fit3d-info", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     for name, value in content.items():
         text = value if isinstance(value, str) else json.dumps(value, indent=1)
         # Without this, rich reads the `[demo]` of `pip install '.[demo]'` as markup.
-        table.add_row(name.replace("_", " "), escape(text))
+        table.add_row(escape(name if os.sep in name else name.replace("_", " ")), escape(text))
     Console(soft_wrap=True).print(table)
-    if config.output_path is not None:
-        write_json(config.output_path, content)
-        print(f"Written to {config.output_path}")
 
 
 def _list_registered(group: str) -> list[str]:
@@ -116,7 +183,12 @@ def _find_missing() -> list[str]:
 
 def main() -> None:
     """Entry point."""
-    run_command(InfoConfig, info, prog="fit3d-info", description="Prints what this machine offers and what is missing.")
+    run_command(
+        InfoConfig,
+        info,
+        prog="fit3d-info",
+        description="Prints what this machine offers and what is missing, or whether files are whole.",
+    )
 
 
 if __name__ == "__main__":

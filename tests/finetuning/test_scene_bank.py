@@ -16,6 +16,7 @@ from fit3d_ns.finetuning.lifted_views import compute_scene_hash
 from fit3d_ns.finetuning.scene_bank import SceneBank, find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import FeatureDecoder, Gaussians, load_scene, save_scene
+from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
 from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc")
@@ -191,13 +192,11 @@ def test_bank__refuses_files_cut_in_half_and_of_a_newer_schema(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"room.safetensors is cut short"):
         SceneBank([path])
-    header_size = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + header_size])
-    inner = json.loads(header["__metadata__"]["fit3d_scene"])
-    inner["schema_version"] = 99
-    header["__metadata__"]["fit3d_scene"] = json.dumps(inner)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + header_size :])
+    path.write_bytes(whole)
+    file = open_tensors(path)
+    header = json.loads(file.metadata["fit3d_scene"])
+    newer = {"fit3d_scene": json.dumps({**header, "schema_version": 99})}
+    save_tensors(path, {name: tensor.clone() for name, tensor in file.tensors.items()}, newer)
     with pytest.raises(ValueError, match="schema 99"):
         SceneBank([path])
 
