@@ -42,7 +42,7 @@ _LIBRARIES = (
     ("libGL.so.1", "opencv-python, if that replaced the headless build", "Debian package libgl1"),
     ("libusb-1.0.so.0", "open3d (ns-export, nerfstudio-data with a ply)", "Debian package libusb-1.0-0"),
 )
-_VERIFIED_SUFFIXES = (".safetensors", ".lift", ".json")
+_VERIFIED_SUFFIXES = (".safetensors", ".lift-state", ".decoder-sums", ".json")
 _WHOLE = "whole"
 
 
@@ -99,7 +99,8 @@ def verify_files(paths: Sequence[Path]) -> dict[str, str]:
     """Reads files whole and holds them against the checksums that they carry.
 
     Args:
-        paths: `.safetensors` files (scenes, weights, features, targets), states of a lift (`.lift`), `.json` files,
+        paths: `.safetensors` files (scenes, weights, features, targets), what an unfinished lift keeps
+            (`.lift-state`, `.decoder-sums`), `.json` files,
             or folders, which are searched for all of these.
 
     Returns:

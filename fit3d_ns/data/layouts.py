@@ -11,6 +11,7 @@ from fit3d_ns.data.frames import CaptureFiles, Layout
 from fit3d_ns.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_visible
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.data.transforms import read_transforms
+from fit3d_ns.utils.errors import reading
 
 RUN_CONFIG = "config.yml"
 """nerfstudio's name of a run's configuration."""
@@ -33,7 +34,8 @@ def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto", is_stric
     if not path.exists():
         raise ValueError(f"No such scene: {path}; check the path given as --data.")
     chosen = _find_layout(path) if layout == "auto" else layout
-    capture = check_capture(_READERS[chosen](path), is_strict)
+    with reading(f"The capture {path}"):
+        capture = check_capture(_READERS[chosen](path), is_strict)
     if not any(frame.split == "train" and not frame.is_bad for frame in capture.frames):
         raise ValueError(f"{path} has no usable train frame; all are bad or held out.")
     return capture

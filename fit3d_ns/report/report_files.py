@@ -9,6 +9,7 @@ from pathlib import Path
 from fit3d_ns.report.result_files import Results
 from fit3d_ns.report.result_tables import create_finetune_tables, create_probe_tables
 from fit3d_ns.report.table import Cell, Table
+from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import write_atomically, write_json
 
 STEM = "tables"
@@ -26,6 +27,12 @@ class Report:
 
 def write_report(results: Results, folder: Path, title: str) -> Report:
     """Writes the tables of all results; ValueError where two must not stand in one table."""
+    for probe in results.probes:
+        with reading(probe.path):
+            create_probe_tables([probe])
+    for finetuning in results.finetunings:
+        with reading(finetuning.path):
+            create_finetune_tables([finetuning])
     tables = create_probe_tables(results.probes) + create_finetune_tables(results.finetunings)
     tables.sort(key=lambda table: table.is_random)
     markdown = write_markdown(tables, title)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -86,6 +87,20 @@ def find_errno(error: BaseException) -> tuple[int | None, str]:
             if number is not None and (not is_context or number in _RESOURCES):
                 return number, path
     return None, ""
+
+
+@contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Around code that takes a file's content apart: what it does not find there is a ValueError that names the file.
+
+    Args:
+        source: The file, as errors call it.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{source} is damaged or not what was expected ({what}); copy or make it again.") from error
 
 
 def check_writable(path: Path) -> None:

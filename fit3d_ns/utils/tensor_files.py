@@ -87,6 +87,7 @@ def open_tensors(path: Path, known: Collection[str] | None = None) -> TensorFile
         raise ValueError(f"{path} is {how}; copy or make it again.") from error
     if _KEY not in metadata:
         unknown = sorted(set(metadata) - set(metadata if known is None else known))
+        unknown += [name for name, value in metadata.items() if _METADATA in value]
         if unknown:
             raise ValueError(f"{path} is damaged: it has metadata `{unknown[0][:20]}`; copy or make it again.")
         return TensorFile(path, tensors, metadata, None)
@@ -99,7 +100,7 @@ def open_tensors(path: Path, known: Collection[str] | None = None) -> TensorFile
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors of any device atomically, with their checksums.
+    """Writes tensors of any device atomically, with their checksums; equal tensors and metadata make equal bytes.
 
     Raises:
         ValueError: The file cannot be written; nothing remains of it.
@@ -109,6 +110,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     checksums[_METADATA] = _compute_metadata_checksum(metadata or {})
     with write_atomically(path) as temporary:
         save_file(on_cpu, temporary, metadata={**(metadata or {}), _KEY: json.dumps(checksums)})
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order of chance; the header keeps its length."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        packed = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(packed) <= length:
+            file.seek(8)
+            file.write(packed.ljust(length))
 
 
 def compute_checksum(tensor: Tensor) -> str:

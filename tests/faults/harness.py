@@ -75,8 +75,8 @@ def attempt(
         memory_gb: Address space that the child may take beyond what the server has.
         file_mb: Largest file that the child may write, in 1e6 bytes.
     """
-    log, counter = folder / ".attempt.log", folder / ".attempt.count"
-    for stale in (log, counter):
+    log, counter, ended = (folder / f".attempt.{name}" for name in ("log", "count", "code"))
+    for stale in (log, counter, ended):
         stale.unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -88,11 +88,12 @@ def attempt(
         child.join()
         return Outcome("hang", _read(log))
     text, count = _read(log), int(_read(counter) or 0)
-    code = child.exitcode
+    # Two threads that start children disturb what `multiprocessing` knows of exit codes: the child writes its own.
+    code = int(_read(ended) or (child.exitcode if child.exitcode and child.exitcode < 0 else -signal.SIGKILL))
     if "Traceback (most recent call last)" in text:
         return Outcome("traceback", text, count)
     kinds = {0: "done", 1: "sentence", 130: "interrupted", -signal.SIGKILL: "killed"}
-    return Outcome(kinds.get(code if code is not None else -1, f"exit {code}"), text, count)
+    return Outcome(kinds.get(code, f"exit {code}"), text, count)
 
 
 def run_all(items: Sequence[Item], function: Callable[[Item], Any]) -> list[Any]:
@@ -155,6 +156,7 @@ def _run_child(
         sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
+    (folder / ".attempt.code").write_text(str(code))
     os._exit(code)
 
 

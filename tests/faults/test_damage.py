@@ -48,7 +48,8 @@ def _vary(command: Command, old: str, new: str) -> Command:
 
 LIFT, FINETUNE, PROBE = COMMANDS["fit3d-lift"], COMMANDS["fit3d-finetune"], COMMANDS["fit3d-probe"]
 KEEPING = replace(FINETUNE, arguments=[FINETUNE.arguments[0], [*FINETUNE.arguments[1], "--cache-folder", "targets"]])
-"""Keeps targets and averages for other runs."""
+"""Keeps targets and averages for other runs, of which the next is one."""
+KEPT = replace(_vary(KEEPING, "vit", "again"), results="again")
 COLMAP = _vary(LIFT, "captures/a", "captures/colmap")
 FINETUNED = Command(
     "fit3d-probe of a fine-tuned folder",
@@ -68,8 +69,10 @@ KINDS = {
     "transforms.json": Kind("captures/a/transforms.json", (mutate_json,), LIFT),
     "COLMAP model": Kind("captures/colmap/sparse/0/*.bin", (mutate_bytes,), COLMAP),
     "feature cache": Kind("cache/**/*.safetensors", (mutate_safetensors,), LIFT, is_ours=True),
-    "kept targets": Kind("targets/**/*.safetensors", (mutate_safetensors,), KEEPING, (KEEPING,), is_ours=True),
-    "lift state": Kind("lifted/*.lift", (mutate_safetensors, mutate_embedded_json), LIFT, (LIFT,), True, Fault(120)),
+    "kept targets": Kind("targets/**/*.safetensors", (mutate_safetensors,), KEPT, (KEEPING,), is_ours=True),
+    "lift state": Kind(
+        "lifted/*.lift-state", (mutate_safetensors, mutate_embedded_json), LIFT, (LIFT,), True, stopped_by=Fault(80)
+    ),
     "weights": Kind("vit/model.safetensors", (mutate_safetensors,), FINETUNED, (FINETUNE,)),
     "config.json": Kind("vit/config.json", (mutate_json,), FINETUNED, (FINETUNE,)),
     "records": Kind("*/*.json", (mutate_json,), REPORT, (FINETUNE, PROBE)),

@@ -245,6 +245,7 @@ def _without_times(value: Any) -> Any:
         "per_second",
         "num_scene_loads",
         "num_targets_rendered",
+        "num_scenes_averaged",
         "resumed",
     )
     if isinstance(value, dict):
