@@ -25,6 +25,7 @@ OPERATIONS = ("mkdir", "fsync", "replace", "rename", "unlink", "remove", "rmdir"
 
 PRELOADED = [
     *(f"fit3d_ns.cli.{name}" for name in ("export", "finetune", "lift", "probe", "report", "synthesize")),
+    "tests.faults.warm",
     "nerfstudio.scripts.train",
     "tests.faults.world",
 ]
