@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,8 +156,10 @@ def _run_child(
         code = 1
         # A command may have installed a hook of its own for what ends the process.
         sys.excepthook(type(error), error, error.__traceback__)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # The log may be at the limit that is being tried.
+        with suppress(OSError):
+            stream.flush()
     (folder / ".attempt.code").write_text(str(code))
     os._exit(code)
 
