@@ -155,9 +155,10 @@ def _run_child(
     except BaseException as error:
         code = 1
         # A command may have installed a hook of its own for what ends the process.
-        sys.excepthook(type(error), error, error.__traceback__)
+        with suppress(OSError):
+            sys.excepthook(type(error), error, error.__traceback__)
+    # The log may be at the limit that is being tried.
     for stream in (sys.stdout, sys.stderr):
-        # The log may be at the limit that is being tried.
         with suppress(OSError):
             stream.flush()
     (folder / ".attempt.code").write_text(str(code))
