@@ -57,7 +57,8 @@ class LiftCommand:
     """Splatfacto runs, ours or nerfstudio's (also splatfacto-big, antialiased, with camera optimizer): their config.yml
     or folder."""
     ply: Path | None = None
-    """Gaussians as Inria's code, gsplat, nerfstudio or SuperSplat write them; needs --data."""
+    """Gaussians as Inria's code, gsplat (also its trainer's ckpts/*.pt), nerfstudio or SuperSplat (also compressed)
+    write them; needs --data."""
     scene: tuple[Path, ...] = ()
     """Scene files to lift again with another backbone or other settings: cameras and Gaussians are read from them."""
     data: Path | None = None

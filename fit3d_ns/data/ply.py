@@ -19,6 +19,7 @@ _TYPES = {
 }
 _ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": "="}
 _MAX_HEADER_BYTES = 2**20
+_PLURALS = {"vertex": "vertices"}
 _GREY = 128
 _COLOURS = (
     ("red", "green", "blue"),
@@ -27,7 +28,8 @@ _COLOURS = (
     ("f_dc_0", "f_dc_1", "f_dc_2"),
 )
 """Names of colours in point clouds, and last in Gaussians."""
-_SH_CONSTANT = 0.28209479177387814
+SH_CONSTANT = 0.28209479177387814
+"""Of the first spherical harmonic: colour = 0.5 + SH_CONSTANT * f_dc."""
 _MAX_16_BITS = 65535
 _MAX_DIGITS = 19
 """Of a count; more vertices have no place in any file."""
@@ -39,6 +41,15 @@ def read_ply_vertices(path: Path) -> np.ndarray:
     Raises:
         ValueError: The file is missing, cut short, not a PLY, or has lists among the vertices or before them.
     """
+    return read_ply_elements(path)["vertex"]
+
+
+def read_ply_elements(path: Path) -> dict[str, np.ndarray]:
+    """Reads the vertices as `read_ply_vertices` does and the elements around them, up to the first with lists.
+
+    Raises:
+        ValueError: As there; an element after the vertices is cut short.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"PLY file {path} is missing; restore it or name another one.")
@@ -49,13 +60,17 @@ def read_ply_vertices(path: Path) -> np.ndarray:
     if not start.startswith(b"ply") or end is None:
         raise ValueError(f"{path} is not a PLY file: it has no PLY header; restore the file or make it again.")
     order, elements = _parse_header(start[: end.start()].decode("ascii", errors="replace"), path)
-    *before, (count, dtype) = elements
-    if order == "=":
-        return _parse_text(path.read_bytes()[end.end() :], sum(number for number, _ in before), count, dtype, path)
-    offset = end.end() + sum(number * kind.itemsize for number, kind in before)
-    if path.stat().st_size < offset + count * dtype.itemsize:
-        raise ValueError(f"{path} is cut short: fewer than {count} vertices; copy it again.")
-    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
+    read, offset, num_before = {}, end.end(), 0
+    body = path.read_bytes()[end.end() :] if order == "=" else b""
+    for name, count, dtype in elements:
+        if order == "=":
+            read[name] = _parse_text(body, num_before, count, dtype, path)
+        elif path.stat().st_size < offset + count * dtype.itemsize:
+            raise ValueError(f"{path} is cut short: fewer than {count} {_PLURALS.get(name, name)}; copy it again.")
+        else:
+            read[name] = np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
+        offset, num_before = offset + count * dtype.itemsize, num_before + count
+    return read
 
 
 def write_ply_vertices(vertices: np.ndarray, path: Path) -> None:
@@ -84,32 +99,34 @@ def read_ply_points(path: Path) -> PointCloud | None:
     found = next((group for group in _COLOURS if set(group) <= set(names)), None)
     if found is not None:
         values = np.stack([vertices[name] for name in found], axis=-1)
-        rgb = _to_bytes(np.clip(0.5 + _SH_CONSTANT * values, 0, 1) if found == _COLOURS[-1] else values)
+        rgb = _to_bytes(np.clip(0.5 + SH_CONSTANT * values, 0, 1) if found == _COLOURS[-1] else values)
     else:
         rgb = np.full(xyz.shape, _GREY, dtype=np.uint8)
     return create_points(xyz, rgb, path)
 
 
-def _parse_header(header: str, path: Path) -> tuple[str, list[tuple[int, np.dtype]]]:
-    """The byte order, and number and layout of each element up to the vertices, which come last."""
+def _parse_header(header: str, path: Path) -> tuple[str, list[tuple[str, int, np.dtype]]]:
+    """The byte order, and name, number and layout of each element before the first that comes after the vertices and
+    has lists."""
     order, element = None, ""
-    elements: list[tuple[int, list[tuple[str, str]]]] = []
+    elements: list[tuple[str, int, list[tuple[str, str]]]] = []
     for line in header.splitlines():
         match line.split():
             case ["format", layout, *_]:
                 order = _ORDERS.get(layout)
-            case ["element", *_] if element == "vertex":
-                break
             case ["element", element, count] if count.isdecimal() and len(count) < _MAX_DIGITS:
-                elements.append((int(count), []))
+                elements.append((element, int(count), []))
             case ["property", kind, name] if kind in _TYPES and elements:
-                elements[-1][1].append((name, (order or "=") + _TYPES[kind]))
+                elements[-1][2].append((name, (order or "=") + _TYPES[kind]))
             case ["element" | "property", *_]:
+                if any(name == "vertex" for name, *_ in elements[:-1]):
+                    elements.pop()
+                    break
                 raise ValueError(f"{path} has `{line.strip()}` in its header, which is not a plain number per vertex.")
-    if order is None or element != "vertex" or not elements[-1][1]:
+    if order is None or not any(name == "vertex" and properties for name, _, properties in elements):
         raise ValueError(f"{path} has an incomplete PLY header: no known format or no vertices; make the file again.")
     try:
-        return order, [(count, np.dtype(properties)) for count, properties in elements]
+        return order, [(name, count, np.dtype(properties)) for name, count, properties in elements]
     except ValueError as error:
         raise ValueError(f"{path} has a damaged PLY header ({error}); make the file again.") from error
 

@@ -1,30 +1,33 @@
 """`LiftSource`: what a scene is lifted from, Gaussians and the photographs of the same scene; read from files.
 
-Gaussians and views share one frame. A PLY does not say which world it is in. `dataset`: the world of the capture's
-camera file. `colmap`: the world of COLMAP's model, from which ns-process-data and ScanNet++ moved their poses.
-`training`: nerfstudio's training frame, as `ns-export gaussian-splat` writes it, known by the run's
-`dataparser_transforms.json`. Each is a rigid motion and a scale of the dataset's world. The cameras are moved into the
-PLY's world, never the Gaussians, so colours that depend on the direction stay right.
+Gaussians and views share one frame. A PLY does not say which world it is in (`worlds.py`), nor in which order its
+quaternions are written: renderings are held against photographs, so that nothing wrong passes in silence.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
+from fit3d_ns.lifting.worlds import TRANSFORMS_NAME, WORLDS, PlyWorld, WorldChange, find_changes, read_similarity
 from fit3d_ns.rasterization import RasterizeMode
-from fit3d_ns.scene import ActivatedGaussians, Gaussians, PosedCapture, View, create_posed_capture, load_scene, read_ply
+from fit3d_ns.scene import (
+    ActivatedGaussians,
+    Gaussians,
+    PosedCapture,
+    View,
+    create_posed_capture,
+    load_scene,
+    read_splats,
+)
 from fit3d_ns.scene.posed_capture import parse_capture, record_capture
 from fit3d_ns.scene.scene_file import find_geometry_seconds
-from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly
 
@@ -37,11 +40,14 @@ SMALLEST_PSNR = 12.0
 CLEARLY_BETTER_DB = 3.0
 """A world that fits by so much better is the right one."""
 
-TRANSFORMS_NAME = "dataparser_transforms.json"
-"""nerfstudio writes it into every run's folder."""
+CHECKED_SIDE = 480
+"""Photographs of the check are reduced to about this longer side, in pixels."""
 
-PlyWorld = Literal["dataset", "colmap", "training"]
-_WORLDS: tuple[PlyWorld, ...] = ("dataset", "colmap", "training")
+WRONG_SCALE, SCALE_DB = 1.2, 0.25
+"""A world is refused where another scale, by this factor, fits by so many dB better."""
+
+OTHER_ORDER_DB = 1.0
+"""Quaternions are taken as xyzw where they fit by so much better."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,14 @@ class PlyConfig:
 
     ply_world: PlyWorld = "dataset"
     """With --ply: whose world it is in. `dataset` is that of the camera file, `colmap` that of COLMAP's model,
-    `training` nerfstudio's training frame (what ns-export writes)."""
+    `training` nerfstudio's training frame (what ns-export writes), `gsplat` the normalised one of gsplat's example
+    trainer."""
+    ply_transform: Path | None = None
+    """With --ply: a file (.txt, .npy, .json) with the 4x4 matrix, a rotation with one scale and a translation, between
+    --ply-world and the PLY's own world, in either direction."""
     dataparser_transforms: Path | None = None
     """With --ply-world training: the run's dataparser_transforms.json or the run's folder; by default it is looked for
-    next to the PLY."""
+    next to the PLY, and where there is none, nerfstudio's defaults are taken."""
     rasterize_mode: RasterizeMode = "classic"
     """With --ply: the mode the Gaussians were trained in."""
     downscale_factor: int = 1
@@ -133,24 +143,6 @@ class PlyConfig:
     smallest_psnr: float = SMALLEST_PSNR
     """With --ply: below this many dB between three renderings and their photographs the lift is refused, and where
     another world fits clearly better; 0 never refuses (for photographs before another background than black)."""
-
-
-@dataclass(frozen=True)
-class WorldChange:
-    """From the dataset's world into another one: x -> (rotation x + translation) * scale."""
-
-    transform: Float[Tensor, "3 4"]
-    """Rigid motion."""
-    scale: float
-    """Factor afterwards, positive."""
-
-    def after(self, first: "WorldChange") -> "WorldChange":
-        """This change, applied after another one."""
-        rotation, translation = self.transform[:, :3], self.transform[:, 3]
-        # (R (R1 x + t1) s1 + t) s = (R R1 x + R t1 + t / s1) s1 s
-        moved = rotation @ first.transform[:, 3] + translation / first.scale
-        transform = torch.cat([rotation @ first.transform[:, :3], moved[:, None]], dim=1)
-        return WorldChange(transform, first.scale * self.scale)
 
 
 def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
@@ -178,33 +170,69 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
         ValueError: One of them cannot be read, the world is not known for this capture, or it is the wrong one; the
             message then says which one fits.
     """
-    gaussians, num_dropped = read_ply(ply)
+    gaussians, num_dropped = read_splats(Path(ply))
     files = read_capture(data, is_strict=config.strict)
     notice(files.description)
     gaussians = gaussians.with_features(gaussians.features[:, :0])
     description = f"PLY {Path(ply).name} in the {config.ply_world} world"
+    longer = max(max(frame.lens.width, frame.lens.height) for frame in files.frames)
+    checked_factor = max(math.ceil(longer / CHECKED_SIDE), config.downscale_factor)
+    photographs: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def create(change: WorldChange) -> LiftSource:
-        capture = create_posed_capture(files, change.transform, change.scale, config.downscale_factor)
+    def create(change: WorldChange, factor: int = checked_factor) -> LiftSource:
+        capture = create_posed_capture(files, change.transform, change.scale, factor)
         return LiftSource(gaussians, capture, description, config.rasterize_mode, num_dropped=num_dropped)
 
-    source, fit = _find_best([create(change) for change in find_changes(config.ply_world, files, ply, config)], device)
+    def measure(source: LiftSource) -> PhotoFit:
+        return compare_with_photographs(source, device, photographs)
+
+    def find_best(changes: list[WorldChange]) -> tuple[WorldChange, PhotoFit]:
+        fits = [measure(create(change)) for change in changes]
+        best = max(range(len(changes)), key=lambda index: (fits[index].is_seen, fits[index].psnr))
+        return changes[best], fits[best]
+
+    transforms = _find_transforms(ply, config)
+    changes = find_changes(config.ply_world, files, transforms)
+    if config.ply_transform is not None:
+        changes = [own.after(change) for own in read_similarity(config.ply_transform) for change in changes]
+        description = f"PLY {Path(ply).name} moved by {config.ply_transform.name}"
+    change, fit = find_best(changes)
+    turned = gaussians.with_quats_as_xyzw()
+    other_order = measure(replace(create(change), gaussians=turned))
+    if other_order.psnr > fit.psnr + OTHER_ORDER_DB:
+        notice(
+            f"The quaternions of {ply} are in the order xyzw, which fits by {other_order.psnr - fit.psnr:.1f} dB more."
+        )
+        gaussians, fit = turned, other_order
     if config.smallest_psnr > 0:
-        others = _try_other_worlds(ply, config, files, create, device)
-        _check_fit(f"{ply} in the {config.ply_world} world", data, fit, others, config)
-    return source
+        others: dict[PlyWorld, PhotoFit] = {}
+        for world in WORLDS:
+            if world != config.ply_world or config.ply_transform is not None:
+                with suppress(ValueError):
+                    others[world] = find_best(find_changes(world, files, transforms))[1]
+        what = f"{ply} in the {config.ply_world} world" if config.ply_transform is None else description
+        _check_fit(what, data, fit, others, config)
+        _check_scale(what, data, fit, [(other, measure(create(other))) for other in _rescale(change, files)])
+    return create(change, config.downscale_factor)
 
 
 @torch.no_grad()
-def compare_with_photographs(source: LiftSource, device: torch.device | str = "cpu") -> PhotoFit:
-    """Renders a few train views and compares them with their photographs, which must be there."""
+def compare_with_photographs(
+    source: LiftSource, device: torch.device | str = "cpu", loaded: dict[str, tuple[Tensor, Tensor]] | None = None
+) -> PhotoFit:
+    """Renders a few train views and compares them with their photographs, which must be there.
+
+    `loaded` keeps photographs and masks by name, for comparisons of several sources of one capture.
+    """
     psnrs, coverages = [], []
+    loaded = {} if loaded is None else loaded
     for view in select_evenly(source.capture.select("train"), NUM_CHECKED_VIEWS):
         rendered, alphas = source.render(view, device)
-        photograph = source.capture.load_image(view).to(rendered.device).float() / 255.0
-        mask = source.capture.load_valid_mask(view).to(rendered.device)
-        if not bool(mask.any()):
-            mask = torch.ones_like(mask)
+        if view.name not in loaded:
+            photograph = source.capture.load_image(view).to(rendered.device).float() / 255.0
+            mask = source.capture.load_valid_mask(view).to(rendered.device)
+            loaded[view.name] = photograph, mask if bool(mask.any()) else torch.ones_like(mask)
+        photograph, mask = loaded[view.name]
         error = (rendered - photograph).square()[mask].mean().clamp(min=1e-10)
         psnrs.append(-10.0 * float(error.log10()))
         coverages.append(float(alphas[mask].mean()))
@@ -221,83 +249,43 @@ def warn_of_poor_fit(source: LiftSource, fit: PhotoFit) -> None:
     )
 
 
-def find_changes(world: PlyWorld, files: CaptureFiles, ply: Path, config: PlyConfig) -> list[WorldChange]:
-    """How the dataset's world may become the given one; where a file leaves two readings open, both.
-
-    Raises:
-        ValueError: The capture knows no COLMAP world, or the transforms are missing or wrong.
-    """
-    if world == "dataset":
-        return [WorldChange(torch.eye(4)[:3], 1.0)]
-    if world == "colmap":
-        if files.colmap_to_world is None:
-            raise ValueError(
-                f"{files.root} does not say where COLMAP's world lies (no applied_transform, no colmap/sparse/0); "
-                "use --ply-world dataset or training."
-            )
-        return [invert_similarity(files.colmap_to_world, str(files.root))]
-    training = _read_transforms(config.dataparser_transforms or Path(ply).parent)
-    changes = [training]
-    if files.colmap_to_world is not None and not torch.equal(files.colmap_to_world, torch.eye(4)[:3]):
-        # nerfstudio's own dataparser folds `applied_transform` into what it records: its transform begins at COLMAP's
-        # world. Ours and others begin at the dataset's. The file does not tell which it is; the photographs do.
-        changes.append(training.after(invert_similarity(files.colmap_to_world, str(files.root))))
-    return changes
-
-
-def invert_similarity(matrix: Float[Tensor, "3 4"], source: str) -> WorldChange:
-    """The inverse of a rotation with a scale and a translation; a matrix that mirrors or shears is a ValueError."""
-    linear = matrix[:, :3].double()
-    determinant = float(torch.linalg.det(linear))
-    if not determinant > 0:
-        raise ValueError(f"The applied_transform of {source} mirrors the world or is singular; correct it.")
-    scale = determinant ** (1 / 3)
-    rotation = (linear / scale).T
-    if not torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64), atol=1e-3):
-        raise ValueError(f"The applied_transform of {source} is not a rotation with one scale; correct it.")
-    translation = -rotation @ matrix[:, 3].double()
-    return WorldChange(torch.cat([rotation, translation[:, None]], dim=1).float(), 1.0 / scale)
-
-
-def _read_transforms(path: Path) -> WorldChange:
-    """What nerfstudio recorded in a file or in a run's folder."""
+def _find_transforms(ply: Path, config: PlyConfig) -> Path:
+    """Where the run's transforms are or would be; ValueError where they are named and are not there."""
+    path = config.dataparser_transforms or Path(ply).parent
     path = path / TRANSFORMS_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(
-            f"The training frame is not known: there is no {path}; give the run's folder or its {TRANSFORMS_NAME} with "
-            "--dataparser-transforms."
+    if config.ply_world == "training" and not path.is_file():
+        if config.dataparser_transforms is not None:
+            raise ValueError(f"There is no {path}; give the run's folder or its {TRANSFORMS_NAME}.")
+        notice(
+            f"There is no {path} (--dataparser-transforms names another place): the training frame is taken as "
+            "nerfstudio's defaults place the cameras."
         )
-    content: Any = read_json(path)
-    try:
-        matrix = torch.tensor(content["transform"], dtype=torch.float32)[:3]
-        scale = float(content["scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not what nerfstudio writes ({error!r}); give another file.") from error
-    if matrix.shape != (3, 4) or not bool(matrix.isfinite().all()) or not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{path} holds no finite 3x4 `transform` with a positive `scale`; give another file.")
-    return WorldChange(matrix, scale)
+    return path
 
 
-def _find_best(sources: list[LiftSource], device: torch.device | str) -> tuple[LiftSource, PhotoFit]:
-    fits = [compare_with_photographs(source, device) for source in sources]
-    best = max(range(len(sources)), key=lambda index: (fits[index].is_seen, fits[index].psnr))
-    return sources[best], fits[best]
+def _rescale(change: WorldChange, files: CaptureFiles) -> list[WorldChange]:
+    """The world too large and too small, about its own origin, that of the dataset's, and the middle of the cameras."""
+    middle = torch.stack([frame.camera_to_world[:, 3] for frame in files.frames if not frame.is_bad]).mean(dim=0)
+    rotation, translation = change.transform[:, :3], change.transform[:, 3]
+    fixed = [torch.zeros(3), translation, rotation @ middle + translation]
+    rescaled = []
+    for factor in (WRONG_SCALE, 1.0 / WRONG_SCALE):
+        # x -> (x - fixed) factor + fixed, of x before the scale.
+        for moved in [translation + point * (1.0 / factor - 1.0) for point in fixed]:
+            transform = torch.cat([rotation, moved[:, None]], dim=1)
+            rescaled.append(WorldChange(transform, change.scale * factor))
+    return rescaled
 
 
-def _try_other_worlds(
-    ply: Path, config: PlyConfig, files: CaptureFiles, create: Callable[[WorldChange], LiftSource], device: Any
-) -> dict[PlyWorld, PhotoFit]:
-    """How the PLY would fit if it were in each of the other worlds that are known for this capture."""
-    fits: dict[PlyWorld, PhotoFit] = {}
-    for world in _WORLDS:
-        if world == config.ply_world:
-            continue
-        try:
-            changes = find_changes(world, files, ply, config)
-        except ValueError:
-            continue
-        fits[world] = _find_best([create(change) for change in changes], device)[1]
-    return fits
+def _check_scale(what: str, data: Path, fit: PhotoFit, others: list[tuple[WorldChange, PhotoFit]]) -> None:
+    """Raises ValueError where Gaussians fit the photographs better when the cameras are spread wider or closer."""
+    best, best_fit = max(others, key=lambda pair: pair[1].psnr)
+    if best_fit.psnr > fit.psnr + SCALE_DB:
+        raise ValueError(
+            f"{what} is of another scale than the cameras of {data}: scaled to {best.scale:g} it fits by "
+            f"{best_fit.psnr - fit.psnr:.1f} dB better; correct --ply-world or --ply-transform "
+            "(--smallest-psnr 0 lifts nevertheless)."
+        )
 
 
 def _check_fit(what: str, data: Path, fit: PhotoFit, others: dict[PlyWorld, PhotoFit], config: PlyConfig) -> None:

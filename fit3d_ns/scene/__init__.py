@@ -3,7 +3,7 @@
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_features, create_depth_view
 from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
-from fit3d_ns.scene.ply import read_ply, write_ply
+from fit3d_ns.scene.ply import read_splats, write_ply
 from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture
 from fit3d_ns.scene.scene_file import load_scene, save_scene
 from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader, read_at_tokens
@@ -23,7 +23,7 @@ __all__ = [
     "create_token_reader",
     "load_scene",
     "read_at_tokens",
-    "read_ply",
+    "read_splats",
     "save_scene",
     "write_ply",
 ]

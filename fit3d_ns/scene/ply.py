@@ -6,21 +6,29 @@ order, further properties and missing normals do not matter.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.data.ply import read_ply_vertices, write_ply_vertices
+from fit3d_ns.data.packed_splats import is_packed, unpack_splats
+from fit3d_ns.data.ply import read_ply_elements, write_ply_vertices
 from fit3d_ns.features import BackboneDescription
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
 from fit3d_ns.scene.gaussians import Gaussians
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.utils.files import write_atomically
+from fit3d_ns.utils.progress import notice
 
 _NUM_REST = (0, 9, 24, 45, 72)
+_OTHER_FORMATS = (".spz", ".splat", ".ksplat", ".sog")
+_MAX_OPACITY_LOGIT = 15.0
+"""Of a Gaussian that nothing shines through: 1 - 3e-7."""
+_FEWEST_TO_JUDGE = 16
+"""Of fewer Gaussians nothing follows from the range of their numbers."""
 
 
 def write_ply(gaussians: Gaussians, path: Path, sh_degree: int | None = None) -> None:
@@ -51,8 +59,17 @@ def write_ply(gaussians: Gaussians, path: Path, sh_degree: int | None = None) ->
     write_ply_vertices(values.astype("<f4").view([(name, "<f4") for name in names])[:, 0], path)
 
 
+def read_splats(path: Path) -> tuple[Gaussians, int]:
+    """Reads Gaussians of a PLY file or of a checkpoint of gsplat's example trainer; the number is of those left out.
+
+    Raises:
+        ValueError: As `read_ply`; a checkpoint that is damaged, holds code, or lacks gsplat's `splats`.
+    """
+    return _read_gsplat_checkpoint(path) if path.suffix == ".pt" else read_ply(path)
+
+
 def read_ply(path: Path) -> tuple[Gaussians, int]:
-    """Reads Gaussians that Inria's code, gsplat, nerfstudio, SuperSplat (uncompressed) or FiT3D wrote.
+    """Reads Gaussians that Inria's code, gsplat, nerfstudio, SuperSplat (compressed too) or FiT3D wrote.
 
     Features have 0 channels where the file has no `sem_*`. The number is that of Gaussians left out because
     a value was NaN, infinite or too large.
@@ -60,12 +77,12 @@ def read_ply(path: Path) -> tuple[Gaussians, int]:
     Raises:
         ValueError: The file is missing, cut short, not a PLY, or lacks what a Gaussian needs.
     """
-    vertices = read_ply_vertices(path)
+    _refuse_other_formats(path)
+    elements = read_ply_elements(path)
+    vertices = unpack_splats(elements, path) if is_packed(elements) else elements["vertex"]
     names = vertices.dtype.names or ()
     if not len(vertices):
         raise ValueError(f"{path} holds no Gaussians.")
-    if "packed_position" in names:
-        raise ValueError(f"{path} is a compressed PLY; save it uncompressed in SuperSplat.")
     if "opacity" not in names:
         raise ValueError(f"{path} has no `opacity`: it is a point cloud or mesh, not Gaussians.")
     needed = ("x", "y", "z", *_numbered("f_dc", 3), *_numbered("scale", 3), *_numbered("rot", 4))
@@ -86,11 +103,14 @@ def read_ply(path: Path) -> tuple[Gaussians, int]:
 
     # (n, 3*k) -> (n, k, 3)
     rest = take(*_numbered("f_rest", num_rest)).reshape(len(vertices), 3, num_rest // 3).transpose(1, 2)
+    log_scales, opacity_logits = take(*_numbered("scale", 3)), _read_opacity_logits(take("opacity"), path)
+    if "filter_3D" in names:
+        log_scales, opacity_logits = _apply_filter(log_scales, opacity_logits, take("filter_3D"))
     gaussians = Gaussians.from_raw(
         means=take("x", "y", "z"),
         quats=take(*_numbered("rot", 4)),
-        log_scales=take(*_numbered("scale", 3)),
-        opacity_logits=take("opacity"),
+        log_scales=log_scales,
+        opacity_logits=opacity_logits,
         sh_dc=take(*_numbered("f_dc", 3)),
         features=take(*_numbered("sem", _count(names, "sem", path))),
         sh_rest=rest,
@@ -99,6 +119,63 @@ def read_ply(path: Path) -> tuple[Gaussians, int]:
     if gaussians.num_gaussians == 0:
         raise ValueError(f"{path} holds no usable Gaussian ({len(vertices)} in the file, all NaN or infinite).")
     return gaussians, len(vertices) - gaussians.num_gaussians
+
+
+def _read_opacity_logits(values: Float[Tensor, "n 1"], path: Path) -> Float[Tensor, "n 1"]:
+    """Logits; opacities that were written as such are recognised, and those of 1, whose logit is infinite, kept."""
+    finite = values[values.isfinite()]
+    # Logits of trained Gaussians are negative for all that is less than half opaque.
+    if len(finite) >= _FEWEST_TO_JUDGE and -1e-6 <= float(finite.min()) and float(finite.max()) <= 1.0 + 1e-6:
+        notice(f"Opacities of {path} lie between 0 and 1: they are taken as opacities, not as logits.")
+        values = values.clamp(0.0, 1.0).logit()
+    return values.clamp(max=_MAX_OPACITY_LOGIT)
+
+
+def _apply_filter(
+    log_scales: Float[Tensor, "n 3"], opacity_logits: Float[Tensor, "n 1"], width: Float[Tensor, "n 1"]
+) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 1"]]:
+    """Mip-Splatting's 3D smoothing filter: a convolution with a Gaussian of `width`, which keeps the mass (eq. 9)."""
+    variances = (2.0 * log_scales.double()).exp()
+    filtered = variances + width.double().square()
+    lost = (variances / filtered).prod(dim=1, keepdim=True).sqrt()
+    opacities = opacity_logits.double().sigmoid() * lost
+    return (0.5 * filtered.log()).float(), opacities.logit().float().clamp(max=_MAX_OPACITY_LOGIT)
+
+
+def _read_gsplat_checkpoint(path: Path) -> tuple[Gaussians, int]:
+    """Reads the Gaussians of a checkpoint of gsplat's example trainer (`ckpts/*.pt`), and how many were left out.
+
+    Raises:
+        ValueError: The file is damaged, holds code, or other things than gsplat's `splats`.
+    """
+    content = _load_tensors(path)
+    splats = content.get("splats") if isinstance(content, dict) else None
+    needed = ("means", "quats", "scales", "opacities", "sh0")
+    lacking = [name for name in needed if not isinstance(splats, dict) or not isinstance(splats.get(name), Tensor)]
+    if lacking or not isinstance(splats, dict):
+        raise ValueError(
+            f"{path} is not a checkpoint of gsplat's trainer: its `splats` lack {', '.join(lacking)}; export a PLY."
+        )
+    gaussians = Gaussians.from_raw(
+        means=splats["means"],
+        quats=splats["quats"],
+        log_scales=splats["scales"],
+        opacity_logits=splats["opacities"].clamp(max=_MAX_OPACITY_LOGIT),
+        sh_dc=splats["sh0"].reshape(-1, 3),
+        sh_rest=splats.get("shN"),
+        drop_invalid=True,
+    )
+    if gaussians.num_gaussians == 0:
+        raise ValueError(f"{path} holds no usable Gaussian ({len(splats['means'])} in the file, all NaN or infinite).")
+    return gaussians, len(splats["means"]) - gaussians.num_gaussians
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Raises ValueError for formats of splats that are not read, with the name of a converter."""
+    if path.suffix.lower() in _OTHER_FORMATS or path.name == "meta.json":
+        raise ValueError(
+            f"{path} is not a PLY file; make one with `npx @playcanvas/splat-transform {path.name} splat.ply`."
+        )
 
 
 def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None:
@@ -142,11 +219,16 @@ def read_fit3d(
     return FeatureScene(gaussians, FeatureDecoder.from_weights(weight), capture, backbone), num_dropped
 
 
-def _read_decoder(path: Path) -> Float[Tensor, "embed dim 3 3"]:
+def _load_tensors(path: Path) -> Any:
+    """What a checkpoint holds, without running code from it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); copy it again.") from error
+
+
+def _read_decoder(path: Path) -> Float[Tensor, "embed dim 3 3"]:
+    state = _load_tensors(path)
     weight = state.get("0.weight", state.get("weight")) if isinstance(state, dict) else None
     if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"{path} has no 3x3 convolution under `0.weight`; give FiT3D's feat_decoder checkpoint.")

@@ -12,9 +12,7 @@ from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_scene import forecast_lift, lift_scene
 from fit3d_ns.lifting.sources import (
     PlyConfig,
-    WorldChange,
     compare_with_photographs,
-    invert_similarity,
     read_ply_source,
     read_scene_source,
 )
@@ -121,14 +119,10 @@ def test_read_ply_source__refuses_the_wrong_world_and_names_the_right_one(captur
 def test_read_ply_source__says_when_no_world_fits(capture, tmp_path):
     root, raw = capture
     ply = write_gaussians(tmp_path / "other.ply", {**raw, "means": raw["means"] + 100.0})
-    with pytest.raises(ValueError, match=r"nothing of it is in view.*tried dataset, colmap\); check --ply-world"):
+    with pytest.raises(
+        ValueError, match=r"nothing of it is in view.*tried dataset, colmap, training, gsplat\); check --ply-world"
+    ):
         read_ply_source(ply, root, PlyConfig())
-
-
-def test_read_ply_source__asks_for_the_training_frame(capture, tmp_path):
-    root, raw = capture
-    with pytest.raises(ValueError, match="--dataparser-transforms"):
-        read_ply_source(write_gaussians(tmp_path / "a.ply", raw), root, PlyConfig(ply_world="training"))
 
 
 def test_read_ply_source__asks_for_another_world_where_colmaps_is_unknown(capture, tmp_path):
@@ -138,27 +132,6 @@ def test_read_ply_source__asks_for_another_world_where_colmaps_is_unknown(captur
     (root / "plain.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="does not say where COLMAP's world lies"):
         read_ply_source(write_gaussians(tmp_path / "a.ply", raw), root / "plain.json", PlyConfig(ply_world="colmap"))
-
-
-def test_world_change__composes_and_inverts():
-    generator = torch.Generator().manual_seed(2)
-    rotation = torch.linalg.qr(torch.randn(3, 3, generator=generator)).Q
-    rotation = rotation * torch.linalg.det(rotation)
-    matrix = torch.cat([rotation * 2.5, torch.randn(3, 1, generator=generator)], dim=1)
-    second = WorldChange(torch.cat([rotation.T @ rotation.T, torch.ones(3, 1)], dim=1), 0.4)
-    points = torch.randn(7, 3, generator=generator)
-    change = second.after(invert_similarity(matrix, "test"))
-    before = points @ matrix[:, :3].T + matrix[:, 3]
-    expected = (points @ (rotation.T @ rotation.T).T + 1.0) * 0.4
-    found = (before @ change.transform[:, :3].T + change.transform[:, 3]) * change.scale
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_invert_similarity__refuses_mirrors_and_shears():
-    with pytest.raises(ValueError, match="mirrors"):
-        invert_similarity(torch.diag(torch.tensor([1.0, 1.0, -1.0, 0.0]))[:3], "x.json")
-    with pytest.raises(ValueError, match="not a rotation with one scale"):
-        invert_similarity(torch.diag(torch.tensor([1.0, 2.0, 1.0, 0.0]))[:3], "x.json")
 
 
 def test_read_ply_source__drops_and_counts_broken_gaussians(capture, tmp_path):

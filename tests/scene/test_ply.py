@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.scene.ply import read_fit3d, read_ply, write_fit3d, write_ply
+from fit3d_ns.scene.ply import read_fit3d, read_ply, read_splats, write_fit3d, write_ply
 
 NAMES = ["x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", "scale_0", "scale_1", "scale_2"]
 NAMES += ["rot_0", "rot_1", "rot_2", "rot_3"]
@@ -141,7 +141,7 @@ def test_errors__say_what_the_file_is(tmp_path, make_scene):
     with pytest.raises(ValueError, match="has no `opacity`"):
         read_ply(path)
     write_by_hand(path, [{"packed_position": 0.0}])
-    with pytest.raises(ValueError, match="compressed PLY"):
+    with pytest.raises(ValueError, match="compressed PLY without packed_rotation, packed_scale"):
         read_ply(path)
     row = make_row(0)
     del row["scale_2"], row["rot_1"]
@@ -177,3 +177,144 @@ def test_errors__files_that_do_not_belong_together(tmp_path, make_scene):
     write_by_hand(ply, [make_row(0)])
     with pytest.raises(ValueError, match="has 0 sem_. properties"):
         read_fit3d(ply, decoder, *others)
+
+
+def write_many(path, num=20, **columns):
+    write_by_hand(path, [make_row(i, **{name: values[i] for name, values in columns.items()}) for i in range(num)])
+    return path
+
+
+def test_read_ply__opacities_that_are_activated_are_recognised(tmp_path, capsys):
+    opacities = np.linspace(0.0, 1.0, 20)
+    gaussians, num_dropped = read_ply(write_many(tmp_path / "a.ply", opacity=opacities))
+    assert "are taken as opacities" in capsys.readouterr().err
+    # Of opacity 0 nothing is left to draw; that of 1 stays.
+    assert num_dropped == 1
+    np.testing.assert_allclose(gaussians.opacity_logits.float().sigmoid(), opacities[1:], atol=1e-3)
+    gaussians, _ = read_ply(write_many(tmp_path / "a.ply", opacity=np.linspace(-0.1, 1.0, 20)))
+    assert gaussians.opacity_logits[0].item() == pytest.approx(-0.1, abs=1e-3)
+
+
+def test_read_ply__infinite_logits_are_opaque(tmp_path):
+    logits = np.array([np.inf, -np.inf, np.nan, 1e9] + [-1.0] * 16)
+    gaussians, num_dropped = read_ply(write_many(tmp_path / "a.ply", opacity=logits))
+    assert num_dropped == 2
+    assert gaussians.opacity_logits[:3].float().sigmoid().tolist() == pytest.approx([1.0, 1.0, 0.2689], abs=1e-4)
+
+
+def test_read_ply__the_filter_of_mip_splatting_is_applied(tmp_path):
+    widths = np.linspace(0.0, 0.5, 20)
+    path = write_many(tmp_path / "a.ply", filter_3D=widths, scale_0=np.full(20, -1.0), opacity=np.full(20, -0.5))
+    gaussians, _ = read_ply(path)
+    bare, _ = read_ply(write_many(tmp_path / "b.ply", scale_0=np.full(20, -1.0), opacity=np.full(20, -0.5)))
+    for index, width in enumerate(widths):
+        before = np.diag(np.exp(2.0 * bare.log_scales[index].double().numpy()))
+        after = before + width**2 * np.eye(3)
+        share = np.sqrt(np.linalg.det(before) / np.linalg.det(after))
+        opacity = gaussians.opacity_logits[index].double().sigmoid()
+        assert opacity.item() == pytest.approx(share / (1 + np.exp(0.5)), abs=1e-3)
+        np.testing.assert_allclose(gaussians.log_scales[index].double(), 0.5 * np.log(np.diag(after)), atol=2e-3)
+
+
+def pack(values, bits):
+    word = 0
+    for value, size in zip(values, bits, strict=True):
+        word = (word << size) | round(min(max(value, 0.0), 1.0) * (2**size - 1))
+    return word
+
+
+def write_compressed(path, splats, with_colour_bounds=True):
+    """Splat by splat, as SuperSplat's description of the format says; `splats` maps names to columns."""
+    num = len(splats["means"])
+    chunks, vertices, harmonics = [], [], []
+    for start in range(0, num, 256):
+        rows = slice(start, min(start + 256, num))
+        bounds = []
+        for name in ("means", "log_scales", "colours"):
+            bounds.append((splats[name][rows].min(axis=0), splats[name][rows].max(axis=0)))
+        kept = bounds if with_colour_bounds else bounds[:2]
+        chunks.append(b"".join(struct.pack("<6f", *low, *high) for low, high in kept))
+        for index in range(rows.start, rows.stop):
+            (low, high), (low_scale, high_scale), (low_colour, high_colour) = bounds
+            quat = splats["quats"][index]
+            which = int(np.abs(quat).argmax())
+            # q and -q are one rotation: the number that is left out is positive.
+            others = np.delete(quat * np.sign(quat[which]), which) / np.sqrt(2) + 0.5
+            colour = splats["colours"][index]
+            if with_colour_bounds:
+                colour = (colour - low_colour) / (high_colour - low_colour)
+            position = pack((splats["means"][index] - low) / (high - low), (11, 10, 11))
+            scale = pack((splats["log_scales"][index] - low_scale) / (high_scale - low_scale), (11, 10, 11))
+            rotation = (which << 30) | pack(others, (10, 10, 10))
+            rgba = pack([*colour, splats["opacities"][index]], (8, 8, 8, 8))
+            vertices.append(struct.pack("<4I", position, rotation, scale, rgba))
+            harmonics.append(bytes(int((value / 8 + 0.5) * 256) for value in splats["harmonics"][index]))
+    axes = [("x", "y", "z"), ("scale_x", "scale_y", "scale_z"), ("r", "g", "b")][: 3 if with_colour_bounds else 2]
+    lines = ["ply", "format binary_little_endian 1.0", f"element chunk {len(chunks)}"]
+    lines += [f"property float {end}_{axis}" for group in axes for end in ("min", "max") for axis in group]
+    lines += [f"element vertex {num}"] + [
+        f"property uint packed_{n}" for n in ("position", "rotation", "scale", "color")
+    ]
+    lines += [f"element sh {num}"] + [f"property uchar f_rest_{i}" for i in range(9)] + ["end_header", ""]
+    path.write_bytes("\n".join(lines).encode() + b"".join([*chunks, *vertices, *harmonics]))
+
+
+@pytest.mark.parametrize("with_colour_bounds", [True, False])
+def test_read_ply__compressed(tmp_path, with_colour_bounds):
+    rng = np.random.default_rng(3)
+    quats = rng.normal(size=(300, 4))
+    splats = {
+        "means": rng.normal(size=(300, 3)),
+        "log_scales": rng.uniform(-6, -1, (300, 3)),
+        "quats": quats / np.linalg.norm(quats, axis=1, keepdims=True),
+        "colours": rng.uniform(0, 1, (300, 3)),
+        "opacities": rng.uniform(0.05, 0.95, 300),
+        "harmonics": rng.uniform(-0.5, 0.5, (300, 9)),
+    }
+    write_compressed(tmp_path / "a.ply", splats, with_colour_bounds)
+    gaussians, num_dropped = read_splats(tmp_path / "a.ply")
+    assert (gaussians.num_gaussians, num_dropped, gaussians.sh_degree) == (300, 0, 1)
+    np.testing.assert_allclose(gaussians.means, splats["means"], atol=5e-3)
+    np.testing.assert_allclose(gaussians.log_scales.float(), splats["log_scales"], atol=7e-3)
+    np.testing.assert_allclose(gaussians.opacity_logits.float().sigmoid(), splats["opacities"], atol=3e-3)
+    np.testing.assert_allclose(0.5 + 0.28209479 * gaussians.sh_dc.float(), splats["colours"], atol=3e-3)
+    alignment = (gaussians.quats.double().numpy() * splats["quats"]).sum(axis=1)
+    # Stored in half precision.
+    assert np.abs(alignment).min() > 1 - 1e-3
+    # All of red first.
+    rest = splats["harmonics"].reshape(300, 3, 3).transpose(0, 2, 1)
+    np.testing.assert_allclose(gaussians.sh_rest.float(), rest, atol=0.017)
+
+
+def test_read_splats__checkpoints_of_gsplats_trainer(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "means": (5, 3),
+        "quats": (5, 4),
+        "scales": (5, 3),
+        "opacities": (5,),
+        "sh0": (5, 1, 3),
+        "shN": (5, 15, 3),
+    }
+    splats = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    splats["opacities"][2] = float("inf")
+    torch.save({"step": 6999, "splats": splats}, tmp_path / "ckpt_6999_rank0.pt")
+    gaussians, num_dropped = read_splats(tmp_path / "ckpt_6999_rank0.pt")
+    assert num_dropped == 0 and gaussians.sh_degree == 3
+    assert torch.equal(gaussians.means, splats["means"])
+    torch.testing.assert_close(gaussians.sh_dc.float(), splats["sh0"][:, 0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gaussians.sh_rest.float(), splats["shN"], rtol=1e-3, atol=1e-3)
+    del splats["scales"]
+    torch.save({"splats": splats}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt is not a checkpoint of gsplat's trainer: its `splats` lack scales"):
+        read_splats(tmp_path / "other.pt")
+    (tmp_path / "code.pt").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(ValueError, match="code.pt is not a readable checkpoint"):
+        read_splats(tmp_path / "code.pt")
+
+
+@pytest.mark.parametrize("name", ["a.spz", "a.splat", "a.KSPLAT", "a.sog", "meta.json"])
+def test_read_splats__names_a_converter_for_other_formats(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\0")
+    with pytest.raises(ValueError, match=f"splat-transform {name} splat.ply"):
+        read_splats(tmp_path / name)
