@@ -158,6 +158,7 @@ def walk(config: type, prefix: tuple[str, ...] = (), own_only: bool = False) -> 
             for extra in kind.__metadata__:
                 given = getattr(extra, "name", None)
                 name = name if given is None or "Positional" in repr(extra) else given
+                name = "" if extra is tyro.conf.OmitArgPrefixes else name
                 is_positional |= "ositional" in repr(extra)
             kind = kind.__origin__
         if dataclasses.is_dataclass(kind):

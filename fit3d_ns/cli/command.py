@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,6 +16,10 @@ from fit3d_ns.utils.stopping import interrupt_on_signals
 
 Config = TypeVar("Config")
 
+UNSET = tyro.conf.arg(help_behavior_hint="(optional)")
+"""For options without a default value, whose help says what happens without them."""
+GROUP = tyro.conf.OmitArgPrefixes
+"""For settings that have a heading of their own in the help and no prefix in their names."""
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -25,6 +30,7 @@ def run_command(
     *,
     prog: str,
     description: str,
+    examples: Sequence[str] = (),
     args: Sequence[str] | None = None,
 ) -> None:
     """Parses the command line into `config_class`, runs `function` on it and leaves the process with its exit code.
@@ -33,9 +39,15 @@ def run_command(
     standard error and exit code 1. Ctrl-C becomes exit code 130. Everything else is our fault and shows its traceback.
     `--debug`, or `FIT3D_DEBUG=1` in the environment, shows the traceback always.
 
-    The field docstrings of `config_class` are the help, below `description`; `args` come without the program's name.
+    The field docstrings of `config_class` are the help, below `description` and `examples` (without the program's
+    name); `args` come without it too.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if "--version" in arguments:
+        print(f"{prog} {metadata.version('fit3d-ns')}")
+        return
+    if examples:
+        description += "\n\nExamples:\n" + "\n".join(f"  {prog} {example}" for example in examples)
     # Asked for by name before parsing: a config that refuses its values does so while it is built.
     debug = shows_tracebacks() or "--debug" in arguments
     # A polite kill ends a command as Ctrl-C does, also outside the loops that save what they have.
@@ -77,5 +89,7 @@ def _command_line_class(config_class: type) -> type:
         config: Annotated[config_class, tyro.conf.arg(name="")]  # type: ignore[valid-type]
         debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
         """Show the traceback of an error (also: FIT3D_DEBUG=1)."""
+        version: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Print the version and do nothing else."""
 
     return CommandLine

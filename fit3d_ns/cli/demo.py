@@ -1,10 +1,11 @@
 """`fit3d-demo`: a local page to look at features of any image: PCA, clusters, similarity to a clicked pixel."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import UNSET, run_command
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.demo_page import ImageAnalyser, create_page
 from fit3d_ns.report.demo_server import check_gradio, keep_uploads_private, serve, wait_for_interrupt
@@ -17,7 +18,7 @@ class DemoCommand:
 
     backbone: str = "dinov2_small"
     """The original backbone: one of the paper's names, any timm id, or `random:NAME`."""
-    backbone_weights: Path | None = None
+    backbone_weights: Annotated[Path | None, UNSET] = None
     """File with the original's weights; timm's download by default."""
     finetuned: tuple[str, ...] = ()
     """Fine-tuned backbones to show next to it: folders that fit3d-finetune wrote, or weights files."""
@@ -27,7 +28,7 @@ class DemoCommand:
     """Longer side in pixels that backbones see at first, 112 to 1344; the page has a slider."""
     host: str = "127.0.0.1"
     """Address to serve on. 0.0.0.0 lets everybody on your network use the page."""
-    port: int | None = None
+    port: Annotated[int | None, UNSET] = None
     """Port to serve on; by default the first free one from 7860 on."""
     normalization: Literal["timm", "imagenet"] = "timm"
     """Whose mean and deviation normalise images."""
@@ -35,13 +36,18 @@ class DemoCommand:
     """Where backbones run; `auto` takes CUDA where there is one."""
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
     run_command(
         DemoCommand,
         demo,
         prog="fit3d-demo",
         description="Serves a page on this machine: drop an image, compare the features of original and fine-tuned.",
+        examples=(
+            "--backbone dinov2_small --finetuned my_vit",
+            "--backbone vit_tiny_patch16_224 --backbone-weights vit_tiny.safetensors",
+        ),
+        args=args,
     )
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import UNSET, run_command
 from fit3d_ns.scene import FeatureScene, save_scene
 from fit3d_ns.scene.ply import write_fit3d
 from fit3d_ns.utils.files import write_json
@@ -26,7 +26,7 @@ class ExportConfig:
     """Also store how colour depends on the direction; the file then grows by 90 bytes per Gaussian at degree 3."""
     drop_unseen: bool = False
     """Leave out Gaussians that no training view weighted; captured views stay as they are."""
-    data: Path | None = None
+    data: Annotated[Path | None, UNSET] = None
     """Where the dataset lies now, if it was moved since the run."""
     trust_config: bool = False
     """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
@@ -74,6 +74,10 @@ def main(args: Sequence[str] | None = None) -> None:
         export,
         prog="fit3d-export",
         description="Writes a finished fit3d-features run as one file without nerfstudio inside.",
+        examples=(
+            "--load-config outputs/kitchen --output-path kitchen.safetensors",
+            "--load-config outputs/kitchen --output-path kitchen.ply",
+        ),
         args=args,
     )
 

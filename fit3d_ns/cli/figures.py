@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import GROUP, UNSET, run_command
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, save_feature_figure
@@ -37,17 +37,17 @@ class FeaturesCommand:
     """Weights files of the names in --models that have none, in their order."""
     scenes: Paths = ()
     """Scene files; where one holds a picture as a photograph, its rendered features are the last column."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, UNSET] = None
     """Where the photographs of scene files lie now, if they were moved."""
-    figure: Annotated[FeatureFigureConfig, tyro.conf.arg(name="")] = field(default_factory=FeatureFigureConfig)
+    figure: Annotated[FeatureFigureConfig, GROUP] = field(default_factory=FeatureFigureConfig)
     """What is drawn."""
-    longest_side: int | None = None
+    longest_side: Annotated[int | None, UNSET] = None
     """Longer side in pixels that backbones are shown; by default pictures stay as they are up to 640."""
     max_frames: int = 240
     """Clips end after this many frames; their tokens are kept in memory."""
     frame_stride: int = 1
     """Takes every n-th frame of a clip."""
-    fps: float | None = None
+    fps: Annotated[float | None, UNSET] = None
     """Frames per second of the MP4; by default the video's own, and 10 for folders."""
     normalization: Normalization = "timm"
     """Whose mean and deviation normalise images."""

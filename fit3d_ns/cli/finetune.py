@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from accelerate import Accelerator
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import GROUP, UNSET, run_command
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig, RunConfig
 from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
@@ -30,7 +30,6 @@ from fit3d_ns.utils.progress import notice
 EXPORT_FOLDER = "exported_scenes"
 """Below the output folder: scene files of nerfstudio runs that were given."""
 _PAPER_FLAG = "--paper"
-_FLAT = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,10 @@ class FinetuneCommand:
     """Folder of the result; an interrupted run goes on there."""
     val_ckpts: tuple[str, ...] = ()
     """Scenes to validate on, as `--ckpts`. Without them, views that the training leaves out are taken."""
-    backbone: str | None = None
+    backbone: Annotated[str | None, UNSET] = None
     """Name of the backbone; by default the one the scenes were lifted with."""
-    backbone_weights: Path | None = None
-    """File with the backbone's weights; by default timm's download."""
+    backbone_weights: Annotated[Path | None, UNSET] = None
+    """File with the backbone's weights; by default the one that the scenes were lifted with, else timm's download."""
     device: DeviceChoice = "auto"
     """Where to train; `auto` takes CUDA where there is one."""
     trust_config: bool = False
@@ -54,13 +53,13 @@ class FinetuneCommand:
     methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
     paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Set every value of the paper's public code; flags that are given still win."""
-    optimization: Annotated[OptimizationConfig, _FLAT] = field(default_factory=OptimizationConfig)
-    sampling: Annotated[SamplingConfig, _FLAT] = field(default_factory=SamplingConfig)
-    augmentation: Annotated[AugmentationConfig, _FLAT] = field(default_factory=AugmentationConfig)
-    targets: Annotated[TargetConfig, _FLAT] = field(default_factory=TargetConfig)
-    trainable: Annotated[TrainableConfig, _FLAT] = field(default_factory=TrainableConfig)
-    anchors: Annotated[AnchorConfig, _FLAT] = field(default_factory=AnchorConfig)
-    run: Annotated[RunConfig, _FLAT] = field(default_factory=RunConfig)
+    optimization: Annotated[OptimizationConfig, GROUP] = field(default_factory=OptimizationConfig)
+    sampling: Annotated[SamplingConfig, GROUP] = field(default_factory=SamplingConfig)
+    augmentation: Annotated[AugmentationConfig, GROUP] = field(default_factory=AugmentationConfig)
+    targets: Annotated[TargetConfig, GROUP] = field(default_factory=TargetConfig)
+    trainable: Annotated[TrainableConfig, GROUP] = field(default_factory=TrainableConfig)
+    anchors: Annotated[AnchorConfig, GROUP] = field(default_factory=AnchorConfig)
+    run: Annotated[RunConfig, GROUP] = field(default_factory=RunConfig)
 
     @property
     def config(self) -> FinetuneConfig:
@@ -74,13 +73,13 @@ class PaperFinetuneCommand(FinetuneCommand):
 
     paper: bool = True
     """Every value of the paper's public code is set; flags that are given still win."""
-    optimization: Annotated[OptimizationConfig, _FLAT] = PAPER.optimization
-    sampling: Annotated[SamplingConfig, _FLAT] = PAPER.sampling
-    augmentation: Annotated[AugmentationConfig, _FLAT] = PAPER.augmentation
-    targets: Annotated[TargetConfig, _FLAT] = PAPER.targets
-    trainable: Annotated[TrainableConfig, _FLAT] = PAPER.trainable
-    anchors: Annotated[AnchorConfig, _FLAT] = PAPER.anchors
-    run: Annotated[RunConfig, _FLAT] = PAPER.run
+    optimization: Annotated[OptimizationConfig, GROUP] = PAPER.optimization
+    sampling: Annotated[SamplingConfig, GROUP] = PAPER.sampling
+    augmentation: Annotated[AugmentationConfig, GROUP] = PAPER.augmentation
+    targets: Annotated[TargetConfig, GROUP] = PAPER.targets
+    trainable: Annotated[TrainableConfig, GROUP] = PAPER.trainable
+    anchors: Annotated[AnchorConfig, GROUP] = PAPER.anchors
+    run: Annotated[RunConfig, GROUP] = PAPER.run
 
 
 def run_finetune(command: FinetuneCommand) -> None:
@@ -137,6 +136,10 @@ def main(args: Sequence[str] | None = None) -> None:
         run_finetune,
         prog="fit3d-finetune",
         description="Fine-tunes a vision transformer on lifted scenes. Several cards: accelerate launch or torchrun.",
+        examples=(
+            "--ckpts scenes/*.safetensors --output-dir my_vit",
+            "--ckpts outputs --train lora --learning-rate 3e-4 --max-steps 800 --output-dir my_vit",
+        ),
         args=[argument for argument in arguments if argument != _PAPER_FLAG],
     )
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import GROUP, UNSET, run_command
 from fit3d_ns.cli.export import describe_scene
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheConfig, describe_backbone
@@ -43,7 +43,6 @@ from fit3d_ns.utils.results import ResultRecord, load_result
 
 DEFAULT_BACKBONE = "dinov2_small"
 """Of sources that have no features yet."""
-_FLAT = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,12 @@ class LiftCommand:
     load_config: tuple[Path, ...] = ()
     """Splatfacto runs, ours or nerfstudio's (also splatfacto-big, antialiased, with camera optimizer): their config.yml
     or folder."""
-    ply: Path | None = None
+    ply: Annotated[Path | None, UNSET] = None
     """Gaussians as Inria's code, gsplat (also its trainer's ckpts/*.pt), nerfstudio or SuperSplat (also compressed)
     write them; needs --data."""
     scene: tuple[Path, ...] = ()
     """Scene files to lift again with another backbone or other settings: cameras and Gaussians are read from them."""
-    data: Path | None = None
+    data: Annotated[Path | None, UNSET] = None
     """The captured scene folder: of a PLY, or where the dataset of a single run or scene lies now if it was moved."""
     trust_config: bool = False
     """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
@@ -69,13 +68,13 @@ class LiftCommand:
     shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lift all scenes on one basis, with one decoder and one set of picture colours; each then keeps a little less of
     its own tokens than with a basis to itself."""
-    backbone: str | None = None
+    backbone: Annotated[str | None, UNSET] = None
     """By default what the first run or scene has features of, weights file and normalization included, else
     dinov2_small. Any of `dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base`, a timm ViT id, a
     fine-tuned backbone's folder, or `random:<timm id>` for untrained weights (tests only)."""
-    backbone_weights: Path | None = None
+    backbone_weights: Annotated[Path | None, UNSET] = None
     """Weights file (.safetensors, .pth) instead of timm's download, for machines without network."""
-    normalization: Normalization | None = None
+    normalization: Annotated[Normalization | None, UNSET] = None
     """Mean and standard deviation: the backbone's own (`timm`, the default), or ImageNet's for all as in the authors'
     code."""
     feature_cache: Path = Path.home() / ".cache" / "fit3d_ns" / "features"
@@ -88,9 +87,9 @@ class LiftCommand:
     """Lift one view only and say how long everything would take and how much memory; no scene is written."""
     device: DeviceChoice = "auto"
     """Where to work; `auto` takes CUDA where there is one."""
-    from_ply: Annotated[PlyConfig, _FLAT] = field(default_factory=PlyConfig)
-    options: Annotated[LiftSceneConfig, _FLAT] = field(default_factory=LiftSceneConfig)
-    lift: Annotated[LiftConfig, _FLAT] = field(default_factory=LiftConfig)
+    from_ply: Annotated[PlyConfig, GROUP] = field(default_factory=PlyConfig)
+    options: Annotated[LiftSceneConfig, GROUP] = field(default_factory=LiftSceneConfig)
+    lift: Annotated[LiftConfig, GROUP] = field(default_factory=LiftConfig)
 
     @property
     def is_folder(self) -> bool:
@@ -212,6 +211,10 @@ def main(args: Sequence[str] | None = None) -> None:
         lift,
         prog="fit3d-lift",
         description="Lifts a vision transformer's features onto Gaussians that already exist, in closed form.",
+        examples=(
+            "--load-config outputs/kitchen/fit3d-features/2026-01-31_120000 --output-path kitchen.safetensors",
+            "--ply point_cloud.ply --data KITCHEN --backbone dinov2_base --output-path kitchen.safetensors",
+        ),
         args=args,
     )
 

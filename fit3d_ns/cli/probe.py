@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import UNSET, run_command
 from fit3d_ns.probing.datasets import LabelledLayout, LabelledOptions
 from fit3d_ns.probing.depth.probe import ClassTokenChoice
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig
@@ -38,74 +38,74 @@ class ProbeCommand:
     """How original and fine-tuned features are joined."""
     backbone: str = "dinov2_small"
     """The original backbone: one of the paper's names or any timm id."""
-    backbone_weights: Path | None = None
+    backbone_weights: Annotated[Path | None, UNSET] = None
     """File with the original's weights; timm downloads them if it is not given."""
-    finetuned: Path | None = None
+    finetuned: Annotated[Path | None, UNSET] = None
     """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; one head is trained for each, and the record has mean and spread."""
     paper: bool = False
     """Takes every value of the public code; flags that are given still win."""
-    num_iterations: int | None = None
+    num_iterations: Annotated[int | None, UNSET] = None
     """Training iterations. If it is not given, 60 epochs but at least 800, and at most the published 40,000
     (segmentation), 38,400 (depth) or 12,500 (classification); the published number with --paper."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, UNSET] = None
     """Images per iteration over all devices; 16 (segmentation, depth) or 128 (classification) if it is not given."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, UNSET] = None
     """Peak learning rate (segmentation, depth). If it is not given, the published 1e-3 (segmentation, 768 inputs) or
     1e-4 (depth, 1152 inputs), scaled up for fewer iterations and narrower heads; unscaled with --paper."""
-    short_side: int | None = None
+    short_side: Annotated[int | None, UNSET] = None
     """Images are resized to this shorter side in pixels (segmentation, depth). If it is not given, 512, or twice the
     images' own if that is smaller (segmentation); depth keeps the images' own size."""
-    head: Literal["linear", "dpt"] | None = None
+    head: Annotated[Literal["linear", "dpt"] | None, UNSET] = None
     """Depth head; `linear` if it is not given, `dpt` is Table 12's."""
-    class_token: ClassTokenChoice | None = None
+    class_token: Annotated[ClassTokenChoice | None, UNSET] = None
     """Whose class token the depth probe reads next to the patch tokens, or `none`. If it is not given, `auto`, which
     takes the original's as published; `validated` trains a head with and one without it and keeps the one that is
     better on the validation part of the training data, never the test data. It costs a second training."""
-    gradient_loss_weight: float | None = None
+    gradient_loss_weight: Annotated[float | None, UNSET] = None
     """Weight of the depth probe's loss on differences between neighbouring pixels; 0 if it is not
     given, also with --paper."""
-    selection: Selection | None = None
+    selection: Annotated[Selection | None, UNSET] = None
     """Which checkpoint counts. If it is not given, the best on a tenth of the training data; with --paper the last
     (segmentation) or the best on the test data (depth, classification)."""
-    cache: CacheRule | None = None
+    cache: Annotated[CacheRule | None, UNSET] = None
     """Whether frozen features are computed once, which replaces random crops and colours by fixed views. If it is not
     given, `auto`, which does so where they fit into --cache-gb; `never` with --paper."""
     cache_gb: float = 4.0
     """Most memory that kept features may take, in 1e9 bytes."""
-    patch_fit: PatchFitRule | None = None
+    patch_fit: Annotated[PatchFitRule | None, UNSET] = None
     """How images meet the patch grid. If it is not given, `pad`; `pad-stretch` with --paper. Consistency and
     correspondence always resize."""
-    normalization: Literal["timm", "imagenet"] | None = None
+    normalization: Annotated[Literal["timm", "imagenet"] | None, UNSET] = None
     """Whose mean and deviation normalise images. If it is not given, `timm`, the backbone's own; `imagenet` with
     --paper."""
-    max_views: int | None = None
+    max_views: Annotated[int | None, UNSET] = None
     """Views per scene (consistency, correspondence); 32 if it is not given."""
-    max_pairs: int | None = None
+    max_pairs: Annotated[int | None, UNSET] = None
     """Pairs of views per scene (consistency, correspondence); 100 if it is not given."""
-    ratio_matches: int | None = None
+    ratio_matches: Annotated[int | None, UNSET] = None
     """Recall is also measured on this many most distinct matches of each pair, by Lowe's ratio test over all points of
     the grid, as probe3d measures it with 1000 (consistency, correspondence). If it is not given, 0, which leaves these
     metrics out."""
-    angle_edges: tuple[float, ...] | None = None
+    angle_edges: Annotated[tuple[float, ...] | None, UNSET] = None
     """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 if not given."""
-    splits: tuple[Literal["train", "val", "test"], ...] | None = None
+    splits: Annotated[tuple[Literal["train", "val", "test"], ...] | None, UNSET] = None
     """Which frames of a capture take part (consistency, correspondence); all of them if it is not given."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, UNSET] = None
     """Where the photographs of scene files lie now; needed only if they were moved since (consistency,
     correspondence)."""
     layout: LabelledLayout | Literal["auto"] = "auto"
     """Disk layout of the folders; `auto` looks at each folder."""
-    nyu_classes: Literal[13, 40] | None = None
+    nyu_classes: Annotated[Literal[13, 40] | None, UNSET] = None
     """Class list of NYUv2 (segmentation); 13, as in the paper, if it is not given. Refused where no NYUv2 is given."""
-    depth_scale: float | None = None
+    depth_scale: Annotated[float | None, UNSET] = None
     """Units per metre of the depth maps of plain folders, 1000 if it is not given; refused where no plain folder is
     given, because official sets have their own."""
-    max_depth: float | None = None
+    max_depth: Annotated[float | None, UNSET] = None
     """Depths of this many metres or more do not count; 20 for ScanNet++ scenes and 10 for plain folders if it is not
     given. Refused where none of these is given."""
-    predictions: Path | None = None
+    predictions: Annotated[Path | None, UNSET] = None
     """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth); none are
     written if it is not given."""
     device: DeviceChoice = "auto"
@@ -121,6 +121,10 @@ def main(args: Sequence[str] | None = None) -> None:
         probe,
         prog="fit3d-probe",
         description="Measures features: segmentation, depth, classification, multi-view consistency, correspondence.",
+        examples=(
+            "depth --train ROOM_A ROOM_B --test ROOM_C --output-path results/original.json",
+            "consistency --test ROOM_C --assembly finetuned --finetuned my_vit --output-path results/finetuned.json",
+        ),
         args=args,
     )
 

@@ -19,6 +19,12 @@ frame folders and videos, `fit3d-report predictions ...` sets predicted segmenta
 a folder of such a name: `./features`.)"""
 
 
+EXAMPLES = (
+    "results/ my_vit/report.json --output-dir report",
+    "features photo.jpg --models dinov2_small my_vit --output-path features.png",
+)
+
+
 @dataclass(frozen=True)
 class ReportCommand:
     """Which results, and where the tables go."""
@@ -39,7 +45,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
         figures.main(arguments)
     else:
-        run_command(ReportCommand, report, prog="fit3d-report", description=DESCRIPTION, args=arguments)
+        run_command(
+            ReportCommand, report, prog="fit3d-report", description=DESCRIPTION, examples=EXAMPLES, args=arguments
+        )
 
 
 def report(command: ReportCommand) -> None:

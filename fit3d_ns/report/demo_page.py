@@ -159,14 +159,15 @@ def create_page(analyser: ImageAnalyser, num_clusters: int = 8, longest_side: in
                 gr.Markdown("**Input**")
                 source = _create_image("input", sources=["upload", "clipboard"])
             pca = _create_maps("PCA", analyser.labels)
+        # Right below what is clicked, so that the answer is on the screen.
+        with gr.Row():
+            clicked = _create_map("Clicked patch", "clicked")
+            similarity = _create_maps("Similarity", analyser.labels)
         with gr.Row():
             with gr.Column():
                 clusters = gr.Slider(2, 20, value=num_clusters, step=1, label="clusters")
                 side = gr.Slider(112, 1344, value=longest_side, step=16, label="longer side the backbones see, pixels")
             kmeans = _create_maps("k-means", analyser.labels)
-        with gr.Row():
-            clicked = _create_map("Clicked patch", "clicked")
-            similarity = _create_maps("Similarity", analyser.labels)
         everything = [analysed, clicked, *pca, *kmeans, *similarity]
         for event in (source.change, side.release):
             event(show, [source, clusters, side], everything, show_progress="minimal", api_visibility="private")

@@ -1,0 +1,49 @@
+"""Help pages: examples can be copied, versions are printed, settings of their own stand under headings."""
+
+import importlib
+import shlex
+from importlib import metadata
+from unittest.mock import patch
+
+import pytest
+import tyro
+
+from fit3d_ns.cli import command as command_module
+
+COMMANDS = ("lift", "export", "finetune", "probe", "report", "demo", "synthesize")
+
+
+def capture_call(name):
+    module = importlib.import_module(f"fit3d_ns.cli.{name}")
+    with patch.object(module, "run_command") as called:
+        module.main([])
+    return called.call_args
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples__can_be_parsed(name):
+    call = capture_call(name)
+    config, examples = call.args[0], call.kwargs["examples"]
+    assert len(examples) == 2
+    for example in examples:
+        words = shlex.split(example)
+        if words[0] == "features":
+            figures = importlib.import_module("fit3d_ns.cli.figures")
+            config, words = figures.FeaturesCommand, words[1:]
+        tyro.cli(command_module._command_line_class(config), args=words)
+
+
+def test_help__has_headings_and_examples(capsys):
+    from fit3d_ns.cli import finetune
+
+    with pytest.raises(SystemExit):
+        finetune.main(["--help"])
+    page = capsys.readouterr().out
+    assert "optimization options" in page and "fit3d-finetune --ckpts" in page
+
+
+def test_version__needs_no_other_argument(capsys):
+    from fit3d_ns.cli import lift
+
+    lift.main(["--version"])
+    assert capsys.readouterr().out == f"fit3d-lift {metadata.version('fit3d-ns')}\n"
