@@ -37,7 +37,7 @@ class ProbeCommand:
     assembly: Assembly = "original"
     """How original and fine-tuned features are joined."""
     backbone: str = "dinov2_small"
-    """The original backbone: one of the paper's names or any timm id."""
+    """The original backbone: one of the paper's names, any timm id, or `toy_rooms_vit`, which needs no download."""
     backbone_weights: Annotated[Path | None, UNSET] = None
     """File with the original's weights; timm downloads them if it is not given."""
     finetuned: Annotated[Path | None, UNSET] = None

@@ -15,7 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fit3d_ns.features.sources import RANDOM_PREFIX, WEIGHTS_NAME, find_backbone_folder, resolve_source
+from fit3d_ns.features.sources import (
+    RANDOM_PREFIX,
+    TOY_FOLDER,
+    WEIGHTS_NAME,
+    ModelArgs,
+    expand_architecture,
+    find_backbone_folder,
+    resolve_source,
+)
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import hash_bytes
 
@@ -40,7 +48,7 @@ class BackboneDescription:
     backbone: str
     """The name as the user gave it."""
     architecture: str
-    """timm's model name, with the checkpoint's tag where there is one."""
+    """timm's model name, with the checkpoint's tag where there is one; `toy_rooms_vit` for the package's own."""
     patch_size: int
     """Side of a patch in pixels."""
     embed_dim: int
@@ -69,7 +77,7 @@ class BackboneDescription:
     weights: Path | None = field(default=None, compare=False)
     """The file the weights come from; None for timm's download, for random weights, and where read from a file that
     does not say."""
-    model_args: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
+    model_args: ModelArgs = field(default=(), compare=False)
     """Arguments of timm's constructor that a fine-tuned folder recorded; empty where read from a file."""
 
     @classmethod
@@ -84,10 +92,11 @@ class BackboneDescription:
 
     @property
     def place(self) -> str | None:
-        """The fine-tuned folder or the weights file on this machine, absolute; None where there is none."""
+        """The fine-tuned folder or the weights file on this machine, absolute; None where there is none, and for the
+        package's own, which every installation has."""
         folder = find_backbone_folder(self.backbone)
         found = self.weights if folder is None else folder
-        return None if found is None or self.weights is None else str(found.absolute())
+        return None if found is None or self.weights in (None, TOY_FOLDER / WEIGHTS_NAME) else str(found.absolute())
 
     def with_weights(
         self, weights: Path | None, backbone: str | None = None, normalization: Normalization | None = None
@@ -173,7 +182,7 @@ def describe_backbone(
     )
 
 
-def create_timm_model(architecture: str, model_args: tuple[tuple[str, Any], ...] = (), **kwargs: Any) -> nn.Module:
+def create_timm_model(architecture: str, model_args: ModelArgs = (), **kwargs: Any) -> nn.Module:
     """Builds the timm model without head, for images of any size.
 
     Raises:
@@ -183,9 +192,10 @@ def create_timm_model(architecture: str, model_args: tuple[tuple[str, Any], ...]
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
-    arguments = {"num_classes": 0, "dynamic_img_size": True, **dict(model_args), **kwargs}
+    name, shape = expand_architecture(architecture, model_args)
+    arguments = {"num_classes": 0, "dynamic_img_size": True, **shape, **kwargs}
     try:
-        model = timm.create_model(architecture, **arguments)
+        model = timm.create_model(name, **arguments)
     except Exception as error:
         if "pretrained" in kwargs and not isinstance(error, TypeError):
             # About the download.
@@ -234,7 +244,7 @@ def download_timm_model(description: BackboneDescription) -> nn.Module:
 
 
 @lru_cache(maxsize=64)
-def _create_meta_model(architecture: str, model_args: tuple[tuple[str, Any], ...]) -> Any:
+def _create_meta_model(architecture: str, model_args: ModelArgs) -> Any:
     """The model without storage for its weights, to read its shape and its settings from."""
     with torch.device("meta"):
         model: Any = create_timm_model(architecture, model_args)

@@ -1,8 +1,9 @@
 """Names of vision transformers: which architecture a name stands for, and where its weights come from.
 
-A backbone is named by one of the paper's six names, by any timm id of a `VisionTransformer` or `Eva` (DINOv3),
-by `local-dir:FOLDER` or a path to a folder with `config.json` and `model.safetensors` (what fine-tuning writes), or by
-`random:NAME`, which is the architecture of NAME with untrained weights. Nothing is random unless it is named so.
+A backbone is named by one of the paper's six names, by any timm id of a `VisionTransformer` or `Eva` (DINOv3), by
+`toy_rooms_vit` (the small one in this package, for first tries without a download), by `local-dir:FOLDER` or a path to
+a folder with `config.json` and `model.safetensors` (what fine-tuning writes), or by `random:NAME`, which is the
+architecture of NAME with untrained weights. Nothing is random unless it is named so.
 """
 
 import difflib
@@ -24,6 +25,9 @@ PAPER_BACKBONES = {
 }
 """The names of the paper's code and the timm checkpoints they stand for."""
 
+TOY_BACKBONE = "toy_rooms_vit"
+"""The backbone in the package: trained on synthetic rooms alone; its card is in its folder."""
+TOY_FOLDER = Path(__file__).with_name(TOY_BACKBONE)
 RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
 """Seed of untrained weights: the same architecture has the same random weights on every machine."""
@@ -35,6 +39,7 @@ ADAPTER_KEY = "fit3d_adapter"
 """In the folder's `config.json`, if it has one: the arguments of `SwinAdapter`."""
 _LOCAL_PREFIX = "local-dir:"
 _HUB_PREFIX = "hf-hub:"
+ModelArgs = tuple[tuple[str, Any], ...]
 _MODULES_WITH_VITS = ("vision_transformer", "eva", "deit")
 MODEL_ARGS = frozenset(
     "img_size patch_size in_chans embed_dim depth num_heads num_kv_heads mlp_ratio qkv_bias qkv_fused qk_norm "
@@ -60,7 +65,7 @@ class BackboneSource:
     weights_hash: str
     is_random: bool = False
     weights: Path | None = None
-    model_args: tuple[tuple[str, Any], ...] = ()
+    model_args: ModelArgs = ()
     """Arguments of timm's constructor that a fine-tuned folder recorded, sorted by name."""
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -74,7 +79,15 @@ def list_backbones() -> list[str]:
     ids: list[str] = []
     for module in _MODULES_WITH_VITS:
         ids += timm.list_models(module=module) + timm.list_models(module=module, pretrained=True, include_tags=True)
-    return [*PAPER_BACKBONES, *sorted(set(ids))]
+    return [*PAPER_BACKBONES, TOY_BACKBONE, *sorted(set(ids))]
+
+
+def expand_architecture(architecture: str, model_args: ModelArgs = ()) -> tuple[str, dict[str, Any]]:
+    """timm's name of an architecture and the arguments of its constructor; the toy is a known one at other sizes."""
+    if architecture != TOY_BACKBONE:
+        return architecture, dict(model_args)
+    toy_architecture, toy_args = _read_toy_shape()
+    return toy_architecture, {**toy_args, **dict(model_args)}
 
 
 def resolve_source(backbone: str, weights: Path | None) -> BackboneSource:
@@ -95,6 +108,8 @@ def resolve_source(backbone: str, weights: Path | None) -> BackboneSource:
     if folder is not None:
         return _read_folder(folder, weights)
     architecture = _resolve_architecture(backbone)
+    if architecture == TOY_BACKBONE:
+        return _read_folder(TOY_FOLDER, weights)
     if weights is not None:
         return BackboneSource(architecture, _hash_weights(weights), weights=weights)
     return BackboneSource(architecture, _hash_published_name(architecture))
@@ -131,6 +146,11 @@ def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
             raise ValueError(f"{folder} has no {ADAPTER_NAME}, which its config.json names; copy the folder again.")
         # The backbone's weights are the original's; its tokens are not.
         weights_hash = hash_bytes(weights_hash.encode(), _hash_weights(folder / ADAPTER_NAME).encode())
+    toy_architecture, toy_args = _read_toy_shape()
+    if architecture.split(".")[0] == toy_architecture and model_args.items() >= toy_args.items():
+        # What was fine-tuned from the toy has its architecture.
+        architecture = TOY_BACKBONE
+        model_args = {key: value for key, value in model_args.items() if key not in toy_args}
     return BackboneSource(
         architecture,
         weights_hash,
@@ -139,6 +159,14 @@ def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
         mean=_read_channels(pretrained_cfg, "mean", folder),
         std=_read_channels(pretrained_cfg, "std", folder),
     )
+
+
+@lru_cache(maxsize=1)
+def _read_toy_shape() -> tuple[str, dict[str, Any]]:
+    """timm's architecture and the arguments that make it the toy."""
+    config = read_json(TOY_FOLDER / "config.json")
+    unset = ("num_classes", "dynamic_img_size")
+    return config["architecture"], {k: _freeze(value) for k, value in config["model_args"].items() if k not in unset}
 
 
 def _read_model_args(found: Any, path: Path, num_bytes: int) -> dict[str, Any]:
@@ -177,6 +205,8 @@ def _resolve_architecture(given: str) -> str:
     name = given.removeprefix(RANDOM_PREFIX)
     name = PAPER_BACKBONES.get(name, name.removeprefix(_HUB_PREFIX + "timm/"))
     architecture, _ = split_model_name_tag(name)
+    if name == TOY_BACKBONE:
+        return name
     if is_model(architecture):
         try:
             config = get_pretrained_cfg(name)
@@ -194,7 +224,7 @@ def _resolve_architecture(given: str) -> str:
 def _is_known(name: str) -> bool:
     from timm.models import is_model, split_model_name_tag
 
-    return name in PAPER_BACKBONES or is_model(split_model_name_tag(name)[0])
+    return name in PAPER_BACKBONES or name == TOY_BACKBONE or is_model(split_model_name_tag(name)[0])
 
 
 def _hash_published_name(architecture: str) -> str:

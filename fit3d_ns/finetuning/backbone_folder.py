@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model
 from fit3d_ns.features.adapters import ADAPTER_KEY, ADAPTER_NAME, AdaptedTokenModel
-from fit3d_ns.features.sources import WEIGHTS_NAME, find_backbone_folder
+from fit3d_ns.features.sources import (
+    TOY_BACKBONE,
+    TOY_FOLDER,
+    WEIGHTS_NAME,
+    expand_architecture,
+    find_backbone_folder,
+)
 from fit3d_ns.finetuning.validation import format_consistency
 from fit3d_ns.utils.files import read_json, write_atomically, write_json
 from fit3d_ns.utils.tensor_files import save_tensors
@@ -59,7 +65,7 @@ def find_licence(token_model: TokenModel) -> str | None:
     timm knows its own downloads', and a fine-tuned folder names its original's; any other file may hold anything.
     """
     description = token_model.description
-    folder = find_backbone_folder(description.backbone)
+    folder = TOY_FOLDER if description.backbone == TOY_BACKBONE else find_backbone_folder(description.backbone)
     if folder is not None and description.weights == folder / WEIGHTS_NAME:
         return read_json(folder / CONFIG_NAME).get("pretrained_cfg", {}).get("license")
     if description.weights is not None or description.is_random:
@@ -175,13 +181,14 @@ def _detach(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _describe_folder(token_model: TokenModel) -> dict[str, Any]:
     """The content of `config.json`."""
     description = token_model.description
+    architecture, model_args = expand_architecture(description.architecture, description.model_args)
     published = {**token_model.model.pretrained_cfg, "license": find_licence(token_model)}
     return {
         **({ADAPTER_KEY: token_model.config} if isinstance(token_model, AdaptedTokenModel) else {}),
-        "architecture": description.architecture.split(".")[0],
+        "architecture": architecture.split(".")[0],
         "num_classes": 0,
         "num_features": description.embed_dim,
-        "model_args": {**dict(description.model_args), "num_classes": 0, "dynamic_img_size": True},
+        "model_args": {**model_args, "num_classes": 0, "dynamic_img_size": True},
         "pretrained_cfg": {
             **{key: published[key] for key in _KEPT_CONFIG if published.get(key) is not None},
             "mean": list(description.mean),

@@ -43,7 +43,7 @@ class BackboneConfig:
 
     assembly: Assembly = "original"
     backbone: str = "dinov2_small"
-    """The original backbone: one of the paper's names or any timm id."""
+    """The original backbone: one of the paper's names, any timm id, or `toy_rooms_vit`, which needs no download."""
     backbone_weights: Path | None = None
     """File with the original's weights; timm's download by default."""
     finetuned: Path | None = None
