@@ -359,3 +359,25 @@ def test_records__key_and_summary() -> None:
     assert summary["v"] == 2.5 and summary["n"]["w"] == 2.0 and summary["c"] == 4
     assert summary["spread"]["v"] == pytest.approx(1.5 * 2**0.5) and summary["spread"]["n"]["w"] is None
     assert list(summary["per_seed"]) == ["0", "1"]
+
+
+def test_probe__classes_without_a_label_do_not_count_and_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A binary set that was written as 0 and 255, where 255 means that a pixel does not count."""
+    root = tmp_path / "binary"
+    for split in ("train", "test"):
+        for folder in ("images", "labels"):
+            (root / folder / split).mkdir(parents=True)
+        Image.new("RGB", (64, 48), (90, 80, 70)).save(root / f"images/{split}/a.png")
+        labels = np.zeros((48, 64), np.uint8)
+        labels[:, 32:] = 255
+        Image.fromarray(labels).save(root / f"labels/{split}/a.png")
+    (root / "classes.json").write_text('{"classes": ["background", "road"]}')
+    arguments = ["segmentation", "--train", str(root), "--test", str(root), "--num-iterations", "3", "--device", "cpu"]
+    arguments += ["--backbone", BACKBONE, "--assembly", "original", "--output-path", str(tmp_path / "r.json")]
+    arguments += ["--selection", "last"]
+    run_command(ProbeCommand, probe, prog="fit3d-probe", description="", args=arguments)
+    metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert metrics["miou"] == metrics["iou_by_class"]["background"]
+    assert "No label of binary is road: such classes do not count" in capsys.readouterr().err

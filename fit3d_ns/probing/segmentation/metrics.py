@@ -1,7 +1,7 @@
 """Metrics of semantic segmentation from one confusion matrix over all test pixels.
 
 iou_c = n_cc / (row_c + column_c - n_cc), acc_c = n_cc / row_c with n[truth, prediction]; miou and macc average over the
-classes that occur (iou: in truth or prediction, acc: in truth), aacc is the share of pixels that are right.
+classes that some label has, aacc is the share of pixels that are right.
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ class SegmentationMetrics:
             raise ValueError("No test pixel has a label that counts; check the label maps.")
         right = self.confusion.diagonal().double()
         rows, columns = self.confusion.sum(1).double(), self.confusion.sum(0).double()
-        # Classes that do not occur become 0 / 0 = NaN and are left out.
-        iou = right / (rows + columns - right)
+        # Classes that no label has become NaN and are left out.
+        iou = torch.where(rows > 0, right / (rows + columns - right), torch.nan)
         accuracy = right / rows
         names = class_names or [str(index) for index in range(self.num_classes)]
         return {

@@ -24,6 +24,7 @@ from fit3d_ns.probing.segmentation.inputs import (
     choose_short_side,
 )
 from fit3d_ns.probing.segmentation.metrics import SegmentationMetrics
+from fit3d_ns.utils.progress import notice_once
 
 PUBLISHED = PublishedTraining(num_iterations=40_000, learning_rate=1e-3, width=768)
 
@@ -123,6 +124,17 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
             logits = self.predict_logits(head, frame, (labels.shape[0], labels.shape[1]))
             metrics.update(logits.argmax(dim=0).cpu(), labels)
         metrics.confusion = sum_over_processes(metrics.confusion, self.accelerator)
+        occurs = metrics.confusion.sum(dim=1) > 0
+        absent = [
+            name for name, is_there in zip(labelled_set.class_names, occurs.tolist(), strict=True) if not is_there
+        ]
+        if absent and self.accelerator.is_main_process:
+            named = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+            notice_once(
+                f"absent classes of {labelled_set.name}",
+                f"No label of {labelled_set.name} is {named}: such classes do not count in miou ({IGNORE_INDEX} in a "
+                "label map means that a pixel does not count).",
+            )
         return metrics.compute(labelled_set.class_names)
 
     @torch.no_grad()
