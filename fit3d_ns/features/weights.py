@@ -1,8 +1,9 @@
 """Reads the weights of a vision transformer from the files in which people publish them.
 
 Understood: safetensors; timm checkpoints; FiT3D's `{"model": ...}` and bare state dicts; Splat-and-Distill's, which
-keep DINOv2's own key names with LoRA merged; DINOv2's, DINOv3's and MAE's original files. All may be half precision,
-wrapped in `state_dict`, `model`, `teacher` and the like, or prefixed by DDP, torch.compile or a surrounding module.
+keep DINOv2's own key names with LoRA merged; DINOv2's, DINOv3's and MAE's original files; those of `transformers` for
+ViT, DINOv2 and DINOv3 (`hugging_face.py`). All may be half precision, wrapped in `state_dict`, `model`,
+`teacher` and the like, or prefixed by DDP, torch.compile or a surrounding module.
 timm's own filters rename keys and resample position embeddings to the model's grid; here the result is compared with
 the model key by key, so that nothing is left untrained in silence.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fit3d_ns.features import hugging_face
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.tensor_files import open_tensors
 
@@ -90,6 +92,9 @@ def select_backbone(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tens
         raise ValueError(
             f"Weights file {path} holds unmerged LoRA matrices; merge them (peft: merge_and_unload) first."
         )
+    transformers_prefix = hugging_face.find_prefix(state_dict)
+    if transformers_prefix is not None:
+        return hugging_face.translate(state_dict, transformers_prefix)
     prefixes = [key.removesuffix(_EMBEDDING) for key in state_dict if key.endswith(_EMBEDDING)]
     prefixes = [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
     if not prefixes or "" in prefixes:
@@ -137,7 +142,17 @@ def _convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         # The filter stumbles over weights of another architecture; the comparison says over which.
         converted = state_dict
     targets = model.state_dict()
+    _refuse_lost_biases(state_dict, targets)
     return {key: tensor for key, tensor in converted.items() if key in targets or not key.startswith(_UNUSED_PREFIXES)}
+
+
+def _refuse_lost_biases(state_dict: dict[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """timm drops biases of the attention that its model has no place for; those of 0 may go."""
+    for key, value in state_dict.items():
+        place = key.removesuffix("qkv.bias")
+        has_place = key in targets or f"{place}q_bias" in targets or f"{place}qkv.weight" not in targets
+        if place != key and not has_place and bool(value.any()):
+            raise ValueError(f"The weights have a bias `{key}` that the backbone lacks; give its variant `..._qkvb`.")
 
 
 def _check_keys(converted: dict[str, Tensor], model: nn.Module, path: Path) -> None:

@@ -208,3 +208,94 @@ def test_create_extractor__uses_the_weights_it_is_given(tmp_path):
     extractor = create_extractor("tiny_dinov2", tmp_path / "weights.pth")
     _assert_same(extractor.model, source, rtol=0, atol=0)
     assert not extractor.is_random
+
+
+# transformers' names of each family, written from its documentation, and what they are in the original files.
+VIT_NAMES = [
+    ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("blocks.", "encoder.layer."),
+    (".attn.qkv.", ".attention.attention.{}."), (".attn.proj.", ".attention.output.dense."),
+]  # fmt: skip
+PLAIN_NAMES = [
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".mlp.fc1.", ".intermediate.dense."),
+]
+PLAIN_NAMES += [(".mlp.fc2.", ".output.dense."), ("norm.", "layernorm.")]
+DINOV2_NAMES = [
+    (".ls1.gamma", ".layer_scale1.lambda1"),
+    (".ls2.gamma", ".layer_scale2.lambda1"),
+    ("norm.", "layernorm."),
+]
+DINOV3_NAMES = [
+    ("cls_token", "embeddings.cls_token"), ("reg_token", "embeddings.register_tokens"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings."), ("blocks.", "layer."),
+    (".attn.qkv.", ".attention.{}."), (".attn.proj.", ".attention.o_proj."), (".mlp.fc1.", ".mlp.up_proj."),
+    (".mlp.fc2.", ".mlp.down_proj."), (".gamma_1", ".layer_scale1.lambda1"), (".gamma_2", ".layer_scale2.lambda1"),
+]  # fmt: skip
+
+
+def _rename_as_transformers(state, names, parts, prefix):
+    renamed = {}
+    for key, value in state.items():
+        for ours, theirs in names:
+            # `norm.` is the last norm only.
+            key = theirs + key.removeprefix(ours) if ours == "norm." and key.startswith(ours) else key
+            key = key.replace(ours, theirs) if ours != "norm." else key
+        if "{}" in key:
+            renamed |= {prefix + key.format(part): rows for part, rows in zip(parts, value.chunk(3), strict=True)}
+        else:
+            renamed[prefix + key] = value
+    return renamed
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "prefix"),
+    [
+        ("tiny_plain16", VIT_NAMES + PLAIN_NAMES, "vit."),
+        ("tiny_plain16", VIT_NAMES + PLAIN_NAMES, ""),
+        ("tiny_dinov2", VIT_NAMES + DINOV2_NAMES, ""),
+        ("tiny_dinov2", VIT_NAMES + DINOV2_NAMES, "dinov2."),
+        ("tiny_dinov3", DINOV3_NAMES, ""),
+        ("tiny_dinov3", DINOV3_NAMES, "model."),
+    ],
+)
+def test_load_weights__names_of_transformers(tmp_path, name, names, prefix):
+    source, model = _create(name, seed=1), _create(name, seed=2)
+    parts = ("q_proj", "k_proj", "v_proj") if name == "tiny_dinov3" else ("query", "key", "value")
+    state = _rename_as_transformers(source.state_dict(), names, parts, prefix)
+    assert not any("attn." in key or "blocks." in key for key in state)
+    extra = {"embeddings.mask_token": torch.zeros(1, 16)} if name != "tiny_plain16" else {}
+    extra |= {"pooler.dense.weight": torch.ones(16, 16), "pooler.dense.bias": torch.ones(16)}
+    if name == "tiny_dinov3":
+        # Its queries and values have biases, which are 0 in the published files.
+        extra |= {f"layer.0.attention.{part}.bias": torch.zeros(16) for part in ("q_proj", "v_proj", "o_proj")[:2]}
+    state |= {prefix + key: value for key, value in extra.items()}
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    load_weights(model, tmp_path / "model.safetensors")
+    _assert_same(model, source, rtol=0, atol=0)
+
+
+def test_load_weights__transformers_dinov2_with_registers(tmp_path):
+    source, model = _create("tiny_dinov2_reg", seed=1), _create("tiny_dinov2_reg", seed=2)
+    hub = dict(source.state_dict())
+    position = torch.randn(1, 1, 16)
+    tokens = {
+        "embeddings.register_tokens": hub.pop("reg_token"),
+        "embeddings.position_embeddings": torch.cat([position, hub.pop("pos_embed")], dim=1),
+        "embeddings.cls_token": hub.pop("cls_token") - position,
+        "embeddings.mask_token": torch.zeros(1, 16),
+    }
+    state = _rename_as_transformers(hub, VIT_NAMES + DINOV2_NAMES, ("query", "key", "value"), "") | tokens
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    load_weights(model, tmp_path / "pytorch_model.bin")
+    _assert_same(model, source)
+
+
+def test_load_weights__refuses_attention_biases_that_would_be_lost(tmp_path):
+    source = _create("tiny_dinov3", seed=1)
+    state = _rename_as_transformers(source.state_dict(), DINOV3_NAMES, ("q_proj", "k_proj", "v_proj"), "")
+    state["layer.1.attention.v_proj.bias"] = torch.ones(16)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="a bias `blocks.1.attn.qkv.bias` that the backbone lacks; .*qkvb"):
+        load_weights(_create("tiny_dinov3", seed=2), tmp_path / "w.pth")
