@@ -1,7 +1,7 @@
 """Key names of vision transformers of Hugging Face's `transformers`, translated to those of their original files.
 
-Known are ViT (also MAE, which shares its names), DINOv2 without and with registers, and DINOv3. Queries, keys and values,
-which `transformers` keeps apart, become one matrix; where only some of the three have a bias, the others' is 0.
+Known are ViT (also MAE, which shares its names), DINOv2 without and with registers, and DINOv3. Queries, keys and
+values, which `transformers` keeps apart, become one matrix; where only some have a bias, that of the others is 0.
 """
 
 import re
