@@ -73,6 +73,7 @@ COMMANDS = {
             "--scene a.safetensors b.safetensors --backbone m --output-path out",
             "--load-config run --output-path out.safetensors",
             "--ply a.ply --data scene --output-path out.safetensors",
+            "--surface depth --data scene --output-path out.safetensors",
         ),
         {
             "fit3d_ns.cli.lift._write_metrics": None,

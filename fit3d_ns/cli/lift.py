@@ -34,6 +34,7 @@ from fit3d_ns.lifting.sources import (
     read_scene_source,
     warn_of_poor_fit,
 )
+from fit3d_ns.lifting.surfaces import Surface, SurfaceConfig, read_surface_source
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.device import DeviceChoice, choose_device
@@ -47,11 +48,14 @@ DEFAULT_BACKBONE = "dinov2_small"
 
 @dataclass(frozen=True)
 class LiftCommand:
-    """What is lifted from, whose features, and where scenes go. Give one of --load-config, --ply and --scene."""
+    """What is lifted from, whose features, where scenes go. Give one of --surface, --load-config, --ply, --scene."""
 
-    output_path: Path
-    """The scene file to write, `.safetensors`, or a folder for several scenes. Metrics go next to a scene, and so does
-    the state of an interrupted lift, which the same command goes on from."""
+    output_path: Annotated[Path, tyro.conf.arg(aliases=["--output-dir"])]
+    """The scene file to write, `.safetensors`, or a folder for several scenes (with --surface also for one). Metrics go
+    next to a scene, and so does the state of an interrupted lift, which the same command goes on from."""
+    surface: Annotated[Surface | None, UNSET] = None
+    """Geometry without training, from what the scenes of --data come with: `depth` of a sensor (`render_depth/`,
+    `depth_file_path`), a triangle `mesh`, or the `points` of a dense cloud or laser scan."""
     load_config: tuple[Path, ...] = ()
     """Splatfacto runs, ours or nerfstudio's (also splatfacto-big, antialiased, with camera optimizer): their config.yml
     or folder."""
@@ -60,8 +64,9 @@ class LiftCommand:
     write them; needs --data."""
     scene: tuple[Path, ...] = ()
     """Scene files to lift again with another backbone or other settings: cameras and Gaussians are read from them."""
-    data: Annotated[Path | None, UNSET] = None
-    """The captured scene folder: of a PLY, or where the dataset of a single run or scene lies now if it was moved."""
+    data: tuple[Path, ...] = ()
+    """The captured scene folder: of a PLY, or where the dataset of a single run or scene lies now if it was moved. With
+    --surface the folders of all scenes."""
     trust_config: bool = False
     """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
     methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
@@ -88,13 +93,21 @@ class LiftCommand:
     device: DeviceChoice = "auto"
     """Where to work; `auto` takes CUDA where there is one."""
     from_ply: Annotated[PlyConfig, GROUP] = field(default_factory=PlyConfig)
+    from_surface: Annotated[SurfaceConfig, GROUP] = field(default_factory=SurfaceConfig)
     options: Annotated[LiftSceneConfig, GROUP] = field(default_factory=LiftSceneConfig)
     lift: Annotated[LiftConfig, GROUP] = field(default_factory=LiftConfig)
 
     @property
     def is_folder(self) -> bool:
         """Whether `output_path` is a folder of scenes."""
-        return self.shared_decoder or len(self.load_config) + len(self.scene) > 1
+        if self.surface is not None and self.output_path.suffix != ".safetensors":
+            return True
+        return self.shared_decoder or self.num_scenes > 1
+
+    @property
+    def num_scenes(self) -> int:
+        """How many scenes are lifted."""
+        return len(self.data) if self.surface is not None else len(self.load_config) + len(self.scene) or 1
 
 
 def lift(command: LiftCommand) -> None:
@@ -159,9 +172,12 @@ def choose_backbone(command: LiftCommand) -> BackboneDescription:
 
 def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
     """What is read, and where each scene goes; ValueError where two scenes would get one name."""
-    data, trust = command.data, command.trust_config
+    trust, data = command.trust_config, next(iter(command.data), None)
     readers: list[tuple[str, Callable[[], LiftSource]]] = []
-    if command.ply is not None:
+    if command.surface is not None:
+        options = command.surface, command.from_surface, command.from_ply, device
+        readers += [(name_capture(path), partial(read_surface_source, path, *options)) for path in command.data]
+    elif command.ply is not None:
         assert data is not None
         readers.append((command.ply.stem, partial(read_ply_source, command.ply, data, command.from_ply, device)))
     readers += [(path.stem, partial(read_scene_source, path, data)) for path in command.scene]
@@ -193,6 +209,12 @@ def name_run(path: Path) -> str:
     return folder.parents[1].name if len(folder.parents) > 2 else folder.name
 
 
+def name_capture(path: Path) -> str:
+    """The name of a captured scene's folder, that of ScanNet++'s scene for its `dslr`."""
+    folder = path.absolute() if path.suffix != ".json" else path.absolute().parent
+    return folder.parent.name if folder.name == "dslr" else folder.name
+
+
 def describe_forecast(forecast: LiftForecast) -> str:
     """What `--dry-run` prints."""
     tokens = "tokens cached" if forecast.is_cached else "backbone included"
@@ -221,18 +243,27 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _check(command: LiftCommand) -> None:
     """Raises ValueError for flags that do not go together."""
-    sources = {"--load-config": command.load_config, "--ply": command.ply, "--scene": command.scene}
+    sources = {
+        **{"--surface": command.surface, "--load-config": command.load_config},
+        **{"--ply": command.ply, "--scene": command.scene},
+    }
     given = [flag for flag, value in sources.items() if value]
     if len(given) != 1:
         what = "none is given" if not given else " and ".join(given) + " are given"
-        raise ValueError(f"Give one of --load-config, --ply and --scene to lift from; {what}.")
-    if command.ply is not None and command.data is None:
+        raise ValueError(f"Give one of --surface, --load-config, --ply and --scene to lift from; {what}.")
+    if command.ply is not None and not command.data:
         raise ValueError(f"A PLY has no cameras: give the folder of the photographs of {command.ply} with --data.")
+    if command.surface is not None and not command.data:
+        raise ValueError("--surface needs the folders of the scenes with --data.")
+    if command.surface is not None and command.num_scenes > 1 and command.from_surface.mesh is not None:
+        raise ValueError(
+            "--mesh is the file of one scene; lift scenes with files of their own by commands of their own."
+        )
+    if command.surface is None and len(command.data) > (1 if command.num_scenes == 1 else 0):
+        raise ValueError("--data is the folder of one scene; lift moved scenes with commands of their own.")
     if command.is_folder:
         if command.output_path.suffix == ".safetensors" or command.output_path.is_file():
             raise ValueError(f"--output-path {command.output_path} must be a folder: that is where several scenes go.")
-        if command.data is not None and len(command.load_config) + len(command.scene) > 1:
-            raise ValueError("--data is the folder of one scene; lift moved scenes with commands of their own.")
         return
     if command.output_path.suffix != ".safetensors":
         raise ValueError(f"--output-path {command.output_path} must end in .safetensors.")

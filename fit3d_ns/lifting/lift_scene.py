@@ -196,14 +196,14 @@ def compute_lift_hash(
     content = {
         "capture": record_capture(source.capture),
         "sizes": [path.stat().st_size if path.is_file() else None for path in files],
-        "rendering": [source.rasterize_mode, source.eps2d],
+        "rendering": [source.rasterize_mode, source.eps2d, *([source.recipe] if source.recipe else [])],
         "backbone": backbone.identity,
         "config": list_decisive(config),
         "options": [options.views, options.drop_unseen, include_sh],
     }
     # What the lift itself finds is no part of what it starts from: a scene file may be lifted onto itself.
     found = {"features", "blend_weight", "num_views", "feature_variance", *(() if include_sh else ("sh_rest",))}
-    tensors = [tensor for name, tensor in source.gaussians.tensors().items() if name not in found]
+    tensors = [tensor for name, tensor in source.gaussians.tensors().items() if name not in found and not source.recipe]
     return hash_bytes(
         json.dumps(content).encode(), *(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)
     )

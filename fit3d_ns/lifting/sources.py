@@ -67,7 +67,9 @@ class LiftSource:
     num_dropped: int = 0
     """Gaussians left out because a number was NaN, infinite or too large."""
     training_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by phase of the run that made the Gaussians; empty where they are not known."""
+    """Seconds by phase of what made the Gaussians; empty where they are not known."""
+    recipe: str = ""
+    """What the Gaussians were made from, where that tells them apart better than their numbers do."""
 
     def __post_init__(self) -> None:
         """Raises ValueError now, not after the lift, for what cannot be lifted or stored."""

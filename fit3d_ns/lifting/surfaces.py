@@ -1,0 +1,191 @@
+"""`read_surface_source`: flat Gaussians on the surface that a capture comes with, to lift from without any training."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fit3d_ns.data.frames import CaptureFiles
+from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
+from fit3d_ns.lifting.sources import LiftSource, PlyConfig, compare_with_photographs
+from fit3d_ns.lifting.surface_points import (
+    SurfaceFile,
+    find_depth_scale,
+    fuse_depth,
+    list_depth_views,
+    read_surface_file,
+    sample_surface,
+)
+from fit3d_ns.lifting.surfels import SurfacePoints, create_point_surfels, create_surfels, smooth_along_normals
+from fit3d_ns.lifting.worlds import PlyWorld, find_changes
+from fit3d_ns.rasterization import backproject_features, rasterize_features
+from fit3d_ns.scene import Gaussians, PosedCapture, create_posed_capture
+from fit3d_ns.utils.files import hash_bytes, hash_file
+from fit3d_ns.utils.progress import PhaseTimer, notice, track
+from fit3d_ns.utils.selection import select_evenly
+
+Surface = Literal["depth", "mesh", "points"]
+SCANNETPP_MESH = "scans/mesh_aligned_0.05.ply"
+_MAX_COLOUR_VIEWS = 120
+"""Photographs that colours are read from."""
+_SH = 2.0 * np.sqrt(np.pi)
+
+
+@dataclass(frozen=True)
+class SurfaceConfig:
+    """How Gaussians are made of a surface."""
+
+    mesh: Path | None = None
+    """With --surface mesh or points: the file of the mesh or cloud (PLY, OBJ, GLB, STL, OFF), in the world that
+    --ply-world says. Without it, ScanNet++'s `scans/mesh_aligned_0.05.ply` or the capture's own points."""
+    depth_scale: float | None = None
+    """With --surface depth: units of the depth maps per unit of the capture's world, 1000 where depth is in millimetres
+    and poses are in metres. By default the one of the usual ones at which views agree."""
+    cell_pixels: float = 6.0
+    """With --surface: side of the smallest Gaussians' cells in pixels of a near photograph, above 0. Smaller cells
+    follow edges better and cost time and memory."""
+    refine_steps: int = 3
+    """With --surface: rounds over the photographs that fit colours to them, 0 or more."""
+
+    def __post_init__(self) -> None:
+        if not self.cell_pixels > 0 or self.refine_steps < 0 or not (self.depth_scale is None or self.depth_scale > 0):
+            raise ValueError("cell_pixels and depth_scale must be above 0 and refine_steps 0 or more.")
+
+
+def read_surface_source(
+    data: Path, surface: Surface, config: SurfaceConfig, world: PlyConfig, device: torch.device | str = "cpu"
+) -> LiftSource:
+    """Reads a capture and makes Gaussians of its surface, coloured by its photographs.
+
+    Raises:
+        ValueError: The capture has no such surface, or renderings of it are not what the photographs show.
+    """
+    files = read_capture(data, is_strict=world.strict)
+    notice(files.description)
+    capture = create_posed_capture(files, downscale_factor=world.downscale_factor)
+    path = None if surface == "depth" else _find_file(files, surface, config)
+    if surface == "depth":
+        scale = config.depth_scale or find_depth_scale(capture)
+        if scale != (config.depth_scale or 1000.0):
+            notice(f"Views agree where depth maps have {scale:g} units per unit of the poses; else give --depth-scale.")
+        sizes = [view.frame.depth_path.stat().st_size for view in list_depth_views(capture)]
+        recipe = f"depth {scale} {sizes}"
+        source = _build(capture, lambda: fuse_depth(capture, scale, config.cell_pixels), recipe, config, device)
+    elif path is None:
+        assert capture.points is not None
+        xyz, rgb = (part.double().numpy() for part in (capture.points.xyz, capture.points.rgb))
+        file, recipe = SurfaceFile(xyz, np.empty((0, 3), np.int64), rgb / 255.0), f"points {hash_bytes(xyz.tobytes())}"
+        source = _build(capture, lambda: sample_surface(file, capture, config.cell_pixels), recipe, config, device)
+    else:
+        source = _read_file_source(path, files, surface, config, world, device)
+    fit = compare_with_photographs(source, device)
+    if not fit.is_seen or fit.psnr < world.smallest_psnr:
+        raise ValueError(
+            f"The {surface} of {data} does not show what its photographs show ({fit.psnr:.1f} dB, "
+            f"{world.smallest_psnr:g} dB are needed); check poses and, for depth, --depth-scale."
+        )
+    return source
+
+
+def _read_file_source(
+    path: Path, files: CaptureFiles, surface: Surface, config: SurfaceConfig, world: PlyConfig, device: Any
+) -> LiftSource:
+    """From a mesh or cloud, in the world of the poses or of the capture's COLMAP model, whichever fits better."""
+    file, recipe = read_surface_file(path), f"{surface} {hash_file(path)}"
+    if surface == "mesh" and not len(file.faces):
+        raise ValueError(f"{path} has no triangles; use --surface points for a cloud.")
+
+    def create(name: PlyWorld, cell_pixels: float) -> LiftSource:
+        change = find_changes(name, files, path)[0]
+        capture = create_posed_capture(files, change.transform, change.scale, world.downscale_factor)
+        return _build(capture, lambda: sample_surface(file, capture, cell_pixels), recipe, config, device)
+
+    # ScanNet++'s meshes lie in the world of its COLMAP model.
+    names: list[PlyWorld] = ["dataset", "colmap"] if config.mesh is not None else ["colmap"]
+    fits = {}
+    for name in names if files.colmap_to_world is not None and len(names) > 1 else []:
+        with suppress(ValueError):
+            fits[name] = compare_with_photographs(create(name, 3.0 * config.cell_pixels), device).psnr
+    best = max(fits, key=lambda name: fits[name], default=names[0])
+    if fits:
+        listed = ", ".join(f"{name} {fit:.1f} dB" for name, fit in fits.items())
+        notice(f"{path} lies in the {best} world ({listed} from the photographs).")
+    return create(best, config.cell_pixels)
+
+
+@torch.no_grad()
+def fit_colours(
+    gaussians: Gaussians, capture: PosedCapture, num_rounds: int, device: torch.device | str = "cpu"
+) -> tuple[Gaussians, Float[Tensor, " num_gaussians"]]:
+    """The Gaussians with colours nearer to the train photographs, and their blend weight in all of them together.
+
+    A round adds to each colour the mean difference between photographs and renderings where it is seen, by blend
+    weight: a simultaneous algebraic reconstruction, which goes towards the least squares.
+    """
+    views = select_evenly(capture.select("train"), _MAX_COLOUR_VIEWS)
+    activated = gaussians.to(device).activate()
+    colours, weights = 0.5 + gaussians.sh_dc.to(device).float() / _SH, activated.means.new_zeros(len(activated))
+    for index in range(num_rounds):
+        sums = colours.new_zeros(len(colours), 4)
+        for view in track(views, f"Colours, round {index + 1}"):
+            info = activated.project(
+                viewmats_from_camera_to_worlds(view.camera_to_world), view.K, view.width, view.height
+            )
+            mask = capture.load_valid_mask(view).to(colours)[..., None]
+            photograph = capture.load_image(view).to(colours) / 255.0
+            residual = (photograph - rasterize_features(colours, info)[0]) * mask
+            backproject_features(torch.cat([residual, mask], dim=-1)[None].contiguous(), info, add_to=sums)
+        weights = sums[:, 3]
+        colours = (colours + sums[:, :3] / weights.clamp(min=1e-6)[:, None]).clamp(0.0, 1.0)
+    return replace(gaussians, sh_dc=((colours - 0.5) * _SH).to(gaussians.sh_dc.dtype).cpu()), weights.cpu()
+
+
+def _build(
+    capture: PosedCapture,
+    find_points: Callable[[], tuple[SurfacePoints, float]],
+    recipe: str,
+    config: SurfaceConfig,
+    device: torch.device | str,
+) -> LiftSource:
+    timer = PhaseTimer()
+    with timer.phase("setup"):
+        points, cell = find_points()
+        if not recipe.startswith("mesh"):
+            points = smooth_along_normals(points, cell)
+        if not recipe.startswith("depth"):
+            # What photographs show decides where cells may be merged; what none sees is left out.
+            seen, weights = fit_colours(create_point_surfels(points, cell), capture, 1, device)
+            points = replace(points, rgb=0.5 + seen.sh_dc.double().numpy() / _SH).select(weights.numpy() > 0)
+        gaussians = create_surfels(points, cell, config.cell_pixels)
+    with timer.phase("colour"):
+        gaussians, _ = fit_colours(gaussians, capture, config.refine_steps, device)
+    kind = recipe.split()[0]
+    decisive = {"cell_pixels": config.cell_pixels, "refine_steps": config.refine_steps, "version": 1}
+    description = f"surface of {kind}, cells of {cell:.3g}"
+    return LiftSource(
+        gaussians, capture, description, training_seconds=timer.seconds, recipe=json.dumps([recipe, decisive])
+    )
+
+
+def _find_file(files: CaptureFiles, surface: Surface, config: SurfaceConfig) -> Path | None:
+    """The mesh or cloud; None where the capture's own points are meant."""
+    if config.mesh is not None:
+        return config.mesh
+    if surface == "points" and files.points is not None:
+        return None
+    root = files.root if files.root.is_dir() else files.root.parent
+    found = [
+        folder / SCANNETPP_MESH for folder in (root, root.absolute().parent) if (folder / SCANNETPP_MESH).is_file()
+    ]
+    if surface == "mesh" and found:
+        return found[0]
+    missing = f"mesh ({SCANNETPP_MESH})" if surface == "mesh" else "points"
+    raise ValueError(f"{files.root} has no {missing}; give a file with --mesh.")

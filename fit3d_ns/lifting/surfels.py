@@ -1,0 +1,246 @@
+"""Flat Gaussians that cover a surface: points are smoothed along their normals and merged where the surface is plain.
+
+Points lie in cells of a cubic grid whose smallest cells have the side `cell`. Eight cells become one of twice the side
+where what they hold is flat and of one colour, or where photographs do not resolve them; a wall ends in few large
+cells, an edge in many small ones. Each remaining cell becomes one Gaussian along its points' spread.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
+
+from fit3d_ns.scene import Gaussians
+
+OPACITY = 0.98
+_SPREAD = 2.0
+"""Standard deviations of a Gaussian per standard deviation of its points: without gaps, for a square that it covers."""
+_THINNESS = 0.1
+"""Standard deviation along the normal, in the smaller one along the surface, where points lie in a plane."""
+_LEVELS = 4
+"""How often a cell may double."""
+_NUM_NEIGHBOURS = 16
+_LARGEST_RESIDUAL = 0.25
+"""Root mean square distance from the plane of a merged cell, in sides of the smallest cell."""
+_LEAST_AGREEMENT = 0.97
+"""Length of the mean of a merged cell's unit normals."""
+_LARGEST_CONTRAST = 0.08
+"""Standard deviation of a merged cell's colours, of all three channels together, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class SurfacePoints:
+    """Points of a surface as photographs resolve it; lengths are in units of the capture's world."""
+
+    xyz: Float[np.ndarray, "points 3"]
+    normals: Float[np.ndarray, "points 3"]
+    """Unit normals, towards the cameras."""
+    rgb: Float[np.ndarray, "points 3"]
+    """Colours in [0, 1]."""
+    spacing: Float[np.ndarray, " points"]
+    """Width of a pixel at the point, of the photograph that resolves it best."""
+
+    def __len__(self) -> int:
+        return len(self.xyz)
+
+    def select(self, chosen: np.ndarray) -> "SurfacePoints":
+        """The points where a mask is True, or with the given numbers."""
+        return SurfacePoints(self.xyz[chosen], self.normals[chosen], self.rgb[chosen], self.spacing[chosen])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows sorted by what they have in common."""
+
+    keys: Int[np.ndarray, " groups"]
+    """Of each group, ascending."""
+    order: Int[np.ndarray, " rows"]
+    """Numbers of the rows, group after group."""
+    starts: Int[np.ndarray, " groups"]
+    """Where each group starts in `order`."""
+
+    @property
+    def members(self) -> Int[np.ndarray, " rows"]:
+        """Number of each row's group."""
+        counts = np.diff(self.starts, append=len(self.order))
+        members = np.empty(len(self.order), dtype=np.int64)
+        members[self.order] = np.repeat(np.arange(len(self.starts)), counts)
+        return members
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Sums of the groups' rows."""
+        return np.add.reduceat(values[self.order], self.starts, axis=0)
+
+    def min(self, values: np.ndarray) -> np.ndarray:
+        """Smallest value of each group."""
+        return np.minimum.reduceat(values[self.order], self.starts, axis=0)
+
+
+def group_rows(keys: Int[np.ndarray, " rows"]) -> Groups:
+    """Groups of equal keys."""
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order[:1]] - 1))
+    return Groups(keys[order[starts]], order, starts)
+
+
+def compute_cell_keys(xyz: Float[np.ndarray, "points 3"], cell: float) -> Int[np.ndarray, " points"]:
+    """One number for each cell of a grid: 21 bits an axis; halving the axes' numbers gives the cell of twice the side.
+
+    Raises:
+        ValueError: The surface reaches too far for its cells.
+    """
+    numbers = np.floor(xyz / cell).astype(np.int64) + 2**20
+    if len(numbers) and (numbers.min() < 0 or numbers.max() >= 2**21):
+        raise ValueError(f"A surface of {np.ptp(xyz, axis=0).max():g} units has no cells of {cell:g}; use larger ones.")
+    return (numbers[:, 0] << 42) | (numbers[:, 1] << 21) | numbers[:, 2]
+
+
+def estimate_normals(
+    xyz: Float[np.ndarray, "points 3"], towards: Float[np.ndarray, "points 3"], num_neighbours: int = _NUM_NEIGHBOURS
+) -> Float[np.ndarray, "points 3"]:
+    """Unit normals: of each point's neighbours the direction of least spread, on the side of the vectors `towards`."""
+    neighbours = xyz[cKDTree(xyz).query(xyz, min(num_neighbours, len(xyz)))[1].reshape(len(xyz), -1)]
+    offsets = neighbours - neighbours.mean(axis=1, keepdims=True)
+    normals = np.linalg.eigh(np.einsum("nki,nkj->nij", offsets, offsets))[1][..., 0]
+    return np.where((normals * towards).sum(axis=1, keepdims=True) < 0, -normals, normals)
+
+
+def smooth_along_normals(points: SurfacePoints, cell: float, num_rounds: int = 2) -> SurfacePoints:
+    """Moves points along their normals to the plane of their neighbours: layers of a noisy surface become one."""
+    reach = 2.5 * np.maximum(points.spacing, cell)
+    xyz, normals = points.xyz, points.normals
+    for _ in range(num_rounds):
+        distances, indices = cKDTree(xyz).query(xyz, min(_NUM_NEIGHBOURS, len(xyz)))
+        weights = np.exp(-2.0 * (distances / reach[:, None]) ** 2)
+        # Neighbours around a corner or on the back of a thin wall do not count.
+        weights *= np.clip(np.einsum("nki,ni->nk", normals[indices], normals) - 0.5, 0.0, None)
+        heights = np.einsum("nki,ni->nk", xyz[indices] - xyz[:, None], normals)
+        shift = (weights * heights).sum(axis=1) / weights.sum(axis=1)
+        turned = np.einsum("nk,nki->ni", weights, normals[indices])
+        xyz = xyz + shift[:, None] * normals
+        normals = turned / np.linalg.norm(turned, axis=1, keepdims=True)
+    return replace(points, xyz=xyz, normals=normals)
+
+
+def create_point_surfels(points: SurfacePoints, cell: float) -> Gaussians:
+    """One Gaussian for each point."""
+    return _create_gaussians(_Moments(_list_moments(points, cell)))
+
+
+def create_surfels(points: SurfacePoints, cell: float, cell_pixels: float) -> Gaussians:
+    """One Gaussian for each cell that is left after merging.
+
+    Args:
+        cell: Side of the smallest cells.
+        cell_pixels: Cells smaller than so many pixels are merged whatever they hold.
+    """
+    first = group_rows(compute_cell_keys(points.xyz, cell))
+    keys, sums = first.keys, first.sum(_list_moments(points, cell))
+    finished, blocked, side = [], np.empty(0, np.int64), cell
+    for _ in range(_LEVELS):
+        side *= 2.0
+        parents = group_rows(_halve(keys))
+        together = _Moments(parents.sum(sums))
+        is_plain = together.residual < _LARGEST_RESIDUAL * cell
+        is_plain &= (together.agreement > _LEAST_AGREEMENT) & (together.contrast < _LARGEST_CONTRAST)
+        blocked = np.unique(_halve(blocked))
+        merges = (is_plain & ~np.isin(parents.keys, blocked)) | (side < cell_pixels * together.spacing)
+        finished.append(sums[~merges[parents.members]])
+        blocked = np.union1d(blocked, parents.keys[~merges])
+        keys, sums = parents.keys[merges], together.sums[merges]
+        if not len(keys):
+            break
+    return _create_gaussians(_Moments(np.concatenate([*finished, sums])))
+
+
+def _list_moments(points: SurfacePoints, cell: float) -> Float[np.ndarray, "points 19"]:
+    """Columns of `_Moments`, one row for each point."""
+    squares = points.xyz[:, [0, 0, 0, 1, 1, 2]] * points.xyz[:, [0, 1, 2, 1, 2, 2]]
+    columns = (np.ones(len(points)), points.xyz, squares, points.normals, points.rgb, (points.rgb**2).sum(axis=1))
+    return np.column_stack([*columns, np.maximum(points.spacing, cell) ** 2 / 12.0, points.spacing])
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over each cell's points, and what follows from them."""
+
+    sums: Float[np.ndarray, "cells 19"]
+
+    @property
+    def count(self) -> np.ndarray:
+        return self.sums[:, :1]
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.sums[:, 1:4] / self.count
+
+    @property
+    def covariance(self) -> np.ndarray:
+        mean = self.mean
+        rows = self.sums[:, 4:10] / self.count - mean[:, [0, 0, 0, 1, 1, 2]] * mean[:, [0, 1, 2, 1, 2, 2]]
+        return rows[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
+
+    @property
+    def agreement(self) -> np.ndarray:
+        return np.linalg.norm(self.sums[:, 10:13], axis=1) / self.sums[:, 0]
+
+    @property
+    def normal(self) -> np.ndarray:
+        return self.sums[:, 10:13] / np.maximum(np.linalg.norm(self.sums[:, 10:13], axis=1, keepdims=True), 1e-12)
+
+    @property
+    def rgb(self) -> np.ndarray:
+        return self.sums[:, 13:16] / self.count
+
+    @property
+    def contrast(self) -> np.ndarray:
+        return np.sqrt(np.maximum(self.sums[:, 16] / self.sums[:, 0] - (self.rgb**2).sum(axis=1), 0.0))
+
+    @property
+    def least_variance(self) -> np.ndarray:
+        return self.sums[:, 17] / self.sums[:, 0]
+
+    @property
+    def spacing(self) -> np.ndarray:
+        return self.sums[:, 18] / self.sums[:, 0]
+
+    @property
+    def residual(self) -> np.ndarray:
+        normal = self.normal
+        return np.sqrt(np.maximum(np.einsum("ni,nij,nj->n", normal, self.covariance, normal), 0.0))
+
+
+def _create_gaussians(cells: _Moments) -> Gaussians:
+    normal, covariance = cells.normal, cells.covariance
+    # Any two directions along the surface, then turned to those of most and least spread.
+    helper = np.eye(3)[np.abs(normal).argmin(axis=1)]
+    first = np.cross(normal, helper)
+    first /= np.linalg.norm(first, axis=1, keepdims=True)
+    axes = np.stack([first, np.cross(normal, first)], axis=2)
+    spread, turn = np.linalg.eigh(axes.transpose(0, 2, 1) @ covariance @ axes)
+    axes = axes @ turn
+    along = _SPREAD * np.sqrt(np.maximum(spread, 0.0) + cells.least_variance[:, None])
+    across = np.sqrt(cells.residual**2 + (_THINNESS * along[:, 0]) ** 2)
+    rotation = np.concatenate([axes, np.cross(axes[..., 0], axes[..., 1])[..., None]], axis=2)
+    scales = np.column_stack([along, across])
+    return Gaussians.from_raw(
+        means=torch.from_numpy(cells.mean),
+        quats=torch.from_numpy(_to_quats(rotation)),
+        log_scales=torch.from_numpy(np.log(scales)),
+        opacity_logits=torch.full((len(scales),), OPACITY).logit(),
+        sh_dc=torch.from_numpy((cells.rgb - 0.5) * 2.0 * np.sqrt(np.pi)),
+    )
+
+
+def _halve(keys: np.ndarray) -> np.ndarray:
+    mask = 2**21 - 1
+    return ((keys >> 43) << 42) | (((keys >> 21) & mask) >> 1 << 21) | ((keys & mask) >> 1)
+
+
+def _to_quats(rotation: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 4"]:
+    """Quaternions wxyz."""
+    from scipy.spatial.transform import Rotation
+
+    return Rotation.from_matrix(rotation).as_quat()[:, [3, 0, 1, 2]]
