@@ -8,4 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 # Everything that tests ask for is installed here, so none of them may be skipped (but for want of a browser).
-FIT3D_TESTS_SKIP_NOTHING=1 .venv/bin/pytest -q "$@"
+# Two processes, each taking whole files, the longest first (tests/conftest.py).
+FIT3D_TESTS_SKIP_NOTHING=1 .venv/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -31,8 +31,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+LONGEST = ("tests/faults", "tests/test_end_to_end.py", "tests/finetuning/test_finetune_command.py")
+"""What processes that share the tests begin with."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects `gpu` tests on machines without CUDA, so that they never count as passed or skipped."""
+    """Orders the tests for several processes, and deselects `gpu` tests on machines without CUDA.
+
+    What is deselected never counts as passed or skipped.
+    """
+    items.sort(key=lambda item: next((n for n, start in enumerate(LONGEST) if item.nodeid.startswith(start)), 99))
     if torch.cuda.is_available():
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
