@@ -5,16 +5,18 @@ What can be put right without guessing is put right and said in the description:
 resized, a world far away from its origin. Everything else is a ValueError that names the piece.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles, Frame
-from fit3d_ns.data.images import IMAGE_SUFFIXES, check_depth_mode, has_aspect, read_image_header
+from fit3d_ns.data.images import IMAGE_SUFFIXES, check_depth_mode, has_aspect, load_image, read_image_header
 from fit3d_ns.geometry.cameras import transform_points, viewmats_from_camera_to_worlds
 from fit3d_ns.geometry.undistortion import distort_points, resize_lens
 from fit3d_ns.utils.selection import select_evenly
@@ -23,16 +25,18 @@ _FAR = 100.0
 """Worlds whose cameras are so many times further from the origin than from each other are moved to it."""
 _FEWEST_POINTS = 100
 """Fewer seed points tell nothing about the cameras."""
-_SAMPLED_POINTS, _SAMPLED_CAMERAS = 5000, 32
+_SAMPLED_POINTS, _SAMPLED_CAMERAS, _COMPARED_CAMERAS = 5000, 32, 6
 _NOT_IN_VIEW, _IN_VIEW = 0.005, 0.05
 """Shares of the seed points that some camera sees: below the first it is a fault, above the second an explanation."""
+_MUCH_WORSE, _SMALL_DIFFERENCE = 1.8, 8.0
+"""The right reading brings colours nearer by at least this factor; below the second, of 255, they are near."""
 _OPENCV_AXES = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
 _POSE_FAULTS = {
     "its poses have OpenCV's axes (x right, y down, z forward); negate the second and third column": 1,
     "its poses are world-to-camera in OpenCV's axes; invert them, then negate the second and third column": 2,
     "its poses are world-to-camera; invert them": 3,
 }
-_WORLD_FAULTS = {
+_MOVES = {
     "(x, z, -y)": [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, -1.0, 0.0, 0.0]],
     "(x, -z, y)": [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0], [0.0, 1.0, 0.0, 0.0]],
     "(y, x, -z)": [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]],
@@ -53,7 +57,7 @@ def check_capture(files: CaptureFiles, is_strict: bool = False) -> CaptureFiles:
     files, said_missing = _leave_out_missing(files, is_strict)
     frames, said_resized = _fit_lenses(files.frames)
     files, said_far = _move_to_origin(replace(files, frames=frames))
-    _check_points_in_view(files)
+    _check_conventions(files)
     said = [sentence for sentence in (files.description, said_missing, said_resized, said_far) if sentence]
     return replace(files, description=" ".join(said))
 
@@ -157,48 +161,89 @@ def _shift(matrix: Float[Tensor, "3 4"], offset: Float[Tensor, " 3"]) -> Float[T
     return torch.cat([matrix[:, :3].double(), (matrix[:, 3].double() - offset)[:, None]], dim=1).float()
 
 
-def _check_points_in_view(files: CaptureFiles) -> None:
-    """Raises ValueError where no camera sees seed points, with the convention under which cameras would."""
+@dataclass(frozen=True)
+class _View:
+    """How cameras see points under one reading of poses and worlds."""
+
+    share: float
+    """Of the points, those in front of some camera and inside its picture."""
+    difference: float = math.nan
+    """Median difference between the points' colours and the pixels there, of 255, mean over photographs."""
+    num_compared: int = 0
+
+
+def _check_conventions(files: CaptureFiles) -> None:
+    """Raises ValueError where cameras see no seed points, or see them where the photographs have other colours.
+
+    The sentence names the convention under which points and photographs belong together. A room's cameras see some of
+    its points in any convention; there the colours tell.
+    """
     if files.points is None or len(files.points.xyz) < _FEWEST_POINTS:
         return
     frames = select_evenly([frame for frame in files.frames if not frame.is_bad], _SAMPLED_CAMERAS)
     num_points = len(files.points.xyz)
     chosen = torch.linspace(0, num_points - 1, min(num_points, _SAMPLED_POINTS)).long()
-    points = files.points.xyz[chosen].double()
-    if _measure_share(points, frames) >= _NOT_IN_VIEW:
-        return
-    shares = {
-        reason: _measure_share(points, [_reinterpret(frame, fault) for frame in frames])
+    points, rgb = files.points.xyz[chosen].double(), files.points.rgb[chosen].float()
+    compared = select_evenly(frames, _COMPARED_CAMERAS) if bool((rgb != rgb[:1]).any()) else []
+    pictures = {}
+    for frame in compared:
+        # A photograph that is damaged is reported by whoever needs it.
+        with suppress(ValueError):
+            pictures[frame.image_path] = load_image(frame.image_path).float()
+    given = _view(points, rgb, frames, pictures)
+    worlds = {f"its points (x, y, z) are {name} in the world of the poses; move them": m for name, m in _MOVES.items()}
+    if files.colmap_to_world is not None:
+        worlds["its points are in COLMAP's world; move them by applied_transform"] = files.colmap_to_world.tolist()
+    views = {
+        reason: _view(points, rgb, [_reinterpret(frame, fault) for frame in frames], pictures)
         for reason, fault in _POSE_FAULTS.items()
     }
-    for name, matrix in _WORLD_FAULTS.items():
+    for reason, matrix in worlds.items():
         moved = transform_points(points, torch.tensor(matrix, dtype=torch.float64), 1.0)
-        shares[f"its points (x, y, z) are {name} in the world of the poses; move the points"] = _measure_share(
-            moved, frames
+        views[reason] = _view(moved, rgb, frames, pictures)
+    if given.share < _NOT_IN_VIEW:
+        best = max(views, key=lambda reason: views[reason].share)
+        likely = (
+            f"probably {best} ({views[best].share:.0%} would be in view)"
+            if views[best].share >= _IN_VIEW
+            else "poses and points are of different worlds; correct them, or take the points out of the capture"
         )
-    if files.colmap_to_world is not None:
-        moved = transform_points(points, files.colmap_to_world.double(), 1.0)
-        shares["its points are in COLMAP's world; move them by applied_transform"] = _measure_share(moved, frames)
-    best = max(shares, key=lambda reason: shares[reason])
-    likely = (
-        f"probably {best} ({shares[best]:.0%} would be in view)"
-        if shares[best] >= _IN_VIEW
-        else "poses and points are of different worlds; correct them, or take the points out of the capture"
-    )
-    raise ValueError(f"No camera of {files.root} sees any of its {num_points} seed points: {likely}.")
+        raise ValueError(f"No camera of {files.root} sees any of its {num_points} seed points: {likely}.")
+    better = {
+        reason: view.difference
+        for reason, view in views.items()
+        if 4 * view.num_compared >= given.num_compared and _MUCH_WORSE * view.difference < given.difference
+    }
+    if better and given.difference > _SMALL_DIFFERENCE:
+        best = min(better, key=lambda reason: better[reason])
+        raise ValueError(
+            f"Cameras of {files.root} see its seed points where its photographs show something else: probably {best} "
+            f"(colours would differ by {better[best]:.0f} instead of {given.difference:.0f} of 255)."
+        )
 
 
-def _measure_share(points: Float[Tensor, "points 3"], frames: Sequence[Frame]) -> float:
-    """The share of points that lie in front of some camera and inside its picture."""
-    seen = np.zeros(len(points), dtype=bool)
+def _view(
+    points: Float[Tensor, "points 3"],
+    rgb: Float[Tensor, "points 3"],
+    frames: Sequence[Frame],
+    pictures: Mapping[Path, Float[Tensor, "height width 3"]],
+) -> _View:
+    seen = torch.zeros(len(points), dtype=torch.bool)
+    medians, num_compared = [], 0
     for frame in frames:
         viewmat = viewmats_from_camera_to_worlds(frame.camera_to_world.double())
-        in_camera = (points @ viewmat[:3, :3].T + viewmat[:3, 3]).numpy()
-        ahead = in_camera[:, 2] > 1e-6
-        pixels = distort_points(frame.lens, in_camera[ahead, :2] / in_camera[ahead, 2:])
-        inside = ((pixels >= 0.0) & (pixels <= [frame.lens.width, frame.lens.height])).all(axis=1)
-        seen[np.flatnonzero(ahead)[inside]] = True
-    return float(seen.mean())
+        in_camera = points @ viewmat[:3, :3].T + viewmat[:3, 3]
+        ahead = (in_camera[:, 2] > 1e-6).nonzero()[:, 0]
+        pixels = torch.from_numpy(distort_points(frame.lens, (in_camera[ahead, :2] / in_camera[ahead, 2:]).numpy()))
+        size = torch.tensor([frame.lens.width, frame.lens.height])
+        inside = ((pixels >= 0.0) & (pixels < size)).all(dim=1)
+        seen[ahead[inside]] = True
+        if frame.image_path in pictures and bool(inside.any()):
+            columns, rows = pixels[inside].long().unbind(dim=1)
+            difference = (pictures[frame.image_path][rows, columns] - rgb[ahead[inside]]).abs().mean(dim=1)
+            medians.append(float(difference.median()))
+            num_compared += len(difference)
+    return _View(float(seen.float().mean()), sum(medians) / len(medians) if medians else math.nan, num_compared)
 
 
 def _reinterpret(frame: Frame, fault: int) -> Frame:

@@ -27,9 +27,10 @@ FRAMES_PER_TEST_FRAME = 8
 """Without lists, every 8th frame in order of names is held out, as the splatting literature does."""
 
 _PERSPECTIVE_MODELS = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV")
-_FISHEYE_MODEL = "OPENCV_FISHEYE"
+_FISHEYE_MODEL, _RATIONAL_MODEL = "OPENCV_FISHEYE", "FULL_OPENCV"
 _PANORAMIC_MODELS = ("EQUIRECTANGULAR", "OMNIDIRECTIONALSTEREO_L", "OMNIDIRECTIONALSTEREO_R", "VR180_L", "VR180_R")
 _COEFFICIENTS = ("k1", "k2", "k3", "k4", "p1", "p2")
+_RATIONAL_COEFFICIENTS = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")
 _LARGEST_SHEAR = 1e-2
 _LARGEST_RELATIVE_FOCAL = 10.0
 """Focal lengths below it are none in pixels where the centre lies in the first one."""
@@ -153,12 +154,19 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
             f"{source} has the camera model {model}: no flat picture shows what it sees; cut it into views with"
             " perspective by `ns-process-data images --camera-type equirectangular --images-per-equirect 8`."
         )
-    known = (*_PERSPECTIVE_MODELS, _FISHEYE_MODEL)
+    known = (*_PERSPECTIVE_MODELS, _RATIONAL_MODEL, _FISHEYE_MODEL)
     if model not in known:
         raise ValueError(f"{source} has the camera model {model}; known are {', '.join(known)}.")
+    if model == _RATIONAL_MODEL:
+        rational = {**dict.fromkeys(_RATIONAL_COEFFICIENTS, 0.0), **values}
+        distortion = tuple(_parse_number(rational, key, source) for key in _RATIONAL_COEFFICIENTS)
+        return create_lens((fx, fy, cx, cy), (width, height), distortion, False, source)
     is_fisheye = model == _FISHEYE_MODEL
     if not is_fisheye and k4 != 0.0:
-        raise ValueError(f"{source} has k4 = {k4}, which the camera model {model} does not know; set it to 0.")
+        raise ValueError(
+            f"{source} has k4 = {k4}, which the camera model {model} does not know; write {_FISHEYE_MODEL} for a "
+            f"fisheye, {_RATIONAL_MODEL} if k4 to k6 are OpenCV's, else set it to 0."
+        )
     distortion = (k1, k2, k3, k4) if is_fisheye else (k1, k2, p1, p2, k3)
     return create_lens((fx, fy, cx, cy), (width, height), distortion, is_fisheye, source)
 

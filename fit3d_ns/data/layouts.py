@@ -19,7 +19,7 @@ _READERS = {"scannetpp": read_scannetpp, "nerfstudio": read_transforms, "colmap"
 
 
 def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto", is_strict: bool = False) -> CaptureFiles:
-    """Reads a scene from disk; the headers of all files are checked, no image is decoded.
+    """Reads a scene from disk; of all files the headers are checked, a few photographs are held against seed points.
 
     Args:
         path: The scene folder, the `dslr` folder of a ScanNet++ scene, or a camera file (`*.json`).

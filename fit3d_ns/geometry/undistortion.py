@@ -101,10 +101,13 @@ def compute_undistortion(lens: Lens) -> Undistortion:
     """The undistortion of a lens; the last few are kept, as most captures have one lens.
 
     Raises:
-        ValueError: The distortion cannot be undone: the coefficients do not describe a real lens.
+        ValueError: The distortion cannot be undone: the coefficients do not describe a real lens, or a fisheye sees
+            what lies behind it.
     """
     if not lens.is_distorted:
         return Undistortion(replace(lens, model="pinhole", distortion=()))
+    if lens.model == "fisheye":
+        _refuse_views_behind(lens)
     pinhole = _grow_focal_lengths(lens, _choose_pinhole(lens))
     distortion = _opencv_coefficients(lens)
     matrices = _opencv_K(lens), _opencv_K(pinhole)
@@ -198,6 +201,20 @@ def _choose_pinhole(lens: Lens) -> Lens:
         width=lens.width,
         height=lens.height,
     )
+
+
+def _refuse_views_behind(lens: Lens) -> None:
+    """Raises ValueError for a fisheye that sees 90 degrees and more off its axis at the middle of some edge."""
+    k1, k2, k3, k4 = _opencv_coefficients(lens)
+    theta = np.linspace(0.0, np.pi / 2, 500)
+    bent = theta * (1 + k1 * theta**2 + k2 * theta**4 + k3 * theta**6 + k4 * theta**8)
+    edges = (lens.cx / lens.fx, (lens.width - lens.cx) / lens.fx, lens.cy / lens.fy, (lens.height - lens.cy) / lens.fy)
+    # Where the polynomial folds before 90 degrees, the coefficients are at fault.
+    if (np.diff(bent) > 0).all() and max(edges) >= bent[-1]:
+        raise ValueError(
+            f"A {lens.width}x{lens.height} fisheye with focal length {lens.fx:g} sees 180 degrees and more, which no "
+            "flat picture shows; crop the photographs to the middle 150 degrees or less (and cx, cy, w, h with them)."
+        )
 
 
 def _grow_focal_lengths(lens: Lens, pinhole: Lens) -> Lens:

@@ -214,3 +214,72 @@ def test_hidden_files__are_no_photographs(tmp_path: Path) -> None:
     (tmp_path / ".DS_Store").write_bytes(b"\0")
     with pytest.raises(ValueError, match="holds no scene"):
         read_capture(tmp_path)
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """Eight cameras in the middle of a coloured ball look all around: in any convention they see some points."""
+    scene = tmp_path / "room"
+    directions = np.random.default_rng(1).normal(size=(3000, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    columns, rows = np.meshgrid(np.arange(48) + 0.5, np.arange(32) + 0.5)
+    rays = np.stack([(columns - 24) / 20.0, (16 - rows) / 20.0, -np.ones_like(rows)], axis=-1)
+    frames = []
+    for index in range(8):
+        angle, tilt = 2 * np.pi * index / 8, 0.3 * np.sin(index)
+        forward = np.array([np.cos(angle) * np.cos(tilt), np.sin(angle) * np.cos(tilt), np.sin(tilt)])
+        right = np.cross(forward, [0.0, 0.0, 1.0])
+        right /= np.linalg.norm(right)
+        matrix = np.eye(4)
+        matrix[:3, :3] = np.stack([right, np.cross(right, forward), -forward], axis=1)
+        matrix[:3, 3] = 0.05 * forward
+        picture = paint(rays @ matrix[:3, :3].T)
+        (scene / "images").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(scene / f"images/{index}.png")
+        frames.append({"file_path": f"images/{index}.png", "transform_matrix": matrix.tolist()})
+    header = ["ply", "format ascii 1.0", "element vertex 3000", *(f"property double {axis}" for axis in "xyz")]
+    header += [*(f"property uchar {colour}" for colour in ("red", "green", "blue")), "end_header"]
+    lines = [" ".join(map(str, [*(5.0 * d), *c])) for d, c in zip(directions, paint(directions).tolist(), strict=True)]
+    (scene / "points.ply").write_text("\n".join([*header, *lines, ""]))
+    intrinsics = {"fl_x": 20.0, "fl_y": 20.0, "cx": 24.0, "cy": 16.0, "w": 48, "h": 32}
+    (scene / "transforms.json").write_text(json.dumps({**intrinsics, "frames": frames, "ply_file_path": "points.ply"}))
+    return scene
+
+
+def paint(directions: np.ndarray) -> np.ndarray:
+    """A colour that tells every direction apart."""
+    unit = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
+    return (127.5 + 127.5 * unit).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [(flip, "have OpenCV's axes"), (invert, "are world-to-camera; invert them"), (None, None)],
+)
+def test_colours__tell_the_convention_where_cameras_look_all_around(
+    room: Path, change: Callable[[np.ndarray], np.ndarray] | None, sentence: str | None
+) -> None:
+    if change is None:
+        assert len(read_capture(room).frames) == 8
+        return
+    edit_poses(room, change)
+    with pytest.raises(ValueError, match=f"where its photographs show something else: probably its poses {sentence}"):
+        read_capture(room)
+
+
+def test_full_opencv__is_read_from_a_camera_file(seen_scene: Path) -> None:
+    coefficients = {
+        "k1": 0.05,
+        "k2": -0.02,
+        "p1": 0.002,
+        "p2": -0.003,
+        "k3": 0.01,
+        "k4": 0.02,
+        "k5": -0.01,
+        "k6": 0.003,
+    }
+    edit_json(seen_scene / "transforms.json", camera_model="FULL_OPENCV", **coefficients)
+    assert read_capture(seen_scene).frames[0].lens.distortion == tuple(coefficients.values())
+    edit_json(seen_scene / "transforms.json", camera_model="OPENCV")
+    with pytest.raises(ValueError, match="k4 = 0.02, .*write OPENCV_FISHEYE for a fisheye"):
+        read_capture(seen_scene)

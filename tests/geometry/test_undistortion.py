@@ -232,3 +232,13 @@ def test_resize_lens__scales_pixels_and_keeps_distortion() -> None:
     # A point keeps its place relative to the picture.
     np.testing.assert_allclose(distort_points(half, ray), distort_points(OPENCV, ray) / 2, rtol=1e-12)
     assert (half.width, half.height) == (80, 60)
+
+
+def test_compute_undistortion__a_fisheye_that_sees_behind_itself_is_refused_in_a_sentence():
+    # Equidistant: 90 degrees are pi / 2 focal lengths from the middle, here 235.6 pixels.
+    lens = Lens(150.0, 150.0, 320.0, 240.0, 640, 480, "fisheye", (0.0, 0.0, 0.0, 0.0))
+    with pytest.raises(
+        ValueError, match="fisheye with focal length 150 sees 180 degrees and more.*crop the photographs"
+    ):
+        compute_undistortion(lens)
+    compute_undistortion(Lens(150.0, 150.0, 200.0, 150.0, 400, 300, "fisheye", (0.0, 0.0, 0.0, 0.0)))
