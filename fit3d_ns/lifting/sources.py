@@ -26,7 +26,7 @@ from fit3d_ns.scene import (
     load_scene,
     read_splats,
 )
-from fit3d_ns.scene.posed_capture import parse_capture, record_capture
+from fit3d_ns.scene.posed_capture import MAX_SIDE, choose_downscale_factor, parse_capture, record_capture
 from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly
@@ -138,8 +138,9 @@ class PlyConfig:
     next to the PLY, and where there is none, nerfstudio's defaults are taken."""
     rasterize_mode: RasterizeMode = "classic"
     """With --ply: the mode the Gaussians were trained in."""
-    downscale_factor: int = 1
-    """With --ply: photographs are reduced by this factor, at least 1."""
+    downscale_factor: int | None = None
+    """With --ply: photographs are reduced by this factor, at least 1; by default by the power of two that brings their
+    longer side to at most 1600 pixels."""
     strict: bool = False
     """With --ply: refuse a capture with missing photographs; otherwise their frames are left out."""
     smallest_psnr: float = SMALLEST_PSNR
@@ -178,7 +179,10 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
     gaussians = gaussians.with_features(gaussians.features[:, :0])
     description = f"PLY {Path(ply).name} in the {config.ply_world} world"
     longer = max(max(frame.lens.width, frame.lens.height) for frame in files.frames)
-    checked_factor = max(math.ceil(longer / CHECKED_SIDE), config.downscale_factor)
+    factor = config.downscale_factor
+    if factor is None:
+        factor = choose_downscale_factor(longer, MAX_SIDE, "--downscale-factor 1")
+    checked_factor = max(math.ceil(longer / CHECKED_SIDE), factor)
     photographs: dict[str, tuple[Tensor, Tensor]] = {}
 
     def create(change: WorldChange, factor: int = checked_factor) -> LiftSource:
@@ -215,7 +219,7 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
         what = f"{ply} in the {config.ply_world} world" if config.ply_transform is None else description
         _check_fit(what, data, fit, others, config)
         _check_scale(what, data, fit, [(other, measure(create(other))) for other in _rescale(change, files)])
-    return create(change, config.downscale_factor)
+    return create(change, factor)
 
 
 @torch.no_grad()

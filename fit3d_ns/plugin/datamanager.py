@@ -49,6 +49,9 @@ class FeatureDatamanagerConfig(FullImageDatamanagerConfig):
     """Mean and standard deviation: the backbone's own, or ImageNet's for all as in the authors' code."""
     feature_cache: Path = Path.home() / ".cache" / "fit3d_ns" / "features"
     """Folder of the feature cache, shared between runs and scenes."""
+    max_image_side: int = 0
+    """Photographs with a longer side, in pixels, are halved until they fit, unless camera-res-scale-factor is given; 0
+    keeps them as they are."""
     feature_batch_size: int = 4
     """Images per forward pass of the backbone while features are extracted."""
 
@@ -115,7 +118,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
 
     def _create_dataset(self, outputs: DataparserOutputs, split: Split) -> UndistortedDataset:
         data = Path(self.config.dataparser.data)
-        return UndistortedDataset(outputs, self.config.camera_res_scale_factor, data, split)
+        return UndistortedDataset(outputs, self.config.camera_res_scale_factor, data, split, self.config.max_image_side)
 
     def extract_tokens(self, frames: list[dict[str, Any]]) -> None:
         """Runs the backbone on every frame whose tokens are not in the cache; a ValueError says why it cannot."""

@@ -20,23 +20,29 @@ from fit3d_ns.data.frames import Frame, Split
 from fit3d_ns.geometry.cameras import transform_camera_to_worlds
 from fit3d_ns.geometry.undistortion import compute_undistortion, resize_lens
 from fit3d_ns.plugin.dataparser import create_cameras, read_lens
-from fit3d_ns.scene.posed_capture import PosedCapture, View
+from fit3d_ns.scene.posed_capture import PosedCapture, View, choose_downscale_factor
+
+_KEEP_SIZE = "--pipeline.datamanager.max-image-side 0"
+"""What the notice about large photographs names."""
 
 
 class UndistortedDataset(InputDataset):
     """Photographs and masks of one split, undistorted, with pinhole cameras that never change afterwards."""
 
-    def __init__(self, outputs: DataparserOutputs, scale_factor: float, data: Path, split: Split) -> None:
+    def __init__(
+        self, outputs: DataparserOutputs, scale_factor: float, data: Path, split: Split, max_side: int = 0
+    ) -> None:
         """Reads lenses and poses of any dataparser's frames; no image is opened.
 
-        Photographs are resized by `scale_factor`, in (0, 1], before they are undistorted; `data` is the scene folder
-        or camera file given as `--data`. A ValueError names a camera model that cannot be undistorted.
+        Photographs are resized by `scale_factor`, in (0, 1], before they are undistorted; where that is 1, those with a
+        longer side than `max_side` are halved until they fit (0: never). `data` is the scene folder or camera file
+        given as `--data`. A ValueError names a camera model that cannot be undistorted.
         """
         super().__init__(outputs, scale_factor=1.0)
         if not 0.0 < scale_factor <= 1.0:
             raise ValueError(f"camera_res_scale_factor must be in (0, 1], not {scale_factor}.")
         root = data.parent if data.is_file() else data
-        self.capture = _create_capture(outputs, scale_factor, root, split)
+        self.capture = _create_capture(outputs, scale_factor, root, split, max_side)
         lenses = [compute_undistortion(view.lens).lens for view in self.capture.views]
         self.cameras = create_cameras(lenses, outputs.cameras.camera_to_worlds)
 
@@ -87,7 +93,9 @@ def correct_poses(optimizer: CameraOptimizer, cameras: Cameras) -> Float[Tensor,
     return torch.stack(corrected)
 
 
-def _create_capture(outputs: DataparserOutputs, scale_factor: float, root: Path, split: Split) -> PosedCapture:
+def _create_capture(
+    outputs: DataparserOutputs, scale_factor: float, root: Path, split: Split, max_side: int
+) -> PosedCapture:
     masks, depths = _collect_paths(outputs, "mask"), _collect_paths(outputs, "depth")
     transform, scale = outputs.dataparser_transform, float(outputs.dataparser_scale)
     views = []
@@ -103,7 +111,10 @@ def _create_capture(outputs: DataparserOutputs, scale_factor: float, root: Path,
             mask_path=masks[index],
             depth_path=depths[index],
         )
-        width, height = (max(round(side * scale_factor), 1) for side in (lens.width, lens.height))
+        factor = scale_factor
+        if factor == 1.0:
+            factor /= choose_downscale_factor(max(lens.width, lens.height), max_side, _KEEP_SIZE)
+        width, height = (max(round(side * factor), 1) for side in (lens.width, lens.height))
         K = compute_undistortion(resize_lens(lens, width, height)).lens.K
         name = path.relative_to(root) if path.is_relative_to(root) else path
         views.append(View(name.as_posix(), pose, K, width, height, split, frame))

@@ -19,6 +19,7 @@ from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.plugin.pipeline import FeaturePipelineConfig
 from fit3d_ns.plugin.schedulers import create_optimizers
 from fit3d_ns.plugin.trainer import FeatureTrainerConfig
+from fit3d_ns.scene.posed_capture import MAX_SIDE
 
 HAS_CUDA = torch.cuda.is_available()
 """Asked once: decides the default device and the default length of a run."""
@@ -89,7 +90,9 @@ check_versions()
 fit3d_features = MethodSpecification(
     config=_create_config(
         "fit3d-features",
-        FeatureDatamanagerConfig(dataparser=FeatureDataParserConfig(), cache_images_type="uint8"),
+        FeatureDatamanagerConfig(
+            dataparser=FeatureDataParserConfig(), cache_images_type="uint8", max_image_side=MAX_SIDE
+        ),
         FeatureSplatfactoModelConfig(densify_grad_thresh=DENSIFY_THRESHOLD),
         feature_lr=0.0025,
         decoder_lr=1e-3,

@@ -201,8 +201,10 @@ def _read_capture(config: Any, state: dict[str, Tensor]) -> PosedCapture:
     datamanager = config.pipeline.datamanager
     parser = datamanager.dataparser.setup()
     factor, data = datamanager.camera_res_scale_factor, Path(datamanager.dataparser.data)
-    train = UndistortedDataset(parser.get_dataparser_outputs(split="train"), factor, data, "train")
-    test = UndistortedDataset(parser.get_dataparser_outputs(split="test"), factor, data, "test")
+    # Runs of other methods, and older ones, were trained at full size.
+    max_side = getattr(datamanager, "max_image_side", 0)
+    train = UndistortedDataset(parser.get_dataparser_outputs(split="train"), factor, data, "train", max_side)
+    test = UndistortedDataset(parser.get_dataparser_outputs(split="test"), factor, data, "test", max_side)
     optimizer = config.pipeline.model.camera_optimizer.setup(num_cameras=len(train.cameras), device="cpu")
     prefix = "camera_optimizer."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

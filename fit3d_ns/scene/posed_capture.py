@@ -36,6 +36,9 @@ from fit3d_ns.geometry.lenses import MAX_PIXELS, Lens
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.utils.progress import notice_once
 
+MAX_SIDE = 1600
+"""Longer side in pixels that photographs are reduced to by default, as nerfstudio-data does."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -207,6 +210,19 @@ def create_posed_capture(
         scene_id=files.scene_id or root.absolute().name,
         layout=files.layout,
     )
+
+
+def choose_downscale_factor(longer_side: int, max_side: int, flag: str) -> int:
+    """The smallest power of two that brings photographs to at most `max_side` pixels; 0 leaves them as they are.
+
+    Where it reduces them it says so, once, with the `flag` that changes it.
+    """
+    factor = 1
+    while max_side > 0 and longer_side > max_side * factor:
+        factor *= 2
+    if factor > 1:
+        notice_once("size", f"Photographs of {longer_side} pixels are reduced {factor} times; {flag} keeps them.")
+    return factor
 
 
 def record_capture(capture: PosedCapture) -> dict[str, Any]:

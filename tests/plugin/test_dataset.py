@@ -71,3 +71,25 @@ def test_full_opencv__is_undistorted_in_training_as_in_the_lift(mini_capture: Pa
     assert lens.distortion == tuple(map(float, coefficients.split()))
     without = dataset.capture.load_image(dataset.capture.views[0])
     assert torch.equal(torch.from_numpy(dataset.get_numpy_image(0)), without)
+
+
+def test_large_photographs__are_halved_until_they_fit_and_it_is_said_once(mini_capture: Path, capsys) -> None:
+    outputs = FeatureDataParserConfig(data=mini_capture).setup().get_dataparser_outputs("train")
+    # 64x48: twice halved to 16x12.
+    dataset = UndistortedDataset(outputs, 1.0, mini_capture, "train", max_side=20)
+    view = dataset.capture.views[0]
+    assert (view.width, view.height) == (16, 12) and dataset.get_numpy_image(0).shape == (12, 16, 3)
+    assert view.frame.lens.width == 64
+    assert capsys.readouterr().err.count("reduced 4 times; --pipeline.datamanager.max-image-side 0 keeps them") == 1
+    for factor, max_side, width in ((1.0, 0, 64), (1.0, 64, 64), (0.5, 20, 32)):
+        other = UndistortedDataset(outputs, factor, mini_capture, "train", max_side)
+        assert other.capture.views[0].width == width
+
+
+def test_large_photographs__are_reduced_by_the_method_and_not_in_older_runs() -> None:
+    from fit3d_ns.plugin.datamanager import FeatureDatamanagerConfig
+    from fit3d_ns.plugin.method import fit3d_features
+
+    assert fit3d_features.config.pipeline.datamanager.max_image_side == 1600
+    # A config.yml of before has no such line: its class's default counts.
+    assert FeatureDatamanagerConfig.max_image_side == 0
