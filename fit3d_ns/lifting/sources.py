@@ -147,6 +147,13 @@ class PlyConfig:
     """With --ply: below this many dB between three renderings and their photographs the lift is refused, and where
     another world fits clearly better; 0 never refuses (for photographs before another background than black)."""
 
+    def choose_factor(self, files: CaptureFiles) -> int:
+        """What photographs of a capture are reduced by."""
+        if self.downscale_factor is not None:
+            return self.downscale_factor
+        longer = max(max(frame.lens.width, frame.lens.height) for frame in files.frames)
+        return choose_downscale_factor(longer, MAX_SIDE, "--downscale-factor 1")
+
 
 def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
     """Reads a scene file to lift its geometry again, with its corrected cameras and splits, but not its features.
@@ -178,10 +185,8 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
     notice(files.description)
     gaussians = gaussians.with_features(gaussians.features[:, :0])
     description = f"PLY {Path(ply).name} in the {config.ply_world} world"
+    factor = config.choose_factor(files)
     longer = max(max(frame.lens.width, frame.lens.height) for frame in files.frames)
-    factor = config.downscale_factor
-    if factor is None:
-        factor = choose_downscale_factor(longer, MAX_SIDE, "--downscale-factor 1")
     checked_factor = max(math.ceil(longer / CHECKED_SIDE), factor)
     photographs: dict[str, tuple[Tensor, Tensor]] = {}
 

@@ -70,7 +70,7 @@ def read_surface_source(
     """
     files = read_capture(data, is_strict=world.strict)
     notice(files.description)
-    capture = create_posed_capture(files, downscale_factor=world.downscale_factor)
+    capture = create_posed_capture(files, downscale_factor=world.choose_factor(files))
     path = None if surface == "depth" else _find_file(files, surface, config)
     if surface == "depth":
         scale = config.depth_scale or find_depth_scale(capture)
@@ -105,7 +105,7 @@ def _read_file_source(
 
     def create(name: PlyWorld, cell_pixels: float) -> LiftSource:
         change = find_changes(name, files, path)[0]
-        capture = create_posed_capture(files, change.transform, change.scale, world.downscale_factor)
+        capture = create_posed_capture(files, change.transform, change.scale, world.choose_factor(files))
         return _build(capture, lambda: sample_surface(file, capture, cell_pixels), recipe, config, device)
 
     # ScanNet++'s meshes lie in the world of its COLMAP model.
