@@ -106,7 +106,7 @@ def make_plain(value: Any) -> Any:
 
 
 def _list_numpy_types() -> list[Any]:
-    from numpy import _core
-
-    scalar = _core.multiarray.scalar
-    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("float64"))]
+    # The function that pickles name; its module moved in numpy 2, and files of either version are read.
+    scalar = np.float64(0.0).__reduce__()[0]
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    return [scalar, *((scalar, name) for name in names), np.dtype, type(np.dtype("float64"))]

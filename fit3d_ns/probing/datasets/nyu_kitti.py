@@ -178,7 +178,7 @@ def _read_numbers(path: Path, key: str) -> np.ndarray:
     try:
         content = loadmat(str(path))
     # NotImplementedError is scipy's answer to MATLAB 7.3 files; files that are cut short raise one of the others.
-    except (OSError, ValueError, IndexError, NotImplementedError, MatReadError) as error:
+    except (OSError, ValueError, TypeError, IndexError, NotImplementedError, MatReadError) as error:
         raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
     if key not in content:
         raise ValueError(f"{path} has no `{key}`; download it again.")
