@@ -29,7 +29,7 @@ from fit3d_ns.data.frames import (
 from fit3d_ns.data.images import list_images
 from fit3d_ns.geometry.cameras import camera_to_worlds_from_viewmats
 from fit3d_ns.geometry.lenses import Lens
-from fit3d_ns.utils.files import write_atomically
+from fit3d_ns.utils.files import refuse_lfs_pointer, write_atomically
 
 _MODEL_FOLDERS = ("sparse", "colmap/sparse", "colmap")
 """Where models lie, or folders of models with a number each."""
@@ -152,6 +152,8 @@ def _load_model(model: Path) -> Any:
     for name in ("images", "points3D"):
         if not (model / f"{name}{suffix}").is_file():
             raise ValueError(f"The COLMAP model {model} has no {name}{suffix}; copy the whole model.")
+    for path in model.glob(f"*{suffix}"):
+        refuse_lfs_pointer(path)
     for name in ("cameras", "images", "rigs", "frames") if suffix == ".bin" else ():
         if (model / f"{name}.bin").is_file():
             _check_records(model / f"{name}.bin")

@@ -10,7 +10,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +65,19 @@ def read_image_header(path: Path, what: str = "Image") -> ImageHeader:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Photographs below a folder, in the order of names; hidden files (macOS leaves `._x.jpg`) are none."""
-    return sorted(path for path in folder.rglob("*") if is_visible(path, IMAGE_SUFFIXES) and path.is_file())
+    """Photographs below a folder, in the order of names; hidden files (`._x.jpg` of macOS) are none."""
+    found = [path for path in folder.rglob("*") if is_visible(path, IMAGE_SUFFIXES) and path.is_file()]
+    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(folder).parts[:-1])))
 
 
 def is_visible(path: Path, suffixes: Sequence[str]) -> bool:
     """Whether a file has one of the suffixes and is not hidden by a dot at the start of its name."""
-    return path.suffix.lower() in suffixes and not path.name.startswith(".")
+    return path.suffix.lower() in suffixes and not is_hidden(path.name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether people never mean a file or folder of this name."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def has_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -185,7 +191,7 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
         raise ValueError(f"{what} {path} is empty; copy the file again.")
     refuse_lfs_pointer(path)
     if _is_heif(path):
-        _register_heif(path, what)
+        _register_heif()
     try:
         with warnings.catch_warnings():
             # Large photographs are not decompression bombs here: the user named them.
@@ -195,6 +201,11 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what} {path} has more than {MAX_PIXELS} pixels; make it smaller.") from error
     except _DAMAGED as error:
+        if _is_heif(path):
+            raise ValueError(
+                f"{what} {path} is in HEIC or AVIF format; install what reads it (`pip install pillow-heif`), or "
+                "convert the photographs to JPEG."
+            ) from error
         raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
 
 
@@ -203,16 +214,12 @@ def _is_heif(path: Path) -> bool:
         return file.read(12)[4:].startswith(_HEIF_BRANDS)
 
 
-def _register_heif(path: Path, what: str) -> None:
+def _register_heif() -> None:
     """Teaches Pillow the format of phones, if the package that reads it is there."""
-    try:
+    with suppress(ImportError):
         import pillow_heif
-    except ImportError as error:
-        raise ValueError(
-            f"{what} {path} is in HEIC or AVIF format; install what reads it (`pip install pillow-heif`), or convert "
-            "the photographs to JPEG."
-        ) from error
-    pillow_heif.register_heif_opener()
+
+        pillow_heif.register_heif_opener()
 
 
 def _read_deep(image: Image.Image, path: Path) -> np.ndarray | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.features import hugging_face
 from fit3d_ns.utils.errors import first_line
+from fit3d_ns.utils.files import refuse_lfs_pointer
 from fit3d_ns.utils.tensor_files import open_tensors
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
@@ -67,6 +68,7 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"No such weights file: {path}; give the path of a .safetensors or .pth file.")
+    refuse_lfs_pointer(path)
     content: Any = _read_file(path)
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.utils.errors import first_line
-from fit3d_ns.utils.files import parse_json, write_atomically
+from fit3d_ns.utils.files import parse_json, refuse_lfs_pointer, write_atomically
 
 _KEY = "checksums"
 _METADATA = "__metadata__"
@@ -76,6 +76,7 @@ def open_tensors(path: Path, known: Collection[str] | None = None) -> TensorFile
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"No such file: {path}.")
+    refuse_lfs_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fit3d_ns.data.images import list_images
 from fit3d_ns.data.layouts import read_capture
 from tests.data.miniature_captures import HEIGHT, WIDTH, edit_json, write_picture
 
@@ -283,3 +284,12 @@ def test_full_opencv__is_read_from_a_camera_file(seen_scene: Path) -> None:
     edit_json(seen_scene / "transforms.json", camera_model="OPENCV")
     with pytest.raises(ValueError, match="k4 = 0.02, .*write OPENCV_FISHEYE for a fisheye"):
         read_capture(seen_scene)
+
+
+def test_hidden_files__are_in_no_list_of_pictures(tmp_path: Path) -> None:
+    for name in ("a.jpg", "._a.jpg", "__MACOSX/b.jpg", ".thumbnails/c.jpg", "sub/d.HEIC", "e.txt"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).touch()
+    # What lies above the folder does not matter.
+    found = list_images((tmp_path / "images").rename(tmp_path / ".images"))
+    assert [path.name for path in found] == ["a.jpg", "d.HEIC"]

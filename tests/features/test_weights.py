@@ -299,3 +299,10 @@ def test_load_weights__refuses_attention_biases_that_would_be_lost(tmp_path):
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="a bias `blocks.1.attn.qkv.bias` that the backbone lacks; .*qkvb"):
         load_weights(_create("tiny_dinov3", seed=2), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_load_weights__names_git_lfs_pointers(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n")
+    with pytest.raises(ValueError, match="is a Git LFS pointer.*git lfs pull"):
+        load_weights(_create("tiny_plain16"), tmp_path / name)

@@ -18,7 +18,7 @@ in the order of their folder names.
 from functools import partial
 from pathlib import Path
 
-from fit3d_ns.data.images import list_images, load_image
+from fit3d_ns.data.images import is_hidden, list_images, load_image
 from fit3d_ns.probing.datasets.files import LabelTable, create_frame
 from fit3d_ns.probing.datasets.frames import (
     IGNORE_INDEX,
@@ -103,7 +103,11 @@ def read_image_folder(root: Path, split: LabelledSplit, task: ProbeTask) -> Labe
     top = next((root / part for part in parts if (root / part).is_dir()), root)
     if top == root and any((root / part).is_dir() for part in ("train", "val", "test")):
         raise ValueError(f"{root} has no {' or '.join(part + '/' for part in parts)} next to its other part; add it.")
-    classes = sorted(child.name for child in top.iterdir() if child.is_dir()) if top.is_dir() else []
+    classes = (
+        sorted(child.name for child in top.iterdir() if child.is_dir() and not is_hidden(child.name))
+        if top.is_dir()
+        else []
+    )
     if not classes:
         raise ValueError(f"{top} has no folders; expected one folder of pictures per class.")
     frames: list[LabelledFrame] = []
