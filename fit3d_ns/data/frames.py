@@ -96,7 +96,9 @@ def create_points(
     xyz: Float[np.ndarray, "points 3"], rgb: UInt8[np.ndarray, "points 3"], source: Path
 ) -> PointCloud | None:
     """The points that were read from the file `source`, without those that are not finite; None where it holds none."""
-    finite = np.isfinite(xyz).all(axis=-1)
+    with np.errstate(over="ignore"):
+        # What is too large for float32 is as good as infinite.
+        finite = np.isfinite(xyz.astype(np.float32)).all(axis=-1)
     if not finite.all():
         if not finite.any():
             raise ValueError(f"All {len(xyz)} points in {source} are not finite; make the file again.")

@@ -26,6 +26,9 @@ from fit3d_ns.utils.files import read_json
 TRANSFORMS_NAME = "dataparser_transforms.json"
 """nerfstudio writes it into every run's folder."""
 
+_FEWEST_POINTS = 4
+"""Fewer points have no principal axes."""
+
 PlyWorld = Literal["dataset", "colmap", "training", "gsplat"]
 WORLDS: tuple[PlyWorld, ...] = ("dataset", "colmap", "training", "gsplat")
 
@@ -171,11 +174,14 @@ def _normalise_as_gsplat(files: CaptureFiles, base: WorldChange) -> list[WorldCh
     distances = (centres + translation).norm(dim=1)
     scale = 1.0 / max(float(_median(distances[:, None])), 1e-12)
     upright = _create_change(turn, translation, scale).after(base)
-    if files.points is None:
+    if files.points is None or len(files.points.xyz) < _FEWEST_POINTS:
         return [upright]
     points = transform_points(files.points.xyz.double(), upright.transform, upright.scale)
     centre = _median(points)
-    _, axes = torch.linalg.eigh(torch.cov((points - centre).T))
+    spread = torch.cov((points - centre).T)
+    if not bool(spread.isfinite().all()):
+        return [upright]
+    _, axes = torch.linalg.eigh(spread)
     # Rows are the axes, that of the largest spread first.
     principal = axes.flip(1).T
     changes = [upright]

@@ -184,3 +184,12 @@ def write_photographs(scene, root, raw):
         image = render(raw, torch.tensor(frame["transform_matrix"])[:3])
         Image.fromarray((image * 255).round().byte().numpy()).save(scene / frame["file_path"])
     return scene
+
+
+@pytest.mark.parametrize("num_points", [0, 1, 3])
+def test_gsplat_world__does_without_axes_where_there_are_too_few_points(capture, num_points):
+    root, _ = capture
+    files = read_capture(root)
+    cloud = PointCloud(torch.ones(num_points, 3), torch.zeros(num_points, 3, dtype=torch.uint8))
+    files = type(files)(**{**vars(files), "points": cloud if num_points else None})
+    assert len(find_changes("gsplat", files, root / "absent.json")) == 1
