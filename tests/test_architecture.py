@@ -1,6 +1,7 @@
 """The house rules about imports, held against the source: which room looks into which, who may know which library."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -251,3 +252,17 @@ def _used_names(statement: ast.stmt) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
             used.add(node.value)
     return used
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+def test_commands_wait_passively_unless_told_otherwise(own: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import sys, os, fit3d_ns; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | ({} if own is None else {"OMP_WAIT_POLICY": own}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split() == ["False", own or "PASSIVE"]

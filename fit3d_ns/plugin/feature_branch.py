@@ -60,7 +60,7 @@ class FeatureBranch(nn.Module):
         self.register_buffer("pca_total_variance", torch.zeros(()))
         self.register_buffer("is_solved", torch.zeros((), dtype=torch.bool))
         self.load_tokens: Callable[[Cameras], Tensor | None] | None = None
-        self._last_picture: tuple[Tensor, Tensor] | None = None
+        self._last_picture: tuple[Tensor, dict[str, Any], Tensor] | None = None
         self._losses: dict[tuple[int, int, tuple[int, int]], FeatureLoss] = {}
         self._render: tuple[Tensor, dict[str, Any], Tensor] | None = None
 
@@ -150,30 +150,31 @@ class FeatureBranch(nn.Module):
         }
 
     @torch.no_grad()
-    def render_pictures(
-        self,
-        features: Float[Tensor, "num_gaussians dim"],
-        info: dict[str, Any],
-        alpha: Float[Tensor, "height width 1"],
-        camera: Cameras,
-    ) -> dict[str, Float[Tensor, "height width 3"]]:
-        """`features_pca`, and `features_pca_original` where the camera is a captured one (black elsewhere)."""
-        height, width = alpha.shape[:2]
-        black = alpha.new_zeros(height, width, 3)
+    def render_picture(
+        self, features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], alpha: Float[Tensor, "height width 1"]
+    ) -> Float[Tensor, "height width 3"]:
+        """PCA colours of the features; black before they are solved."""
         basis = self.picture_basis if self.is_on else None
         if basis is None:
-            return {"features_pca": black, "features_pca_original": black.clone()}
+            return alpha.new_zeros(*alpha.shape[:2], 3)
+        self._last_picture = (features, info, alpha[..., 0])
         # Projecting after decoding is a convolution to 3 channels: the 384 are never made.
         projection = self.decoder.project(basis.components, basis.mean)
-        features_low = rasterize_features(features, info)[0]
-        self._last_picture = (features_low, alpha[..., 0])
-        pictures = {"features_pca": colour_features(features_low, alpha[..., 0], projection, basis)}
-        tokens = None if self.load_tokens is None else self.load_tokens(camera)
-        if tokens is None:
-            return pictures | {"features_pca_original": black}
-        colors = map_to_colours(apply_pca(tokens.to(alpha.device).float(), basis), basis)
+        if projection.weight.shape[0] * 9 < features.shape[1]:
+            features, projection = projection.decode_before_rendering(features)
+        return colour_features(rasterize_features(features, info)[0], alpha[..., 0], projection, basis)
+
+    @torch.no_grad()
+    def draw_tokens(self, camera: Cameras, height: int, width: int) -> Float[Tensor, "height width 3"]:
+        """PCA colours of the backbone's own tokens where the camera is a captured one; black elsewhere."""
+        basis = self.picture_basis if self.is_on else None
+        device = self.decoder.weight.device
+        tokens = None if self.load_tokens is None or basis is None else self.load_tokens(camera)
+        if tokens is None or basis is None:
+            return torch.zeros(height, width, 3, device=device)
+        colors = map_to_colours(apply_pca(tokens.to(device).float(), basis), basis)
         upsampled = F.interpolate(colors.permute(2, 0, 1)[None], size=(height, width), mode="nearest")
-        return pictures | {"features_pca_original": upsampled[0].permute(1, 2, 0)}
+        return upsampled[0].permute(1, 2, 0)
 
     def set_decoder(self, decoder: FeatureDecoder) -> None:
         """Copies a solved decoder in place, so that the optimizer keeps its parameters; no bias leaves a zero bias."""
@@ -194,6 +195,7 @@ class FeatureBranch(nn.Module):
         """The basis of the pictures, or None before it is fitted."""
         return read_picture_basis(dict(self.named_buffers(recurse=False)))
 
+    @torch.no_grad()
     def fit_basis_to_last_picture(self) -> PcaBasis | None:
         """PCA of the decoded features of the last picture's covered pixels, or None where nothing was covered.
 
@@ -201,7 +203,8 @@ class FeatureBranch(nn.Module):
         """
         if self._last_picture is None:
             return None
-        features_low, alpha = self._last_picture
+        features, info, alpha = self._last_picture
+        features_low = rasterize_features(features, info)[0]
         covered = alpha > COVERED
         if int(covered.sum()) < self.config.feature_dim:
             return None

@@ -3,6 +3,7 @@
 Colour moves the geometry, features never do: `rasterize_features` blends them through the same projection, detached.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,36 @@ INITIAL_OPACITY = 0.1
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 """Name under which torch's hub cache keeps torchvision's AlexNet, which LPIPS needs."""
+
+
+class LazyOutputs(dict[str, Any]):
+    """Outputs of which some are computed when they are first read: a viewer shows one of them and discards the rest."""
+
+    def __init__(self, ready: Mapping[str, Any], **pending: Callable[[], Any]):
+        super().__init__(ready, **pending)
+        self._pending = set(pending)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._pending:
+            self[name] = super().__getitem__(name)()
+            self._pending.discard(name)
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        # With an `__iter__` of its own, `dict(outputs)` and `{**outputs}` read by `__getitem__`, too.
+        return super().__iter__()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As a dict's."""
+        return self[name] if name in self else default
+
+    def items(self) -> Any:
+        """Everything, computed."""
+        return [(name, self[name]) for name in self]
+
+    def values(self) -> Any:
+        """Everything, computed."""
+        return [self[name] for name in self]
 
 
 class FeatureSplatfactoModel(SplatfactoModel):
@@ -195,7 +226,12 @@ class FeatureSplatfactoModel(SplatfactoModel):
             outputs["depth"] = torch.where(alpha[0] > 0, depth, depth.detach().max()) if depth.numel() else depth
         if not self.training:
             outputs["background"] = background.expand(height, width, 3)
-            outputs |= self.feature_branch.render_pictures(parameters["features"], info, alpha[0], camera)
+            branch, features = self.feature_branch, parameters["features"]
+            return LazyOutputs(
+                outputs,
+                features_pca=lambda: branch.render_picture(features, info, alpha[0]),
+                features_pca_original=lambda: branch.draw_tokens(camera, height, width),
+            )
         return outputs
 
     def get_loss_dict(

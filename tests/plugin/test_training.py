@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fit3d_ns.plugin import feature_branch
 from fit3d_ns.plugin.pipeline import EARLY_SOLVE, FeaturePipeline
 from fit3d_ns.plugin.solve_budget import SolvePlan, compute_solve_budget, estimate_solve_costs
 
@@ -140,7 +141,7 @@ def test_run__writes_figures_that_say_random(make_config: Callable[..., Any], tr
 
 
 def test_outputs__have_the_same_keys_in_every_call_and_no_feature_channels(
-    make_config: Callable[..., Any], train: Callable[..., Any], mini_capture: Path
+    make_config: Callable[..., Any], train: Callable[..., Any], mini_capture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = train(make_config("outputs", 30))
     model, datamanager = trainer.pipeline.model, trainer.pipeline.datamanager
@@ -148,7 +149,13 @@ def test_outputs__have_the_same_keys_in_every_call_and_no_feature_channels(
     captured = datamanager.train_dataset.cameras[0:1]
     elsewhere = datamanager.train_dataset.cameras[0:1]
     elsewhere.camera_to_worlds = elsewhere.camera_to_worlds + torch.tensor([0.0, 0.0, 0.0, 0.3])
+    # What nobody looks at is not rendered: a viewer that shows colours pays for colours.
+    rendered = []
+    rasterize = feature_branch.rasterize_features
+    monkeypatch.setattr(feature_branch, "rasterize_features", lambda *args: rendered.append(1) or rasterize(*args))
     first, second = model.get_outputs_for_camera(captured), model.get_outputs_for_camera(elsewhere)
+    assert first["rgb"].shape[-1] == 3 and not rendered
+    assert dict(first)["features_pca"] is {**first}["features_pca"] is first["features_pca"] and len(rendered) == 1
     assert first.keys() == second.keys()
     assert all(value.shape[-1] in (1, 3) for value in first.values())
     assert first["features_pca_original"].abs().sum() > 0

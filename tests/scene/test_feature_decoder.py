@@ -187,3 +187,17 @@ def test_errors__name_the_channels_and_the_missing_alpha():
         FeatureDecoder(0, 4)
     with pytest.raises(ValueError, match="all must be at least 1"):
         create_token_reader(4, 4, (0, 2))
+
+
+def test_decode_before_rendering__equals_decoding_after():
+    # Any linear rendering will do: pixels as weighted sums of Gaussians.
+    generator = torch.Generator().manual_seed(3)
+    features, weights = torch.randn(40, 32, generator=generator), torch.rand(6 * 5, 40, generator=generator)
+    alphas = torch.rand(6, 5, generator=generator)
+    decoder = FeatureDecoder.from_weights(
+        torch.randn(3, 32, 3, 3, generator=generator), torch.randn(3, generator=generator)
+    )
+    own, last = decoder.decode_before_rendering(features)
+    assert own.shape == (40, 27)
+    expected = decoder((weights @ features).reshape(6, 5, 32), alphas)
+    torch.testing.assert_close(last((weights @ own).reshape(6, 5, 27), alphas), expected, rtol=1e-4, atol=1e-3)
