@@ -55,9 +55,9 @@ class TrainingConfig:
 
     output_dir: Path
     """Folder for photographs, checkpoint and the trained backbone; a folder with a checkpoint goes on from there."""
-    num_photographs: int = 2500
+    num_photographs: int = 1250
     """Rooms to photograph, one photograph each; a multiple of 50."""
-    num_steps: int = 4000
+    num_steps: int = 2500
     """Optimisation steps; the learning rate is constant, and falls to zero over the last quarter."""
     num_pairs: int = 4
     """Photographs of a step, of which two crops of 160x120 pixels each are seen; full-frame steps see a quarter."""
@@ -75,6 +75,8 @@ class Crops:
     """[views, 3, height, width], in [0, 1]."""
     boxes: Tensor
     """[views, 4]: left, top, width and height as shares of the whole (perhaps mirrored) photograph."""
+    positions: Tensor
+    """[views, 4]: the boxes whose position embeddings the patches get."""
     labels: Tensor
     """[views, 2h, 2w]: class of each quarter of a patch."""
     objects: Tensor
@@ -95,8 +97,11 @@ class Pretraining(nn.Module):
         self.places = nn.Linear(dim, 96)
         self.colours = nn.Linear(dim, 4 * 4 * 3)
 
-    def forward(self, crops: Crops, is_masked: Tensor) -> dict[str, Tensor]:
-        """The losses of a step; `is_masked` [views, h*w] is true for patches that the backbone does not see."""
+    def forward(self, crops: Crops, is_masked: Tensor, compares_tokens: bool) -> dict[str, Tensor]:
+        """The losses of a step; `is_masked` [views, h*w] is true for patches that the backbone does not see.
+
+        With `compares_tokens`, places are compared by the tokens themselves, as they are used, and not by a head's.
+        """
         tokens = self._embed(crops, is_masked)
         class_token, patches = tokens[:, 0], tokens[:, 1:]
         views, (h, w) = len(patches), (size // PATCH for size in crops.images.shape[-2:])
@@ -107,16 +112,17 @@ class Pretraining(nn.Module):
         colours = F.avg_pool2d(crops.images, PATCH // 4)
         # (views, 3, 4h, 4w) -> (views, h*w, 4*4*3)
         colours = colours.reshape(views, 3, h, 4, w, 4).permute(0, 2, 4, 3, 5, 1).reshape(views, h * w, -1)
+        places = patches if compares_tokens else self.places(patches)
         return {
             "classes": F.cross_entropy(logits, crops.labels, label_smoothing=0.05),
             "presence": F.binary_cross_entropy_with_logits(self.presence(class_token).float(), presence),
             "objects": self._contrast_objects(self.objects(patches).float(), crops.objects),
-            "places": self._contrast_places(self.places(patches).float().reshape(views, h, w, -1), crops.boxes),
+            "places": self._contrast_places(places.float().reshape(views, h, w, -1), crops.boxes),
             "colours": 4.0 * F.smooth_l1_loss(self.colours(patches).float(), colours, beta=0.1),
         }
 
     def _embed(self, crops: Crops, is_masked: Tensor) -> Tensor:
-        """Tokens [views, 1 + h*w, dim] of crops whose patches have the positions they have in the photograph."""
+        """Tokens [views, 1 + h*w, dim] of crops; position embeddings go with `crops.positions`."""
         model = self.backbone
         tokens = model.patch_embed((crops.images - 0.5) / 0.5)
         _, h, w, dim = tokens.shape
@@ -124,7 +130,9 @@ class Pretraining(nn.Module):
         rows, columns = (MODEL_ARGS["img_size"][0] // PATCH, MODEL_ARGS["img_size"][1] // PATCH)
         table = model.pos_embed[:, 1:].reshape(1, rows, columns, dim).permute(0, 3, 1, 2)
         table = table.expand(len(tokens), -1, -1, -1)
-        places = F.grid_sample(table, _find_centres(crops.boxes, h, w), "bicubic", "border", align_corners=False)
+        places = F.grid_sample(
+            table, _find_centres(crops.positions, h, w), "bicubic", "reflection", align_corners=False
+        )
         tokens = (tokens + places.permute(0, 2, 3, 1)).flatten(1, 2)
         class_token = (model.cls_token + model.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         return model.norm(model.blocks(torch.cat([class_token, tokens], dim=1)))
@@ -190,14 +198,14 @@ def main(config: TrainingConfig) -> None:
                 group["lr"] = config.learning_rate * min(
                     (step + 1) / 100, 1.0, (config.num_steps - step) / (0.25 * config.num_steps)
                 )
-            generator = create_generator(config.seed, "step", step)
+            generator, is_late = create_generator(config.seed, "step", step), step >= 0.6 * config.num_steps
             photographs.grow(min(config.num_photographs, FIRST_PHOTOGRAPHS + step // 2))
-            crops = draw_crops(photographs, config.num_pairs, step % 4 == 3, generator)
+            crops = draw_crops(photographs, config.num_pairs, step % 4 == 3, is_late, generator)
             num_patches = crops.labels.shape[1] * crops.labels.shape[2] // 4
             is_masked = torch.rand(len(crops.images), num_patches, generator=generator) < 0.15
             # Only every second step hides patches: in use none are hidden.
             with torch.autocast("cpu", torch.bfloat16):
-                losses = model(crops, is_masked & (step % 2 == 0))
+                losses = model(crops, is_masked & (step % 2 == 0), is_late)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 2.0)
@@ -258,8 +266,14 @@ class Photographs:
         return [values[index % CHUNK] for values in self._chunks[index // CHUNK]]
 
 
-def draw_crops(photographs: "Photographs", num_pairs: int, is_full: bool, generator: torch.Generator) -> Crops:
-    """Two crops of each of some photographs; with `is_full`, of nearly whole photographs of a quarter of them."""
+def draw_crops(
+    photographs: "Photographs", num_pairs: int, is_full: bool, is_moved: bool, generator: torch.Generator
+) -> Crops:
+    """Two crops of each of some photographs; with `is_full`, of nearly whole photographs of a quarter of them.
+
+    With `is_moved`, the second crop of each has the position embedding of another part of the photograph, so that
+    places are known by what is there and not by where in the photograph they lie.
+    """
     num_pairs, scale = (max(1, num_pairs // 4), 1) if is_full else (num_pairs, 2)
     height, width = HEIGHT // scale, WIDTH // scale
     views, boxes, classes, pieces = [], [], [], []
@@ -280,7 +294,11 @@ def draw_crops(photographs: "Photographs", num_pairs: int, is_full: bool, genera
             grid = _find_centres(box[None], 2 * height // PATCH, 2 * width // PATCH)
             for values, kept in ((whole[1], classes), (whole[2], pieces)):
                 kept.append(F.grid_sample(values[None, None].float(), grid, "nearest", align_corners=False)[0, 0])
-    return Crops(torch.stack(views), torch.stack(boxes), torch.stack(classes).long(), torch.stack(pieces).long())
+    found = torch.stack(boxes)
+    positions = found.clone()
+    if is_moved:
+        positions[1::2, :2] = torch.rand(num_pairs, 2, generator=generator) * (1.6 - found[1::2, 2:]) - 0.3
+    return Crops(torch.stack(views), found, positions, torch.stack(classes).long(), torch.stack(pieces).long())
 
 
 def change_colours(image: Tensor, generator: torch.Generator) -> Tensor:

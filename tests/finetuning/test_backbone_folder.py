@@ -125,3 +125,15 @@ def test_folder__with_an_adapter_opens_in_our_tools_and_never_as_the_original(tm
     (tmp_path / "out" / "adapter.safetensors").unlink()
     with pytest.raises(ValueError, match="has no adapter.safetensors"):
         describe_backbone(str(tmp_path / "out"))
+
+
+def test_folder__of_the_packages_own_backbone_loads_in_timm_and_is_of_its_architecture(tmp_path):
+    toy = create_token_model("toy_rooms_vit").eval()
+    save(tmp_path / "out", toy)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(images), toy.model.forward_features(images))
+    found = describe_backbone(str(tmp_path / "out"))
+    assert (found.architecture, found.model_args) == (toy.description.architecture, ())
+    assert find_licence(toy) == find_licence(create_token_model(str(tmp_path / "out"))) == "apache-2.0"
