@@ -108,7 +108,7 @@ if [ "$finetune_steps" != 0 ]; then
     fit3d-report "$output/probes" "$output/finetuned/report.json" --output-dir "$output/report" > "$output/report.log" 2>&1 \
         || { tail -n 3 "$output/report.log" >&2; exit 1; }
     finetuned="$finetuned  probe      $output/report/tables.html   (original against fine-tuned backbone; also .md, .tex. One scene and
-             one seed teach little: the README has what several scenes and seeds give)
+             one seed teach little: docs/results.md has what several scenes and seeds give)
 "
 fi
 

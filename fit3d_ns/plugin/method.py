@@ -25,7 +25,7 @@ HAS_CUDA = torch.cuda.is_available()
 """Asked once: decides the default device and the default length of a run."""
 
 MAX_NUM_ITERATIONS = 30_000 if HAS_CUDA else 3_000
-"""On two cores, a first result in minutes; the README has the quality of both lengths."""
+"""On two cores, a first result in minutes; docs/results.md has the quality of both lengths."""
 
 DENSIFY_THRESHOLD = 0.0008 if HAS_CUDA else 0.002
 """splatfacto's; short runs have the same held-out PSNR and features with 2.5 times fewer Gaussians (see the README)."""
