@@ -1,0 +1,225 @@
+"""`write_story`: one page that tells what happened from a capture to a fine-tuned backbone, with a verdict.
+
+FOLDER/index.html       the page; it needs only the pictures beside it
+       room.png         photographs of the capture
+       features.png     two views of the same corner: photograph, original, fine-tuned and lifted, in one basis
+       depth.png        depth read from frozen features beside the truth, where it was probed
+"""
+
+import html
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fit3d_ns.analysis.correspondence import create_grid_points, find_covisible, measure_rotation
+from fit3d_ns.analysis.pictures import compose_panel, save_picture
+from fit3d_ns.report.compared_backbones import ComparedBackbones
+from fit3d_ns.report.feature_figure import FeatureFigureConfig, save_feature_figure
+from fit3d_ns.report.prediction_figure import read_predictions, save_prediction_figure
+from fit3d_ns.report.token_columns import load_figure_images, open_scenes
+from fit3d_ns.scene import FeatureScene, View, create_depth_view
+from fit3d_ns.utils.files import write_atomically
+from fit3d_ns.utils.results import load_result
+from fit3d_ns.utils.selection import select_evenly
+
+MEASURES = {
+    "depth": ("rmse", "Error of depth that a linear layer reads from the features", "m", False),
+    "recall": ("recall_10px", "Points found again in another view, within 10 pixels", "%", True),
+    "consistency": ("centred_cosine", "How alike a point looks from two views (0 = chance, 1 = the same)", "", True),
+}
+"""Of a comparison: name in the record, words, unit, and whether more is better."""
+SAME = 0.02
+"""Relative changes below this are called no change; a single run says no more."""
+_ANGLES = (15.0, 50.0)
+"""Degrees between two views that show one corner from two sides."""
+_TRIED_VIEWS = 24
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measurement by the original and by the fine-tuned backbone."""
+
+    measure: str
+    """One of `MEASURES`."""
+    original: Path
+    """Record of fit3d-probe."""
+    finetuned: Path
+    where: str
+    """On what, in words: "in a room that neither step has seen"."""
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """Original and fine-tuned, in the unit of `MEASURES`."""
+        name, _, unit, _ = MEASURES[self.measure]
+        before, after = (float(load_result(path).metrics[name]) for path in (self.original, self.finetuned))
+        factor = 100.0 if unit == "%" else 1.0
+        return factor * before, factor * after
+
+    @property
+    def gain(self) -> float:
+        """Relative change towards the better: 0.1 is better by a tenth."""
+        before, after = self.values
+        change = (after - before) / max(abs(before), 1e-9)
+        return change if MEASURES[self.measure][3] else -change
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if abs(self.gain) < SAME:
+            return "no change"
+        return f"{abs(self.gain):.0%} {'better' if self.gain > 0 else 'worse'}"
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the page tells; nothing is measured here."""
+
+    title: str
+    scene: Path
+    """The lifted scene that is shown."""
+    comparisons: Sequence[Comparison]
+    predictions: Sequence[Path]
+    """Folders of depth predictions, the original's first; empty where depth was not probed."""
+    stages: Sequence[tuple[str, float, str]]
+    """Words, seconds, and the command line of each step."""
+    next_commands: Sequence[tuple[str, str]]
+    """Words and command line."""
+    notes: Sequence[str] = ()
+    """What a reader has to know about the figures."""
+
+
+def write_story(story: Story, backbones: ComparedBackbones, folder: Path, device: str = "cpu") -> Path:
+    """Draws the pictures and writes the page; returns its path. `backbones` are the original and the fine-tuned one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_corner(story.scene, backbones, folder / "features.png", device)
+    scene_index = open_scenes([story.scene], device=device)
+    capture = scene_index.scenes[0].capture()
+    shown = load_figure_images([view.frame.image_path for view in select_evenly(capture.views, 4)], scene_index)
+    save_picture(compose_panel([[image.image for image in shown]]), folder / "room.png")
+    if story.predictions:
+        save_prediction_figure(read_predictions(story.predictions), folder / "depth.png", max_frames=2)
+    path = folder / "index.html"
+    with write_atomically(path) as temporary:
+        temporary.write_text(_write_html(story), encoding="utf-8")
+    return path
+
+
+def draw_corner(scene_path: Path, backbones: ComparedBackbones, path: Path, device: str = "cpu") -> None:
+    """Writes a feature figure of two views of one corner, in one basis, the lifted scene's features included."""
+    scene_index = open_scenes([scene_path], device=device)
+    views = choose_corner(scene_index.scenes[0])
+    images = load_figure_images([view.frame.image_path for view in views], scene_index)
+    save_feature_figure(
+        images, [backbones], path, FeatureFigureConfig(sharing="backbone"), has_scenes=True, device=device
+    )
+
+
+def choose_corner(scene: FeatureScene) -> list[View]:
+    """The two views that share most of what they see, among those that look at it from clearly different sides."""
+    capture = scene.capture()
+    views = select_evenly(capture.views, _TRIED_VIEWS)
+    depth_views = [create_depth_view(capture, view, lambda: scene) for view in views]
+    best, chosen = -1.0, [views[0], views[-1]]
+    for first, view in enumerate(depth_views):
+        points = create_grid_points(*view.size, (12, 16))
+        for second in range(first + 1, len(views)):
+            other = depth_views[second]
+            if not _ANGLES[0] <= float(measure_rotation(view.camera_to_world, other.camera_to_world)) <= _ANGLES[1]:
+                continue
+            shared = len(find_covisible(view, other, points)) / len(points)
+            if shared > best:
+                best, chosen = shared, [views[first], views[second]]
+    return chosen
+
+
+def describe_comparisons(comparisons: Sequence[Comparison]) -> list[str]:
+    """One line each: words, original, arrow, fine-tuned, verdict."""
+    lines = []
+    for item in comparisons:
+        _, words, unit, _ = MEASURES[item.measure]
+        before, after = (f"{value:.3f}" if unit != "%" else f"{value:.1f}" for value in item.values)
+        lines.append(f"{words}: {before} → {after}{' ' if unit else ''}{unit} ({item.verdict})")
+    return lines
+
+
+def summarise(comparisons: Sequence[Comparison]) -> str:
+    """The verdict over all of them, in one sentence."""
+    better = sum(item.gain >= SAME for item in comparisons)
+    worse = sum(item.gain <= -SAME for item in comparisons)
+    if better == len(comparisons):
+        return "Fine-tuning helped in every measure."
+    if better and not worse:
+        return f"Fine-tuning helped in {better} of {len(comparisons)} measures and cost nothing in the others."
+    if better:
+        return f"Fine-tuning helped in {better} of {len(comparisons)} measures and cost something in {worse}."
+    return "Fine-tuning did not help here; more steps and more scenes usually do."
+
+
+def _write_html(story: Story) -> str:
+    rows = []
+    for item in story.comparisons:
+        _, words, unit, more = MEASURES[item.measure]
+        before, after = (f"{value:.3f}" if unit != "%" else f"{value:.1f}" for value in item.values)
+        kind = "same" if abs(item.gain) < SAME else "good" if item.gain > 0 else "bad"
+        label = f"{words}{f' ({unit})' if unit else ''}, {'more' if more else 'less'} is better"
+        rows.append(
+            f"<tr><td>{html.escape(label)}<br><small>{html.escape(item.where)}</small></td><td>{before}</td>"
+            f"<td>→</td><td><b>{after}</b></td><td class={kind}>{html.escape(item.verdict)}</td></tr>"
+        )
+    total = sum(seconds for _, seconds, _ in story.stages)
+    stages = "".join(
+        f"<tr><td>{html.escape(words)}</td><td>{seconds:.0f} s</td><td><code>{html.escape(line)}</code></td></tr>"
+        for words, seconds, line in story.stages
+    )
+    following = "".join(
+        f"<li>{html.escape(words)}<pre>{html.escape(line)}</pre></li>" for words, line in story.next_commands
+    )
+    depth = (
+        "<h2>Depth, read from frozen features</h2><p>One linear layer was trained on each backbone's features in the "
+        "rooms that were lifted; this is another room. Left to right: photograph, what the original's features say, "
+        "what the fine-tuned ones say, the truth, and both errors.</p>" + _picture("depth.png")
+        if story.predictions
+        else ""
+    )
+    notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in story.notes)
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{html.escape(story.title)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(story.title)}</h1>
+<p class=verdict>{html.escape(summarise(story.comparisons))}</p>{notes}
+<table>
+<thead><tr><th>measured</th><th>original</th><th></th><th>fine-tuned</th><th></th></tr></thead>
+<tbody>{"".join(rows)}</tbody></table>
+<h2>The scene</h2>{_picture("room.png")}
+<h2>What the network sees: two views of the same corner</h2>
+<p>Colours are the three strongest components of the features, in one basis for the whole picture: like colours mean
+like features. The <b>original</b> network sees each photograph alone, so one thing may change its colour from view to
+view. <b>Lifted</b> is the 3D scene that was solved from all photographs together; it is drawn at every pixel. The
+<b>fine-tuned</b> network was taught by it, and again sees each photograph alone.</p>{_picture("features.png")}
+{depth}
+<h2>What it took</h2>
+<table><tbody>{stages}<tr><td><b>together</b></td><td><b>{total:.0f} s</b></td><td></td></tr></tbody></table>
+<h2>Next: with your own data</h2><ol>{following}</ol>
+</body></html>
+"""
+
+
+def quote(*arguments: object) -> str:
+    """A command line to copy and paste."""
+    return shlex.join(map(str, arguments))
+
+
+def _picture(name: str) -> str:
+    return f'<a href="{name}"><img src="{name}" alt=""></a>'
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; color: #1a1a1a; }
+h2 { margin-top: 2.5rem; } p { max-width: 60rem; } img { width: 100%; height: auto; border: 1px solid #ddd; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
+pre { background: #f4f4f4; padding: 0.6rem; overflow-x: auto; } code { font-size: 13px; overflow-wrap: anywhere; }
+.verdict { font-size: 1.3rem; font-weight: 600; } .note { color: #555; }
+.good { color: #0a7a2f; font-weight: 600; } .bad { color: #b3261e; font-weight: 600; } .same { color: #666; }
+"""
