@@ -123,6 +123,14 @@ def save_picture(image: Float[Tensor, "height width 3"] | Image.Image, path: Pat
         picture.save(temporary, format="PNG")
 
 
+def draw_words(text: str, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
+    """A grey picture of (height, width) that says something, where there is nothing to show yet."""
+    picture = Image.new("RGB", (size[1], size[0]), (90, 90, 90))
+    font = ImageFont.load_default(size=max(min(size[1] // 16, 28), 8))
+    ImageDraw.Draw(picture).text((size[1] / 2, size[0] / 2), text, fill=BACKGROUND, font=font, anchor="mm")
+    return torch.from_numpy(np.array(picture)).float() / 255.0
+
+
 def to_pixels(image: Float[Tensor, "height width 3"]) -> np.ndarray:
     """[0, 1] to 8 bits, rounded; NaN becomes black."""
     return (image.detach().cpu().float().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()

@@ -4,6 +4,7 @@ Names are in `sources.py`, weights from files in `weights.py`.
 """
 
 import socket
+import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
@@ -280,8 +281,19 @@ def _find_network_problem() -> str:
     url = urllib.parse.urlparse(constants.ENDPOINT)
     if urllib.request.getproxies():
         return ""
-    try:
-        with socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10):
-            return ""
-    except OSError as error:
-        return f"no connection to {url.hostname}: {error}"
+    found = [f"{url.hostname} does not answer"]
+
+    def connect() -> None:
+        try:
+            with socket.create_connection(
+                (url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10
+            ):
+                found[0] = ""
+        except OSError as error:
+            found[0] = f"no connection to {url.hostname}: {error}"
+
+    # Looking a name up has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    return found[0]

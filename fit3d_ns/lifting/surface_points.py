@@ -181,7 +181,8 @@ def _is_consistent(xyz: np.ndarray, capture: PosedCapture, views: Sequence[View]
     for view in track(views, "Comparing depth"):
         z, measured = load_depth_map(capture, view, scale).look_up(xyz)
         votes += (measured > 0) & (np.abs(measured - z) <= _LARGEST_STEP * z)
-        votes -= measured - z > _LARGEST_STEP * np.abs(z)
+        # Nothing is measured of what is behind the camera or beyond its picture.
+        votes -= (measured > 0) & (measured - z > _LARGEST_STEP * z)
     return votes > 0
 
 

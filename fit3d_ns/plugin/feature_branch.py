@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis, apply_pca, fit_colours, fit_mapped_pca, map_to_colours
+from fit3d_ns.analysis.pictures import draw_words
 from fit3d_ns.lifting.feature_error import COVERED, FeatureLoss, FeatureLossConfig, FeatureMetrics, sum_token_errors
 from fit3d_ns.plugin.dataset import get_feature_mask
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
@@ -153,10 +154,12 @@ class FeatureBranch(nn.Module):
     def render_picture(
         self, features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], alpha: Float[Tensor, "height width 1"]
     ) -> Float[Tensor, "height width 3"]:
-        """PCA colours of the features; black before they are solved."""
+        """PCA colours of the features; words before they are solved, black without a backbone."""
         basis = self.picture_basis if self.is_on else None
         if basis is None:
             return alpha.new_zeros(*alpha.shape[:2], 3)
+        if self.config.feature_schedule == "solve" and not bool(self.is_solved):
+            return draw_words("features are solved at the end", (alpha.shape[0], alpha.shape[1])).to(alpha)
         self._last_picture = (features, info, alpha[..., 0])
         # Projecting after decoding is a convolution to 3 channels: the 384 are never made.
         projection = self.decoder.project(basis.components, basis.mean)

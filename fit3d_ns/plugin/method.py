@@ -80,7 +80,7 @@ def _create_config(
         pipeline=FeaturePipelineConfig(datamanager=datamanager, model=model),
         optimizers=create_optimizers(feature_lr, decoder_lr),
         # nerfstudio's default, 0.0.0.0, lets everybody on the network look and click.
-        viewer=ViewerConfig(websocket_host="127.0.0.1", num_rays_per_chunk=1 << 15, quit_on_train_completion=True),
+        viewer=ViewerConfig(websocket_host="127.0.0.1", num_rays_per_chunk=1 << 15),
         vis="viewer+tensorboard",
     )
 

@@ -9,7 +9,7 @@ written to config.yml, and a run ends with its metrics, as a table and as `resul
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -192,8 +192,10 @@ class FeatureTrainer(Trainer):
             record = self._create_record(metrics)
             save_result(record, self.base_dir / SUMMARY_NAME)
             self._print_record(record)
-        if not self.config.viewer.quit_on_train_completion:
-            self._train_complete_viewer()
+        # Features are solved last, so this is when there is something to see; a script waits for nobody.
+        if not self.config.viewer.quit_on_train_completion and sys.stdin.isatty() and sys.stdout.isatty():
+            with suppress(KeyboardInterrupt):
+                self._train_complete_viewer()
 
     def _find_record(self) -> ResultRecord | None:
         """The metrics of this run, if they were written and are of as many steps."""

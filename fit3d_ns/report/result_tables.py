@@ -23,6 +23,7 @@ from fit3d_ns.report.table import (
     mark_best,
 )
 from fit3d_ns.utils.progress import SECONDS_PER_HOUR
+from fit3d_ns.utils.results import ResultRecord
 
 ASSEMBLY_NAMES = {
     "original": "original",
@@ -97,7 +98,7 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
     papers = [_find_paper(task, record.settings, record.is_random) for record in records]
     costs = [read_finetuning(record.settings) for record in records]
     spreads = [record.metrics.get("spread") or {} for record in records]
-    for column in (*COST_COLUMNS, *TASK_COLUMNS[task]):
+    for column in (*TASK_COLUMNS[task], *COST_COLUMNS):
         sources = costs if column in COST_COLUMNS else [record.metrics for record in records]
         values = [column.find(source) for source in sources]
         published = [None if row is None else row.values.get(column.name) for row in papers]
@@ -114,9 +115,40 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
     if any(papers):
         columns["Paper's tables"] = [Cell() if row is None else Cell(", ".join(map(str, row.tables))) for row in papers]
     shared = {name: value for name, value in protocols[0].items() if name not in differing}
-    notes = ["Bold: the best of each backbone."] if len(set(backbones)) > 1 else []
+    notes = _write_verdicts(TASK_COLUMNS[task][0], records, backbones, assemblies)
+    notes += ["Bold: the best of each backbone."] if len(set(backbones)) > 1 else []
     notes += _write_notes(group, shared, any(papers), max(counts) > 1)
     return _create_table(_write_title(task, first.settings), columns, notes, first.is_random)
+
+
+def _write_verdicts(
+    column: Column, records: Sequence[ResultRecord], backbones: Sequence[str], assemblies: Sequence[str]
+) -> list[str]:
+    """A sentence for each backbone of which there is one original and one fine-tuned row, on the table's metric."""
+    notes = []
+    for backbone in dict.fromkeys(backbones):
+        rows = {
+            part: [
+                record
+                for record, name, assembly in zip(records, backbones, assemblies, strict=True)
+                if (name, assembly) == (backbone, part)
+            ]
+            for part in ("original", "finetuned")
+        }
+        if any(len(found) != 1 for found in rows.values()):
+            continue
+        before, after = (column.find(found[0].metrics) for found in rows.values())
+        if not before or after is None:
+            continue
+        spread = sum(column.find(found[0].metrics.get("spread") or {}) or 0.0 for found in rows.values())
+        gain = (after - before) / abs(before) * (-1 if column.direction == "down" else 1)
+        verdict = f"{abs(gain):.0%} {'better' if gain > 0 else 'worse'}"
+        if abs(after - before) <= spread:
+            verdict += ", no more than the seeds differ"
+        notes.append(
+            f"{backbone}, {column.title}: {column.show(before)} → {column.show(after)} by fine-tuning ({verdict})."
+        )
+    return notes
 
 
 def _create_table(title: str, columns: Mapping[str, Sequence[Cell]], notes: list[str], is_random: bool) -> Table:

@@ -31,7 +31,7 @@ MEASURES = {
 """Of a comparison: name in the record, words, unit, and whether more is better."""
 SAME = 0.02
 """Relative changes below this are called no change; a single run says no more."""
-_ANGLES = (15.0, 50.0)
+_ANGLES = (20.0, 60.0)
 """Degrees between two views that show one corner from two sides."""
 _TRIED_VIEWS = 24
 
@@ -118,7 +118,9 @@ def draw_corner(scene_path: Path, backbones: ComparedBackbones, path: Path, devi
 def choose_corner(scene: FeatureScene) -> list[View]:
     """The two views that share most of what they see, among those that look at it from clearly different sides."""
     capture = scene.capture()
-    views = select_evenly(capture.views, _TRIED_VIEWS)
+    # Hidden parts of photographs explain nothing.
+    whole = [view for view in capture.views if bool(capture.load_valid_mask(view).all())]
+    views = select_evenly(whole if len(whole) > 1 else capture.views, _TRIED_VIEWS)
     depth_views = [create_depth_view(capture, view, lambda: scene) for view in views]
     best, chosen = -1.0, [views[0], views[-1]]
     for first, view in enumerate(depth_views):
