@@ -7,6 +7,7 @@ would take most of the time of small scenes. Only `ns-train` is a process of its
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -22,7 +23,6 @@ from fit3d_ns.report.story_page import (
     Story,
     describe_comparisons,
     draw_corner,
-    quote,
     summarise,
     write_story,
 )
@@ -227,6 +227,11 @@ def choose_backbone(name: str | None, weights: Path | None) -> tuple[str, Path |
         )
         return TOY, None
     return "dinov2_small", None
+
+
+def quote(*arguments: object) -> str:
+    """A command line to copy and paste."""
+    return shlex.join(map(str, arguments))
 
 
 def shorten(argument: object) -> str:

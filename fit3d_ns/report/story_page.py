@@ -7,10 +7,10 @@ FOLDER/index.html       the page; it needs only the pictures beside it
 """
 
 import html
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 from fit3d_ns.analysis.correspondence import create_grid_points, find_covisible, measure_rotation
 from fit3d_ns.analysis.pictures import compose_panel, save_picture
@@ -180,48 +180,13 @@ def _write_html(story: Story) -> str:
     depth = (
         "<h2>Depth, read from frozen features</h2><p>One linear layer was trained on each backbone's features in the "
         "rooms that were lifted; this is another room. Left to right: photograph, what the original's features say, "
-        "what the fine-tuned ones say, the truth, and both errors.</p>" + _picture("depth.png")
+        "what the fine-tuned ones say, the truth, and both errors.</p>"
+        + '<a href="depth.png"><img src="depth.png" alt="depth"></a>'
         if story.predictions
         else ""
     )
     notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in story.notes)
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(story.title)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(story.title)}</h1>
-<p class=verdict>{html.escape(summarise(story.comparisons))}</p>{notes}
-<table>
-<thead><tr><th>measured</th><th>original</th><th></th><th>fine-tuned</th><th></th></tr></thead>
-<tbody>{"".join(rows)}</tbody></table>
-<h2>The scene</h2>{_picture("room.png")}
-<h2>What the network sees: two views of the same corner</h2>
-<p>Colours are the three strongest components of the features, in one basis for the whole picture: like colours mean
-like features. The <b>original</b> network sees each photograph alone, so one thing may change its colour from view to
-view. <b>Lifted</b> is the 3D scene that was solved from all photographs together; it is drawn at every pixel. The
-<b>fine-tuned</b> network was taught by it, and again sees each photograph alone.</p>{_picture("features.png")}
-{depth}
-<h2>What it took</h2>
-<table><tbody>{stages}<tr><td><b>together</b></td><td><b>{total:.0f} s</b></td><td></td></tr></tbody></table>
-<h2>Next: with your own data</h2><ol>{following}</ol>
-</body></html>
-"""
-
-
-def quote(*arguments: object) -> str:
-    """A command line to copy and paste."""
-    return shlex.join(map(str, arguments))
-
-
-def _picture(name: str) -> str:
-    return f'<a href="{name}"><img src="{name}" alt=""></a>'
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; color: #1a1a1a; }
-h2 { margin-top: 2.5rem; } p { max-width: 60rem; } img { width: 100%; height: auto; border: 1px solid #ddd; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
-pre { background: #f4f4f4; padding: 0.6rem; overflow-x: auto; } code { font-size: 13px; overflow-wrap: anywhere; }
-.verdict { font-size: 1.3rem; font-weight: 600; } .note { color: #555; }
-.good { color: #0a7a2f; font-weight: 600; } .bad { color: #b3261e; font-weight: 600; } .same { color: #666; }
-"""
+    return Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(story.title), verdict=html.escape(summarise(story.comparisons)), notes=notes,
+        rows="".join(rows), depth=depth, stages=stages, total=f"{total:.0f}", following=following,
+    )  # fmt: skip
