@@ -169,7 +169,7 @@ class Pretraining(nn.Module):
         is_seen = (inside.abs() < 1.0).all(dim=-1)
         losses = []
         for first, second, seen in zip(embeddings[0::2], partners, is_seen, strict=True):
-            # Neighbours are no strangers: every third patch of the row, every second row.
+            # Neighbours are hardly strangers: every second patch of every second row.
             first, second, seen = (values[::2, ::2] for values in (first, second, seen))
             if seen.sum() >= 8:
                 logits = F.normalize(first[seen], dim=-1) @ F.normalize(second[seen], dim=-1).T / 0.1
