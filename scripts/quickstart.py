@@ -86,7 +86,7 @@ class Quickstart:
         flags = [flag.replace("--", "--pipeline.datamanager.", 1) if flag[0] == "-" else flag for flag in self.flags]
         command = ["ns-train", "fit3d-features", "--data", scene, "--output-dir", run.parents[2], "--experiment-name",
                    run.parents[1].name, "--timestamp", run.name, "--vis", "tensorboard",
-                   "--viewer.quit-on-train-completion", "True", *flags]  # fmt: skip
+                   *flags]  # fmt: skip
         command += ["--max-num-iterations", self.steps] if self.steps else []
         log = self.output / "train.log"
         self.say(*command)

@@ -5,6 +5,7 @@ function of the weights, the optimizer's state and the step's number: there is n
 so a run that was killed goes on to the same weights.
 """
 
+import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -130,13 +131,24 @@ class FinetuneTrainer:
                     notice(f"Fine-tuning: step {self.step} of {self.num_steps}, {note}")
                 self._log(result)
                 if wishes or is_last or self.step % self.config.run.steps_per_checkpoint == 0:
-                    self.save_checkpoint()
+                    self._save_or_go_on(is_last and not wishes)
                 if wishes:
                     raise Interrupted(f"stopped at step {self.step} of {self.num_steps}; the same command goes on")
                 every = self.config.run.steps_per_validation
                 if self.validate is not None and every and self.step % every == 0 and not is_last:
                     self._validate(self.validate)
         self.bare.eval()
+
+    def _save_or_go_on(self, is_last: bool) -> None:
+        """A disk that is too full for the last checkpoint may have room for the weights, which are a third of it."""
+        try:
+            self.save_checkpoint()
+        except OSError as error:
+            if not (is_last and self.processes.number == 1 and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+                raise
+            notice(
+                f"The disk is too full for the last checkpoint ({error.filename}); the weights themselves come next."
+            )
 
     def save_checkpoint(self) -> None:
         scaler = self.accelerator.scaler

@@ -1,5 +1,6 @@
 """`fit3d-finetune` from its arguments to its folder, and every way in which a user can go wrong."""
 
+import errno
 import json
 import os
 import signal
@@ -232,6 +233,21 @@ def test_command__without_nerfstudio_a_run_is_refused_with_a_way_out(tmp_path, c
     monkeypatch.setitem(sys.modules, "fit3d_ns.plugin.run_reader", None)
     code, errors = run(capsys, "--ckpts", tmp_path / "config.yml", "--output-dir", tmp_path / "out", *SMALL)
     assert code == 1 and "fit3d-export" in errors
+
+
+def test_command__a_disk_too_full_for_the_last_checkpoint_keeps_the_weights(tmp_path, capsys, monkeypatch):
+    scene = save_new_scene(tmp_path / "room", "room")
+    save = CheckpointFolder.save
+
+    def refuse_the_last(folder, progress, state, processes):
+        if progress.step == 6:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder.get_path(6)))
+        save(folder, progress, state, processes)
+
+    monkeypatch.setattr(CheckpointFolder, "save", refuse_the_last)
+    code, err = run(capsys, "--ckpts", scene, "--output-dir", tmp_path / "vit", *SMALL)
+    assert code == 0 and "too full for the last checkpoint" in err
+    assert (tmp_path / "vit" / "model.safetensors").is_file() and (tmp_path / "vit" / "report.json").is_file()
 
 
 def test_command__interrupted_run_exits_130(tmp_path, capsys, monkeypatch):
