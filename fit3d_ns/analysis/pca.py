@@ -78,11 +78,7 @@ class PcaAccumulator:
         self.sum_products += weighted.T @ rows
 
     def compute_covariance(self) -> tuple[Float[Tensor, " embed"], Float[Tensor, "embed embed"]]:
-        """Mean and centred covariance, float64.
-
-        Raises:
-            ValueError: Nothing with a positive weight was added.
-        """
+        """Mean and centred covariance, float64; ValueError where nothing with a positive weight was added."""
         if not self.sum_weights > 0:
             raise ValueError("No features to analyse: all weights are zero; check masks and coverage.")
         mean = self.sum_features / self.sum_weights
@@ -91,8 +87,7 @@ class PcaAccumulator:
     def finish(self, num_components: int) -> PcaBasis:
         """The basis of what was added; colour ranges reach two standard deviations until `fit_colours` sets them.
 
-        Raises:
-            ValueError: Nothing was added, or more components than dimensions are asked for.
+        ValueError where nothing was added, or more components than dimensions are asked for.
         """
         mean, covariance = self.compute_covariance()
         if not 1 <= num_components <= mean.shape[0]:
@@ -106,8 +101,7 @@ def fit_pca(
 ) -> PcaBasis:
     """PCA of features that fit into memory, with percentile colour ranges; `weights` are at least 0.
 
-    Raises:
-        ValueError: All weights are zero, or more components than `embed` are asked for.
+    ValueError where all weights are zero, or more components than `embed` are asked for.
     """
     accumulator = PcaAccumulator(features.shape[-1], features.device)
     accumulator.add(features, weights)
@@ -123,10 +117,8 @@ def fit_mapped_pca(
 ) -> PcaBasis:
     """PCA of `features_low @ matrix.T + offset` without forming it: the eigenproblem stays D x D.
 
-    With `matrix` the sum of a decoder's taps this is the basis of the decoded features of a smooth map.
-
-    Raises:
-        ValueError: All weights are zero, or more components than D are asked for.
+    With `matrix` the sum of a decoder's taps this is the basis of the decoded features of a smooth map. ValueError
+    where all weights are zero, or more components than D are asked for.
     """
     accumulator = PcaAccumulator(features_low.shape[1], features_low.device)
     accumulator.add(features_low, weights)

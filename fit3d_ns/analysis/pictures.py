@@ -54,10 +54,8 @@ def compose_panel(
 ) -> Image.Image:
     """Puts images [H, W, 3] in [0, 1] into rows and columns, with a label above each of them or none.
 
-    Columns are as wide as their widest image; None leaves a place empty.
-
-    Raises:
-        ValueError: There is no image, or the labels are not as many as rows or columns.
+    Columns are as wide as their widest image; None leaves a place empty. ValueError where there is no image, or the
+    labels are not as many as rows or columns.
     """
     pictures = [[None if image is None else to_pixels(image) for image in row] for row in rows]
     num_columns = max(map(len, pictures), default=0)

@@ -25,10 +25,8 @@ def fit_kmeans(
     """Groups features by direction with scikit-learn's k-means (k-means++ start) on unit vectors.
 
     On the unit sphere squared distance is 2 - 2 cosine, so assignments go by cosine. With `centre` the mean is
-    subtracted first, so that what all features share does not hide what tells them apart.
-
-    Raises:
-        ValueError: More clusters than features are asked for.
+    subtracted first, so that what all features share does not hide what tells them apart. ValueError where more
+    clusters than features are asked for.
     """
     from sklearn.cluster import KMeans
 
@@ -84,11 +82,7 @@ def compute_similarity(
 def pick_token(
     tokens: Float[Tensor, "h w embed"], point: tuple[float, float], width: int, height: int
 ) -> Float[Tensor, " embed"]:
-    """The token whose patch holds the image point (x, y) in pixels.
-
-    Raises:
-        ValueError: The point lies outside the image.
-    """
+    """The token whose patch holds the image point (x, y) in pixels; ValueError where that lies outside the image."""
     x, y = point
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError(f"Point ({x}, {y}) lies outside the {width}x{height} image.")

@@ -206,8 +206,7 @@ def _parse_text_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _check_records(path: Path) -> None:
     """Holds all counts of a binary file against its size, because pycolmap takes memory for whatever they say.
 
-    Raises:
-        ValueError: The file is cut short, or a count is damaged.
+    ValueError where the file is cut short, or a count is damaged.
     """
     content = path.read_bytes()
     num_records, offset = int.from_bytes(content[:8], "little"), 8

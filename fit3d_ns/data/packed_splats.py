@@ -29,8 +29,7 @@ def is_packed(elements: Mapping[str, np.ndarray]) -> bool:
 def unpack_splats(elements: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
     """The vertices as an uncompressed PLY has them: a structured array with float32 properties.
 
-    Raises:
-        ValueError: Chunks or packed properties are missing.
+    ValueError where chunks or packed properties are missing.
     """
     vertices, chunks, harmonics = elements["vertex"], elements.get("chunk"), elements.get("sh")
     names = ("packed_position", "packed_rotation", "packed_scale", "packed_color")

@@ -38,8 +38,7 @@ _MAX_DIGITS = 19
 def read_ply_vertices(path: Path) -> np.ndarray:
     """Reads all vertices as a 1-D structured array with one field per property; binary files are memory-mapped.
 
-    Raises:
-        ValueError: The file is missing, cut short, not a PLY, or has lists among the vertices or before them.
+    ValueError where the file is missing, cut short, not a PLY, or has lists among the vertices or before them.
     """
     return read_ply_elements(path)["vertex"]
 
@@ -47,8 +46,7 @@ def read_ply_vertices(path: Path) -> np.ndarray:
 def read_ply_elements(path: Path) -> dict[str, np.ndarray]:
     """Reads the vertices as `read_ply_vertices` does and the elements around them, up to the first with lists.
 
-    Raises:
-        ValueError: As there; an element after the vertices is cut short.
+    ValueError as there, and where an element after the vertices is cut short.
     """
     path = Path(path)
     if not path.is_file():

@@ -99,8 +99,7 @@ def attach_adapter(token_model: TokenModel, folder: Path) -> AdaptedTokenModel:
 def add_lora(token_model: TokenModel, rank: int = 8, alpha: float = 8.0) -> TokenModel:
     """Freezes the backbone and adds trainable low-rank matrices, times `alpha / rank`, to its attention, in place.
 
-    Raises:
-        ValueError: peft is not installed, or the backbone's attention cannot take the matrices.
+    ValueError where peft is not installed, or the backbone's attention cannot take the matrices.
     """
     try:
         import peft

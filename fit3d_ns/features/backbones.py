@@ -104,8 +104,7 @@ class BackboneDescription:
     ) -> "BackboneDescription":
         """A backbone that can be built and sees images as this one does: its own or, by name, another.
 
-        Raises:
-            ValueError: What `describe_backbone` refuses, or the recorded weights are gone and no others are given.
+        ValueError as in `describe_backbone`, and where the recorded weights are gone and no others are given.
         """
         if weights is None and self.weights is not None and backbone in (None, self.backbone):
             weights = self.weights
@@ -186,8 +185,7 @@ def describe_backbone(
 def create_timm_model(architecture: str, model_args: ModelArgs = (), **kwargs: Any) -> nn.Module:
     """Builds the timm model without head, for images of any size.
 
-    Raises:
-        ValueError: The model is not a `VisionTransformer` or `Eva`.
+    ValueError where it is no `VisionTransformer` or `Eva`.
     """
     import timm
     from timm.models.eva import Eva
@@ -218,8 +216,7 @@ def create_timm_model(architecture: str, model_args: ModelArgs = (), **kwargs: A
 def download_timm_model(description: BackboneDescription) -> nn.Module:
     """Builds a backbone with the weights that timm publishes for it.
 
-    Raises:
-        ValueError: The weights are not on this machine and cannot be downloaded.
+    ValueError where they are not on this machine and cannot be downloaded.
     """
     cached = _find_cached_weights(description)
     cause: Exception | None = None

@@ -102,8 +102,7 @@ class FeatureCache:
     ) -> Path:
         """Writes the tokens of an image, atomically.
 
-        Raises:
-            ValueError: The disk is full or may not be written to, or a token is NaN or too large for the storage type.
+        ValueError where the disk is full or may not be written to, or a token is NaN or too large for the storage type.
         """
         tensors = {"patch_tokens": patch_tokens, "prefix_tokens": prefix_tokens}
         path = self.get_path(key)
@@ -151,12 +150,10 @@ def extract_features(
 ) -> list[FeatureKey]:
     """Makes sure that the tokens of all images are in the cache; the backbone is built only if some are missing.
 
-    Every image is read once, by a thread of its own, to know its content; at most a few batches are in
-    memory at a time. Images of one size form batches. Nothing here draws from a global random generator.
-    Returned is one key per image, in the order of `images`, for `cache.load`.
-
-    Raises:
-        ValueError: The backbone cannot be built, or the disk is full. What was extracted until then stays.
+    Every image is read once, by a thread of its own, to know its content; at most a few batches are in memory at a
+    time. Images of one size form batches. Nothing here draws from a global random generator. Returned is one key per
+    image, in the order of `images`, for `cache.load`. ValueError where the backbone cannot be built or the disk is
+    full; what was extracted until then stays.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1.")

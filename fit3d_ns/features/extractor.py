@@ -90,8 +90,7 @@ def create_token_model(
 ) -> TokenModel:
     """Builds a backbone with its weights for training, on the CPU, in float32; arguments as in `create_extractor`.
 
-    Raises:
-        ValueError: As `create_extractor`; also if a described weights file has changed since.
+    ValueError as there, and where a described weights file has changed since.
     """
     if isinstance(backbone, BackboneDescription):
         description = backbone

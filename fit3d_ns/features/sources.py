@@ -93,8 +93,7 @@ def expand_architecture(architecture: str, model_args: ModelArgs = ()) -> tuple[
 def resolve_source(backbone: str, weights: Path | None) -> BackboneSource:
     """Finds out what a name and an optional file of weights stand for; nothing is loaded or downloaded.
 
-    Raises:
-        ValueError: Unknown name, missing file or folder, a weights file for random weights, or no weights available.
+    ValueError for an unknown name, a missing file or folder, a weights file for random weights, or no weights.
     """
     if weights is not None and not weights.is_file():
         raise ValueError(f"No such weights file: {weights}; give the path of a .safetensors or .pth file.")
@@ -172,8 +171,7 @@ def _read_toy_shape() -> tuple[str, dict[str, Any]]:
 def _read_model_args(found: Any, path: Path, num_bytes: int) -> dict[str, Any]:
     """Arguments of a fine-tuned folder that only shape the network; nothing else reaches timm.
 
-    Raises:
-        ValueError: An argument that is unknown or would load something, or numbers that the weights file cannot hold.
+    ValueError for one that is unknown or would load something, or numbers that the weights file cannot hold.
     """
     if not isinstance(found, dict):
         raise ValueError(f"{path} has model_args={found!r}, expected names with values; restore the file.")

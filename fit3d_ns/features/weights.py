@@ -42,9 +42,8 @@ _MAX_NAMED = 3
 def load_weights(model: nn.Module, path: Path | str) -> None:
     """Loads a file into a timm `VisionTransformer` or `Eva`; every parameter of the model must be in it.
 
-    Raises:
-        ValueError: Missing or unreadable file, or weights of another architecture: the first keys that differ are
-            named with both shapes.
+    ValueError where it cannot be read, or is of another architecture: then the first keys that differ are named with
+    both shapes.
     """
     path = Path(path)
     state_dict = select_backbone(read_state_dict(path), path)
@@ -63,8 +62,7 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
 def read_state_dict(path: Path) -> dict[str, Any]:
     """Reads a checkpoint without running code from it, and takes the weights out of its wrappers.
 
-    Raises:
-        ValueError: The file is missing, damaged, holds code, or holds no weights.
+    ValueError where the file is missing, damaged, holds code, or holds no weights.
     """
     if not path.is_file():
         raise ValueError(f"No such weights file: {path}; give the path of a .safetensors or .pth file.")
@@ -87,8 +85,7 @@ def read_state_dict(path: Path) -> dict[str, Any]:
 def select_backbone(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Drops the prefix (`module.`, `backbone.`, ...) under which a checkpoint keeps the vision transformer.
 
-    Raises:
-        ValueError: The file holds two transformers, or LoRA matrices that are not merged.
+    ValueError where it holds two, or LoRA matrices that are not merged.
     """
     if any(".lora_A." in key or ".lora_B." in key for key in state_dict):
         raise ValueError(

@@ -42,10 +42,8 @@ def save_finetuned(
 ) -> None:
     """Writes the folder; each file is whole or not there, the configuration last.
 
-    `weights` is timm's state dict; architecture, preprocessing and adapter are those of `token_model`.
-
-    Raises:
-        ValueError: The disk is full.
+    `weights` is timm's state dict; architecture, preprocessing and adapter are those of `token_model`. ValueError where
+    the disk is full.
     """
     save_tensors(folder / WEIGHTS_NAME, weights, {"format": "pt"})
     if isinstance(token_model, AdaptedTokenModel):
@@ -76,10 +74,8 @@ def find_licence(token_model: TokenModel) -> str | None:
 def load_finetuned(folder: Path | str) -> nn.Module:
     """The timm model of a fine-tuned folder, with its weights, in evaluation mode.
 
-    Its `pretrained_cfg` names the mean and deviation to normalise images with.
-
-    Raises:
-        ValueError: The folder holds no fine-tuned backbone, or one with an adapter, which timm does not know.
+    Its `pretrained_cfg` names the mean and deviation to normalise images with. ValueError where the folder holds no
+    fine-tuned backbone, or one with an adapter, which timm does not know.
     """
     token_model = create_token_model(f"local-dir:{folder}")
     if isinstance(token_model, AdaptedTokenModel):

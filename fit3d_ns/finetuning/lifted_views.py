@@ -123,8 +123,7 @@ class SceneAverages:
     def apply(self, index: int, scene: FeatureScene) -> FeatureScene:
         """The scene with averaged features, from its index and itself, ready on any device with its file's features.
 
-        Raises:
-            ValueError: The capture is not there, a mask is damaged, or the disk is full.
+        ValueError where the capture is not there, a mask is damaged, or the disk is full.
         """
         kept = self.store.load(self.compute_hash(index), "features")
         if kept is not None:

@@ -79,8 +79,7 @@ class SceneBank:
     def __init__(self, paths: Sequence[Path], device: torch.device | str = "cpu", memory_gb: float = 8.0):
         """Opens all scene files; ready scenes will take at most `memory_gb` (above 0) times 1e9 bytes on the device.
 
-        Raises:
-            ValueError: No path, a file that is not a whole scene, or a scene larger than the budget.
+        ValueError where there is no path, a file is not a whole scene, or a scene is larger than the budget.
         """
         if not paths:
             raise ValueError("There are no scenes; give at least one with --ckpts.")

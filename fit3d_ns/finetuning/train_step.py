@@ -100,8 +100,7 @@ class TrainStep:
     def run(self, batches: Sequence[Batch], totals: StepTotals, step: int) -> StepResult:
         """Forward, backward and update for this process's batches.
 
-        Raises:
-            ValueError: On every process, if the loss or gradient of any is not finite; no weight has moved.
+        ValueError on every process where the loss or gradient of any is not finite; no weight has moved then.
         """
         with self.timer.phase("forward_backward"):
             loss, anchor_loss = self._accumulate(batches, totals, step)

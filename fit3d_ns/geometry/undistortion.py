@@ -39,8 +39,7 @@ class Undistortion:
     def apply_to_image(self, image: Shaped[Tensor, "height width 3"]) -> Shaped[Tensor, "height width 3"]:
         """Moves a picture, uint8 or float32, bilinearly; beyond the edge it is mirrored (paper's preparation).
 
-        Raises:
-            ValueError: The image has another size than the lens.
+        ValueError where its size is not the lens's.
         """
         self._check_size(image)
         if self.columns is None or self.rows is None:
@@ -51,8 +50,7 @@ class Undistortion:
     def apply_to_mask(self, valid_mask: Bool[Tensor, "height width"]) -> Bool[Tensor, "height width"]:
         """Moves a mask (True = use); a pixel stays valid if all that it mixes is valid and inside the photograph.
 
-        Raises:
-            ValueError: The mask has another size than the lens.
+        ValueError where its size is not the lens's.
         """
         self._check_size(valid_mask)
         if self.columns is None or self.rows is None:
@@ -63,8 +61,7 @@ class Undistortion:
     def apply_to_depth(self, depth: Float[Tensor, "height width"]) -> Float[Tensor, "height width"]:
         """Moves a z-depth map by nearest neighbour; 0 beyond the edge. Undistorting does not change z.
 
-        Raises:
-            ValueError: The depth map has another size than the lens.
+        ValueError where its size is not the lens's.
         """
         self._check_size(depth)
         if self.columns is None or self.rows is None:
@@ -100,9 +97,8 @@ class Undistortion:
 def compute_undistortion(lens: Lens) -> Undistortion:
     """The undistortion of a lens; the last few are kept, as most captures have one lens.
 
-    Raises:
-        ValueError: The distortion cannot be undone: the coefficients do not describe a real lens, or a fisheye sees
-            what lies behind it.
+    ValueError where the distortion cannot be undone: the coefficients do not describe a real lens, or a fisheye sees
+    what lies behind it.
     """
     if not lens.is_distorted:
         return Undistortion(replace(lens, model="pinhole", distortion=()))

@@ -158,8 +158,7 @@ class PlyConfig:
 def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
     """Reads a scene file to lift its geometry again, with its corrected cameras and splits, but not its features.
 
-    Raises:
-        ValueError: The file is not a scene file, or its photographs are neither in their place nor in `data_root`.
+    ValueError where it is not a scene file, or its photographs are neither in their place nor in `data_root`.
     """
     scene = load_scene(path)
     scene.check()
@@ -176,9 +175,8 @@ def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
 def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.device | str = "cpu") -> LiftSource:
     """Reads a PLY and its capture, and holds renderings against photographs before anything else is done.
 
-    Raises:
-        ValueError: One of them cannot be read, the world is not known for this capture, or it is the wrong one; the
-            message then says which one fits.
+    ValueError where one of them cannot be read, the world is not known for this capture, or it is the wrong one: then
+    the message says which one fits.
     """
     gaussians, num_dropped = read_splats(Path(ply))
     files = read_capture(data, is_strict=config.strict)

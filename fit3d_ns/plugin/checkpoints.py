@@ -50,11 +50,7 @@ def remove_older_checkpoints(path: Path) -> None:
 
 
 def load_checkpoint_file(path: Path) -> dict[str, Any]:
-    """Reads one checkpoint.
-
-    Raises:
-        ValueError: The file is missing, cut short, or not a checkpoint.
-    """
+    """Reads one checkpoint; ValueError where the file is missing, cut short, or not a checkpoint."""
     if not path.is_file():
         raise ValueError(f"No checkpoint {path}; check --load-dir, --load-step and --load-checkpoint.")
     try:

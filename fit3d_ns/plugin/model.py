@@ -134,9 +134,8 @@ class FeatureSplatfactoModel(SplatfactoModel):
     def load_state_dict(self, state: dict[str, Any], strict: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
         """Loads a checkpoint of any number of Gaussians.
 
-        Raises:
-            ValueError: Keys are missing: the checkpoint is of another method. (A RuntimeError would make nerfstudio
-                try again without being strict, and go on with random features.)
+        ValueError where keys are missing, because the checkpoint is of another method. (A RuntimeError would make
+        nerfstudio try again without being strict, and go on with random features.)
         """
         stored_decoder = state.get("feature_branch.decoder.weight")
         if stored_decoder is not None and stored_decoder.shape[0] != self.feature_branch.embed_dim:

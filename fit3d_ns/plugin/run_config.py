@@ -36,8 +36,7 @@ class UntrustedConfig(ValueError):
 def find_config(path: Path) -> Path:
     """The config.yml that a path means: the file itself, its folder's, or the one run's below a folder.
 
-    Raises:
-        ValueError: There is none, or there are several.
+    ValueError where there is none, or several.
     """
     if path.is_file():
         return path

@@ -79,8 +79,7 @@ class FeatureTrainerConfig(TrainerConfig):
     def resolve(self) -> None:
         """Fills every step count that was left open and checks what can be checked before anything is built.
 
-        Raises:
-            ValueError: An option cannot be honoured here; the sentence says which.
+        A ValueError names an option that cannot be honoured here.
         """
         if self.machine.device_type == "cuda" and not torch.cuda.is_available():
             raise ValueError(

@@ -223,8 +223,7 @@ def available_backends() -> list[str]:
 def resolve_backend(name: str, means: Tensor) -> str:
     """The backend that a call with these tensors gets.
 
-    Raises:
-        ValueError: There is no such backend, or it cannot work on the tensors' device or dtype.
+    ValueError where there is none, or it cannot take their device or dtype.
     """
     if name not in ("auto", *_MODULES):
         raise ValueError(f"Unknown rasterization backend {name!r}; choose one of auto, {', '.join(_MODULES)}.")

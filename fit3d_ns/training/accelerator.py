@@ -26,10 +26,8 @@ def create_accelerator(
 ) -> Accelerator:
     """The accelerator of this process; under `accelerate launch` or torchrun it joins the other processes.
 
-    With `cuda`, accelerate picks the process's own card. TensorBoard's files go below the output folder.
-
-    Raises:
-        ValueError: CUDA is asked for and not there, fp16 without it, or a tracker that is not installed.
+    With `cuda`, accelerate picks the process's own card. TensorBoard's files go below the output folder. ValueError
+    where CUDA is asked for and not there, for fp16 without it, and for a tracker that is not installed.
     """
     chosen = choose_device(device).type
     if precision == "fp16" and chosen != "cuda":

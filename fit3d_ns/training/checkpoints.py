@@ -88,8 +88,7 @@ class CheckpointFolder:
     def load_newest(self, processes: Processes) -> tuple[CheckpointProgress, dict[str, Any]] | None:
         """Reads the newest checkpoint that all processes can read; None where there is none at all.
 
-        Raises:
-            ValueError: All are damaged, or the newest is of a newer version.
+        ValueError where all are damaged, or the newest is of a newer version.
         """
         problem = ""
         for step in reversed(self.find_steps()):
@@ -117,9 +116,7 @@ class CheckpointFolder:
     def load(self, step: int, rank: int = 0) -> tuple[CheckpointProgress, dict[str, Any]]:
         """Reads a checkpoint and sets this process's random generators.
 
-        Raises:
-            DamagedCheckpointError: It cannot be read.
-            ValueError: It is of a newer version.
+        DamagedCheckpointError where it cannot be read, ValueError where it is of a newer version.
         """
         path = self.get_path(step)
         try:
