@@ -170,10 +170,6 @@ def write_card(
     return "\n".join(lines)
 
 
-def _detach(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-
-
 def _describe_folder(token_model: TokenModel) -> dict[str, Any]:
     """The content of `config.json`."""
     description = token_model.description

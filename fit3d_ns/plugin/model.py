@@ -3,7 +3,8 @@
 Colour moves the geometry, features never do: `rasterize_features` blends them through the same projection, detached.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,34 +37,13 @@ ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 """Name under which torch's hub cache keeps torchvision's AlexNet, which LPIPS needs."""
 
 
-class LazyOutputs(dict[str, Any]):
-    """Outputs of which some are computed when they are first read: a viewer shows one of them and discards the rest."""
-
-    def __init__(self, ready: Mapping[str, Any], **pending: Callable[[], Any]):
-        super().__init__(ready, **pending)
-        self._pending = set(pending)
+class LazyOutputs(UserDict[str, Any]):
+    """Outputs of which some are functions, called when they are first read: a viewer shows one and discards the rest."""
 
     def __getitem__(self, name: str) -> Any:
-        if name in self._pending:
-            self[name] = super().__getitem__(name)()
-            self._pending.discard(name)
-        return super().__getitem__(name)
-
-    def __iter__(self) -> Iterator[str]:
-        # With an `__iter__` of its own, `dict(outputs)` and `{**outputs}` read by `__getitem__`, too.
-        return super().__iter__()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """As a dict's."""
-        return self[name] if name in self else default
-
-    def items(self) -> Any:
-        """Everything, computed."""
-        return [(name, self[name]) for name in self]
-
-    def values(self) -> Any:
-        """Everything, computed."""
-        return [self[name] for name in self]
+        if callable(self.data[name]):
+            self.data[name] = self.data[name]()
+        return self.data[name]
 
 
 class FeatureSplatfactoModel(SplatfactoModel):
@@ -169,7 +149,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
             self.gauss_params, self.optimizers, self.strategy_state, step, self.info, **rate
         )
 
-    def get_outputs(self, camera: Cameras) -> dict[str, Any]:
+    def get_outputs(self, camera: Cameras) -> Mapping[str, Any]:  # type: ignore[override]
         """Renders `rgb` [H, W, 3], `depth` [H, W, 1] (None in training unless asked for), `accumulation` [H, W, 1] and
         `background`; outside training also `features_pca` and `features_pca_original`, both [H, W, 3].
 
