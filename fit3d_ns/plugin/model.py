@@ -38,7 +38,7 @@ ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 
 
 class LazyOutputs(UserDict[str, Any]):
-    """Outputs of which some are functions, called when they are first read: a viewer shows one and discards the rest."""
+    """Outputs of which some are functions, called when they are first read, because a viewer shows one of all."""
 
     def __getitem__(self, name: str) -> Any:
         if callable(self.data[name]):
@@ -228,7 +228,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
         return losses
 
     def get_image_metrics_and_images(
-        self, outputs: dict[str, Any], batch: dict[str, Any]
+        self, outputs: Mapping[str, Any], batch: dict[str, Any]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Metrics of the last render: `psnr ssim feature_l1 feature_cosine`, and `lpips` where it is at hand.
 
