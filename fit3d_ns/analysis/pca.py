@@ -8,7 +8,6 @@ Moments are summed in float64; with centred weighted covariance `C = V diag(vari
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,10 +48,8 @@ class PcaBasis:
 
     def to(self, device: torch.device | str) -> "PcaBasis":
         """The same basis on another device."""
-        tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **tensors)
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 class PcaAccumulator:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,36 +67,11 @@ def compute_temporal_consistency(
     grey = [cv2.cvtColor(image.cpu().numpy(), cv2.COLOR_RGB2GRAY) for image in images]
     agreements: list[list[Tensor]] = [[] for _ in clips]
     for index in track(range(len(images) - 1), "Following tokens by optical flow"):
-        motion = _compute_motion(grey[index], grey[index + 1])
+        pair = grey[index : index + 2]
+        flows = _compute_flow(*pair), _compute_flow(*pair[::-1])
         for maps, mean, rows in zip(clips, means, agreements, strict=True):
-            rows.append(_compare(maps[index].float(), maps[index + 1].float(), mean, motion))
+            rows.append(_compare(maps[index].float(), maps[index + 1].float(), mean, flows, pair))
     return [_summarise(maps, rows) for maps, rows in zip(clips, agreements, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Motion:
-    """What a pair of frames says about where points go: flow (x, y) in pixels, and both frames, blurred, in [0, 1]."""
-
-    forth: Float[Tensor, "height width 2"]
-    back: Float[Tensor, "height width 2"]
-    grey: Float[Tensor, "height width 1"]
-    next_grey: Float[Tensor, "height width 1"]
-
-    def follow(self, points: Float[Tensor, "points 2"]) -> tuple[Float[Tensor, "points 2"], Bool[Tensor, " points"]]:
-        """Where points go, and whether that can be trusted."""
-        height, width = self.forth.shape[:2]
-        targets = points + sample_tokens(self.forth, points, width, height)
-        returned = targets + sample_tokens(self.back, targets, width, height)
-        looks = sample_tokens(self.grey, points, width, height), sample_tokens(self.next_grey, targets, width, height)
-        is_inside = ((targets >= 0) & (targets <= targets.new_tensor([width, height]))).all(dim=1)
-        is_home = (returned - points).norm(dim=1) <= MAX_ROUND_TRIP
-        return targets, is_inside & is_home & ((looks[0] - looks[1]).abs()[:, 0] <= MAX_GREY_DIFFERENCE)
-
-
-def _compute_motion(grey: np.ndarray, next_grey: np.ndarray) -> _Motion:
-    size = (_BLUR_WIDTH, _BLUR_WIDTH)
-    looks = [torch.from_numpy(cv2.blur(image / np.float32(255.0), size))[..., None] for image in (grey, next_grey)]
-    return _Motion(_compute_flow(grey, next_grey), _compute_flow(next_grey, grey), *looks)
 
 
 def _compute_flow(grey: np.ndarray, next_grey: np.ndarray) -> Float[Tensor, "height width 2"]:
@@ -108,12 +83,22 @@ def _compare(
     tokens: Float[Tensor, "h w embed"],
     next_tokens: Float[Tensor, "h w embed"],
     mean: Float[Tensor, " embed"],
-    motion: _Motion,
+    flows: tuple[Float[Tensor, "height width 2"], Float[Tensor, "height width 2"]],
+    grey: Sequence[np.ndarray],
 ) -> Float[Tensor, "points 2"]:
-    """Cosine and centred cosine of each token that can be followed."""
-    height, width = motion.forth.shape[:2]
+    """Cosine and centred cosine of each token that can be followed, by flow (x, y) in pixels forth and back."""
+    height, width = grey[0].shape
     points = create_grid_points(width, height, (tokens.shape[0], tokens.shape[1]))
-    targets, is_followed = motion.follow(points)
+    targets = points + sample_tokens(flows[0], points, width, height)
+    returned = targets + sample_tokens(flows[1], targets, width, height)
+    blurred = [cv2.blur(image / np.float32(255.0), (_BLUR_WIDTH, _BLUR_WIDTH)) for image in grey]
+    before, after = (
+        sample_tokens(torch.from_numpy(image)[..., None], places, width, height)[:, 0]
+        for image, places in zip(blurred, (points, targets), strict=True)
+    )
+    is_inside = ((targets >= 0) & (targets <= targets.new_tensor([width, height]))).all(dim=1)
+    is_home = (returned - points).norm(dim=1) <= MAX_ROUND_TRIP
+    is_followed = is_inside & is_home & ((before - after).abs() <= MAX_GREY_DIFFERENCE)
     # (h, w, e) -> (h*w, e), in the order of the points
     own = tokens.flatten(0, 1)[is_followed.to(tokens.device)]
     seen = sample_tokens(next_tokens, targets[is_followed], width, height)

@@ -190,8 +190,13 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
     if path.stat().st_size == 0:
         raise ValueError(f"{what} {path} is empty; copy the file again.")
     refuse_lfs_pointer(path)
-    if _is_heif(path):
-        _register_heif()
+    with open(path, "rb") as file:
+        is_heif = file.read(12)[4:].startswith(_HEIF_BRANDS)
+    if is_heif:
+        with suppress(ImportError):
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
     try:
         with warnings.catch_warnings():
             # Large photographs are not decompression bombs here: the user named them.
@@ -201,7 +206,7 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what} {path} has more than {MAX_PIXELS} pixels; make it smaller.") from error
     except _DAMAGED as error:
-        if _is_heif(path):
+        if is_heif:
             raise ValueError(
                 f"{what} {path} is in HEIC or AVIF format; install what reads it (`pip install pillow-heif`), or "
                 "convert the photographs to JPEG."
@@ -209,24 +214,12 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
         raise ValueError(f"{what} {path} is truncated or damaged ({error}); copy the file again.") from error
 
 
-def _is_heif(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(12)[4:].startswith(_HEIF_BRANDS)
-
-
-def _register_heif() -> None:
-    """Teaches Pillow the format of phones, if the package that reads it is there."""
-    with suppress(ImportError):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-
-
 def _read_deep(image: Image.Image, path: Path) -> np.ndarray | None:
     """A picture of 16 bits a channel as [H, W, 3 or 4], unscaled; None for one of 8. Pillow would cut off the rest."""
     if image.mode.startswith("F"):
         raise ValueError(f"Image {path} has pixel format {image.mode}; convert it to 8 bits a channel.")
-    is_png_of_16_bits = image.format == "PNG" and _read_png_depth(path) == 16
+    with open(path, "rb") as file:
+        is_png_of_16_bits = image.format == "PNG" and file.read(25)[24] == 16
     is_tiff_of_16_bits = image.format == "TIFF" and 16 in getattr(image, "tag_v2", {}).get(_TIFF_BITS, ())
     if not (image.mode.startswith("I") or is_png_of_16_bits or is_tiff_of_16_bits):
         return None
@@ -235,10 +228,5 @@ def _read_deep(image: Image.Image, path: Path) -> np.ndarray | None:
         raise ValueError(f"Image {path} has pixel format {image.mode}; convert it to 8 bits a channel.")
     # OpenCV's order is blue, green, red, alpha.
     return (
-        np.repeat(values[..., None], 3, axis=2) if values.ndim == 2 else values[..., [2, 1, 0, 3][: values.shape[-1]]]
+        values[..., [2, 1, 0, 3][: values.shape[-1]]] if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2)
     )
-
-
-def _read_png_depth(path: Path) -> int:
-    with open(path, "rb") as file:
-        return file.read(25)[24]

@@ -27,7 +27,10 @@ from fit3d_ns.geometry.lenses import Lens
 
 @dataclass(frozen=True)
 class Undistortion:
-    """A pinhole lens and, for each of its pixels, where the photograph shows the same ray."""
+    """A pinhole lens and, for each of its pixels, where the photograph shows the same ray.
+
+    Moving a picture of another size than the lens raises ValueError.
+    """
 
     lens: Lens
     """The pinhole lens after undistortion; the given lens itself where that has no distortion."""
@@ -37,37 +40,17 @@ class Undistortion:
     """Row in the photograph, pixel centres at +0.5; None where nothing needs to be moved."""
 
     def apply_to_image(self, image: Shaped[Tensor, "height width 3"]) -> Shaped[Tensor, "height width 3"]:
-        """Moves a picture, uint8 or float32, bilinearly; beyond the edge it is mirrored (paper's preparation).
-
-        ValueError where its size is not the lens's.
-        """
-        self._check_size(image)
-        if self.columns is None or self.rows is None:
-            return image
-        moved = self._remap(image.numpy(), cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101)
-        return torch.from_numpy(moved)
+        """Moves a picture, uint8 or float32, bilinearly; beyond the edge it is mirrored (paper's preparation)."""
+        return self._remap(image, cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101)
 
     def apply_to_mask(self, valid_mask: Bool[Tensor, "height width"]) -> Bool[Tensor, "height width"]:
-        """Moves a mask (True = use); a pixel stays valid if all that it mixes is valid and inside the photograph.
-
-        ValueError where its size is not the lens's.
-        """
-        self._check_size(valid_mask)
-        if self.columns is None or self.rows is None:
-            return valid_mask
-        moved = self._remap(valid_mask.numpy().astype(np.uint8) * 255, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
-        return torch.from_numpy(moved == 255) & self.inside
+        """Moves a mask (True = use); a pixel stays valid if all that it mixes is valid and inside the photograph."""
+        moved = self._remap(valid_mask.to(torch.uint8) * 255, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
+        return (moved == 255) & self.inside
 
     def apply_to_depth(self, depth: Float[Tensor, "height width"]) -> Float[Tensor, "height width"]:
-        """Moves a z-depth map by nearest neighbour; 0 beyond the edge. Undistorting does not change z.
-
-        ValueError where its size is not the lens's.
-        """
-        self._check_size(depth)
-        if self.columns is None or self.rows is None:
-            return depth
-        moved = torch.from_numpy(self._remap(depth.float().numpy(), cv2.INTER_NEAREST, cv2.BORDER_REPLICATE))
-        return torch.where(self.inside, moved, 0.0)
+        """Moves a z-depth map by nearest neighbour; 0 beyond the edge. Undistorting does not change z."""
+        return torch.where(self.inside, self._remap(depth.float(), cv2.INTER_NEAREST, cv2.BORDER_REPLICATE), 0.0)
 
     @property
     def inside(self) -> Bool[Tensor, "height width"]:
@@ -79,18 +62,18 @@ class Undistortion:
         inside_columns = (self.columns > -slack) & (self.columns < self.lens.width + slack)
         return inside_columns & (self.rows > -slack) & (self.rows < self.lens.height + slack)
 
-    def _remap(self, picture: np.ndarray, interpolation: int, border: int) -> np.ndarray:
-        assert self.columns is not None and self.rows is not None
-        columns, rows = self.columns.numpy() - 0.5, self.rows.numpy() - 0.5
-        return cv2.remap(np.ascontiguousarray(picture), columns, rows, interpolation, borderMode=border)
-
-    def _check_size(self, picture: Shaped[Tensor, "height width *channels"]) -> None:
+    def _remap(self, picture: Tensor, interpolation: int, border: int) -> Tensor:
         height, width = picture.shape[:2]
         if (width, height) != (self.lens.width, self.lens.height):
             raise ValueError(
                 f"The picture is {width}x{height}, its camera says {self.lens.width}x{self.lens.height}; "
                 "correct the camera file or resize the pictures."
             )
+        if self.columns is None or self.rows is None:
+            return picture
+        columns, rows = self.columns.numpy() - 0.5, self.rows.numpy() - 0.5
+        moved = cv2.remap(np.ascontiguousarray(picture.numpy()), columns, rows, interpolation, borderMode=border)
+        return torch.from_numpy(moved)
 
 
 @lru_cache(maxsize=8)
@@ -239,16 +222,9 @@ def _describe_failure(lens: Lens) -> str:
 
 def _frame_is_inside(lens: Lens, pinhole: Lens) -> bool:
     """Whether the outermost pixel centres of the pinhole picture are seen by the lens."""
-    columns = np.arange(pinhole.width) + 0.5
-    rows = np.arange(pinhole.height) + 0.5
-    frame = np.concatenate(
-        [
-            np.stack([columns, np.full_like(columns, 0.5)], axis=-1),
-            np.stack([columns, np.full_like(columns, pinhole.height - 0.5)], axis=-1),
-            np.stack([np.full_like(rows, 0.5), rows], axis=-1),
-            np.stack([np.full_like(rows, pinhole.width - 0.5), rows], axis=-1),
-        ]
-    )
+    columns, rows = np.arange(pinhole.width) + 0.5, np.arange(pinhole.height) + 0.5
+    edges = [(columns, 0.5), (columns, pinhole.height - 0.5), (0.5, rows), (pinhole.width - 0.5, rows)]
+    frame = np.concatenate([np.stack(np.broadcast_arrays(x, y), axis=-1) for x, y in edges])
     rays = (frame - [pinhole.cx, pinhole.cy]) / [pinhole.fx, pinhole.fy]
     seen = distort_points(lens, rays)
     return bool((seen >= 0.0).all() and (seen <= [lens.width, lens.height]).all())

@@ -102,7 +102,8 @@ def read_similarity(path: Path) -> list[WorldChange]:
                 content, scale = content["transform"], float(content.get("scale", 1.0))
             matrix = np.array(content, dtype=np.float64) * scale
         else:
-            matrix = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, delimiter=_find_delimiter(path))
+            delimiter = "," if b"," in path.read_bytes() else None
+            matrix = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, delimiter=delimiter)
             matrix = np.asarray(matrix, dtype=np.float64)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a 4x4 matrix of numbers ({error}); correct it.") from error
@@ -124,10 +125,6 @@ def invert_similarity(matrix: Float[Tensor, "3 4"], source: str) -> WorldChange:
         raise ValueError(f"{source} is not a rotation with one scale; correct it.")
     translation = -rotation @ matrix[:, 3].double()
     return WorldChange(torch.cat([rotation, translation[:, None]], dim=1).float(), 1.0 / scale)
-
-
-def _find_delimiter(path: Path) -> str | None:
-    return "," if b"," in path.read_bytes() else None
 
 
 def _read_transforms(path: Path) -> WorldChange:

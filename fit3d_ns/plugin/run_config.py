@@ -150,16 +150,12 @@ def _construct_call(loader: Any, name: str, node: Any) -> Any:
     return kind(*arguments)
 
 
-def _construct_tuple(loader: Any, node: Any) -> tuple[Any, ...]:
-    return tuple(loader.construct_sequence(node, deep=True))
-
-
 def _construct_unknown(loader: Any, name: str, node: Any) -> Any:
     raise UntrustedConfig(name)
 
 
 _PYTHON = "tag:yaml.org,2002:python/"
-_ConfigLoader.add_constructor(_PYTHON + "tuple", _construct_tuple)
+_ConfigLoader.add_constructor(_PYTHON + "tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
 _CONSTRUCTORS: dict[str, Any] = {
     "object:": _construct_object,
     "object/apply:": _construct_call,

@@ -27,7 +27,7 @@ import torch
 from numba import config, njit
 
 from fit3d_ns.utils.errors import explain
-from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.progress import notice, notice_once
 
 CHUNK = 1024
 """Gaussians per task of the kernels that go through all Gaussians."""
@@ -145,14 +145,9 @@ def _save_if_possible(save: Callable[..., None]) -> Callable[..., None]:
         try:
             save(*arguments)
         except OSError as error:
-            _say_once(f"Compiled kernels are not kept: {explain(error)} See NUMBA_CACHE_DIR.")
+            notice_once("kernels", f"Compiled kernels are not kept: {explain(error)} See NUMBA_CACHE_DIR.")
 
     return save_or_say
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    notice(text)
 
 
 def _submit(work: Callable[[], None], count: int) -> list:
