@@ -74,4 +74,4 @@ def test_toy_backbone__separates_classes_across_rooms_better_than_random_weights
         # Every class counts the same, so that walls and floors do not decide.
         hits = [(found == index)[labels[4:] == index].float().mean() for index in known]
         accuracies[name] = float(torch.stack(hits).mean())
-    assert accuracies[TOY_BACKBONE] > accuracies[f"random:{TOY_BACKBONE}"] + 0.15
+    assert accuracies[TOY_BACKBONE] > accuracies[f"random:{TOY_BACKBONE}"] + 0.2
