@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ from fit3d_ns.data.images import save_image
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, split_validation
 from fit3d_ns.probing.frozen_features import Assembly, FrozenBackbones
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, TrainedHead, train_head
-from fit3d_ns.probing.samples import FeatureMemory, Inputs, iterate_augmented, iterate_draws, iterate_kept
+from fit3d_ns.probing.samples import (
+    Batch,
+    FeatureMemory,
+    Inputs,
+    create_numpy_generator,
+    iterate_augmented,
+    iterate_draws,
+    stack_features,
+)
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.seeds import derive_seed
@@ -176,13 +185,21 @@ class HeadProbe(ABC, Generic[Config]):
         }
         write_json(folder / "predictions.json", content)
 
-    def _iterate_batches(self, seed: int, batch_size: int) -> Any:
+    def _iterate_batches(self, seed: int, batch_size: int) -> Generator[Batch, None, None]:
+        """This process's share of each batch: of fixed pictures, through the memory, or of new ones."""
         number, process, frames = self.accelerator.num_processes, self.accelerator.process_index, self.sets.train.frames
         draws = iterate_draws(len(frames), batch_size, self.num_iterations, seed, process, number)
-        if self.is_cached:
-            return iterate_kept(draws, frames, self.inputs, self.memory, seed, self.fill)
-        share, threads = batch_size // number, self.run.num_threads
-        return iterate_augmented(draws, frames, self.inputs, self.backbones, seed, threads, share)
+        if not self.is_cached:
+            share, threads = batch_size // number, self.run.num_threads
+            yield from iterate_augmented(draws, frames, self.inputs, self.backbones, seed, threads, share)
+            return
+        for batch in draws:
+            chosen = [frames[draw.index] for draw in batch]
+            keys = [
+                self.inputs.choose_key(frame, create_numpy_generator(seed, draw.position))
+                for frame, draw in zip(chosen, batch, strict=True)
+            ]
+            yield stack_features(self.memory.fetch(keys, chosen, self.inputs), self.fill)
 
 
 def create_sets(train: LabelledSet, test: LabelledSet, config: RunConfig) -> ProbeSets:

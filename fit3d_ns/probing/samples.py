@@ -2,7 +2,7 @@
 
 A frozen backbone says the same about the same picture every time. So with a few fixed variants per frame (a window, its
 mirror image), each passes the backbones once and `FeatureMemory` keeps what they said, in half precision up to a
-budget, for every epoch, seed and evaluation (`iterate_kept`). `iterate_augmented` makes a new picture for every draw
+budget, for every epoch, seed and evaluation. `iterate_augmented` makes a new picture for every draw
 instead and loads ahead in threads. Batches depend on nothing but (seed, position), whichever process asks.
 """
 
@@ -122,22 +122,6 @@ def estimate_memory(backbones: FrozenBackbones, height: int, width: int, num_pic
     numbers = tokens * backbones.embed_dim * len(backbones.extractors) * len(backbones.layers)
     # Two bytes a number, and the targets at sixteen pixels a token.
     return num_pictures * (2 * numbers + 4 * 16 * tokens) / BYTES_PER_GB
-
-
-def iterate_kept(
-    draws: Iterable[list[Draw]],
-    frames: Sequence[LabelledFrame],
-    inputs: Inputs,
-    memory: FeatureMemory,
-    seed: int,
-    fill: int | float,
-) -> Iterator[Batch]:
-    """Batches of fixed pictures, through the memory; `fill` is the target that does not count."""
-    for batch in draws:
-        chosen = [frames[draw.index] for draw in batch]
-        generators = [create_numpy_generator(seed, draw.position) for draw in batch]
-        keys = list(map(inputs.choose_key, chosen, generators))
-        yield stack_features(memory.fetch(keys, chosen, inputs), fill)
 
 
 def iterate_augmented(

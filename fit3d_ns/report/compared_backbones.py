@@ -63,10 +63,8 @@ def read_models(
 ) -> list[ComparedBackbones]:
     """Describes the backbones and sorts them into originals and fine-tuned ones; nothing is loaded.
 
-    `backbone_weights` are of the names that come without a file, in their order.
-
-    Raises:
-        ValueError: No entries, an unknown name, a missing file, or a weights file alone before any name.
+    `backbone_weights` are of the names that come without a file, in their order. ValueError without entries, and for
+    an unknown name, a missing file, or a weights file alone before any name.
     """
     if not models:
         raise ValueError("No backbones to compare; name some with --models.")

@@ -66,8 +66,7 @@ def keep_uploads_private() -> Iterator[Path]:
 def read_upload(upload: Any) -> np.ndarray | None:
     """Pixels [height, width, 3] of what a browser sent (Gradio's `ImageData`), upright; None where it sent nothing.
 
-    Raises:
-        gradio.Error: It is not one picture of a bounded size, which its header tells; the page shows the sentence.
+    gradio.Error, whose sentence the page shows, if it is not one picture of a bounded size, which its header tells.
     """
     import gradio as gr
 
@@ -95,10 +94,7 @@ def read_upload(upload: Any) -> np.ndarray | None:
 def serve(page: Any, host: str, port: int | None) -> Iterator[str]:
     """Serves a page (`gradio.Blocks`) while the block runs, and gives its address.
 
-    Without a `port`, at the first free one from 7860 on.
-
-    Raises:
-        OSError: The port is taken.
+    Without a `port`, at the first free one from 7860 on; OSError if the given one is taken.
     """
     import gradio as gr
     from starlette.middleware import Middleware

@@ -61,10 +61,8 @@ def is_clip(path: Path) -> bool:
 def read_clip(path: Path, max_frames: int, frame_stride: int = 1) -> Clip:
     """Reads a video file, or lists a folder of frames in the order of names.
 
-    Of every `frame_stride` frames one is taken, until there are `max_frames`.
-
-    Raises:
-        ValueError: Missing, unreadable, fewer than two frames, or numbers out of range.
+    Of every `frame_stride` frames one is taken, until there are `max_frames`. ValueError if the path is missing or
+    unreadable, has fewer than two frames, or a number is out of range.
     """
     if max_frames < 2 or frame_stride < 1:
         raise ValueError(
@@ -85,10 +83,8 @@ def read_clip(path: Path, max_frames: int, frame_stride: int = 1) -> Clip:
 def write_video(frames: Iterable[UInt8[np.ndarray, "height width 3"]], path: Path, fps: float) -> str:
     """Writes RGB frames of one size as MP4, whole or not at all, and returns the codec's four letters.
 
-    Odd sizes are padded by a pixel, which the codecs need.
-
-    Raises:
-        ValueError: No frame, or an OpenCV that can write none of the codecs.
+    Odd sizes are padded by a pixel, which the codecs need. ValueError without a frame, or if OpenCV has none of the
+    codecs.
     """
     rest = iter(frames)
     first = next(rest, None)
@@ -114,8 +110,7 @@ def write_video(frames: Iterable[UInt8[np.ndarray, "height width 3"]], path: Pat
 def load_clip_images(clip: Clip, scene_index: SceneIndex, longest_side: int | None = None) -> list[FigureImage]:
     """The frames of a clip, as scenes' views see them where scenes hold them.
 
-    Raises:
-        ValueError: A frame cannot be read, or differs in size from the first; the message names it.
+    ValueError names a frame that cannot be read, or that differs in size from the first.
     """
     images: list[FigureImage] = []
     for frame in clip.frames:
@@ -143,10 +138,8 @@ def save_feature_video(
     """Writes the MP4 and, next to it, a JSON with the temporal consistency of each backbone; returns its content.
 
     Each backbone has a row, or two for PCA and k-means; with `has_scenes` there is a column of rendered features.
-    The configuration's `sharing` has no meaning here: colours are always the clip's.
-
-    Raises:
-        ValueError: Fewer than two frames, more clusters than tokens, or no codec.
+    The configuration's `sharing` has no meaning here: colours are always the clip's. ValueError for fewer than two
+    frames, more clusters than tokens, or no codec.
     """
     config = config or FeatureFigureConfig()
     labels = list_column_labels(groups, has_scenes)

@@ -69,9 +69,8 @@ class PredictionFolder:
 def read_predictions(folders: Sequence[Path]) -> list[PredictionFolder]:
     """Reads folders that can stand in one figure, in the order given.
 
-    Raises:
-        ValueError: A folder without predictions or with a file missing; different tasks, frames, classes or truths;
-            random weights next to trained ones.
+    ValueError for a folder without predictions or with a file missing, for different tasks, frames, classes or truths,
+    and for random weights next to trained ones.
     """
     if not folders:
         raise ValueError("No predictions to compare; give folders that fit3d-probe --predictions wrote.")

@@ -61,9 +61,7 @@ class Results:
 def read_results(patterns: Sequence[str | Path]) -> Results:
     """Reads all results below files, folders and globs (`**` descends), each file once.
 
-    Raises:
-        ValueError: Nothing is found, a file is broken or of another kind, or two are of the same settings; one
-            sentence names the file.
+    ValueError if nothing is found, or names a file that is broken or of another kind, or two of the same settings.
     """
     probes: list[ProbeResult] = []
     finetunings: list[FinetuneResult] = []

@@ -57,6 +57,14 @@ class Comparison:
         return factor * before, factor * after
 
     @property
+    def shown(self) -> tuple[str, str]:
+        """`values` as text."""
+        before, after = (
+            f"{value:.1f}" if MEASURES[self.measure][2] == "%" else f"{value:.3f}" for value in self.values
+        )
+        return before, after
+
+    @property
     def gain(self) -> float:
         """Relative change towards the better: 0.1 is better by a tenth."""
         before, after = self.values
@@ -140,8 +148,7 @@ def describe_comparisons(comparisons: Sequence[Comparison]) -> list[str]:
     lines = []
     for item in comparisons:
         _, words, unit, _ = MEASURES[item.measure]
-        before, after = (f"{value:.3f}" if unit != "%" else f"{value:.1f}" for value in item.values)
-        lines.append(f"{words}: {before} → {after}{' ' if unit else ''}{unit} ({item.verdict})")
+        lines.append(f"{words}: {' → '.join(item.shown)}{' ' if unit else ''}{unit} ({item.verdict})")
     return lines
 
 
@@ -162,7 +169,7 @@ def _write_html(story: Story) -> str:
     rows = []
     for item in story.comparisons:
         _, words, unit, more = MEASURES[item.measure]
-        before, after = (f"{value:.3f}" if unit != "%" else f"{value:.1f}" for value in item.values)
+        before, after = item.shown
         kind = "same" if abs(item.gain) < SAME else "good" if item.gain > 0 else "bad"
         label = f"{words}{f' ({unit})' if unit else ''}, {'more' if more else 'less'} is better"
         rows.append(

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fit3d_ns.probing.depth.head import DepthBins, DPTDepthHead, LinearDepthHead
 from fit3d_ns.probing.frozen_features import Assembler, Assembly, list_parts
-from fit3d_ns.probing.segmentation.head import SegmentationHead
+from fit3d_ns.probing.heads import DepthBins, DPTDepthHead, LinearDepthHead, SegmentationHead
 from tests.probing.probe_backbones import create_features
 
 

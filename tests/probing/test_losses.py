@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fit3d_ns.probing.depth.head import DepthBins
 from fit3d_ns.probing.depth.probe import EPSILON, compute_gradient_loss, compute_sig_loss
+from fit3d_ns.probing.heads import DepthBins
 
 
 def draw_depth(seed: int, count: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from fit3d_ns.probing.classification.probe import ClassificationInputs
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.head import DepthBins, LinearDepthHead
 from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
 from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, compute_one_cycle_momentum, train_head
+from fit3d_ns.probing.heads import DepthBins, LinearDepthHead, SegmentationHead
 from fit3d_ns.probing.pictures import Picture, PictureKey
 from fit3d_ns.probing.samples import (
     Draw,
@@ -26,7 +26,6 @@ from fit3d_ns.probing.samples import (
     iterate_draws,
     stack_features,
 )
-from fit3d_ns.probing.segmentation.head import SegmentationHead
 from fit3d_ns.probing.segmentation.probe import SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.accelerator import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones

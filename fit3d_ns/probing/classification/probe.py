@@ -18,6 +18,7 @@ from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource, FrozenBackbones, FrozenFeatures
 from fit3d_ns.probing.head_probe import HeadProbe, resolve_cache
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
+from fit3d_ns.probing.heads import initialise
 from fit3d_ns.probing.pictures import Picture, PictureKey, Window, compute_size, draw_window, to_image
 from fit3d_ns.probing.samples import BYTES_PER_GB, FeatureMemory, Inputs, stack_features
 
@@ -79,9 +80,7 @@ class ClassificationHeads(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(dim, num_classes) for _ in learning_rates)
         self.learning_rates = learning_rates
         for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            initialise(layer)
 
     def list_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         """Parameters with the rate of each; the fusion layer takes the middle one."""

@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from fit3d_ns.data.images import save_depth
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, warn_about_depth_unit
-from fit3d_ns.probing.depth.head import UPSAMPLING, BinNormalization, DepthBins, DPTDepthHead, LinearDepthHead
 from fit3d_ns.probing.depth.inputs import DEPTHS_PER_TOKEN, EVALUATION, DepthInputs, choose_crop_size
-from fit3d_ns.probing.depth.metrics import DepthMetrics
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource
 from fit3d_ns.probing.head_probe import HeadProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
+from fit3d_ns.probing.heads import UPSAMPLING, BinNormalization, DepthBins, DPTDepthHead, LinearDepthHead
+from fit3d_ns.probing.metrics import DepthMetrics
 from fit3d_ns.probing.pictures import PictureKey, resize_map
 from fit3d_ns.probing.samples import estimate_memory
 from fit3d_ns.utils.progress import notice
 
+DepthMaps = Float[Tensor, "batch height width"]
+Masks = Bool[Tensor, "batch height width"]
 PUBLISHED = PublishedTraining(num_iterations=38_400, learning_rate=1e-4, width=1152)
 ClassTokenChoice = Literal["auto", "original", "finetuned", "none", "validated"]
 """Whose class token is put next to the patch tokens, see `ClassTokenSource`; or `validated`: a head with (`auto`) and
@@ -214,12 +216,7 @@ class DepthProbe(HeadProbe[DepthConfig]):
 
 
 def compute_sig_loss(
-    predictions: Float[Tensor, "batch height width"],
-    targets: Float[Tensor, "batch height width"],
-    valid: Bool[Tensor, "batch height width"],
-    *,
-    images_per_group: int,
-    is_warming_up: bool,
+    predictions: DepthMaps, targets: DepthMaps, valid: Masks, *, images_per_group: int, is_warming_up: bool
 ) -> LossSum:
     """Scale-invariant loss in log depth, summed over groups of images."""
     total, count = predictions.sum() * 0.0, 0
@@ -237,11 +234,7 @@ def compute_sig_loss(
 
 
 def compute_gradient_loss(
-    predictions: Float[Tensor, "batch height width"],
-    targets: Float[Tensor, "batch height width"],
-    valid: Bool[Tensor, "batch height width"],
-    *,
-    images_per_group: int,
+    predictions: DepthMaps, targets: DepthMaps, valid: Masks, *, images_per_group: int
 ) -> LossSum:
     """Absolute differences of g between pixels two steps apart, along both image axes, summed over scales."""
     total, count = predictions.sum() * 0.0, 0

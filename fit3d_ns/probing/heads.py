@@ -1,8 +1,8 @@
-"""The depth probe's heads: one linear layer onto depth bins (section 3.3), or the DPT head of Table 12.
+"""The heads that probes train: one linear layer onto classes or depth bins (section 3.3), and the DPT head of Table 12.
 
-The linear head reads patch tokens with the class token next to them. The public code upsamples the features four times
-and applies the linear layer there. A linear layer applied to each pixel and a bilinear resize, whose weights sum to
-one, commute; so logits are upsampled here, which costs a fraction.
+The linear depth head reads patch tokens with the class token next to them. The public code upsamples the features four
+times and applies the linear layer there. A linear layer applied to each pixel and a bilinear resize, whose weights sum
+to one, commute; so logits are upsampled here, which costs a fraction.
 
 The DPT head (Ranftl et al. 2021) brings four layers of tokens to four scales and fuses them from coarse to fine by
 residual convolutions. Channels before the fusion are a quarter, a half, once and once the fused width.
@@ -11,19 +11,66 @@ residual convolutions. Channels before the fusion are a quarter, a half, once an
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
 from fit3d_ns.probing.pictures import resize_map
-from fit3d_ns.probing.segmentation.head import INITIAL_DEVIATION
 
+INITIAL_DEVIATION = 0.01
+"""Standard deviation of a linear layer's first weights, as in mmsegmentation's and DINOv2's evaluations."""
 SHARE_OF_EACH_BIN = 0.1
 """Added to each rectified logit before normalising, so that no bin is ever empty (DINOv2's evaluation)."""
 UPSAMPLING = 4
 """Pixels of the linear head's prediction per token and axis."""
 
 BinNormalization = Literal["linear", "softmax"]
+
+
+class SegmentationHead(nn.Module):
+    """Features of the last block to class logits on the token grid."""
+
+    def __init__(self, assembler: Assembler, num_classes: int) -> None:
+        super().__init__()
+        self.assembler = assembler
+        self.norm = SharedBatchNorm(assembler.out_dim)
+        self.classifier = nn.Conv2d(assembler.out_dim, num_classes, kernel_size=1)
+        initialise(self.classifier)
+
+    def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch classes h w"]:
+        return self.classifier(self.norm(self.assembler(features)))
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation by the statistics of all processes, on any device; otherwise `nn.BatchNorm2d`.
+
+    torch's SyncBatchNorm needs CUDA; this one sums over whatever process group is there, so that two CPU processes
+    equal one with twice the batch.
+    """
+
+    def forward(self, input: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch channels h w"]:
+        if not self.training or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        # Sums are taken about the running mean, so that large means do not cancel.
+        centered = input - self.running_mean[:, None, None].detach()
+        sums = torch.cat([centered.sum((0, 2, 3)), centered.square().sum((0, 2, 3))])
+        count = input.new_tensor([input.numel() / input.shape[1]])
+        # (2 c,) and (1,) travel together.
+        reduced = all_reduce(torch.cat([sums, count]))
+        total = reduced[-1].detach()
+        offset, square = (reduced[:-1] / total).chunk(2)
+        variance = (square - offset.square()).clamp_min(0.0)
+        with torch.no_grad():
+            unbiased = variance * total / (total - 1).clamp_min(1)
+            self.running_mean += self.momentum * offset
+            self.running_var += self.momentum * (unbiased - self.running_var)
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+        normalized = (centered - offset[:, None, None]) / (variance + self.eps).sqrt()[:, None, None]
+        return normalized * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class DepthBins(nn.Module):
@@ -63,10 +110,9 @@ class LinearDepthHead(nn.Module):
         self.class_layer = (
             nn.Linear(assembler.class_dim, len(bins.centers), bias=False) if assembler.class_dim else None
         )
-        nn.init.normal_(self.token_layer.weight, std=INITIAL_DEVIATION)
-        nn.init.zeros_(self.token_layer.bias)
+        initialise(self.token_layer)
         if self.class_layer is not None:
-            nn.init.normal_(self.class_layer.weight, std=INITIAL_DEVIATION)
+            initialise(self.class_layer)
 
     def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch height width"]:
         """Depth in metres on `UPSAMPLING` times the token grid, or `training_upsampling` times in training."""
@@ -128,6 +174,14 @@ class DPTDepthHead(nn.Module):
         joined = torch.cat([tokens, class_map], dim=1).permute(0, 2, 3, 1)
         mixed = self.readouts[layer](joined).permute(0, 3, 1, 2)
         return self.reductions[layer](self.rescalings[layer](self.projections[layer](mixed)))
+
+
+def initialise(layer: nn.Module) -> None:
+    """Draws the first weights of a linear layer from torch's global generator; its bias, if it has one, is 0."""
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    nn.init.normal_(layer.weight, std=INITIAL_DEVIATION)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 class _ResidualUnit(nn.Module):
