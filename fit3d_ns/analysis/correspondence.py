@@ -126,7 +126,7 @@ def find_covisible(
     between or the point moved.
     """
     depth = look_up(view.usable_depth, points)
-    in_world = _unproject(points, depth, view)
+    in_world = unproject(points, depth, view)
     viewmat = viewmats_from_camera_to_worlds(other.camera_to_world)
     other_points, other_depth = project_points(in_world, viewmat, other.K)
     width, height = other.size
@@ -148,7 +148,7 @@ def measure_angles(
     """
     if angle_kind == "rotation":
         return measure_rotation(view.camera_to_world, other.camera_to_world).expand(points.shape[0])
-    in_world = _unproject(points, look_up(view.usable_depth, points), view)
+    in_world = unproject(points, look_up(view.usable_depth, points), view)
     towards = F.normalize(view.camera_to_world[:, 3] - in_world, dim=1)
     other_towards = F.normalize(other.camera_to_world[:, 3] - in_world, dim=1)
     # The half-angle form is exact for small angles, where acos loses half of the digits.
@@ -235,7 +235,7 @@ def measure_match_errors(
     Whether the second view really sees the points does not matter.
     """
     depth, matched_depth = look_up(view.usable_depth, points), look_up(other.usable_depth, matched)
-    in_world, matched_in_world = _unproject(points, depth, view), _unproject(matched, matched_depth, other)
+    in_world, matched_in_world = unproject(points, depth, view), unproject(matched, matched_depth, other)
     places, other_depth = project_points(in_world, viewmats_from_camera_to_worlds(other.camera_to_world), other.K)
     unknown = in_world.new_tensor(float("nan"))
     pixels = torch.where((depth > 0) & (other_depth > 0), (matched - places).norm(dim=1), unknown)
@@ -259,7 +259,7 @@ def look_up(values: Float[Tensor, "height width"], points: Float[Tensor, "points
     return values[rows, columns]
 
 
-def _unproject(
+def unproject(
     points: Float[Tensor, "points 2"], depth: Float[Tensor, " points"], view: DepthView
 ) -> Float[Tensor, "points 3"]:
     """World points that lie at `depth` behind image points, which need not be pixel centres."""

@@ -36,6 +36,8 @@ Surface = Literal["depth", "mesh", "points"]
 SCANNETPP_MESH = "scans/mesh_aligned_0.05.ply"
 _MAX_COLOUR_VIEWS = 120
 """Photographs that colours are read from."""
+_LEAST_VISIBLE = 0.05
+"""Points whose weight in every view is below this share of what they cover in the nearest one are hidden."""
 _SH = 2.0 * np.sqrt(np.pi)
 
 
@@ -49,7 +51,7 @@ class SurfaceConfig:
     depth_scale: float | None = None
     """With --surface depth: units of the depth maps per unit of the capture's world, 1000 where depth is in millimetres
     and poses are in metres. By default the one of the usual ones at which views agree."""
-    cell_pixels: float = 6.0
+    cell_pixels: float = 4.0
     """With --surface: side of the smallest Gaussians' cells in pixels of a near photograph, above 0. Smaller cells
     follow edges better and cost time and memory."""
     refine_steps: int = 3
@@ -73,7 +75,7 @@ def read_surface_source(
     capture = create_posed_capture(files, downscale_factor=world.choose_factor(files))
     path = None if surface == "depth" else _find_file(files, surface, config)
     if surface == "depth":
-        scale = config.depth_scale or find_depth_scale(capture)
+        scale = find_depth_scale(capture, config.depth_scale)
         if scale != (config.depth_scale or 1000.0):
             notice(f"Views agree where depth maps have {scale:g} units per unit of the poses; else give --depth-scale.")
         sizes = [view.frame.depth_path.stat().st_size for view in list_depth_views(capture)]
@@ -125,14 +127,14 @@ def _read_file_source(
 def fit_colours(
     gaussians: Gaussians, capture: PosedCapture, num_rounds: int, device: torch.device | str = "cpu"
 ) -> tuple[Gaussians, Float[Tensor, " num_gaussians"]]:
-    """The Gaussians with colours nearer to the train photographs, and their blend weight in all of them together.
+    """The Gaussians with colours nearer to the train photographs, and the largest blend weight each has in one of them.
 
     A round adds to each colour the mean difference between photographs and renderings where it is seen, by blend
     weight: a simultaneous algebraic reconstruction, which goes towards the least squares.
     """
     views = select_evenly(capture.select("train"), _MAX_COLOUR_VIEWS)
     activated = gaussians.to(device).activate()
-    colours, weights = 0.5 + gaussians.sh_dc.to(device).float() / _SH, activated.means.new_zeros(len(activated))
+    colours, largest = 0.5 + gaussians.sh_dc.to(device).float() / _SH, activated.means.new_zeros(len(activated))
     for index in range(num_rounds):
         sums = colours.new_zeros(len(colours), 4)
         for view in track(views, f"Colours, round {index + 1}"):
@@ -142,10 +144,10 @@ def fit_colours(
             mask = capture.load_valid_mask(view).to(colours)[..., None]
             photograph = capture.load_image(view).to(colours) / 255.0
             residual = (photograph - rasterize_features(colours, info)[0]) * mask
-            backproject_features(torch.cat([residual, mask], dim=-1)[None].contiguous(), info, add_to=sums)
-        weights = sums[:, 3]
-        colours = (colours + sums[:, :3] / weights.clamp(min=1e-6)[:, None]).clamp(0.0, 1.0)
-    return replace(gaussians, sh_dc=((colours - 0.5) * _SH).to(gaussians.sh_dc.dtype).cpu()), weights.cpu()
+            _, weights = backproject_features(torch.cat([residual, mask], dim=-1)[None].contiguous(), info, add_to=sums)
+            largest = torch.maximum(largest, weights)
+        colours = (colours + sums[:, :3] / sums[:, 3:].clamp(min=1e-6)).clamp(0.0, 1.0)
+    return replace(gaussians, sh_dc=((colours - 0.5) * _SH).to(gaussians.sh_dc.dtype).cpu()), largest.cpu()
 
 
 def _build(
@@ -155,19 +157,19 @@ def _build(
     config: SurfaceConfig,
     device: torch.device | str,
 ) -> LiftSource:
-    timer = PhaseTimer()
+    timer, kind = PhaseTimer(), recipe.split()[0]
     with timer.phase("setup"):
         points, cell = find_points()
-        if not recipe.startswith("mesh"):
+        if kind != "mesh":
             points = smooth_along_normals(points, cell)
-        if not recipe.startswith("depth"):
-            # What photographs show decides where cells may be merged; what none sees is left out.
-            seen, weights = fit_colours(create_point_surfels(points, cell), capture, 1, device)
-            points = replace(points, rgb=0.5 + seen.sh_dc.double().numpy() / _SH).select(weights.numpy() > 0)
+        if kind != "depth":
+            # Photographs say what no view sees, and by their colours where cells may be merged.
+            seen, weights = fit_colours(create_point_surfels(points, 0.5 * cell), capture, 1, device)
+            visible = weights.double().numpy() > _LEAST_VISIBLE * (0.5 * cell / points.spacing) ** 2
+            points = replace(points, rgb=0.5 + seen.sh_dc.double().numpy() / _SH).select(visible)
         gaussians = create_surfels(points, cell, config.cell_pixels)
     with timer.phase("colour"):
         gaussians, _ = fit_colours(gaussians, capture, config.refine_steps, device)
-    kind = recipe.split()[0]
     decisive = {"cell_pixels": config.cell_pixels, "refine_steps": config.refine_steps, "version": 1}
     description = f"surface of {kind}, cells of {cell:.3g}"
     return LiftSource(

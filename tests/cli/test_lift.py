@@ -10,6 +10,8 @@ import torch
 from fit3d_ns.cli import lift as module
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.scene import load_scene
+from fit3d_ns.scene.scene_file import compute_stage1_hours
+from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from fit3d_ns.utils.results import load_result
 from tests.lift_capture import BACKBONE, write_capture, write_gaussians
 
@@ -276,3 +278,42 @@ def test_lift__takes_a_run_as_its_gaussians_and_corrected_cameras(run, capture, 
     record = load_result(tmp_path / "run.json")
     assert record.metrics["source"] == "splatfacto-big run 2024-01-01, step 29999"
     assert record.metrics["num_invalid_gaussians"] == 1
+
+
+def test_surface__lifts_several_scenes_without_training_and_goes_on(tmp_path, capsys):
+    synthesize_scenes(SynthesisConfig(tmp_path / "rooms", num_frames=9, width=96, height=64))
+    rooms = [tmp_path / "rooms" / name for name in ("room_00", "room_01")]
+
+    def call(*arguments):
+        words = ["--surface", "depth", "--output-dir", tmp_path / "out", "--backbone", BACKBONE, "--feature-dim", 5]
+        words += ["--feature-cache", tmp_path / "tokens", "--max-passes", 1, "--device", "cpu", *arguments]
+        try:
+            module.main([str(word) for word in words])
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.err
+
+    # One scene of a folder is written into the folder too, so that a list may grow.
+    assert call("--data", rooms[0])[0] == 0
+    first = (tmp_path / "out" / "room_00.safetensors").read_bytes()
+    code, err = call("--data", *rooms)
+    assert code == 0 and f"{tmp_path / 'out' / 'room_00.safetensors'} is lifted already" in err
+    assert (tmp_path / "out" / "room_00.safetensors").read_bytes() == first
+    scene = load_scene(tmp_path / "out" / "room_01.safetensors")
+    assert scene.gaussians.sh_rest is None and scene.metrics["photograph_psnr"] > 15
+    assert scene.metrics["source"].startswith("surface of depth")
+    # Stage I's time is known: what the geometry took counts as its training.
+    assert set(scene.metrics["training_seconds"]) == {"setup", "colour"}
+    assert compute_stage1_hours(scene.metrics) > 0
+    code, err = call("--data", rooms[0], "--cell-pixels", 8)
+    assert code == 0 and "lifted already" not in err
+    for arguments, message in [
+        ((), "--surface needs the folders of the scenes with --data"),
+        (("--data", *rooms, "--mesh", "a.ply"), "--mesh is the file of one scene"),
+        (("--data", rooms[0], "--ply", "a.ply"), "--surface and --ply are given"),
+        (("--data", rooms[0], rooms[0]), "Two scenes would be written as room_00.safetensors"),
+    ]:
+        code, err = call(*arguments)
+        assert code == 1 and message in " ".join(err.split())
