@@ -6,6 +6,7 @@ Of all points in a cell of a grid one is left; the cells' side is chosen by how 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -120,8 +121,8 @@ def fuse_depth(capture: PosedCapture, scale: float, cell_pixels: float) -> tuple
     kept = _is_consistent(torch.from_numpy(means[:, :3]).float(), capture, views, scale)
     if not kept.any():
         raise ValueError(f"No two views of {capture.root} agree on depth; give its unit with --depth-scale.")
-    xyz, towards, rgb = (np.ascontiguousarray(part) for part in np.split(means[kept], [3, 6], axis=1))
-    return SurfacePoints(xyz, estimate_normals(xyz, towards), rgb, spacing[kept]), cell
+    places, cameras, colours = np.split(means[kept], [3, 6], axis=1)
+    return SurfacePoints(places, estimate_normals(places, cameras), colours, spacing[kept]), cell
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,14 @@ def read_surface_file(path: Path) -> SurfaceFile:
     if not path.is_file():
         raise ValueError(f"There is no mesh or point cloud {path}; check --mesh.")
     try:
-        loaded = trimesh.load(path, process=False)
-        geometry = loaded.to_geometry() if isinstance(loaded, trimesh.Scene) else loaded
+        loaded: Any = trimesh.load(path, process=False)
+        geometry: Any = loaded.to_geometry() if isinstance(loaded, trimesh.Scene) else loaded
         xyz = np.asarray(geometry.vertices, dtype=np.float64)
         faces = np.asarray(getattr(geometry, "faces", np.empty((0, 3))), dtype=np.int64)
         colours = np.asarray(getattr(geometry.visual, "vertex_colors", ()), dtype=np.float64)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a mesh or point cloud ({error}); save it as PLY.") from error
-    finite = np.isfinite(xyz).all(axis=1)
+    finite: np.ndarray = np.isfinite(xyz).all(axis=1)
     if not finite.any():
         raise ValueError(f"{path} holds no points; make the file again.")
     rgb = colours[:, :3] / 255.0 if len(colours) == len(xyz) else np.full_like(xyz, 0.5)

@@ -51,7 +51,7 @@ class SurfaceConfig:
     depth_scale: float | None = None
     """With --surface depth: units of the depth maps per unit of the capture's world, 1000 where depth is in millimetres
     and poses are in metres. By default the one of the usual ones at which views agree."""
-    cell_pixels: float = 4.0
+    cell_pixels: float = 5.0
     """With --surface: side of the smallest Gaussians' cells in pixels of a near photograph, above 0. Smaller cells
     follow edges better and cost time and memory."""
     refine_steps: int = 3
@@ -78,7 +78,7 @@ def read_surface_source(
         scale = find_depth_scale(capture, config.depth_scale)
         if scale != (config.depth_scale or 1000.0):
             notice(f"Views agree where depth maps have {scale:g} units per unit of the poses; else give --depth-scale.")
-        sizes = [view.frame.depth_path.stat().st_size for view in list_depth_views(capture)]
+        sizes = [path.stat().st_size for view in list_depth_views(capture) if (path := view.frame.depth_path)]
         recipe = f"depth {scale} {sizes}"
         source = _build(capture, lambda: fuse_depth(capture, scale, config.cell_pixels), recipe, config, device)
     elif path is None:
