@@ -24,12 +24,12 @@ from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.data.images import save_image
 from fit3d_ns.features import BackboneDescription, compute_patch_grid, create_token_model, describe_backbone
 from fit3d_ns.finetuning.config import FinetuneConfig, RunConfig
+from fit3d_ns.finetuning.draws import TrainingViews
 from fit3d_ns.finetuning.optimization import OptimizationConfig
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_averages, create_target_store
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
-from fit3d_ns.finetuning.training_views import TrainingViews
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
@@ -40,8 +40,7 @@ from fit3d_ns.scene import (
     load_scene,
     save_scene,
 )
-from fit3d_ns.training.accelerator import create_accelerator
-from fit3d_ns.training.processes import Processes
+from fit3d_ns.training.processes import Processes, create_accelerator
 from fit3d_ns.utils.progress import PhaseTimer, measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import ResultRecord, save_result
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fit3d_ns.features.backbones import create_timm_model
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.synthetic.rendering import CLASSES, View, render_room, trace_rays
 from fit3d_ns.synthetic.rooms import build_room, walk_through
 from fit3d_ns.utils.files import write_atomically, write_json

@@ -21,8 +21,7 @@ from fit3d_ns.finetuning.scene_bank import find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.targets import TargetConfig
 from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.scene import FeatureScene
-from fit3d_ns.training.accelerator import create_accelerator
-from fit3d_ns.training.processes import Processes
+from fit3d_ns.training.processes import Processes, create_accelerator
 from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.files import lock_folder
 from fit3d_ns.utils.progress import notice

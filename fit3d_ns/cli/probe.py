@@ -14,7 +14,7 @@ from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig
 from fit3d_ns.probing.head_probe import CacheRule, RunConfig, Selection
 from fit3d_ns.probing.pictures import PatchFitRule
 from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUNS, ProbeRequest, Task, run_probe
-from fit3d_ns.training.accelerator import Precision
+from fit3d_ns.training.processes import Precision
 from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.results import ResultRecord
 

@@ -27,8 +27,7 @@ from fit3d_ns.data.frames import (
     resolve_inside,
 )
 from fit3d_ns.data.images import list_images
-from fit3d_ns.geometry.cameras import camera_to_worlds_from_viewmats
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens, camera_to_worlds_from_viewmats
 from fit3d_ns.utils.files import refuse_lfs_pointer, write_atomically
 
 _MODEL_FOLDERS = ("sparse", "colmap/sparse", "colmap")

@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.geometry.cameras import transform_points
-from fit3d_ns.geometry.lenses import Lens, LensModel
+from fit3d_ns.geometry.cameras import Lens, LensModel, transform_points
 from fit3d_ns.utils.progress import notice
 
 Split = Literal["train", "val", "test"]

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fit3d_ns.geometry.lenses import MAX_PIXELS
+from fit3d_ns.geometry.cameras import MAX_PIXELS
 from fit3d_ns.utils.files import refuse_lfs_pointer
 from fit3d_ns.utils.progress import notice_once
 

@@ -31,7 +31,7 @@ from fit3d_ns.data.frames import (
     parse_lens,
     resolve_inside,
 )
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.utils.files import read_json
 
 Variant = Literal["undistorted", "fisheye"]

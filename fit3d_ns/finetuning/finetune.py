@@ -23,16 +23,14 @@ from fit3d_ns.features.adapters import merge_lora
 from fit3d_ns.features.sources import WEIGHTS_NAME
 from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned, write_card
 from fit3d_ns.finetuning.config import FinetuneConfig
-from fit3d_ns.finetuning.lifted_views import compute_scene_hash, find_lifted
+from fit3d_ns.finetuning.draws import TrainingViews
 from fit3d_ns.finetuning.optimization import copy_original, interpolate_weights
-from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.scene_bank import SceneBank, compute_scene_hash, find_lifted
 from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_averages, create_target_store
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
-from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import Validation, format_consistency, read_tokens_of, save_comparison
 from fit3d_ns.scene.scene_file import read_scene_costs
-from fit3d_ns.training.accelerator import create_accelerator, track_run
-from fit3d_ns.training.processes import Processes
+from fit3d_ns.training.processes import Processes, create_accelerator, track_run
 from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.files import hash_bytes, read_json, remove, write_json
 from fit3d_ns.utils.progress import measure_peak_memory_mb, notice

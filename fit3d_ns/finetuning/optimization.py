@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fit3d_ns.features import TokenModel
 from fit3d_ns.features.adapters import add_adapter, add_lora
 from fit3d_ns.finetuning.losses import AnchorConfig, TokenModule
-from fit3d_ns.training.accelerator import Precision
+from fit3d_ns.training.processes import Precision
 
 
 @dataclass(frozen=True)

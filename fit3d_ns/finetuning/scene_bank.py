@@ -5,6 +5,17 @@ everything after this knows only scene files. All scene files are open from the 
 address space, not memory. A scene that is asked for is moved to the device and made ready to render; when the budget is
 reached, the one that was used longest ago leaves. 230 scenes of a million Gaussians are 39 GB of files, and each takes
 0.47 GB while it is ready (D = 64).
+
+A solved lift also fits what each view alone said. Averaging the features over the lifted views
+(`lifting.blending.average_over_views`) removes that; `SceneAverages` does it once per scene and keeps the result.
+
+A lift solves A f = b with A = sum of R_j^T W_j R_j and b = sum of R_j^T W_j t_j over views j (R_j blends features to
+the view's pixels, t_j are its tokens in the features' space, W_j its weights). Without view j the residual at f is
+-(R_j^T W_j (t_j - R_j f)); one Jacobi step, with the row sums d of A that the file keeps as `blend_weight`, gives
+
+    f_loo = f - R_j^T W_j (t_j - R_j f) / (d - d_j).
+
+Averaged features are such sums over d already, and the same step takes the view's part out of them.
 """
 
 import glob
@@ -15,13 +26,182 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
 
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
-from fit3d_ns.features import BackboneDescription
-from fit3d_ns.finetuning.lifted_views import SceneAverages
-from fit3d_ns.scene import FeatureScene, load_scene, save_scene
-from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.features import BackboneDescription, TokenModel
+from fit3d_ns.finetuning.draws import locate_capture
+from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views
+from fit3d_ns.rasterization import backproject_features, rasterize_features
+from fit3d_ns.scene import FeatureDecoder, FeatureScene, PosedCapture, View, load_scene, save_scene
+from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.selection import select_evenly
+from fit3d_ns.utils.tensor_store import TensorStore
+
+MAX_AVERAGED_VIEWS = 64
+"""Views that are averaged over, evenly spread; more cost time and change little."""
+SMALLEST_SHARE = 1e-3
+"""Gaussians of which other views hold less than this share of the blend weight were seen by the one view alone."""
+_NUM_HASHED_BLOCKS, _HASHED_ROWS = 4, 256
+"""Rows that a scene's hash reads: a few whole stretches, because rows far apart would page in the whole file."""
+
+
+def find_lifted(scene: FeatureScene) -> list[View]:
+    """The views that a scene was lifted from, as its file says.
+
+    Files of earlier versions do not name them: then its training views, or as many of them as the lift's metrics
+    count, chosen as those versions chose.
+    """
+    if scene.lifted_views is not None:
+        return [scene.posed_capture.name_to_view[name] for name in scene.lifted_views]
+    train = scene.posed_capture.select("train")
+    number = scene.metrics.get("num_train_views")
+    return select_evenly(train, number if isinstance(number, int) else None)
+
+
+def average_lifted_views(
+    scene: FeatureScene, data_root: Path | None = None, max_views: int | None = MAX_AVERAGED_VIEWS
+) -> FeatureScene:
+    """A ready scene with its features averaged over the lifted views, ValueError where their capture is not there.
+
+    Args:
+        data_root: Where the capture with its masks lies now, if it was moved.
+        max_views: At most this many of the views; None for all, so that any of them can be left out of the average.
+    """
+    capture = locate_capture(scene, data_root)
+    usable, num_lifted = _find_usable(scene, capture), len(find_lifted(scene))
+    if len(usable) < num_lifted:
+        notice(
+            f"Features of scene {scene.scene_id} are averaged over {len(usable)} of its {num_lifted} lifted views; the "
+            "masks of the others are gone."
+        )
+    return average_over_views(scene, capture, select_evenly(usable, max_views))
+
+
+def compute_scene_hash(scene: FeatureScene) -> str:
+    """Hashes the decoder, stretches of all the Gaussians' tensors, and which views were lifted.
+
+    Every tensor counts: whatever a target is rendered or weighted from must change the hash. Of the scene,
+    on the CPU as opened, only the stretches are read.
+    """
+    count = scene.gaussians.num_gaussians
+    starts = sorted({count * block // _NUM_HASHED_BLOCKS for block in range(_NUM_HASHED_BLOCKS)})
+    tensors = [value.detach() for value in scene.decoder.parameters()]
+    for value in scene.gaussians.tensors().values():
+        tensors += [value[start : start + _HASHED_ROWS] for start in starts]
+    settings = f"{count} {scene.rasterize_mode} {scene.eps2d}"
+    if scene.lifted_views is not None:
+        settings += f" {' '.join(scene.lifted_views)}"
+    return hash_bytes(settings.encode(), *(tensor.contiguous().numpy().tobytes() for tensor in tensors))
+
+
+def compute_average_hash(
+    scene: FeatureScene, data_root: Path | None = None, max_views: int | None = MAX_AVERAGED_VIEWS
+) -> str:
+    """Hashes everything that `average_lifted_views` reads: the scene, and the cameras and masks it averages over."""
+    parts: list[object] = [AVERAGING_SAMPLES, scene.backbone.patch_size]
+    for view in select_evenly(_find_usable(scene, locate_capture(scene, data_root)), max_views):
+        mask = None if view.frame.mask_path is None else hash_file(view.frame.mask_path)
+        parts += [view.name, view.width, view.height, view.K.tolist(), view.camera_to_world.tolist(), view.lens, mask]
+    views_hash = hash_bytes(*(repr(part).encode() for part in parts))
+    return hash_bytes(compute_scene_hash(scene).encode(), views_hash.encode())
+
+
+class SceneAverages:
+    """Averaged features of the scenes of one bank; `average_lifted_views` describes data root and number of views.
+
+    They are as large as those of the files (128 MB for a million Gaussians of 64 channels), so the store keeps them in
+    memory within a budget, and beyond it on disk if there is a folder; where neither has room they are computed again.
+    Kept or computed they are the same half-precision numbers.
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[FeatureScene],
+        store: TensorStore,
+        data_root: Path | None = None,
+        max_views: int | None = MAX_AVERAGED_VIEWS,
+    ):
+        self.scenes, self.store = scenes, store
+        self.num_averaged = 0
+        self._data_root, self._max_views = data_root, max_views
+        self._hashes: dict[int, str] = {}
+
+    def apply(self, index: int, scene: FeatureScene) -> FeatureScene:
+        """The scene with averaged features, from its index and itself, ready on any device with its file's features.
+
+        ValueError where the capture is not there, a mask is damaged, or the disk is full.
+        """
+        kept = self.store.load(self.compute_hash(index), "features")
+        if kept is not None:
+            features = kept["features"].to(scene.gaussians.features.device)
+            return replace(scene, gaussians=scene.gaussians.with_features(features))
+        averaged = average_lifted_views(scene, self._data_root, self._max_views)
+        self.num_averaged += 1
+        self.store.save(self.compute_hash(index), {"features": averaged.gaussians.features.cpu()})
+        return averaged
+
+    def compute_hash(self, index: int) -> str:
+        """Hashes everything that the averaged features of a scene depend on."""
+        if index not in self._hashes:
+            self._hashes[index] = compute_average_hash(self.scenes[index], self._data_root, self._max_views)
+        return self._hashes[index]
+
+
+@torch.no_grad()
+def leave_view_out(
+    scene: FeatureScene, capture: PosedCapture, view: View, original: TokenModel
+) -> tuple[FeatureScene, Bool[Tensor, " num_gaussians"]]:
+    """The scene as if `view` had not been lifted, and which Gaussians other views know; the decoder stays.
+
+    Gaussians that no other view saw cannot forget it: they keep their features and should not teach. A view that was
+    not lifted changes nothing.
+
+    Args:
+        scene: A ready scene; ValueError where it keeps no blend weights.
+        capture: Where the view's photograph is.
+        original: The backbone whose tokens were lifted.
+    """
+    if not bool(scene.gaussians.blend_weight.any()):
+        raise ValueError(
+            f"Scene {scene.scene_id} has no blend weights, which leave-one-out targets need; lift it with fit3d-lift."
+        )
+    if view.name not in {lifted.name for lifted in find_lifted(scene)}:
+        return scene, torch.ones_like(scene.gaussians.blend_weight, dtype=torch.bool)
+    device = scene.gaussians.means.device
+    features_and_one = scene.features_and_one
+    info = scene.project(view.camera_to_world, view.K, view.width, view.height)
+    blended = rasterize_features(features_and_one, info)[0]
+    # (h, w, 3) -> (1, 3, h, w)
+    image = capture.load_image(view).permute(2, 0, 1)[None].to(device).float() / 255.0
+    own = _lower(original(image).maps[0].float(), scene.decoder)
+    # (h, w, d) -> (H, W, d), each pixel its own token's value.
+    spread = F.interpolate(own.permute(2, 0, 1)[None], size=(view.height, view.width), mode="nearest-exact")[0]
+    weights = capture.load_valid_mask(view).to(device)[..., None] * blended[..., -1:]
+    residual = (spread.permute(1, 2, 0) - blended[..., :-1]) * weights
+    sums, own_weight = backproject_features(residual[None], info)
+    total = scene.gaussians.blend_weight.float()
+    rest = total - own_weight
+    is_known = rest > SMALLEST_SHARE * total
+    step = torch.where(is_known[:, None], sums / rest.clamp(min=1e-12)[:, None], 0.0)
+    return replace(scene, gaussians=scene.gaussians.with_features(features_and_one[:, :-1] - step)), is_known
+
+
+def _find_usable(scene: FeatureScene, capture: PosedCapture) -> list[View]:
+    """The lifted views as in `capture`, without those whose mask is gone: their valid pixels are unknown."""
+    lifted = [capture.name_to_view[view.name] for view in find_lifted(scene)]
+    return [view for view in lifted if view.frame.mask_path is None or view.frame.mask_path.is_file()]
+
+
+def _lower(tokens: Float[Tensor, "h w embed"], decoder: FeatureDecoder) -> Float[Tensor, "h w dim"]:
+    """Tokens in the features' space: least squares of the decoder on a constant map."""
+    matrix = decoder.weight.sum(dim=(2, 3)).float()
+    centred = tokens if decoder.bias is None else tokens - decoder.bias.float()
+    return centred @ torch.linalg.pinv(matrix).T
+
 
 SCENE_SUFFIX = ".safetensors"
 

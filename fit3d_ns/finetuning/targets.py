@@ -18,9 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.features import TokenModel
-from fit3d_ns.finetuning.lifted_views import MAX_AVERAGED_VIEWS, SceneAverages, compute_scene_hash, leave_view_out
-from fit3d_ns.finetuning.scene_bank import SceneBank
-from fit3d_ns.finetuning.training_views import Sample, TrainingViews
+from fit3d_ns.finetuning.draws import Sample, TrainingViews
+from fit3d_ns.finetuning.scene_bank import (
+    MAX_AVERAGED_VIEWS,
+    SceneAverages,
+    SceneBank,
+    compute_scene_hash,
+    leave_view_out,
+)
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene import FeatureScene, TokenReadingRule, create_token_reader
 from fit3d_ns.utils.files import hash_bytes

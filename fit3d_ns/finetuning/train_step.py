@@ -16,6 +16,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fit3d_ns.finetuning.draws import Sample
 from fit3d_ns.finetuning.losses import (
     SMALLEST_WEIGHT,
     AnchorConfig,
@@ -27,7 +28,6 @@ from fit3d_ns.finetuning.losses import (
 )
 from fit3d_ns.finetuning.optimization import TrainedBackbone
 from fit3d_ns.finetuning.targets import Target
-from fit3d_ns.finetuning.training_views import Sample
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.progress import PhaseTimer

@@ -18,11 +18,10 @@ import torch
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.config import FinetuneConfig
-from fit3d_ns.finetuning.draws import Draw, DrawSequence
+from fit3d_ns.finetuning.draws import Draw, DrawSequence, Sample
 from fit3d_ns.finetuning.optimization import TrainedBackbone, copy_original
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.train_step import Batch, StepResult, TrainStep, create_batch, sum_totals
-from fit3d_ns.finetuning.training_views import Sample
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
 from fit3d_ns.training.epochs import list_positions, load_ahead
 from fit3d_ns.training.processes import Processes

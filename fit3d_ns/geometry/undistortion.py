@@ -15,6 +15,7 @@ Where OpenCV's choice still looks past the picture's edge, the focal lengths gro
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,12 @@ def _describe_failure(lens: Lens) -> str:
 def _frame_is_inside(lens: Lens, pinhole: Lens) -> bool:
     """Whether the outermost pixel centres of the pinhole picture are seen by the lens."""
     columns, rows = np.arange(pinhole.width) + 0.5, np.arange(pinhole.height) + 0.5
-    edges = [(columns, 0.5), (columns, pinhole.height - 0.5), (0.5, rows), (pinhole.width - 0.5, rows)]
+    edges: list[tuple[Any, Any]] = [
+        (columns, 0.5),
+        (columns, pinhole.height - 0.5),
+        (0.5, rows),
+        (pinhole.width - 0.5, rows),
+    ]
     frame = np.concatenate([np.stack(np.broadcast_arrays(x, y), axis=-1) for x, y in edges])
     rays = (frame - [pinhole.cx, pinhole.cy]) / [pinhole.fx, pinhole.fy]
     seen = distort_points(lens, rays)

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.data.layouts import read_capture
-from fit3d_ns.geometry.cameras import transform_points
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens, transform_points
 from fit3d_ns.utils.progress import notice, notice_once
 
 INTRINSICS = ("fx", "fy", "cx", "cy", "width", "height")

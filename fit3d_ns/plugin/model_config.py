@@ -60,7 +60,7 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
     """Give the decoder a bias, scaled by rendered opacity; the paper's code has none."""
     solve_share: float = 0.15
     """Largest share of the colour steps' cost that may be spent on solving features, in (0, 1]. Runs of less than about
-    25 steps per view first leave out passes, then views of the decoder's fit, then views (`solve_budget`)."""
+    25 steps per view first leave out passes, then views of the decoder's fit, then views (`SolveCosts`)."""
     early_solve_at: int | None = None
     """Step of the first quick solve, for the viewer; 1/20 of the run by default."""
     steps_per_solve: int = 0

@@ -155,7 +155,10 @@ def _construct_unknown(loader: Any, name: str, node: Any) -> Any:
 
 
 _PYTHON = "tag:yaml.org,2002:python/"
-_ConfigLoader.add_constructor(_PYTHON + "tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
+_ConfigLoader.add_constructor(
+    _PYTHON + "tuple",
+    lambda loader, node: tuple(loader.construct_sequence(node, deep=True)),  # type: ignore[arg-type]
+)
 _CONSTRUCTORS: dict[str, Any] = {
     "object:": _construct_object,
     "object/apply:": _construct_call,

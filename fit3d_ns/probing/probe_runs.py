@@ -24,7 +24,7 @@ from fit3d_ns.probing.head_probe import HeadProbe, RunConfig, create_sets
 from fit3d_ns.probing.multiview.probe import MultiviewConfig, MultiviewProbe
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
 from fit3d_ns.probing.segmentation.probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
-from fit3d_ns.training.accelerator import Precision, create_accelerator
+from fit3d_ns.training.processes import Precision, create_accelerator
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice

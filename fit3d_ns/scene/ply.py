@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.data.packed_splats import is_packed, unpack_splats
-from fit3d_ns.data.ply import read_ply_elements, write_ply_vertices
+from fit3d_ns.data.ply import is_packed, read_ply_elements, unpack_splats, write_ply_vertices
 from fit3d_ns.features import BackboneDescription
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene

@@ -31,8 +31,7 @@ from fit3d_ns.data.images import (
     load_rgba,
     read_image_header,
 )
-from fit3d_ns.geometry.cameras import transform_camera_to_worlds
-from fit3d_ns.geometry.lenses import MAX_PIXELS, Lens
+from fit3d_ns.geometry.cameras import MAX_PIXELS, Lens, transform_camera_to_worlds
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.utils.progress import notice_once
 

@@ -1,13 +1,22 @@
-"""What the processes of one run tell each other, besides gradients: totals, requests to stop, and what went wrong."""
+"""The processes of a training: the device and arithmetic that each has, where curves go, and what they tell each other.
+
+Besides gradients these are totals, requests to stop, and what went wrong.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
+from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.errors import explain
 
 Value = TypeVar("Value")
@@ -87,3 +96,87 @@ class Processes:
         self.wait()
         if self.number > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Arithmetic of what is trained; losses and weights are always float32."""
+LONGEST_WAIT = timedelta(hours=24)
+"""Processes wait for each other at most this long: the main one may validate many scenes meanwhile. One that died is
+noticed sooner, by its closed connection or by the launcher."""
+
+
+def create_accelerator(
+    device: DeviceChoice, precision: Precision = "fp32", trackers: Sequence[str] = (), output_folder: Path | None = None
+) -> Accelerator:
+    """The accelerator of this process; under `accelerate launch` or torchrun it joins the other processes.
+
+    With `cuda`, accelerate picks the process's own card. TensorBoard's files go below the output folder. ValueError
+    where CUDA is asked for and not there, for fp16 without it, and for a tracker that is not installed.
+    """
+    chosen = choose_device(device).type
+    if precision == "fp16" and chosen != "cuda":
+        raise ValueError("--precision fp16 needs CUDA; use fp32 or bf16 on a CPU.")
+    for tracker in trackers:
+        # accelerate would leave it out in silence.
+        if find_spec(tracker) is None:
+            raise ValueError(f"--trackers {tracker}: it is not installed; install it with `pip install {tracker}`.")
+    # accelerate keeps the precision of a process's first accelerator for good; a second run may want another.
+    AcceleratorState._reset_state()
+    project = None
+    if output_folder is not None:
+        project = ProjectConfiguration(str(output_folder), logging_dir=str(output_folder / "tensorboard"))
+    return Accelerator(
+        cpu=chosen == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(trackers) or None,
+        project_config=project,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        # Sums are normalised over a whole step by us, so accelerate must not divide by anything.
+        gradient_accumulation_steps=1,
+    )
+
+
+@contextmanager
+def track_run(
+    processes: Processes, trackers: Sequence[str], output_folder: Path, settings: str, first_step: int
+) -> Iterator[None]:
+    """Starts the trackers, and closes them however the block ends: only then are all curves written.
+
+    Args:
+        processes: Their accelerator was made for these trackers.
+        output_folder: All trackers write below it.
+        settings: The run's settings, as one text.
+        first_step: Number of the first step that will be logged; later ones of an interrupted run are dropped.
+
+    Raises:
+        ValueError: wandb does not start, for example because nobody is logged in.
+    """
+    if not trackers:
+        yield
+        return
+    # wandb writes elsewhere, without a word, where it is given a folder that does not exist.
+    output_folder.mkdir(parents=True, exist_ok=True)
+    choices = {
+        "tensorboard": {"purge_step": first_step},
+        "wandb": {"dir": str(output_folder), "name": output_folder.absolute().name},
+    }
+    options = {name: choice for name, choice in choices.items() if name in trackers}
+    problem, cause = "", None
+    try:
+        processes.accelerator.init_trackers("fit3d-finetune", config={"settings": settings}, init_kwargs=options)
+    except Exception as error:
+        # wandb's own errors, of many classes; they come in the main process alone.
+        if "wandb" not in trackers:
+            raise
+        sentence = " ".join(str(error).split()).rstrip(".")
+        problem = (
+            f"--trackers wandb does not start ({sentence}); log in with `wandb login`, set WANDB_MODE=offline to keep "
+            "the curves on this machine, or leave it out."
+        )
+        cause = error
+    processes.agree(problem, cause)
+    try:
+        yield
+    finally:
+        for tracker in processes.accelerator.trackers:
+            tracker.finish()

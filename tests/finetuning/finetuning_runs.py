@@ -9,13 +9,12 @@ import torch
 
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning.config import FinetuneConfig, RunConfig
+from fit3d_ns.finetuning.draws import TrainingViews
 from fit3d_ns.finetuning.optimization import copy_original
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
-from fit3d_ns.finetuning.training_views import TrainingViews
-from fit3d_ns.training.accelerator import create_accelerator
-from fit3d_ns.training.processes import Processes
+from fit3d_ns.training.processes import Processes, create_accelerator
 from fit3d_ns.utils.tensor_store import TensorStore
 from tests.finetuning import finetuning_scene  # noqa: F401 - registers the backbone with timm.
 from tests.finetuning.finetuning_scene import BACKBONE

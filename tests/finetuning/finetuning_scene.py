@@ -11,7 +11,7 @@ from timm.models._builder import build_model_with_cfg
 
 from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.features import describe_backbone
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,

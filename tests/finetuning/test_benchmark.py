@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fit3d_ns.finetuning.draws import TrainingViews
 from fit3d_ns.finetuning.optimization import OptimizationConfig
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.train_step import TrainStep
-from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import load_scene
 from tests.finetuning.finetuning_scene import EMBED, PATCH, save_new_scene
 

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from fit3d_ns.data.images import load_image
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import FeatureCache, FeatureCacheConfig, TokenModel, create_token_model, describe_backbone
-from fit3d_ns.finetuning.draws import AugmentationConfig, Draw
+from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, TrainingViews
 from fit3d_ns.finetuning.losses import TokenModule
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer
-from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.lift_scene import lift_scene
 from fit3d_ns.lifting.sources import LiftSource

@@ -17,10 +17,10 @@ from fit3d_ns.finetuning.draws import (
     DrawSequence,
     ImageWindow,
     SamplingConfig,
+    TrainingViews,
     create_order,
     draw_augmentation,
 )
-from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import read_at_tokens
 from tests.finetuning.finetuning_scene import HEIGHT, PATCH, WIDTH, create_scene
 

@@ -9,12 +9,16 @@ import torch
 
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.images import save_image
-from fit3d_ns.finetuning import lifted_views, validation
-from fit3d_ns.finetuning.draws import Draw
-from fit3d_ns.finetuning.lifted_views import SceneAverages, average_lifted_views, compute_average_hash, find_lifted
-from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning import scene_bank, validation
+from fit3d_ns.finetuning.draws import Draw, TrainingViews
+from fit3d_ns.finetuning.scene_bank import (
+    SceneAverages,
+    SceneBank,
+    average_lifted_views,
+    compute_average_hash,
+    find_lifted,
+)
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_averages
-from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import NO_AUGMENTATION, Validation
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting import blending
@@ -306,7 +310,7 @@ def test_validation__depth_alone_averages_nothing(tmp_path, monkeypatch):
     first, before = validate(bank)
     assert bank.averages.num_averaged == 3
     bank = open_bank(paths, TensorStore(0.0, None))
-    monkeypatch.setattr(lifted_views, "average_lifted_views", None)
+    monkeypatch.setattr(scene_bank, "average_lifted_views", None)
     again, after = validate(bank)
     assert bank.num_loads == 3 and bank.averages.num_averaged == 0
     assert first.feature_l1 == again.feature_l1

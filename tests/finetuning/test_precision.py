@@ -7,7 +7,7 @@ import torch
 
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning.optimization import OptimizationConfig
-from fit3d_ns.training.accelerator import create_accelerator
+from fit3d_ns.training.processes import create_accelerator
 from fit3d_ns.utils.stopping import StopRequest
 from tests.finetuning.finetuning_runs import RUN, collect_weights, configure, create_trainer
 from tests.finetuning.finetuning_scene import BACKBONE, create_lens, save_new_scene

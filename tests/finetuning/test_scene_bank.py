@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from fit3d_ns.features import describe_backbone
-from fit3d_ns.finetuning.lifted_views import compute_scene_hash
-from fit3d_ns.finetuning.scene_bank import SceneBank, find_scenes, prepare_scene_files
-from fit3d_ns.finetuning.training_views import TrainingViews
+from fit3d_ns.finetuning.draws import TrainingViews
+from fit3d_ns.finetuning.scene_bank import SceneBank, compute_scene_hash, find_scenes, prepare_scene_files
 from fit3d_ns.scene import FeatureDecoder, Gaussians, load_scene, save_scene
 from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
 from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene

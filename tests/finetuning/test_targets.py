@@ -8,10 +8,9 @@ from torch.nn import functional as F
 
 from fit3d_ns.data.images import load_image
 from fit3d_ns.features import create_token_model
-from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, draw_augmentation
+from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, TrainingViews, draw_augmentation
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_target_store
-from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import backproject_features, project
 from fit3d_ns.scene import FeatureDecoder, save_scene

@@ -12,12 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from fit3d_ns.features import create_token_model
-from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
+from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig, TrainingViews
 from fit3d_ns.finetuning.losses import AnchorConfig, TokenModule
 from fit3d_ns.finetuning.optimization import OptimizationConfig, TrainableConfig, freeze_unreachable
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.trainer import Interrupted
-from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.scene import FeatureScene, PosedCapture, load_scene
 from fit3d_ns.utils.stopping import StopRequest
 from tests.finetuning.finetuning_runs import RUN, collect_weights, configure, create_trainer

@@ -12,9 +12,9 @@ from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.images import save_depth
 from fit3d_ns.features import create_extractor, describe_backbone
 from fit3d_ns.finetuning.backbone_folder import write_card
+from fit3d_ns.finetuning.draws import TrainingViews
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer
-from fit3d_ns.finetuning.training_views import TrainingViews
 from fit3d_ns.finetuning.validation import Validation, format_consistency
 from fit3d_ns.scene import create_depth_view, save_scene
 from fit3d_ns.scene.feature_scene import MIN_DEPTH_ALPHA

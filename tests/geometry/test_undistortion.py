@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, distort_points, find_rays, resize_lens
 
 OPENCV = Lens(150.0, 152.0, 78.3, 61.9, 160, 120, "opencv", (-0.2, 0.06, 0.002, -0.003, 0.004))

@@ -2,8 +2,7 @@ import torch
 
 from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.data.images import save_image
-from fit3d_ns.geometry.cameras import project_points
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens, project_points
 from fit3d_ns.lifting import LiftConfig, create_lift_views, solve_features
 from fit3d_ns.scene import create_posed_capture
 from tests.lifting.lifting_scene import create_gaussians

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fit3d_ns.plugin.solve_budget import (
+from fit3d_ns.plugin.pipeline import (
     MIN_VIEWS,
     SolvePlan,
     compute_solve_budget,

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fit3d_ns.plugin import feature_branch
-from fit3d_ns.plugin.pipeline import EARLY_SOLVE, FeaturePipeline
-from fit3d_ns.plugin.solve_budget import SolvePlan, compute_solve_budget, estimate_solve_costs
+from fit3d_ns.plugin.pipeline import EARLY_SOLVE, FeaturePipeline, SolvePlan, compute_solve_budget, estimate_solve_costs
 
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 

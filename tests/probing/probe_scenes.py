@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.features import create_extractor
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.synthetic.synthesize import SceneFrame, write_scannetpp
 
 WIDTH, HEIGHT = 48, 32

@@ -13,7 +13,7 @@ from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.depth.probe import DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
-from fit3d_ns.training.accelerator import create_accelerator
+from fit3d_ns.training.processes import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 from tests.probing.probe_scenes import BACKBONE
 from tests.probing.test_training import create_segmentation_probe, create_striped_frame

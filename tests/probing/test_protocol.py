@@ -21,7 +21,7 @@ from fit3d_ns.probing.head_probe import (
 from fit3d_ns.probing.head_trainer import OptimizationConfig, Schedule
 from fit3d_ns.probing.probe_runs import PAPER_RUNS
 from fit3d_ns.probing.segmentation.probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
-from fit3d_ns.training.accelerator import create_accelerator
+from fit3d_ns.training.processes import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 from tests.probing.test_training import create_segmentation_probe, create_striped_frame
 

@@ -18,7 +18,7 @@ from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
 from fit3d_ns.probing.heads import LinearDepthHead, SegmentationHead
 from fit3d_ns.probing.pictures import PatchFitRule, PictureKey
 from fit3d_ns.probing.segmentation.probe import SegmentationConfig, SegmentationProbe
-from fit3d_ns.training.accelerator import create_accelerator
+from fit3d_ns.training.processes import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 from tests.probing.probe_scenes import BACKBONE, create_finetuned, create_scene
 

@@ -27,7 +27,7 @@ from fit3d_ns.probing.samples import (
     stack_features,
 )
 from fit3d_ns.probing.segmentation.probe import SegmentationConfig, SegmentationProbe
-from fit3d_ns.training.accelerator import create_accelerator
+from fit3d_ns.training.processes import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 
 

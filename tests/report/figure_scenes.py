@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.features import create_extractor, describe_backbone
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,

@@ -9,7 +9,7 @@ from PIL import Image
 from fit3d_ns.analysis.pca import fit_pca
 from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud
 from fit3d_ns.features import BackboneDescription
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, Gaussians, create_posed_capture
 
 WIDTH, HEIGHT = 40, 30

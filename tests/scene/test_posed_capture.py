@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fit3d_ns.data.images import load_image
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.geometry.undistortion import compute_undistortion
 from fit3d_ns.scene import create_posed_capture
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.geometry.lenses import Lens
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.synthetic.rendering import CLASSES, Material, Room, Solid, intersect_solid, render_room
 
 GREY = Material("blotches", False, (1.0, 1.0, 0.0, 0.0, 0.0), (0.5,) * 9)

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from fit3d_ns.training import checkpoints as module
-from fit3d_ns.training.accelerator import create_accelerator
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
-from fit3d_ns.training.processes import Processes
+from fit3d_ns.training.processes import Processes, create_accelerator
 
 PROGRESS = CheckpointProgress(4, 1, 2, 1, 1.5, {"sampling": {"seed": 42}, "scenes": ["a"]})
 
@@ -74,7 +73,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import torch
-from fit3d_ns.training.accelerator import create_accelerator
+from fit3d_ns.training.processes import create_accelerator
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress
 from fit3d_ns.training.processes import Processes
 torch.save = lambda content, file: (file.write(b"half"), os._exit(9))
