@@ -78,8 +78,7 @@ def collect_info() -> dict[str, Any]:
 def info(config: InfoConfig) -> None:
     """Prints a table, and writes the JSON if asked to.
 
-    Raises:
-        ValueError: Of the files to verify, one is damaged or missing.
+    ValueError where, of the files to verify, one is damaged or missing.
     """
     content = verify_files(config.verify) if config.verify else collect_info()
     if config.json:

@@ -47,12 +47,8 @@ _MOVES = {
 def check_capture(files: CaptureFiles, is_strict: bool = False) -> CaptureFiles:
     """The capture with the photographs that are there, lenses of their sizes and float32 numbers near the origin.
 
-    Args:
-        is_strict: Refuse a missing photograph; otherwise frames without one are left out where most are there.
-
-    Raises:
-        ValueError: A photograph, mask or depth map is damaged or of another shape than its camera, most photographs
-            are missing, or no camera sees any seed point.
+    Frames without a photograph are left out where most are there, unless `is_strict`. ValueError where one is refused,
+    a photograph, mask or depth map is damaged or of another shape than its camera, or no camera sees any seed point.
     """
     files, said_missing = _leave_out_missing(files, is_strict)
     frames, said_resized = _fit_lenses(files.frames)
@@ -92,15 +88,11 @@ def _find_other_suffix(frame: Frame) -> Frame:
 
 def _fit_lenses(frames: Sequence[Frame]) -> tuple[list[Frame], str]:
     """Frames with lenses of their photographs' sizes, and a sentence about those that were resized."""
-    fitted, resized = [], []
-    for frame in frames:
-        checked = frame if frame.is_bad else _fit_lens(frame)
-        fitted.append(checked)
-        if checked.lens != frame.lens:
-            resized.append((frame, checked))
+    fitted = [frame if frame.is_bad else _fit_lens(frame) for frame in frames]
+    resized = [(given, found) for given, found in zip(frames, fitted, strict=True) if given.lens != found.lens]
     if not resized:
         return fitted, ""
-    (given, found), *_ = resized
+    given, found = resized[0]
     return fitted, (
         f"{len(resized)} photographs are of another size than their cameras say (such as {found.image_path.name}: "
         f"{found.lens.width}x{found.lens.height}, not {given.lens.width}x{given.lens.height}): intrinsics are scaled."

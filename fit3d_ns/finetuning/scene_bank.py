@@ -67,9 +67,8 @@ def average_lifted_views(
 ) -> FeatureScene:
     """A ready scene with its features averaged over the lifted views, ValueError where their capture is not there.
 
-    Args:
-        data_root: Where the capture with its masks lies now, if it was moved.
-        max_views: At most this many of the views; None for all, so that any of them can be left out of the average.
+    The capture with its masks lies in `data_root` if it was moved. At most `max_views` of the views are taken; None
+    takes all, so that any of them can be left out of the average.
     """
     capture = locate_capture(scene, data_root)
     usable, num_lifted = _find_usable(scene, capture), len(find_lifted(scene))

@@ -224,12 +224,8 @@ def _describe_failure(lens: Lens) -> str:
 def _frame_is_inside(lens: Lens, pinhole: Lens) -> bool:
     """Whether the outermost pixel centres of the pinhole picture are seen by the lens."""
     columns, rows = np.arange(pinhole.width) + 0.5, np.arange(pinhole.height) + 0.5
-    edges: list[tuple[Any, Any]] = [
-        (columns, 0.5),
-        (columns, pinhole.height - 0.5),
-        (0.5, rows),
-        (pinhole.width - 0.5, rows),
-    ]
+    right, bottom = pinhole.width - 0.5, pinhole.height - 0.5
+    edges: list[tuple[Any, Any]] = [(columns, 0.5), (columns, bottom), (0.5, rows), (right, rows)]
     frame = np.concatenate([np.stack(np.broadcast_arrays(x, y), axis=-1) for x, y in edges])
     rays = (frame - [pinhole.cx, pinhole.cy]) / [pinhole.fx, pinhole.fy]
     seen = distort_points(lens, rays)

@@ -37,10 +37,7 @@ def fit_token_basis(tokens: PcaAccumulator, feature_dim: int, *, centred: bool =
     """The `feature_dim` leading principal directions of accumulated tokens.
 
     Without `centred` the mean stays zero and most of the second moment is kept instead of the variance, for decoders
-    without a bias.
-
-    Raises:
-        ValueError: No token was counted, or `feature_dim` exceeds the tokens' width.
+    without a bias. ValueError where no token was counted, or `feature_dim` exceeds the tokens' width.
     """
     if not tokens.sum_weights > 0:
         raise ValueError("No token lies under a valid mask, so there is nothing to fit a basis to; check the masks.")

@@ -162,10 +162,8 @@ def evaluate_features(
 ) -> FeatureMetrics:
     """Renders views that a lift has not seen and compares them with their tokens, read by the lift's `token_reading`.
 
-    The baseline's `mean_token` is that of the views that the lift has seen, `LiftResult.basis.mean`.
-
-    Raises:
-        ValueError: No token is covered in any view.
+    The baseline's `mean_token` is that of the views that the lift has seen, `LiftResult.basis.mean`. ValueError where
+    no token is covered in any view.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=features.device)
     valid = gaussians.find_valid()

@@ -230,10 +230,7 @@ def forecast_lift(
 ) -> LiftForecast:
     """Lifts the middle view alone, twice (kernels are compiled and files are read in the first), and counts.
 
-    The view's tokens stay in the cache. `include_sh` is that of `save_scene`.
-
-    Raises:
-        ValueError: What `lift_scene` refuses.
+    The view's tokens stay in the cache. `include_sh` is that of `save_scene`. ValueError as in `lift_scene`.
     """
     options = options or LiftSceneConfig()
     chosen = choose_views(source.capture, options.views)

@@ -141,8 +141,7 @@ class ViewPasses:
 def load_state(path: Path, identity: dict[str, str], device: torch.device) -> LiftState:
     """Reads the state of an interrupted lift, or starts a new one where there is no file.
 
-    Raises:
-        ValueError: The file is not a lift state, or it belongs to another backbone, scene or setting.
+    ValueError where it is not a lift state, or belongs to another backbone, scene or setting.
     """
     path = Path(path)
     if not path.exists():

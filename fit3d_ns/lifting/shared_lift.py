@@ -67,8 +67,7 @@ def lift_together(
 ) -> None:
     """Lifts scenes on a basis and with a decoder that they share, writes their files and hands each to `on_scene`.
 
-    Raises:
-        ValueError: No scene, or what `lift_scene` and `save_scene` refuse.
+    ValueError for no scene, and as in `lift_scene` and `save_scene`.
     """
     options = options or LiftSceneConfig()
     check_dimensions(config, backbone)

@@ -40,8 +40,7 @@ class LiftView:
     def read_tokens(self, device: torch.device) -> Float[Tensor, "h w embed"]:
         """The tokens as float32 on `device`.
 
-        Raises:
-            ValueError: The view has no tokens, or some that are not a [h, w, E] map of finite numbers.
+        ValueError where the view has none, or some that are not a [h, w, E] map of finite numbers.
         """
         tokens = self.load_tokens()
         if tokens is None or tokens.numel() == 0:
@@ -56,8 +55,7 @@ class LiftView:
     def read_mask(self, device: torch.device) -> Float[Tensor, "height width"]:
         """Weights per pixel as float32 on `device`, ones where the view has no mask.
 
-        Raises:
-            ValueError: The mask is not of the view's size.
+        ValueError where it is not of the view's size.
         """
         mask = self.load_mask()
         if mask is None:

@@ -54,12 +54,8 @@ class WorldChange:
 def find_changes(world: PlyWorld, files: CaptureFiles, run: Path) -> list[WorldChange]:
     """How the dataset's world may become the given one; where that is open, all readings.
 
-    Args:
-        run: A nerfstudio run's `dataparser_transforms.json`, for `training`; where there is none, nerfstudio's
-            defaults are taken.
-
-    Raises:
-        ValueError: The capture knows no COLMAP world, or the transforms are wrong.
+    `run` is a nerfstudio run's `dataparser_transforms.json`, for `training`; where there is none, nerfstudio's defaults
+    are taken. ValueError where the capture knows no COLMAP world, or the transforms are wrong.
     """
     unchanged = WorldChange(torch.eye(4)[:3], 1.0)
     if world == "dataset":

@@ -23,15 +23,12 @@ def save_checkpoint_file(state: dict[str, Any], path: Path, keep_older: bool = F
     """Writes a checkpoint whole or not at all.
 
     nerfstudio reads a step number out of every name in the checkpoint folder, so nothing else may ever lie there:
-    the temporary name is in the folder above.
+    the temporary name is in the folder above. The other checkpoints are deleted once this one is safe, unless
+    `keep_older`; ValueError where it cannot be written, and the previous one stays whole.
 
     Args:
         state: Tensors and plain values only.
         path: `.../step-000000123.ckpt`.
-        keep_older: False deletes the other checkpoints once this one is safe.
-
-    Raises:
-        ValueError: It cannot be written; the previous checkpoint stays whole.
     """
     with write_atomically(path, beside=path.parent) as temporary, open(temporary, "wb") as file:
         # Python's file says why it cannot be written, torch's own does not.
@@ -68,12 +65,8 @@ def load_checkpoint_file(path: Path) -> dict[str, Any]:
 def load_latest_checkpoint(folder: Path, step: int | None = None) -> tuple[dict[str, Any], Path]:
     """Reads the checkpoint of `step`, or the newest one that is whole; damaged newer ones are named and passed over.
 
-    Args:
-        folder: A checkpoint folder (`nerfstudio_models`) or the run folder above it.
-        step: The step to load, or None for the newest.
-
-    Raises:
-        ValueError: There is no readable checkpoint.
+    `folder` is a checkpoint folder (`nerfstudio_models`) or the run folder above it; ValueError where there is no
+    readable checkpoint.
     """
     if not folder.is_dir():
         raise ValueError(f"No checkpoint folder {folder}; check the path, or whether the run ever saved one.")

@@ -55,17 +55,10 @@ def find_config(path: Path) -> Path:
 
 
 def load_config(path: Path, trust: bool = False) -> Any:
-    """Reads the config of a run of nerfstudio or of ours.
+    """Reads the config.yml of a run of nerfstudio or of ours, a `TrainerConfig`.
 
-    Args:
-        path: The config.yml.
-        trust: Read it with nerfstudio's loader, which runs what it says; for methods of other packages.
-
-    Returns:
-        A `TrainerConfig`.
-
-    Raises:
-        ValueError: It is not one, or it names classes of other packages and is not trusted.
+    `trust` reads it with nerfstudio's loader, which runs what it says; for methods of other packages. ValueError where
+    it is no such config, or names classes of other packages and is not trusted.
     """
     try:
         if path.stat().st_size > MAX_BYTES:

@@ -152,7 +152,11 @@ class FeatureTrainer(Trainer):
                     self._run_step(step)
                     is_trained = True
             if stop.is_requested:
-                self._leave_interrupted(is_trained)
+                if is_trained:
+                    self.save_checkpoint(self.step)
+                resume = f"--load-dir {self.checkpoint_dir}"
+                notice(f"Interrupted after step {self.step}; go on with the same command and {resume}.")
+                sys.exit(EXIT_INTERRUPTED)
             self._finish(is_trained)
 
     @contextmanager
@@ -296,13 +300,6 @@ class FeatureTrainer(Trainer):
     def _run_callbacks(self, step: int, location: TrainingCallbackLocation) -> None:
         for callback in self.callbacks:
             callback.run_callback_at_location(step, location=location)
-
-    def _leave_interrupted(self, is_trained: bool) -> None:
-        if is_trained:
-            self.save_checkpoint(self.step)
-        resume = f"--load-dir {self.checkpoint_dir}"
-        notice(f"Interrupted after step {self.step}; go on with the same command and {resume}.")
-        sys.exit(EXIT_INTERRUPTED)
 
     def _create_record(self, metrics: dict[str, float]) -> ResultRecord:
         """The record of a finished run, from its means over the held-out frames."""

@@ -47,10 +47,7 @@ def save_feature_figure(
 ) -> dict[str, Any]:
     """Writes the PNG and, next to it, a JSON with what each row shows; returns the JSON's content.
 
-    With `has_scenes` there is a column of rendered features.
-
-    Raises:
-        ValueError: No pictures, or more clusters than tokens.
+    With `has_scenes` there is a column of rendered features. ValueError for no pictures, or more clusters than tokens.
     """
     panel, rows = draw_feature_figure(images, groups, config, has_scenes=has_scenes, device=device)
     content = {

@@ -76,11 +76,7 @@ TokenColours = PcaColours | ClusterColours
 
 
 def fit_pca_colours(columns: Sequence[TokenColumn]) -> PcaColours:
-    """One basis for all backbones' tokens of the columns.
-
-    Raises:
-        ValueError: No column holds tokens.
-    """
+    """One basis for all backbones' tokens of the columns; ValueError where no column holds any."""
     shown = [column for column in columns if not column.is_empty]
     fitted = [column for column in shown if not column.is_rendered] or shown
     frames = [frame for column in fitted for frame in column.frames if frame is not None]
@@ -97,8 +93,7 @@ def fit_pca_colours(columns: Sequence[TokenColumn]) -> PcaColours:
 def fit_cluster_colours(columns: Sequence[TokenColumn], num_clusters: int, seed: int = 0) -> ClusterColours:
     """Clusters of columns of the same pictures, matched to those of the first column that holds tokens.
 
-    Raises:
-        ValueError: More clusters than tokens are asked for.
+    ValueError where more clusters than tokens are asked for.
     """
     clusters: list[Clusters | None] = []
     renamed: list[Tensor | None] = []

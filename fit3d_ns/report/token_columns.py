@@ -78,8 +78,7 @@ class SceneIndex:
 def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: str = "cpu") -> SceneIndex:
     """Opens scene files; their Gaussians are read when they are rendered.
 
-    Raises:
-        ValueError: A file is no scene, or its photographs are gone.
+    ValueError where one is no scene, or its photographs are gone.
     """
     scenes = [load_scene(path, device) for path in paths]
     by_photograph: dict[Path, list[SceneView]] = {}
@@ -95,8 +94,7 @@ def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: st
 def load_figure_image(path: Path, scene_index: SceneIndex, longest_side: int | None = None) -> FigureImage:
     """Loads a picture, as a scene's view sees it if there is one, else upright; `longest_side` as for `resize`.
 
-    Raises:
-        ValueError: The file is missing or not an 8-bit photograph.
+    ValueError where the file is missing or not an 8-bit photograph.
     """
     found = scene_index.by_photograph.get(path.resolve(), [])
     pixels = found[0].capture.load_image(found[0].view) if found else load_image(path, upright=True)

@@ -122,8 +122,7 @@ class FeatureScene:
     def check(self) -> None:
         """Reads the scene's file whole, once; whatever renders or moves the scene comes by here.
 
-        Raises:
-            ValueError: It is damaged, or a number in it is not finite.
+        ValueError where it is damaged, or a number in it is not finite.
         """
         if self.file is not None:
             self.file.check()
@@ -230,10 +229,8 @@ class FeatureScene:
         """The captured views with paths that exist; a capture that was moved since is in `data_root`.
 
         Without `data_root`, a scene file's own word counts only within its folder and within confirmed roots
-        (`photograph_roots.py`).
-
-        Raises:
-            ValueError: None of the photographs is there, or nobody confirmed the folder that the file names.
+        (`photograph_roots.py`). ValueError where none of the photographs is there, or nobody confirmed the folder that
+        the file names.
         """
         if data_root is None and self.source is not None:
             check_root(self.posed_capture.root, self.source)
@@ -263,10 +260,8 @@ class FeatureScene:
 def create_depth_view(capture: PosedCapture, view: View, get_scene: Callable[[], FeatureScene] | None) -> DepthView:
     """Depth, camera and valid mask of a view, on the CPU, in the unit of the poses.
 
-    The scene that `get_scene` gives renders depth where none is measured or its unit is not known.
-
-    Raises:
-        ValueError: There is neither measured depth nor a scene.
+    The scene that `get_scene` gives renders depth where none is measured or its unit is not known. ValueError where
+    there is neither measured depth nor a scene.
     """
     depth = capture.load_depth(view) if capture.metric_scale is not None else None
     if depth is not None and capture.metric_scale is not None:

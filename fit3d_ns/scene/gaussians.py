@@ -94,10 +94,8 @@ class Gaussians:
 
         Features have 0 channels by default, by-products of the lift are zeros; counts are capped at 65535. With
         `drop_invalid` Gaussians are left out that cannot be stored or drawn: a number is NaN, infinite or beyond its
-        stored type's range, a rotation has no length, or a scale overflows when it is activated.
-
-        Raises:
-            ValueError: A number cannot be stored, and `drop_invalid` is off.
+        stored type's range, a rotation has no length, or a scale overflows when it is activated. ValueError where a
+        number cannot be stored and `drop_invalid` is off.
         """
         unknown = means.new_zeros(means.shape[0])
         counts = (unknown if num_views is None else num_views).detach().to(torch.int64)

@@ -32,8 +32,7 @@ def confirm_root(root: Path) -> None:
 def check_root(root: Path, scene_file: Path) -> None:
     """Lets photographs below `root` be read for a scene file, and says so.
 
-    Raises:
-        ValueError: The root is neither below the file's folder nor confirmed, and nobody can be asked.
+    ValueError where the root is neither below the file's folder nor confirmed, and nobody can be asked.
     """
     resolved = root.resolve()
     own = scene_file.resolve().parent

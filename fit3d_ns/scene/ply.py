@@ -61,8 +61,7 @@ def write_ply(gaussians: Gaussians, path: Path, sh_degree: int | None = None) ->
 def read_splats(path: Path) -> tuple[Gaussians, int]:
     """Reads Gaussians of a PLY file or of a checkpoint of gsplat's example trainer; the number is of those left out.
 
-    Raises:
-        ValueError: As `read_ply`; a checkpoint that is damaged, holds code, or lacks gsplat's `splats`.
+    ValueError as in `read_ply`, and for a checkpoint that is damaged, holds code, or lacks gsplat's `splats`.
     """
     return _read_gsplat_checkpoint(path) if path.suffix == ".pt" else read_ply(path)
 
@@ -70,11 +69,9 @@ def read_splats(path: Path) -> tuple[Gaussians, int]:
 def read_ply(path: Path) -> tuple[Gaussians, int]:
     """Reads Gaussians that Inria's code, gsplat, nerfstudio, SuperSplat (compressed too) or FiT3D wrote.
 
-    Features have 0 channels where the file has no `sem_*`. The number is that of Gaussians left out because
-    a value was NaN, infinite or too large.
-
-    Raises:
-        ValueError: The file is missing, cut short, not a PLY, or lacks what a Gaussian needs.
+    Features have 0 channels where the file has no `sem_*`. The number is that of Gaussians left out because a value was
+    NaN, infinite or too large. ValueError where the file is missing, cut short, not a PLY, or lacks what a Gaussian
+    needs.
     """
     _refuse_other_formats(path)
     elements = read_ply_elements(path)
@@ -144,8 +141,7 @@ def _apply_filter(
 def _read_gsplat_checkpoint(path: Path) -> tuple[Gaussians, int]:
     """Reads the Gaussians of a checkpoint of gsplat's example trainer (`ckpts/*.pt`), and how many were left out.
 
-    Raises:
-        ValueError: The file is damaged, holds code, or other things than gsplat's `splats`.
+    ValueError where the file is damaged, holds code, or other things than gsplat's `splats`.
     """
     content = _load_tensors(path)
     splats = content.get("splats") if isinstance(content, dict) else None

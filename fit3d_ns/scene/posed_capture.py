@@ -227,8 +227,7 @@ def choose_downscale_factor(longer_side: int, max_side: int, flag: str) -> int:
 def record_capture(capture: PosedCapture) -> dict[str, Any]:
     """The capture without its points; lenses are written once and referred to by number.
 
-    Raises:
-        ValueError: A mask or depth map lies outside the root.
+    ValueError where a mask or depth map lies outside the root.
     """
     lenses: dict[Lens, int] = {}
     views = [_record_view(view, capture.root, lenses) for view in capture.views]

@@ -53,9 +53,7 @@ def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> Non
     """Writes a scene file, atomically; `.safetensors` is the customary suffix.
 
     With `include_sh` it also stores the colour's dependence on the direction (twice the size at degree 3 and D = 64).
-
-    Raises:
-        ValueError: The disk is full, or a mask lies outside the capture's root; nothing is written.
+    ValueError where the disk is full, or a mask lies outside the capture's root; nothing is written then.
     """
     gaussians = scene.gaussians if include_sh else replace(scene.gaussians, sh_rest=None)
     tensors = gaussians.tensors()
@@ -88,8 +86,7 @@ def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> Non
 def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureScene:
     """Opens a scene file. On the CPU its tensors stay on disk, and unchecked, until they are rendered.
 
-    Raises:
-        ValueError: The file is missing, cut short, no scene file, or one of a newer schema.
+    ValueError where the file is missing, cut short, no scene file, or one of a newer schema.
     """
     path = Path(path)
     header, file = _read_file(path)

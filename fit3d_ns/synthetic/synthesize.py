@@ -81,10 +81,8 @@ class SceneFrame:
 def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:
     """Makes all scenes; they take their place when all are complete. Returns what is written to `synthesis.json`.
 
-    A folder that holds exactly what the same settings made is finished and stays as it is.
-
-    Raises:
-        ValueError: `output_dir` holds something else (without `overwrite`), or is not ours to replace.
+    A folder that holds exactly what the same settings made is finished and stays as it is. ValueError where
+    `output_dir` holds something else (without `overwrite`), or is not ours to replace.
     """
     output_dir = Path(config.output_dir).resolve()
     if output_dir.is_file():

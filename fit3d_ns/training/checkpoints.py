@@ -68,8 +68,8 @@ class CheckpointFolder:
         The state consists of tensors, numbers and strings in dictionaries and lists. Where it cannot be written, all
         processes raise ValueError, and earlier checkpoints are untouched.
         """
+        # A run that was stopped right after it resumed has nothing new to say.
         if progress.step in self.find_steps():
-            # A run that was stopped right after it resumed has nothing new to say.
             return
         random_states = processes.gather(capture_random_states())
 

@@ -106,8 +106,7 @@ def reading(source: object) -> Iterator[None]:
 def check_writable(path: Path) -> None:
     """Tries to write where `path` will be, before the work that leads to it; nothing stays there.
 
-    Raises:
-        OSError: The folder, or the nearest one above it that exists, cannot be written to; `explain` has the sentence.
+    OSError where the folder, or the nearest one above it that exists, cannot be written to; `explain` has the sentence.
     """
     folder = Path(os.path.realpath(path.expanduser())).parent
     while not os.path.lexists(folder):

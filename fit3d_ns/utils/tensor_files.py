@@ -103,8 +103,7 @@ def open_tensors(path: Path, known: Collection[str] | None = None) -> TensorFile
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors of any device atomically, with their checksums; equal tensors and metadata make equal bytes.
 
-    Raises:
-        ValueError: The file cannot be written; nothing remains of it.
+    ValueError where the file cannot be written; nothing remains of it then.
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksums = {name: compute_checksum(tensor) for name, tensor in on_cpu.items()}
