@@ -6,7 +6,7 @@ that view shows the same point. All means are over points, pooled over all pairs
 - `mean_cosine`: cosine of the two tokens. It also rises when all tokens become alike.
 - `centred_cosine`: the same after the mean token of all given views is subtracted: collapse does not raise it.
 - `l1`: mean absolute difference of the tokens, in their own unit.
-- `recall_Npx`: share of the points that both views see whose match lies within N pixels; see `find_matches`.
+- `recall_Npx`: share of the points that both views see whose match is within N pixels; see `find_matches`.
 - `recall_Ncm`: within N centimetres of the true surface point, where the unit of the poses is known; a match at a place
   without depth counts as missed.
 - `ratio_recall_Npx`, `ratio_recall_Ncm`: of the most distinct matches, as probe3d takes them; see `find_ratio_matches`.
@@ -58,7 +58,7 @@ class ConsistencyConfig:
     recall_pixels: tuple[float, ...] = (5.0, 10.0, 20.0)
     """Distances in pixels of the full-size image within which a match counts as found."""
     recall_centimetres: tuple[float, ...] = (1.0, 2.0, 5.0)
-    """Distances in space likewise (probe3d's for NAVI); reported where the unit of the poses is known."""
+    """Distances in space within which a match counts (probe3d's for NAVI); they need the unit of the poses."""
     grid_scale: float = 0.25
     """Matching reads features at this share of the image's resolution (probe3d: 0.25); 0 reads them at the tokens."""
     max_points: int = 1000

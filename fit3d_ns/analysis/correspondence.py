@@ -2,7 +2,7 @@
 
 A view is a z-depth map with its camera; depths may be rendered or measured, in any unit that the poses share (0 = no
 measurement). Image points are (x, y) in pixels, pixel centres at +0.5. A token map [h, w, E] covers the whole image;
-token (i, j) stands at ((j + 0.5) W / w, (i + 0.5) H / h). Features are matched on a regular grid of each image.
+token (i, j) is at ((j + 0.5) W / w, (i + 0.5) H / h). Features are matched on a regular grid of each image.
 
 `find_matches` asks every visible place: each point that both views see takes its nearest neighbour by cosine among all
 grid points of the other image. `find_ratio_matches` asks for the most distinct matches by Lowe's ratio test, as probe3d

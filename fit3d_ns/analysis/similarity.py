@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Clusters:
-    """Directions that stand for groups of features."""
+    """Directions that represent groups of features."""
 
     centres: Float[Tensor, "clusters embed"]
     """Unit vectors, the largest cluster first."""

@@ -4,7 +4,7 @@ Comparing tokens of consecutive frames at the same place measures how little the
 a frame is followed into the next one by dense optical flow (Farneback's, of the photographs alone, hence the same for
 every backbone), and its token is compared with the next frame's token map, read bilinearly where the point went. Left
 out are points that leave the picture, that flow forth and back does not bring home to within a pixel (occlusions), or
-that look different where they went (cuts, where flow stands still both ways).
+that look different where they went (cuts, where the flow is zero both ways).
 
 Flow is blind where nothing has texture: there a point counts as resting. Bilinear reading costs a little agreement
 between patches even for perfect tokens. Both hit all backbones alike, so compare metrics of one clip only.

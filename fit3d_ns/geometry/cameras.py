@@ -3,11 +3,11 @@
 `camera_to_worlds` [..., 3, 4] is OpenGL (nerfstudio): x right, y up, z towards the viewer.
 `viewmats` [..., 4, 4] is world-to-camera in OpenCV (gsplat): x right, y down, z into the scene.
 `Ks` [..., 3, 3] are in pixels; the centre of the top left pixel is (0.5, 0.5), so resizing scales both rows.
-A `Lens` holds intrinsics and distortion of one photograph as it lies on disk.
+A `Lens` holds intrinsics and distortion of one photograph as stored on disk.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -87,7 +87,7 @@ def _homogeneous(matrices: Float[Tensor, "*batch 3 4"]) -> Float[Tensor, "*batch
 
 LensModel = Literal["pinhole", "opencv", "fisheye"]
 MAX_PIXELS = 178_956_970
-"""Of a picture. Pillow refuses larger ones, as files that unpack to anything."""
+"""Largest size of an image that is read. Pillow rejects larger files as possible decompression bombs."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Lens:
     """Image height in pixels."""
     model: LensModel = "pinhole"
     """`opencv`: polynomial radial and tangential; `fisheye`: OpenCV's equidistant polynomial."""
-    distortion: tuple[float, ...] = field(default=())
+    distortion: tuple[float, ...] = ()
     """`opencv`: k1 k2 p1 p2 [k3 [k4 k5 k6]], OpenCV's order; `fisheye`: k1 k2 k3 k4; `pinhole`: empty."""
 
     def __post_init__(self) -> None:

@@ -198,7 +198,7 @@ def _refuse_views_behind(lens: Lens) -> None:
 
 
 def _grow_focal_lengths(lens: Lens, pinhole: Lens) -> Lens:
-    """Narrows the view in steps of 0.2 % until the frame of the pinhole picture lies inside the photograph."""
+    """Narrows the view in steps of 0.2 % until the frame of the pinhole image is inside the photograph."""
     step, max_steps = 1.002, 1000
     for _ in range(max_steps):
         if _frame_is_inside(lens, pinhole):

@@ -65,7 +65,7 @@ def rasterization(
         scales: Standard deviations along the three axes, in world units.
         opacities: In [0, 1].
         colors: [N, D] or [C, N, D]; with `sh_degree`, coefficients [N, K, 3] or [C, N, K, 3].
-        near_plane: z-depth below which a Gaussian's centre is dropped; `far_plane` likewise above.
+        near_plane: z-depth below which a Gaussian's centre is dropped; `far_plane` is the upper limit.
         radius_clip: Gaussians of at most this radius in pixels are dropped.
         eps2d: Blur added to the projected covariances, px^2.
         sh_degree: Highest degree of the harmonics that takes part, 0 to 4; None if `colors` are colours.

@@ -1,11 +1,11 @@
-"""Checkpoints of a training: one folder per step, whole or not there.
+"""Checkpoints of a training: one folder per step, complete or absent.
 
     CHECKPOINTS / step-00000500 / state.pt          parameters, optimizer, scaler, averages, losses
                                   rng-0.pt ...      random generators, one file per process
                                   progress.json     step, processes, batch size, settings, format
 
-Older checkpoints are removed once a newer one is safe. So a full disk or a kill at any moment leaves one that is whole,
-and where another program damaged the newest, the run goes on from the one before.
+Older checkpoints are removed once a newer one is safe. So a full disk or a kill at any moment leaves a complete one,
+and if another program damaged the newest, the run continues from the one before.
 """
 
 from dataclasses import asdict, dataclass
@@ -121,17 +121,14 @@ class CheckpointFolder:
         path = self.get_path(step)
         try:
             content = read_json(path / "progress.json")
-            is_newer = content.get("format_version", 0) > FORMAT_VERSION
+            if not (is_newer := content.get("format_version", 0) > FORMAT_VERSION):
+                progress = CheckpointProgress(**content)
+                state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+                restore_random_states(torch.load(path / f"rng-{rank}.pt", map_location="cpu", weights_only=True))
         except Exception as error:
             raise DamagedCheckpointError(f"Checkpoint {path} cannot be read ({first_line(error)}).") from error
         if is_newer:
             raise ValueError(f"Checkpoint {path} is of a newer version; update fit3d-ns.")
-        try:
-            progress = CheckpointProgress(**content)
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            restore_random_states(torch.load(path / f"rng-{rank}.pt", map_location="cpu", weights_only=True))
-        except Exception as error:
-            raise DamagedCheckpointError(f"Checkpoint {path} cannot be read ({first_line(error)}).") from error
         return progress, state
 
 
