@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# The recipe whose result is meant to be used alone: from captures to one fine-tuned backbone, DIR/vit.
+#
+#   scripts/recipe.sh --scenes SCENE... --backbone NAME --backbone-weights FILE --output-dir DIR [--seed N]
+#
+# SCENE is a capture with depth (its geometry comes from the depth, seconds a scene), a capture without (splats are
+# trained first, minutes a scene), or a scene file. Each round fine-tunes on the lifted scenes; the next one lifts the
+# same geometry again with the fine-tuned backbone. Finished steps are passed over and interrupted ones go on, so the
+# same command continues after any interruption.
+#   further: --rounds N (2)  --steps N (of each round)  --learning-rate X  --feature-cache DIR (DIR/cache)
+set -euo pipefail
+
+scenes=() backbone="" weights="" output="" seed=42 rounds=2 steps=400 rate=1e-5 cache=""
+need() { [ $# -ge 2 ] || { echo "recipe.sh: $1 needs a value" >&2; exit 1; }; }
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --scenes) shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do scenes+=("$(realpath "$1")"); shift; done ;;
+        --backbone) need "$@"; backbone="$2"; shift 2 ;;
+        --backbone-weights) need "$@"; weights=$(realpath "$2"); shift 2 ;;
+        --output-dir) need "$@"; output=$(realpath -m "$2"); shift 2 ;;
+        --seed) need "$@"; seed="$2"; shift 2 ;;
+        --rounds) need "$@"; rounds="$2"; shift 2 ;;
+        --steps) need "$@"; steps="$2"; shift 2 ;;
+        --learning-rate) need "$@"; rate="$2"; shift 2 ;;
+        --feature-cache) need "$@"; cache=$(realpath -m "$2"); shift 2 ;;
+        -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "recipe.sh: unknown option $1; see --help" >&2; exit 1 ;;
+    esac
+done
+for name in scenes backbone output; do
+    flag="--$name"; [ "$name" = output ] && flag="--output-dir"
+    [ -n "${!name:-}" ] || { echo "recipe.sh: $flag is missing; see --help" >&2; exit 1; }
+done
+tools="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin"
+[ ! -d "$tools" ] || export PATH="$tools:$PATH"
+mkdir -p "$output"
+cache="${cache:-$output/cache}"
+# A folder with a fine-tuned backbone is a backbone like any other; a relative name of one would not survive a `cd`.
+[ ! -d "$backbone" ] || backbone=$(realpath "$backbone")
+backbone_flags=(--backbone "$backbone" ${weights:+--backbone-weights "$weights"})
+
+# What each scene brings.
+with_depth=() others=() files=()
+while IFS=$'\t' read -r kind scene; do
+    case "$kind" in depth) with_depth+=("$scene") ;; file) files+=("$scene") ;; *) others+=("$scene") ;; esac
+done < <(python - "${scenes[@]}" <<'PY'
+import sys
+from pathlib import Path
+
+from fit3d_ns.data.layouts import read_capture
+
+for name in sys.argv[1:]:
+    if Path(name).suffix == ".safetensors":
+        print("file", name, sep="\t")
+        continue
+    try:
+        frames = read_capture(Path(name)).frames
+    except ValueError as error:
+        sys.exit(f"recipe.sh: {error}")
+    print("depth" if all(frame.depth_path for frame in frames) else "photographs", name, sep="\t")
+PY
+)
+[ $((${#with_depth[@]} + ${#others[@]} + ${#files[@]})) = ${#scenes[@]} ] || exit 1
+
+lifted="$output/round-1/scenes"
+if [ ${#with_depth[@]} -gt 0 ]; then
+    echo "== Geometry from depth, and features: ${#with_depth[@]} scenes"
+    fit3d-lift --surface depth --data "${with_depth[@]}" "${backbone_flags[@]}" --feature-cache "$cache" \
+        --output-dir "$lifted"
+fi
+if [ ${#files[@]} -gt 0 ]; then
+    echo "== Features of ${#files[@]} scene files"
+    fit3d-lift --scene "${files[@]}" "${backbone_flags[@]}" --feature-cache "$cache" --output-dir "$lifted/"
+fi
+for scene in ${others[@]+"${others[@]}"}; do
+    name=$(basename "$scene")
+    [ ! -f "$lifted/$name.safetensors" ] || continue
+    echo "== Splats of $name"
+    run="$output/splats/$name/fit3d-features/run"
+    resume=()
+    [ -z "$(ls "$run/nerfstudio_models" 2>/dev/null)" ] || resume=(--load-dir "$run/nerfstudio_models")
+    train_flags=()
+    for flag in "${backbone_flags[@]}"; do train_flags+=("${flag/#--/--pipeline.datamanager.}"); done
+    ns-train fit3d-features --data "$scene" --output-dir "$output/splats" --experiment-name "$name" --timestamp run \
+        --vis tensorboard "${train_flags[@]}" --pipeline.datamanager.feature-cache "$cache" ${resume[@]+"${resume[@]}"}
+    mkdir -p "$lifted"
+    fit3d-lift --load-config "$run" --feature-cache "$cache" --output-path "$lifted/$name.safetensors"
+done
+
+for ((round = 1; round <= rounds; round++)); do
+    result="$output/round-$round/vit"
+    [ "$round" != "$rounds" ] || result="$output/vit"
+    echo "== Round $round of $rounds: fine-tuning"
+    fit3d-finetune --ckpts "$output/round-$round/scenes" --output-dir "$result" --seed "$seed" \
+        --max-steps "$steps" --learning-rate "$rate"
+    if [ "$round" -lt "$rounds" ]; then
+        echo "== Round $round of $rounds: lifting the same geometry with the fine-tuned backbone"
+        fit3d-lift --scene "$output/round-$round"/scenes/*.safetensors --backbone "$result" --feature-cache "$cache" \
+            --output-dir "$output/round-$((round + 1))/scenes/"
+    fi
+done
+echo
+echo "The fine-tuned backbone: $output/vit"
