@@ -7,10 +7,11 @@
 # trained first, minutes a scene), or a scene file. Each round fine-tunes on the lifted scenes; the next one lifts the
 # same geometry again with the fine-tuned backbone. Finished steps are passed over and interrupted ones go on, so the
 # same command continues after any interruption.
-#   further: --rounds N (2)  --steps N (of each round)  --learning-rate X  --feature-cache DIR (DIR/cache)
+#   further: --rounds N (1)  --steps N (400, of each round)  --learning-rate X (5e-5, falling like a cosine)
+#            --feature-cache DIR (DIR/cache)
 set -euo pipefail
 
-scenes=() backbone="" weights="" output="" seed=42 rounds=2 steps=400 rate=1e-5 cache=""
+scenes=() backbone="" weights="" output="" seed=42 rounds=1 steps=400 rate=5e-5 cache=""
 need() { [ $# -ge 2 ] || { echo "recipe.sh: $1 needs a value" >&2; exit 1; }; }
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -23,7 +24,7 @@ while [ $# -gt 0 ]; do
         --steps) need "$@"; steps="$2"; shift 2 ;;
         --learning-rate) need "$@"; rate="$2"; shift 2 ;;
         --feature-cache) need "$@"; cache=$(realpath -m "$2"); shift 2 ;;
-        -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "recipe.sh: unknown option $1; see --help" >&2; exit 1 ;;
     esac
 done
@@ -92,7 +93,7 @@ for ((round = 1; round <= rounds; round++)); do
     [ "$round" != "$rounds" ] || result="$output/vit"
     echo "== Round $round of $rounds: fine-tuning"
     fit3d-finetune --ckpts "$output/round-$round/scenes" --output-dir "$result" --seed "$seed" \
-        --max-steps "$steps" --learning-rate "$rate"
+        --max-steps "$steps" --learning-rate "$rate" --schedule cosine
     if [ "$round" -lt "$rounds" ]; then
         echo "== Round $round of $rounds: lifting the same geometry with the fine-tuned backbone"
         fit3d-lift --scene "$output/round-$round"/scenes/*.safetensors --backbone "$result" --feature-cache "$cache" \
