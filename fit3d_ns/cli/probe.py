@@ -9,7 +9,7 @@ import tyro
 
 from fit3d_ns.cli.command import UNSET, run_command
 from fit3d_ns.probing.datasets import LabelledLayout, LabelledOptions
-from fit3d_ns.probing.depth.probe import ClassTokenChoice
+from fit3d_ns.probing.depth import ClassTokenChoice
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig
 from fit3d_ns.probing.head_probe import CacheRule, RunConfig, Selection
 from fit3d_ns.probing.pictures import PatchFitRule

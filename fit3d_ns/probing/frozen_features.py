@@ -116,8 +116,15 @@ def describe_backbones(config: BackboneConfig, *, norm: bool) -> dict[Part, Back
         weights = config.backbone_weights
         described["original"] = describe_backbone(config.backbone, weights, config.normalization, norm=norm)
     if "finetuned" in parts:
-        assert config.finetuned is not None
-        described["finetuned"] = _describe_finetuned(config, config.finetuned, norm)
+        name, weights = config.backbone, config.finetuned
+        assert weights is not None
+        if weights.is_dir():
+            # An adapter follows the final norm, so its tokens are normed whatever the probe reads of the original.
+            norm = norm or (weights / ADAPTER_NAME).is_file()
+            name, weights = f"local-dir:{weights}", None
+        elif not weights.is_file():
+            raise ValueError(f"No such fine-tuned backbone: {weights}; give a fit3d-finetune folder or a weights file.")
+        described["finetuned"] = describe_backbone(name, weights, config.normalization, norm=norm)
     if len(described) == 2:
         _check_pair(described["original"], described["finetuned"])
     return described
@@ -190,16 +197,6 @@ class Assembler(nn.Module):
         if self.class_token_part is None:
             return features.class_tokens[:, 0, layer, :0]
         return features.class_tokens[:, self.class_token_part, layer]
-
-
-def _describe_finetuned(config: BackboneConfig, finetuned: Path, norm: bool) -> BackboneDescription:
-    if finetuned.is_dir():
-        # An adapter follows the final norm, so its tokens are normed whatever the probe reads of the original.
-        norm = norm or (finetuned / ADAPTER_NAME).is_file()
-        return describe_backbone(f"local-dir:{finetuned}", None, config.normalization, norm=norm)
-    if not finetuned.is_file():
-        raise ValueError(f"No such fine-tuned backbone: {finetuned}; give a fit3d-finetune folder or a weights file.")
-    return describe_backbone(config.backbone, finetuned, config.normalization, norm=norm)
 
 
 def _check_pair(original: BackboneDescription, finetuned: BackboneDescription) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fit3d_ns.probing.classification.probe import PAPER_CLASSIFICATION, ClassificationConfig, ClassificationProbe
+from fit3d_ns.probing.classification import PAPER_CLASSIFICATION, ClassificationConfig, ClassificationProbe
 from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
 from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
 from fit3d_ns.probing.datasets.frames import (
@@ -18,12 +18,12 @@ from fit3d_ns.probing.datasets.frames import (
     join_sets,
 )
 from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
-from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
+from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.head_probe import HeadProbe, RunConfig, create_sets
-from fit3d_ns.probing.multiview.probe import MultiviewConfig, MultiviewProbe
+from fit3d_ns.probing.multiview import MultiviewConfig, MultiviewProbe
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
-from fit3d_ns.probing.segmentation.probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import hash_bytes

@@ -21,7 +21,6 @@ from fit3d_ns.analysis.temporal_consistency import TemporalMetrics, compute_temp
 from fit3d_ns.data.images import VIDEO_SUFFIXES, list_images
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, describe_group, fit_colours_of, paint_row
-from fit3d_ns.report.token_colours import TokenColours
 from fit3d_ns.report.token_columns import (
     FigureImage,
     SceneIndex,
@@ -152,7 +151,17 @@ def save_feature_video(
         for group, of, fits in zip(groups, measured, colours, strict=True)
         for fitted in fits
     ]
-    codec = write_video(_draw(images, columns, colours, ["input", *labels], row_labels), path, fps)
+
+    def draw() -> Iterator[np.ndarray]:
+        for index, image in enumerate(track(images, "Drawing the clip")):
+            rows = [
+                [image.image, *paint_row(own, index, fitted, image.size)]
+                for own, fits in zip(columns, colours, strict=True)
+                for fitted in fits
+            ]
+            yield np.asarray(compose_panel(rows, ["input", *labels], row_labels))
+
+    codec = write_video(draw(), path, fps)
     content = {
         "kind": "report/feature_video",
         "clip": clip_name,
@@ -189,22 +198,6 @@ def measure_columns(
     for (number, label, _), value in zip(measured, metrics, strict=True):
         found[number][label] = value
     return found
-
-
-def _draw(
-    images: Sequence[FigureImage],
-    columns: Sequence[Sequence[TokenColumn]],
-    colours: Sequence[Sequence[TokenColours]],
-    column_labels: Sequence[str],
-    row_labels: Sequence[str],
-) -> Iterator[np.ndarray]:
-    for index, image in enumerate(track(images, "Drawing the clip")):
-        rows = [
-            [image.image, *paint_row(own, index, fitted, image.size)]
-            for own, fits in zip(columns, colours, strict=True)
-            for fitted in fits
-        ]
-        yield np.asarray(compose_panel(rows, column_labels, row_labels))
 
 
 def _say(metrics: dict[str, TemporalMetrics]) -> str:

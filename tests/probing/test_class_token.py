@@ -10,7 +10,7 @@ import torch
 from fit3d_ns.cli.command import EXIT_USER_ERROR, run_command
 from fit3d_ns.cli.probe import ProbeCommand, create_request, probe
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
+from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
 from fit3d_ns.training.processes import create_accelerator
 from tests.probing.probe_backbones import FakeDescription, MeanColourBackbones

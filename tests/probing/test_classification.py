@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from fit3d_ns.probing.classification.probe import ClassificationInputs, draw_resized_window
+from fit3d_ns.probing.classification import ClassificationInputs, draw_resized_window
 from fit3d_ns.probing.datasets.frames import LabelledFrame
 from fit3d_ns.probing.pictures import Window
 

@@ -8,16 +8,21 @@ import pytest
 import torch
 
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, DepthConvention, LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.inputs import EVALUATION, TRAINING, DepthInputs, choose_crop_size, rotate, shift_colours
-from fit3d_ns.probing.pictures import PatchFit, PictureKey, resize_map, sample_nearest
-from fit3d_ns.probing.segmentation.inputs import (
+from fit3d_ns.probing.inputs import (
+    EVALUATION,
+    TRAINING,
+    DepthInputs,
     SegmentationInputs,
     average_windows,
+    choose_crop_size,
     choose_short_side,
     distort_colours,
     draw_varied_window,
     list_windows,
+    rotate,
+    shift_colours,
 )
+from fit3d_ns.probing.pictures import PatchFit, PictureKey, resize_map, sample_nearest
 from tests.probing.probe_backbones import MeanColourBackbones
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fit3d_ns.probing.depth.probe import EPSILON, compute_gradient_loss, compute_sig_loss
+from fit3d_ns.probing.depth import EPSILON, compute_gradient_loss, compute_sig_loss
 from fit3d_ns.probing.heads import DepthBins
 
 

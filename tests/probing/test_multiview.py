@@ -13,7 +13,7 @@ from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor, describe_backbone
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones
-from fit3d_ns.probing.multiview.probe import MultiviewConfig, MultiviewProbe
+from fit3d_ns.probing.multiview import MultiviewConfig, MultiviewProbe
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fit3d_ns.probing.classification.probe import ClassificationConfig, ClassificationProbe
+from fit3d_ns.probing.classification import ClassificationConfig, ClassificationProbe
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.probe import DepthConfig, DepthProbe
+from fit3d_ns.probing.depth import DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
 from fit3d_ns.training.processes import create_accelerator

@@ -6,9 +6,9 @@ from typing import get_args
 import pytest
 import torch
 
-from fit3d_ns.probing.classification.probe import PAPER_CLASSIFICATION, ClassificationProbe
+from fit3d_ns.probing.classification import PAPER_CLASSIFICATION, ClassificationProbe
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.probe import PAPER_DEPTH, DepthConfig, DepthProbe
+from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.head_probe import (
     ProbeSets,
@@ -20,7 +20,7 @@ from fit3d_ns.probing.head_probe import (
 )
 from fit3d_ns.probing.head_trainer import OptimizationConfig, Schedule
 from fit3d_ns.probing.probe_runs import PAPER_RUNS
-from fit3d_ns.probing.segmentation.probe import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 from tests.probing.test_training import create_segmentation_probe, create_striped_frame

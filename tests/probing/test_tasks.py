@@ -9,15 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fit3d_ns.features import create_extractor
-from fit3d_ns.probing.classification.probe import ClassificationConfig, ClassificationHeads, ClassificationProbe
+from fit3d_ns.probing.classification import ClassificationConfig, ClassificationHeads, ClassificationProbe
 from fit3d_ns.probing.datasets import read_labelled_set
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth.probe import DepthConfig, DepthProbe
+from fit3d_ns.probing.depth import DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import Assembler, BackboneConfig, FrozenFeatures, create_frozen_backbones
 from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
 from fit3d_ns.probing.heads import LinearDepthHead, SegmentationHead
 from fit3d_ns.probing.pictures import PatchFitRule, PictureKey
-from fit3d_ns.probing.segmentation.probe import SegmentationConfig, SegmentationProbe
+from fit3d_ns.probing.segmentation import SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 from tests.probing.probe_scenes import BACKBONE, create_finetuned, create_scene

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fit3d_ns.probing.classification.probe import ClassificationInputs
+from fit3d_ns.probing.classification import ClassificationInputs
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
 from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
@@ -26,7 +26,7 @@ from fit3d_ns.probing.samples import (
     iterate_draws,
     stack_features,
 )
-from fit3d_ns.probing.segmentation.probe import SegmentationConfig, SegmentationProbe
+from fit3d_ns.probing.segmentation import SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import create_accelerator
 from tests.probing.probe_backbones import MeanColourBackbones
 

@@ -27,7 +27,7 @@ list; frames marked as bad are left out.
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -158,19 +158,12 @@ def _read_table(root: Path) -> LabelTable:
     return LabelTable(len(NYU40_NAMES), mapping)
 
 
-@dataclass(frozen=True)
-class _LabelSource:
-    folder: Path
-    keeps_suffix: bool
-    class_names: tuple[str, ...]
-
-
 def _read_scene(
     path: Path, split: LabelledSplit | None, task: ProbeTask, root: Path
 ) -> tuple[list[LabelledFrame], tuple[str, ...]]:
     dslr = path / "dslr" if (path / "dslr").is_dir() else path
     capture = read_scannetpp(path)
-    source = _find_labels(dslr, root) if task == "segmentation" else None
+    find_label, class_names = _find_labels(dslr, root) if task == "segmentation" else (None, ())
     if task == "depth" and not any(frame.depth_path for frame in capture.frames):
         if not (dslr / "render_depth").is_dir():
             raise ValueError(f"{path} has no dslr/render_depth/, which a depth probe needs; download or render it.")
@@ -184,20 +177,21 @@ def _read_scene(
             raise ValueError(
                 f"Image {frame.image_path} has no depth map in {dslr / 'render_depth'}; render it or mark the frame."
             )
-        frames.append(_create_scannetpp_frame(frame, capture.scene_id, source))
+        frames.append(_create_scannetpp_frame(frame, capture.scene_id, find_label, LabelTable(len(class_names))))
     if not frames:
         raise ValueError(f"{path} has no {split or 'usable'} frames; see dslr/train_test_lists.json.")
-    return frames, source.class_names if source else ()
+    return frames, class_names
 
 
-def _find_labels(dslr: Path, root: Path) -> _LabelSource:
+def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[str, ...]]:
+    """From photographs to label maps, and the names of the classes."""
     scene = dslr.resolve().parent
     if (dslr / "labels").is_dir():
         places = (scene, dslr, dslr / "labels", scene.parent)
         listing = next((place / "classes.json" for place in places if (place / "classes.json").is_file()), None)
         if listing is None:
             raise ValueError(f"{dslr / 'labels'} comes without classes.json; write it into {scene}.")
-        return _LabelSource(dslr / "labels", False, read_class_names(listing))
+        return lambda image: dslr / "labels" / f"{image.stem}.png", read_class_names(listing)
     folder = root / "semantics" / scene.name
     if not folder.is_dir():
         raise ValueError(
@@ -207,21 +201,19 @@ def _find_labels(dslr: Path, root: Path) -> _LabelSource:
     listing = root / "metadata" / "semantic_benchmark" / "top100.txt"
     names = tuple(read_lines(listing, "download the metadata folder of ScanNet++"))
     # The toolkit appends to the whole name: DSC00001.JPG.png.
-    return _LabelSource(folder, True, names)
+    return lambda image: folder / f"{image.name}.png", names
 
 
-def _create_scannetpp_frame(frame: Frame, scene_id: str, source: _LabelSource | None) -> LabelledFrame:
-    label_path, depth_path = None, frame.depth_path
-    if source is not None:
-        image_name = frame.image_path.name if source.keeps_suffix else frame.image_path.stem
-        label_path, depth_path = source.folder / f"{image_name}.png", None
+def _create_scannetpp_frame(
+    frame: Frame, scene_id: str, find_label: Callable[[Path], Path] | None, table: LabelTable
+) -> LabelledFrame:
     plain = create_frame(
         frame.image_path,
         name=f"{scene_id}/{frame.image_path.stem}",
         group=scene_id,
-        label_path=label_path,
-        table=LabelTable(len(source.class_names)) if source else None,
-        depth_path=depth_path,
+        label_path=find_label and find_label(frame.image_path),
+        table=table,
+        depth_path=None if find_label else frame.depth_path,
     )
     return replace(
         plain,

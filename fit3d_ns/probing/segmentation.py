@@ -15,15 +15,15 @@ from fit3d_ns.probing.frozen_features import Assembler
 from fit3d_ns.probing.head_probe import HeadProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
 from fit3d_ns.probing.heads import SegmentationHead
-from fit3d_ns.probing.metrics import SegmentationMetrics
-from fit3d_ns.probing.pictures import resize_map
-from fit3d_ns.probing.samples import estimate_memory
-from fit3d_ns.probing.segmentation.inputs import (
+from fit3d_ns.probing.inputs import (
     PUBLISHED_SHORT_SIDE,
     SegmentationInputs,
     average_windows,
     choose_short_side,
 )
+from fit3d_ns.probing.metrics import SegmentationMetrics
+from fit3d_ns.probing.pictures import resize_map
+from fit3d_ns.probing.samples import estimate_memory
 from fit3d_ns.utils.progress import notice_once
 
 PUBLISHED = PublishedTraining(num_iterations=40_000, learning_rate=1e-3, width=768)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from fit3d_ns.data.images import save_depth
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, warn_about_depth_unit
-from fit3d_ns.probing.depth.inputs import DEPTHS_PER_TOKEN, EVALUATION, DepthInputs, choose_crop_size
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource
 from fit3d_ns.probing.head_probe import HeadProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
 from fit3d_ns.probing.heads import UPSAMPLING, BinNormalization, DepthBins, DPTDepthHead, LinearDepthHead
+from fit3d_ns.probing.inputs import DEPTHS_PER_TOKEN, EVALUATION, DepthInputs, choose_crop_size
 from fit3d_ns.probing.metrics import DepthMetrics
 from fit3d_ns.probing.pictures import PictureKey, resize_map
 from fit3d_ns.probing.samples import estimate_memory
