@@ -10,7 +10,6 @@ carries a checksum, verified whenever it is read.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +23,7 @@ from fit3d_ns.features.extractor import FeatureExtractor, create_extractor
 from fit3d_ns.features.tokens import compute_patch_grid
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice, track
+from fit3d_ns.utils.selection import load_ahead
 from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
 
 LazyImage = Callable[[], Tensor]
@@ -197,7 +197,9 @@ def _find_missing(
     pending: dict[tuple[int, int], list[tuple[FeatureKey, Tensor]]] = {}
     yielded: set[FeatureKey] = set()
     title = f"Extracting features ({cache.description.label})"
-    for image in track(_prefetch(images, 2 * batch_size), title, total=len(images)):
+    # One thread decodes while the backbone runs.
+    ahead = load_ahead(images, lambda image: image(), 1, 2 * batch_size)
+    for image in track(ahead, title, total=len(images)):
         key = compute_feature_key(image)
         keys.append(key)
         if key in yielded or cache.contains(key):
@@ -210,19 +212,3 @@ def _find_missing(
         elif sum(map(len, pending.values())) >= _MAX_PENDING_BATCHES * batch_size:
             yield pending.pop(max(pending, key=lambda size: len(pending[size])))
     yield from pending.values()
-
-
-def _prefetch(images: Sequence[LazyImage], depth: int) -> Iterator[Tensor]:
-    """Reads ahead in one thread, so that decoding goes on while the backbone runs."""
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        waiting: list[Future[Tensor]] = []
-        try:
-            for image in images:
-                waiting.append(executor.submit(image))
-                if len(waiting) > depth:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()

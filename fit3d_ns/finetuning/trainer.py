@@ -23,9 +23,9 @@ from fit3d_ns.finetuning.optimization import TrainedBackbone, copy_original
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.train_step import Batch, StepResult, TrainStep, create_batch, sum_totals
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
-from fit3d_ns.training.epochs import list_positions, load_ahead
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, notice
+from fit3d_ns.utils.selection import list_positions, load_ahead
 from fit3d_ns.utils.stopping import StopRequest
 
 Validate = Callable[[TokenModel, int], dict[str, float]]

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fit3d_ns.rasterization.spherical_harmonics import MAX_SH_DEGREE
+from fit3d_ns.rasterization.reference import MAX_SH_DEGREE
 
 RenderMode = Literal["RGB", "D", "ED", "RGB+D", "RGB+ED"]
 RasterizeMode = Literal["classic", "antialiased"]

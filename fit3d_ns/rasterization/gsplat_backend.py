@@ -11,8 +11,7 @@ from gsplat import fully_fused_projection, isect_offset_encode, isect_tiles, ras
 from torch import Tensor
 
 from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectedGaussians, ProjectionSettings
-from fit3d_ns.rasterization.reference import BlendGeometry, TileLists
-from fit3d_ns.rasterization.spherical_harmonics import COLOR_OFFSET
+from fit3d_ns.rasterization.reference import COLOR_OFFSET, BlendGeometry, TileLists
 
 COMPILED_CHANNELS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513)
 """Channel counts that gsplat 1.4 has kernels for; other counts are padded by it."""
@@ -36,7 +35,7 @@ def project_gaussians(
 def evaluate_harmonics(
     sh_degree: int, means: Tensor, viewmats: Tensor, coefficients: Tensor, is_drawn: Tensor
 ) -> Tensor:
-    """As `spherical_harmonics.evaluate_harmonics`."""
+    """As `reference.evaluate_harmonics`."""
     centres = torch.linalg.inv(viewmats)[:, :3, 3]
     directions = means[None] - centres[:, None]
     coefficients = coefficients.expand(len(viewmats), -1, -1, -1)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from fit3d_ns.rasterization import rasterize_features, reference
-from fit3d_ns.rasterization.reference import TileLists, list_tiles
-from fit3d_ns.rasterization.spherical_harmonics import compute_sh_basis
+from fit3d_ns.rasterization.reference import TileLists, compute_sh_basis, list_tiles
 from tests.rasterization.rasterization_scenes import assert_same_rendering, make_scene, render_everything
 
 gsplat_backend = pytest.importorskip("fit3d_ns.rasterization.gsplat_backend")

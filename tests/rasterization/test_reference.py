@@ -9,8 +9,7 @@ import torch
 
 from fit3d_ns.rasterization import interface, rasterization, rasterize_features, reference
 from fit3d_ns.rasterization.projection import ProjectionSettings, project_gaussians
-from fit3d_ns.rasterization.reference import _blend_weights, _iterate_tiles
-from fit3d_ns.rasterization.spherical_harmonics import compute_sh_basis, evaluate_harmonics
+from fit3d_ns.rasterization.reference import _blend_weights, _iterate_tiles, compute_sh_basis, evaluate_harmonics
 from tests.rasterization.rasterization_scenes import make_scene, relative_error
 
 

@@ -34,7 +34,7 @@ def project_gaussians(
 def evaluate_harmonics(
     sh_degree: int, means: Tensor, viewmats: Tensor, coefficients: Tensor, is_drawn: Tensor
 ) -> Tensor:
-    """As `spherical_harmonics.evaluate_harmonics`."""
+    """As `reference.evaluate_harmonics`."""
     centres = torch.linalg.inv(viewmats)[:, :3, 3]
     if coefficients.ndim == 3:
         coefficients = coefficients[None]

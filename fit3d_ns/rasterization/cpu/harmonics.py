@@ -1,4 +1,4 @@
-"""Spherical harmonics on the CPU, forward and backward; `spherical_harmonics.py` is the definition.
+"""Spherical harmonics on the CPU, forward and backward; `reference.py` is the definition.
 
 One task handles `CHUNK` Gaussians in all cameras. Coefficients are [V, N, K, 3], V = 1 (shared by the cameras) or C.
 """
@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
-from fit3d_ns.rasterization.spherical_harmonics import COLOR_OFFSET
+from fit3d_ns.rasterization.reference import COLOR_OFFSET
 
 
 @compiled

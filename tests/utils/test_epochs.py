@@ -6,7 +6,7 @@ from itertools import count, islice
 
 import pytest
 
-from fit3d_ns.training.epochs import EpochSequence, Place, list_positions, load_ahead
+from fit3d_ns.utils.selection import EpochSequence, Place, list_positions, load_ahead
 
 
 def test_sequence__is_the_same_in_whatever_order_it_is_asked_for():
