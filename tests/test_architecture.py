@@ -53,7 +53,7 @@ PUBLIC_API = {
 """What the README and `docs/design.md` offer to users of the library; nothing of ours has to call it."""
 
 MAX_LINES = 400
-MAX_PACKAGE_LINES = 28_300
+MAX_PACKAGE_LINES = 28_000
 MAX_MODULES = 190
 """Small is a feature: later ideas are built in rooms that exist."""
 
