@@ -162,7 +162,7 @@ def read_surface_file(path: Path) -> SurfaceFile:
         colours = np.asarray(getattr(geometry.visual, "vertex_colors", ()), dtype=np.float64)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a mesh or point cloud ({error}); save it as PLY.") from error
-    finite: np.ndarray = np.isfinite(xyz).all(axis=1)
+    finite = np.asarray(np.isfinite(xyz).all(axis=1))
     if not finite.any():
         raise ValueError(f"{path} holds no points; make the file again.")
     rgb = colours[:, :3] / 255.0 if len(colours) == len(xyz) else np.full_like(xyz, 0.5)
