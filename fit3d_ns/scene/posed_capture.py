@@ -118,9 +118,9 @@ class PosedCapture:
         return self._move_mask(load_mask(view.frame.mask_path), view, view.frame.mask_path)
 
     def load_opaque_mask(self, view: View) -> Bool[Tensor, "height width"] | None:
-        """True where the photograph is not transparent; None where it has no alpha channel."""
+        """True where the photograph is not transparent; None where it has no alpha channel, or is gone."""
         path = view.frame.image_path
-        if not read_image_header(path).has_alpha:
+        if not path.is_file() or not read_image_header(path).has_alpha:
             return None
         opaque = find_opaque(load_rgba(path))
         if not bool(opaque.all()):

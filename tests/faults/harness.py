@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 Item = TypeVar("Item")
 
 OPERATIONS = ("mkdir", "fsync", "replace", "rename", "unlink", "remove", "rmdir")
@@ -139,6 +141,8 @@ def _run_child(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.chdir(folder)
+    # torch renews its thread pool at the first use after a fork, which two threads must not do at once.
+    torch.set_num_threads(1)
     # The server runs with signals as the test runner has them; commands expect Python's own.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     resource.setrlimit(resource.RLIMIT_AS, (_used_address_space() + int(memory_gb * 1e9),) * 2)

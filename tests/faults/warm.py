@@ -7,7 +7,6 @@ import torch
 
 from tests.finetuning.finetuning_scene import create_scene
 
-torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as _folder, torch.no_grad():
     _scene = create_scene(Path(_folder))
     _view = _scene.posed_capture.views[0]

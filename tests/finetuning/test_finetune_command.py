@@ -223,7 +223,7 @@ def test_command__tells_in_one_sentence_what_is_wrong(tmp_path, capsys):
     (tmp_path / "data" / "room").rename(tmp_path / "data" / "moved")
     expect("--data-root", "--ckpts", scene)
     code, errors = run(capsys, "--ckpts", scene, "--data-root", tmp_path / "data" / "moved", *out)
-    assert code == 0 and "Skipping 1 views" in errors
+    assert code == 0 and "Skipping 1 views" in errors, errors
     scene.write_bytes(scene.read_bytes()[:1000])
     expect("cut short", "--ckpts", scene)
 
