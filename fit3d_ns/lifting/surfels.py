@@ -17,8 +17,8 @@ from fit3d_ns.scene import Gaussians
 
 OPACITY = 0.8
 _SPREAD = 4.0
-"""Standard deviations of a Gaussian per standard deviation of its points: 2 leaves no gaps between squares; overlap
-raises the held-out cosine where sensors and poses are noisy, and makes depth and colour coarser."""
+"""Standard deviations of a Gaussian per one of its points: 2 leaves no gaps between squares. More overlap
+raises the held-out cosine and makes depth and colour coarser."""
 _THINNESS = 0.1
 """Standard deviation along the normal, in the smaller one along the surface, where points lie in a plane."""
 _LEVELS = 1
