@@ -16,6 +16,17 @@ from fit3d_ns.utils.results import load_result
 from tests.lift_capture import BACKBONE, write_capture, write_gaussians
 
 
+def run_main(capsys, words):
+    """Exit code, standard output and standard error of the command."""
+    try:
+        module.main([str(word) for word in words])
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory):
     root = tmp_path_factory.mktemp("command") / "ring"
@@ -31,13 +42,7 @@ def run(capture, tmp_path, capsys):
     def call(*arguments, name="out/ring.safetensors", source=("--ply", ply, "--data", root)):
         words = [*source, "--output-path", tmp_path / name, "--backbone", BACKBONE]
         words += ["--feature-cache", root.parent / "tokens", "--max-passes", 2, "--device", "cpu", *arguments]
-        try:
-            module.main([str(word) for word in words])
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_main(capsys, words)
 
     return call
 
@@ -287,13 +292,8 @@ def test_surface__lifts_several_scenes_without_training_and_goes_on(tmp_path, ca
     def call(*arguments):
         words = ["--surface", "depth", "--output-dir", tmp_path / "out", "--backbone", BACKBONE, "--feature-dim", 5]
         words += ["--feature-cache", tmp_path / "tokens", "--max-passes", 1, "--device", "cpu", *arguments]
-        try:
-            module.main([str(word) for word in words])
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.err
+        code, _, errors = run_main(capsys, words)
+        return code, errors
 
     # One scene of a folder is written into the folder too, so that a list may grow.
     assert call("--data", rooms[0])[0] == 0
