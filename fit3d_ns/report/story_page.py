@@ -30,7 +30,7 @@ MEASURES = {
 }
 """Of a comparison: name in the record, words, unit, and whether more is better."""
 SAME = 0.02
-"""Relative changes below this are called no change; a single run says no more."""
+"""Relative changes below this count neither way: other seeds differ by as much."""
 _ANGLES = (20.0, 60.0)
 """Degrees between two views that show one corner from two sides."""
 _TRIED_VIEWS = 24
@@ -74,9 +74,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """In words."""
-        if abs(self.gain) < SAME:
-            return "no change"
-        return f"{abs(self.gain):.0%} {'better' if self.gain > 0 else 'worse'}"
+        words = f"{abs(self.gain):.1%} {'better' if self.gain > 0 else 'worse'}"
+        return f"about the same, {words}" if abs(self.gain) < SAME else words
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,11 @@ def summarise(comparisons: Sequence[Comparison]) -> str:
     worse = sum(item.gain <= -SAME for item in comparisons)
     if better == len(comparisons):
         return "Fine-tuning helped in every measure."
+    helped = f"Fine-tuning helped in {better} of {len(comparisons)} measures"
     if better and not worse:
-        return f"Fine-tuning helped in {better} of {len(comparisons)} measures and cost nothing in the others."
+        return f"{helped}; the others are within {SAME:.0%}, which one run cannot tell apart."
     if better:
-        return f"Fine-tuning helped in {better} of {len(comparisons)} measures and cost something in {worse}."
+        return f"{helped} and cost something in {worse}."
     return "Fine-tuning did not help here; more steps and more scenes usually do."
 
 

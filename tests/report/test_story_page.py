@@ -22,10 +22,16 @@ def test_comparison__says_better_and_worse_by_the_direction_of_the_measure(tmp_p
     recall = write_comparison(tmp_path, "recall", "recall_10px", 0.10, 0.125)
     depth = write_comparison(tmp_path, "depth", "rmse", 0.50, 0.55)
     same = write_comparison(tmp_path, "consistency", "centred_cosine", 0.600, 0.605)
-    assert [item.verdict for item in (recall, depth, same)] == ["25% better", "10% worse", "no change"]
-    assert describe_comparisons([recall])[0].endswith("within 10 pixels: 10.0 → 12.5 % (25% better)")
+    assert [item.verdict for item in (recall, depth, same)] == [
+        "25.0% better",
+        "10.0% worse",
+        "about the same, 0.8% better",
+    ]
+    assert describe_comparisons([recall])[0].endswith("within 10 pixels: 10.0 → 12.5 % (25.0% better)")
     assert summarise([recall, depth]) == "Fine-tuning helped in 1 of 2 measures and cost something in 1."
-    assert summarise([recall, same]) == "Fine-tuning helped in 1 of 2 measures and cost nothing in the others."
+    assert summarise([recall, same]) == (
+        "Fine-tuning helped in 1 of 2 measures; the others are within 2%, which one run cannot tell apart."
+    )
     assert "did not help" in summarise([depth])
 
 
