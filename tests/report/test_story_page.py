@@ -44,7 +44,7 @@ def test_write_story__is_one_page_with_its_pictures_beside_it(tmp_path: Path) ->
     [backbones] = read_models([BACKBONE, str(write_finetuned(tmp_path / "tuned"))])
     page = write_story(story, backbones, tmp_path / "out")
     text = page.read_text()
-    assert "A &lt;room&gt;" in text and "25% better" in text and "12 s" in text and "$" not in text
+    assert "A &lt;room&gt;" in text and "25.0% better" in text and "12 s" in text and "$" not in text
     assert "ns-train &#x27;my scene&#x27;" in text and "depth.png" not in text
     assert all((page.parent / name).is_file() and name in text for name in ("room.png", "features.png"))
 
