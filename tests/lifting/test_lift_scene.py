@@ -1,13 +1,16 @@
 """Whole scenes: worlds of a PLY, what is lifted, what is kept, and going on after an interruption."""
 
+import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fit3d_ns.features import FeatureCache, FeatureCacheConfig, compute_feature_key, describe_backbone
+from fit3d_ns.lifting import lift_scene as lift_scene_module
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_scene import forecast_lift, lift_scene
 from fit3d_ns.lifting.sources import (
@@ -240,14 +243,15 @@ def test_lift_scene__says_when_no_view_sees_anything(source, cache):
         lift_scene(far, cache.description, cache, CONFIG)
 
 
-def test_forecast__counts_views_and_passes(source, scene, cache):
-    """`scene` has filled the cache."""
+def test_forecast__counts_views_and_passes(source, scene, cache, monkeypatch):
+    """`scene` has filled the cache. By a clock of which each look takes a second, every pass over a view takes one."""
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(lift_scene_module, "time", clock)
     forecast = forecast_lift(source, cache, CONFIG)
     assert (forecast.num_gaussians, forecast.num_views, forecast.num_held_out) == (40, 10, 2)
     assert forecast.is_cached and forecast.solve_seconds > 0 and forecast.memory_mb > 0
-    more = forecast_lift(source, cache, LiftConfig(feature_dim=6, max_passes=60))
-    # Sixty passes against three, on a machine whose speed may change between the two.
-    assert more.solve_seconds > 2 * forecast.solve_seconds
+    more = forecast_lift(source, cache, replace(CONFIG, max_passes=CONFIG.max_passes + 57))
+    assert more.solve_seconds - forecast.solve_seconds == 57 * forecast.num_views
 
 
 def test_forecast__knows_the_size_of_the_file(source, cache, tmp_path):
