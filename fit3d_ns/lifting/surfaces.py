@@ -78,8 +78,8 @@ def read_surface_source(
         scale = find_depth_scale(capture, config.depth_scale)
         if scale != (config.depth_scale or 1000.0):
             notice(f"Views agree where depth maps have {scale:g} units per unit of the poses; else give --depth-scale.")
-        sizes = [path.stat().st_size for view in list_depth_views(capture) if (path := view.frame.depth_path)]
-        recipe = f"depth {scale} {sizes}"
+        paths = [path for view in list_depth_views(capture) if (path := view.frame.depth_path)]
+        recipe = f"depth {scale} {hash_bytes(*(hash_file(path).encode() for path in paths))}"
         source = _build(capture, lambda: fuse_depth(capture, scale, config.cell_pixels), recipe, config, device)
     elif path is None:
         assert capture.points is not None

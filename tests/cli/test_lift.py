@@ -4,6 +4,7 @@ import json
 from importlib import metadata
 from types import SimpleNamespace
 
+import cv2
 import pytest
 import torch
 
@@ -308,6 +309,15 @@ def test_surface__lifts_several_scenes_without_training_and_goes_on(tmp_path, ca
     assert set(scene.metrics["training_seconds"]) == {"setup", "colour"}
     assert compute_stage1_hours(scene.metrics) > 0
     code, err = call("--data", rooms[0], "--cell-pixels", 8)
+    assert code == 0 and "lifted already" not in err
+    # Depth that was measured again counts as other depth, even in files of the same size.
+    depth_path = sorted((rooms[1] / "dslr" / "render_depth").iterdir())[0]
+    depth, size = cv2.imread(str(depth_path), cv2.IMREAD_UNCHANGED), depth_path.stat().st_size
+    depth[:4] = 0
+    smaller = cv2.imencode(".png", depth, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
+    depth_path.write_bytes(smaller.ljust(size, b"\0"))
+    assert depth_path.stat().st_size == size
+    code, err = call("--data", rooms[1])
     assert code == 0 and "lifted already" not in err
     for arguments, message in [
         ((), "--surface needs the folders of the scenes with --data"),
