@@ -236,7 +236,7 @@ class FinetuneTrainer:
         check_resumable(progress, self._describe_progress(), path)
         if progress.step > self.num_steps:
             raise ValueError(
-                f"Checkpoint {path} has {progress.step} steps, this run shall have {self.num_steps}; raise --max-steps "
+                f"Checkpoint {path} has {progress.step} steps, this run ends at {self.num_steps}; raise --max-steps "
                 "or start over with --resume never."
             )
         self.backbone.load_state_dict(state)

@@ -58,7 +58,7 @@ def load_config(path: Path, trust: bool = False) -> Any:
     """Reads the config.yml of a run of nerfstudio or of ours, a `TrainerConfig`.
 
     `trust` reads it with nerfstudio's loader, which runs what it says; for methods of other packages. ValueError where
-    it is no such config, or names classes of other packages and is not trusted.
+    it is not such a config, or names classes of other packages and is not trusted.
     """
     try:
         if path.stat().st_size > MAX_BYTES:

@@ -82,7 +82,7 @@ def read_upload(upload: Any) -> np.ndarray | None:
                 return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except UnidentifiedImageError:
         is_empty = path.is_file() and path.stat().st_size == 0
-        problem = "is empty" if is_empty else "is no picture in PNG, JPEG, WebP, BMP or GIF format"
+        problem = "is empty" if is_empty else "is not an image in PNG, JPEG, WebP, BMP or GIF format"
     except Image.DecompressionBombError:
         problem = f"has more than {MAX_PIXELS // 10**6} million pixels; make it smaller"
     except (OSError, SyntaxError, ValueError, EOFError) as error:

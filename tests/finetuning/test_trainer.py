@@ -162,7 +162,7 @@ def test_resume__refuses_another_batch_size_and_fewer_steps(scenes, tmp_path):
     create_trainer(scenes, tmp_path / "out", configure(optimization=FAST)).run()
     with pytest.raises(ValueError, match="optimization.batch_size 2 against 1"):
         create_trainer(scenes, tmp_path / "out", configure(optimization=replace(FAST, batch_size=1)))
-    with pytest.raises(ValueError, match="has 4 steps, this run shall have 3"):
+    with pytest.raises(ValueError, match="has 4 steps, this run ends at 3"):
         create_trainer(scenes, tmp_path / "out", configure(optimization=replace(FAST, max_steps=3)))
     with pytest.raises(ValueError, match="learning_rate 0.001 against 0.5"):
         create_trainer(scenes, tmp_path / "out", configure(optimization=replace(FAST, learning_rate=0.5)))

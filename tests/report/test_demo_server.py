@@ -110,9 +110,9 @@ def test_demo__shows_maps_of_a_picture(page: Page, format_name: str) -> None:
     ("name", "content", "reason"),
     [
         ("empty.png", b"", "empty.png is empty."),
-        ("notes.png", b"no picture at all", "is no picture in PNG, JPEG, WebP, BMP or GIF format."),
-        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no picture in PNG"),
-        ("page.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no picture in PNG"),
+        ("notes.png", b"no picture at all", "is not an image in PNG, JPEG, WebP, BMP or GIF format."),
+        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image in PNG"),
+        ("page.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image in PNG"),
         ("moving.gif", encode("GIF", 3), "is animated (3 pictures); give a single one."),
         ("moving.webp", encode("WEBP", 3), "is animated (3 pictures)"),
         ("moving.png", encode("PNG", 3), "is animated (3 pictures)"),
