@@ -15,17 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from story_page import Comparison, Story, describe_comparisons, draw_corner, summarise, write_story
+
 from fit3d_ns.cli import export, finetune, lift, probe, synthesize
 from fit3d_ns.features import create_extractor, describe_backbone
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.story_page import (
-    Comparison,
-    Story,
-    describe_comparisons,
-    draw_corner,
-    summarise,
-    write_story,
-)
 from fit3d_ns.scene import load_scene
 from fit3d_ns.utils.errors import explain
 from fit3d_ns.utils.progress import create_progress, notice

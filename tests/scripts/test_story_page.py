@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from story_page import Comparison, Story, describe_comparisons, summarise, write_story
 
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.story_page import Comparison, Story, describe_comparisons, summarise, write_story
 from fit3d_ns.utils.results import ResultRecord, save_result
 from tests.report.figure_scenes import BACKBONE, write_finetuned, write_photographs, write_scene
 
