@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fit3d_ns.utils.files import remove
+from fit3d_ns.utils.files import make_temporary_folder
 
 CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 """The browser fetches nothing from another host; inline parts are how Gradio builds its page."""
@@ -48,19 +48,19 @@ def check_gradio() -> None:
 
 @contextmanager
 def keep_uploads_private() -> Iterator[Path]:
-    """A folder for uploads that only this user may enter, for pages made in the block; it goes when the block ends."""
+    """A folder for uploads that only this user may enter, for pages made in the block; it goes when the block ends.
+
+    What a killed page left goes too.
+    """
     before = os.environ.get("GRADIO_TEMP_DIR")
-    if before:
-        Path(before).mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="fit3d-demo-", dir=before or None)
-    os.environ["GRADIO_TEMP_DIR"] = folder
-    try:
-        yield Path(folder)
-    finally:
-        del os.environ["GRADIO_TEMP_DIR"]
-        if before:
-            os.environ["GRADIO_TEMP_DIR"] = before
-        remove(Path(folder))
+    with make_temporary_folder(Path(before or tempfile.gettempdir()), "fit3d-demo") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
+        try:
+            yield folder
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
+            if before:
+                os.environ["GRADIO_TEMP_DIR"] = before
 
 
 def read_upload(upload: Any) -> np.ndarray | None:

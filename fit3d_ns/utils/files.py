@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -74,10 +75,24 @@ def write_atomically(path: Path, beside: Path | None = None) -> Iterator[Path]:
 
 def sweep_temporaries(folder: Path) -> None:
     """Removes temporary files and folders in `folder` whose writers are no longer alive on this machine."""
-    for stale in folder.glob(f".*.{_HOST}.*-*.tmp"):
+    for stale in folder.glob(f"*.{_HOST}.*-*.tmp"):
         process = stale.name.split(".")[-2].split("-")[0]
         if process.isdigit() and stale.name not in _OWN and not _is_alive(int(process)):
             remove(stale)
+
+
+@contextmanager
+def make_temporary_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A folder that only this user may enter, gone when the block ends; after a kill, a later call sweeps it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(folder)
+    made = Path(tempfile.mkdtemp(prefix=f"{name}.{_HOST}.{os.getpid()}-", suffix=".tmp", dir=folder))
+    _OWN.add(made.name)
+    try:
+        yield made
+    finally:
+        remove(made)
+        _OWN.discard(made.name)
 
 
 def remove(path: Path) -> None:

@@ -3,8 +3,11 @@
 import http.client
 import io
 import json
+import signal
 import stat
 import struct
+import subprocess
+import sys
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -181,3 +184,17 @@ def test_keep_uploads_private__stays_below_the_folder_that_gradio_was_given(
         (folder / "upload").mkdir()
         raise KeyboardInterrupt
     assert list(given.iterdir()) == []
+
+
+def test_keep_uploads_private__sweeps_what_a_killed_page_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    killed = (
+        "import os; from fit3d_ns.report.demo_server import keep_uploads_private as keep\n"
+        "with keep() as folder: (folder / 'photo.png').write_bytes(b'1'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", killed], timeout=120).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "photo.png").is_file()
+    with keep_uploads_private() as folder, keep_uploads_private() as another:
+        assert sorted(tmp_path.iterdir()) == [folder] and another.parent == folder
+    assert not list(tmp_path.iterdir())
