@@ -1,16 +1,56 @@
-"""The world of the campaigns, built once, and what undisturbed commands make in it."""
+"""The world of the campaigns, what undisturbed commands make in it, and the table of what was survived.
+
+`pytest -q -n 2 tests/faults` takes two minutes; `FIT3D_FAULTS=nightly` tries every point and many more mutations, for
+hours, and `FIT3D_FAULTS_SEED=7` others. The table is printed at the end.
+"""
 
 import os
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults import world
-from tests.faults.harness import Outcome, attempt, copy_folder
+from tests.faults.harness import FAILURES, Outcome, Verdict, attempt, copy_folder
 
 IS_NIGHTLY = os.environ.get("FIT3D_FAULTS", "") == "nightly"
-"""All points and many more mutations, for hours; otherwise a sample that takes two minutes."""
+SEED = os.environ.get("FIT3D_FAULTS_SEED", "0")
+
+Judge = Callable[[Iterable[Verdict]], None]
+_PROPERTY = "fault"
+
+
+@pytest.fixture
+def judge(record_property: Callable[[str, object], None]) -> Judge:
+    """Asserts that all attempts of a campaign were survived, and counts them for the table."""
+
+    def count_and_assert(verdicts: Iterable[Verdict]) -> None:
+        verdicts = list(verdicts)
+        for verdict in verdicts:
+            record_property(_PROPERTY, [verdict.row, verdict.failure])
+        failed = [f"{verdict.row}, {verdict.case}: {verdict.text}" for verdict in verdicts if verdict.failure]
+        assert not failed, f"{len(failed)} of {len(verdicts)}\n" + "\n".join(failed)
+
+    return count_and_assert
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the table, also of several processes: counts travel with the reports."""
+    reports = [report for name in ("passed", "failed") for report in terminalreporter.stats.get(name, [])]
+    counts = Counter(tuple(value) for report in reports for name, value in report.user_properties if name == _PROPERTY)
+    if not counts:
+        return
+    terminalreporter.section(f"attempts and what was not survived (seed {SEED})")
+    terminalreporter.write_line(f"| {'':40} | attempts | survived | " + " | ".join(FAILURES) + " |")
+    terminalreporter.write_line("|---" * (3 + len(FAILURES)) + "|")
+    for row in [*sorted({row for row, _ in counts}), "all"]:
+        by_failure = Counter[str]()
+        for (name, failure), number in counts.items():
+            by_failure[failure] += number if row in (name, "all") else 0
+        failed = " | ".join(f"{by_failure[failure]:{len(failure)}}" for failure in FAILURES)
+        terminalreporter.write_line(f"| {row:40} | {by_failure.total():8} | {by_failure['']:8} | {failed} |")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +56,30 @@ class Outcome:
     """Everything that was printed."""
     num_operations: int = 0
     """Operations below the work folder."""
+    had_error: bool = False
+    """Whether the error of the fault was raised."""
+
+
+FAILURES = ("traceback", "hang", "silent", "code", "other")
+"""How an attempt fails: a traceback; no end; other results without a word; strangers' code that ran; anything else."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one attempt showed."""
+
+    row: str
+    """Of the table that the suite prints."""
+    case: str
+    """Which attempt of them it was."""
+    failure: str = ""
+    """One of `FAILURES`; empty where the attempt was survived."""
+    text: str = ""
+    """What was seen instead."""
+
+    def fail(self, failure: str, text: str) -> "Verdict":
+        """The same attempt, failed; what is not among `FAILURES` is `other`."""
+        return replace(self, failure=failure if failure in FAILURES else "other", text=f"{failure}: {text[-2500:]}")
 
 
 def attempt(
@@ -91,13 +115,14 @@ def attempt(
         child.kill()
         child.join()
         return Outcome("hang", _read(log))
-    text, count = _read(log), int(_read(counter) or 0)
+    text, counted = _read(log), _read(counter).split()
+    count, had_error = int(counted[0] if counted else 0), "error" in counted
     # Two threads that start children disturb what `multiprocessing` knows of exit codes: the child writes its own.
     code = int(_read(ended) or (child.exitcode if child.exitcode and child.exitcode < 0 else -signal.SIGKILL))
     if "Traceback (most recent call last)" in text:
-        return Outcome("traceback", text, count)
+        return Outcome("traceback", text, count, had_error)
     kinds = {0: "done", 1: "sentence", 130: "interrupted", -signal.SIGKILL: "killed"}
-    return Outcome(kinds.get(code, f"exit {code}"), text, count)
+    return Outcome(kinds.get(code, f"exit {code}"), text, count, had_error)
 
 
 def run_all(items: Sequence[Item], function: Callable[[Item], Any]) -> list[Any]:
@@ -185,6 +210,7 @@ def install(fault: Fault, folder: Path) -> None:
                 if fault.at and number[0] == fault.at and not fault.error:
                     os.kill(os.getpid(), fault.signal)
                 if fault.at and number[0] >= fault.at and fault.error and name not in ("unlink", "remove", "rmdir"):
+                    os.pwrite(counter, b" error", 8)
                     raise OSError(fault.error, os.strerror(fault.error), str(target))
             return original(target, *rest, **named)
 

@@ -48,7 +48,9 @@ def mutate_json(content: bytes, random_: random.Random) -> bytes:
         del place[key]
     else:
         place[key] = random_.choice(STRANGE)
-    return json.dumps(value).encode()
+    # The value may have stood there already.
+    damaged = json.dumps(value)
+    return content if damaged == json.dumps(json.loads(content)) else damaged.encode()
 
 
 def mutate_safetensors(content: bytes, random_: random.Random) -> bytes:
@@ -68,6 +70,9 @@ def mutate_embedded_json(content: bytes, random_: random.Random) -> bytes:
     header = json.loads(content[8 : 8 + length])
     metadata = header["__metadata__"]
     key = random_.choice(sorted(key for key in metadata if metadata[key].startswith(("{", "["))))
-    metadata[key] = mutate_json(metadata[key].encode(), random_).decode(errors="replace")
+    damaged = mutate_json(metadata[key].encode(), random_).decode(errors="replace")
+    if damaged == metadata[key]:
+        return content
+    metadata[key] = damaged
     packed = json.dumps(header).encode()
     return struct.pack("<Q", len(packed)) + packed + content[8 + length :]

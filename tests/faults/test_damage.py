@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import IS_NIGHTLY
-from tests.faults.harness import Fault, attempt, call_main, copy_folder, run_all
+from tests.faults.conftest import IS_NIGHTLY, SEED, Judge
+from tests.faults.harness import Fault, Verdict, attempt, call_main, copy_folder, run_all
 from tests.faults.mutations import mutate_bytes, mutate_embedded_json, mutate_json, mutate_safetensors
-from tests.faults.world import CANARY, COMMANDS, Command, collect_results
+from tests.faults.world import CANARY, COMMANDS, Command, collect_results, find_differences
 
-NUM_MUTATIONS = 3000 if IS_NIGHTLY else 30
+NUM_MUTATIONS = 1000 if IS_NIGHTLY else 30
 """Of each kind of file."""
 
 Mutate = Callable[[bytes, random.Random], bytes]
@@ -80,7 +80,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_damage__is_found_or_harmless(name: str, base: Path, tmp_path: Path) -> None:
+def test_damage__is_found_or_harmless(name: str, base: Path, tmp_path: Path, judge: Judge) -> None:
     kind = KINDS[name]
     start = copy_folder(base, tmp_path / "start")
     for command in kind.prepare:
@@ -93,26 +93,25 @@ def test_damage__is_found_or_harmless(name: str, base: Path, tmp_path: Path) -> 
     assert outcome.kind == "done", outcome.text
     expected = collect_results(intact / kind.command.results)
 
-    def damage_and_read(number: int) -> str:
-        random_ = random.Random(f"{name} {number}")
+    def damage_and_read(number: int) -> Verdict:
+        random_ = random.Random(f"{SEED} {name} {number}")
         folder = copy_folder(start, tmp_path / str(number))
         path = folder / random_.choice(matches).relative_to(start)
+        verdict = Verdict(f"damage: {name}", f"{number}, {path.name}")
         content = path.read_bytes()
         damaged = random_.choice(kind.mutate)(content, random_)
         path.write_bytes(damaged)
         canary = folder / CANARY
         outcome = attempt(kind.command.function, kind.command.arguments, folder, seconds=40, memory_gb=2)
-        problem = ""
         if outcome.kind not in ("done", "sentence"):
-            problem = f"{outcome.kind}\n{outcome.text[-1500:]}"
+            verdict = verdict.fail(outcome.kind, outcome.text)
         elif outcome.kind == "done" and kind.is_ours and damaged != content:
             found = collect_results(folder / kind.command.results)
-            different = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
-            problem = f"silent: other results in {different}" if different else ""
+            if different := find_differences(expected, found):
+                verdict = verdict.fail("silent", f"other results in {different}")
         if canary.exists():
-            problem = f"code ran: {outcome.text[-500:]}"
+            verdict = verdict.fail("code", outcome.text)
         shutil.rmtree(folder)
-        return f"{number}, {path.name}: {problem}" if problem else ""
+        return verdict
 
-    problems = [problem for problem in run_all(range(NUM_MUTATIONS), damage_and_read) if problem]
-    assert not problems, f"{len(problems)} of {NUM_MUTATIONS}\n" + "\n".join(problems)
+    judge(run_all(range(NUM_MUTATIONS), damage_and_read))

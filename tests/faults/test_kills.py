@@ -1,5 +1,7 @@
 """Killed at the N-th file operation, a command that is run again ends as if it had never been killed."""
 
+import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -7,23 +9,21 @@ from typing import Any
 import pytest
 
 from fit3d_ns.utils.files import lock_folder
-from tests.faults.conftest import IS_NIGHTLY, run_undisturbed, start_folder
-from tests.faults.harness import Fault, attempt, find_litter, run_all
-from tests.faults.world import COMMANDS, RUN, collect_results
-
-NUM_POINTS = 2
+from tests.faults.conftest import IS_NIGHTLY, SEED, Judge, run_undisturbed, start_folder
+from tests.faults.harness import Fault, Verdict, attempt, find_litter, run_all
+from tests.faults.world import COMMANDS, RUN, collect_results, find_differences
 
 
-def choose_points(number: int) -> list[int]:
-    """The first and the last operation, where windows of a writer open and close, and some between."""
-    if IS_NIGHTLY or number <= NUM_POINTS:
+def choose_points(name: str, number: int) -> list[int]:
+    """The first and the last operation, where windows of a writer open and close, and one between; all at night."""
+    if IS_NIGHTLY:
         return list(range(1, number + 1))
-    return sorted({1 + round(index * (number - 1) / (NUM_POINTS - 1)) for index in range(NUM_POINTS)})
+    return sorted({1, random.Random(f"{SEED} {name}").randint(1, number), number})
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_kill__a_second_run_ends_as_the_undisturbed_one(
-    name: str, base: Path, undisturbed: dict[str, Any], tmp_path: Path
+    name: str, base: Path, undisturbed: dict[str, Any], tmp_path: Path, judge: Judge
 ) -> None:
     """Also after SIGTERM, which is Ctrl-C at any moment."""
     command = COMMANDS[name]
@@ -31,27 +31,28 @@ def test_kill__a_second_run_ends_as_the_undisturbed_one(
     number = outcome.num_operations
     assert number > 2
 
-    def disturb_and_repeat(fault: Fault) -> str:
+    def disturb_and_repeat(fault: Fault) -> Verdict:
+        verdict = Verdict(f"{signal.Signals(fault.signal).name}: {name}", f"operation {fault.at}")
         folder = start_folder(base, command, tmp_path / f"{fault.at}-{fault.signal}")
         disturbed = attempt(command.function, command.arguments, folder, fault=fault, seconds=300)
         wanted = ("killed",) if fault.signal == signal.SIGKILL else ("interrupted", "done")
         if disturbed.kind not in wanted:
-            return f"{fault}: {disturbed.kind}\n{disturbed.text[-1500:]}"
+            return verdict.fail(disturbed.kind, disturbed.text)
         arguments = command.arguments
         if command.again is not None and any(folder.rglob("*.ckpt")):
             arguments = command.again
         again = attempt(command.function, arguments, folder, seconds=300)
         if again.kind != "done":
-            return f"{fault}: then {again.kind}\n{again.text[-1500:]}"
-        found = collect_results(folder / command.results)
-        different = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
+            return verdict.fail(again.kind, f"the second run: {again.text[-2000:]}")
+        if different := find_differences(expected, collect_results(folder / command.results)):
+            return verdict.fail("silent", f"other results in {different}")
         litter = find_litter(folder)
-        return f"{fault}: other results in {different}, litter {litter}" if different or litter else ""
+        shutil.rmtree(folder)
+        return verdict.fail("litter", str(litter)) if litter else verdict
 
-    faults = [Fault(point) for point in choose_points(number)]
+    faults = [Fault(point) for point in choose_points(name, number)]
     faults += [Fault(point, signal=signal.SIGTERM) for point in ((1 + number) // 2, number)[: 2 if IS_NIGHTLY else 1]]
-    problems = [problem for problem in run_all(faults, disturb_and_repeat) if problem]
-    assert not problems, "\n".join(problems)
+    judge(run_all(faults, disturb_and_repeat))
 
 
 FLAGS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pycolmap  # noqa: F401
 import sklearn.neighbors  # noqa: F401
 import torch
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 import torchmetrics.image.lpip  # noqa: F401
 import tyro
 from PIL import Image

@@ -17,7 +17,7 @@ from tests.finetuning.finetuning_scene import BACKBONE, save_new_scene
 from tests.lift_capture import write_capture, write_gaussians
 from tests.report.report_records import write_probe
 
-__all__ = ["CANARY", "COMMANDS", "RUN", "Command", "build", "collect_results"]
+__all__ = ["CANARY", "COMMANDS", "RUN", "Command", "build", "collect_results", "find_differences"]
 
 CANARY = "code-ran"
 """A file that strangers' code would make."""
@@ -218,7 +218,7 @@ def collect_results(folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or "events.out.tfevents" in name:
+        if not path.is_file() or "tensorboard" in name or "events.out.tfevents" in name:
             continue
         results[name] = None
         if path.suffix == ".safetensors":
@@ -229,6 +229,11 @@ def collect_results(folder: Path) -> dict[str, Any]:
         if path.suffix == ".json":
             results[name] = _without_times(json.loads(path.read_text()))
     return results
+
+
+def find_differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Names of what one of two results has differently, or not at all."""
+    return sorted(key for key in {*expected, *found} if expected.get(key, ...) != found.get(key, ...))
 
 
 def _bits(value: torch.Tensor) -> bytes:
