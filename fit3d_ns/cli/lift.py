@@ -13,13 +13,13 @@ import tyro
 from fit3d_ns.cli.command import GROUP, UNSET, run_command
 from fit3d_ns.cli.export import describe_scene
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
-from fit3d_ns.features import BackboneDescription, FeatureCache, FeatureCacheConfig, describe_backbone
+from fit3d_ns.features import BackboneDescription, FeatureCache, describe_backbone
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_scene import (
     LIFT_HASH,
     LiftForecast,
-    check_dimensions,
+    LiftSetup,
     compute_lift_hash,
     find_finished,
     forecast_lift,
@@ -35,7 +35,7 @@ from fit3d_ns.lifting.sources import (
     warn_of_poor_fit,
 )
 from fit3d_ns.lifting.surfaces import Surface, SurfaceConfig, read_surface_source
-from fit3d_ns.scene import FeatureScene, load_scene, save_scene
+from fit3d_ns.scene import FeatureScene, load_scene
 from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import write_json
@@ -115,8 +115,8 @@ def lift(command: LiftCommand) -> None:
     _check(command)
     device = choose_device(command.device).type
     backbone = choose_backbone(command)
-    check_dimensions(command.lift, backbone)
-    cache = FeatureCache(FeatureCacheConfig(directory=command.feature_cache), backbone)
+    cache = FeatureCache(command.feature_cache, backbone)
+    setup = LiftSetup(cache, command.lift, command.options, device, command.include_sh)
     tasks = create_tasks(command, device)
     finish = partial(_write_metrics, backbone=backbone, device=device)
     if command.dry_run:
@@ -124,31 +124,23 @@ def lift(command: LiftCommand) -> None:
         for task in tasks:
             source = task.read()
             warn_of_poor_fit(source, compare_with_photographs(source, device))
-            forecasts.append(forecast_lift(source, cache, command.lift, command.options, device, command.include_sh))
+            forecasts.append(forecast_lift(source, setup))
         print("\n".join(map(describe_forecast, forecasts)))
         if len(tasks) > 1:
             print(f"{len(tasks)} scenes: about {sum(forecast.seconds for forecast in forecasts):.0f} s together")
         return
-    settings = (backbone, cache, command.lift, command.options)
     try:
         if command.shared_decoder:
-            lift_together(
-                tasks,
-                *settings,
-                device=device,
-                include_sh=command.include_sh,
-                overwrite=command.overwrite,
-                on_scene=finish,
-            )
+            lift_together(tasks, setup, overwrite=command.overwrite, on_scene=finish)
             return
         for task in tasks:
             source = task.read()
-            lift_hash = compute_lift_hash(source, backbone, command.lift, command.options, command.include_sh)
+            lift_hash = compute_lift_hash(source, setup)
             scene = None if command.overwrite else find_finished(task.output_path, lift_hash)
             if scene is None:
-                lifted, _ = lift_scene(source, *settings, device=device, state_path=task.state_path)
+                lifted, _ = lift_scene(source, setup, state_path=task.state_path)
                 scene = dataclasses.replace(lifted, metrics={**lifted.metrics, LIFT_HASH: lift_hash})
-                save_scene(scene, task.output_path, include_sh=command.include_sh)
+                setup.save(scene, task.output_path)
             finish(scene, task.output_path)
     except KeyboardInterrupt:
         for task in tasks:

@@ -3,7 +3,6 @@
 from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.features.cache import (
     FeatureCache,
-    FeatureCacheConfig,
     FeatureKey,
     LazyImage,
     compute_feature_key,
@@ -18,7 +17,6 @@ __all__ = [
     "PAPER_BACKBONES",
     "BackboneDescription",
     "FeatureCache",
-    "FeatureCacheConfig",
     "FeatureExtractor",
     "FeatureKey",
     "LazyImage",

@@ -30,10 +30,6 @@ from fit3d_ns.utils.files import hash_bytes
 
 Normalization = Literal["timm", "imagenet"]
 """`timm`: each model's own mean and deviation; `imagenet`: ImageNet's for all, as the paper's code does."""
-ResizeRule = Literal["bilinear", "bilinear-antialias"]
-"""`bilinear` samples four pixels, as both of the paper's stages do (cv2 and `F.interpolate` without antialias); the
-image shrinks by less than one patch, so there is little to alias. `bilinear-antialias` widens the filter by the scale
-factor, which matters for images of a few patches only."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -65,8 +61,8 @@ class BackboneDescription:
     """Class token plus registers."""
     normalization: Normalization = "timm"
     """Where `mean` and `std` come from."""
-    resize_rule: ResizeRule = "bilinear"
-    """How images are resized to the patch grid."""
+    resize_rule: str = "bilinear"
+    """How images are resized to the patch grid; there is one rule."""
     norm: bool = True
     """True if the final norm is applied to the last block's tokens."""
     is_random: bool = False
@@ -114,7 +110,7 @@ class BackboneDescription:
                     "--backbone or --backbone-weights where they are now."
                 )
         backbone, normalization = backbone or self.backbone, normalization or self.normalization
-        return describe_backbone(backbone, weights, normalization, norm=self.norm, resize_rule=self.resize_rule)
+        return describe_backbone(backbone, weights, normalization, norm=self.norm)
 
     def find_differences(self, other: "BackboneDescription") -> list[str]:
         """What would give other tokens for the same image, as "patch_size 14 against 16"; empty if nothing."""
@@ -142,7 +138,6 @@ def describe_backbone(
     normalization: Normalization = "timm",
     *,
     norm: bool = True,
-    resize_rule: ResizeRule = "bilinear",
 ) -> BackboneDescription:
     """Says what a backbone is without building it (timm makes it on torch's meta device) and without its weights.
 
@@ -160,7 +155,8 @@ def describe_backbone(
     if normalization == "timm":
         mean = tuple(map(float, source.mean or model.pretrained_cfg.get("mean", mean)))
         std = tuple(map(float, source.std or model.pretrained_cfg.get("std", std)))
-    parts = (source.architecture, source.model_args, source.weights_hash, mean, std, resize_rule, norm)
+    rule = BackboneDescription.resize_rule
+    parts = (source.architecture, source.model_args, source.weights_hash, mean, std, rule, norm)
     digest = hash_bytes(*(repr(part).encode() for part in parts))
     return BackboneDescription(
         backbone=backbone,
@@ -171,7 +167,6 @@ def describe_backbone(
         mean=mean,
         std=std,
         normalization=normalization,
-        resize_rule=resize_rule,
         norm=norm,
         weights_hash=source.weights_hash,
         is_random=source.is_random,

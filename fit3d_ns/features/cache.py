@@ -1,6 +1,6 @@
 """`FeatureCache`: tokens of images on disk, shared by runs and processes, and `extract_features`, which fills it.
 
-    DIRECTORY / <backbone identity> / <height>x<width>-<dtype> / <first two digits> / <hash of the pixels>.safetensors
+    DIRECTORY / <backbone identity> / <height>x<width>-float16 / <first two digits> / <hash of the pixels>.safetensors
 
 Everything that decides the tokens is in the path: the identity names architecture, weights, normalisation, resize rule
 and norm. So a file is right or damaged, never out of date, and there is no index: 140,000 images need as many files and
@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -33,16 +32,6 @@ _MAX_PENDING_BATCHES = 4
 
 
 @dataclass(frozen=True)
-class FeatureCacheConfig:
-    """Where extracted feature maps are kept between runs."""
-
-    directory: Path = Path("cache/features")
-    """Root folder; one subfolder per backbone and resolution."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """Storage type on disk; `float16` halves the size (1.95 MB for DINOv2-small at 876x584)."""
-
-
-@dataclass(frozen=True)
 class FeatureKey:
     """Names one image by its content and its size in pixels, as the extractor gets it."""
 
@@ -52,29 +41,18 @@ class FeatureKey:
     width: int
 
 
-@dataclass(frozen=True, eq=False)
-class CachedTokens:
-    """Tokens of one image as they lie on disk, memory-mapped; copy them to keep them."""
-
-    patch_tokens: Float[Tensor, "h w embed"]
-    """The token map, float16 unless the cache is configured otherwise."""
-    prefix_tokens: Float[Tensor, "prefix embed"]
-    """Class token first, then registers."""
-
-
 class FeatureCache:
-    """The files of one backbone."""
+    """The files of one backbone in a folder that runs share: 1.95 MB an image for DINOv2-small at 876x584."""
 
-    def __init__(self, config: FeatureCacheConfig, description: BackboneDescription) -> None:
-        self.config = config
+    def __init__(self, directory: Path, description: BackboneDescription) -> None:
+        self.directory = Path(directory)
         self.description = description
-        self.folder = Path(config.directory) / description.identity
-        self._dtype = torch.float16 if config.dtype == "float16" else torch.float32
+        self.folder = self.directory / description.identity
 
     def get_path(self, key: FeatureKey) -> Path:
         """Where the tokens of an image are or will be."""
-        size = f"{key.height}x{key.width}-{self.config.dtype}"
-        return self.folder / size / key.pixels_hash[:2] / f"{key.pixels_hash}.safetensors"
+        name = key.pixels_hash
+        return self.folder / f"{key.height}x{key.width}-float16" / name[:2] / f"{name}.safetensors"
 
     def contains(self, key: FeatureKey) -> bool:
         """True if the image's tokens are there and whole; a damaged file is reported and counts as missing."""
@@ -82,10 +60,10 @@ class FeatureCache:
         found = self._read(key) if path.is_file() else None
         if isinstance(found, str):
             notice(f"Cached features are damaged and extracted again: {found}")
-        return isinstance(found, CachedTokens)
+        return isinstance(found, Tensor)
 
-    def load(self, key: FeatureKey) -> CachedTokens:
-        """Reads the tokens of an image; ValueError where they are not there, or damaged."""
+    def load(self, key: FeatureKey) -> Float[Tensor, "h w embed"]:
+        """The patch tokens of an image, mapped from its file, float16; ValueError where they are missing or damaged."""
         path = self.get_path(key)
         if not path.is_file():
             raise ValueError(f"No cached features at {path}; start the run again to extract them.")
@@ -107,23 +85,23 @@ class FeatureCache:
         tensors = {"patch_tokens": patch_tokens, "prefix_tokens": prefix_tokens}
         path = self.get_path(key)
         for name, tensor in tensors.items():
-            tensors[name] = tensor = tensor.detach().to("cpu", self._dtype).contiguous()
+            tensors[name] = tensor = tensor.detach().to("cpu", torch.float16).contiguous()
             if not torch.isfinite(tensor).all():
                 raise ValueError(
-                    f"Some {name} of {self.description.label} are NaN or too large for {self.config.dtype}; "
-                    "check the weights, or store float32."
+                    f"Some {name} of {self.description.label} are NaN or too large for half precision; check the "
+                    "weights."
                 )
         try:
             save_tensors(path, tensors, {"schema": _SCHEMA, "backbone": json.dumps(self.description.to_metadata())})
         except ValueError as error:
             raise ValueError(
-                f"{error} The feature cache is {self.config.directory}; --feature-cache names another (ns-train: "
+                f"{error} The feature cache is {self.directory}; --feature-cache names another (ns-train: "
                 "--pipeline.datamanager.feature-cache)."
             ) from error
         return path
 
-    def _read(self, key: FeatureKey) -> CachedTokens | str:
-        """The tokens, or what is wrong with the file."""
+    def _read(self, key: FeatureKey) -> Tensor | str:
+        """The patch tokens, or what is wrong with the file."""
         path = self.get_path(key)
         try:
             file = open_tensors(path, known=("schema", "backbone", "checksum"))
@@ -140,9 +118,9 @@ class FeatureCache:
             "prefix_tokens": (description.num_prefix_tokens, description.embed_dim),
         }
         for name, shape in expected.items():
-            if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != self._dtype:
-                return f"{path}: {name} is not {list(shape)} of {self.config.dtype}"
-        return CachedTokens(tensors["patch_tokens"], tensors["prefix_tokens"])
+            if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != torch.float16:
+                return f"{path}: {name} is not {list(shape)} of float16"
+        return tensors["patch_tokens"]
 
 
 def extract_features(

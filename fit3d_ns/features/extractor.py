@@ -11,7 +11,6 @@ from fit3d_ns.features.adapters import attach_adapter
 from fit3d_ns.features.backbones import (
     BackboneDescription,
     Normalization,
-    ResizeRule,
     create_timm_model,
     describe_backbone,
     download_timm_model,
@@ -64,7 +63,6 @@ def create_extractor(
     dtype: torch.dtype = torch.float32,
     normalization: Normalization = "timm",
     norm: bool = True,
-    resize_rule: ResizeRule = "bilinear",
 ) -> FeatureExtractor:
     """Builds a frozen backbone and loads its weights.
 
@@ -76,7 +74,7 @@ def create_extractor(
     Raises:
         ValueError: Unknown backbone, weights that are missing or do not fit, or a download that failed.
     """
-    model = create_token_model(backbone, weights, normalization=normalization, norm=norm, resize_rule=resize_rule)
+    model = create_token_model(backbone, weights, normalization=normalization, norm=norm)
     return FeatureExtractor(model, device, dtype)
 
 
@@ -86,7 +84,6 @@ def create_token_model(
     *,
     normalization: Normalization = "timm",
     norm: bool = True,
-    resize_rule: ResizeRule = "bilinear",
 ) -> TokenModel:
     """Builds a backbone with its weights for training, on the CPU, in float32; arguments as in `create_extractor`.
 
@@ -99,7 +96,7 @@ def create_token_model(
                 f"The weights of {description.backbone} changed while they were in use; start the command again."
             )
     else:
-        description = describe_backbone(backbone, weights, normalization, norm=norm, resize_rule=resize_rule)
+        description = describe_backbone(backbone, weights, normalization, norm=norm)
     # Building a model must not draw from the global generator.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(RANDOM_SEED, "weights", description.architecture))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.features.backbones import BackboneDescription, ResizeRule
+from fit3d_ns.features.backbones import BackboneDescription
 
 _UNUSED_MODULES = ("fc_norm", "attn_pool", "head", "head_dist")
 
@@ -73,7 +73,7 @@ class TokenModel(nn.Module):
         """Tokens of several blocks before the final norm, whatever the description says."""
         description = self.description
         patch_grid = compute_patch_grid(images.shape[-2], images.shape[-1], description.patch_size)
-        fitted = fit_to_patch_grid(images, description.patch_size, description.resize_rule)
+        fitted = fit_to_patch_grid(images, description.patch_size)
         # (3,) -> (3, 1, 1)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (description.mean, description.std))
         has_prefix = description.num_prefix_tokens > 0
@@ -107,13 +107,15 @@ def compute_patch_grid(height: int, width: int, patch_size: int) -> tuple[int, i
 
 
 def fit_to_patch_grid(
-    images: Float[Tensor, "batch channels height width"], patch_size: int, resize_rule: ResizeRule = "bilinear"
+    images: Float[Tensor, "batch channels height width"], patch_size: int
 ) -> Float[Tensor, "batch channels fitted_height fitted_width"]:
-    """Resizes to the floor multiple of the patch size; images that are one already are returned as they are."""
+    """Resizes to the floor multiple of the patch size; images that are one already are returned as they are.
+
+    Four pixels are sampled, as in both of the paper's stages: shrinking by less than a patch leaves little to alias.
+    """
     height, width = images.shape[-2:]
     rows, columns = compute_patch_grid(height, width, patch_size)
     size = (rows * patch_size, columns * patch_size)
-    antialias = resize_rule == "bilinear-antialias"
     if size == (height, width):
         return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=antialias)
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fit3d_ns.lifting.passes import Progress, list_decisive
 from fit3d_ns.lifting.solver import LiftResult, solve_features
 from fit3d_ns.lifting.sources import LiftSource, compare_with_photographs, warn_of_poor_fit
 from fit3d_ns.lifting.views import ChosenViews, LiftView, choose_views, fit_picture_basis, load_views
-from fit3d_ns.scene import FeatureScene, Gaussians, load_scene
+from fit3d_ns.scene import FeatureScene, Gaussians, load_scene, save_scene
 from fit3d_ns.scene.posed_capture import record_capture
 from fit3d_ns.scene.scene_file import TRAINING_SECONDS
 from fit3d_ns.utils.files import hash_bytes
@@ -34,6 +34,37 @@ from fit3d_ns.utils.selection import select_evenly
 
 LIFT_HASH = "lift_hash"
 """Metric of a scene: which lift it came from."""
+
+
+@dataclass(frozen=True)
+class LiftSetup:
+    """What all lifts of a command share: the backbone with its cached tokens, settings, and where to work.
+
+    ValueError where the features have more dimensions than a token; known before anything is computed.
+    """
+
+    cache: FeatureCache
+    """Of the backbone whose tokens are lifted; its weights are read only if tokens are missing."""
+    config: LiftConfig
+    options: LiftSceneConfig = field(default_factory=LiftSceneConfig)
+    device: str = "cpu"
+    include_sh: bool = False
+    """As in `save_scene`."""
+
+    def __post_init__(self) -> None:
+        backbone, feature_dim = self.backbone, self.config.feature_dim
+        if feature_dim > backbone.embed_dim:
+            raise ValueError(
+                f"feature_dim {feature_dim} exceeds the width {backbone.embed_dim} of {backbone.label}'s tokens; "
+                f"choose --feature-dim {backbone.embed_dim} or less."
+            )
+
+    @property
+    def backbone(self) -> BackboneDescription:
+        return self.cache.description
+
+    def save(self, scene: FeatureScene, path: Path) -> None:
+        save_scene(scene, path, include_sh=self.include_sh)
 
 
 @dataclass(frozen=True)
@@ -61,23 +92,10 @@ class LiftForecast:
         return self.token_seconds + self.solve_seconds + self.evaluation_seconds
 
 
-def check_dimensions(config: LiftConfig, backbone: BackboneDescription) -> None:
-    """Raises ValueError if more dimensions are asked for than a token has; known before anything is computed."""
-    if config.feature_dim > backbone.embed_dim:
-        raise ValueError(
-            f"feature_dim {config.feature_dim} exceeds the width {backbone.embed_dim} of {backbone.label}'s tokens; "
-            f"choose --feature-dim {backbone.embed_dim} or less."
-        )
-
-
 def lift_scene(
     source: LiftSource,
-    backbone: BackboneDescription,
-    cache: FeatureCache,
-    config: LiftConfig,
-    options: LiftSceneConfig | None = None,
+    setup: LiftSetup,
     *,
-    device: torch.device | str = "cpu",
     state_path: Path | None = None,
     progress: Progress | None = None,
     basis: PcaBasis | None = None,
@@ -86,24 +104,21 @@ def lift_scene(
     """Lifts a backbone's tokens onto a source: the scene on the CPU with its metrics, and everything the solve found.
 
     Args:
-        backbone: Whose tokens; its weights are read only if tokens are missing in the cache.
         state_path: Where an interrupted solve is kept and found again; nowhere by default.
         progress: A progress bar by default.
         basis: Space of the features, if other scenes share it; fitted to this scene's tokens by default.
         pca: Directions and colours of pictures, if other scenes share them; fitted by default.
 
     Raises:
-        ValueError: What `solve_features` and `extract_features` refuse, or a feature dimension above the tokens' width.
+        ValueError: What `solve_features` and `extract_features` refuse.
     """
-    options = options or LiftSceneConfig()
-    check_dimensions(config, backbone)
-    timer = PhaseTimer()
+    config, options, device, timer = setup.config, setup.options, setup.device, PhaseTimer()
     chosen = choose_views(source.capture, options.views)
     with timer.phase("photographs"):
         fit = compare_with_photographs(source, device)
     warn_of_poor_fit(source, fit)
     with timer.phase("tokens"):
-        views = load_views(source.capture, [*chosen.lifted, *chosen.held_out], cache, options, device)
+        views = load_views(source.capture, [*chosen.lifted, *chosen.held_out], setup.cache, options, device)
     lifted, held_out = views[: len(chosen.lifted)], views[len(chosen.lifted) :]
     is_resumed = state_path is not None and state_path.is_file()
     if is_resumed:
@@ -114,14 +129,14 @@ def lift_scene(
             lifted,
             config,
             basis=basis,
-            backbone=backbone.identity,
+            backbone=setup.backbone.identity,
             state_path=state_path,
             progress=progress or bar,
         )
     with timer.phase("pictures"):
         own = fit_picture_basis(lifted)
     keep = torch.ones_like(result.is_valid) if not options.drop_unseen else ~result.is_unseen
-    scene = _create_scene(source, result, keep.cpu(), own if pca is None else pca, backbone)
+    scene = _create_scene(source, result, keep.cpu(), own if pca is None else pca, setup.backbone)
     with timer.phase("evaluation"):
         metrics = _measure_dropping(scene, source, chosen, device)
         metrics |= measure_held_out(scene, held_out, own.mean, device)
@@ -150,7 +165,7 @@ def measure_held_out(
     scene: FeatureScene,
     held_out: Sequence[LiftView],
     mean_token: Float[Tensor, " embed"],
-    device: torch.device | str = "cpu",
+    device: str,
 ) -> dict[str, Any]:
     """Metrics of a scene on views that it was not lifted from; none, with a notice, where that cannot be measured.
 
@@ -182,13 +197,7 @@ def measure_held_out(
     }
 
 
-def compute_lift_hash(
-    source: LiftSource,
-    backbone: BackboneDescription,
-    config: LiftConfig,
-    options: LiftSceneConfig,
-    include_sh: bool = False,
-) -> str:
+def compute_lift_hash(source: LiftSource, setup: LiftSetup) -> str:
     """What a scene file depends on: source, photographs (by name and size), backbone and settings; one that is finished
     has it among its metrics, as `LIFT_HASH`."""
     frames = [view.frame for view in source.capture.views]
@@ -197,12 +206,12 @@ def compute_lift_hash(
         "capture": record_capture(source.capture),
         "sizes": [path.stat().st_size if path.is_file() else None for path in files],
         "rendering": [source.rasterize_mode, source.eps2d, *([source.recipe] if source.recipe else [])],
-        "backbone": backbone.identity,
-        "config": list_decisive(config),
-        "options": [options.views, options.drop_unseen, include_sh],
+        "backbone": setup.backbone.identity,
+        "config": list_decisive(setup.config),
+        "options": [setup.options.views, setup.options.drop_unseen, setup.include_sh],
     }
     # What the lift itself finds is no part of what it starts from: a scene file may be lifted onto itself.
-    found = {"features", "blend_weight", "num_views", "feature_variance", *(() if include_sh else ("sh_rest",))}
+    found = {"features", "blend_weight", "num_views", "feature_variance", *(() if setup.include_sh else ("sh_rest",))}
     tensors = [tensor for name, tensor in source.gaussians.tensors().items() if name not in found and not source.recipe]
     return hash_bytes(
         json.dumps(content).encode(), *(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)
@@ -220,20 +229,13 @@ def find_finished(path: Path, lift_hash: str) -> FeatureScene | None:
     return scene if scene.metrics.get(LIFT_HASH) == lift_hash else None
 
 
-def forecast_lift(
-    source: LiftSource,
-    cache: FeatureCache,
-    config: LiftConfig,
-    options: LiftSceneConfig | None = None,
-    device: torch.device | str = "cpu",
-    include_sh: bool = False,
-) -> LiftForecast:
+def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:
     """Lifts the middle view alone, twice (kernels are compiled and files are read in the first), and counts.
 
-    The view's tokens stay in the cache. `include_sh` is that of `save_scene`. ValueError as in `lift_scene`.
+    The view's tokens stay in the cache. ValueError as in `lift_scene`.
     """
-    options = options or LiftSceneConfig()
-    chosen = choose_views(source.capture, options.views)
+    cache, config, device = setup.cache, setup.config, setup.device
+    chosen = choose_views(source.capture, setup.options.views)
     num_views, num_held_out = len(chosen.lifted), len(chosen.held_out)
     sample = chosen.lifted[num_views // 2]
     start = time.perf_counter()
@@ -241,7 +243,7 @@ def forecast_lift(
     key = compute_feature_key(image)
     read_seconds = time.perf_counter() - start
     is_cached = cache.contains(key)
-    views = load_views(source.capture, [sample], cache, options, device)
+    views = load_views(source.capture, [sample], cache, setup.options, device)
     backbone_seconds = 0.0
     if not is_cached:
         # The first pass of a backbone also reads its weights: the second is timed, on tokens that are thrown away.
@@ -271,7 +273,7 @@ def forecast_lift(
         + config.polish_steps * result.seconds["polish"]
     )
     kept_mb = (num_kept - 1) * prepared.num_bytes / 1e6
-    stored = source.gaussians if include_sh else replace(source.gaussians, sh_rest=None)
+    stored = source.gaussians if setup.include_sh else replace(source.gaussians, sh_rest=None)
     # Features are stored in two bytes each.
     bytes_per_gaussian = stored.bytes_per_gaussian + 2 * (config.feature_dim - stored.feature_dim)
     decoder_bytes = 4 * 9 * config.feature_dim * cache.description.embed_dim
@@ -326,9 +328,7 @@ def _create_scene(
     )
 
 
-def _measure_dropping(
-    scene: FeatureScene, source: LiftSource, chosen: ChosenViews, device: torch.device | str
-) -> dict[str, Any]:
+def _measure_dropping(scene: FeatureScene, source: LiftSource, chosen: ChosenViews, device: str) -> dict[str, Any]:
     """What leaving out Gaussians changed in lifted views."""
     if scene.gaussians.num_gaussians == source.gaussians.num_gaussians:
         return {}
@@ -340,7 +340,7 @@ def _measure_dropping(
     return {"largest_change_by_dropping": max(changes)}
 
 
-def _measure_memory_mb(device: torch.device | str) -> float:
+def _measure_memory_mb(device: str) -> float:
     """Peak memory in 1e6 bytes: of the device on CUDA, resident on the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6

@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, fit_pca
-from fit3d_ns.features import BackboneDescription, FeatureCache
-from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit_decoder, fit_token_basis
 from fit3d_ns.lifting.lift_scene import (
     LIFT_HASH,
-    check_dimensions,
+    LiftSetup,
     compute_lift_hash,
     find_finished,
     lift_scene,
@@ -27,7 +25,7 @@ from fit3d_ns.lifting.lift_scene import (
 from fit3d_ns.lifting.passes import compute_identity
 from fit3d_ns.lifting.sources import LiftSource
 from fit3d_ns.lifting.views import MAX_PICTURE_TOKENS, choose_views, load_views, sample_tokens
-from fit3d_ns.scene import FeatureScene, load_scene, save_scene
+from fit3d_ns.scene import FeatureScene, load_scene
 from fit3d_ns.utils.files import hash_bytes, remove
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
@@ -55,13 +53,8 @@ class LiftTask:
 
 def lift_together(
     tasks: Sequence[LiftTask],
-    backbone: BackboneDescription,
-    cache: FeatureCache,
-    config: LiftConfig,
-    options: LiftSceneConfig | None = None,
+    setup: LiftSetup,
     *,
-    device: torch.device | str = "cpu",
-    include_sh: bool = False,
     overwrite: bool = False,
     on_scene: Callable[[FeatureScene, Path], None] = lambda scene, path: None,
 ) -> None:
@@ -69,9 +62,7 @@ def lift_together(
 
     ValueError for no scene, and as in `lift_scene` and `save_scene`.
     """
-    options = options or LiftSceneConfig()
-    check_dimensions(config, backbone)
-    own = [compute_lift_hash(task.read(), backbone, config, options, include_sh) for task in tasks]
+    own = [compute_lift_hash(task.read(), setup) for task in tasks]
     # Each depends on all.
     hashes = [hash_bytes(text.encode(), *(other.encode() for other in own)) for text in own]
     finished = [] if overwrite else list(map(find_finished, (task.output_path for task in tasks), hashes))
@@ -82,46 +73,41 @@ def lift_together(
             remove(task.sums_path)
         return
     notice(f"Tokens of {len(tasks)} scenes, for the basis they share")
-    basis, pca = fit_shared_space(tasks, cache, config, options, device)
+    basis, pca = fit_shared_space(tasks, setup)
     statistics = []
     for number, task in enumerate(tasks, start=1):
         notice(f"[{number}/{len(tasks)}] {task.output_path.name}")
-        statistics.append(_lift(task, basis, pca, backbone, cache, config, options, device, include_sh))
-    decoder = fit_decoder(statistics, basis, config.decoder_ridge).requires_grad_(False).cpu()
+        statistics.append(_lift(task, setup, basis, pca))
+    decoder = fit_decoder(statistics, basis, setup.config.decoder_ridge).requires_grad_(False).cpu()
     for task, lift_hash in zip(tasks, hashes, strict=True):
         scene = replace(load_scene(task.output_path), decoder=decoder)
-        held_out = choose_views(scene.posed_capture, options.views).held_out
-        views = load_views(scene.posed_capture, held_out, cache, options, device)
-        measured = measure_held_out(scene, views, basis.mean, device)
+        held_out = choose_views(scene.posed_capture, setup.options.views).held_out
+        views = load_views(scene.posed_capture, held_out, setup.cache, setup.options, setup.device)
+        measured = measure_held_out(scene, views, basis.mean, setup.device)
         # The baseline's metrics stay those of the scene's own mean token.
         metrics = {name: value for name, value in measured.items() if not name.endswith("_mean_token")}
         metrics |= {"num_scenes_sharing_decoder": len(tasks), LIFT_HASH: lift_hash}
         scene = replace(scene, metrics={**scene.metrics, **metrics})
-        save_scene(scene, task.output_path, include_sh=include_sh)
+        setup.save(scene, task.output_path)
         on_scene(scene, task.output_path)
     for task in tasks:
         remove(task.sums_path)
 
 
-def fit_shared_space(
-    tasks: Sequence[LiftTask],
-    cache: FeatureCache,
-    config: LiftConfig,
-    options: LiftSceneConfig,
-    device: torch.device | str = "cpu",
-) -> tuple[PcaBasis, PcaBasis]:
+def fit_shared_space(tasks: Sequence[LiftTask], setup: LiftSetup) -> tuple[PcaBasis, PcaBasis]:
     """The basis of the tokens of all scenes, every view counting alike, and picture colours for all of them."""
     if not tasks:
         raise ValueError("There is no scene to lift.")
+    options, config, device = setup.options, setup.config, torch.device(setup.device)
     sums: PcaAccumulator | None = None
     samples = []
     for task in tasks:
         capture = task.read().capture
-        views = load_views(capture, choose_views(capture, options.views).lifted, cache, options, device)
+        views = load_views(capture, choose_views(capture, options.views).lifted, setup.cache, options, device)
         for view in views:
-            tokens = view.read_tokens(torch.device(device))
+            tokens = view.read_tokens(device)
             sums = sums or PcaAccumulator(tokens.shape[-1], device)
-            add_view_tokens(sums, tokens, view.read_mask(torch.device(device)))
+            add_view_tokens(sums, tokens, view.read_mask(device))
         samples.append(sample_tokens(views, MAX_PICTURE_TOKENS // len(tasks)))
     assert sums is not None
     basis = fit_token_basis(sums, config.feature_dim, centred=config.decoder_bias)
@@ -129,38 +115,26 @@ def fit_shared_space(
     return basis, fit_pca(rows, min(3, rows.shape[1]))
 
 
-def _lift(
-    task: LiftTask,
-    basis: PcaBasis,
-    pca: PcaBasis,
-    backbone: BackboneDescription,
-    cache: FeatureCache,
-    config: LiftConfig,
-    options: LiftSceneConfig,
-    device: torch.device | str,
-    include_sh: bool,
-) -> DecoderStatistics:
+def _lift(task: LiftTask, setup: LiftSetup, basis: PcaBasis, pca: PcaBasis) -> DecoderStatistics:
     """Lifts one scene and writes it with the decoder of its own, unless that has been done."""
-    source = task.read()
-    views = load_views(source.capture, choose_views(source.capture, options.views).lifted, cache, options, device)
-    gaussians = source.activate(device)
-    identity = compute_identity(gaussians, views, config, backbone.identity, basis)
-    identity["setting of the scene"] = json.dumps({**asdict(options), "include_sh": include_sh})
+    source, options, device = task.read(), setup.options, setup.device
+    lifted = choose_views(source.capture, options.views).lifted
+    views = load_views(source.capture, lifted, setup.cache, options, device)
+    identity = compute_identity(source.activate(device), views, setup.config, setup.backbone.identity, basis)
+    identity["setting of the scene"] = json.dumps({**asdict(options), "include_sh": setup.include_sh})
     found = _read_sums(task, identity, device)
     if found is not None:
         notice(f"{task.output_path.name} is lifted already.")
         return found
-    scene, result = lift_scene(
-        source, backbone, cache, config, options, device=device, state_path=task.state_path, basis=basis, pca=pca
-    )
-    save_scene(scene, task.output_path, include_sh=include_sh)
+    scene, result = lift_scene(source, setup, state_path=task.state_path, basis=basis, pca=pca)
+    setup.save(scene, task.output_path)
     sums = result.decoder_statistics
     tensors = {"regressors": sums.regressors, "products": sums.products}
     save_tensors(task.sums_path, tensors, _describe(identity, scene))
     return sums
 
 
-def _read_sums(task: LiftTask, identity: dict[str, str], device: torch.device | str) -> DecoderStatistics | None:
+def _read_sums(task: LiftTask, identity: dict[str, str], device: str) -> DecoderStatistics | None:
     """Statistics of the same lift, whose features its file still holds; else None."""
     if not task.sums_path.is_file() or not task.output_path.is_file():
         return None

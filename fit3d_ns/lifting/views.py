@@ -124,7 +124,7 @@ def load_views(
     by_name: dict[str, FeatureKey] = {view.name: key for view, key in zip(views, keys, strict=True)}
 
     def load_tokens(view: View) -> Float[Tensor, "h w embed"]:
-        return cache.load(by_name[view.name]).patch_tokens
+        return cache.load(by_name[view.name])
 
     return create_lift_views(capture, views, load_tokens)
 

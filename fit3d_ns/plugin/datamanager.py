@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import Split
 from fit3d_ns.features.backbones import describe_backbone
-from fit3d_ns.features.cache import FeatureCache, FeatureCacheConfig, FeatureKey, compute_feature_key, extract_features
+from fit3d_ns.features.cache import FeatureCache, FeatureKey, compute_feature_key, extract_features
 from fit3d_ns.features.tokens import compute_patch_grid
 from fit3d_ns.lifting.views import LiftView, create_lift_views
 from fit3d_ns.plugin.dataset import UndistortedDataset, get_feature_mask, get_photograph
@@ -106,7 +106,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
                 raise
             notice(f"{error} Going on without the backbone's own tokens: no feature metrics, no original picture.")
             return None
-        return FeatureCache(FeatureCacheConfig(directory=config.feature_cache), backbone)
+        return FeatureCache(config.feature_cache, backbone)
 
     def create_train_dataset(self) -> UndistortedDataset:
         """Training frames with pinhole cameras."""
@@ -133,7 +133,7 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
     def load_tokens(self, frame: dict[str, Any]) -> Float[Tensor, "h w embed"]:
         """Patch tokens of a loaded frame, in the cache's half precision; a ValueError where it does not have them."""
         assert self.cache is not None
-        return self.cache.load(_get_key(frame)).patch_tokens.to(self.device)
+        return self.cache.load(_get_key(frame)).to(self.device)
 
     def create_lift_views(self, camera_to_worlds: Float[Tensor, "views 3 4"]) -> list[LiftView]:
         """The training views as the lift takes them, at these poses; tokens are read when they are needed."""

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from fit3d_ns.features import (
     FeatureCache,
-    FeatureCacheConfig,
     FeatureKey,
     compute_feature_key,
     create_extractor,
@@ -40,33 +39,29 @@ def batch_shapes(monkeypatch):
     return built
 
 
-def _setup(tmp_path, **config):
-    return FeatureCache(FeatureCacheConfig(tmp_path, **config), describe_backbone(BACKBONE))
+def _setup(tmp_path):
+    return FeatureCache(tmp_path, describe_backbone(BACKBONE))
 
 
 def _extract(images, cache, **kwargs):
     return extract_features([lambda image=image: image for image in images], cache, **kwargs)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-10), ("float32", 1e-5)])
-def test_extract_features__stores_what_the_extractor_gives(tmp_path, batch_shapes, dtype, tolerance):
-    cache = _setup(tmp_path, dtype=dtype)
+def test_extract_features__stores_what_the_extractor_gives(tmp_path, batch_shapes):
+    cache, tolerance = _setup(tmp_path), 2**-10
     sizes = [(30, 45), (30, 45), (44, 28), (30, 45)]
     images = _images(sizes)
     keys = _extract(images, cache, batch_size=2)
     assert len(batch_shapes) == 1 and sorted(shape[0] for shape in batch_shapes[0]) == [1, 1, 2]
     extractor = create_extractor(BACKBONE)
     for image, key, (height, width) in zip(images, keys, sizes, strict=True):
-        tokens = cache.load(key)
+        tokens, prefix_tokens = cache.load(key), load_file(cache.get_path(key))["prefix_tokens"]
         expected = extractor((image.float() / 255).permute(2, 0, 1)[None])
-        assert tokens.patch_tokens.shape == (height // 14, width // 14, 16)
-        assert tokens.prefix_tokens.shape == (5, 16)
-        assert str(tokens.patch_tokens.dtype) == f"torch.{dtype}"
+        assert tokens.shape == (height // 14, width // 14, 16) and prefix_tokens.shape == (5, 16)
+        assert tokens.dtype == torch.float16
         # Half precision keeps 11 bits; tokens are of order one after the norm.
-        torch.testing.assert_close(tokens.patch_tokens.float(), expected.maps[0], rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(
-            tokens.prefix_tokens.float(), expected.prefix_tokens[0], rtol=tolerance, atol=tolerance
-        )
+        torch.testing.assert_close(tokens.float(), expected.maps[0], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(prefix_tokens.float(), expected.prefix_tokens[0], rtol=tolerance, atol=tolerance)
 
 
 def test_extract_features__builds_no_backbone_when_nothing_is_missing(tmp_path, batch_shapes):
@@ -198,18 +193,15 @@ def test_cache__folder_that_is_a_file_is_one_sentence(tmp_path):
 def test_cache__refuses_tokens_beyond_half_precision(tmp_path):
     cache = _setup(tmp_path)
     tokens = torch.full((2, 2, 16), 1e5)
-    with pytest.raises(ValueError, match="too large for float16; .*store float32"):
+    with pytest.raises(ValueError, match="too large for half precision"):
         cache.save(FeatureKey("0" * 16, 28, 28), tokens, torch.zeros(5, 16))
-    wide = FeatureCache(FeatureCacheConfig(tmp_path, dtype="float32"), cache.description)
-    wide.save(FeatureKey("0" * 16, 28, 28), tokens, torch.zeros(5, 16))
-    assert wide.load(FeatureKey("0" * 16, 28, 28)).patch_tokens.max() == 1e5
 
 
 def test_cache__layout_is_sharded_and_separate_by_backbone_and_size(tmp_path):
     cache = _setup(tmp_path)
     images = _images([(30, 45), (44, 28)])
     keys = _extract(images, cache)
-    other = FeatureCache(FeatureCacheConfig(tmp_path), describe_backbone(BACKBONE, norm=False))
+    other = FeatureCache(tmp_path, describe_backbone(BACKBONE, norm=False))
     assert not other.contains(keys[0])
     for key, size in zip(keys, ("30x45", "44x28"), strict=True):
         relative = cache.get_path(key).relative_to(tmp_path).parts
@@ -222,12 +214,12 @@ def test_cache__layout_is_sharded_and_separate_by_backbone_and_size(tmp_path):
 def test_cache__backbone_without_prefix_tokens(tmp_path):
     description = describe_backbone("random:test_vit3", norm=False)
     assert describe_backbone("random:tiny_plain16").num_prefix_tokens == 1
-    cache = FeatureCache(FeatureCacheConfig(tmp_path), description)
+    cache = FeatureCache(tmp_path, description)
     tokens = torch.ones(2, 2, description.embed_dim)
     prefix = torch.ones(description.num_prefix_tokens, description.embed_dim)
     key = FeatureKey("0" * 16, 2 * description.patch_size, 2 * description.patch_size)
     cache.save(key, tokens, prefix)
-    assert torch.equal(cache.load(key).prefix_tokens, prefix.half())
+    assert torch.equal(load_file(cache.get_path(key))["prefix_tokens"], prefix.half())
 
 
 def test_compute_feature_key__same_for_8_bit_and_float_forms_of_an_image():
@@ -251,15 +243,15 @@ def test_compute_feature_key__refuses_other_shapes_and_types():
 
 _WRITER = """
 import sys, torch
-from fit3d_ns.features import FeatureCache, FeatureCacheConfig, FeatureKey, describe_backbone
+from fit3d_ns.features import FeatureCache, FeatureKey, describe_backbone
 description = describe_backbone("random:vit_tiny_patch16_224")
-cache = FeatureCache(FeatureCacheConfig(sys.argv[1]), description)
+cache = FeatureCache(sys.argv[1], description)
 prefix = torch.zeros(1, 192)
 for _ in range(8):
     for index in range(6):
         key = FeatureKey(f"{index:016x}", 64, 64)
         cache.save(key, torch.full((4, 4, 192), float(index)), prefix)
-        assert cache.load(key).patch_tokens[0, 0, 0] == index
+        assert cache.load(key)[0, 0, 0] == index
 """
 
 

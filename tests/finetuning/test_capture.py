@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from fit3d_ns.data.images import load_image
 from fit3d_ns.data.layouts import read_capture
-from fit3d_ns.features import FeatureCache, FeatureCacheConfig, TokenModel, create_token_model, describe_backbone
+from fit3d_ns.features import FeatureCache, TokenModel, create_token_model, describe_backbone
 from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, TrainingViews
 from fit3d_ns.finetuning.losses import TokenModule
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.lift_scene import lift_scene
+from fit3d_ns.lifting.lift_scene import LiftSetup, lift_scene
 from fit3d_ns.lifting.sources import LiftSource
 from fit3d_ns.scene import Gaussians, create_posed_capture, save_scene
 from tests.finetuning.finetuning_scene import BACKBONE, HEIGHT, PATCH, WIDTH
@@ -71,9 +71,9 @@ def lift(root, folder):
     )
     capture = create_posed_capture(read_capture(root))
     description = describe_backbone(BACKBONE)
-    cache = FeatureCache(FeatureCacheConfig(folder / "tokens"), description)
+    cache = FeatureCache(folder / "tokens", description)
     scene, _ = lift_scene(
-        LiftSource(gaussians, capture, "made by a test"), description, cache, LiftConfig(feature_dim=4, max_passes=2)
+        LiftSource(gaussians, capture, "made by a test"), LiftSetup(cache, LiftConfig(feature_dim=4, max_passes=2))
     )
     save_scene(scene, folder / "scene.safetensors")
     return folder / "scene.safetensors"

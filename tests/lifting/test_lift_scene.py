@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.features import FeatureCache, FeatureCacheConfig, compute_feature_key, describe_backbone
+from fit3d_ns.features import FeatureCache, compute_feature_key, describe_backbone
 from fit3d_ns.lifting import lift_scene as lift_scene_module
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
-from fit3d_ns.lifting.lift_scene import forecast_lift, lift_scene
+from fit3d_ns.lifting.lift_scene import LiftSetup, forecast_lift, lift_scene
 from fit3d_ns.lifting.sources import (
     PlyConfig,
     compare_with_photographs,
@@ -35,7 +35,7 @@ def capture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return FeatureCache(FeatureCacheConfig(tmp_path_factory.mktemp("tokens")), describe_backbone(BACKBONE))
+    return FeatureCache(tmp_path_factory.mktemp("tokens"), describe_backbone(BACKBONE))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def source(capture):
 
 @pytest.fixture(scope="module")
 def scene(source, cache):
-    return lift_scene(source, cache.description, cache, CONFIG)[0]
+    return lift_scene(source, LiftSetup(cache, CONFIG))[0]
 
 
 def move_to_colmap(raw):
@@ -69,7 +69,7 @@ def test_lift_scene__figures_are_those_of_the_file(scene, cache, tmp_path):
     cosines = []
     for view in loaded.posed_capture.select("test"):
         image = loaded.posed_capture.load_image(view)
-        tokens = cache.load(compute_feature_key(image)).patch_tokens.float()
+        tokens = cache.load(compute_feature_key(image)).float()
         size = (tokens.shape[0], tokens.shape[1])
         rendered = loaded.render_features_with_alpha(view.camera_to_world, view.K, view.width, view.height, size)
         covered = rendered.alphas > 0.5
@@ -81,7 +81,7 @@ def test_lift_scene__figures_are_those_of_the_file(scene, cache, tmp_path):
 
 def test_lift_scene__records_the_views_that_it_lifted(source, scene, cache):
     assert list(scene.lifted_views) == [view.name for view in source.capture.select("train")]
-    few, _ = lift_scene(source, cache.description, cache, CONFIG, LiftSceneConfig(views=3))
+    few, _ = lift_scene(source, LiftSetup(cache, CONFIG, LiftSceneConfig(views=3)))
     train = [view.name for view in source.capture.select("train")]
     # The middles of three equal parts of ten.
     assert list(few.lifted_views) == [train[1], train[5], train[8]]
@@ -163,11 +163,11 @@ def test_lift_scene__resumed_equals_uninterrupted(source, scene, cache, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        lift_scene(source, cache.description, cache, CONFIG, state_path=state, progress=interrupt)
+        lift_scene(source, LiftSetup(cache, CONFIG), state_path=state, progress=interrupt)
     assert state.is_file()
     passes = []
     resumed, _ = lift_scene(
-        source, cache.description, cache, CONFIG, state_path=state, progress=lambda name, *_: passes.append(name)
+        source, LiftSetup(cache, CONFIG), state_path=state, progress=lambda name, *_: passes.append(name)
     )
     assert passes[0] == "solve 2" and "basis" not in passes and not state.exists()
     for name, tensor in scene.gaussians.tensors().items():
@@ -185,10 +185,10 @@ def test_lift_scene__refuses_an_interrupted_lift_of_another_backbone(source, cac
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        lift_scene(source, cache.description, cache, CONFIG, state_path=state, progress=interrupt)
+        lift_scene(source, LiftSetup(cache, CONFIG), state_path=state, progress=interrupt)
     other = describe_backbone(BACKBONE, None, "imagenet")
     with pytest.raises(ValueError, match="belongs to a lift with another backbone"):
-        lift_scene(source, other, FeatureCache(cache.config, other), CONFIG, state_path=state)
+        lift_scene(source, LiftSetup(FeatureCache(cache.directory, other), CONFIG), state_path=state)
 
 
 def test_lift_scene__dropping_unseen_gaussians_changes_no_lifted_view(capture, cache, tmp_path):
@@ -197,8 +197,8 @@ def test_lift_scene__dropping_unseen_gaussians_changes_no_lifted_view(capture, c
     hidden = {name: torch.cat([tensor, tensor[:5]]) for name, tensor in raw.items()}
     hidden["means"][-5:] = torch.tensor([0.0, 0.0, 40.0])
     with_hidden = read_ply_source(write_gaussians(tmp_path / "hidden.ply", hidden), root, PlyConfig())
-    kept, _ = lift_scene(with_hidden, cache.description, cache, CONFIG)
-    dropped, _ = lift_scene(with_hidden, cache.description, cache, CONFIG, LiftSceneConfig(drop_unseen=True))
+    kept, _ = lift_scene(with_hidden, LiftSetup(cache, CONFIG))
+    dropped, _ = lift_scene(with_hidden, LiftSetup(cache, CONFIG, LiftSceneConfig(drop_unseen=True)))
     number = dropped.metrics["num_dropped_unseen_gaussians"]
     assert number == kept.metrics["num_unseen_gaussians"] >= 5
     assert dropped.gaussians.num_gaussians == kept.gaussians.num_gaussians - number
@@ -213,7 +213,7 @@ def test_lift_scene__dropping_unseen_gaussians_changes_no_lifted_view(capture, c
 
 def test_read_scene_source__lifts_a_scene_file_as_its_source(source, scene, cache, tmp_path):
     save_scene(scene, tmp_path / "ring.safetensors")
-    again, _ = lift_scene(read_scene_source(tmp_path / "ring.safetensors"), cache.description, cache, CONFIG)
+    again, _ = lift_scene(read_scene_source(tmp_path / "ring.safetensors"), LiftSetup(cache, CONFIG))
     torch.testing.assert_close(again.gaussians.features, scene.gaussians.features, rtol=1e-2, atol=1e-2)  # half
     assert again.metrics["feature_cosine"] == pytest.approx(scene.metrics["feature_cosine"], abs=1e-3)
 
@@ -234,23 +234,23 @@ def test_choose_views__evenly_and_never_a_test_view(source):
 
 def test_lift_scene__refuses_more_dimensions_than_tokens_have(source, cache):
     with pytest.raises(ValueError, match="feature_dim 193 exceeds the width 192"):
-        lift_scene(source, cache.description, cache, LiftConfig(feature_dim=193))
+        lift_scene(source, LiftSetup(cache, LiftConfig(feature_dim=193)))
 
 
 def test_lift_scene__says_when_no_view_sees_anything(source, cache):
     far = replace(source, gaussians=replace(source.gaussians, means=source.gaussians.means + 100.0))
     with pytest.raises(ValueError, match="None of the 10 views sees a Gaussian"):
-        lift_scene(far, cache.description, cache, CONFIG)
+        lift_scene(far, LiftSetup(cache, CONFIG))
 
 
 def test_forecast__counts_views_and_passes(source, scene, cache, monkeypatch):
     """`scene` has filled the cache. By a clock of which each look takes a second, every pass over a view takes one."""
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
     monkeypatch.setattr(lift_scene_module, "time", clock)
-    forecast = forecast_lift(source, cache, CONFIG)
+    forecast = forecast_lift(source, LiftSetup(cache, CONFIG))
     assert (forecast.num_gaussians, forecast.num_views, forecast.num_held_out) == (40, 10, 2)
     assert forecast.is_cached and forecast.solve_seconds > 0 and forecast.memory_mb > 0
-    more = forecast_lift(source, cache, replace(CONFIG, max_passes=CONFIG.max_passes + 57))
+    more = forecast_lift(source, LiftSetup(cache, replace(CONFIG, max_passes=CONFIG.max_passes + 57)))
     assert more.solve_seconds - forecast.solve_seconds == 57 * forecast.num_views
 
 
@@ -259,9 +259,10 @@ def test_forecast__knows_the_size_of_the_file(source, cache, tmp_path):
     many = {name: tensor.repeat_interleave(50, dim=0) for name, tensor in source.gaussians.tensors().items()}
     many["sh_rest"] = torch.zeros(2000, 15, 3, dtype=torch.float16)
     large = replace(source, gaussians=replace(source.gaussians, **many))
-    lifted, _ = lift_scene(large, cache.description, cache, LiftConfig(feature_dim=6, max_passes=0))
+    lifted, _ = lift_scene(large, LiftSetup(cache, LiftConfig(feature_dim=6, max_passes=0)))
     for include_sh in (False, True):
-        forecast = forecast_lift(large, cache, LiftConfig(feature_dim=6, max_passes=0), include_sh=include_sh)
+        setup = LiftSetup(cache, LiftConfig(feature_dim=6, max_passes=0), include_sh=include_sh)
+        forecast = forecast_lift(large, setup)
         save_scene(lifted, tmp_path / "large.safetensors", include_sh=include_sh)
         size = (tmp_path / "large.safetensors").stat().st_size / 1e6
         assert forecast.file_mb == pytest.approx(size, rel=0.1)  # frames and names in the header
@@ -270,7 +271,7 @@ def test_forecast__knows_the_size_of_the_file(source, cache, tmp_path):
 def test_lift_scene__says_where_renderings_do_not_look_like_the_photographs(source, cache, capsys):
     shuffled = source.gaussians.sh_dc.flip(0) - 3.0
     wrong = replace(source, gaussians=replace(source.gaussians, sh_dc=shuffled.to(source.gaussians.sh_dc.dtype)))
-    lift_scene(wrong, cache.description, cache, LiftConfig(feature_dim=4, max_passes=0))
+    lift_scene(wrong, LiftSetup(cache, LiftConfig(feature_dim=4, max_passes=0)))
     assert "dB from their photographs (below 12)" in capsys.readouterr().err
-    lift_scene(source, cache.description, cache, LiftConfig(feature_dim=4, max_passes=0))
+    lift_scene(source, LiftSetup(cache, LiftConfig(feature_dim=4, max_passes=0)))
     assert "dB from their photographs" not in capsys.readouterr().err

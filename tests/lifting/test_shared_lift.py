@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fit3d_ns.analysis.pca import PcaAccumulator
-from fit3d_ns.features import FeatureCache, FeatureCacheConfig, describe_backbone
+from fit3d_ns.features import FeatureCache, describe_backbone
 from fit3d_ns.lifting import shared_lift as module
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.decoder_fit import fit_decoder, fit_token_basis
-from fit3d_ns.lifting.lift_scene import lift_scene
+from fit3d_ns.lifting.lift_scene import LiftSetup, lift_scene
 from fit3d_ns.lifting.shared_lift import LiftTask, fit_shared_space, lift_together
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.sources import PlyConfig, read_ply_source
@@ -23,7 +23,7 @@ CONFIG, OPTIONS = LiftConfig(feature_dim=6, max_passes=2), LiftSceneConfig()
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return FeatureCache(FeatureCacheConfig(tmp_path_factory.mktemp("tokens")), describe_backbone(BACKBONE))
+    return FeatureCache(tmp_path_factory.mktemp("tokens"), describe_backbone(BACKBONE))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def tasks(readers, tmp_path):
 
 
 def lift(tasks, cache, **kwargs):
-    lift_together(tasks, cache.description, cache, CONFIG, OPTIONS, **kwargs)
+    lift_together(tasks, LiftSetup(cache, CONFIG, OPTIONS), **kwargs)
     return [load_scene(task.output_path) for task in tasks]
 
 
@@ -80,7 +80,7 @@ def test_lift_together__is_one_decoder_of_all_statistics_on_one_basis(tasks, cac
 def test_lift_together__figures_are_those_of_the_shared_decoder(tasks, cache):
     scenes = lift(tasks, cache)
     for scene, task in zip(scenes, tasks, strict=True):
-        alone, _ = lift_scene(task.read(), cache.description, cache, CONFIG)
+        alone, _ = lift_scene(task.read(), LiftSetup(cache, CONFIG))
         assert scene.metrics["num_scenes_sharing_decoder"] == 2
         assert scene.lifted_views == alone.lifted_views == tuple(v.name for v in scene.posed_capture.select("train"))
         assert scene.metrics["feature_l1"] < scene.metrics["feature_l1_mean_token"]
@@ -121,7 +121,7 @@ def test_lift_together__other_settings_lift_again(tasks, cache, monkeypatch):
     found, solve = [], module.lift_scene
     monkeypatch.setattr(module, "lift_scene", lambda *args, **kwargs: found.append(1) or solve(*args, **kwargs))
     other = LiftConfig(feature_dim=5, max_passes=2)
-    lift_together(tasks, cache.description, cache, other, OPTIONS)
+    lift_together(tasks, LiftSetup(cache, other, OPTIONS))
     assert len(found) == 2 and load_scene(tasks[0].output_path).gaussians.feature_dim == 5
 
 
@@ -148,7 +148,7 @@ def test_lift_together__a_file_that_is_no_longer_its_own_is_lifted_again(tasks, 
     task = tasks[0]
     if ending == "another lift's":
         # Same settings, without the shared basis.
-        save_scene(lift_scene(task.read(), cache.description, cache, CONFIG, OPTIONS)[0], task.output_path)
+        save_scene(lift_scene(task.read(), LiftSetup(cache, CONFIG, OPTIONS))[0], task.output_path)
     else:
         task.output_path.write_bytes(task.output_path.read_bytes()[:-100])
     for scene, expected in zip(lift(tasks, cache), whole, strict=True):
@@ -158,4 +158,4 @@ def test_lift_together__a_file_that_is_no_longer_its_own_is_lifted_again(tasks, 
 
 def test_fit_shared_space__refuses_nothing(cache):
     with pytest.raises(ValueError, match="no scene"):
-        fit_shared_space([], cache, CONFIG, OPTIONS)
+        fit_shared_space([], LiftSetup(cache, CONFIG, OPTIONS))
