@@ -76,7 +76,6 @@ class CovisiblePoints:
         return self.points.shape[0]
 
     def select(self, chosen: Int[Tensor, " chosen"]) -> "CovisiblePoints":
-        """The points with the given numbers."""
         return CovisiblePoints(self.points[chosen], self.other_points[chosen], self.angles[chosen])
 
 

@@ -39,7 +39,6 @@ class PcaBasis:
         return float(self.explained_variance.sum()) / max(self.total_variance, 1e-30)
 
     def truncate(self, num_components: int) -> "PcaBasis":
-        """The first components only."""
         return replace(
             self,
             components=self.components[:num_components],
@@ -47,7 +46,6 @@ class PcaBasis:
         )
 
     def to(self, device: torch.device | str) -> "PcaBasis":
-        """The same basis on another device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]
 

@@ -37,7 +37,6 @@ class DemoCommand:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the command."""
     run_command(
         DemoCommand,
         demo,
@@ -52,7 +51,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def demo(command: DemoCommand) -> None:
-    """Loads the backbones and serves the page until Ctrl-C."""
     check_gradio()
     if not (2 <= command.num_clusters <= 20 and 112 <= command.longest_side <= 1344):
         raise ValueError(

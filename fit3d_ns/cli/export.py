@@ -34,7 +34,6 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> None:
-    """Writes the scene and a JSON with its metrics."""
     from fit3d_ns.plugin.run_reader import load_run_scene
 
     scene = load_run_scene(config.load_config, config.data, config.drop_unseen, config.trust_config)
@@ -68,7 +67,6 @@ def describe_scene(scene: FeatureScene, path: Path) -> dict[str, object]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
     run_command(
         ExportConfig,
         export,

@@ -119,7 +119,6 @@ def draw_features(command: FeaturesCommand) -> None:
 
 
 def draw_predictions(command: PredictionsCommand) -> None:
-    """Writes the figure and says where it is."""
     path = command.output_path
     if path.suffix.lower() != ".png":
         raise ValueError(f"--output-path {path} must end in .png.")

@@ -62,7 +62,6 @@ class FinetuneCommand:
 
     @property
     def config(self) -> FinetuneConfig:
-        """The settings of the training."""
         return FinetuneConfig(**{part.name: getattr(self, part.name) for part in fields(FinetuneConfig)})
 
 
@@ -126,7 +125,6 @@ def _run(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
     arguments = list(sys.argv[1:] if args is None else args)
     # The flag chooses the defaults, so explicit flags win wherever they stand.
     command: type[Any] = PaperFinetuneCommand if _PAPER_FLAG in arguments else FinetuneCommand

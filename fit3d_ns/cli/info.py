@@ -182,7 +182,6 @@ def _find_missing() -> list[str]:
 
 
 def main() -> None:
-    """Entry point."""
     run_command(
         InfoConfig,
         info,

@@ -99,19 +99,16 @@ class LiftCommand:
 
     @property
     def is_folder(self) -> bool:
-        """Whether `output_path` is a folder of scenes."""
         if self.surface is not None and self.output_path.suffix != ".safetensors":
             return True
         return self.shared_decoder or self.num_scenes > 1
 
     @property
     def num_scenes(self) -> int:
-        """How many scenes are lifted."""
         return len(self.data) if self.surface is not None else len(self.load_config) + len(self.scene) or 1
 
 
 def lift(command: LiftCommand) -> None:
-    """Reads, lifts, and writes each scene and a JSON with its metrics."""
     _check(command)
     device = choose_device(command.device).type
     backbone = choose_backbone(command)
@@ -219,7 +216,6 @@ def describe_forecast(forecast: LiftForecast) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point."""
     run_command(
         LiftCommand,
         lift,

@@ -115,7 +115,6 @@ class ProbeCommand:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the command."""
     run_command(
         ProbeCommand,
         probe,
@@ -130,7 +129,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def probe(command: ProbeCommand) -> None:
-    """Runs the probe and prints where its metrics are."""
     record = run_probe(create_request(command))
     print(describe_metrics(record))
     print(f"Metrics: {command.output_path}")

@@ -51,7 +51,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def report(command: ReportCommand) -> None:
-    """Reads, writes, shows the tables and says where they are."""
     written = write_report(read_results(command.results), command.output_dir, command.title)
     print(written.markdown)
     print("Report: " + ", ".join(map(str, written.files)))

@@ -7,7 +7,6 @@ from fit3d_ns.synthetic.synthesize import METRICS_NAME, SynthesisConfig, synthes
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the command."""
     run_command(
         SynthesisConfig,
         synthesize,
@@ -22,7 +21,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def synthesize(config: SynthesisConfig) -> None:
-    """Makes the scenes and says where they are."""
     written = synthesize_scenes(config)
     for scene in written["scenes"]:
         print(

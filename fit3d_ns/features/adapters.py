@@ -48,7 +48,6 @@ class SwinAdapter(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, maps: Float[Tensor, "batch h w embed"]) -> Float[Tensor, "batch h w embed"]:
-        """The adapted token maps."""
         return self.block(maps)
 
 

@@ -50,7 +50,6 @@ class FeatureCache:
         self.folder = self.directory / description.identity
 
     def get_path(self, key: FeatureKey) -> Path:
-        """Where the tokens of an image are or will be."""
         name = key.pixels_hash
         return self.folder / f"{key.height}x{key.width}-float16" / name[:2] / f"{name}.safetensors"
 

@@ -33,12 +33,10 @@ class Tokens:
 
     @property
     def maps(self) -> Float[Tensor, "batch h w embed"]:
-        """The patch tokens as a map."""
         # (b, h*w, e) -> (b, h, w, e)
         return self.patch_tokens.unflatten(1, self.patch_grid)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Tokens":
-        """The same tokens on another device, in another type."""
         return Tokens(self.patch_tokens.to(device, dtype), self.prefix_tokens.to(device, dtype), self.patch_grid)
 
 

@@ -74,7 +74,6 @@ class FinetuneConfig:
             )
 
     def to_metadata(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return json.loads(json.dumps(asdict(self), default=str))
 
     @property

@@ -248,7 +248,6 @@ class Sample:
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
         return self.mask.shape[0], self.mask.shape[1]
 
     @property
@@ -303,7 +302,6 @@ class TrainingViews:
 
     @property
     def views_per_scene(self) -> list[int]:
-        """Number of usable views of each scene."""
         return [len(views) for views in self.views]
 
     @property

@@ -163,7 +163,6 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Takes the module's present weights in."""
         parameters = dict(module.named_parameters())
         for name, average in self.averages.items():
             average.lerp_(parameters[name].detach().float(), 1.0 - self.decay)

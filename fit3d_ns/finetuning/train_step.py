@@ -54,7 +54,6 @@ class Batch:
 
     @property
     def samples(self) -> list[Sample]:
-        """All samples, group by group."""
         return [sample for group in self.groups for sample in group.samples]
 
 

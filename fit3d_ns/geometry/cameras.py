@@ -127,7 +127,6 @@ class Lens:
 
     @property
     def K(self) -> Float[Tensor, "3 3"]:
-        """Intrinsics matrix, float32."""
         return create_K(self.fx, self.fy, self.cx, self.cy)
 
     @property

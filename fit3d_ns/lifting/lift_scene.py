@@ -88,7 +88,6 @@ class LiftForecast:
 
     @property
     def seconds(self) -> float:
-        """Everything together."""
         return self.token_seconds + self.solve_seconds + self.evaluation_seconds
 
 

@@ -49,7 +49,6 @@ class LiftState:
     """Names of the passes that are done."""
 
     def save(self, path: Path) -> None:
-        """Writes the state atomically."""
         content = {"format": _FORMAT, **{name: value for name, value in vars(self).items() if name != "tensors"}}
         save_tensors(path, self.tensors, {"state": json.dumps(content)})
 

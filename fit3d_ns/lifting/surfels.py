@@ -48,7 +48,6 @@ class SurfacePoints:
         return len(self.xyz)
 
     def select(self, chosen: np.ndarray) -> "SurfacePoints":
-        """The points where a mask is True, or with the given numbers."""
         return SurfacePoints(self.xyz[chosen], self.normals[chosen], self.rgb[chosen], self.spacing[chosen])
 
 
@@ -102,7 +101,6 @@ def smooth_along_normals(points: SurfacePoints, cell: float, num_rounds: int = 2
 
 
 def create_point_surfels(points: SurfacePoints, cell: float) -> Gaussians:
-    """One Gaussian for each point."""
     return _create_gaussians(_Moments(_list_moments(points, cell)))
 
 

@@ -73,7 +73,6 @@ class SegmentationInputs(Inputs):
         return PictureKey(frame.key, bool(generator.integers(2)), number)
 
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
-        """A window with the labels that the loss reads."""
         window = self.list_windows(frame)[key.part]
         image, labels = (picture[window.slices] for picture in self._load_pair(frame, self.short_side))
         if key.is_flipped:
@@ -210,7 +209,6 @@ class DepthInputs(Inputs):
         return PictureKey(frame.key, bool(generator.integers(2)), part)
 
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
-        """A whole image with the depth that the loss reads."""
         image, depth = self._load_pair(frame, key.part)
         if key.is_flipped:
             image, depth = image[:, ::-1], depth[:, ::-1]

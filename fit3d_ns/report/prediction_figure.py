@@ -62,7 +62,6 @@ class PredictionFolder:
         return load_depth(self.get_path(index, part), self.depth_units_per_metre)
 
     def get_path(self, index: int, part: Literal["image", "truth", "prediction"]) -> Path:
-        """The picture of a part."""
         return self.folder / f"{index:03d}_{part}.png"
 
 

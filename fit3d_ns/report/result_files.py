@@ -33,7 +33,6 @@ class ProbeResult:
 
     @property
     def task(self) -> str:
-        """What was probed."""
         return self.record.kind.removeprefix(_PROBE_PREFIX)
 
 

@@ -58,12 +58,10 @@ class FigureImage:
 
     @property
     def image(self) -> Float[Tensor, "height width 3"]:
-        """RGB in [0, 1]."""
         return self.pixels.float() / 255.0
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
@@ -175,7 +173,6 @@ class TokenColumn:
 
     @property
     def is_empty(self) -> bool:
-        """True if no picture has tokens."""
         return all(frame is None for frame in self.frames)
 
     def select(self, index: int) -> "TokenColumn":

@@ -66,12 +66,10 @@ class FeatureDecoder(nn.Module):
 
     @property
     def feature_dim(self) -> int:
-        """D."""
         return self.weight.shape[1]
 
     @property
     def embed_dim(self) -> int:
-        """E."""
         return self.weight.shape[0]
 
     @property

@@ -87,12 +87,10 @@ class FeatureScene:
 
     @property
     def scene_id(self) -> str:
-        """That of the capture."""
         return self.posed_capture.scene_id
 
     @property
     def source(self) -> Path | None:
-        """Path of the scene file."""
         return None if self.file is None else self.file.path
 
     @property
@@ -128,7 +126,6 @@ class FeatureScene:
             self.file.check()
 
     def to(self, device: torch.device | str) -> "FeatureScene":
-        """The same scene on another device."""
         self.check()
         pca = None if self.pca is None else self.pca.to(device)
         return replace(self, gaussians=self.gaussians.to(device), decoder=self.decoder.copy_to(device), pca=pca)

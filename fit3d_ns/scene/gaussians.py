@@ -134,12 +134,10 @@ class Gaussians:
 
     @property
     def num_gaussians(self) -> int:
-        """N."""
         return self.means.shape[0]
 
     @property
     def feature_dim(self) -> int:
-        """D."""
         return self.features.shape[1]
 
     @property
@@ -166,14 +164,12 @@ class Gaussians:
         }
 
     def select(self, keep: Bool[Tensor, " num_gaussians"]) -> "Gaussians":
-        """The Gaussians where `keep` is True, in the same order."""
         # torch cannot index uint16 on every device; the detour through int32 is exact.
         return self._map(
             lambda tensor: tensor.int()[keep].to(tensor.dtype) if tensor.dtype == torch.uint16 else tensor[keep]
         )
 
     def to(self, device: torch.device | str) -> "Gaussians":
-        """The same Gaussians on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def with_features(self, features: Float[Tensor, "num_gaussians dim"]) -> "Gaussians":
@@ -229,7 +225,6 @@ class ActivatedGaussians:
         return torch.isfinite(columns).all(dim=-1) & (self.quats.norm(dim=-1) > 1e-12)
 
     def select(self, keep: Bool[Tensor, " num_gaussians"]) -> "ActivatedGaussians":
-        """The Gaussians where `keep` is True, in the same order."""
         means, quats, scales, opacities = (tensor[keep] for tensor in self.geometry)
         return replace(self, means=means, quats=quats, scales=scales, opacities=opacities)
 

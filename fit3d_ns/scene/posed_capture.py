@@ -90,11 +90,9 @@ class PosedCapture:
 
     @cached_property
     def name_to_view(self) -> dict[str, View]:
-        """The views by name."""
         return {view.name: view for view in self.views}
 
     def select(self, *splits: Split) -> list[View]:
-        """The views of the given splits, in file order."""
         return [view for view in self.views if view.split in splits]
 
     def load_image(self, view: View) -> UInt8[Tensor, "height width 3"]:

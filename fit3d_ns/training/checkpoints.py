@@ -59,7 +59,6 @@ class CheckpointFolder:
         return sorted(steps - self._damaged)
 
     def get_path(self, step: int) -> Path:
-        """Folder of a checkpoint."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def save(self, progress: CheckpointProgress, state: dict[str, Any], processes: Processes) -> None:

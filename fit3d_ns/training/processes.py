@@ -34,7 +34,6 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """True in the process that writes files."""
         return self.accelerator.is_main_process
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -55,7 +54,6 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """A barrier."""
         if self.number > 1:
             with self.explain_deaths():
                 self.accelerator.wait_for_everyone()

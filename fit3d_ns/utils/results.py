@@ -30,7 +30,6 @@ class ResultRecord:
 
 
 def save_result(record: ResultRecord, path: Path) -> None:
-    """Writes a record as JSON, atomically."""
     write_json(path, asdict(record))
 
 

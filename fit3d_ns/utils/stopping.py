@@ -31,7 +31,6 @@ class StopRequest:
 
     @property
     def is_requested(self) -> bool:
-        """True once a signal came."""
         return self.signal is not None
 
     def __enter__(self) -> "StopRequest":

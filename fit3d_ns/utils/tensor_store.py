@@ -25,11 +25,9 @@ class BoundedMemory(Generic[Value]):
         self._kept: dict[Hashable, Value] = {}
 
     def get(self, key: Hashable) -> Value | None:
-        """The value, or None if it was not kept."""
         return self._kept.get(key)
 
     def fits(self, num_bytes: int) -> bool:
-        """True if there is room for a value of this size."""
         return self.num_bytes + num_bytes <= self.max_bytes
 
     def keep(self, key: Hashable, value: Value, num_bytes: int) -> bool:
