@@ -88,60 +88,31 @@ class PcaAccumulator:
         if not 1 <= num_components <= mean.shape[0]:
             raise ValueError(f"{num_components} components of {mean.shape[0]}-dimensional features; take 1 to all.")
         variance, directions = _decompose(covariance)
-        return _create_basis(mean, directions[:num_components], variance[:num_components], float(variance.sum()))
+        kept = variance[:num_components]
+        reach = 2.0 * _first_three(kept).sqrt()
+        return PcaBasis(
+            mean=mean.float(),
+            components=directions[:num_components].float().contiguous(),
+            explained_variance=kept.float(),
+            total_variance=float(variance.sum()),
+            colour_low=-reach.float(),
+            colour_high=_above(-reach, reach).float(),
+        )
 
 
-def fit_pca(
-    features: Float[Tensor, "*batch embed"], num_components: int, weights: Float[Tensor, "*batch"] | None = None
-) -> PcaBasis:
-    """PCA of features that fit into memory, with percentile colour ranges; `weights` are at least 0.
+def fit_pca(features: Float[Tensor, "*batch embed"], num_components: int) -> PcaBasis:
+    """PCA of features that fit into memory, with percentile colour ranges.
 
-    ValueError where all weights are zero, or more components than `embed` are asked for.
+    ValueError where there are none, or more components than `embed` are asked for.
     """
     accumulator = PcaAccumulator(features.shape[-1], features.device)
-    accumulator.add(features, weights)
-    return fit_colours(accumulator.finish(num_components), features, weights)
+    accumulator.add(features)
+    return fit_colours(accumulator.finish(num_components), features)
 
 
-def fit_mapped_pca(
-    features_low: Float[Tensor, "n dim"],
-    matrix: Float[Tensor, "embed dim"],
-    offset: Float[Tensor, " embed"] | None,
-    num_components: int,
-    weights: Float[Tensor, " n"] | None = None,
-) -> PcaBasis:
-    """PCA of `features_low @ matrix.T + offset` without forming it: the eigenproblem stays D x D.
-
-    With `matrix` the sum of a decoder's taps this is the basis of the decoded features of a smooth map. ValueError
-    where all weights are zero, or more components than D are asked for.
-    """
-    accumulator = PcaAccumulator(features_low.shape[1], features_low.device)
-    accumulator.add(features_low, weights)
-    mean_low, covariance_low = accumulator.compute_covariance()
-    if not 1 <= num_components <= min(matrix.shape):
-        raise ValueError(f"{num_components} components of features of rank {min(matrix.shape)}; take fewer.")
-    orthonormal, triangular = torch.linalg.qr(matrix.double())
-    variance, directions = _decompose(triangular @ covariance_low @ triangular.T)
-    mean = matrix.double() @ mean_low
-    if offset is not None:
-        mean = mean + offset.double()
-    # The sign rule holds for the mapped directions, not for those inside the D-dimensional space.
-    mapped = _fix_signs(directions[:num_components] @ orthonormal.T)
-    return _create_basis(mean, mapped, variance[:num_components], float(variance.sum()))
-
-
-def fit_colours(
-    basis: PcaBasis,
-    features: Float[Tensor, "*batch embed"],
-    weights: Float[Tensor, "*batch"] | None = None,
-) -> PcaBasis:
-    """Fixes the colour ranges at the 1st and 99th percentile of a sample, so that outliers do not darken every picture.
-
-    Rows of weight zero are left out; other weights count alike.
-    """
+def fit_colours(basis: PcaBasis, features: Float[Tensor, "*batch embed"]) -> PcaBasis:
+    """Fixes the colour ranges at the 1st and 99th percentile of a sample: outliers must not darken every picture."""
     rows = features.detach().reshape(-1, features.shape[-1])
-    if weights is not None:
-        rows = rows[weights.reshape(-1) > 0]
     if rows.shape[0] == 0:
         return basis
     # Sorting has no limit on the number of rows, which `torch.quantile` has.
@@ -179,27 +150,13 @@ def compute_effective_rank(batches: Sequence[Float[Tensor, "..."]]) -> float:
     return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
 
 
-def _create_basis(mean: Tensor, components: Tensor, variance: Tensor, total: float) -> PcaBasis:
-    reach = 2.0 * _first_three(variance).sqrt()
-    return PcaBasis(
-        mean=mean.float(),
-        components=components.float().contiguous(),
-        explained_variance=variance.float(),
-        total_variance=total,
-        colour_low=-reach.float(),
-        colour_high=_above(-reach, reach).float(),
-    )
-
-
 def _decompose(covariance: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     """Variances by falling size, never negative, and their directions as rows."""
-    variance, directions = torch.linalg.eigh((covariance + covariance.T) / 2)
-    return variance.flip(0).clamp_min(0.0), _fix_signs(directions.T.flip(0))
-
-
-def _fix_signs(directions: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    variance, columns = torch.linalg.eigh((covariance + covariance.T) / 2)
+    directions = columns.T.flip(0)
     largest = directions.abs().argmax(dim=1, keepdim=True)
-    return directions * torch.where(directions.gather(1, largest) < 0, -1.0, 1.0)
+    signs = torch.where(directions.gather(1, largest) < 0, -1.0, 1.0)
+    return variance.flip(0).clamp_min(0.0), directions * signs
 
 
 def _first_three(coefficients: Float[Tensor, "*batch components"]) -> Float[Tensor, "*batch 3"]:

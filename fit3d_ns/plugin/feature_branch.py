@@ -13,7 +13,7 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.pca import PcaBasis, apply_pca, fit_colours, fit_mapped_pca, map_to_colours
+from fit3d_ns.analysis.pca import PcaBasis, apply_pca, fit_pca, map_to_colours
 from fit3d_ns.analysis.pictures import draw_words
 from fit3d_ns.lifting.feature_error import COVERED, FeatureLoss, FeatureLossConfig, FeatureMetrics, sum_token_errors
 from fit3d_ns.plugin.dataset import get_feature_mask
@@ -41,7 +41,7 @@ PICTURE_BUFFERS = {
 """Buffers of the state dict, and the part of the picture basis that each holds."""
 
 MAX_COLOUR_ROWS = 20_000
-"""Pixels whose decoded features set the colour ranges of a refitted basis."""
+"""Pixels whose decoded features a refitted basis is fitted to."""
 
 
 class FeatureBranch(nn.Module):
@@ -212,11 +212,8 @@ class FeatureBranch(nn.Module):
         if int(covered.sum()) < self.config.feature_dim:
             return None
         rows = features_low[covered] / alpha[covered][:, None]
-        matrix = self.decoder.weight.detach().sum(dim=(2, 3))
-        bias = None if self.decoder.bias is None else self.decoder.bias.detach()
-        basis = fit_mapped_pca(rows, matrix, bias, 3)
-        decoded = rows[:: max(len(rows) // MAX_COLOUR_ROWS, 1)] @ matrix.T
-        return fit_colours(basis, decoded if bias is None else decoded + bias)
+        decoded = rows[:: max(len(rows) // MAX_COLOUR_ROWS, 1)] @ self.decoder.weight.detach().sum(dim=(2, 3)).T
+        return fit_pca(decoded if self.decoder.bias is None else decoded + self.decoder.bias.detach(), 3)
 
 
 def read_picture_basis(buffers: Mapping[str, Tensor]) -> PcaBasis | None:

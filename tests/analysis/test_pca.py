@@ -9,7 +9,6 @@ from fit3d_ns.analysis.pca import (
     apply_pca,
     compute_effective_rank,
     fit_colours,
-    fit_mapped_pca,
     fit_pca,
     map_to_colours,
 )
@@ -65,20 +64,6 @@ def test_apply_pca__all_components_lose_nothing():
     assert apply_pca(features, basis.truncate(2)).shape == (200, 2)
 
 
-def test_fit_mapped_pca__equals_pca_of_the_mapped_features():
-    low = make_features(150, 4)
-    generator = torch.Generator().manual_seed(3)
-    matrix = torch.randn(9, 4, generator=generator, dtype=torch.float64)
-    offset = torch.randn(9, generator=generator, dtype=torch.float64)
-    weights = torch.rand(150, generator=generator, dtype=torch.float64)
-    expected = fit_pca(low @ matrix.T + offset, 3, weights)
-    actual = fit_mapped_pca(low, matrix, offset, 3, weights)
-    torch.testing.assert_close(actual.components, expected.components, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(actual.explained_variance, expected.explained_variance, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(actual.mean, expected.mean, rtol=1e-4, atol=1e-4)
-    assert actual.total_variance == pytest.approx(expected.total_variance)
-
-
 def test_colours__are_fixed_by_percentiles_and_not_by_the_frame():
     features = make_features(1000, 3)
     features[0] = 1e6 * torch.ones(3)
@@ -95,14 +80,9 @@ def test_colours__are_fixed_by_percentiles_and_not_by_the_frame():
     torch.testing.assert_close(map_to_colours(middle, basis), torch.full((3,), 0.5))
 
 
-def test_colours__masked_rows_do_not_count_and_one_component_is_enough():
+def test_colours__one_component_is_enough():
     features = make_features(50, 2)
-    weights = torch.ones(50)
-    weights[:10] = 0.0
-    features[:10] = 1e5
-    basis = fit_pca(features, 1, weights)
-    assert basis.colour_high[0] < 100.0
-    colours = map_to_colours(apply_pca(features, basis), basis)
+    colours = map_to_colours(apply_pca(features, fit_pca(features, 1)), fit_pca(features, 1))
     assert colours.shape == (50, 3) and not colours[:, 1:].any()
 
 
@@ -124,8 +104,6 @@ def test_effective_rank__equals_the_entropy_of_numpys_singular_values():
 
 def test_errors__nothing_to_analyse_and_too_many_components():
     with pytest.raises(ValueError, match="all weights are zero"):
-        fit_pca(torch.ones(4, 3), 2, torch.zeros(4))
+        fit_pca(torch.ones(0, 3), 2)
     with pytest.raises(ValueError, match="4 components of 3-dimensional"):
         fit_pca(torch.ones(4, 3), 4)
-    with pytest.raises(ValueError, match="3 components of features of rank 2"):
-        fit_mapped_pca(torch.randn(5, 2), torch.randn(6, 2), None, 3)
