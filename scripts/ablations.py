@@ -20,7 +20,7 @@ from ablation_cells import Cell, Plan, ProbeData, find_missing
 from ablation_tables import MAIN, TABLES, AblationTable, choose_tables
 
 from fit3d_ns.cli.command import run_command
-from fit3d_ns.probing.datasets.files import read_lines
+from fit3d_ns.probing.datasets.frames import read_lines
 from fit3d_ns.probing.datasets.scannet import find_scannetpp_scenes
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.stopping import StopRequest

@@ -95,15 +95,9 @@ def info(config: InfoConfig) -> None:
 
 
 def verify_files(paths: Sequence[Path]) -> dict[str, str]:
-    """Reads files whole and holds them against the checksums that they carry.
+    """Reads files, and all of the known kinds below folders, whole and compares them with the checksums they carry.
 
-    Args:
-        paths: `.safetensors` files (scenes, weights, features, targets), what an unfinished lift keeps
-            (`.lift-state`, `.decoder-sums`), `.json` files,
-            or folders, which are searched for all of these.
-
-    Returns:
-        By path: "whole", with what that means, or what is wrong.
+    By path it says "whole", with what that means, or what is wrong.
     """
     files = [path for root in paths for path in (_list_files(root) if root.is_dir() else [root])]
     if not files:

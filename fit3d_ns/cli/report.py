@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from fit3d_ns.cli.command import run_command
-from fit3d_ns.report.report_files import write_report
 from fit3d_ns.report.result_files import read_results
+from fit3d_ns.report.result_tables import write_report
 
 DESCRIPTION = """Makes Markdown, LaTeX and HTML tables of what fit3d-probe and fit3d-finetune measured.
 

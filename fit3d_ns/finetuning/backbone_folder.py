@@ -27,6 +27,7 @@ from fit3d_ns.features.sources import (
 )
 from fit3d_ns.finetuning.validation import format_consistency
 from fit3d_ns.utils.files import read_json, write_atomically, write_json
+from fit3d_ns.utils.results import flatten
 from fit3d_ns.utils.tensor_files import save_tensors
 
 CONFIG_NAME = "config.json"
@@ -150,7 +151,7 @@ def write_card(
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in _flatten(report["settings"])),
+        *(f"| {key} | {value} |" for key, value in flatten(report["settings"]).items()),
         "",
     ]
     if report.get("consistency"):
@@ -191,10 +192,3 @@ def _describe_folder(token_model: TokenModel) -> dict[str, Any]:
             "custom_load": False,
         },
     }
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        rows += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return rows

@@ -109,11 +109,9 @@ class FinetuneTrainer:
         return optimization.batch_size * optimization.accumulation_steps * self.processes.number
 
     def run(self) -> None:
-        """Trains to the last step.
+        """Trains to the last step, or to a checkpoint and `Interrupted` where a signal came.
 
-        Raises:
-            Interrupted: A signal came; the weights so far are in a checkpoint.
-            ValueError: An image cannot be read, a loss is not finite, or the disk is full.
+        ValueError where an image cannot be read, a loss is not finite, or the disk is full.
         """
         self.bare.train()
         steps_per_notice = max(self.num_steps // NUM_NOTICES, 1)

@@ -67,8 +67,7 @@ def read_surface_source(
 ) -> LiftSource:
     """Reads a capture and makes Gaussians of its surface, coloured by its photographs.
 
-    Raises:
-        ValueError: The capture has no such surface, or renderings of it are not what the photographs show.
+    ValueError where the capture has no such surface, or renderings of it are not what the photographs show.
     """
     files = read_capture(data, is_strict=world.strict)
     notice(files.description)

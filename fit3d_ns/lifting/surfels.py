@@ -1,8 +1,8 @@
 """Flat Gaussians that cover a surface: points are smoothed along their normals and merged where the surface is plain.
 
-Points lie in cells of a cubic grid whose smallest cells have the side `cell`. Eight cells become one of twice the side
-where what they hold is flat and of one colour, or where photographs do not resolve them; a wall ends in few large
-cells, an edge in many small ones. Each remaining cell becomes one Gaussian along its points' spread.
+Points lie in cells of a cubic grid with the side `cell`. Eight cells become one of twice the side where what they hold
+is flat and of one colour, or where photographs do not resolve them; a wall ends in few large cells, an edge in many
+small ones. Each remaining cell becomes one Gaussian along its points' spread.
 """
 
 from dataclasses import dataclass, replace
@@ -21,8 +21,6 @@ _SPREAD = 4.0
 raises the held-out cosine and makes depth and colour coarser."""
 _THINNESS = 0.1
 """Standard deviation along the normal, in the smaller one along the surface, where points lie in a plane."""
-_LEVELS = 1
-"""How often a cell may double."""
 _NUM_NEIGHBOURS = 16
 _LARGEST_RESIDUAL = 0.25
 """Root mean square distance from the plane of a merged cell, in sides of the smallest cell."""
@@ -64,8 +62,7 @@ def sum_groups(
 def compute_cell_keys(xyz: Float[np.ndarray, "points 3"], cell: float) -> Int[np.ndarray, " points"]:
     """One number for each cell of a grid: 21 bits an axis; halving the axes' numbers gives the cell of twice the side.
 
-    Raises:
-        ValueError: The surface reaches too far for its cells.
+    ValueError where the surface reaches too far for its cells.
     """
     numbers = np.floor(xyz / cell).astype(np.int64) + 2**20
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= 2**21):
@@ -74,10 +71,10 @@ def compute_cell_keys(xyz: Float[np.ndarray, "points 3"], cell: float) -> Int[np
 
 
 def estimate_normals(
-    xyz: Float[np.ndarray, "points 3"], towards: Float[np.ndarray, "points 3"], num_neighbours: int = _NUM_NEIGHBOURS
+    xyz: Float[np.ndarray, "points 3"], towards: Float[np.ndarray, "points 3"]
 ) -> Float[np.ndarray, "points 3"]:
     """Unit normals: of each point's neighbours the direction of least spread, on the side of the vectors `towards`."""
-    neighbours = xyz[cKDTree(xyz).query(xyz, min(num_neighbours, len(xyz)))[1].reshape(len(xyz), -1)]
+    neighbours = xyz[cKDTree(xyz).query(xyz, min(_NUM_NEIGHBOURS, len(xyz)))[1].reshape(len(xyz), -1)]
     offsets = neighbours - neighbours.mean(axis=1, keepdims=True)
     normals = np.linalg.eigh(np.einsum("nki,nkj->nij", offsets, offsets))[1][..., 0]
     return np.where((normals * towards).sum(axis=1, keepdims=True) < 0, -normals, normals)
@@ -105,28 +102,16 @@ def create_point_surfels(points: SurfacePoints, cell: float) -> Gaussians:
 
 
 def create_surfels(points: SurfacePoints, cell: float, cell_pixels: float) -> Gaussians:
-    """One Gaussian for each cell that is left after merging.
-
-    Args:
-        cell: Side of the smallest cells.
-        cell_pixels: Cells smaller than so many pixels are merged whatever they hold.
-    """
+    """One Gaussian for each cell that is left after merging; cells below `cell_pixels` pixels are always merged."""
     keys, _, sums = sum_groups(compute_cell_keys(points.xyz, cell), _list_moments(points, cell))
-    finished, blocked, side = [], np.empty(0, np.int64), cell
-    for _ in range(_LEVELS):
-        side *= 2.0
-        parents, members, joined = sum_groups(_halve(keys), sums)
-        together = _Moments(joined)
-        is_plain = together.residual < _LARGEST_RESIDUAL * cell
-        is_plain &= (together.agreement > _LEAST_AGREEMENT) & (together.contrast < _LARGEST_CONTRAST)
-        blocked = np.unique(_halve(blocked))
-        merges = (is_plain & ~np.isin(parents, blocked)) | (side < cell_pixels * together.spacing)
-        finished.append(sums[~merges[members]])
-        blocked = np.union1d(blocked, parents[~merges])
-        keys, sums = parents[merges], joined[merges]
-        if not len(keys):
-            break
-    return _create_gaussians(_Moments(np.concatenate([*finished, sums])))
+    mask = 2**21 - 1
+    parents = ((keys >> 43) << 42) | (((keys >> 21) & mask) >> 1 << 21) | ((keys & mask) >> 1)
+    _, members, joined = sum_groups(parents, sums)
+    together = _Moments(joined)
+    merges = together.residual < _LARGEST_RESIDUAL * cell
+    merges &= (together.agreement > _LEAST_AGREEMENT) & (together.contrast < _LARGEST_CONTRAST)
+    merges |= 2.0 * cell < cell_pixels * together.spacing
+    return _create_gaussians(_Moments(np.concatenate([sums[~merges[members]], joined[merges]])))
 
 
 def _list_moments(points: SurfacePoints, cell: float) -> Float[np.ndarray, "points 19"]:
@@ -192,6 +177,8 @@ class _Moments:
 
 
 def _create_gaussians(cells: _Moments) -> Gaussians:
+    from scipy.spatial.transform import Rotation
+
     normal, covariance = cells.normal, cells.covariance
     # Any two directions along the surface, then turned to those of most and least spread.
     helper = np.eye(3)[np.abs(normal).argmin(axis=1)]
@@ -206,20 +193,9 @@ def _create_gaussians(cells: _Moments) -> Gaussians:
     scales = np.column_stack([along, across])
     return Gaussians.from_raw(
         means=torch.from_numpy(cells.mean),
-        quats=torch.from_numpy(_to_quats(rotation)),
+        # xyzw -> wxyz
+        quats=torch.from_numpy(Rotation.from_matrix(rotation).as_quat()[:, [3, 0, 1, 2]]),
         log_scales=torch.from_numpy(np.log(scales)),
         opacity_logits=torch.full((len(scales),), OPACITY).logit(),
         sh_dc=torch.from_numpy((cells.rgb - 0.5) * 2.0 * np.sqrt(np.pi)),
     )
-
-
-def _halve(keys: np.ndarray) -> np.ndarray:
-    mask = 2**21 - 1
-    return ((keys >> 43) << 42) | (((keys >> 21) & mask) >> 1 << 21) | ((keys & mask) >> 1)
-
-
-def _to_quats(rotation: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 4"]:
-    """Quaternions wxyz."""
-    from scipy.spatial.transform import Rotation
-
-    return Rotation.from_matrix(rotation).as_quat()[:, [3, 0, 1, 2]]

@@ -25,24 +25,18 @@ def save_checkpoint_file(state: dict[str, Any], path: Path, keep_older: bool = F
     nerfstudio reads a step number out of every name in the checkpoint folder, so nothing else may ever lie there:
     the temporary name is in the folder above. The other checkpoints are deleted once this one is safe, unless
     `keep_older`; ValueError where it cannot be written, and the previous one stays whole.
-
-    Args:
-        state: Tensors and plain values only.
-        path: `.../step-000000123.ckpt`.
     """
     with write_atomically(path, beside=path.parent) as temporary, open(temporary, "wb") as file:
         # Python's file says why it cannot be written, torch's own does not.
         torch.save(state, file)
     if not keep_older:
-        for other in path.parent.iterdir():
-            if other != path and CHECKPOINT_PATTERN.fullmatch(other.name):
-                other.unlink()
+        remove_other_checkpoints(path, newer=True)
 
 
-def remove_older_checkpoints(path: Path) -> None:
-    """Removes those of lower steps beside a checkpoint, as a kill may have kept its writer from doing."""
+def remove_other_checkpoints(path: Path, newer: bool = False) -> None:
+    """Removes those of lower steps next to a checkpoint, which a kill may have left there, or also those of higher."""
     for other in path.parent.iterdir():
-        if CHECKPOINT_PATTERN.fullmatch(other.name) and other.name < path.name:
+        if CHECKPOINT_PATTERN.fullmatch(other.name) and (other.name < path.name or newer and other.name != path.name):
             other.unlink()
 
 

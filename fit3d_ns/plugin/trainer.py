@@ -29,7 +29,7 @@ from fit3d_ns.plugin.checkpoints import (
     load_checkpoint_file,
     load_latest_checkpoint,
     make_plain,
-    remove_older_checkpoints,
+    remove_other_checkpoints,
     save_checkpoint_file,
 )
 from fit3d_ns.utils.errors import check_writable, install_error_sentences
@@ -188,7 +188,7 @@ class FeatureTrainer(Trainer):
             if not path.is_file():
                 self.save_checkpoint(self.step)
             elif self.config.save_only_latest_checkpoint and self.local_rank == 0:
-                remove_older_checkpoints(path)
+                remove_other_checkpoints(path)
         if record is None:
             with self.train_lock, self.timer.phase("evaluation"):
                 metrics = self.pipeline.get_average_eval_image_metrics(get_std=True)

@@ -7,6 +7,11 @@ same formula along the image's axes: on every first, second, fourth and sixth pi
 axes, over the number of valid pixels; scales added. Both are taken over groups of images (two, as the public code has
 two per device), so that their values do not depend on how many devices share a batch, and come as the sum over groups
 with the number of groups that had valid pixels.
+
+Metrics, p prediction, d target, in metres, over pixels with min < d < max: rmse = sqrt(mean (p - d)^2),
+abs_rel = mean |p - d| / d, sq_rel = mean (p - d)^2 / d, log10 = mean |log10 p - log10 d|,
+silog = 100 sqrt(var(log p - log d)) with n in the denominator, d1 d2 d3 = share of pixels with max(p / d, d / p) below
+1.25, 1.25^2, 1.25^3; as means of per-image values (published) and over all pixels together.
 """
 
 from dataclasses import dataclass
@@ -18,13 +23,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fit3d_ns.data.images import save_depth
-from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, warn_about_depth_unit
+from fit3d_ns.probing.datasets.frames import EvaluationWindow, LabelledFrame, LabelledSet, warn_about_depth_unit
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource
 from fit3d_ns.probing.head_probe import HeadProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
 from fit3d_ns.probing.heads import UPSAMPLING, BinNormalization, DepthBins, DPTDepthHead, LinearDepthHead
 from fit3d_ns.probing.inputs import DEPTHS_PER_TOKEN, EVALUATION, DepthInputs, choose_crop_size
-from fit3d_ns.probing.metrics import DepthMetrics
 from fit3d_ns.probing.pictures import PictureKey, resize_map
 from fit3d_ns.probing.samples import estimate_memory
 from fit3d_ns.utils.progress import notice
@@ -40,6 +44,8 @@ LARGEST_DPT_RATE = 5e-4
 EPSILON = 1e-3
 """Metres; keeps the logarithm finite."""
 MEAN_WEIGHT = 0.15
+METRIC_NAMES = ("rmse", "abs_rel", "sq_rel", "log10", "silog", "d1", "d2", "d3")
+"""Of depth."""
 GRADIENT_STRIDES, GRADIENT_STEP = (1, 2, 4, 6), 2
 """Every how many pixels each scale of the gradient loss reads, and how many of those lie between the two compared."""
 
@@ -254,3 +260,74 @@ def compute_gradient_loss(
             total = total + differences / mask.sum().clamp_min(1)
         count += 1
     return LossSum(total, predictions.new_tensor(float(count)))
+
+
+class DepthMetrics:
+    """Adds up images: `sums` over all pixels, the pixel count last, and `per_image` values, the image count last.
+
+    Targets outside the range (metres) or the window do not count; predictions are clamped to the range.
+    """
+
+    def __init__(self, min_depth: float = 0.001, max_depth: float = 10.0, window: EvaluationWindow = "none") -> None:
+        self.min_depth, self.max_depth, self.window = min_depth, max_depth, window
+        self.sums = torch.zeros(10, dtype=torch.float64)
+        self.per_image = torch.zeros(len(METRIC_NAMES) + 1, dtype=torch.float64)
+
+    def update(self, prediction: Float[Tensor, "height width"], target: Float[Tensor, "height width"]) -> None:
+        """Adds one image; one without valid pixels does not count (nanmean)."""
+        valid = (target > self.min_depth) & (target < self.max_depth) & create_window(self.window, *target.shape)
+        if not valid.any():
+            return
+        sums = _sum_errors(prediction[valid].double().clamp(self.min_depth, self.max_depth), target[valid].double())
+        self.sums += sums
+        self.per_image += torch.cat([_finish(sums), torch.ones(1, dtype=torch.float64)])
+
+    def compute(self) -> dict[str, Any]:
+        """Means of per-image values under their names, over all pixels below `pooled`; ValueError without any."""
+        if self.per_image[-1] == 0:
+            raise ValueError(
+                f"No test pixel has depth between {self.min_depth} and {self.max_depth} m; check unit and --max-depth."
+            )
+        means = dict(zip(METRIC_NAMES, (self.per_image[:-1] / self.per_image[-1]).tolist(), strict=True))
+        pooled = dict(zip(METRIC_NAMES, _finish(self.sums).tolist(), strict=True))
+        return {**means, "pooled": pooled, "num_images": int(self.per_image[-1])}
+
+
+def create_window(window: EvaluationWindow, height: int, width: int) -> Bool[Tensor, "height width"]:
+    """True inside the part that counts; Eigen's window is given for 480x640 and scales with the size, as Garg's."""
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    if window == "eigen":
+        top, bottom, left, right = 45 / 480, 471 / 480, 41 / 640, 601 / 640
+    elif window == "garg":
+        top, bottom, left, right = 0.40810811, 0.99189189, 0.03594771, 0.96405229
+    else:
+        return ~inside
+    # The tolerance keeps 45 / 480 * 480 from becoming 44.
+    rows = slice(int(top * height + 1e-6), int(bottom * height + 1e-6))
+    inside[rows, int(left * width + 1e-6) : int(right * width + 1e-6)] = True
+    return inside
+
+
+def _sum_errors(prediction: Float[Tensor, " pixels"], target: Float[Tensor, " pixels"]) -> Float[Tensor, " sums"]:
+    difference = prediction - target
+    logs = prediction.log() - target.log()
+    ratio = torch.maximum(prediction / target, target / prediction)
+    return torch.stack(
+        [
+            difference.square().sum(),
+            (difference.abs() / target).sum(),
+            (difference.square() / target).sum(),
+            (prediction.log10() - target.log10()).abs().sum(),
+            logs.sum(),
+            logs.square().sum(),
+            *((ratio < 1.25**power).double().sum() for power in (1, 2, 3)),
+            torch.tensor(float(len(target)), dtype=torch.float64, device=target.device),
+        ]
+    ).cpu()
+
+
+def _finish(sums: Float[Tensor, " sums"]) -> Float[Tensor, " metrics"]:
+    """From sums over pixels to the metrics, in the order of `METRIC_NAMES`."""
+    squared, abs_rel, sq_rel, log10, log, log_squared, d1, d2, d3 = (sums[:-1] / sums[-1]).unbind()
+    silog = 100.0 * (log_squared - log.square()).clamp_min(0.0).sqrt()
+    return torch.stack([squared.sqrt(), abs_rel, sq_rel, log10, silog, d1, d2, d3])

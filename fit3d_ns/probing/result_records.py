@@ -16,10 +16,10 @@ from typing import Any
 
 from fit3d_ns.probing.frozen_features import BackboneConfig, list_parts
 from fit3d_ns.scene import load_scene
-from fit3d_ns.scene.scene_file import SceneCosts, read_scene_costs
+from fit3d_ns.scene.scene_file import read_scene_costs
 from fit3d_ns.utils.files import hash_bytes, read_json
 from fit3d_ns.utils.progress import SECONDS_PER_HOUR, notice
-from fit3d_ns.utils.results import ResultRecord, check_report, load_result, save_result
+from fit3d_ns.utils.results import ResultRecord, average_scene_costs, check_report, load_result, save_result
 
 UNCOUNTED = ("per_scene",)
 """Metrics that are kept per seed but not averaged."""
@@ -100,12 +100,11 @@ def read_costs(config: BackboneConfig) -> dict[str, Any]:
         costs["hours"] = report["seconds"] / SECONDS_PER_HOUR
     scenes = [Path(name) for name in report.get("scenes", []) if isinstance(name, str)]
     costs["scenes"] = [scene.stem for scene in scenes]
-    if isinstance(report.get("scene_costs"), list):
-        scene_costs = [SceneCosts(**entry) for entry in report["scene_costs"]]
-    else:
+    scene_costs = report.get("scene_costs")
+    if not isinstance(scene_costs, list):
         # Reports of earlier versions have none; the scenes may still be there.
-        scene_costs = [read_scene_costs(load_scene(scene), scene) for scene in scenes if scene.is_file()]
-    return {"finetuning": {**costs, **_summarise_scenes(scene_costs)}}
+        scene_costs = [vars(read_scene_costs(load_scene(scene), scene)) for scene in scenes if scene.is_file()]
+    return {"finetuning": {**costs, **average_scene_costs(scene_costs)}}
 
 
 def _combine(items: Sequence[dict[str, Any]], function: Any) -> dict[str, Any]:
@@ -144,18 +143,6 @@ def _sorted(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_sorted(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _summarise_scenes(costs: list[SceneCosts]) -> dict[str, Any]:
-    if not costs:
-        return {}
-    summary: dict[str, Any] = {"scene_file_mb": sum(cost.file_mb for cost in costs) / len(costs)}
-    hours = [cost.stage1_hours for cost in costs if cost.stage1_hours is not None]
-    if len(hours) == len(costs):
-        summary["stage1_hours"] = sum(hours) / len(hours)
-    if len({cost.feature_dim for cost in costs}) == 1:
-        summary["feature_dim"] = costs[0].feature_dim
-    return summary
 
 
 def _read_report(config: BackboneConfig) -> dict[str, Any] | None:

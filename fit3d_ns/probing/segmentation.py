@@ -1,11 +1,16 @@
-"""The semantic segmentation probe (paper section 3.3): one linear head per seed, measured by slide inference."""
+"""The semantic segmentation probe (paper section 3.3): one linear head per seed, measured by slide inference.
 
+Metrics over all test pixels, n[truth, prediction] being the confusion matrix: iou_c = n_cc / (row_c + column_c - n_cc),
+acc_c = n_cc / row_c; miou and macc average over the classes that some label has, aacc is the share of right pixels.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +26,6 @@ from fit3d_ns.probing.inputs import (
     average_windows,
     choose_short_side,
 )
-from fit3d_ns.probing.metrics import SegmentationMetrics
 from fit3d_ns.probing.pictures import resize_map
 from fit3d_ns.probing.samples import estimate_memory
 from fit3d_ns.utils.progress import notice_once
@@ -161,3 +165,36 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
 
     def _create_assembler(self) -> Assembler:
         return Assembler(self.assembly, self.backbones.embed_dim, "none")
+
+
+class SegmentationMetrics:
+    """Adds up images; `confusion` counts pixels by true class (rows) and predicted class, and may be summed."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.confusion: Int[Tensor, "classes classes"] = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def update(self, predicted: Integer[Tensor, "height width"], labels: Integer[Tensor, "height width"]) -> None:
+        """Adds one image; pixels labelled `IGNORE_INDEX` never count."""
+        counted = labels != IGNORE_INDEX
+        pairs = labels[counted].long() * self.num_classes + predicted[counted].long()
+        counts = torch.bincount(pairs, minlength=self.num_classes**2)
+        self.confusion += counts.view(self.num_classes, self.num_classes).cpu()
+
+    def compute(self, class_names: Sequence[str] = ()) -> dict[str, Any]:
+        """The metrics, in [0, 1], with IoU by class name; ValueError if no pixel was counted."""
+        total = int(self.confusion.sum())
+        if total == 0:
+            raise ValueError("No test pixel has a label that counts; check the label maps.")
+        right = self.confusion.diagonal().double()
+        rows, columns = self.confusion.sum(1).double(), self.confusion.sum(0).double()
+        # Classes that no label has become NaN and are left out.
+        iou = torch.where(rows > 0, right / (rows + columns - right), torch.nan)
+        accuracy = right / rows
+        names = class_names or [str(index) for index in range(self.num_classes)]
+        return {
+            "miou": float(iou.nanmean()),
+            "macc": float(accuracy.nanmean()),
+            "aacc": float(right.sum() / total),
+            "iou_by_class": dict(zip(names, iou.tolist(), strict=True)),
+        }

@@ -1,12 +1,12 @@
-"""Results as tables: records of fit3d-probe one way, reports of fit3d-finetune the other."""
+"""`write_report`: results as tables, records of fit3d-probe one way, reports of fit3d-finetune the other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import PurePath
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any
 
 from fit3d_ns.report.paper_values import PaperRow, find_paper_data, find_paper_row, name_backbone
-from fit3d_ns.report.result_files import TASKS, FinetuneResult, ProbeResult
+from fit3d_ns.report.result_files import TASKS, FinetuneResult, ProbeResult, Results
 from fit3d_ns.report.table import (
     COST_COLUMNS,
     FINETUNE_COLUMNS,
@@ -19,11 +19,18 @@ from fit3d_ns.report.table import (
     describe_settings,
     describe_versions,
     find_differences,
-    flatten,
     mark_best,
+    write_html,
+    write_latex,
+    write_markdown,
 )
+from fit3d_ns.utils.errors import reading
+from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.progress import SECONDS_PER_HOUR
-from fit3d_ns.utils.results import ResultRecord
+from fit3d_ns.utils.results import ResultRecord, average_scene_costs, flatten
+
+STEM = "tables"
+"""Name of the report's files without suffix."""
 
 ASSEMBLY_NAMES = {
     "original": "original",
@@ -38,6 +45,37 @@ ASSEMBLY_NAMES = {
 _PARTS = {"original": "original", "finetuned": "fine-tuned"}
 _MAX_NAMES = 4
 """Scenes of a row are named up to this number, then counted."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: the tables, those of random weights last, as Markdown, and the names of all files."""
+
+    tables: list[Table]
+    markdown: str
+    files: list[Path]
+
+
+def write_report(results: Results, folder: Path, title: str) -> Report:
+    """Writes the tables of all results; ValueError where two must not stand in one table."""
+    for probe in results.probes:
+        with reading(probe.path):
+            create_probe_tables([probe])
+    for finetuning in results.finetunings:
+        with reading(finetuning.path):
+            create_finetune_tables([finetuning])
+    tables = create_probe_tables(results.probes) + create_finetune_tables(results.finetunings)
+    tables.sort(key=lambda table: table.is_random)
+    markdown = write_markdown(tables, title)
+    texts = {".md": markdown, ".tex": write_latex(tables, title), ".html": write_html(tables, title)}
+    files = [folder / f"{STEM}{suffix}" for suffix in texts]
+    for path, text in zip(files, texts.values(), strict=True):
+        with write_atomically(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    files.append(folder / f"{STEM}.json")
+    sources = [str(probe.path) for probe in results.probes] + [str(run.path) for run in results.finetunings]
+    write_json(files[-1], {"title": title, "tables": [asdict(table) for table in tables], "sources": sources})
+    return Report(tables, markdown, files)
 
 
 def create_probe_tables(probes: Sequence[ProbeResult]) -> list[Table]:
@@ -276,7 +314,11 @@ def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, bac
     }
     if differing:
         columns["Settings"] = [Cell(describe_settings(item, differing) or NOTHING) for item in settings]
-    costs = [_read_costs(report) for report in reports]
+    costs = [average_scene_costs(report.get("scene_costs") or []) for report in reports]
+    for item, report in zip(costs, reports, strict=True):
+        item["epochs"] = report.get("epochs")
+        if isinstance(report.get("seconds"), (int, float)):
+            item["finetune_hours"] = report["seconds"] / SECONDS_PER_HOUR
     for column in COST_COLUMNS:
         values = [column.find(item) for item in costs]
         if any(value is not None for value in values):
@@ -300,16 +342,3 @@ def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, bac
         f"Versions: {describe_versions([report.get('versions', {}) for report in reports])}.",
     ]
     return _create_table(f"Fine-tuning (stage II) of {backbone}", columns, notes, is_random)
-
-
-def _read_costs(report: Mapping[str, Any]) -> dict[str, Any]:
-    """By the names of the cost columns; means over scenes."""
-    costs: dict[str, Any] = {"epochs": report.get("epochs")}
-    if isinstance(report.get("seconds"), (int, float)):
-        costs["finetune_hours"] = report["seconds"] / SECONDS_PER_HOUR
-    scenes = report.get("scene_costs") or []
-    for name, known in (("feature_dim", "feature_dim"), ("scene_file_mb", "file_mb"), ("stage1_hours", "stage1_hours")):
-        values = [scene.get(known) for scene in scenes]
-        if values and all(isinstance(value, (int, float)) for value in values):
-            costs[name] = sum(values) / len(values)
-    return costs

@@ -1,6 +1,8 @@
-"""Tables before any format: columns say how metrics look, rows hold texts with marks; settings as short texts."""
+"""Tables, and their Markdown, LaTeX and HTML: columns say how metrics look, rows hold texts with marks."""
 
-from collections.abc import Mapping, Sequence
+import html
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -142,14 +144,6 @@ def mark_best(column: Column, values: Sequence[float | None], groups: Sequence[s
     return [value is not None and column.show(value) == best.get(group) for value, group in pairs]
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
 def find_differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the settings in which those that have them differ, or that only some have."""
     names = dict.fromkeys(name for item in settings for name in item)
@@ -174,3 +168,91 @@ def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+}
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a; }
+table { border-collapse: collapse; margin: 2rem 0 0.5rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: 0.4rem 0; }
+th, td { padding: 0.25rem 0.8rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
+td { white-space: nowrap; }
+.wide { overflow-x: auto; }
+thead th { border-bottom: 2px solid #444; }
+ul.notes { margin: 0 0 2rem; padding-left: 1.2rem; color: #555; font-size: 13px; overflow-wrap: anywhere; }
+.random { background: #fff3f0; }
+"""
+
+
+def write_markdown(tables: Sequence[Table], title: str) -> str:
+    """A page of pipe tables with their notes below."""
+    lines = [f"# {_escape_markdown(title)}", ""]
+    for table in tables:
+        lines += [f"## {_escape_markdown(table.title)}", ""]
+        lines.append(_join(map(_escape_markdown, table.header)))
+        lines.append("|" + " --- |" * len(table.header))
+        lines += [_join(_mark(cell, _escape_markdown, "**", "**") for cell in row) for row in table.rows]
+        lines += ["", *(f"- {_escape_markdown(note)}" for note in table.notes), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_latex(tables: Sequence[Table], title: str) -> str:
+    """`table` environments to input; they need booktabs and graphicx."""
+    lines = [f"% {title}", r"% \usepackage{booktabs,graphicx}", ""]
+    for table in tables:
+        notes = " ".join(table.notes)
+        lines += [r"\begin{table}", r"\centering", rf"\caption{{{_escape_latex(table.title)}.}}"]
+        # Wide tables shrink to the page, narrow ones keep their size.
+        lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
+        lines += [rf"\begin{{tabular}}{{{'l' * len(table.header)}}}", r"\toprule"]
+        lines += [" & ".join(map(_escape_latex, table.header)) + r" \\", r"\midrule"]
+        lines += [
+            " & ".join(_mark(cell, _escape_latex, r"\textbf{", "}") for cell in row) + r" \\" for row in table.rows
+        ]
+        lines += [r"\bottomrule", r"\end{tabular}}", r"\par\smallskip", rf"{{\footnotesize {_escape_latex(notes)}}}"]
+        lines += [r"\end{table}", ""]
+    return "\n".join(lines)
+
+
+def write_html(tables: Sequence[Table], title: str) -> str:
+    """A page that needs no other file."""
+    parts = ["<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">']
+    parts += [f"<title>{html.escape(title)}</title>", f"<style>{_STYLE}</style>", "</head>", "<body>"]
+    parts.append(f"<h1>{html.escape(title)}</h1>")
+    for table in tables:
+        parts.append('<div class="wide">')
+        parts.append('<table class="random">' if table.is_random else "<table>")
+        parts.append(f"<caption>{html.escape(table.title)}</caption>")
+        names = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
+        parts.append(f"<thead><tr>{names}</tr></thead>")
+        parts.append("<tbody>")
+        for row in table.rows:
+            cells = [_mark(cell, html.escape, "<strong>", "</strong>") for cell in row]
+            parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        parts += ["</tbody>", "</table>", "</div>", '<ul class="notes">']
+        parts += [f"<li>{html.escape(note)}</li>" for note in table.notes]
+        parts.append("</ul>")
+    return "\n".join([*parts, "</body>", "</html>"]) + "\n"
+
+
+def _join(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def _mark(cell: Cell, escape: Callable[[str], str], start: str, end: str) -> str:
+    return f"{start}{escape(cell.text)}{end}" if cell.is_best else escape(cell.text)
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\|*_`<\[])", r"\\\1", text)
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)

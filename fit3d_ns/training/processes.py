@@ -138,16 +138,10 @@ def create_accelerator(
 def track_run(
     processes: Processes, trackers: Sequence[str], output_folder: Path, settings: str, first_step: int
 ) -> Iterator[None]:
-    """Starts the trackers, and closes them however the block ends: only then are all curves written.
+    """Starts the accelerator's trackers, and closes them however the block ends: only then are all curves written.
 
-    Args:
-        processes: Their accelerator was made for these trackers.
-        output_folder: All trackers write below it.
-        settings: The run's settings, as one text.
-        first_step: Number of the first step that will be logged; later ones of an interrupted run are dropped.
-
-    Raises:
-        ValueError: wandb does not start, for example because nobody is logged in.
+    Curves of an interrupted run are dropped from `first_step` on. ValueError where wandb does not start, for example
+    because nobody is logged in.
     """
     if not trackers:
         yield

@@ -154,15 +154,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """Parses JSON from anywhere.
-
-    Args:
-        text: The JSON, bytes in UTF-8.
-        source: What errors call it.
-
-    Raises:
-        ValueError: It is no JSON, or nested more deeply than anything that we or others write.
-    """
+    """Parses JSON that errors call `source`; ValueError where it is none, or nested more deeply than anybody writes."""
     try:
         value = json.loads(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except (ValueError, RecursionError) as error:

@@ -46,12 +46,7 @@ def create_progress() -> Progress:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterates with a progress bar; where there is no terminal, one notice at the start and one at the end.
-
-    Args:
-        description: What is being done, for example "Extracting features".
-        total: Number of items, where `len(items)` does not tell.
-    """
+    """Iterates with a progress bar; where there is no terminal, one notice at the start and one at the end."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """`ResultRecord`: one measured result, with everything needed to trust it or to make it again."""
 
 import platform
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -59,6 +60,28 @@ def check_report(report: dict[str, Any], path: Path) -> None:
         raise ValueError(
             f"{path} describes other weights than those next to it; run that fit3d-finetune again to its end."
         )
+
+
+def average_scene_costs(scenes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Costs of scenes (`SceneCosts`) by the names of the report's columns; what is not known of all is left out.
+
+    Megabytes and hours are means, the number of features is that of all.
+    """
+    costs: dict[str, Any] = {}
+    for name, known in (("scene_file_mb", "file_mb"), ("stage1_hours", "stage1_hours")):
+        values = [scene.get(known) for scene in scenes]
+        if values and all(isinstance(value, (int, float)) for value in values):
+            costs[name] = sum(values) / len(values)
+    dims = {scene.get("feature_dim") for scene in scenes}
+    return costs | {"feature_dim": dims.pop()} if len(dims) == 1 else costs
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def collect_versions() -> dict[str, str]:

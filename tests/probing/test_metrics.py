@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX
-from fit3d_ns.probing.metrics import DepthMetrics, SegmentationMetrics, create_window
+from fit3d_ns.probing.depth import DepthMetrics, create_window
+from fit3d_ns.probing.segmentation import SegmentationMetrics
 
 
 def draw_maps(seed: int, num_classes: int, size: tuple[int, int] = (7, 9)) -> tuple[torch.Tensor, torch.Tensor]:

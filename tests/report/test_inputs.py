@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fit3d_ns.cli import report as module
-from fit3d_ns.report.report_files import write_report
 from fit3d_ns.report.result_files import read_results
+from fit3d_ns.report.result_tables import write_report
 from fit3d_ns.utils.files import read_json, write_json
 from fit3d_ns.utils.results import ResultRecord, save_result
 from tests.report.report_records import write_finetune_report, write_probe

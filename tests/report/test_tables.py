@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fit3d_ns.report.report_files import Report, write_report
 from fit3d_ns.report.result_files import read_results
+from fit3d_ns.report.result_tables import Report, write_report
 from fit3d_ns.report.table import Column, mark_best
 from tests.report.report_records import describe_backbone, describe_finetuning, write_finetune_report, write_probe
 

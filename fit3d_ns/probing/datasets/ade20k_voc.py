@@ -14,8 +14,16 @@ VOCdevkit/VOC2012/                            from VOCtrainval_11-May-2012.tar
 from pathlib import Path
 
 from fit3d_ns.data.images import list_images
-from fit3d_ns.probing.datasets.files import LabelTable, create_frame, create_zero_ignoring_table, read_lines
-from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, ProbeTask
+from fit3d_ns.probing.datasets.frames import (
+    LabelledFrame,
+    LabelledSet,
+    LabelledSplit,
+    LabelTable,
+    ProbeTask,
+    create_frame,
+    create_zero_ignoring_table,
+    read_lines,
+)
 
 NUM_ADE20K_CLASSES = 150
 VOC_NAMES = tuple(

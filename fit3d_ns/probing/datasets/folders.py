@@ -19,14 +19,15 @@ from functools import partial
 from pathlib import Path
 
 from fit3d_ns.data.images import is_hidden, list_images, load_image
-from fit3d_ns.probing.datasets.files import LabelTable, create_frame
 from fit3d_ns.probing.datasets.frames import (
     IGNORE_INDEX,
     DepthConvention,
     LabelledFrame,
     LabelledSet,
     LabelledSplit,
+    LabelTable,
     ProbeTask,
+    create_frame,
 )
 from fit3d_ns.utils.files import read_json
 

@@ -31,14 +31,16 @@ import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
-from fit3d_ns.probing.datasets.files import LabelTable, create_frame, read_lines
 from fit3d_ns.probing.datasets.frames import (
     IGNORE_INDEX,
     DepthConvention,
     LabelledFrame,
     LabelledSet,
     LabelledSplit,
+    LabelTable,
     ProbeTask,
+    create_frame,
+    read_lines,
 )
 from fit3d_ns.probing.datasets.scannet import NYU40_NAMES
 

@@ -40,7 +40,6 @@ from fit3d_ns.data.frames import Frame
 from fit3d_ns.data.images import load_image, load_mask
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
-from fit3d_ns.probing.datasets.files import LabelTable, create_frame, create_zero_ignoring_table, read_lines
 from fit3d_ns.probing.datasets.folders import read_class_names
 from fit3d_ns.probing.datasets.frames import (
     IGNORE_INDEX,
@@ -48,7 +47,11 @@ from fit3d_ns.probing.datasets.frames import (
     LabelledFrame,
     LabelledSet,
     LabelledSplit,
+    LabelTable,
     ProbeTask,
+    create_frame,
+    create_zero_ignoring_table,
+    read_lines,
 )
 
 NYU40_NAMES = tuple(
