@@ -104,29 +104,13 @@ def compute_undistortion(lens: Lens) -> Undistortion:
 
 
 def distort_points(lens: Lens, points: Float[np.ndarray, "points 2"]) -> Float[np.ndarray, "points 2"]:
-    """Pixels (column, row; centres at +0.5) at which a lens shows the rays (x, y, 1), in float64.
-
-    The formulas are those of OpenCV's calib3d documentation (`projectPoints`, `fisheye`).
-    """
-    x, y = points[:, 0].astype(np.float64), points[:, 1].astype(np.float64)
-    if lens.model == "fisheye":
-        k1, k2, k3, k4 = _opencv_coefficients(lens)
-        radius = np.hypot(x, y)
-        theta = np.arctan(radius)
-        bent = theta * (1 + k1 * theta**2 + k2 * theta**4 + k3 * theta**6 + k4 * theta**8)
-        scale = np.where(radius > 1e-12, bent / np.maximum(radius, 1e-12), 1.0)
-        x, y = x * scale, y * scale
-    elif lens.model == "opencv":
-        k1, k2, p1, p2, k3, k4, k5, k6 = _opencv_coefficients(lens)
-        squared = x**2 + y**2
-        radial = (1 + k1 * squared + k2 * squared**2 + k3 * squared**3) / (
-            1 + k4 * squared + k5 * squared**2 + k6 * squared**3
-        )
-        x, y = (
-            x * radial + 2 * p1 * x * y + p2 * (squared + 2 * x**2),
-            y * radial + p1 * (squared + 2 * y**2) + 2 * p2 * x * y,
-        )
-    return np.stack([lens.fx * x + lens.cx, lens.fy * y + lens.cy], axis=-1)
+    """Pixels (column, row; centres at +0.5) at which a lens shows the rays (x, y, 1), in float64."""
+    if not lens.is_distorted or not len(points):
+        return points * [lens.fx, lens.fy] + [lens.cx, lens.cy]
+    rays, nothing = np.insert(points.astype(np.float64), 2, 1.0, axis=1)[:, None], np.zeros(3)
+    project = cv2.fisheye.projectPoints if lens.model == "fisheye" else cv2.projectPoints
+    pixels, _ = project(rays, nothing, nothing, _opencv_K(lens), _opencv_coefficients(lens))
+    return pixels[:, 0] + 0.5
 
 
 def find_rays(lens: Lens, pixels: Float[np.ndarray, "points 2"]) -> Float[np.ndarray, "points 2"]:

@@ -9,13 +9,13 @@ read as the features are read, exceed one half.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.lifting.blending import prepare_view
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
@@ -121,7 +121,7 @@ class FeatureMetrics:
 
     @classmethod
     def from_sums(cls, sums: Float[Tensor, "5"]) -> "FeatureMetrics":
-        """The metrics of what `sum_token_errors` gave, of one view or added up over several."""
+        """The metrics of what `sum_view_errors` gave, of one view or added up over several."""
         num_tokens = int(sums[-1])
         if num_tokens == 0:
             return cls(math.nan, math.nan, math.nan, math.nan, 0)
@@ -130,18 +130,27 @@ class FeatureMetrics:
 
 
 @torch.no_grad()
-def sum_token_errors(
-    predicted: Float[Tensor, "h w embed"],
+def sum_view_errors(
+    features: Float[Tensor, "num_gaussians dim"],
+    info: dict[str, Any],
+    decoder: FeatureDecoder,
     tokens: Float[Tensor, "h w embed"],
-    alphas: Float[Tensor, "h w"],
-    mask: Float[Tensor, "h w"],
+    mask: Float[Tensor, "height width"],
     mean_token: Float[Tensor, " embed"],
+    token_reading: TokenReadingRule,
 ) -> Float[Tensor, "5"]:
-    """Sums over a view's covered tokens, float64, in the order of the fields of `FeatureMetrics`.
+    """Sums over the covered tokens of a projected view, float64, in the order of the fields of `FeatureMetrics`.
 
-    Predictions, alpha and mask (0 to 1) are read at the tokens; `mean_token` is the constant token of the baseline.
+    The mask is 0 to 1, `mean_token` is the constant token of the baseline.
     """
-    covered = (alphas > COVERED) & (mask > COVERED)
+    height, width = mask.shape
+    reader = create_token_reader(width, height, (tokens.shape[0], tokens.shape[1]), token_reading)
+    # Opacity is the blend of ones.
+    blended = F.pad(features, (0, 1), value=1.0)
+    low, alphas = rasterize_features(blended, info, pixels=reader.pixels.to(features.device))[0].tensor_split([-1], -1)
+    predicted = decoder.decode_pixels(low, alphas[..., 0], reader)
+    read = reader.read(torch.cat([alphas, reader.gather(mask[..., None])], dim=-1))
+    covered = (read > COVERED).all(dim=-1)
     expected = tokens[covered]
     sums = []
     for guess in (predicted[covered], mean_token.to(expected).expand_as(expected)):
@@ -165,17 +174,14 @@ def evaluate_features(
     The baseline's `mean_token` is that of the views that the lift has seen, `LiftResult.basis.mean`. ValueError where
     no token is covered in any view.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=features.device)
+    device = features.device
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     valid = gaussians.find_valid()
     gaussians, features = gaussians.select(valid), features[valid]
     for view in views:
-        prepared = prepare_view(gaussians, view)
-        reader = create_token_reader(view.width, view.height, prepared.patch_grid, token_reading)
-        features_low = rasterize_features(features, prepared.info, pixels=reader.pixels.to(features.device))[0]
-        decoded = decoder.decode_pixels(features_low, reader.gather(prepared.alphas[..., None])[..., 0], reader)
-        maps = torch.stack([prepared.alphas, prepared.mask], dim=-1)
-        alphas, mask = reader.read(reader.gather(maps)).unbind(dim=-1)
-        sums += sum_token_errors(decoded, prepared.tokens, alphas, mask, mean_token)
+        info = gaussians.project(view.viewmat, view.K, view.width, view.height)
+        tokens, mask = view.read_tokens(device), view.read_mask(device)
+        sums += sum_view_errors(features, info, decoder, tokens, mask, mean_token, token_reading)
     metrics = FeatureMetrics.from_sums(sums)
     if metrics.num_tokens == 0:
         raise ValueError("No token of the evaluated views is covered by Gaussians and mask; check the cameras.")

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis, apply_pca, fit_pca, map_to_colours
 from fit3d_ns.analysis.pictures import draw_words
-from fit3d_ns.lifting.feature_error import COVERED, FeatureLoss, FeatureLossConfig, FeatureMetrics, sum_token_errors
+from fit3d_ns.lifting.feature_error import COVERED, FeatureLoss, FeatureLossConfig, FeatureMetrics, sum_view_errors
 from fit3d_ns.plugin.dataset import get_feature_mask
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import colour_features
-from fit3d_ns.scene.token_grid import create_token_reader, read_at_tokens
 from fit3d_ns.utils.seeds import create_generator
 
 FEATURE_SEED = 0
@@ -128,26 +127,17 @@ class FeatureBranch(nn.Module):
         if not self.is_on:
             return {}
         tokens = batch["patch_tokens"].to(features.device).float()
-        size = (tokens.shape[0], tokens.shape[1])
         width, height = int(info["width"]), int(info["height"])
-        reader = create_token_reader(width, height, size, self.config.token_reading)
-        # Opacity is the blend of ones.
-        with_ones = torch.cat([features, features.new_ones(len(features), 1)], dim=-1)
-        rendered = rasterize_features(with_ones, info, pixels=reader.pixels.to(features.device))[0]
-        low, alpha = rendered[:, :-1], rendered[:, -1]
-        decoded = self.decoder.decode_pixels(low, alpha, reader)
-        alpha_at_tokens = reader.read(alpha[:, None])[..., 0]
-        valid = torch.ones(size, device=features.device)
         mask = get_feature_mask(batch)
-        if mask is not None:
-            mask = _resize_mask(mask.to(features.device), height, width)
-            valid = read_at_tokens(mask[..., None], size, self.config.token_reading)[..., 0]
-        metrics = FeatureMetrics.from_sums(sum_token_errors(decoded, tokens, alpha_at_tokens, valid, self.pca_mean))
+        valid = tokens.new_ones(height, width) if mask is None else _resize_mask(mask.to(tokens.device), height, width)
+        reading = self.config.token_reading
+        sums = sum_view_errors(features, info, self.decoder, tokens, valid, self.pca_mean, reading)
+        metrics = FeatureMetrics.from_sums(sums)
         return {
             "feature_l1": metrics.feature_l1,
             "feature_cosine": metrics.feature_cosine,
             "feature_cosine_mean_token": metrics.mean_token_cosine,
-            "feature_coverage": metrics.num_tokens / (size[0] * size[1]),
+            "feature_coverage": metrics.num_tokens / (tokens.shape[0] * tokens.shape[1]),
         }
 
     @torch.no_grad()
