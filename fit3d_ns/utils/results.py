@@ -69,8 +69,8 @@ def average_scene_costs(scenes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     costs: dict[str, Any] = {}
     for name, known in (("scene_file_mb", "file_mb"), ("stage1_hours", "stage1_hours")):
-        values = [scene.get(known) for scene in scenes]
-        if values and all(isinstance(value, (int, float)) for value in values):
+        values = [value for scene in scenes if isinstance(value := scene.get(known), (int, float))]
+        if values and len(values) == len(scenes):
             costs[name] = sum(values) / len(values)
     dims = {scene.get("feature_dim") for scene in scenes}
     return costs | {"feature_dim": dims.pop()} if len(dims) == 1 else costs
