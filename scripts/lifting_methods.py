@@ -129,10 +129,8 @@ def lift_by_gradient(
                 group["lr"] = learning_rate * (1.0 - step / num_steps)
             view = blender.prepare(order.pop())
             height, width = view.alphas.shape
-            loss = FeatureLoss(width, height, view.patch_grid, FeatureLossConfig())
-            pixels = None if loss.pixels is None else loss.pixels.to(features.device)
-            low = rasterize_features(features, view.info, pixels=pixels)[0]
-            loss.compute(low, view.alphas, decoder, view.tokens, view.mask).backward()
+            loss = FeatureLoss(width, height, view.patch_grid, FeatureLossConfig(), features.device)
+            loss.compute(loss.blend(features, view.info), view.alphas, decoder, view.tokens, view.mask).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         _wait(features.device)

@@ -26,7 +26,6 @@ from fit3d_ns.finetuning.scene_bank import (
     compute_scene_hash,
     leave_view_out,
 )
-from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene import FeatureScene, TokenReadingRule, create_token_reader
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.tensor_store import TensorStore
@@ -175,9 +174,8 @@ def render_values(
 ) -> Float[Tensor, "h w channels"]:
     """Values of the Gaussians, blended and read at the token grid of a sample's window, not flipped."""
     _, _, width, height = sample.camera
-    reader = create_token_reader(width, height, sample.patch_grid, rule, neighbourhood=False)
-    info = scene.project(*sample.camera)
-    return reader.read(rasterize_features(values, info, pixels=reader.pixels.to(values.device)))[0]
+    reader = create_token_reader(width, height, sample.patch_grid, rule, neighbourhood=False, device=values.device)
+    return reader.read(reader.blend(values, scene.project(*sample.camera)))[0]
 
 
 def create_averages(

@@ -18,7 +18,7 @@ from fit3d_ns.analysis.pca import PcaBasis, apply_pca
 from fit3d_ns.features import compute_patch_grid
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.views import LiftView
-from fit3d_ns.rasterization import backproject_features, rasterize_features
+from fit3d_ns.rasterization import add_normal, backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureScene, PosedCapture, View
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import average_over_cells, spread_tokens
@@ -138,12 +138,14 @@ class ViewBlender:
     ) -> None:
         """Adds one view's R^T W Q R f to `image`, in place."""
         view = self.prepare(index)
-        weights = compute_weights(view, self.config)
-        features_low = rasterize_features(features, view.info)[0]
-        if self.config.token_to_pixel == "area":
-            averaged = average_over_cells(features_low, weights, view.patch_grid)
-            features_low = torch.lerp(averaged, features_low, self.config.within_patch_weight)
-        backproject_features((features_low * weights[..., None])[None], view.info, add_to=image)
+        weights, within = compute_weights(view, self.config), self.config.within_patch_weight
+
+        def weigh(maps: Float[Tensor, "1 height width channels"]) -> Float[Tensor, "1 height width channels"]:
+            if self.config.token_to_pixel == "area":
+                maps = torch.lerp(average_over_cells(maps[0], weights, view.patch_grid), maps[0], within)[None]
+            return maps * weights[..., None]
+
+        add_normal(features, view.info, weigh, add_to=image)
 
 
 @torch.no_grad()

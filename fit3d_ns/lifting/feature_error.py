@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,18 +55,26 @@ class FeatureLossConfig:
 class FeatureLoss:
     """The loss for images and token grids of one size."""
 
-    def __init__(self, width: int, height: int, patch_grid: tuple[int, int], config: FeatureLossConfig):
+    def __init__(
+        self,
+        width: int,
+        height: int,
+        patch_grid: tuple[int, int],
+        config: FeatureLossConfig,
+        device: torch.device | str = "cpu",
+    ):
         self.config = config
         self.size = (height, width)
-        self._reader: TokenReader | None = None
+        self.reader: TokenReader | None = None
         if config.multiple > 0:
             self.size = (config.multiple * patch_grid[0], config.multiple * patch_grid[1])
-            self._reader = create_token_reader(width, height, self.size, config.token_reading)
+            self.reader = create_token_reader(width, height, self.size, config.token_reading, device=device)
 
-    @property
-    def pixels(self) -> Int[Tensor, "pixels 2"] | None:
-        """(row, col) of the pixels the loss needs, for `rasterize_features`; None where it needs the whole image."""
-        return None if self._reader is None else self._reader.pixels
+    def blend(
+        self, features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any]
+    ) -> Float[Tensor, "height width dim"] | Float[Tensor, "pixels dim"]:
+        """What `compute` needs of the features of a projection's first camera; differentiable by the features."""
+        return rasterize_features(features, info)[0] if self.reader is None else self.reader.blend(features, info)[0]
 
     def compute(
         self,
@@ -79,19 +87,19 @@ class FeatureLoss:
         """Mean absolute difference over the weighted points and all channels; zero where nothing is valid.
 
         Args:
-            features_low: Rendered features, of the whole image or at `pixels`.
+            features_low: Rendered features, of the whole image or what `blend` gives.
             alphas: Rendered opacity of the whole image, 0 to 1; no gradient passes through it.
             valid_mask: True, or a weight above 0, where pixels count.
         """
         alphas = alphas.detach()
         mask = torch.ones_like(alphas) if valid_mask is None else valid_mask.to(alphas)
         weights = mask * alphas if self.config.alpha_weighting else mask
-        if self._reader is None:
+        if self.reader is None:
             decoded = decoder(features_low, alphas)
         else:
-            at_pixels = features_low if features_low.ndim == 2 else self._reader.gather(features_low)
-            decoded = decoder.decode_pixels(at_pixels, self._reader.gather(alphas[..., None])[..., 0], self._reader)
-            weights = self._reader.read(self._reader.gather(weights[..., None]))[..., 0]
+            at_pixels = features_low if features_low.ndim == 2 else self.reader.gather(features_low)
+            decoded = decoder.decode_pixels(at_pixels, self.reader.gather(alphas[..., None])[..., 0], self.reader)
+            weights = self.reader.read(self.reader.gather(weights[..., None]))[..., 0]
         target = spread_tokens(patch_tokens, self.size[1], self.size[0], self.config.token_to_pixel)
         return compute_masked_l1(decoded, target, weights)
 
@@ -144,10 +152,10 @@ def sum_view_errors(
     The mask is 0 to 1, `mean_token` is the constant token of the baseline.
     """
     height, width = mask.shape
-    reader = create_token_reader(width, height, (tokens.shape[0], tokens.shape[1]), token_reading)
+    size = (width, height, (tokens.shape[0], tokens.shape[1]))
+    reader = create_token_reader(*size, token_reading, device=features.device)
     # Opacity is the blend of ones.
-    blended = F.pad(features, (0, 1), value=1.0)
-    low, alphas = rasterize_features(blended, info, pixels=reader.pixels.to(features.device))[0].tensor_split([-1], -1)
+    low, alphas = reader.blend(F.pad(features, (0, 1), value=1.0), info)[0].tensor_split([-1], dim=-1)
     predicted = decoder.decode_pixels(low, alphas[..., 0], reader)
     read = reader.read(torch.cat([alphas, reader.gather(mask[..., None])], dim=-1))
     covered = (read > COVERED).all(dim=-1)

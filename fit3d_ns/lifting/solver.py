@@ -23,7 +23,6 @@ from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit
 from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig
 from fit3d_ns.lifting.passes import LiftState, Progress, ViewPasses, compute_identity, load_state
 from fit3d_ns.lifting.views import LiftView
-from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import create_token_reader
@@ -236,8 +235,9 @@ class _Lift:
                 return
             view = blender.prepare(index)
             height, width = view.alphas.shape
-            reader = create_token_reader(width, height, view.patch_grid, self.config.token_reading)
-            features_low = rasterize_features(features, view.info, pixels=reader.pixels.to(self.device))[0]
+            size = (width, height, view.patch_grid)
+            reader = create_token_reader(*size, self.config.token_reading, device=self.device)
+            features_low = reader.blend(features, view.info)[0]
             maps = torch.stack([view.alphas, compute_weights(view, self.config)], dim=-1)
             alphas, weights = reader.read(reader.gather(maps)).unbind(dim=-1)
             sums = DecoderStatistics(tensors["regressors"], tensors["products"])
@@ -274,9 +274,8 @@ class _Lift:
             order = order or torch.randperm(len(blender.views), generator=generator).tolist()
             view = blender.prepare(order.pop())
             height, width = view.alphas.shape
-            loss = FeatureLoss(width, height, view.patch_grid, loss_config)
-            pixels = None if loss.pixels is None else loss.pixels.to(self.device)
-            features_low = rasterize_features(features, view.info, pixels=pixels)[0]
+            loss = FeatureLoss(width, height, view.patch_grid, loss_config, self.device)
+            features_low = loss.blend(features, view.info)
             optimizer.zero_grad()
             loss.compute(features_low, view.alphas, decoder, view.tokens, view.mask).backward()
             optimizer.step()

@@ -111,10 +111,10 @@ class FeatureBranch(nn.Module):
         key = (width, height, (tokens.shape[0], tokens.shape[1]))
         if key not in self._losses:
             weighting, multiple = self.config.accumulation_weighting, self.config.feature_grid_multiple
-            self._losses[key] = FeatureLoss(*key, FeatureLossConfig(multiple=multiple, alpha_weighting=weighting))
+            config = FeatureLossConfig(multiple=multiple, alpha_weighting=weighting)
+            self._losses[key] = FeatureLoss(*key, config, alpha.device)
         loss = self._losses[key]
-        pixels = None if loss.pixels is None else loss.pixels.to(alpha.device)
-        features_low = rasterize_features(features, info, pixels=pixels)[0]
+        features_low = loss.blend(features, info)
         mask = get_feature_mask(batch)
         mask = None if mask is None else _resize_mask(mask.to(alpha.device), height, width)
         return loss.compute(features_low, alpha, self.decoder, tokens, mask)

@@ -3,6 +3,7 @@
 from fit3d_ns.rasterization.arguments import RasterizeMode
 from fit3d_ns.rasterization.interface import (
     BackendName,
+    add_normal,
     available_backends,
     backproject_features,
     project,
@@ -13,6 +14,7 @@ from fit3d_ns.rasterization.interface import (
 __all__ = [
     "BackendName",
     "RasterizeMode",
+    "add_normal",
     "available_backends",
     "backproject_features",
     "project",

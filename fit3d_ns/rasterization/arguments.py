@@ -103,7 +103,8 @@ def check_pixels(pixels: Tensor, width: int, height: int) -> None:
         )
     if len(pixels) == 0:
         return
-    lowest, highest = pixels.amin(dim=0).tolist(), pixels.amax(dim=0).tolist()
+    # One transfer, not two: on a GPU each of them waits for everything before it.
+    lowest, highest = torch.stack([pixels.amin(dim=0), pixels.amax(dim=0)]).tolist()
     if min(lowest) < 0 or highest[0] >= height or highest[1] >= width:
         raise ValueError(
             f"`pixels` spans rows {lowest[0]}..{highest[0]} and columns {lowest[1]}..{highest[1]}, outside the image of"
@@ -124,7 +125,7 @@ def check_feature_maps(feature_maps: Tensor, num_cameras: int, width: int, heigh
 def check_sums(add_to: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Checks sums that are added to in place: they must be contiguous."""
     _check_shape("add_to", add_to, shape)
-    _check_like("add_to", add_to, "`feature_maps`", like)
+    _check_like("add_to", add_to, "the features", like)
     if not add_to.is_contiguous():
         raise ValueError("`add_to` is not contiguous, and a copy would not be added to in place.")
 

@@ -5,6 +5,7 @@ those of gsplat's own autograd functions; they come from atomic additions and do
 """
 
 import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from gsplat import fully_fused_projection, isect_offset_encode, isect_tiles, rasterize_to_pixels, spherical_harmonics
@@ -15,6 +16,9 @@ from fit3d_ns.rasterization.reference import COLOR_OFFSET, BlendGeometry, TileLi
 
 COMPILED_CHANNELS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513)
 """Channel counts that gsplat 1.4 has kernels for; other counts are padded by it."""
+MOST_CHANNELS = 65
+"""The most channels of one call: beyond, the kernels spill registers, and 128 channels take five times as long as 64 in
+each direction (H100)."""
 BYTES_PER_PIXEL = 28
 """Shared memory of gsplat's backward kernel per pixel of a tile, in addition to 4 bytes per channel."""
 DEFAULT_SHARED_BYTES = 48 * 1024
@@ -79,16 +83,15 @@ def blend(
     The gradient by alpha goes through the first chunk of channels alone. With several chunks `absgrad` is that of the
     last one: gsplat overwrites it.
     """
-    chunk = channels_per_call(means2d.device)
-    if absgrad and colors.shape[-1] > chunk:
+    parts = list(split_channels(colors.shape[-1], channels_per_call(means2d.device)))
+    if absgrad and len(parts) > 1:
+        last = parts[-1].stop - parts[-1].start
         warnings.warn(
-            f"absgrad covers only the last {(colors.shape[-1] - 1) % chunk + 1} of {colors.shape[-1]} channels: this"
-            f" card blends {chunk} at a time.",
+            f"absgrad covers only the last {last} of {colors.shape[-1]} channels, which take {len(parts)} calls.",
             stacklevel=2,
         )
     images, alphas = [], []
-    for first in range(0, colors.shape[-1], chunk):
-        part = slice(first, first + chunk)
+    for part in parts:
         image, alpha = rasterize_to_pixels(
             means2d, conics, colors[..., part], opacities, geometry.settings.width, geometry.settings.height, TILE_SIZE,
             geometry.tiles.isect_offsets, geometry.tiles.flatten_ids,
@@ -107,7 +110,8 @@ def blend_features(features: Tensor, geometry: BlendGeometry, pixels: Tensor | N
         is_read = torch.zeros(size, dtype=torch.bool, device=features.device)
         is_read[pixels[:, 0].long() // TILE_SIZE, pixels[:, 1].long() // TILE_SIZE] = True
         masks = is_read.expand(geometry.num_cameras, -1, -1)
-    colors = features.expand(geometry.num_cameras, -1, -1)
+    # The gradient of `expand` is a sum over cameras, a pass over memory that one camera can do without.
+    colors = features[None] if geometry.num_cameras == 1 else features.expand(geometry.num_cameras, -1, -1)
     fixed = (geometry.means2d, geometry.conics, geometry.opacities)
     image, _ = blend(geometry, *fixed, colors, backgrounds=None, absgrad=False, masks=masks)
     return image if pixels is None else image[:, pixels[:, 0].long(), pixels[:, 1].long()]
@@ -116,19 +120,47 @@ def blend_features(features: Tensor, geometry: BlendGeometry, pixels: Tensor | N
 def backproject(feature_maps: Tensor, geometry: BlendGeometry, sums: Tensor, totals: Tensor) -> None:
     """As `reference.backproject`: the gradient of blended features, with the weights as one more channel of ones."""
     channels = feature_maps.shape[-1]
-    maps = torch.cat([feature_maps, torch.ones_like(feature_maps[..., :1])], dim=-1)
-    with torch.enable_grad():
-        features = maps.new_zeros(geometry.num_gaussians, channels + 1, requires_grad=True)
-        blended = blend_features(features, geometry, None)
-    (found,) = torch.autograd.grad(blended, features, maps)
-    sums += found[:, :channels]
-    totals += found[:, channels]
+    for part in split_channels(channels + 1, channels_per_call(feature_maps.device)):
+        maps = feature_maps[..., part]
+        if part.stop > channels:
+            maps = torch.cat([maps, torch.ones_like(feature_maps[..., :1])], dim=-1)
+        leaf = maps.new_zeros(geometry.num_gaussians, maps.shape[-1], requires_grad=True)
+        with torch.enable_grad():
+            blended = blend_features(leaf, geometry, None)
+        (found,) = torch.autograd.grad(blended, leaf, maps)
+        if part.stop > channels:
+            totals += found[:, -1]
+            found = found[:, :-1]
+        sums[:, part] += found
+
+
+def add_normal(features: Tensor, geometry: BlendGeometry, weigh: Callable[[Tensor], Tensor], sums: Tensor) -> None:
+    """As `reference.add_normal`: one blending serves both directions, since the adjoint is its gradient."""
+    for part in split_channels(features.shape[-1], channels_per_call(features.device)):
+        leaf = features[:, part].detach().requires_grad_()
+        with torch.enable_grad():
+            blended = blend_features(leaf, geometry, None)
+        (found,) = torch.autograd.grad(blended, leaf, weigh(blended.detach()))
+        sums[:, part] += found
+
+
+def split_channels(count: int, most: int) -> Iterator[slice]:
+    """Channels 0 to `count` in as few calls of at most `most` as pad none by more than an eighth of what it takes."""
+    first = 0
+    while first < count:
+        left = count - first
+        taken = max(compiled for compiled in COMPILED_CHANNELS if compiled <= min(left, most))
+        if any(left <= compiled <= most and compiled - left <= compiled / 8 for compiled in COMPILED_CHANNELS):
+            taken = left
+        yield slice(first, first + taken)
+        first += taken
 
 
 def channels_per_call(device: torch.device) -> int:
-    """The most channels whose backward pass fits into the shared memory that the card grants to one tile."""
+    """The most channels that pay in one call: their backward pass fits into the shared memory that the card grants."""
     properties = torch.cuda.get_device_properties(device)
-    return largest_channel_count(getattr(properties, "shared_memory_per_block_optin", DEFAULT_SHARED_BYTES))
+    fitting = largest_channel_count(getattr(properties, "shared_memory_per_block_optin", DEFAULT_SHARED_BYTES))
+    return min(fitting, MOST_CHANNELS)
 
 
 def largest_channel_count(shared_bytes: int) -> int:

@@ -8,6 +8,7 @@ A backend is a module with the functions that `reference` lists in `__all__`; `r
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -210,6 +211,30 @@ def backproject_features(
     totals = feature_maps.new_zeros(geometry.num_gaussians)
     load_backend(info["backend"]).backproject(feature_maps, geometry, sums, totals)
     return sums, totals
+
+
+@torch.no_grad()
+def add_normal(
+    features: Float[Tensor, "num_gaussians channels"],
+    info: dict[str, Any],
+    weigh: Callable[[Tensor], Tensor],
+    add_to: Float[Tensor, "num_gaussians channels"],
+) -> None:
+    """Adds R^T weigh(R f) to `add_to`, in place: `rasterize_features` and `backproject_features` at less than both.
+
+    Args:
+        features: One row for each Gaussian that `info` was made from.
+        info: What `rasterization` or `project` returned.
+        weigh: Takes maps [C, H, W, some channels] and returns new ones of the same shape, each channel from itself.
+        add_to: Contiguous.
+
+    Raises:
+        ValueError: The features or the sums do not fit `info`.
+    """
+    geometry = _geometry_of(info)
+    arguments.check_features(features, geometry.num_gaussians, geometry.means2d)
+    arguments.check_sums(add_to, tuple(features.shape), features)
+    load_backend(info["backend"]).add_normal(features, geometry, weigh, add_to)
 
 
 def available_backends() -> list[str]:

@@ -183,7 +183,8 @@ class FeatureScene:
         size = (int(size[0]), int(size[1]))
         rule = token_reading or self.token_reading
         reader = create_token_reader(width, height, size, rule, device=self.gaussians.means.device)
-        low, alphas = self._blend_features(camera_to_world, K, width, height, reader.pixels)
+        blended = reader.blend(self.features_and_one, self.project(camera_to_world, K, width, height))[0]
+        low, alphas = blended[:, :-1], blended[:, -1]
         features = self.decoder.decode_pixels(low[None], alphas[None], reader)[0]
         return RenderedFeatures(features, reader.read(alphas[:, None])[..., 0])
 
@@ -192,8 +193,9 @@ class FeatureScene:
         self, camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"], width: int, height: int
     ) -> tuple[Float[Tensor, "height width dim"], Float[Tensor, "height width"]]:
         """The blended features before the decoder at every pixel, and accumulated opacity."""
-        low, alphas = self._blend_features(camera_to_world, K, width, height, None)
-        return low.reshape(height, width, -1), alphas.reshape(height, width)
+        info = self.project(camera_to_world, K, width, height)
+        blended = rasterize_features(self.features_and_one, info)[0]
+        return blended[..., :-1], blended[..., -1]
 
     def render_coefficients(
         self,
@@ -243,15 +245,6 @@ class FeatureScene:
 
     def _compute_viewmat(self, camera_to_world: Float[Tensor, "3 4"]) -> Float[Tensor, "4 4"]:
         return viewmats_from_camera_to_worlds(camera_to_world.to(self.gaussians.means))
-
-    def _blend_features(
-        self, camera_to_world: Tensor, K: Tensor, width: int, height: int, pixels: Tensor | None
-    ) -> tuple[Float[Tensor, "pixels dim"], Float[Tensor, " pixels"]]:
-        info = self.project(camera_to_world, K, width, height)
-        blended = rasterize_features(self.features_and_one, info, pixels=pixels)
-        # (1, h, w, d+1) or (1, p, d+1) -> (p, d+1)
-        blended = blended.reshape(-1, blended.shape[-1])
-        return blended[:, :-1], blended[:, -1]
 
 
 def create_depth_view(capture: PosedCapture, view: View, get_scene: Callable[[], FeatureScene] | None) -> DepthView:

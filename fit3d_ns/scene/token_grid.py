@@ -13,12 +13,14 @@ Spreading: a pixel belongs to the token whose cell holds the pixel's centre.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+from fit3d_ns.rasterization import rasterize_features
 
 TokenReadingRule = Literal["bilinear", "area"]
 TokenSpreadingRule = Literal["bilinear", "nearest", "area"]
@@ -47,6 +49,14 @@ class TokenReader:
     def size(self) -> tuple[int, int]:
         """Token grid (h, w)."""
         return self.rows.shape[0], self.columns.shape[0]
+
+    def blend(
+        self, features: Float[Tensor, "num_gaussians channels"], info: dict[str, Any]
+    ) -> Float[Tensor, "num_cameras pixels channels"]:
+        """`rasterize_features` at `pixels`, or at once where these are all of the image."""
+        if len(self.pixels) == int(info["width"]) * int(info["height"]):
+            return rasterize_features(features, info).flatten(1, 2)
+        return rasterize_features(features, info, pixels=self.pixels.to(features.device))
 
     def gather(self, maps: Float[Tensor, "*batch height width channels"]) -> Float[Tensor, "*batch pixels channels"]:
         """The values of full maps at `pixels`."""

@@ -52,11 +52,11 @@ def test_feature_loss__features_at_its_pixels_suffice(rendered):
     # Patches of more than four pixels, of which four in each direction are read.
     tokens = tokens[:2, :3]
     loss = FeatureLoss(WIDTH, HEIGHT, (2, 3), FeatureLossConfig(multiple=1))
-    rows, columns = loss.pixels.unbind(dim=1)
+    rows, columns = loss.reader.pixels.unbind(dim=1)
     assert len(rows) < WIDTH * HEIGHT
     at_pixels = loss.compute(features_low[rows, columns], alphas, decoder, tokens, mask)
     torch.testing.assert_close(at_pixels, loss.compute(features_low, alphas, decoder, tokens, mask))
-    assert FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=0)).pixels is None
+    assert FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=0)).reader is None
 
 
 def test_feature_loss__no_gradient_through_alpha(rendered):

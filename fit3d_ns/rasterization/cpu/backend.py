@@ -4,6 +4,7 @@ Projection, harmonics and blending are three nodes of the graph, so that `means2
 All arrays are cut into tasks by size alone and added up in a fixed order: results repeat to the bit.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,13 @@ def blend_features(features: Tensor, geometry: BlendGeometry, pixels: Tensor | N
 def backproject(feature_maps: Tensor, geometry: BlendGeometry, sums: Tensor, totals: Tensor) -> None:
     """As `reference.backproject`."""
     _backproject_rows(feature_maps.flatten(1, 2), geometry, None, sums, totals)
+
+
+@torch.no_grad()
+def add_normal(features: Tensor, geometry: BlendGeometry, weigh: Callable[[Tensor], Tensor], sums: Tensor) -> None:
+    """As `reference.add_normal`."""
+    maps = weigh(blend_features(features, geometry, None))
+    backproject(maps, geometry, sums, sums.new_zeros(geometry.num_gaussians))
 
 
 class _Projection(torch.autograd.Function):
