@@ -26,7 +26,7 @@ from fit3d_ns.features import BackboneDescription, compute_patch_grid, create_to
 from fit3d_ns.finetuning.config import FinetuneConfig, RunConfig
 from fit3d_ns.finetuning.draws import TrainingViews
 from fit3d_ns.finetuning.optimization import OptimizationConfig
-from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.scene_bank import CPU_SCENES_GB, SceneBank
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_averages, create_target_store
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.geometry.cameras import Lens
@@ -224,7 +224,7 @@ def describe_memory(scene: FeatureScene, description: BackboneDescription) -> di
     count = scene.gaussians.num_gaussians
     ready = scene.num_bytes / count
     files_gb = PAPER_SCENES * PAPER_GAUSSIANS * scene.gaussians.bytes_per_gaussian / 1e9
-    budget_gb, average_gb = RunConfig().scene_memory_gb, TargetConfig().average_gb
+    budget_gb, average_gb = CPU_SCENES_GB, TargetConfig().average_gb
     return {
         "file_bytes_per_gaussian": scene.gaussians.bytes_per_gaussian,
         "ready_bytes_per_gaussian": ready,

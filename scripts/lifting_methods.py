@@ -114,7 +114,7 @@ def lift_by_gradient(
     with PeakMemory() as memory, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LiftConfig(feature_dim=feature_dim)
-        blender = ViewBlender(gaussians, views, config, memory_mb=config.cache_memory_mb)
+        blender = ViewBlender(gaussians, views, config)
         embed_dim = views[0].read_tokens(gaussians.means.device).shape[-1]
         start = time.perf_counter()
         features = torch.zeros(len(gaussians), feature_dim, device=gaussians.means.device, requires_grad=True)

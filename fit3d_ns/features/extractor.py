@@ -18,6 +18,7 @@ from fit3d_ns.features.backbones import (
 from fit3d_ns.features.sources import ADAPTER_NAME, RANDOM_SEED, find_backbone_folder
 from fit3d_ns.features.tokens import TokenModel, Tokens
 from fit3d_ns.features.weights import load_weights
+from fit3d_ns.utils.device import fast_matmul
 from fit3d_ns.utils.seeds import derive_seed
 
 
@@ -50,7 +51,7 @@ class FeatureExtractor:
         out_dtype = torch.promote_types(self.dtype, torch.float32)
         if not images.is_floating_point():
             raise ValueError(f"Images are {images.dtype}, expected floating point in [0, 1]; divide 8-bit ones by 255.")
-        with torch.no_grad():
+        with torch.no_grad(), fast_matmul(self.device):
             outputs = self.token_model.forward_layers(images.to(self.device, out_dtype), layers)
         return [tokens.to(images.device, out_dtype) for tokens in outputs]
 

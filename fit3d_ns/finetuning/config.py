@@ -23,10 +23,11 @@ class RunConfig:
     """Where the photographs are now, if they were moved: a capture's folder or one above several."""
     strict: bool = False
     """Refuse scenes of which a photograph is gone, instead of skipping the view."""
-    scene_memory_gb: float = 8.0
-    """Scenes on the device take at most this many 1e9 bytes; the least recently used leave first."""
-    num_workers: int = 2
-    """Threads that load photographs ahead; 0 loads them in turn."""
+    scene_memory_gb: float | None = None
+    """Scenes on the device take at most this many 1e9 bytes; the least recently used leave first. By default 8, or half
+    of what a CUDA card has free."""
+    num_workers: int | None = None
+    """Threads that load photographs ahead; 0 loads them in turn. By default 2, or up to 8 for a CUDA card."""
     steps_per_checkpoint: int = 500
     """Optimizer steps between two checkpoints, 1 and above."""
     keep_checkpoints: int = 2
@@ -47,7 +48,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.steps_per_checkpoint < 1 or self.keep_checkpoints < 1 or self.max_validation_views < 1:
             raise ValueError("steps_per_checkpoint, keep_checkpoints and max_validation_views must be at least 1.")
-        if self.num_workers < 0 or self.steps_per_validation < 0:
+        if (self.num_workers or 0) < 0 or self.steps_per_validation < 0:
             raise ValueError("num_workers and steps_per_validation must be 0 or above.")
         if not self.splits:
             raise ValueError("--splits names no split; give train, val or test.")
@@ -81,7 +82,7 @@ class FinetuneConfig:
         """The settings that a resumed run must share with the one it continues, plain JSON values."""
         content = self.to_metadata()
         run = content.pop("run")
-        for name in ("epochs", "min_steps", "max_steps"):
+        for name in ("epochs", "min_steps", "max_steps", "tf32"):
             content["optimization"].pop(name)
         content["anchors"].pop("wise_ft")
         for name in ("cache", "cache_gb", "cache_folder", "average_gb"):
@@ -99,7 +100,7 @@ class FinetuneConfig:
 PAPER = FinetuneConfig(
     sampling=SamplingConfig(images_per_visit=0, scenes_at_once=1),
     targets=TargetConfig(token_reading="bilinear", average_views=False, weight_by_opacity=False, cache="none"),
-    optimization=OptimizationConfig(epochs=1.0),
+    optimization=OptimizationConfig(epochs=1.0, tf32=False),
     run=RunConfig(splits=("train", "val", "test")),
 )
 """The public code's values: held-out frames are trained on too, images come one by one from any scene. What is not

@@ -36,11 +36,14 @@ from fit3d_ns.finetuning.draws import locate_capture
 from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views
 from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, PosedCapture, View, load_scene, save_scene
+from fit3d_ns.utils.device import choose_budget_gb
 from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly
 from fit3d_ns.utils.tensor_store import TensorStore
 
+CPU_SCENES_GB = 8.0
+"""Ready scenes on a CPU take at most this by default, in 1e9 bytes."""
 MAX_AVERAGED_VIEWS = 64
 """Views that are averaged over, evenly spread; more cost time and change little."""
 SMALLEST_SHARE = 1e-3
@@ -255,17 +258,19 @@ class SceneBank:
     `averages` is None, or what replaces the features of each scene before they are rendered.
     """
 
-    def __init__(self, paths: Sequence[Path], device: torch.device | str = "cpu", memory_gb: float = 8.0):
+    def __init__(self, paths: Sequence[Path], device: torch.device | str = "cpu", memory_gb: float | None = None):
         """Opens all scene files; ready scenes will take at most `memory_gb` (above 0) times 1e9 bytes on the device.
 
+        By default these are `CPU_SCENES_GB`, or half of what a CUDA card has free.
         ValueError where there is no path, a file is not a whole scene, or a scene is larger than the budget.
         """
         if not paths:
             raise ValueError("There are no scenes; give at least one with --ckpts.")
+        self.device = torch.device(device)
+        memory_gb = choose_budget_gb(self.device, CPU_SCENES_GB) if memory_gb is None else memory_gb
         if not memory_gb > 0:
             raise ValueError(f"The memory budget for scenes is {memory_gb} GB; it must be above 0.")
         self.paths = [Path(path) for path in paths]
-        self.device = torch.device(device)
         self.max_bytes = int(memory_gb * 1e9)
         self.on_disk = [load_scene(path) for path in self.paths]
         self.averages: SceneAverages | None = None

@@ -47,7 +47,7 @@ class TargetConfig:
     should remove. The public code does not, nor does a weighted-sum lift (`fit3d-lift --max-passes 0`) need it."""
     average_gb: float = 4.0
     """Averaged features in memory take at most this many 1e9 bytes, 0 and above (0.13 for a million Gaussians of 64
-    channels); others lie on disk where `cache` keeps targets there, else they are averaged again."""
+    channels); others lie on disk in the output folder, or with a `cache` of `none` or `memory` are averaged again."""
     weight_by_opacity: bool = True
     """Weight each token by its rendered alpha, so that holes teach nothing; the public code weighs all alike."""
     variance_weight: float = 0.0
@@ -187,7 +187,8 @@ def create_averages(
     """
     if not config.average_views:
         return None
-    store = _create_store(config, config.average_gb, bank.device, output_folder, "averages")
+    # Averaging costs seconds a scene on any device, reading the result a tenth of one.
+    store = _create_store(config, config.average_gb, config.cache in ("auto", "disk"), output_folder, "averages")
     # A view can only be left out of an average that it is part of.
     max_views = None if config.leave_one_out else MAX_AVERAGED_VIEWS
     return SceneAverages(bank.on_disk, store, data_root, max_views)
@@ -198,9 +199,8 @@ def create_target_store(config: TargetConfig, device: torch.device, output_folde
 
     Targets that outgrow the memory go below the run's output folder.
     """
-    if _find_kind(config, device) == "none":
-        return None
-    return _create_store(config, config.cache_gb, device, output_folder)
+    kind = _find_kind(config, device)
+    return None if kind == "none" else _create_store(config, config.cache_gb, kind == "disk", output_folder)
 
 
 def _find_kind(config: TargetConfig, device: torch.device) -> Literal["none", "memory", "disk"]:
@@ -210,8 +210,7 @@ def _find_kind(config: TargetConfig, device: torch.device) -> Literal["none", "m
 
 
 def _create_store(
-    config: TargetConfig, memory_gb: float, device: torch.device, output_folder: Path, subfolder: str = ""
+    config: TargetConfig, memory_gb: float, on_disk: bool, output_folder: Path, subfolder: str = ""
 ) -> TensorStore:
     folder = (config.cache_folder or output_folder / TARGET_FOLDER) / subfolder
-    kept_in = folder if _find_kind(config, device) == "disk" else None
-    return TensorStore(memory_gb, kept_in, keep_on_disk=config.cache_folder is not None)
+    return TensorStore(memory_gb, folder if on_disk else None, keep_on_disk=config.cache_folder is not None)

@@ -24,6 +24,7 @@ from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.train_step import Batch, StepResult, TrainStep, create_batch, sum_totals
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
 from fit3d_ns.training.processes import Processes
+from fit3d_ns.utils.device import choose_num_workers, fast_matmul
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, notice
 from fit3d_ns.utils.selection import list_positions, load_ahead
 from fit3d_ns.utils.stopping import StopRequest
@@ -160,7 +161,8 @@ class FinetuneTrainer:
         """Does the steps; yields each one's result, and whether any process wishes to stop."""
         optimization, run = self.config.optimization, self.config.run
         depth = max(2 * optimization.batch_size * optimization.accumulation_steps, 8)
-        samples = load_ahead(self._draw(), self._load, run.num_workers, depth)
+        num_workers = choose_num_workers(self.accelerator.device) if run.num_workers is None else run.num_workers
+        samples = load_ahead(self._draw(), self._load, num_workers, max(depth, 2 * num_workers))
         try:
             while self.step < self.num_steps:
                 start = time.perf_counter()
@@ -169,7 +171,7 @@ class FinetuneTrainer:
                 rate = optimization.compute_learning_rate(self.step, self.num_steps)
                 for group in self.backbone.optimizer.param_groups:
                     group["lr"] = rate
-                with self.processes.explain_deaths():
+                with self.processes.explain_deaths(), fast_matmul(self.accelerator.device, optimization.tf32):
                     result = self.train_step.run(batches, totals, self.step)
                 if self.backbone.average is not None:
                     self.backbone.average.update(self.bare)

@@ -22,7 +22,10 @@ from fit3d_ns.rasterization import add_normal, backproject_features, rasterize_f
 from fit3d_ns.scene import FeatureScene, PosedCapture, View
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import average_over_cells, spread_tokens
+from fit3d_ns.utils.device import choose_budget_gb
 
+CPU_CACHE_GB = 1.024
+"""Projections kept on a CPU by default, in 1e9 bytes."""
 AVERAGING_SAMPLES = 4
 """Samples along a patch's side when features are averaged over views; more change nothing but the time."""
 
@@ -109,14 +112,18 @@ class ViewBlender:
         config: LiftConfig,
         *,
         samples_per_patch: int = 0,
-        memory_mb: float = 0.0,
+        memory_mb: float | None = None,
     ):
-        """Keeps projections up to `memory_mb` times 1e6 bytes; `samples_per_patch` is that of `prepare_view`."""
+        """Keeps projections up to `memory_mb` times 1e6 bytes; `samples_per_patch` is that of `prepare_view`.
+
+        By default the memory is the configuration's, or chosen by the device.
+        """
         self.gaussians = gaussians
         self.views = views
         self.config = config
         self.samples_per_patch = samples_per_patch
         self._kept: dict[int, PreparedView] = {}
+        memory_mb = choose_cache_mb(config, gaussians.means.device) if memory_mb is None else memory_mb
         self._bytes_left = int(memory_mb * 1e6)
 
     def prepare(self, index: int) -> PreparedView:
@@ -146,6 +153,11 @@ class ViewBlender:
             return maps * weights[..., None]
 
         add_normal(features, view.info, weigh, add_to=image)
+
+
+def choose_cache_mb(config: LiftConfig, device: torch.device) -> float:
+    """Memory for projections that are kept between passes, in 1e6 bytes: the configuration's, or the device's own."""
+    return 1e3 * choose_budget_gb(device, CPU_CACHE_GB) if config.cache_memory_mb is None else config.cache_memory_mb
 
 
 @torch.no_grad()

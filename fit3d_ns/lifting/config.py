@@ -46,8 +46,9 @@ class SolveConfig:
     """Gradient steps on the L1 loss after the solve, one view each; 0 for none."""
     polish_learning_rate: float = 1e-2
     """Adam's step for the features during the polish, as a fraction of their root mean square."""
-    cache_memory_mb: float = 1024.0
-    """Projections of views are kept between passes up to this many 1e6 bytes; the others are made again each time."""
+    cache_memory_mb: float | None = None
+    """Projections of views are kept between passes up to this many 1e6 bytes; the others are made again each time. By
+    default 1024, or half of what a CUDA card has free."""
 
     def __post_init__(self) -> None:
         counts = (self.max_passes, self.samples_per_patch, self.polish_steps, self.steps_per_true_residual)

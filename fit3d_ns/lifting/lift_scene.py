@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription, FeatureCache, compute_feature_key, create_extractor
-from fit3d_ns.lifting.blending import prepare_view
+from fit3d_ns.lifting.blending import choose_cache_mb, prepare_view
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
 from fit3d_ns.lifting.passes import Progress, list_decisive
@@ -262,7 +262,8 @@ def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:
     prepare_seconds = time.perf_counter() - start
     # Views whose projections are not kept are projected again in each pass after the first that projects them. A
     # sampled solve's decoder pass projects whole views in any case, and so did the measured one.
-    num_kept = min(int(config.cache_memory_mb * 1e6 / max(prepared.num_bytes, 1)), num_views)
+    cache_mb = choose_cache_mb(config, torch.device(device))
+    num_kept = min(int(cache_mb * 1e6 / max(prepared.num_bytes, 1)), num_views)
     num_passes = config.max_passes + int("sampled weighted sum" not in passes.seconds)
     solve_seconds = (
         num_views * sum(map(passes.total, ("basis", "weighted sum", "sampled weighted sum")))

@@ -110,7 +110,7 @@ def solve_features(
     passes = ViewPasses(state, len(views), state_path=state_path, seconds_per_checkpoint=interval, progress=progress)
     # What a sampled solve keeps is used in every pass; what is kept of whole views serves the decoder and a polish.
     keeps_samples = is_sampled and config.max_passes > 0 and config.polish_steps == 0
-    blender = ViewBlender(gaussians, views, config, memory_mb=0.0 if keeps_samples else config.cache_memory_mb)
+    blender = ViewBlender(gaussians, views, config, memory_mb=0.0 if keeps_samples else None)
     with torch.no_grad():
         result = _Lift(blender, passes, config, embed_dim, is_sampled).run(basis, is_valid)
     if state_path is not None:
@@ -207,7 +207,6 @@ class _Lift:
                 blender.views,
                 config,
                 samples_per_patch=config.samples_per_patch,
-                memory_mb=config.cache_memory_mb,
             )
             sums = ("sampled_numerator", "sampled_denominator")
             memory = weighted_sum.new_empty(len(weighted_sum), config.feature_dim + 1)
