@@ -15,7 +15,7 @@ from fit3d_ns.data.frames import Split
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import rasterization
 from fit3d_ns.scene import ActivatedGaussians, PosedCapture, View
-from fit3d_ns.utils.seeds import create_generator
+from fit3d_ns.utils.selection import create_generator
 
 # Learning rates of Gaussian splatting (Kerbl et al. 2023); positions are in units of the cameras' extent.
 LEARNING_RATES = {"means": 1.6e-4, "colours": 2.5e-3, "opacity_logits": 0.05, "log_scales": 0.005, "quats": 0.001}

@@ -24,7 +24,7 @@ from fit3d_ns.lifting.blending import ViewBlender
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene import ActivatedGaussians, FeatureDecoder, TokenReadingRule
 from fit3d_ns.utils.progress import measure_peak_memory_mb
-from fit3d_ns.utils.seeds import create_generator
+from fit3d_ns.utils.selection import create_generator
 
 # Paper (FACTS 2.2 of the public code): constant rate of features and decoder over 30,000 steps, Adam eps 1e-15.
 PAPER_RATE, PAPER_STEPS, PAPER_EPS = 6.25e-5, 30_000, 1e-15

@@ -12,7 +12,7 @@ from torch import Tensor
 from fit3d_ns.lifting import LiftConfig, LiftView, solve_features
 from fit3d_ns.scene import ActivatedGaussians
 from fit3d_ns.utils.progress import measure_peak_memory_mb
-from fit3d_ns.utils.seeds import create_generator
+from fit3d_ns.utils.selection import create_generator
 
 
 @dataclass(frozen=True)

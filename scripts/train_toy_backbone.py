@@ -27,7 +27,7 @@ from fit3d_ns.synthetic.rendering import CLASSES, View, render_room, trace_rays
 from fit3d_ns.synthetic.rooms import build_room, walk_through
 from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.progress import create_progress, notice
-from fit3d_ns.utils.seeds import create_generator, derive_seed, seed_everything
+from fit3d_ns.utils.selection import create_generator, derive_seed, seed_everything
 
 WIDTH, HEIGHT, PATCH = 320, 240, 8
 CHUNK = 50

@@ -39,7 +39,7 @@ from fit3d_ns.analysis.correspondence import (
     sample_tokens,
 )
 from fit3d_ns.analysis.pca import compute_effective_rank
-from fit3d_ns.utils.seeds import create_generator
+from fit3d_ns.utils.selection import create_generator
 
 _Maps = tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]]
 _Views = tuple[DepthView, DepthView]

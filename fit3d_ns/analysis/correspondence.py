@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
-from fit3d_ns.utils.seeds import create_generator
+from fit3d_ns.utils.selection import create_generator
 
 AngleKind = Literal["rotation", "parallax"]
 SMALLEST_DISTANCE = 1e-9

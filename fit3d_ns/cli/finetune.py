@@ -15,8 +15,7 @@ from fit3d_ns.cli.command import GROUP, UNSET, run_command
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig, RunConfig
 from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
-from fit3d_ns.finetuning.losses import AnchorConfig
-from fit3d_ns.finetuning.optimization import OptimizationConfig, TrainableConfig
+from fit3d_ns.finetuning.optimization import AnchorConfig, OptimizationConfig, TrainableConfig
 from fit3d_ns.finetuning.scene_bank import find_scenes, prepare_scene_files
 from fit3d_ns.finetuning.targets import TargetConfig
 from fit3d_ns.finetuning.trainer import Interrupted

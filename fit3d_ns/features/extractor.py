@@ -19,7 +19,7 @@ from fit3d_ns.features.sources import ADAPTER_NAME, RANDOM_SEED, find_backbone_f
 from fit3d_ns.features.tokens import TokenModel, Tokens
 from fit3d_ns.features.weights import load_weights
 from fit3d_ns.utils.device import fast_matmul
-from fit3d_ns.utils.seeds import derive_seed
+from fit3d_ns.utils.selection import derive_seed
 
 
 class FeatureExtractor:

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from fit3d_ns.data.frames import Split
 from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
-from fit3d_ns.finetuning.losses import AnchorConfig
-from fit3d_ns.finetuning.optimization import OptimizationConfig, TrainableConfig
+from fit3d_ns.finetuning.optimization import AnchorConfig, OptimizationConfig, TrainableConfig
 from fit3d_ns.finetuning.targets import TargetConfig
 
 

@@ -28,8 +28,7 @@ from fit3d_ns.geometry.cameras import crop_Ks, resize_Ks
 from fit3d_ns.scene import FeatureScene, PosedCapture, TokenReadingRule, View, read_at_tokens
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
-from fit3d_ns.utils.seeds import create_generator, derive_seed
-from fit3d_ns.utils.selection import EpochSequence
+from fit3d_ns.utils.selection import EpochSequence, create_generator, derive_seed
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.files import hash_bytes, read_json, remove, write_json
 from fit3d_ns.utils.progress import measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import check_report, collect_versions
-from fit3d_ns.utils.seeds import seed_everything
+from fit3d_ns.utils.selection import seed_everything
 
 REPORT_NAME = "report.json"
 MAX_REPORTED_LOSSES = 500

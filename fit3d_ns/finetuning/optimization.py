@@ -1,16 +1,17 @@
-"""Which parameters are trained (paper: all), and how they move: AdamW, learning rate, and moving average of weights."""
+"""What is trained (paper: all), and how it moves: AdamW, learning rate, moving average, and the anchors' strengths."""
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.features.adapters import add_adapter, add_lora
-from fit3d_ns.finetuning.losses import AnchorConfig, TokenModule
 from fit3d_ns.training.processes import Precision
 
 
@@ -107,6 +108,74 @@ class OptimizationConfig:
             return self.learning_rate
         progress = (step - warmup) / max(num_steps - warmup, 1)
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """Strengths relative to the feature loss; 0 switches a term off."""
+
+    l2_sp: float = 0.0
+    """L2-SP: adds half this times the squared distance of the trained weights from where they began to the loss; 0
+    (off) and above."""
+    feature_anchor: float = 0.0
+    """Feature anchor: weight of the L1 between patch tokens and the original backbone's on the same images; 0 (off) and
+    above."""
+    prefix_anchor: float = 0.0
+    """Prefix anchor: weight of the L1 between class token and registers and the original's, before and after the final
+    norm; 0 (off) and above."""
+    pre_norm: float = 0.0
+    """Weight of the L1 between patch tokens before the final norm, which depth probes read, and the target moved there;
+    0 (off) and above."""
+    wise_ft: tuple[float, ...] = ()
+    """WiSE-FT: also saves mixtures of original and fine-tuned weights, in a folder `wise-ft-SHARE` for each of these
+    shares of the fine-tuned ones; each 0 to 1, none by default."""
+
+    def __post_init__(self) -> None:
+        if min(self.l2_sp, self.feature_anchor, self.prefix_anchor, self.pre_norm) < 0:
+            raise ValueError("l2_sp, feature_anchor, prefix_anchor and pre_norm must be 0 or above.")
+        if any(not 0.0 <= share <= 1.0 for share in self.wise_ft):
+            raise ValueError(f"wise_ft {self.wise_ft}: shares of the fine-tuned weights must be in [0, 1].")
+
+    @property
+    def needs_original(self) -> bool:
+        """True if the original backbone has to run next to the trained one."""
+        return max(self.feature_anchor, self.prefix_anchor, self.pre_norm) > 0
+
+
+class TokenOutputs(NamedTuple):
+    """Tokens of images of one size; a plain tuple, so that wrappers can convert it.
+
+    The first of each kind are after the final norm if the backbone's description says so, as scenes were lifted.
+    """
+
+    patch_tokens: Float[Tensor, "batch patches embed"]
+    unnormed_patch_tokens: Float[Tensor, "batch patches embed"]
+    prefix_tokens: Float[Tensor, "batch prefix embed"]
+    unnormed_prefix_tokens: Float[Tensor, "batch prefix embed"]
+
+
+class TokenModule(nn.Module):
+    """What accelerate wraps: a backbone with its preprocessing, for batches of images of several sizes.
+
+    Everything the losses need comes out of the one `forward`, because calling another method of a wrapped module skips
+    the synchronisation of gradients in silence.
+    """
+
+    def __init__(self, token_model: TokenModel) -> None:
+        super().__init__()
+        self.token_model = token_model
+
+    def forward(self, groups: Sequence[Float[Tensor, "_ 3 _ _"]]) -> list[TokenOutputs]:
+        """Tokens of each group of images; images of one group have one size, in [0, 1]."""
+        return [compute_outputs(self.token_model, images) for images in groups]
+
+
+def compute_outputs(token_model: TokenModel, images: Float[Tensor, "batch 3 height width"]) -> TokenOutputs:
+    """All tokens of the last block that any loss reads."""
+    description = token_model.description
+    (unnormed,) = token_model.forward_unnormed(images, [description.num_blocks - 1])
+    tokens = token_model.apply_norm(unnormed) if description.norm else unnormed
+    return TokenOutputs(tokens.patch_tokens, unnormed.patch_tokens, tokens.prefix_tokens, unnormed.prefix_tokens)
 
 
 def copy_original(token_model: TokenModel) -> TokenModel:

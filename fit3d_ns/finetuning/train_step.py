@@ -17,16 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.finetuning.draws import Sample
-from fit3d_ns.finetuning.losses import (
-    SMALLEST_WEIGHT,
-    AnchorConfig,
-    StepTotals,
-    compute_l1_sum,
-    compute_l2_sp,
-    compute_outputs,
-    compute_token_anchors,
-)
-from fit3d_ns.finetuning.optimization import TrainedBackbone
+from fit3d_ns.finetuning.losses import SMALLEST_WEIGHT, StepTotals, compute_l1_sum, compute_l2_sp, compute_token_anchors
+from fit3d_ns.finetuning.optimization import AnchorConfig, TrainedBackbone, compute_outputs
 from fit3d_ns.finetuning.targets import Target
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.files import write_atomically, write_json

@@ -23,7 +23,8 @@ from fit3d_ns.analysis.pca import fit_pca, map_to_colours
 from fit3d_ns.analysis.pictures import COLOUR_WORDS, LegendEntry, append_legend, compose_panel, draw_pca, save_picture
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, Sample
-from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum, compute_outputs
+from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum
+from fit3d_ns.finetuning.optimization import compute_outputs
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.scene import create_depth_view
 from fit3d_ns.utils.progress import notice

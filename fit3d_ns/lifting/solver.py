@@ -27,8 +27,7 @@ from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import create_token_reader
 from fit3d_ns.utils.progress import PhaseTimer, notice
-from fit3d_ns.utils.seeds import create_generator
-from fit3d_ns.utils.selection import select_evenly
+from fit3d_ns.utils.selection import create_generator, select_evenly
 
 
 @dataclass(frozen=True)

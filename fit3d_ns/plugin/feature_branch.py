@@ -21,7 +21,7 @@ from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import colour_features
-from fit3d_ns.utils.seeds import create_generator
+from fit3d_ns.utils.selection import create_generator
 
 FEATURE_SEED = 0
 """Seed of the feature branch's own random numbers."""

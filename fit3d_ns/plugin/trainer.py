@@ -36,7 +36,7 @@ from fit3d_ns.utils.errors import check_writable, install_error_sentences
 from fit3d_ns.utils.files import lock_folder, write_atomically
 from fit3d_ns.utils.progress import PhaseTimer, measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import ResultRecord, load_result, save_result
-from fit3d_ns.utils.seeds import capture_random_states, restore_random_states
+from fit3d_ns.utils.selection import capture_random_states, restore_random_states
 from fit3d_ns.utils.stopping import StopRequest, interrupt_on_signals
 
 EXIT_INTERRUPTED = 130

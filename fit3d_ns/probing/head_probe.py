@@ -26,8 +26,7 @@ from fit3d_ns.probing.samples import (
 )
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice
-from fit3d_ns.utils.seeds import derive_seed
-from fit3d_ns.utils.selection import select_evenly
+from fit3d_ns.utils.selection import derive_seed, select_evenly
 
 CacheRule = Literal["auto", "always", "never"]
 """`always`: pictures have a few fixed variants (windows, mirror images), whose features are computed once and kept;

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from fit3d_ns.probing.datasets.frames import LabelledFrame
 from fit3d_ns.probing.frozen_features import FrozenBackbones, FrozenFeatures
 from fit3d_ns.probing.pictures import Picture, PictureKey
-from fit3d_ns.utils.seeds import create_generator, derive_seed
-from fit3d_ns.utils.selection import EpochSequence, list_positions, load_ahead
+from fit3d_ns.utils.selection import EpochSequence, create_generator, derive_seed, list_positions, load_ahead
 from fit3d_ns.utils.tensor_store import BoundedMemory, count_bytes
 
 BYTES_PER_GB = 1e9

@@ -28,7 +28,7 @@ from fit3d_ns.synthetic.rendering import CLASSES, render_room
 from fit3d_ns.synthetic.rooms import build_room, walk_through
 from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, write_atomically, write_json
 from fit3d_ns.utils.progress import notice, track
-from fit3d_ns.utils.seeds import derive_seed
+from fit3d_ns.utils.selection import derive_seed
 
 METRICS_NAME = "synthesis.json"
 _RECORDED = ("seed", "num_frames", "width", "height", "lens", "num_points")

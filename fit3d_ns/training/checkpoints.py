@@ -18,7 +18,7 @@ from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import read_json, remove, write_atomically, write_json
 from fit3d_ns.utils.progress import notice
-from fit3d_ns.utils.seeds import capture_random_states, restore_random_states
+from fit3d_ns.utils.selection import capture_random_states, restore_random_states
 
 FORMAT_VERSION = 1
 _PREFIX = "step-"

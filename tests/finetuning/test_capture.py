@@ -13,7 +13,7 @@ from fit3d_ns.data.images import load_image
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import FeatureCache, TokenModel, create_token_model, describe_backbone
 from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, TrainingViews
-from fit3d_ns.finetuning.losses import TokenModule
+from fit3d_ns.finetuning.optimization import TokenModule
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer
 from fit3d_ns.lifting.config import LiftConfig

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from fit3d_ns.cli import finetune as module
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning.config import FinetuneConfig
-from fit3d_ns.finetuning.losses import AnchorConfig, compute_outputs
-from fit3d_ns.finetuning.optimization import TrainableConfig
+from fit3d_ns.finetuning.optimization import AnchorConfig, TrainableConfig, compute_outputs
 from tests.finetuning import finetuning_runs
 from tests.finetuning.finetuning_scene import BACKBONE, save_new_scene
 

@@ -8,16 +8,20 @@ import torch
 from torch import nn
 
 from fit3d_ns.finetuning.losses import (
-    AnchorConfig,
     StepTotals,
-    TokenOutputs,
     compute_cosine_sum,
     compute_l1_sum,
     compute_l2_sp,
     compute_token_anchors,
     invert_norm,
 )
-from fit3d_ns.finetuning.optimization import MovingAverage, OptimizationConfig, interpolate_weights
+from fit3d_ns.finetuning.optimization import (
+    AnchorConfig,
+    MovingAverage,
+    OptimizationConfig,
+    TokenOutputs,
+    interpolate_weights,
+)
 
 B, P, E = 2, 5, 4
 

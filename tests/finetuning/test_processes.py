@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fit3d_ns.finetuning.losses import AnchorConfig
-from fit3d_ns.finetuning.optimization import OptimizationConfig
+from fit3d_ns.finetuning.optimization import AnchorConfig, OptimizationConfig
 from fit3d_ns.finetuning.trainer import Interrupted
 from tests.finetuning.finetuning_runs import RUN, collect_weights, configure, create_trainer, drop_key_biases
 from tests.finetuning.finetuning_scene import create_lens, save_new_scene

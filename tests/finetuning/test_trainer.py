@@ -13,8 +13,13 @@ from torch.nn import functional as F
 
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig, TrainingViews
-from fit3d_ns.finetuning.losses import AnchorConfig, TokenModule
-from fit3d_ns.finetuning.optimization import OptimizationConfig, TrainableConfig, freeze_unreachable
+from fit3d_ns.finetuning.optimization import (
+    AnchorConfig,
+    OptimizationConfig,
+    TokenModule,
+    TrainableConfig,
+    freeze_unreachable,
+)
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.scene import FeatureScene, PosedCapture, load_scene

@@ -21,7 +21,7 @@ from fit3d_ns.lifting.surfels import SurfacePoints, create_surfels, smooth_along
 from fit3d_ns.scene import create_posed_capture
 from fit3d_ns.synthetic.rooms import build_room
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
-from fit3d_ns.utils.seeds import derive_seed
+from fit3d_ns.utils.selection import derive_seed
 from tests.unprojection import unproject_depth
 
 FINE = SurfaceConfig(cell_pixels=2.0)

@@ -1,12 +1,22 @@
-"""The endless sequence, its division among processes, and loading ahead."""
+"""Random states, the endless sequence, its division among processes, and loading ahead."""
 
+import random
 import threading
 import time
 from itertools import count, islice
 
+import numpy as np
 import pytest
+import torch
 
-from fit3d_ns.utils.selection import EpochSequence, Place, list_positions, load_ahead
+from fit3d_ns.utils.selection import (
+    EpochSequence,
+    Place,
+    capture_random_states,
+    list_positions,
+    load_ahead,
+    restore_random_states,
+)
 
 
 def test_sequence__is_the_same_in_whatever_order_it_is_asked_for():
@@ -62,3 +72,14 @@ def test_load_ahead__loads_no_more_than_its_depth_ahead():
     next(loaded)
     loaded.close()
     assert len(started) <= 4
+
+
+def test_random_states__continue_all_three_generators_through_a_file(tmp_path):
+    random.seed(1)
+    np.random.seed(2)  # noqa: NPY002 - the legacy generator is what is tested.
+    torch.manual_seed(3)
+    torch.randn(3)
+    torch.save(capture_random_states(), tmp_path / "states.pt")
+    expected = (random.random(), np.random.rand(), torch.rand(1))  # noqa: NPY002
+    restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected  # noqa: NPY002
