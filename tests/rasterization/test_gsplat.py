@@ -1,48 +1,174 @@
-"""The gsplat backend: against the reference on a CUDA card, and its calls against gsplat's signatures without one."""
+"""The gsplat backend against the reference: on a card, and on a pretended one with a stand-in for gsplat's kernels.
 
+`scripts/test.sh` runs this file a second time with gsplat 1.5.3 in place of the installed one.
+"""
+
+import ast
+import contextlib
 import importlib
 import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from fit3d_ns.rasterization import rasterize_features, reference
-from fit3d_ns.rasterization.reference import TileLists, compute_sh_basis, list_tiles
+from fit3d_ns.rasterization import rasterization, rasterize_features
+from tests.pretended_cuda import pretend_cuda
 from tests.rasterization.rasterization_scenes import assert_same_rendering, make_scene, render_everything
 
 gsplat_backend = pytest.importorskip("fit3d_ns.rasterization.gsplat_backend")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+from tests.gsplat_kernels import TWO_RADII, KernelCalls, replace_kernels  # noqa: E402 - needs gsplat.
+
+PRETENDED, REAL = "pretended", pytest.param("real", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+])  # fmt: skip
 
 
-@pytest.mark.gpu
-@needs_cuda
+@pytest.fixture(params=[PRETENDED, REAL])
+def card(request: pytest.FixtureRequest) -> Iterator[KernelCalls | None]:
+    """A CUDA device; the calls of gsplat's kernels where it is a pretended one."""
+    if request.param == "real":
+        yield None
+        return
+    with pretend_cuda(), replace_kernels() as calls:
+        yield calls
+
+
+@pytest.fixture(params=[PRETENDED])
+def kernels(card: KernelCalls) -> KernelCalls:
+    return card
+
+
+def render_on_card(scene: Any, **options: Any) -> dict[str, Any]:
+    """As `render_everything`, with the results on the CPU."""
+    results = render_everything(scene, "gsplat", device="cuda", **options)
+    return {name: value if name == "info" else value.cpu() for name, value in results.items()}
+
+
 @pytest.mark.parametrize("scene", [
     dict(), dict(num_cameras=2), dict(spread=2.6), dict(depth=(-4.0, 4.0)), dict(scale=(3.0, 8.0), num_gaussians=20),
-    dict(scale=(1e-5, 1e-3)), dict(opacity=(0.999, 1.0)), dict(num_gaussians=5000, num_features=64),
+    dict(scale=(1e-5, 1e-3)), dict(opacity=(0.999, 1.0)), dict(num_gaussians=1000, num_features=64),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("options", [
     dict(), dict(render_mode="RGB+ED", rasterize_mode="antialiased"), dict(render_mode="RGB+D", radius_clip=4.0),
 ], ids=str)  # fmt: skip
-def test_gsplat__agrees_with_reference(scene, options):
+def test_gsplat__agrees_with_reference(card, scene, options):
     scene = make_scene(**scene)
-    actual = render_everything(scene, "gsplat", device="cuda", **options)
-    expected = render_everything(scene, "reference", **options)
+    actual = render_on_card(scene, **options)
+    with radii_of_gsplat(options.get("radius_clip", 0.0) > 0):
+        expected = render_everything(scene, "reference", **options)
     assert_same_rendering(actual, expected)
     for name in ("images", "alphas", "features"):
-        near = (actual[name].cpu() - expected[name]).abs() <= 1e-4
+        near = (actual[name] - expected[name]).abs() <= 1e-4
         assert near.float().mean() >= 0.9999, name
 
 
-@pytest.mark.gpu
-@needs_cuda
+def radii_of_gsplat(differ: bool) -> Any:
+    """Where `differ`, and gsplat is 1.5 or later: the reference with that version's radii.
+
+    They are 3.33 standard deviations along each image axis, and `radius_clip` drops what is small along both; gsplat
+    1.4's is 3 standard deviations along the longest axis. No alpha of at least 1/255 lies beyond either.
+    """
+    if not (differ and TWO_RADII):
+        return contextlib.nullcontext()
+    longest = "fit3d_ns.rasterization.projection._compute_radii"
+    return mock.patch(longest, lambda xx, yy, _: torch.ceil(3.33 * torch.maximum(xx, yy).detach().sqrt()))
+
+
+def test_radius_clip__drops_what_is_small_by_the_installed_gsplats_radius(card):
+    """Deviations of 1.25 px are 3.75 px to gsplat 1.4 and 4.17 px to gsplat 1.5, before both are rounded up."""
+    scene = make_scene(num_gaussians=1, depth=(5.0, 5.0), spread=0.0)
+    focal_over_depth = scene.Ks[0, 0, 0] / 5.0
+    blurred = (1.25**2 - 0.3) ** 0.5
+    arguments = scene.arguments() | {"scales": torch.full((1, 3), float(blurred / focal_over_depth))}
+    arguments |= {"opacities": torch.ones(1), "colors": torch.ones(1, 3)}
+    on_card = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    for backend, inputs in (("gsplat", on_card), ("reference", arguments)):
+        for clip, is_drawn in ((3.0, True), (4.0, TWO_RADII and backend == "gsplat"), (5.0, False)):
+            _, alphas, info = rasterization(**inputs, radius_clip=clip, backend=backend)
+            assert bool(alphas.max() > 0.1) == is_drawn, (backend, clip)
+            assert bool((info["radii"] > 0).any()) == is_drawn
+
+
 @pytest.mark.parametrize("channels", [3, 64, 200, 700])
-def test_gsplat__backprojection_is_the_adjoint(channels):
+def test_gsplat__backprojection_is_the_adjoint(card, channels):
     scene = make_scene(num_gaussians=300, num_features=channels)
-    result = render_everything(scene, "gsplat", device="cuda")
-    maps, features = result["v_maps"].double().cpu(), result["features"].double().cpu()
+    result = render_on_card(scene)
+    maps, features = result["v_maps"].double(), result["features"].double()
     forward = (features * maps).sum()
-    backward = (scene.features.double() * result["sums"].double().cpu()).sum()
+    backward = (scene.features.double() * result["sums"].double()).sum()
     assert abs(forward - backward) <= 1e-4 * maps.norm() * features.norm()
+
+
+def test_gsplat__reads_chosen_pixels_through_tile_masks(card):
+    """Alphas of the other tiles are NaN on the pretended card: nothing of them may get through."""
+    scene = make_scene(num_cameras=2)
+    info = render_everything(scene, "gsplat", device="cuda")["info"]
+    features = [scene.features.cuda().requires_grad_() for _ in range(2)]
+    pixels = torch.tensor([[0, 0], [28, 36], [17, 3]]).cuda()
+    full = rasterize_features(features[0], info)[:, pixels[:, 0], pixels[:, 1]]
+    read = rasterize_features(features[1], info, pixels)
+    torch.testing.assert_close(read.cpu(), full.cpu())
+    for result in (full, read):
+        result.square().sum().backward()
+    torch.testing.assert_close(features[1].grad.cpu(), features[0].grad.cpu())
+
+
+@pytest.mark.parametrize("num_gaussians", [0, 5])
+def test_gsplat__draws_nothing_where_nothing_is_seen(card, num_gaussians):
+    scene = make_scene(num_gaussians=num_gaussians, depth=(-5.0, -1.0), num_cameras=2)
+    result = render_on_card(scene, render_mode="RGB+ED")
+    assert all(value.isfinite().all() for name, value in result.items() if name != "info")
+    assert not any(result[name].any() for name in ("alphas", "features", "v_means", "v_coefficients", "absgrad", "sums"))
+
+
+@pytest.mark.parametrize("shared_kilobytes", [48, 99, 227])
+@pytest.mark.parametrize("channels", [3, 5, 6, 7, 23, 48, 60, 64, 65, 66, 128, 200])
+def test_gsplat__no_call_is_padded_by_more_than_an_eighth(shared_kilobytes, channels):
+    scene = make_scene(num_gaussians=4, num_features=channels)
+    with pretend_cuda(shared_bytes=shared_kilobytes * 1024), replace_kernels() as calls:
+        render_on_card(scene)
+    assert calls.counts["fully_fused_projection_fwd"] == calls.counts["isect_tiles"] == 1
+    for asked, worked_on in calls.channels:
+        assert worked_on - asked <= worked_on / 8, (asked, worked_on)
+    # Colour once, features forwards, and features with their weights backwards.
+    assert sum(asked for asked, _ in calls.channels) == 3 + channels + channels + 1
+
+
+def test_stand_in__refuses_what_the_compiled_module_refuses(kernels):
+    """So that the tests above can fail."""
+    scene = make_scene()
+    projected = {key: value for key, value in scene.arguments().items() if isinstance(value, torch.Tensor)}
+    arguments = scene.arguments() | {key: value.cuda() for key, value in projected.items()}
+    _, _, info = rasterization(**arguments, colors=scene.features.cuda(), backend="gsplat")
+    geometry = info["blend_geometry"]
+    size = (geometry.settings.width, geometry.settings.height, 16)
+    lists = (geometry.tiles.isect_offsets, geometry.tiles.flatten_ids)
+
+    def blend(**changes: Any) -> Any:
+        tensors = {"means2d": geometry.means2d, "conics": geometry.conics, "opacities": geometry.opacities}
+        tensors |= {"colors": scene.features.cuda()[None]} | changes
+        names = ("means2d", "conics", "colors", "opacities")
+        compiled = importlib.import_module("gsplat.cuda._backend")._C
+        forward = "rasterize_to_pixels_3dgs_fwd" if TWO_RADII else "rasterize_to_pixels_fwd"
+        kernels.channels.append((5, 0))
+        return getattr(compiled, forward)(*[tensors[name] for name in names], None, None, *size, *lists)
+
+    blend()
+    for changes, message in (
+        ({"colors": scene.features[None]}, "colors must be a CUDA tensor"),
+        ({"means2d": geometry.means2d.flip(-1).transpose(1, 2).contiguous().transpose(1, 2)}, "must be contiguous"),
+        ({"opacities": geometry.opacities.double()}, "expected scalar type"),
+        ({"colors": torch.zeros(1, 40, 6, device="cuda")}, "Unsupported number of channels: 6"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            blend(**changes)
+    undrawn = info["radii"] <= 0
+    undrawn = undrawn.any(-1) if TWO_RADII else undrawn
+    assert undrawn.any() and info["depths"][undrawn].isnan().all()
 
 
 def test_largest_channel_count__follows_from_shared_memory():
@@ -55,86 +181,44 @@ def test_largest_channel_count__follows_from_shared_memory():
     assert gsplat_backend.largest_channel_count(1) == 1
 
 
-@pytest.fixture
-def kernels_on_cpu(monkeypatch):
-    """Replaces gsplat's kernels by the reference; each call must fit the signature of the function it replaces."""
-    gsplat = importlib.import_module("gsplat")
-    calls = []
-
-    def replace(name, function):
-        signature = inspect.signature(getattr(gsplat, name))
-
-        def call(*args, **kwargs):
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            calls.append(name)
-            return function(**bound.arguments)
-
-        monkeypatch.setattr(gsplat_backend, name, call)
-
-    def project(means, quats, scales, viewmats, Ks, width, height, calc_compensations, **limits):
-        names = ("eps2d", "near_plane", "far_plane", "radius_clip")
-        settings = reference.ProjectionSettings(
-            width, height, antialiased=calc_compensations, **{name: limits[name] for name in names}
-        )
-        calls.append(settings)
-        projected = reference.project_gaussians(means, quats, scales, viewmats, Ks, settings)
-        return projected.radii, projected.means2d, projected.depths, projected.conics, projected.compensations
-
-    def isect_tiles(means2d, radii, depths, tile_width, tile_height, **_):
-        settings = reference.ProjectionSettings(tile_width * 16, tile_height * 16)
-        projected = reference.ProjectedGaussians(radii, means2d, depths, torch.zeros(*radii.shape, 3), None)
-        tiles = list_tiles(projected, settings)
-        calls.append(tiles.isect_offsets)
-        return tiles.tiles_per_gauss, tiles.isect_ids, tiles.flatten_ids
-
-    def isect_offset_encode(**_):
-        return next(call for call in reversed(calls) if isinstance(call, torch.Tensor))
-
-    def rasterize_to_pixels(means2d, conics, colors, opacities, image_width, image_height, **rest):
-        entries = rest["flatten_ids"]
-        tiles = TileLists(torch.zeros_like(opacities, dtype=torch.int32), entries, entries, rest["isect_offsets"])
-        geometry = reference.BlendGeometry(
-            means2d, conics, opacities, tiles, reference.ProjectionSettings(image_width, image_height)
-        )
-        image, alpha = reference.blend(
-            geometry, means2d, conics, opacities, colors, rest["backgrounds"], rest["absgrad"]
-        )
-        if rest["masks"] is not None:
-            is_read = rest["masks"].repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :image_height, :image_width]
-            image, alpha = image * is_read[..., None], alpha * torch.nan
-        return image, alpha
-
-    def spherical_harmonics(degrees_to_use, dirs, coeffs, masks):
-        basis = compute_sh_basis(degrees_to_use, torch.nn.functional.normalize(dirs, dim=-1))
-        colors = (basis[..., None] * coeffs[..., : basis.shape[-1], :]).sum(dim=-2)
-        return torch.where(masks[..., None], colors, torch.nan)
-
-    replace("fully_fused_projection", project)
-    replace("isect_tiles", isect_tiles)
-    replace("isect_offset_encode", isect_offset_encode)
-    replace("rasterize_to_pixels", rasterize_to_pixels)
-    replace("spherical_harmonics", spherical_harmonics)
-    monkeypatch.setattr("fit3d_ns.rasterization.interface.resolve_backend", lambda name, means: name)
-    monkeypatch.setattr(gsplat_backend, "channels_per_call", lambda device: 4)
-    return calls
+USED_OF_GSPLAT = {
+    "gsplat.fully_fused_projection": (
+        "means covars quats scales viewmats Ks width height eps2d near_plane far_plane radius_clip",
+        "packed calc_compensations",
+    ),
+    "gsplat.isect_tiles": ("means2d radii depths tile_size tile_width tile_height", ""),
+    "gsplat.isect_offset_encode": ("isect_ids * tile_width tile_height", ""),
+    "gsplat.rasterize_to_pixels": (
+        "means2d conics colors opacities image_width image_height tile_size isect_offsets flatten_ids",
+        "backgrounds masks absgrad",
+    ),
+    "gsplat.spherical_harmonics": ("degrees_to_use dirs coeffs", "masks"),
+    "gsplat.strategy.DefaultStrategy": (
+        "",
+        "prune_opa grow_grad2d grow_scale3d grow_scale2d prune_scale3d prune_scale2d refine_scale2d_stop_iter"
+        " refine_start_iter refine_stop_iter reset_every refine_every pause_refine_after_reset absgrad",
+    ),
+    "gsplat.strategy.MCMCStrategy": (
+        "",
+        "cap_max noise_lr refine_start_iter refine_stop_iter refine_every min_opacity",
+    ),
+    "gsplat.strategy.ops._multinomial_sample": ("weights n", "replacement"),
+    "gsplat.strategy.ops._update_param_with_optimizer": ("param_fn optimizer_fn params optimizers", ""),
+    "gsplat.utils.normalized_quat_to_rotmat": ("*", ""),
+}
+"""All that the package takes from gsplat: arguments given by position (`*`: of changing name), and by name."""
 
 
-@pytest.mark.parametrize("options", [dict(), dict(render_mode="RGB+ED", rasterize_mode="antialiased")], ids=str)
-def test_gsplat__wires_its_kernels_as_the_reference_does(kernels_on_cpu, options):
-    scene = make_scene(num_cameras=2)
-    actual = render_everything(scene, "gsplat", eps2d=0.4, near_plane=1.5, radius_clip=2.0, **options)
-    expected = render_everything(scene, "reference", eps2d=0.4, near_plane=1.5, radius_clip=2.0, **options)
-    assert_same_rendering(actual, expected)
-    # One projection and one sort; colour in one call, 5 features in two, and backprojection's 6 channels in two.
-    names = [call for call in kernels_on_cpu if isinstance(call, str)]
-    assert names.count("fully_fused_projection") == names.count("isect_tiles") == 1
-    assert names.count("rasterize_to_pixels") == 1 + 2 + 2
-
-
-def test_gsplat__reads_chosen_pixels_through_tile_masks(kernels_on_cpu):
-    scene = make_scene()
-    info = render_everything(scene, "gsplat")["info"]
-    pixels = torch.tensor([[0, 0], [28, 36], [17, 3]])
-    full = rasterize_features(scene.features, info)
-    torch.testing.assert_close(rasterize_features(scene.features, info, pixels), full[:, pixels[:, 0], pixels[:, 1]])
+def test_gsplat__has_what_the_package_takes_from_it():
+    taken = set()
+    for path in (Path(__file__).parents[2] / "fit3d_ns").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "gsplat":
+                taken |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert taken == set(USED_OF_GSPLAT)
+    for name, (by_position, by_name) in USED_OF_GSPLAT.items():
+        module, _, function = name.rpartition(".")
+        parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+        for wanted, actual in zip(by_position.split(), parameters, strict=False):
+            assert wanted in ("*", actual), (name, list(parameters))
+        assert len(parameters) >= len(by_position.split()) and set(by_name.split()) <= set(parameters), name
