@@ -13,15 +13,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
+import gsplat
 import torch
 from gsplat.cuda import _torch_impl as twin
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-import gsplat
-from fit3d_ns.rasterization import gsplat_backend, reference
+from fit3d_ns.rasterization import reference
 from tests.pretended_cuda import PretendedTensor, _wait, place
 
 COMPILED = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513)
@@ -47,8 +46,8 @@ class KernelCalls:
 
     counts: Counter[str] = field(default_factory=Counter)
     """Calls, by the names of 1.4."""
-    channels: list[tuple[int, int]] = field(default_factory=list)
-    """Of every blending: the channels that were asked for, and those that the kernel worked on."""
+    channels: list[int] = field(default_factory=list)
+    """Of every blending, padding included."""
 
 
 @contextlib.contextmanager
@@ -63,19 +62,15 @@ def replace_kernels() -> Iterator[KernelCalls]:
     compiled = types.SimpleNamespace(CameraModelType=None, PINHOLE=0, **functions)
     module = types.ModuleType("gsplat.cuda._backend")
     module._C = compiled  # type: ignore[attr-defined]
-    wrapper = gsplat_backend.rasterize_to_pixels
-
-    def note_channels(means2d: Tensor, conics: Tensor, colors: Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.channels.append((colors.shape[-1], 0))
-        return wrapper(means2d, conics, colors, *args, **kwargs)
-
-    with contextlib.ExitStack() as stack:
-        # Not with `patch.dict`, which forgets whatever is imported meanwhile.
-        before = sys.modules.get(module.__name__)
-        sys.modules[module.__name__] = module
-        stack.callback(lambda: sys.modules.update({module.__name__: before}) if before else sys.modules.pop(module.__name__))
-        stack.enter_context(mock.patch.object(gsplat_backend, "rasterize_to_pixels", note_channels))
+    # Not with `mock.patch.dict`, which forgets whatever is imported meanwhile.
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module
+    try:
         yield calls
+    finally:
+        del sys.modules[module.__name__]
+        if before is not None:
+            sys.modules[module.__name__] = before
 
 
 def _watch(name: str, kernel: Any, calls: KernelCalls) -> Any:
@@ -172,8 +167,7 @@ class _Kernels:
         channels = colors.shape[-1]
         if channels not in COMPILED:
             raise RuntimeError(f"Unsupported number of channels: {channels}")
-        assert self.calls.channels and self.calls.channels[-1][1] == 0, "blended without gsplat's wrapper"
-        self.calls.channels[-1] = (self.calls.channels[-1][0], channels)
+        self.calls.channels.append(channels)
         with torch.no_grad():
             images, alphas = reference.blend(geometry, *tensors, absgrad=False)
         if is_read is not None:
@@ -209,6 +203,7 @@ class _Kernels:
         directions, coefficients = _take(directions=directions, coefficients=coefficients)
         (masks,) = _take(torch.bool, masks=masks)
         _check_integers(degree=degree)
+        assert coefficients.ndim == 3, "beyond 1.5, gsplat takes no coefficients with an axis of cameras"
         colors = twin._spherical_harmonics(degree, directions, coefficients)
         return colors if masks is None else colors.masked_fill(~masks[..., None], torch.nan)
 
@@ -216,9 +211,7 @@ class _Kernels:
         self, num_bases: int, degree: int, directions: Any, coefficients: Any, masks: Any, v_colors: Any,
         with_directions: bool,
     ) -> Any:  # fmt: skip
-        directions, coefficients, v_colors = _take(
-            directions=directions, coefficients=coefficients, v_colors=v_colors
-        )
+        directions, coefficients, v_colors = _take(directions=directions, coefficients=coefficients, v_colors=v_colors)
         (masks,) = _take(torch.bool, masks=masks)
         drawn = torch.ones(directions.shape[:-1], dtype=torch.bool) if masks is None else masks
         leaves = [tensor[drawn].clone().requires_grad_() for tensor in (coefficients, directions)]

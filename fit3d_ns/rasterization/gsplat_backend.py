@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from gsplat import fully_fused_projection, isect_offset_encode, isect_tiles, rasterize_to_pixels, spherical_harmonics
 from torch import Tensor
+from torch.nn import functional
 
 from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectedGaussians, ProjectionSettings
 from fit3d_ns.rasterization.reference import COLOR_OFFSET, BlendGeometry, TileLists
@@ -43,8 +44,11 @@ def evaluate_harmonics(
     centres = torch.linalg.inv(viewmats)[:, :3, 3]
     directions = means[None] - centres[:, None]
     coefficients = coefficients.expand(len(viewmats), -1, -1, -1)
-    colors = spherical_harmonics(sh_degree, directions, coefficients, masks=is_drawn)
-    return torch.where(is_drawn[..., None], colors + COLOR_OFFSET, 0.0).clamp(min=0.0)
+    # Beyond 1.5, gsplat takes coefficients without an axis of cameras only.
+    colors = spherical_harmonics(
+        sh_degree, directions.flatten(0, 1), coefficients.flatten(0, 1), masks=is_drawn.flatten()
+    )
+    return torch.where(is_drawn[..., None], colors.view_as(directions) + COLOR_OFFSET, 0.0).clamp(min=0.0)
 
 
 def build_geometry(projected: ProjectedGaussians, opacities: Tensor, settings: ProjectionSettings) -> BlendGeometry:
@@ -93,11 +97,12 @@ def blend(
     images, alphas = [], []
     for part in parts:
         image, alpha = rasterize_to_pixels(
-            means2d, conics, colors[..., part], opacities, geometry.settings.width, geometry.settings.height, TILE_SIZE,
-            geometry.tiles.isect_offsets, geometry.tiles.flatten_ids,
-            backgrounds=None if backgrounds is None else backgrounds[..., part], masks=masks, absgrad=absgrad,
+            means2d, conics, _pad(colors[..., part]), opacities, geometry.settings.width, geometry.settings.height,
+            TILE_SIZE, geometry.tiles.isect_offsets, geometry.tiles.flatten_ids,
+            backgrounds=None if backgrounds is None else _pad(backgrounds[..., part]), masks=masks, absgrad=absgrad,
         )  # fmt: skip
-        images.append(image)
+        count = part.stop - part.start
+        images.append(image if image.shape[-1] == count else image[..., :count])
         alphas.append(alpha)
     return images[0] if len(images) == 1 else torch.cat(images, dim=-1), alphas[0]
 
@@ -154,6 +159,13 @@ def split_channels(count: int, most: int) -> Iterator[slice]:
             taken = left
         yield slice(first, first + taken)
         first += taken
+
+
+def _pad(values: Tensor) -> Tensor:
+    """Zeros up to the next compiled channel count; beyond 1.5, gsplat no longer adds them."""
+    count = values.shape[-1]
+    missing = next(compiled for compiled in COMPILED_CHANNELS if compiled >= count) - count
+    return functional.pad(values, (0, missing)) if missing else values
 
 
 def channels_per_call(device: torch.device) -> int:

@@ -6,13 +6,16 @@ world, `viewmats` world-to-camera in OpenCV axes, `Ks` and all image coordinates
 A backend is a module with the functions that `reference` lists in `__all__`; `reference` defines their meaning.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from packaging.version import Version
 from torch import Tensor
 
 from fit3d_ns.rasterization import arguments
@@ -67,7 +70,8 @@ def rasterization(
         opacities: In [0, 1].
         colors: [N, D] or [C, N, D]; with `sh_degree`, coefficients [N, K, 3] or [C, N, K, 3].
         near_plane: z-depth below which a Gaussian's centre is dropped; `far_plane` is the upper limit.
-        radius_clip: Gaussians of at most this radius in pixels are dropped.
+        radius_clip: Gaussians of at most this radius in pixels are dropped: ceil(3 sigma) along the longest axis; on
+            CUDA with gsplat 1.5 that version's, ceil(3.33 sigma) along each image axis.
         eps2d: Blur added to the projected covariances, px^2.
         sh_degree: Highest degree of the harmonics that takes part, 0 to 4; None if `colors` are colours.
         backgrounds: What shows through where alpha is below 1; black if None. Depth has no background.
@@ -267,6 +271,15 @@ def resolve_backend(name: str, means: Tensor) -> str:
     return name
 
 
+@functools.cache
+def _has_two_radii() -> bool:
+    """Whether the installed gsplat has a radius for each image axis, which its strategies then want of `info`."""
+    try:
+        return Version(metadata.version("gsplat")) >= Version("1.5")
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def load_backend(name: str) -> Any:
     """The module of a backend, imported on first use, since importing gsplat or numba takes time."""
     return importlib.import_module(f"fit3d_ns.rasterization.{_MODULES[name]}")
@@ -290,10 +303,13 @@ def _project(
     if projected.compensations is not None:
         opacities = opacities * projected.compensations
     geometry: BlendGeometry = engine.build_geometry(projected, opacities, settings)
+    radii = projected.radii
+    if radii.ndim == 2 and _has_two_radii():
+        radii = radii[..., None].expand(-1, -1, 2)
     return {
         "camera_ids": None,
         "gaussian_ids": None,
-        "radii": projected.radii,
+        "radii": radii,
         "means2d": projected.means2d,
         "depths": projected.depths,
         "conics": projected.conics,

@@ -44,7 +44,9 @@ def test_default_strategy__densifies_on_cpu(backend, absgrad):
         if step == 1:
             gradient = info["means2d"].absgrad if absgrad else info["means2d"].grad
             size = torch.tensor([scene.width, scene.height]) / 2 * 2
-            norms = ((gradient * size).norm(dim=-1) * (info["radii"] > 0)).sum(dim=0)
+            # gsplat 1.5 wants a radius for each image axis.
+            is_seen = (info["radii"] > 0).reshape(*gradient.shape[:2], -1).all(dim=-1)
+            norms = ((gradient * size).norm(dim=-1) * is_seen).sum(dim=0)
         for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
