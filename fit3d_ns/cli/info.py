@@ -19,6 +19,7 @@ from rich.table import Table
 
 from fit3d_ns.cli.command import run_command
 from fit3d_ns.rasterization import available_backends
+from fit3d_ns.rasterization.kernels import find_kernels
 from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_file import HEADER_KEY
 from fit3d_ns.utils.files import read_json, write_json
@@ -67,6 +68,7 @@ def collect_info() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "rasterization_backends": available_backends(),
+        "cuda_kernels": find_kernels().describe(),
         "methods_registered": _list_registered("nerfstudio.method_configs"),
         "dataparsers_registered": _list_registered("nerfstudio.dataparser_configs"),
         "listed_by_ns_train": _is_listed(),

@@ -35,6 +35,7 @@ from fit3d_ns.lifting.sources import (
     warn_of_poor_fit,
 )
 from fit3d_ns.lifting.surfaces import Surface, SurfaceConfig, read_surface_source
+from fit3d_ns.rasterization import prepare_rasterizer
 from fit3d_ns.scene import FeatureScene, load_scene
 from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.device import DeviceChoice, choose_device
@@ -111,6 +112,7 @@ class LiftCommand:
 def lift(command: LiftCommand) -> None:
     _check(command)
     device = choose_device(command.device).type
+    prepare_rasterizer(device)
     backbone = choose_backbone(command)
     cache = FeatureCache(command.feature_cache, backbone)
     setup = LiftSetup(cache, command.lift, command.options, device, command.include_sh)

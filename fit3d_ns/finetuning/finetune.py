@@ -29,6 +29,7 @@ from fit3d_ns.finetuning.scene_bank import SceneBank, compute_scene_hash, find_l
 from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_averages, create_target_store
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.finetuning.validation import Validation, format_consistency, read_tokens_of, save_comparison
+from fit3d_ns.rasterization import prepare_rasterizer
 from fit3d_ns.scene.scene_file import read_scene_costs
 from fit3d_ns.training.processes import Processes, create_accelerator, track_run
 from fit3d_ns.utils.device import DeviceChoice
@@ -74,6 +75,8 @@ def finetune(
     output_folder, run = Path(output_folder), config.run
     accelerator = accelerator or create_accelerator(device, config.optimization.precision, run.trackers, output_folder)
     processes = Processes(accelerator)
+    # The others wait for what the main process may have to compile.
+    processes.run_on_main(lambda: prepare_rasterizer(accelerator.device))
     seed_everything(config.sampling.seed)
     bank = SceneBank([*inputs.scenes, *inputs.validation_scenes], accelerator.device, run.scene_memory_gb)
     bank.averages = create_averages(config.targets, bank, output_folder, run.data_root)

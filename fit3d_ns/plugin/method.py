@@ -19,6 +19,7 @@ from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.plugin.pipeline import FeaturePipelineConfig
 from fit3d_ns.plugin.schedulers import create_optimizers
 from fit3d_ns.plugin.trainer import FeatureTrainerConfig
+from fit3d_ns.rasterization import kernels
 from fit3d_ns.scene.posed_capture import MAX_SIDE
 
 HAS_CUDA = torch.cuda.is_available()
@@ -33,7 +34,7 @@ DENSIFY_THRESHOLD = 0.0008 if HAS_CUDA else 0.002
 PAPER_FEATURE_LR = 0.0025 / 40
 """Learning rate of features and decoder in the paper's code."""
 
-SUPPORTED = {"nerfstudio": ("1.1.5", "1.2"), "gsplat": ("1.4.0", "1.6"), "timm": ("1.0.26", "2")}
+SUPPORTED = {"nerfstudio": ("1.1.5", "1.2"), "gsplat": kernels.SUPPORTED, "timm": ("1.0.26", "2")}
 """Package to the first supported version and the first that is not, `[from, to)`."""
 
 

@@ -32,6 +32,7 @@ from fit3d_ns.plugin.checkpoints import (
     remove_other_checkpoints,
     save_checkpoint_file,
 )
+from fit3d_ns.rasterization import prepare_rasterizer
 from fit3d_ns.utils.errors import check_writable, install_error_sentences
 from fit3d_ns.utils.files import lock_folder, write_atomically
 from fit3d_ns.utils.progress import PhaseTimer, measure_peak_memory_mb, notice
@@ -85,6 +86,7 @@ class FeatureTrainerConfig(TrainerConfig):
             raise ValueError(
                 "--machine.device-type is cuda and no CUDA device was found; use --machine.device-type cpu."
             )
+        prepare_rasterizer(self.machine.device_type)
         datamanager = self.pipeline.datamanager
         data = Path(datamanager.data or datamanager.dataparser.data)
         if datamanager.data is None and data == Path():

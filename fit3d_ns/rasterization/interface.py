@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from packaging.version import Version
 from torch import Tensor
 
-from fit3d_ns.rasterization import arguments
+from fit3d_ns.rasterization import arguments, kernels
 from fit3d_ns.rasterization.arguments import RasterizeMode, RenderMode
 from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectionSettings
 from fit3d_ns.rasterization.reference import BlendGeometry
@@ -244,9 +244,18 @@ def add_normal(
 def available_backends() -> list[str]:
     """Names of the backends that can run on this machine, the one that `auto` prefers on its best device first."""
     names = ["cpu", "reference"]
-    if torch.cuda.is_available() and importlib.util.find_spec("gsplat") is not None:
+    if torch.cuda.is_available() and not kernels.find_kernels().problem:
         names.insert(0, "gsplat")
     return names
+
+
+def prepare_rasterizer(device: torch.device | str) -> None:
+    """Makes ready whatever serves a device, which on CUDA may compile kernels; ValueError where that is not possible.
+
+    Any rendering does that too: this says it before photographs are read and features extracted.
+    """
+    if torch.device(device).type == "cuda":
+        load_backend("gsplat")
 
 
 def resolve_backend(name: str, means: Tensor) -> str:
@@ -281,7 +290,12 @@ def _has_two_radii() -> bool:
 
 
 def load_backend(name: str) -> Any:
-    """The module of a backend, imported on first use, since importing gsplat or numba takes time."""
+    """The module of a backend, imported on first use, since importing gsplat or numba takes time.
+
+    ValueError where gsplat's kernels are neither compiled nor can be.
+    """
+    if name == "gsplat":
+        kernels.prepare_kernels()
     return importlib.import_module(f"fit3d_ns.rasterization.{_MODULES[name]}")
 
 

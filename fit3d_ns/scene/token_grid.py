@@ -160,8 +160,8 @@ def sum_over_cells(
     Written as two matrix products, which repeat to the bit where scattered additions on a GPU do not.
     """
     height, width, channels = maps.shape
-    rows = F.one_hot(_assign_cells(height, patch_grid[0], maps.device), patch_grid[0]).to(maps)
-    columns = F.one_hot(_assign_cells(width, patch_grid[1], maps.device), patch_grid[1]).to(maps)
+    rows = _mark_cells(height, patch_grid[0], maps.device).to(maps)
+    columns = _mark_cells(width, patch_grid[1], maps.device).to(maps)
     # (h, H) x (H, W*c) -> (h, W, c), then (w, W) x (h, W, c) -> (h, w, c)
     by_row = (rows.T @ maps.reshape(height, width * channels)).reshape(patch_grid[0], width, channels)
     return columns.T @ by_row
@@ -231,7 +231,15 @@ def _weigh_area(length: int, num_tokens: int) -> tuple[Int[Tensor, " tokens"], F
     return first, shares / shares.sum(dim=1, keepdim=True)
 
 
+@lru_cache(maxsize=64)
+def _mark_cells(length: int, num_cells: int, device: torch.device) -> Float[Tensor, "length num_cells"]:
+    """One where a pixel lies in a cell."""
+    return F.one_hot(_assign_cells(length, num_cells, device), num_cells).float()
+
+
+@lru_cache(maxsize=64)
 def _assign_cells(length: int, num_cells: int, device: torch.device) -> Int[Tensor, " length"]:
+    """The cell that each pixel's centre lies in."""
     # Integer arithmetic: floor((pixel + 0.5) * cells / length) without rounding.
     pixels = torch.arange(length, device=device)
     return ((2 * pixels + 1) * num_cells // (2 * length)).clamp(max=num_cells - 1)
