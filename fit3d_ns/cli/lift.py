@@ -20,6 +20,7 @@ from fit3d_ns.lifting.lift_scene import (
     LIFT_HASH,
     LiftForecast,
     LiftSetup,
+    check_dimensions,
     compute_lift_hash,
     find_finished,
     forecast_lift,
@@ -36,7 +37,7 @@ from fit3d_ns.lifting.sources import (
 )
 from fit3d_ns.lifting.surfaces import Surface, SurfaceConfig, read_surface_source
 from fit3d_ns.rasterization import prepare_rasterizer
-from fit3d_ns.scene import FeatureScene, load_scene
+from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import write_json
@@ -116,6 +117,7 @@ def lift(command: LiftCommand) -> None:
     backbone = choose_backbone(command)
     cache = FeatureCache(command.feature_cache, backbone)
     setup = LiftSetup(cache, command.lift, command.options, device, command.include_sh)
+    check_dimensions(setup)
     tasks = create_tasks(command, device)
     finish = partial(_write_metrics, backbone=backbone, device=device)
     if command.dry_run:
@@ -139,7 +141,7 @@ def lift(command: LiftCommand) -> None:
             if scene is None:
                 lifted, _ = lift_scene(source, setup, state_path=task.state_path)
                 scene = dataclasses.replace(lifted, metrics={**lifted.metrics, LIFT_HASH: lift_hash})
-                setup.save(scene, task.output_path)
+                save_scene(scene, task.output_path, include_sh=setup.include_sh)
             finish(scene, task.output_path)
     except KeyboardInterrupt:
         for task in tasks:

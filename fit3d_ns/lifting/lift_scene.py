@@ -25,7 +25,7 @@ from fit3d_ns.lifting.passes import Progress, list_decisive
 from fit3d_ns.lifting.solver import LiftResult, solve_features
 from fit3d_ns.lifting.sources import LiftSource, compare_with_photographs, warn_of_poor_fit
 from fit3d_ns.lifting.views import ChosenViews, LiftView, choose_views, fit_picture_basis, load_views
-from fit3d_ns.scene import FeatureScene, Gaussians, load_scene, save_scene
+from fit3d_ns.scene import FeatureScene, Gaussians, load_scene
 from fit3d_ns.scene.posed_capture import record_capture
 from fit3d_ns.scene.scene_file import TRAINING_SECONDS
 from fit3d_ns.utils.files import hash_bytes
@@ -38,10 +38,7 @@ LIFT_HASH = "lift_hash"
 
 @dataclass(frozen=True)
 class LiftSetup:
-    """What all lifts of a command share: the backbone with its cached tokens, settings, and where to work.
-
-    ValueError where the features have more dimensions than a token; known before anything is computed.
-    """
+    """What all lifts of a command share: the backbone with its cached tokens, settings, and where to work."""
 
     cache: FeatureCache
     """Of the backbone whose tokens are lifted; its weights are read only if tokens are missing."""
@@ -51,20 +48,19 @@ class LiftSetup:
     include_sh: bool = False
     """As in `save_scene`."""
 
-    def __post_init__(self) -> None:
-        backbone, feature_dim = self.backbone, self.config.feature_dim
-        if feature_dim > backbone.embed_dim:
-            raise ValueError(
-                f"feature_dim {feature_dim} exceeds the width {backbone.embed_dim} of {backbone.label}'s tokens; "
-                f"choose --feature-dim {backbone.embed_dim} or less."
-            )
-
     @property
     def backbone(self) -> BackboneDescription:
         return self.cache.description
 
-    def save(self, scene: FeatureScene, path: Path) -> None:
-        save_scene(scene, path, include_sh=self.include_sh)
+
+def check_dimensions(setup: LiftSetup) -> None:
+    """ValueError where the features have more dimensions than a token; known before anything is computed."""
+    backbone, feature_dim = setup.backbone, setup.config.feature_dim
+    if feature_dim > backbone.embed_dim:
+        raise ValueError(
+            f"feature_dim {feature_dim} exceeds the width {backbone.embed_dim} of {backbone.label}'s tokens; "
+            f"choose --feature-dim {backbone.embed_dim} or less."
+        )
 
 
 @dataclass(frozen=True)
@@ -111,6 +107,7 @@ def lift_scene(
     Raises:
         ValueError: What `solve_features` and `extract_features` refuse.
     """
+    check_dimensions(setup)
     config, options, device, timer = setup.config, setup.options, setup.device, PhaseTimer()
     chosen = choose_views(source.capture, options.views)
     with timer.phase("photographs"):

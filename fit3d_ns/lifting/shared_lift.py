@@ -25,7 +25,7 @@ from fit3d_ns.lifting.lift_scene import (
 from fit3d_ns.lifting.passes import compute_identity
 from fit3d_ns.lifting.sources import LiftSource
 from fit3d_ns.lifting.views import MAX_PICTURE_TOKENS, choose_views, load_views, sample_tokens
-from fit3d_ns.scene import FeatureScene, load_scene
+from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 from fit3d_ns.utils.files import hash_bytes, remove
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
@@ -88,7 +88,7 @@ def lift_together(
         metrics = {name: value for name, value in measured.items() if not name.endswith("_mean_token")}
         metrics |= {"num_scenes_sharing_decoder": len(tasks), LIFT_HASH: lift_hash}
         scene = replace(scene, metrics={**scene.metrics, **metrics})
-        setup.save(scene, task.output_path)
+        save_scene(scene, task.output_path, include_sh=setup.include_sh)
         on_scene(scene, task.output_path)
     for task in tasks:
         remove(task.sums_path)
@@ -127,7 +127,7 @@ def _lift(task: LiftTask, setup: LiftSetup, basis: PcaBasis, pca: PcaBasis) -> D
         notice(f"{task.output_path.name} is lifted already.")
         return found
     scene, result = lift_scene(source, setup, state_path=task.state_path, basis=basis, pca=pca)
-    setup.save(scene, task.output_path)
+    save_scene(scene, task.output_path, include_sh=setup.include_sh)
     sums = result.decoder_statistics
     tensors = {"regressors": sums.regressors, "products": sums.products}
     save_tensors(task.sums_path, tensors, _describe(identity, scene))
