@@ -36,7 +36,7 @@ def judge(record_property: Callable[[str, object], None]) -> Judge:
     return count_and_assert
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints the table, also of several processes: counts travel with the reports."""
     reports = [report for name in ("passed", "failed") for report in terminalreporter.stats.get(name, [])]
     counts = Counter(tuple(value) for report in reports for name, value in report.user_properties if name == _PROPERTY)
