@@ -26,7 +26,7 @@ from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random
 from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
 from fit3d_ns.utils.device import DeviceChoice, choose_device
-from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
 
@@ -227,9 +227,9 @@ def _describe_set(labelled_set: LabelledSet) -> dict[str, Any]:
     return {"name": labelled_set.name, **sizes, "data_hash": compute_data_hash(labelled_set)}
 
 
-def _measure(path: Path) -> int | str:
-    """Bytes of a scene file; a capture is named by the names and sizes of its files."""
+def _measure(path: Path) -> str:
+    """Hash of a scene file, which stays as long when its numbers change, or of names and sizes of a capture's files."""
     if path.is_file():
-        return path.stat().st_size
+        return hash_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return hash_bytes(*(f"{file.relative_to(path)} {file.stat().st_size}".encode() for file in files))

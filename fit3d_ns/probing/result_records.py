@@ -17,7 +17,7 @@ from typing import Any
 from fit3d_ns.probing.frozen_features import BackboneConfig, list_parts
 from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_file import read_scene_costs
-from fit3d_ns.utils.files import hash_bytes, read_json
+from fit3d_ns.utils.files import hash_bytes, read_json, wait_for_folder
 from fit3d_ns.utils.progress import SECONDS_PER_HOUR, notice
 from fit3d_ns.utils.results import ResultRecord, average_scene_costs, check_report, load_result, save_result
 
@@ -59,10 +59,16 @@ class ResultFile:
         return {int(seed): metrics for seed, metrics in record.metrics.get("per_seed", {}).items()}
 
     def save(self, per_seed: dict[int, dict[str, Any]], training: dict[str, Any]) -> ResultRecord:
-        """Writes the metrics of the finished seeds, atomically."""
-        settings = {**self.settings, "key": self.key, "seeds": sorted(per_seed), **training}
-        record = ResultRecord(self.kind, summarise_seeds(per_seed), settings, self.is_random)
-        save_result(record, self.path)
+        """Writes the metrics of the finished seeds beside those that other processes have finished since."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with wait_for_folder(self.path.parent):
+            per_seed = {**self.load_seeds(), **per_seed}
+            if self.path.is_file() and "training" in training:
+                held = load_result(self.path).settings.get("training", {})
+                training = {**training, "training": {**held, **training["training"]}}
+            settings = {**self.settings, "key": self.key, "seeds": sorted(per_seed), **training}
+            record = ResultRecord(self.kind, summarise_seeds(per_seed), settings, self.is_random)
+            save_result(record, self.path)
         return record
 
 

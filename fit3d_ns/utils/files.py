@@ -122,6 +122,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def wait_for_folder(folder: Path) -> Iterator[None]:
+    """Around a block that reads a file of a folder and writes it again: other processes wait for its end."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems have no locks.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def flush_to_disk(path: Path) -> None:
     """Waits until a file's content, or a folder's list of names, would survive a crash."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,6 +1,7 @@
 """The command from folders to a record, with an untrained backbone on scenes of a few pixels."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,9 @@ from fit3d_ns.probing.frozen_features import (
     list_parts,
 )
 from fit3d_ns.probing.probe_runs import resolve_scene_split
-from fit3d_ns.probing.result_records import compute_settings_key, summarise_seeds
+from fit3d_ns.probing.result_records import ResultFile, compute_settings_key, summarise_seeds
+from fit3d_ns.utils.results import load_result
+from tests.finetuning.finetuning_scene import save_new_scene
 from tests.probing.probe_scenes import BACKBONE, create_finetuned, create_scene
 
 torch.set_num_threads(1)
@@ -182,6 +185,46 @@ def test_probe__another_depth_unit_is_another_record(tmp_path: Path) -> None:
     assert records[2]["settings"]["depth_scale"] == 500.0
     assert records[2]["settings"]["key"] != records[0]["settings"]["key"]
     assert records[2]["metrics"]["rmse"] != records[0]["metrics"]["rmse"], "measured again"
+
+
+def test_record__of_several_processes_at_once_loses_no_seed(tmp_path: Path) -> None:
+    """Each has looked at the record before the others wrote it."""
+    path = tmp_path / "r.json"
+    files = [ResultFile(path, "probe/depth", {"lr": 1}, True) for _ in range(6)]
+    assert all(file.load_seeds() == {} for file in files)
+
+    def save(seed: int) -> None:
+        files[seed].save({seed: {"rmse": float(seed)}}, {"training": {str(seed): {"seconds": 1.0}}})
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(save, range(6)))
+    record = load_result(path)
+    assert record.settings["seeds"] == list(range(6)) and record.metrics["rmse"] == 2.5
+    assert set(record.settings["training"]) == {str(seed) for seed in range(6)}
+    other = ResultFile(path, "probe/depth", {"lr": 2}, True)
+    other.save({0: {"rmse": 9.0}}, {})
+    assert load_result(path.with_name(f"r.{files[0].key}.json")) == record, "put aside, not overwritten"
+
+
+def test_probe__another_scene_of_the_same_size_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As training again with as many Gaussians writes it."""
+    scenes = [save_new_scene(tmp_path / str(seed), "room", seed=seed) for seed in (1, 2)]
+    size = max(scene.stat().st_size for scene in scenes)
+    output = tmp_path / "r.json"
+    records = []
+    for scene in scenes:
+        # Room in the header is safetensors' own means to align what follows.
+        content = scene.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        room = size - len(content)
+        scene.write_bytes(
+            (length + room).to_bytes(8, "little") + content[8 : 8 + length] + b" " * room + content[8 + length :]
+        )
+        arguments = ["consistency", "--output-path", str(output), "--test", str(scene), "--device", "cpu"]
+        run_command(ProbeCommand, probe, prog="fit3d-probe", description="", args=[*arguments, "--backbone", BACKBONE])
+        records.append(json.loads(output.read_text()))
+    assert "held metrics of other settings" in capsys.readouterr().err
+    assert records[0]["metrics"] != records[1]["metrics"]
 
 
 def test_probe__same_seed_same_figures(rooms: Path, tmp_path: Path) -> None:
