@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from fit3d_ns.utils.errors import check_writable, explain, explain_thread_errors, shows_tracebacks
+from fit3d_ns.utils.errors import allow_any_letter, check_writable, explain, explain_thread_errors, shows_tracebacks
 from fit3d_ns.utils.stopping import interrupt_on_signals
 
 Config = TypeVar("Config")
@@ -52,6 +52,7 @@ def run_command(
     debug = shows_tracebacks() or "--debug" in arguments
     # A polite kill ends a command as Ctrl-C does, also outside the loops that save what they have.
     interrupt_on_signals()
+    allow_any_letter()
     if not debug:
         explain_thread_errors()
     try:

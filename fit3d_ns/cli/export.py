@@ -36,6 +36,9 @@ class ExportConfig:
 def export(config: ExportConfig) -> None:
     from fit3d_ns.plugin.run_reader import load_run_scene
 
+    suffix = ".ply" if config.format == "ply" else ".safetensors"
+    if config.output_path.suffix != suffix:
+        raise ValueError(f"--output-path {config.output_path} must end in {suffix}, or --format be another one.")
     scene = load_run_scene(config.load_config, config.data, config.drop_unseen, config.trust_config)
     if config.format == "ply":
         write_fit3d(scene, config.output_path, config.output_path.with_suffix(".decoder.pth"))
@@ -74,7 +77,7 @@ def main(args: Sequence[str] | None = None) -> None:
         description="Writes a finished fit3d-features run as one file without nerfstudio inside.",
         examples=(
             "--load-config outputs/kitchen --output-path kitchen.safetensors",
-            "--load-config outputs/kitchen --output-path kitchen.ply",
+            "--load-config outputs/kitchen --format ply --output-path kitchen.ply",
         ),
         args=args,
     )

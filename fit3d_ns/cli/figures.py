@@ -99,15 +99,17 @@ def draw_features(command: FeaturesCommand) -> None:
     if photographs:
         images = load_figure_images(photographs, scene_index, command.longest_side)
         path = command.output_path.with_suffix(".png")
+        _check_is_no_input(path, photographs)
         save_feature_figure(images, groups, path, command.figure, has_scenes=has_scenes, device=device)
         print(f"Figure: {path}\nWhat it shows: {path.with_suffix('.json')}")
     for source in clips:
-        clip = read_clip(source, command.max_frames, command.frame_stride)
-        images = load_clip_images(clip, scene_index, command.longest_side)
         # The clip's JSON must not take the name of the figure's.
         is_alone = len(clips) == 1 and not photographs
         stem = command.output_path.stem if is_alone else f"{command.output_path.stem}-{source.stem}"
         path = command.output_path.with_name(f"{stem}.mp4")
+        _check_is_no_input(path, clips)
+        clip = read_clip(source, command.max_frames, command.frame_stride)
+        images = load_clip_images(clip, scene_index, command.longest_side)
         content = save_feature_video(
             clip.name, images, groups, path, command.figure,
             fps=command.fps or clip.fps, has_scenes=has_scenes, device=device,
@@ -116,6 +118,11 @@ def draw_features(command: FeaturesCommand) -> None:
             for label, metrics in described["temporal_consistency"].items():
                 print(f"{group.label}, {label}: temporal consistency {metrics['centred_cosine']:.4f}")
         print(f"Video: {path}\nMetrics: {path.with_suffix('.json')}")
+
+
+def _check_is_no_input(path: Path, inputs: Sequence[Path]) -> None:
+    if any(path.resolve() == source.resolve() for source in inputs):
+        raise ValueError(f"{path} is one of the pictures to draw and would be lost; choose another --output-path.")
 
 
 def draw_predictions(command: PredictionsCommand) -> None:

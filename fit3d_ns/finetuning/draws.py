@@ -306,7 +306,7 @@ class TrainingViews:
     @property
     def views_hash(self) -> str:
         """Number and hash of the views that are drawn from, by scene and photograph."""
-        names = [f"{scene}/{view.name}".encode() for scene, views in enumerate(self.views) for view in views]
+        names = [f"{scene}/{view.name}" for scene, views in enumerate(self.views) for view in views]
         return f"{len(names)} images {hash_bytes(*names)}"
 
     def load_sample(

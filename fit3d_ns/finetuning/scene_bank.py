@@ -97,7 +97,7 @@ def compute_scene_hash(scene: FeatureScene) -> str:
     settings = f"{count} {scene.rasterize_mode} {scene.eps2d}"
     if scene.lifted_views is not None:
         settings += f" {' '.join(scene.lifted_views)}"
-    return hash_bytes(settings.encode(), *(tensor.contiguous().numpy().tobytes() for tensor in tensors))
+    return hash_bytes(settings, *(tensor.contiguous().numpy().tobytes() for tensor in tensors))
 
 
 def compute_average_hash(
@@ -354,4 +354,4 @@ def _hash_run(config: Path) -> str:
     """Changes when the run was trained on: its checkpoints have other names, sizes or times then."""
     checkpoints = sorted(path for path in config.parent.rglob("*.ckpt") if path.is_file())
     parts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in [config, *checkpoints]]
-    return hash_bytes(str(config.absolute()).encode(), *(part.encode() for part in parts))
+    return hash_bytes(str(config.absolute()), *parts)

@@ -29,6 +29,8 @@ _LARGEST_STEP = 0.05
 """Relative difference of depth above which there is an edge, and two views do not mean the same point."""
 _MAX_ROWS = 8_000_000
 """Fused points are fused again before there are more."""
+_MAX_POINTS = 50_000_000
+"""Of a mesh; they take about 200 bytes each."""
 _NEAR_PERCENTILE = 25.0
 """This share of the points is seen from nearer than what the smallest cells are made for."""
 _DEPTH_SCALES = (1000.0, 5000.0, 4000.0, 10000.0, 256.0, 100.0)
@@ -141,6 +143,11 @@ class SurfaceFile:
         normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         lengths = np.linalg.norm(normals, axis=1)
         ends = np.cumsum(0.5 * lengths)
+        if not ends[-1] <= _MAX_POINTS * spacing**2:
+            raise ValueError(
+                f"The mesh near the cameras has an area of {ends[-1]:.3g}, too large for points {spacing:.3g} apart; "
+                "cut off what is far away, or raise --cell-pixels."
+            )
         num_points = max(1, round(ends[-1] / spacing**2))
         chosen = np.searchsorted(ends, (np.arange(num_points) + 0.5) / num_points * ends[-1])
         weights = np.random.default_rng(0).dirichlet((1.0, 1.0, 1.0), num_points)[..., None]
@@ -159,6 +166,11 @@ def read_surface_file(path: Path) -> SurfaceFile:
         geometry: Any = loaded.to_geometry() if isinstance(loaded, trimesh.Scene) else loaded
         xyz = np.asarray(geometry.vertices, dtype=np.float64)
         faces = np.asarray(getattr(geometry, "faces", np.empty((0, 3))), dtype=np.int64)
+        if any(rows.size and rows.shape != (len(rows), 3) for rows in (xyz, faces)):
+            raise ValueError("its corners are no triples")
+        xyz, faces = xyz.reshape(-1, 3), faces.reshape(-1, 3)
+        if faces.size and not 0 <= faces.min() <= faces.max() < len(xyz):
+            raise ValueError("faces have corners that it does not hold")
         colours = np.asarray(getattr(geometry.visual, "vertex_colors", ()), dtype=np.float64)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a mesh or point cloud ({error}); save it as PLY.") from error

@@ -232,4 +232,4 @@ def _measure(path: Path) -> str:
     if path.is_file():
         return hash_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return hash_bytes(*(f"{file.relative_to(path)} {file.stat().st_size}".encode() for file in files))
+    return hash_bytes(*(f"{file.relative_to(path)} {file.stat().st_size}" for file in files))

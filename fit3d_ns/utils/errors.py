@@ -5,6 +5,7 @@ in one that it came from, or in its text. All commands translate here, and nowhe
 """
 
 import errno
+import io
 import os
 import re
 import sys
@@ -56,8 +57,10 @@ def explain(error: BaseException) -> str | None:
     """One sentence about an exception, with its full stop; None where only a traceback helps, because it is a bug."""
     if isinstance(error, RecursionError):
         return "the data is nested too deeply to be read; restore the file or make it again."
+    if isinstance(error, UnicodeError):
+        return f"a name or a text is not valid UTF-8 ({first_line(error)}); rename the file, or save it as UTF-8."
     number, path = find_errno(error)
-    if isinstance(error, ValueError) and not isinstance(error, UnicodeError) and str(error):
+    if isinstance(error, ValueError) and str(error):
         return _as_sentence(str(error))
     if number == errno.ENOMEM or isinstance(error, MemoryError):
         return (
@@ -137,6 +140,14 @@ def install_error_sentences() -> None:
     if not shows_tracebacks():
         sys.excepthook = _print_sentence
         explain_thread_errors()
+    allow_any_letter()
+
+
+def allow_any_letter() -> None:
+    """From here on letters that the terminal's encoding lacks are printed as escapes (`\\xe4`) instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def explain_thread_errors() -> None:

@@ -182,10 +182,12 @@ def parse_json(text: str | bytes, source: str) -> Any:
     raise ValueError(f"{source} is nested more than {_MAX_DEPTH} levels deep; restore the file or make it again.")
 
 
-def hash_bytes(*chunks: bytes) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of the chunks, each preceded by its length."""
+def hash_bytes(*chunks: bytes | str) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the chunks, text in UTF-8, each preceded by its length."""
     digest = hashlib.sha256()
     for chunk in chunks:
+        # Names of files may hold bytes that are no text.
+        chunk = chunk.encode("utf-8", "surrogatepass") if isinstance(chunk, str) else chunk
         digest.update(len(chunk).to_bytes(8, "little"))
         digest.update(chunk)
     return digest.hexdigest()[:16]

@@ -1,7 +1,11 @@
 """Help pages: examples can be copied, versions are printed, settings of their own stand under headings."""
 
 import importlib
+import io
+import os
 import shlex
+import sys
+from dataclasses import dataclass
 from importlib import metadata
 from unittest.mock import patch
 
@@ -9,8 +13,14 @@ import pytest
 import tyro
 
 from fit3d_ns.cli import command as command_module
+from fit3d_ns.utils.progress import notice
 
 COMMANDS = ("lift", "export", "finetune", "probe", "report", "demo", "synthesize")
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No option."""
 
 
 def capture_call(name):
@@ -47,3 +57,19 @@ def test_version__needs_no_other_argument(capsys):
 
     lift.main(["--version"])
     assert capsys.readouterr().out == f"fit3d-lift {metadata.version('fit3d-ns')}\n"
+
+
+def test_output__that_the_terminal_has_no_letters_for_is_escaped(monkeypatch):
+    """As in containers without a locale, and for names of files that are no text."""
+    shown = {}
+    for stream, encoding in (("stdout", "ascii"), ("stderr", "utf-8")):
+        shown[stream] = io.BytesIO()
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(shown[stream], encoding, write_through=True))
+
+    def show(config):
+        print("mIoU ↑ of café")
+        notice(os.fsdecode(b"caf\xe9 is lifted"))
+
+    command_module.run_command(Nothing, show, prog="fit3d-x", description="", args=[])
+    assert shown["stdout"].getvalue() == b"mIoU \\u2191 of caf\\xe9\n"
+    assert shown["stderr"].getvalue() == b"caf\\udce9 is lifted\n"

@@ -37,6 +37,16 @@ def test_features__photographs_and_a_folder_make_a_figure_and_a_video(
     assert len(json.loads(output.with_suffix(".json").read_text())["rows"]) == 2
 
 
+def test_features__never_write_over_what_they_read(
+    photographs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(photographs[0]).parent)
+    before = Path(photographs[0]).read_bytes()
+    with pytest.raises(SystemExit):
+        main(["features", *photographs, "--models", BACKBONE, "--output-path", Path(photographs[0]).name])
+    assert "would be lost" in capsys.readouterr().err and Path(photographs[0]).read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.scannetpp import colmap_to_world
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.sources import PlyConfig, compare_with_photographs
-from fit3d_ns.lifting.surface_points import find_depth_scale
+from fit3d_ns.lifting.surface_points import SurfaceFile, find_depth_scale, read_surface_file
 from fit3d_ns.lifting.surfaces import SurfaceConfig, read_surface_source
 from fit3d_ns.lifting.surfels import SurfacePoints, create_surfels, smooth_along_normals
 from fit3d_ns.scene import create_posed_capture
@@ -272,3 +273,26 @@ def test_surfels__cover_a_plane_without_gaps():
     slope = (torch.arange(64) + 0.5 - 32.0) / 100.0
     expected = (1.4 - 0.15) / (1.0 + 0.3 * slope)
     assert float((depth[..., 0] - expected).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("flat.obj", "v 0 0\nv 1 0\nv 0 1\nf 1 2 3\n", "corners are no triples"),
+        ("torn.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 900\n", "cannot be read as a mesh"),
+        ("empty.ply", "", "cannot be read as a mesh"),
+        ("nan.off", "OFF\n1 0 0\nnan 0 0\n", "holds no points"),
+    ],
+)
+def test_mesh__damaged_is_one_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_surface_file(tmp_path / name)
+
+
+def test_mesh__with_a_face_without_end_is_refused():
+    corners = np.array([[0.0, 0, 0], [1e9, 0, 0], [0, 1e9, 0]])
+    file = SurfaceFile(corners, np.array([[0, 1, 2]]), np.full((3, 3), 0.5))
+    for scale in (1.0, 1e200):
+        with pytest.raises(ValueError, match="cut off what is far away"):
+            replace(file, xyz=scale * corners).sample(0.01)

@@ -45,6 +45,7 @@ TORCH_FULL = RuntimeError("[enforce fail at inline_container.cc:671] . unexpecte
         (MemoryError(), ("memory",)),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ("memory", "2 GiB")),
         (RecursionError("maximum recursion depth exceeded"), ("nested too deeply",)),
+        (UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates not allowed"), ("not valid UTF-8", "rename")),
         (RuntimeError("can't start new thread"), ("OMP_NUM_THREADS=1",)),
         (ValueError("Image height 7 is\n not a multiple"), ("Image height 7 is not a multiple.",)),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x/a"), ("/x/a", "no such file")),

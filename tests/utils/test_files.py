@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fit3d_ns.utils.files import lock_folder, write_atomically
+from fit3d_ns.utils.files import hash_bytes, lock_folder, write_atomically
 
 KILLED = """
 import os, sys
@@ -92,6 +92,10 @@ def test_write_atomically__says_what_cannot_be_written_and_why(tmp_path: Path, m
     # What the block reads is not what it writes.
     with pytest.raises(FileNotFoundError), write_atomically(tmp_path / "scene") as part:
         Path("/nowhere/at/all").read_text()
+
+
+def test_hash_bytes__takes_names_that_are_no_text() -> None:
+    assert hash_bytes(os.fsdecode(b"caf\xe9.png")) != hash_bytes("café.png") == hash_bytes("café.png".encode())
 
 
 def test_lock_folder__keeps_another_process_out_until_this_one_is_done(tmp_path: Path) -> None:

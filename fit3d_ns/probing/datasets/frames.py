@@ -256,7 +256,7 @@ def compute_data_hash(labelled_set: LabelledSet) -> str:
     for frame in sorted(labelled_set.frames, key=lambda frame: frame.name):
         sizes = [path.stat().st_size for path in frame.files if path.is_file()]
         lines.append(f"{frame.name} {frame.class_index} {sizes}")
-    return hash_bytes(*(line.encode() for line in lines))
+    return hash_bytes(*lines)
 
 
 def warn_about_depth_unit(labelled_set: LabelledSet) -> str | None:

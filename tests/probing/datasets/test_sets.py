@@ -1,6 +1,7 @@
 """Every reader of labelled sets on a miniature of its official layout, written here by hand."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,14 @@ def test_read_folder__splits_labels_and_depths(folder: Path) -> None:
     assert len(test.frames) == 1 and test.depth.max_depth == 6.0
     assert test.frames[0].load_depth is not None
     torch.testing.assert_close(test.frames[0].load_depth()[0, :3], torch.tensor([0.0, 1.5, 4.0]))
+
+
+def test_read_folder__names_may_hold_bytes_that_are_no_text(folder: Path) -> None:
+    for path in folder.rglob("a.*"):
+        path.rename(path.with_name(os.fsdecode(b"caf\xe9") + path.suffix))
+    train = read_labelled_set(folder, "train", "segmentation")
+    assert len(train.frames) == 3 and len(compute_data_hash(train)) == 16
+    assert labels_of(train.frames[2]) == [0, 1, 255]
 
 
 def test_read_folder__other_depth_scale(folder: Path) -> None:
