@@ -20,6 +20,7 @@ from torch import Tensor
 from fit3d_ns.features.backbones import BackboneDescription
 from fit3d_ns.features.extractor import FeatureExtractor, create_extractor
 from fit3d_ns.features.tokens import compute_patch_grid
+from fit3d_ns.utils.device import choose_num_workers
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.selection import load_ahead
@@ -127,25 +128,36 @@ def extract_features(
 ) -> list[FeatureKey]:
     """Makes sure that the tokens of all images are in the cache; the backbone is built only if some are missing.
 
-    Every image is read once, by a thread of its own, to know its content; at most a few batches are in memory at a
-    time. Images of one size form batches. Nothing here draws from a global random generator. Returned is one key per
-    image, in the order of `images`, for `cache.load`. ValueError where the backbone cannot be built or the disk is
-    full; what was extracted until then stays.
+    Every image is read once to know its content; at most a few batches are in memory at a time. Images of one size form
+    batches. Threads read and hash ahead of the backbone, and on CUDA also write behind it. Nothing here draws from a
+    global random generator. Returned is one key per image, in the order of `images`, for `cache.load`. ValueError where
+    the backbone cannot be built or the disk is full; what was extracted until then stays.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
     keys: list[FeatureKey] = []
-    extractor: FeatureExtractor | None = None
-    for batch in _find_missing(images, cache, batch_size, keys):
-        if extractor is None:
-            extractor = create_extractor(cache.description, device=device)
-        # (h, w, 3) each -> (b, 3, h, w)
-        scaled = [image.float() / (255 if image.dtype == torch.uint8 else 1) for _, image in batch]
-        pixels = torch.stack([image.permute(2, 0, 1) for image in scaled])
-        tokens = extractor(pixels.to(device))
-        for (key, _), patch_tokens, prefix_tokens in zip(batch, tokens.maps, tokens.prefix_tokens, strict=True):
-            cache.save(key, patch_tokens, prefix_tokens)
+    is_fast = torch.device(device).type == "cuda"
+    num_threads = choose_num_workers(torch.device(device)) if is_fast else 1
+    batches = _find_missing(images, cache, batch_size, keys, num_threads)
+    tokens = _extract_batches(batches, cache.description, device)
+    for _ in load_ahead(tokens, lambda found: cache.save(*found), num_threads if is_fast else 0, 4 * batch_size):
+        pass
     return keys
+
+
+def _extract_batches(
+    batches: Iterator[list[tuple[FeatureKey, Tensor]]], description: BackboneDescription, device: torch.device | str
+) -> Iterator[tuple[FeatureKey, Tensor, Tensor]]:
+    """Patch and prefix tokens of each image, on the device."""
+    extractor: FeatureExtractor | None = None
+    for batch in batches:
+        if extractor is None:
+            extractor = create_extractor(description, device=device)
+        # (h, w, 3) each -> (b, 3, h, w)
+        scaled = [image.to(device).float() / (255 if image.dtype == torch.uint8 else 1) for _, image in batch]
+        tokens = extractor(torch.stack([image.permute(2, 0, 1) for image in scaled]))
+        for (key, _), patch_tokens, prefix_tokens in zip(batch, tokens.maps, tokens.prefix_tokens, strict=True):
+            yield key, patch_tokens, prefix_tokens
 
 
 def compute_feature_key(image: Tensor) -> FeatureKey:
@@ -168,16 +180,19 @@ def compute_feature_key(image: Tensor) -> FeatureKey:
 
 
 def _find_missing(
-    images: Sequence[LazyImage], cache: FeatureCache, batch_size: int, keys: list[FeatureKey]
+    images: Sequence[LazyImage], cache: FeatureCache, batch_size: int, keys: list[FeatureKey], num_threads: int
 ) -> Iterator[list[tuple[FeatureKey, Tensor]]]:
     """Batches of images of one size whose tokens are not in the cache; appends the keys of all images to `keys`."""
     pending: dict[tuple[int, int], list[tuple[FeatureKey, Tensor]]] = {}
     yielded: set[FeatureKey] = set()
     title = f"Extracting features ({cache.description.label})"
-    # One thread decodes while the backbone runs.
-    ahead = load_ahead(images, lambda image: image(), 1, 2 * batch_size)
-    for image in track(ahead, title, total=len(images)):
-        key = compute_feature_key(image)
+
+    def read(image: LazyImage) -> tuple[FeatureKey, Tensor]:
+        pixels = image()
+        return compute_feature_key(pixels), pixels
+
+    ahead = load_ahead(images, read, num_threads, max(2 * batch_size, 2 * num_threads))
+    for key, image in track(ahead, title, total=len(images)):
         keys.append(key)
         if key in yielded or cache.contains(key):
             continue
