@@ -111,12 +111,12 @@ def trace_rays(solids: Sequence[Solid], origin: Float[np.ndarray, " 3"], rays: C
     units = (rays / np.linalg.norm(rays, axis=0)).reshape(3, -1, math.gcd(rays.shape[1], 32))
     axes = units.mean(axis=2)
     axes /= np.linalg.norm(axes, axis=0)
-    spreads = np.arccos(np.clip((units * axes[..., None]).sum(axis=0).min(axis=1), -1.0, 1.0)) + 1e-3
+    spreads = np.arccos(np.clip((units * axes[..., None]).sum(axis=0).min(axis=1), -1.0, 1.0)) + np.float32(1e-3)
     offsets = np.array([solid.centre for solid in solids], np.float32) - origin
     lengths = np.linalg.norm(offsets, axis=1)
-    ratios = np.linalg.norm([solid.half_sizes for solid in solids], axis=1) / lengths
-    angles = np.where(ratios < 1.0, np.arcsin(np.minimum(ratios, 1.0)), np.pi)[:, None] + spreads
-    may_hit = offsets @ axes >= lengths[:, None] * np.cos(np.minimum(angles, np.pi))
+    ratios = (np.linalg.norm([solid.half_sizes for solid in solids], axis=1) / lengths).astype(np.float32)
+    angles = np.where(ratios < 1.0, np.arcsin(np.minimum(ratios, 1.0)), np.float32(np.pi))[:, None] + spreads
+    may_hit = offsets @ axes >= lengths[:, None] * np.cos(np.minimum(angles, np.float32(np.pi)))
     rays = rays.reshape(units.shape)
     distances, indices = np.full(rays.shape[1:], np.inf, dtype=np.float32), np.full(rays.shape[1:], -1)
     for index in np.flatnonzero(may_hit.any(axis=1)).tolist():
