@@ -1,8 +1,6 @@
 """The cache on disk: keyed by content, whole or made again, shared by processes."""
 
 import errno
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from fit3d_ns.features import (
     describe_backbone,
     extract_features,
 )
+from tests.children import run_processes
 
 BACKBONE = "random:tiny_dinov2_reg"
 
@@ -241,26 +240,15 @@ def test_compute_feature_key__refuses_other_shapes_and_types():
         compute_feature_key(torch.zeros(4, 5, 3, dtype=torch.int64))
 
 
-_WRITER = """
-import sys, torch
-from fit3d_ns.features import FeatureCache, FeatureKey, describe_backbone
-description = describe_backbone("random:vit_tiny_patch16_224")
-cache = FeatureCache(sys.argv[1], description)
-prefix = torch.zeros(1, 192)
-for _ in range(8):
-    for index in range(6):
-        key = FeatureKey(f"{index:016x}", 64, 64)
-        cache.save(key, torch.full((4, 4, 192), float(index)), prefix)
-        assert cache.load(key)[0, 0, 0] == index
-"""
+def write_and_read(rank, folder):
+    cache = FeatureCache(folder, describe_backbone("random:vit_tiny_patch16_224"))
+    for _ in range(8):
+        for index in range(6):
+            key = FeatureKey(f"{index:016x}", 64, 64)
+            cache.save(key, torch.full((4, 4, 192), float(index)), torch.zeros(1, 192))
+            assert cache.load(key)[0, 0, 0] == index
 
 
-@pytest.mark.slow
 def test_cache__processes_that_write_the_same_images_never_see_half_a_file(tmp_path):
-    writers = [
-        subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stderr=subprocess.PIPE) for _ in range(2)
-    ]
-    for writer in writers:
-        _, errors = writer.communicate(timeout=300)
-        assert writer.returncode == 0, errors.decode()
+    run_processes(write_and_read, str(tmp_path), 2)
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 6

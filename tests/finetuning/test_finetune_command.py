@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,10 +27,11 @@ from fit3d_ns.scene import load_scene, save_scene
 from fit3d_ns.training import processes as accelerator_module
 from fit3d_ns.training.checkpoints import CheckpointFolder
 from fit3d_ns.utils.files import lock_folder
+from tests.children import get_context
 from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
 
 NUM_KILLS = int(os.environ.get("FIT3D_TEST_KILLS", "3"))
-"""Ten make a thorough run; every life starts Python anew, which takes most of the time."""
+"""Ten make a thorough run."""
 
 SMALL = ["--max-steps", "6", "--max-validation-views", "3", "--steps-per-checkpoint", "4", "--device", "cpu"]
 
@@ -334,6 +335,22 @@ def test_command__two_processes_write_the_folder_and_end_well(tmp_path):
     assert said.count("Fine-tuned backbone:") == 1 and (out / "model.safetensors").is_file()
 
 
+def live(arguments, log, environment):
+    """One life of the command, in a child."""
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    module.main(arguments)
+
+
+def start_life(arguments, log, environment):
+    process = get_context().Process(target=live, args=([*map(str, arguments)], log, environment))
+    process.start()
+    return process
+
+
 @pytest.mark.slow
 def test_command__what_the_main_process_cannot_do_alone_stops_both_with_its_message(tmp_path):
     scenes = [save_new_scene(tmp_path, f"room{index}", seed=index) for index in range(2)]
@@ -341,8 +358,16 @@ def test_command__what_the_main_process_cannot_do_alone_stops_both_with_its_mess
     for path in (tmp_path / "data" / "room1" / "images").glob("?.png"):
         path.write_bytes(b"broken")
     arguments = ["--ckpts", scenes[0], "--val-ckpts", scenes[1], "--output-dir", tmp_path / "out", *SMALL]
-    code, said = launch_two(tmp_path, PROGRAM + "main()\n", *arguments)
-    assert code == 1 and "Process 0 failed: " in said
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    processes = [
+        start_life(arguments, tmp_path / "log.txt", {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    for process in processes:
+        process.join(600)
+    said = (tmp_path / "log.txt").read_text()
+    assert [process.exitcode for process in processes] == [1, 1] and "Process 0 failed: " in said
     assert said.count("room1/images/1.png") >= 2 and "ProcessGroup" not in said
 
 
@@ -351,28 +376,19 @@ def test_command__killed_at_random_equals_the_uninterrupted_run(tmp_path):
     for index in range(2):
         save_scene(create_scene(tmp_path, f"room{index}", seed=index), tmp_path / "scenes" / f"{index}.safetensors")
     scenes = sorted((tmp_path / "scenes").iterdir())
-    program = "import finetuning_scene; from fit3d_ns.cli.finetune import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
 
     def start(out):
-        arguments = [
-            "--ckpts",
-            *scenes,
-            "--output-dir",
-            out,
-            "--max-steps",
-            str(30 * NUM_KILLS),
-            "--steps-per-checkpoint",
-            "3",
-        ]
-        arguments += ["--max-validation-views", "2", "--learning-rate", "1e-3", "--device", "cpu", "--min-crop", "0.6"]
-        with open(tmp_path / "log.txt", "ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-c", program, *map(str, arguments)], env=environment, stdout=log, stderr=log
-            )
+        arguments = ["--ckpts", *scenes, "--output-dir", out, "--max-steps", 30 * NUM_KILLS]
+        arguments += ["--steps-per-checkpoint", 3, "--max-validation-views", 2, "--learning-rate", 1e-3]
+        arguments += ["--device", "cpu", "--min-crop", 0.6]
+        return start_life(arguments, tmp_path / "log.txt", {})
+
+    def end_well(process):
+        process.join(600)
+        return process.exitcode == 0
 
     began = time.monotonic()
-    assert start(tmp_path / "whole").wait(600) == 0
+    assert end_well(start(tmp_path / "whole"))
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     start_seconds = time.monotonic() - began - report["seconds"]
     generator = np.random.default_rng(0)
@@ -384,15 +400,15 @@ def test_command__killed_at_random_equals_the_uninterrupted_run(tmp_path):
         deadline = float(generator.uniform(0.0, start_seconds)) if kill % 3 == 2 else 600.0
         wanted = max(checkpoints.find_steps(), default=0) + 3 * int(generator.integers(1, 6))
         until = time.monotonic() + deadline
-        while process.poll() is None and time.monotonic() < until:
+        while process.is_alive() and time.monotonic() < until:
             if max(checkpoints.find_steps(), default=0) >= wanted:
                 break
             time.sleep(0.002)
         time.sleep(float(generator.uniform(0.0, report["seconds"] / (10 * NUM_KILLS))))
-        assert process.poll() is None, "the run ended before it was killed; see log.txt"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start(tmp_path / "killed").wait(600) == 0
+        assert process.is_alive(), "the run ended before it was killed; see log.txt"
+        process.kill()
+        process.join()
+    assert end_well(start(tmp_path / "killed"))
     resumed = json.loads((tmp_path / "killed" / "report.json").read_text())
     assert resumed["losses"] == report["losses"]
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from fit3d_ns.finetuning.optimization import AnchorConfig, OptimizationConfig
 from fit3d_ns.finetuning.trainer import Interrupted
+from tests.children import get_context, run_processes
 from tests.finetuning.finetuning_runs import RUN, collect_weights, configure, create_trainer, drop_key_biases
 from tests.finetuning.finetuning_scene import create_lens, save_new_scene
 
@@ -96,7 +96,7 @@ def folder(tmp_path_factory):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(server.getsockname()[1]))
-    mp.spawn(run_as_one_of_two, args=(str(folder),), nprocs=2)
+    run_processes(run_as_one_of_two, str(folder), 2)
     return folder
 
 
@@ -144,8 +144,7 @@ def test_two_processes__one_that_is_killed_stops_the_other_with_a_sentence(tmp_p
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(server.getsockname()[1]))
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=run_and_die, args=(rank, str(tmp_path))) for rank in range(2)]
+    processes = [get_context().Process(target=run_and_die, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from fit3d_ns.probing.depth import DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
 from fit3d_ns.training.processes import create_accelerator
+from tests.children import run_processes
 from tests.probing.probe_backbones import MeanColourBackbones
 from tests.probing.probe_scenes import BACKBONE
 from tests.probing.test_training import create_segmentation_probe, create_striped_frame
 
 
-def train(process: int, num_processes: int, folder: str) -> None:
+def train(num_processes: int, process: int, folder: str) -> None:
     """Trains as one of some processes; the first writes what came out."""
     os.environ.update(
         RANK=str(process),
@@ -89,7 +91,7 @@ def test_probe__two_processes_equal_one(tmp_path: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             (tmp_path / "port").write_text(str(probe.getsockname()[1]))
-        torch.multiprocessing.spawn(train, args=(number, str(tmp_path)), nprocs=number)
+        run_processes(partial(train, number), str(tmp_path), number)
         results.append(torch.load(tmp_path / f"{number}.pt", weights_only=True))
     one, two = results
     for name, tensor in one["head"].items():
