@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.correspondence import (
-    AngleKind,
     CovisiblePoints,
     DepthView,
     create_grid_points,
@@ -34,8 +33,8 @@ from fit3d_ns.analysis.correspondence import (
     find_covisible,
     find_matches,
     find_ratio_matches,
-    measure_angles,
     measure_match_errors,
+    measure_rotation,
     sample_tokens,
 )
 from fit3d_ns.analysis.pca import compute_effective_rank
@@ -51,10 +50,9 @@ class ConsistencyConfig:
 
     depth_tolerance: float = 0.05
     """Largest relative difference of depth for two views to see the same point."""
-    angle_kind: AngleKind = "rotation"
-    """Angle that bins pairs: `rotation` between the cameras (probe3d), or `parallax` at each point."""
     angle_edges: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0, 180.0)
-    """Bin edges in degrees, ascending (probe3d's for ScanNet); the last bin includes its upper edge."""
+    """Bin edges of the rotation between two cameras, degrees, ascending (probe3d's for ScanNet); the last bin includes
+    its upper edge."""
     recall_pixels: tuple[float, ...] = (5.0, 10.0, 20.0)
     """Distances in pixels of the full-size image within which a match counts as found."""
     recall_centimetres: tuple[float, ...] = (1.0, 2.0, 5.0)
@@ -79,15 +77,9 @@ class ConsistencyConfig:
             raise ValueError(f"Angle edges {self.angle_edges} must be at least two ascending numbers of degrees.")
 
 
-def create_pairs(
-    num_views: int, gaps: Sequence[int] | None = None, max_pairs: int | None = None, seed: int = 0
-) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of views to compare; `max_pairs` of them are drawn at random, and the order stays.
-
-    Views are in the order of capture where `gaps`, the distances j - i to take, are given; all are taken by default.
-    """
-    wanted = range(1, num_views) if gaps is None else sorted(set(gaps))
-    pairs = [(first, first + gap) for gap in wanted for first in range(num_views - gap)]
+def create_pairs(num_views: int, max_pairs: int | None = None, seed: int = 0) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, of views to compare; `max_pairs` of them are drawn at random, and the order stays."""
+    pairs = [(first, first + gap) for gap in range(1, num_views) for first in range(num_views - gap)]
     if max_pairs is not None and len(pairs) > max_pairs:
         chosen = torch.randperm(len(pairs), generator=create_generator(seed, "view pairs"))[:max_pairs]
         pairs = [pairs[index] for index in chosen.sort().values.tolist()]
@@ -171,7 +163,7 @@ class _Samples:
             own = sample_tokens(maps[0], covisible.points, *views[0].size)
             seen = sample_tokens(maps[1], covisible.other_points, *views[1].size)
             columns = [
-                covisible.angles,
+                _expand_angle(views, own),
                 F.cosine_similarity(own, seen, dim=1),
                 F.cosine_similarity(own - mean, seen - mean, dim=1),
                 (own - seen).abs().mean(dim=1),
@@ -187,16 +179,15 @@ class _Samples:
             matched = find_matches(maps, views, covisible.points, self._choose_grid(maps[1], views[1]))
             distances = measure_match_errors(*views, covisible.points, matched).distances
             pixels = (matched - covisible.other_points).norm(dim=1)
-            self.errors.append(self._stack(covisible.angles, pixels, distances))
+            self.errors.append(self._stack(views, pixels, distances))
 
     def match_by_ratio(self, maps: _Maps, views: _Views) -> None:
         """Adds the most distinct matches of the first view in the second."""
         grids = self._choose_grid(maps[0], views[0]), self._choose_grid(maps[1], views[1])
-        found = find_ratio_matches(maps, views, grids, self.config.ratio_matches)
-        if len(found) > 0:
-            errors = measure_match_errors(*views, found.points, found.other_points)
-            angles = measure_angles(*views, found.points, self.config.angle_kind)
-            self.ratio_errors.append(self._stack(angles, errors.pixels, errors.distances))
+        points, matched, _ = find_ratio_matches(maps, views, grids, self.config.ratio_matches)
+        if len(points) > 0:
+            errors = measure_match_errors(*views, points, matched)
+            self.ratio_errors.append(self._stack(views, errors.pixels, errors.distances))
 
     def summarise(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Metrics of everything, and of each bin of angles."""
@@ -229,9 +220,11 @@ class _Samples:
                 recall[f"{name}_{limit:g}cm"] = float((errors[:, 2] <= limit).double().mean())
         return recall
 
-    def _stack(self, angles: Tensor, pixels: Tensor, distances: Tensor) -> Tensor:
+    def _stack(self, views: _Views, pixels: Tensor, distances: Tensor) -> Tensor:
         scale = float("nan") if self.units_per_metre is None else 100.0 / self.units_per_metre
-        return torch.stack([angles.double(), pixels.double(), distances.double() * scale], dim=1).cpu()
+        return torch.stack(
+            [_expand_angle(views, pixels).double(), pixels.double(), distances.double() * scale], dim=1
+        ).cpu()
 
     def _choose_grid(self, tokens: Float[Tensor, "h w embed"], view: DepthView) -> tuple[int, int]:
         """(h, w) of the points that are matched in an image."""
@@ -242,7 +235,12 @@ class _Samples:
 
     def _find_covisible(self, views: _Views, grid: tuple[int, int]) -> CovisiblePoints:
         points = create_grid_points(*views[0].size, grid).to(views[0].depth)
-        return find_covisible(*views, points, self.config.depth_tolerance, self.config.angle_kind)
+        return find_covisible(*views, points, self.config.depth_tolerance)
+
+
+def _expand_angle(views: _Views, rows: Tensor) -> Float[Tensor, " points"]:
+    """The degrees between two cameras for each row."""
+    return measure_rotation(views[0].camera_to_world, views[1].camera_to_world).expand(rows.shape[0])
 
 
 def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

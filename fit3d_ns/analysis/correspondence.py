@@ -19,7 +19,6 @@ image; its 5, 10 and 20 px for ScanNet count in an image of a quarter of the siz
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,9 +28,10 @@ from torch.nn import functional as F
 from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
 from fit3d_ns.utils.selection import create_generator
 
-AngleKind = Literal["rotation", "parallax"]
 SMALLEST_DISTANCE = 1e-9
 """Distances of features below it count as this much (probe3d), so that equal features have the ratio 1."""
+ROWS_AT_ONCE = 2048
+"""Rows of cosines that are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +69,12 @@ class CovisiblePoints:
     """(x, y) in the first image."""
     other_points: Float[Tensor, "points 2"]
     """Where the second image shows them."""
-    angles: Float[Tensor, " points"]
-    """Degrees between the two views of each point, as the kind that was asked for."""
 
     def __len__(self) -> int:
         return self.points.shape[0]
 
     def select(self, chosen: Int[Tensor, " chosen"]) -> "CovisiblePoints":
-        return CovisiblePoints(self.points[chosen], self.other_points[chosen], self.angles[chosen])
-
-
-@dataclass(frozen=True)
-class RatioMatches:
-    """Matches in the order of their ratios, the most distinct first: (x, y) in either image."""
-
-    points: Float[Tensor, "matches 2"]
-    other_points: Float[Tensor, "matches 2"]
-    ratios: Float[Tensor, " matches"]
-    """In [0, 1]."""
-
-    def __len__(self) -> int:
-        return self.points.shape[0]
+        return CovisiblePoints(self.points[chosen], self.other_points[chosen])
 
 
 @dataclass(frozen=True)
@@ -112,11 +97,7 @@ def create_grid_points(width: int, height: int, grid: tuple[int, int]) -> Float[
 
 
 def find_covisible(
-    view: DepthView,
-    other: DepthView,
-    points: Float[Tensor, "points 2"],
-    depth_tolerance: float = 0.05,
-    angle_kind: AngleKind = "rotation",
+    view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], depth_tolerance: float = 0.05
 ) -> CovisiblePoints:
     """Which image points of `view` the `other` view sees, and where.
 
@@ -133,29 +114,11 @@ def find_covisible(
     visible = (depth > 0) & (other_depth > 0) & inside
     measured = look_up(other.usable_depth, torch.where(visible[:, None], other_points, 0.0))
     visible &= (measured > 0) & ((measured - other_depth).abs() <= depth_tolerance * other_depth)
-    angles = measure_angles(view, other, points, angle_kind)
-    return CovisiblePoints(points, other_points, angles).select(visible.nonzero()[:, 0])
-
-
-def measure_angles(
-    view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], angle_kind: AngleKind
-) -> Float[Tensor, " points"]:
-    """Degrees between two views at points (x, y) of the first with known depth, whether the second sees them or not.
-
-    `rotation` is between the orientations of the two cameras (probe3d's bins), the same for all points; `parallax`
-    between the directions from the point to the two cameras.
-    """
-    if angle_kind == "rotation":
-        return measure_rotation(view.camera_to_world, other.camera_to_world).expand(points.shape[0])
-    in_world = unproject(points, look_up(view.usable_depth, points), view)
-    towards = F.normalize(view.camera_to_world[:, 3] - in_world, dim=1)
-    other_towards = F.normalize(other.camera_to_world[:, 3] - in_world, dim=1)
-    # The half-angle form is exact for small angles, where acos loses half of the digits.
-    return torch.rad2deg(2 * torch.atan2((towards - other_towards).norm(dim=1), (towards + other_towards).norm(dim=1)))
+    return CovisiblePoints(points, other_points).select(visible.nonzero()[:, 0])
 
 
 def measure_rotation(camera_to_world: Float[Tensor, "3 4"], other: Float[Tensor, "3 4"]) -> Float[Tensor, ""]:
-    """Degrees of the rotation that takes one camera's orientation to the other's, in [0, 180]."""
+    """Degrees of the rotation that takes one camera's orientation to the other's, in [0, 180] (probe3d's bins)."""
     relative = camera_to_world[:, :3].T @ other[:, :3]
     # |R - I| = 2 sqrt(2) sin(angle / 2) in the Frobenius norm; unlike the trace formula this is exact near 0.
     sine = (relative - torch.eye(3).to(relative)).norm() / (2 * math.sqrt(2))
@@ -175,11 +138,11 @@ def sample_tokens(
 
 
 def find_nearest(
-    queries: Float[Tensor, "queries embed"], candidates: Float[Tensor, "candidates embed"], chunk_size: int = 2048
+    queries: Float[Tensor, "queries embed"], candidates: Float[Tensor, "candidates embed"]
 ) -> Int[Tensor, " queries"]:
-    """Number of the candidate with the largest cosine to each query; memory stays at `chunk_size` rows of cosines."""
+    """Number of the candidate with the largest cosine to each query."""
     normalised = F.normalize(candidates, dim=1)
-    nearest = [(F.normalize(rows, dim=1) @ normalised.T).argmax(dim=1) for rows in queries.split(chunk_size)]
+    nearest = [(F.normalize(rows, dim=1) @ normalised.T).argmax(dim=1) for rows in queries.split(ROWS_AT_ONCE)]
     return torch.cat(nearest) if nearest else torch.zeros(0, dtype=torch.long, device=queries.device)
 
 
@@ -200,19 +163,19 @@ def find_ratio_matches(
     views: tuple[DepthView, DepthView],
     grids: tuple[tuple[int, int], tuple[int, int]],
     max_matches: int = 1000,
-    chunk_size: int = 2048,
-) -> RatioMatches:
+) -> tuple[Float[Tensor, "matches 2"], Float[Tensor, "matches 2"], Float[Tensor, " matches"]]:
     """The most distinct matches of the first view's grid in the second's; none where that has fewer than two points.
 
-    Features are read at `grids` (h, w) of points in either image; `chunk_size` rows of cosines are in memory at a time.
+    Features are read at `grids` (h, w) of points in either image. Returned are (x, y) in the first and in the second
+    image, and the ratios in [0, 1], lowest first.
     """
     points, places = (_list_measured(view, grid) for view, grid in zip(views, grids, strict=True))
     if len(points) == 0 or len(places) < 2:
-        return RatioMatches(points[:0], places[:0], points.new_zeros(0))
+        return points[:0], places[:0], points.new_zeros(0)
     queries = F.normalize(sample_tokens(maps[0], points, *views[0].size), dim=1)
     candidates = F.normalize(sample_tokens(maps[1], places, *views[1].size), dim=1)
     ratios, nearest = [], []
-    for rows in queries.split(chunk_size):
+    for rows in queries.split(ROWS_AT_ONCE):
         cosines = rows @ candidates.T
         best = cosines.max(dim=1)
         # Faster than a top-2: the maximum is struck out, and what is then the maximum is the second.
@@ -223,7 +186,7 @@ def find_ratio_matches(
     # A stable order, so that equal ratios are chosen alike on every machine.
     ordered = torch.cat(ratios).sort(stable=True)
     chosen = ordered.indices[:max_matches]
-    return RatioMatches(points[chosen], places[torch.cat(nearest)[chosen]], ordered.values[:max_matches])
+    return points[chosen], places[torch.cat(nearest)[chosen]], ordered.values[:max_matches]
 
 
 def measure_match_errors(

@@ -33,18 +33,15 @@ class MultiviewConfig:
 
     max_views: int = 32
     """Views per scene, evenly spread over the capture."""
-    gaps: tuple[int, ...] = ()
-    """Distances between the views of a pair, in chosen views; empty for all pairs."""
     max_pairs: int = 100
     """Pairs per scene, drawn at random; every seed draws them again."""
     splits: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
     """Which frames of a capture take part."""
     depth_tolerance: float = 0.05
     """Largest relative difference of depth for two views to see the same point."""
-    angle_kind: Literal["rotation", "parallax"] = "rotation"
-    """Angle that bins pairs; probe3d's is that of the rotation between the cameras."""
     angle_edges: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0, 180.0)
-    """Edges of the bins, degrees, ascending: probe3d's for ScanNet; those for NAVI are 0 30 60 90 120."""
+    """Edges of the bins of the rotation between the cameras of a pair, degrees, ascending: probe3d's for ScanNet; those
+    for NAVI are 0 30 60 90 120."""
     ratio_matches: int = 0
     """Most distinct matches per pair that recall is measured on as well (`ratio_recall_*`, probe3d: 1000); 0: none."""
     data_root: Path | None = None
@@ -60,7 +57,6 @@ class MultiviewConfig:
         """How two views are compared."""
         return ConsistencyConfig(
             depth_tolerance=self.depth_tolerance,
-            angle_kind=self.angle_kind,
             angle_edges=self.angle_edges,
             grid_scale=PROBE3D_GRID_SCALE if task == "correspondence" else 0.0,
             ratio_matches=self.ratio_matches,
@@ -102,7 +98,7 @@ class MultiviewProbe:
         """Metrics pooled over scenes, with those of each scene below `per_scene`."""
         per_scene: dict[str, dict[str, Any]] = {}
         for number, views in enumerate(self.scenes):
-            pairs = create_pairs(len(views.token_maps), self.config.gaps or None, self.config.max_pairs, seed)
+            pairs = create_pairs(len(views.token_maps), self.config.max_pairs, seed)
             config = self.config.create_consistency(self.task, seed)
             name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
             per_scene[name] = compute_consistency(

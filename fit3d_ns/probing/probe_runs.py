@@ -180,7 +180,9 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     check_options(request.test, request.task, request.options)
     settings = {
         "test": {"scenes": [path.name for path in request.test], "sizes": [_measure(path) for path in request.test]},
-        "config": {name: value for name, value in asdict(config).items() if name != "data_root"},
+        # The first two were options once; records hold them.
+        "config": {"gaps": (), "angle_kind": "rotation"}
+        | {name: value for name, value in asdict(config).items() if name != "data_root"},
     }
     file, missing, done = _open_record(request, settings, described)
     if not missing:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fit3d_ns.analysis import correspondence
 from fit3d_ns.analysis.correspondence import (
     CovisiblePoints,
     DepthView,
@@ -15,7 +16,6 @@ from fit3d_ns.analysis.correspondence import (
     find_matches,
     find_nearest,
     find_ratio_matches,
-    measure_angles,
     measure_match_errors,
     measure_rotation,
     sample_tokens,
@@ -102,13 +102,7 @@ def test_find_covisible__nothing_behind_the_camera():
     assert len(find_covisible(view, behind, create_grid_points(WIDTH, HEIGHT, (6, 8)))) == 0
 
 
-def test_angles__rotation_of_cameras_and_parallax_at_the_point():
-    # Both cameras look straight down and stand 1 apart on each side of the point below the middle.
-    left, right = look_at_floor(torch.eye(3), [-1.0, 0.0, 3.0]), look_at_floor(torch.eye(3), [1.0, 0.0, 3.0])
-    point = torch.tensor([[30.0 + 50.0 / 3.0, 21.0]])
-    parallax = find_covisible(left, right, point, angle_kind="parallax")
-    assert parallax.angles[0].item() == pytest.approx(2 * math.degrees(math.atan(1 / 3)), abs=0.3)
-    assert find_covisible(left, right, point).angles[0].item() == 0.0
+def test_measure_rotation__is_exact_also_near_zero():
     for degrees in (0.01, 14.0, 90.0, 170.0):
         first = torch.cat([turn("x", 33), torch.zeros(3, 1)], dim=1)
         second = torch.cat([turn("x", 33) @ turn("z", degrees), torch.ones(3, 1)], dim=1)
@@ -125,14 +119,15 @@ def test_sample_tokens__returns_tokens_at_their_centres_and_means_between():
     torch.testing.assert_close(between[2], tokens[0, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_find_nearest__equals_a_loop():
+def test_find_nearest__equals_a_loop(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     queries, candidates = torch.randn(7, 3, generator=generator), torch.randn(9, 3, generator=generator)
     expected = []
     for query in queries.numpy():
         cosines = [query @ c / np.linalg.norm(query) / np.linalg.norm(c) for c in candidates.numpy()]
         expected.append(int(np.argmax(cosines)))
-    assert find_nearest(queries, candidates, chunk_size=2).tolist() == expected
+    monkeypatch.setattr(correspondence, "ROWS_AT_ONCE", 2)
+    assert find_nearest(queries, candidates).tolist() == expected
 
 
 def test_find_matches__one_hot_tokens_find_their_shifted_place():
@@ -190,19 +185,9 @@ def test_match_errors__unknown_where_depth_is_missing_or_behind_the_camera():
     assert measure_match_errors(view, behind, points, points).pixels.isnan().all()
 
 
-def test_measure_angles__points_that_are_not_seen_have_one_too():
-    left, right = look_at_floor(torch.eye(3), [-1.0, 0.0, 3.0]), look_at_floor(torch.eye(3), [1.0, 0.0, 3.0])
-    points = create_grid_points(WIDTH, HEIGHT, (6, 8))
-    seen = find_covisible(left, right, points, angle_kind="parallax")
-    angles = measure_angles(left, right, points, "parallax")
-    assert 0 < len(seen) < len(points) == len(angles)
-    by_place = {tuple(point): angle for point, angle in zip(points.tolist(), angles.tolist(), strict=True)}
-    assert [by_place[tuple(point)] for point in seen.points.tolist()] == pytest.approx(seen.angles.tolist())
-
-
 def test_draw_points__is_seeded_and_bounded():
     points = torch.arange(20.0).reshape(10, 2)
-    covisible = CovisiblePoints(points, points, torch.zeros(10))
+    covisible = CovisiblePoints(points, points)
     drawn = draw_points(covisible, 4, 0, 1, 2)
     assert len(drawn) == 4 and torch.equal(drawn.points, draw_points(covisible, 4, 0, 1, 2).points)
     assert len(set(drawn.points[:, 0].tolist())) == 4
@@ -225,10 +210,11 @@ def make_tokens(seed):
 
 
 @pytest.mark.parametrize("max_matches", [10, 1000])
-def test_ratio_matches__equal_a_loop_over_measured_points(max_matches):
+def test_ratio_matches__equal_a_loop_over_measured_points(max_matches, monkeypatch):
     masks = [(torch.rand(8, 8, generator=torch.Generator().manual_seed(seed)) > 0.3).float() for seed in (2, 3)]
     maps, views = (make_tokens(0), make_tokens(1)), (look_at_wall(masks[0]), look_at_wall(masks[1]))
-    found = find_ratio_matches(maps, views, GRIDS, max_matches, chunk_size=7)
+    monkeypatch.setattr(correspondence, "ROWS_AT_ONCE", 7)
+    points, other_points, ratios = find_ratio_matches(maps, views, GRIDS, max_matches)
     centres = create_grid_points(64, 64, GRIDS[0]).numpy()
     sides = []
     for tokens, mask in zip(maps, masks, strict=True):
@@ -243,10 +229,10 @@ def test_ratio_matches__equal_a_loop_over_measured_points(max_matches):
         first, second = sorted(distances)[:2]
         expected.append((first[0] / second[0], tuple(place), first[1]))
     expected = sorted(expected)[:max_matches]
-    assert len(found) == len(expected) == min(max_matches, int(masks[0].sum()))
-    np.testing.assert_allclose(found.ratios, [ratio for ratio, _, _ in expected], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.points, [place for _, place, _ in expected])
-    np.testing.assert_allclose(found.other_points, [other for _, _, other in expected])
+    assert len(points) == len(expected) == min(max_matches, int(masks[0].sum()))
+    np.testing.assert_allclose(ratios, [ratio for ratio, _, _ in expected], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(points, [place for _, place, _ in expected])
+    np.testing.assert_allclose(other_points, [other for _, _, other in expected])
 
 
 def test_ratio_matches__what_stands_there_once_comes_first():
@@ -254,17 +240,17 @@ def test_ratio_matches__what_stands_there_once_comes_first():
     other = tokens.clone()
     # Rows 4 and 5 stand there twice, rows 6 and 7 not at all: both have the ratio 1 (0 / 0 and 1 / 1).
     other[6:] = other[4:6]
-    found = find_ratio_matches((tokens, other), (look_at_wall(), look_at_wall()), GRIDS, max_matches=64)
-    torch.testing.assert_close(found.ratios, torch.tensor([0.0, 1.0]).repeat_interleave(32))
-    assert (found.points[:32, 1] < 32).all() and torch.equal(found.points[:32], found.other_points[:32])
-    best = find_ratio_matches((tokens, other), (look_at_wall(), look_at_wall()), GRIDS, max_matches=32)
-    assert torch.equal(best.points, found.points[:32])
+    views = (look_at_wall(), look_at_wall())
+    points, other_points, ratios = find_ratio_matches((tokens, other), views, GRIDS, max_matches=64)
+    torch.testing.assert_close(ratios, torch.tensor([0.0, 1.0]).repeat_interleave(32))
+    assert (points[:32, 1] < 32).all() and torch.equal(points[:32], other_points[:32])
+    assert torch.equal(find_ratio_matches((tokens, other), views, GRIDS, max_matches=32)[0], points[:32])
 
 
 def test_ratio_matches__nothing_to_compare_with():
     one = torch.zeros(8, 8)
     one[3, 3] = 1.0
     maps = make_tokens(0), make_tokens(1)
-    assert len(find_ratio_matches(maps, (look_at_wall(), look_at_wall(one)), GRIDS)) == 0
-    assert len(find_ratio_matches(maps, (look_at_wall(torch.zeros(8, 8)), look_at_wall()), GRIDS)) == 0
-    assert len(find_ratio_matches(maps, (look_at_wall(one), look_at_wall()), GRIDS)) == 1
+    assert len(find_ratio_matches(maps, (look_at_wall(), look_at_wall(one)), GRIDS)[0]) == 0
+    assert len(find_ratio_matches(maps, (look_at_wall(torch.zeros(8, 8)), look_at_wall()), GRIDS)[0]) == 0
+    assert len(find_ratio_matches(maps, (look_at_wall(one), look_at_wall()), GRIDS)[0]) == 1
