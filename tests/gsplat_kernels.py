@@ -94,6 +94,7 @@ class _Kernels:
             assert opacities is None, "they only tighten the radii, and the reference knows no such thing"
         viewmats, Ks, width, height, eps2d, near, far, clip, with_compensations, camera_model = rest
         tensors = _take(means=means, quats=quats, scales=scales, viewmats=viewmats, Ks=Ks)
+        assert len(tensors[0]), "its launch divides by the number of Gaussians; on a card the process dies of SIGFPE"
         _check_integers(width=width, height=height)
         assert covars is None and camera_model == 0 and isinstance(with_compensations, bool)
         with torch.no_grad():

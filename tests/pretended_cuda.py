@@ -165,6 +165,8 @@ class _Calls(TorchFunctionMode):
         first = args[0] if args else None
         if isinstance(first, Tensor) and func in (Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.type_as):
             return _move(func, first, args[1:], kwargs)
+        if func is Tensor.new_tensor:
+            return place(func(*args, **kwargs), isinstance(first, PretendedTensor))
         if func is Tensor.is_pinned:
             return False
         if func is Tensor.pin_memory and not isinstance(first, PretendedTensor):

@@ -275,6 +275,9 @@ def resolve_backend(name: str, means: Tensor) -> str:
         raise ValueError(f"Rasterization backend {name!r} needs {needed} tensors, but `means` is on {means.device}.")
     if name == "gsplat" and importlib.util.find_spec("gsplat") is None:
         raise ValueError("Rasterization on CUDA needs gsplat, which is not installed; install `gsplat>=1.4.0,<1.6`.")
+    if name == "gsplat" and len(means) == 0:
+        # gsplat's projection divides by the number of Gaussians: with none, the process dies (SIGFPE, 1.4 and 1.5).
+        return "reference"
     if name != "reference" and means.dtype != torch.float32:
         raise ValueError(f"Rasterization backend {name!r} works in float32, but `means` is {means.dtype}; convert it.")
     return name
