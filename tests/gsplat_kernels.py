@@ -20,7 +20,7 @@ from gsplat.cuda import _torch_impl as twin
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fit3d_ns.rasterization import reference
+from fit3d_ns.rasterization import kernels, reference
 from tests.pretended_cuda import PretendedTensor, _wait, place
 
 COMPILED = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513)
@@ -54,10 +54,10 @@ class KernelCalls:
 def replace_kernels() -> Iterator[KernelCalls]:
     """Puts the stand-in where gsplat looks for its compiled module; within `pretend_cuda` only."""
     calls = KernelCalls()
-    kernels = _Kernels(calls)
+    stand_in = _Kernels(calls)
     functions = {}
     for old, new in NAMES.items():
-        functions[new if TWO_RADII else old] = _watch(old, getattr(kernels, old), calls)
+        functions[new if TWO_RADII else old] = _watch(old, getattr(stand_in, old), calls)
     # gsplat looks for the camera model's name in the module itself.
     compiled = types.SimpleNamespace(CameraModelType=None, PINHOLE=0, **functions)
     module = types.ModuleType("gsplat.cuda._backend")
@@ -68,6 +68,7 @@ def replace_kernels() -> Iterator[KernelCalls]:
     try:
         yield calls
     finally:
+        kernels.prepare_kernels.cache_clear()
         del sys.modules[module.__name__]
         if before is not None:
             sys.modules[module.__name__] = before
@@ -76,7 +77,9 @@ def replace_kernels() -> Iterator[KernelCalls]:
 def _watch(name: str, kernel: Any, calls: KernelCalls) -> Any:
     def call(*args: Any) -> Any:
         calls.counts[name] += 1
-        result = kernel(*args)
+        # Inside, tensors are the CPU's, and nothing is watched.
+        with torch._C.DisableTorchFunction():
+            result = kernel(*args)
         return tree_map(lambda leaf: place(leaf, True), result)
 
     return call
@@ -218,7 +221,8 @@ class _Kernels:
         leaves = [tensor[drawn].clone().requires_grad_() for tensor in (coefficients, directions)]
         with torch.enable_grad():
             colors = twin._spherical_harmonics(degree, leaves[1], leaves[0])
-        found = torch.autograd.grad(colors, leaves, v_colors[drawn])
+        # Degree 0 knows no directions.
+        found = torch.autograd.grad(colors, leaves, v_colors[drawn], allow_unused=True, materialize_grads=True)
         sums = [torch.zeros_like(tensor) for tensor in (coefficients, directions)]
         for total, part in zip(sums, found, strict=True):
             total[drawn] = part

@@ -171,15 +171,20 @@ class _Calls(TorchFunctionMode):
             return False
         if func is Tensor.pin_memory and not isinstance(first, PretendedTensor):
             return first
-        is_on_card = any(isinstance(leaf, PretendedTensor) for leaf in tree_leaves((args, kwargs)))
-        target = is_on_card if kwargs.get("device") is None else _is_cuda(kwargs["device"])
-        generator = kwargs.get("generator")
-        if generator is not None and getattr(generator, "on_card", False) != target:
-            device = "cuda" if target else "cpu"
-            raise RuntimeError(f"Expected a '{device}' device type for generator but found the other ({name})")
-        if kwargs.get("device") is None:
+        if name == "one_hot":
+            # Made in C++ from pieces, one of them on what C++ takes for the device.
+            return place(func(place(first, False), *args[1:], **kwargs), isinstance(first, PretendedTensor))
+        generator, device = kwargs.get("generator"), kwargs.get("device")
+        if name == "_parse_to" or (generator is None and device is None and func is not Tensor.new_tensor):
             return func(*args, **kwargs)
-        del kwargs["device"]
+        is_on_card = any(isinstance(leaf, PretendedTensor) for leaf in tree_leaves((args, kwargs)))
+        target = is_on_card if device is None else _is_cuda(device)
+        if generator is not None and getattr(generator, "on_card", False) != target:
+            wanted = "cuda" if target else "cpu"
+            raise RuntimeError(f"Expected a '{wanted}' device type for generator but found the other ({name})")
+        if device is None and func is not Tensor.new_tensor:
+            return func(*args, **kwargs)
+        kwargs.pop("device", None)
         kwargs.pop("pin_memory", None)
         needs_grad = kwargs.pop("requires_grad", False)
         result = func(*args, **kwargs)

@@ -5,6 +5,7 @@ batch's loss is divided by the global total right away, and gradients add up to 
 over processes, hence the factor of their number.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -116,16 +117,17 @@ class TrainStep:
             with nullcontext() if is_last else self.accelerator.no_sync(self.backbone.module):
                 loss, anchor, tokens = self._compute_losses(batch, totals)
                 total = loss + anchor
-                if not bool(torch.isfinite(total)):
-                    broken = broken or (batch, tokens)
                 if is_last and self.backbone.original_weights:
                     # On every process alike, so averaging over them leaves it as it is.
                     pull = compute_l2_sp(self.backbone.bare, self.backbone.original_weights, self.anchors.l2_sp)
                     anchored += float(pull.detach()) / self.processes.number
                     total = total + pull / self.processes.number
                 self.accelerator.backward(total * self.processes.number)
-            losses += float(loss.detach())
-            anchored += float(anchor.detach())
+            # One transfer, after all work is under way: on a GPU each of them waits for everything before it.
+            values = torch.stack([loss.detach(), anchor.detach()]).tolist()
+            if not math.isfinite(sum(values)):
+                broken = broken or (batch, tokens)
+            losses, anchored = losses + values[0], anchored + values[1]
         loss_sum, anchor_sum, num_broken = self.processes.sum([losses, anchored, float(bool(broken))])
         if num_broken > 0:
             self._stop("loss", step, *broken)

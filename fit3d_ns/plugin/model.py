@@ -19,7 +19,7 @@ from pytorch_msssim import SSIM
 from torch import Tensor
 from torch.nn import Parameter
 
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
+from fit3d_ns.geometry.cameras import create_K, viewmats_from_camera_to_worlds
 from fit3d_ns.plugin.feature_branch import FeatureBranch
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.plugin.strategies import create_strategy
@@ -167,8 +167,10 @@ class FeatureSplatfactoModel(SplatfactoModel):
             parameters = {name: value[inside] for name, value in parameters.items()}
         factor = self._get_downscale_factor()
         camera.rescale_output_resolution(1 / factor)
-        K = camera.get_intrinsics_matrices().to(self.device)
-        width, height = int(camera.width.item()), int(camera.height.item())
+        numbers = (camera.fx, camera.fy, camera.cx, camera.cy, camera.width, camera.height)
+        # One transfer, not six: on a GPU each of them waits for everything before it.
+        *intrinsics, width, height = torch.cat(numbers, dim=-1)[0].tolist()
+        width, height = int(width), int(height)
         camera.rescale_output_resolution(factor)
         self.last_size = (height, width)
         wants_depth = self.config.output_depth_during_training or not self.training
@@ -180,7 +182,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
             opacities=torch.sigmoid(parameters["opacities"]).squeeze(-1),
             colors=colors,
             viewmats=viewmats_from_camera_to_worlds(camera_to_worlds.to(self.device)),
-            Ks=K,
+            Ks=create_K(*intrinsics)[None].to(self.device),
             width=width,
             height=height,
             render_mode="RGB+ED" if wants_depth else "RGB",

@@ -41,7 +41,8 @@ def evaluate_harmonics(
     sh_degree: int, means: Tensor, viewmats: Tensor, coefficients: Tensor, is_drawn: Tensor
 ) -> Tensor:
     """As `reference.evaluate_harmonics`."""
-    centres = torch.linalg.inv(viewmats)[:, :3, 3]
+    # `inv` would wait for the card to find out whether they can be inverted.
+    centres = torch.linalg.inv_ex(viewmats).inverse[:, :3, 3]
     directions = means[None] - centres[:, None]
     coefficients = coefficients.expand(len(viewmats), -1, -1, -1)
     # Beyond 1.5, gsplat takes coefficients without an axis of cameras only.
