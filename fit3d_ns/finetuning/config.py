@@ -83,6 +83,9 @@ class FinetuneConfig:
         run = content.pop("run")
         for name in ("epochs", "min_steps", "max_steps", "tf32"):
             content["optimization"].pop(name)
+        if content["optimization"]["schedule"] == "step" and (self.optimization.epochs or 1.0) <= 1.0:
+            # Within one epoch it is constant, which earlier versions called it.
+            content["optimization"]["schedule"] = "constant"
         content["anchors"].pop("wise_ft")
         for name in ("cache", "cache_gb", "cache_folder", "average_gb"):
             content["targets"].pop(name)
@@ -99,7 +102,7 @@ class FinetuneConfig:
 PAPER = FinetuneConfig(
     sampling=SamplingConfig(images_per_visit=0, scenes_at_once=1),
     targets=TargetConfig(token_reading="bilinear", average_views=False, weight_by_opacity=False, cache="none"),
-    optimization=OptimizationConfig(epochs=1.0, tf32=False),
+    optimization=OptimizationConfig(epochs=1.0, schedule="step", tf32=False),
     run=RunConfig(splits=("train", "val", "test")),
 )
 """The public code's values: held-out frames are trained on too, images come one by one from any scene. What is not

@@ -37,6 +37,10 @@ class TrainableConfig:
             raise ValueError("num_blocks, lora_rank, adapter_window must be at least 1 and lora_alpha above 0.")
 
 
+AFTER_FIRST_EPOCH = 0.1
+"""What the public code multiplies the learning rate by: `MultiStepLR(optimizer, [1])`, stepped once an epoch."""
+
+
 @dataclass(frozen=True)
 class OptimizationConfig:
     """How long and how fast to train."""
@@ -57,8 +61,9 @@ class OptimizationConfig:
     """Without `epochs` and `max_steps`, few images are shown repeatedly for at least this many optimizer steps."""
     max_steps: int | None = None
     """Exact number of optimizer steps, 1 and above; wins over `epochs`."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant (public code), or falling to 0 like half a cosine."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """Learning rate after the warm-up: constant, falling to 0 like half a cosine, or (`step`) a tenth after the first
+    epoch, as in the public code, where only more than one epoch shows it (Table 8)."""
     warmup_fraction: float = 0.0
     """Share of all steps in which the learning rate rises linearly from 0; 0 to below 1."""
     ema_decay: float = 0.0
@@ -99,13 +104,16 @@ class OptimizationConfig:
             )
         return steps
 
-    def compute_learning_rate(self, step: int, num_steps: int) -> float:
+    def compute_learning_rate(self, step: int, num_steps: int, steps_per_epoch: int | None = None) -> float:
         """Learning rate of step `step`, counted from 0."""
         warmup = math.ceil(self.warmup_fraction * num_steps)
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         if self.schedule == "constant":
             return self.learning_rate
+        if self.schedule == "step":
+            is_first = steps_per_epoch is None or step < steps_per_epoch
+            return self.learning_rate if is_first else AFTER_FIRST_EPOCH * self.learning_rate
         progress = (step - warmup) / max(num_steps - warmup, 1)
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 

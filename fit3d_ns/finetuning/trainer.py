@@ -89,6 +89,7 @@ class FinetuneTrainer:
         optimization, anchors = config.optimization, config.anchors
         self.sequence = DrawSequence(self.views.views_per_scene, config.sampling)
         self.num_steps = optimization.count_steps(self.sequence.num_images, processes.number)
+        self.steps_per_epoch = max(self.sequence.num_images // self.images_per_step, 1)
         device = self.accelerator.device
         original = (targets.original or copy_original(token_model)).to(device) if anchors.needs_original else None
         self.backbone = TrainedBackbone(token_model.to(device), original, config.trainable, anchors, optimization)
@@ -168,7 +169,7 @@ class FinetuneTrainer:
                 start = time.perf_counter()
                 batches, problem = self._collect(samples)
                 totals, wishes = sum_totals(batches, self.processes, stop.is_requested, problem)
-                rate = optimization.compute_learning_rate(self.step, self.num_steps)
+                rate = optimization.compute_learning_rate(self.step, self.num_steps, self.steps_per_epoch)
                 for group in self.backbone.optimizer.param_groups:
                     group["lr"] = rate
                 with self.processes.explain_deaths(), fast_matmul(self.accelerator.device, optimization.tf32):

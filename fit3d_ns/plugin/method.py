@@ -25,7 +25,9 @@ from fit3d_ns.scene.posed_capture import MAX_SIDE
 HAS_CUDA = torch.cuda.is_available()
 """Asked once: decides the default device and the default length of a run."""
 
-MAX_NUM_ITERATIONS = 30_000 if HAS_CUDA else 3_000
+PAPER_ITERATIONS = 30_000
+"""Of the public code, and of any machine that is asked for it."""
+MAX_NUM_ITERATIONS = PAPER_ITERATIONS if HAS_CUDA else 3_000
 """On two cores, a first result in minutes; docs/results.md has the quality of both lengths."""
 
 DENSIFY_THRESHOLD = 0.0008 if HAS_CUDA else 0.002
@@ -69,11 +71,12 @@ def _create_config(
     model: FeatureSplatfactoModelConfig,
     feature_lr: float,
     decoder_lr: float,
+    max_num_iterations: int = MAX_NUM_ITERATIONS,
 ) -> FeatureTrainerConfig:
     model._target = FeatureSplatfactoModel
     return FeatureTrainerConfig(
         method_name=method_name,
-        max_num_iterations=MAX_NUM_ITERATIONS,
+        max_num_iterations=max_num_iterations,
         steps_per_eval_batch=0,
         steps_per_eval_all_images=0,
         machine=MachineConfig(device_type="cuda" if HAS_CUDA else "cpu"),
@@ -106,7 +109,11 @@ fit3d_features_paper = MethodSpecification(
         "fit3d-features-paper",
         # The public code trains on test frames too and leaves poses as they are.
         FeatureDatamanagerConfig(
-            dataparser=FeatureDataParserConfig(eval_mode="all"), cache_images_type="uint8", normalization="imagenet"
+            dataparser=FeatureDataParserConfig(eval_mode="all"),
+            cache_images_type="uint8",
+            normalization="imagenet",
+            # ScanNet++'s 1752x1168 are halved.
+            max_image_side=MAX_SIDE,
         ),
         FeatureSplatfactoModelConfig(
             feature_schedule="joint",
@@ -119,9 +126,14 @@ fit3d_features_paper = MethodSpecification(
             use_absgrad=False,
             densify_grad_thresh=0.0002,
             cull_alpha_thresh=0.005,
+            # Inria's: a Gaussian may be a tenth of the scene, screen size counts for nothing, resets do not pause.
+            cull_scale_thresh=0.1,
+            stop_screen_size_at=0,
+            pause_after_reset=False,
         ),
         feature_lr=PAPER_FEATURE_LR,
         decoder_lr=PAPER_FEATURE_LR,
+        max_num_iterations=PAPER_ITERATIONS,
     ),
     description="FiT3D stage I as its authors published it: features by gradient descent along with the colours.",
 )

@@ -90,6 +90,9 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
     """Steps after which the training resolution doubles; 1/10 of the run by default."""
     reset_alpha_every: int | None = None  # type: ignore[assignment]
     """Densifications between opacity resets; 1/10 of the run by default, none in runs under 15,000 steps."""
+    pause_after_reset: bool = True
+    """Let one round of the views pass after an opacity reset before Gaussians are split or culled again (splatfacto);
+    Inria's code, and so the paper's, does not."""
     sh_degree_interval: int | None = None  # type: ignore[assignment]
     """Steps after which the next degree of spherical harmonics is used; 1/30 of the run by default."""
     stop_screen_size_at: int | None = None  # type: ignore[assignment]

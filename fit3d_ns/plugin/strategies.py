@@ -18,7 +18,7 @@ NOISE_STEEPNESS, NOISE_THRESHOLD = 100.0, 0.995
 def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> DefaultStrategy | MCMCStrategy:
     """The strategy the options ask for; all step counts must be resolved.
 
-    After an opacity reset, refinement pauses for about one epoch of the `num_views` training views.
+    After an opacity reset, refinement pauses for about one epoch of the `num_views` training views, if asked for.
     """
     assert config.refine_every is not None and config.reset_alpha_every is not None
     if config.strategy == "mcmc":
@@ -42,7 +42,7 @@ def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> Def
         refine_stop_iter=config.stop_split_at,
         reset_every=config.reset_alpha_every * config.refine_every,
         refine_every=config.refine_every,
-        pause_refine_after_reset=num_views + config.refine_every,
+        pause_refine_after_reset=num_views + config.refine_every if config.pause_after_reset else 0,
         absgrad=config.use_absgrad,
     )
 

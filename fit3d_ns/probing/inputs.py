@@ -74,7 +74,7 @@ class SegmentationInputs(Inputs):
 
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
         window = self.list_windows(frame)[key.part]
-        image, labels = (picture[window.slices] for picture in self._load_pair(frame, self.short_side))
+        image, labels = (picture[window.slices] for picture in self._load_pair(frame, *self.sides))
         if key.is_flipped:
             image, labels = image[:, ::-1], labels[:, ::-1]
         fit = self.backbones.create_fit(window.height, window.width)
@@ -82,7 +82,10 @@ class SegmentationInputs(Inputs):
 
     def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
         """The published augmentation: scale, crop without a dominating class, mirror, colours; padded to the crop."""
-        image, labels = self._load_pair(frame, self.short_side * float(generator.uniform(*SCALE_RANGE)))
+        # mmcv cuts the scaled sides off to whole pixels before it fits the picture into them.
+        ratio = float(generator.uniform(*SCALE_RANGE))
+        sides = float(int(self.short_side * ratio)), float(int(LONG_SIDE_RATIO * self.short_side * ratio))
+        image, labels = self._load_pair(frame, *sides, nearest=cv2.INTER_NEAREST)
         window = draw_varied_window(labels, self.crop_side, self.max_class_share, generator)
         image, labels = image[window.slices], labels[window.slices]
         if generator.integers(2):
@@ -91,12 +94,19 @@ class SegmentationInputs(Inputs):
         fit = self.backbones.create_fit(self.crop_side, self.crop_side)
         return create_padded_picture(image, labels, fit, self.backbones.description.mean, IGNORE_INDEX)
 
-    def _load_pair(self, frame: LabelledFrame, short_side: float | int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and labels, each resized by its own size."""
+    @property
+    def sides(self) -> tuple[float, float]:
+        """Shorter and longer side that whole pictures are fitted into."""
+        return float(self.short_side), LONG_SIDE_RATIO * self.short_side
+
+    def _load_pair(
+        self, frame: LabelledFrame, short_side: float, long_side: float, nearest: int = cv2.INTER_NEAREST_EXACT
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Image and labels, each resized by its own size; labels by the pixel at a centre, or as mmcv takes it."""
         assert frame.load_labels is not None
         image, labels = frame.load_image().numpy(), frame.load_labels().numpy()
-        sizes = [_compute_size(picture, short_side, LONG_SIDE_RATIO) for picture in (image, labels)]
-        return _resize(image, sizes[0], cv2.INTER_LINEAR), _resize(labels, sizes[1], cv2.INTER_NEAREST_EXACT)
+        sizes = [compute_size(picture.shape[0], picture.shape[1], short_side, long_side) for picture in (image, labels)]
+        return _resize(image, sizes[0], cv2.INTER_LINEAR), _resize(labels, sizes[1], nearest)
 
 
 def choose_short_side(labelled_set: LabelledSet, patch_size: int) -> int:
@@ -267,12 +277,15 @@ def shift_colours(
     gamma_range: tuple[float, float] = (0.9, 1.1),
     colour_range: tuple[float, float] = (0.9, 1.1),
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The depth evaluations' colour augmentation: gamma, brightness, and a factor for each channel."""
+    """The public depth evaluation's `ColorAug`: gamma, brightness, and a factor for each channel.
+
+    It raises values of 0 to 255 to the gamma, not of 0 to 1: a gamma of .9 darkens a grey of 127 to 78.
+    """
     if generator.random() >= probability:
         return image
-    values = (image.astype(np.float32) / 255.0) ** generator.uniform(*gamma_range)
+    values = image.astype(np.float32) ** generator.uniform(*gamma_range)
     factors = generator.uniform(*brightness_range) * generator.uniform(*colour_range, size=3)
-    return (np.clip(values * factors, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    return (np.clip(values * factors, 0.0, 255.0) + 0.5).astype(np.uint8)
 
 
 def _scale(values: np.ndarray, factor: float, offset: float) -> np.ndarray:

@@ -1,12 +1,14 @@
 """Losses, anchors and weight mixtures against loops and closed forms."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fit3d_ns.finetuning.config import PAPER
 from fit3d_ns.finetuning.losses import (
     StepTotals,
     compute_cosine_sum,
@@ -129,6 +131,22 @@ def test_learning_rate__warms_up_and_falls_as_written():
         assert rates[step] == pytest.approx(1.0 + math.cos(math.pi * (step - 10) / 90))
     constant = OptimizationConfig(learning_rate=2.0)
     assert {constant.compute_learning_rate(step, 100) for step in range(100)} == {2.0}
+
+
+def test_learning_rate__of_the_public_code_drops_after_the_first_epoch():
+    """torch's own MultiStepLR, stepped once an epoch as the public code steps it (Table 8)."""
+    paper = replace(PAPER.optimization, epochs=3.0)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=paper.learning_rate)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1])
+    for epoch in range(3):
+        for step in range(5):
+            found = paper.compute_learning_rate(5 * epoch + step, 15, steps_per_epoch=5)
+            assert found == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+    # A run of one epoch is recorded as it always was, so that it goes on where it stopped.
+    assert PAPER.decisive["optimization"]["schedule"] == "constant"
+    assert replace(PAPER, optimization=paper).decisive["optimization"]["schedule"] == "step"
 
 
 def test_count_steps__counts_whole_steps_of_all_processes():

@@ -195,6 +195,9 @@ def test_colour_changes__keep_sizes_and_average_out() -> None:
     assert np.array_equal(shift_colours(image, (0.5, 0.5), generator, probability=0.0), image)
     half = shift_colours(image, (0.5, 0.5), generator, 1.0, (1.0, 1.0), (1.0, 1.0))
     np.testing.assert_allclose(half[0, 0], [60, 50, 40], atol=1)
+    # The public code raises 0..255 to the gamma: 127 ** 0.9 is 78, not 136.
+    dark = shift_colours(np.full((2, 2, 3), 127, np.uint8), (1.0, 1.0), generator, 1.0, (0.9, 0.9), (1.0, 1.0))
+    assert abs(int(dark[0, 0, 0]) - round(127**0.9)) <= 1
 
 
 class ScriptedDraws(np.random.Generator):
