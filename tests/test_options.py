@@ -45,6 +45,10 @@ FakeScene = dataclasses.make_dataclass("FakeScene", ["gaussians"])
 """A scene with the part that `fit3d-export` can leave out."""
 
 
+NEEDED_WORDS = {("--format", "ply"): ("--output-path", "out.ply")}
+"""What a value is refused without."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A command, the lines on which its options are tried, and the library's answers where a stub is not enough."""
@@ -314,7 +318,7 @@ def _replace(base: list[str], option: Option, words: list[str]) -> list[str]:
         start = 1 if base[0] in ("features", "predictions") else 0
         return [*base[:start], *added, *base[first:]]
     if option.flag not in base:
-        return [*base, *added]
+        return [*base, *added, *NEEDED_WORDS.get((option.flag, *words), ())]
     start = base.index(option.flag)
     end = next((i for i in range(start + 1, len(base)) if base[i].startswith("--")), len(base))
     return [*base[:start], *added, *base[end:]]

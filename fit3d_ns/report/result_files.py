@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fit3d_ns.report.table import TASK_COLUMNS
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, check_report, load_result
 
 _PROBE_PREFIX = "probe/"
-TASKS = ("segmentation", "depth", "classification", "consistency", "correspondence")
-"""Of fit3d-probe, in the order of the report."""
-
 _PUT_ASIDE = re.compile(r"\.[0-9a-f]{16}$")
 """End of the stem that fit3d-probe gives to records of other settings before it writes new ones in their place."""
 _SKIPPED_FOLDERS = {"checkpoints", "nerfstudio_models", "tensorboard"}
@@ -73,7 +71,7 @@ def read_results(patterns: Sequence[str | Path]) -> Results:
                 raise ValueError(f"{path} has no {', '.join(missing)}; it is not a finished report of fit3d-finetune.")
             check_report(content, path)
             finetunings.append(FinetuneResult(path, content))
-        elif kind in [_PROBE_PREFIX + task for task in TASKS]:
+        elif kind in [_PROBE_PREFIX + task for task in TASK_COLUMNS]:
             if not is_named and _PUT_ASIDE.search(path.stem):
                 notice(f"{path} was put aside by a later run with other settings; it is passed over.")
                 continue

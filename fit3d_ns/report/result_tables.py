@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fit3d_ns.report.paper_values import PaperRow, find_paper_data, find_paper_row, name_backbone
-from fit3d_ns.report.result_files import TASKS, FinetuneResult, ProbeResult, Results
+from fit3d_ns.report.result_files import FinetuneResult, ProbeResult, Results
 from fit3d_ns.report.table import (
     COST_COLUMNS,
     FINETUNE_COLUMNS,
@@ -84,7 +84,7 @@ def create_probe_tables(probes: Sequence[ProbeResult]) -> list[Table]:
     for probe in probes:
         settings = probe.record.settings
         names = [_name_data(settings.get(part)) for part in ("train", "test")]
-        key = (probe.record.is_random, TASKS.index(probe.task), names[1], names[0], _get_head(settings))
+        key = (probe.record.is_random, [*TASK_COLUMNS].index(probe.task), names[1], names[0], _get_head(settings))
         groups.setdefault(key, []).append(probe)
     for group in groups.values():
         _check_versions_of_data(group)
