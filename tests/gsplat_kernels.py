@@ -99,6 +99,7 @@ class _Kernels:
         tensors = _take(means=means, quats=quats, scales=scales, viewmats=viewmats, Ks=Ks)
         assert len(tensors[0]), "its launch divides by the number of Gaussians; on a card the process dies of SIGFPE"
         _check_integers(width=width, height=height)
+        assert len(means), "gsplat divides by the number of Gaussians: the process would die (SIGFPE)"
         assert covars is None and camera_model == 0 and isinstance(with_compensations, bool)
         with torch.no_grad():
             limits = dict(eps2d=float(eps2d), near_plane=float(near), far_plane=float(far))

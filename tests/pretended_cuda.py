@@ -45,12 +45,10 @@ class Card:
     """`operation @ place`: one for each time that the host needs a value of the card."""
     uploads: Counter[str] = field(default_factory=Counter)
     """Copies to the card, by place."""
-    uploaded_bytes: int = 0
 
     def clear(self) -> None:
         self.waits.clear()
         self.uploads.clear()
-        self.uploaded_bytes = 0
 
 
 _card = Card()
@@ -230,7 +228,6 @@ def _move(func: Any, value: Tensor, args: tuple, kwargs: dict) -> Tensor:
 def _cross(value: Tensor, on_card: bool) -> Tensor:
     if on_card:
         _card.uploads[_find_place()] += 1
-        _card.uploaded_bytes += value.numel() * value.element_size()
     else:
         _wait("cpu")
     return _Copy.apply(value, on_card) if value.requires_grad else place(place(value, False).clone(), on_card)
@@ -277,16 +274,11 @@ def _wait(kind: str) -> None:
 
 
 def _find_place() -> str:
-    """The innermost line of the package, or of a caller outside torch."""
-    frame, outside = sys._getframe(2), "?"
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(PACKAGE):
-            return f"{file[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
-        if outside == "?" and file != __file__ and "/torch/" not in file:
-            outside = f"{Path(file).parent.name}/{Path(file).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return outside
+    """The innermost line of the package."""
+    frame = sys._getframe(2)
+    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?" if frame is None else f"{frame.f_code.co_filename[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
 
 
 def _is_cuda(device: Any) -> bool:

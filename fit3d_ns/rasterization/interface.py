@@ -10,7 +10,6 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, Literal
 
 import torch
@@ -286,10 +285,8 @@ def resolve_backend(name: str, means: Tensor) -> str:
 @functools.cache
 def _has_two_radii() -> bool:
     """Whether the installed gsplat has a radius for each image axis, which its strategies then want of `info`."""
-    try:
-        return Version(metadata.version("gsplat")) >= Version("1.5")
-    except metadata.PackageNotFoundError:
-        return False
+    installed = kernels.find_version("gsplat")
+    return installed is not None and installed >= Version("1.5")
 
 
 def load_backend(name: str) -> Any:

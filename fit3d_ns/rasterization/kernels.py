@@ -52,7 +52,7 @@ class KernelState:
 
 def find_kernels() -> KernelState:
     """Looks, without compiling anything."""
-    found = _find_version("gsplat")
+    found = find_version("gsplat")
     if found is None:
         return KernelState(False, f"gsplat is not installed (needed is gsplat>={SUPPORTED[0]},<{SUPPORTED[1]})")
     if not Version(SUPPORTED[0]) <= found < Version(SUPPORTED[1]):
@@ -64,6 +64,14 @@ def find_kernels() -> KernelState:
     if (_find_build_folder() / f"{_EXTENSION}.so").is_file():
         return KernelState(True, "")
     return _find_compilers()
+
+
+def find_version(package: str) -> Version | None:
+    """The installed version of a package, or None."""
+    try:
+        return Version(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @lru_cache(maxsize=1)
@@ -93,13 +101,6 @@ def prepare_kernels() -> None:
         raise ValueError(f"gsplat {metadata.version('gsplat')} found no way to compile its CUDA kernels; {_ADVICE}.")
     if not state.is_compiled:
         notice(f"Compiled gsplat's CUDA kernels in {time.perf_counter() - start:.0f} s; from now on they are there.")
-
-
-def _find_version(package: str) -> Version | None:
-    try:
-        return Version(metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _find_build_folder() -> Path:

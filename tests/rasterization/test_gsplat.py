@@ -44,11 +44,6 @@ def card(request: pytest.FixtureRequest) -> Iterator[KernelCalls | None]:
         yield calls
 
 
-@pytest.fixture(params=[PRETENDED])
-def kernels(card: KernelCalls) -> KernelCalls:
-    return card
-
-
 def render_on_card(scene: Any, **options: Any) -> dict[str, Any]:
     """As `render_everything`, with the results on the CPU."""
     results = render_everything(scene, "gsplat", device="cuda", **options)
@@ -169,7 +164,8 @@ def test_gsplat__no_call_is_padded_by_more_than_an_eighth(monkeypatch, shared_ki
     assert asked <= sum(calls.channels) <= asked * 8 / 7
 
 
-def test_stand_in__refuses_what_the_compiled_module_refuses(kernels):
+@pytest.mark.parametrize("card", [PRETENDED], indirect=True)
+def test_stand_in__refuses_what_the_compiled_module_refuses(card):
     """So that the tests above can fail."""
     scene = make_scene()
     projected = {key: value for key, value in scene.arguments().items() if isinstance(value, torch.Tensor)}

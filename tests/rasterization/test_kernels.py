@@ -96,7 +96,7 @@ def test_prepare_kernels__what_is_missing_is_one_sentence(machine, programs, sai
 )
 def test_find_kernels__version_of_gsplat(machine, monkeypatch, version, said):
     found = None if version is None else kernels.Version(version)
-    monkeypatch.setattr(kernels, "_find_version", lambda package: found)
+    monkeypatch.setattr(kernels, "find_version", lambda package: found)
     assert said in kernels.find_kernels().problem
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert interface.available_backends() == ["cpu", "reference"]
