@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import refuse_lfs_pointer
-from fit3d_ns.utils.tensor_files import open_tensors
+from fit3d_ns.utils.tensor_files import load_torch_file, open_tensors
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 """Where checkpoints keep the weights, best first: averaged weights are what their authors evaluate."""
@@ -118,7 +118,7 @@ def _read_file(path: Path) -> Any:
             return file.tensors
         # Training scripts put their command line next to the weights; a Namespace is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_torch_file(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"Weights file {path} is not a plain checkpoint (damaged, or with Python objects that loading would run); "

@@ -101,7 +101,8 @@ def read_similarity(path: Path) -> list[WorldChange]:
             delimiter = "," if b"," in path.read_bytes() else None
             matrix = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, delimiter=delimiter)
             matrix = np.asarray(matrix, dtype=np.float64)
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:
+        # numpy parses the header of a `.npy` as Python does, with exceptions of any type.
         raise ValueError(f"{path} does not hold a 4x4 matrix of numbers ({error}); correct it.") from error
     if matrix.shape not in ((4, 4), (3, 4)) or not np.isfinite(matrix).all():
         raise ValueError(f"{path} holds a matrix of shape {matrix.shape}; expected 4x4, all numbers finite.")

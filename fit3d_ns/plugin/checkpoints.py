@@ -15,6 +15,7 @@ import torch
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.tensor_files import load_torch_file
 
 CHECKPOINT_PATTERN = re.compile(r"step-(\d{9})\.ckpt")
 
@@ -47,7 +48,7 @@ def load_checkpoint_file(path: Path) -> dict[str, Any]:
     try:
         # nerfstudio's own checkpoints hold numpy numbers, which are let through by name.
         with torch.serialization.safe_globals(_list_numpy_types()):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_torch_file(path)
     except Exception as error:
         raise ValueError(f"Checkpoint {path} cannot be read ({first_line(error)}); it may be cut short.") from error
     missing = [key for key in ("step", "pipeline", "optimizers") if key not in state]

@@ -21,6 +21,7 @@ from fit3d_ns.scene.gaussians import Gaussians
 from fit3d_ns.scene.posed_capture import PosedCapture
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.tensor_files import load_torch_file
 
 _NUM_REST = (0, 9, 24, 45, 72)
 _OTHER_FORMATS = (".spz", ".splat", ".ksplat", ".sog")
@@ -217,7 +218,7 @@ def read_fit3d(
 def _load_tensors(path: Path) -> Any:
     """What a checkpoint holds, without running code from it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_torch_file(path)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); copy it again.") from error
 

@@ -19,6 +19,7 @@ from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import read_json, remove, write_atomically, write_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import capture_random_states, restore_random_states
+from fit3d_ns.utils.tensor_files import load_torch_file
 
 FORMAT_VERSION = 1
 _PREFIX = "step-"
@@ -122,8 +123,8 @@ class CheckpointFolder:
             content = read_json(path / "progress.json")
             if not (is_newer := content.get("format_version", 0) > FORMAT_VERSION):
                 progress = CheckpointProgress(**content)
-                state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-                restore_random_states(torch.load(path / f"rng-{rank}.pt", map_location="cpu", weights_only=True))
+                state = load_torch_file(path / "state.pt")
+                restore_random_states(load_torch_file(path / f"rng-{rank}.pt"))
         except Exception as error:
             raise DamagedCheckpointError(f"Checkpoint {path} cannot be read ({first_line(error)}).") from error
         if is_newer:

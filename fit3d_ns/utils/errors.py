@@ -101,7 +101,7 @@ def reading(source: object) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, UnicodeError) as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{source} is damaged or not what was expected ({what}); copy or make it again.") from error
 

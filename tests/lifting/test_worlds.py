@@ -98,6 +98,10 @@ def test_read_similarity__refuses_what_is_none(tmp_path, content, sentence):
         read_similarity(tmp_path / "m.txt")
     with pytest.raises(ValueError, match="No such file: .*absent.txt"):
         read_similarity(tmp_path / "absent.txt")
+    np.save(tmp_path / "m.npy", np.eye(4))
+    (tmp_path / "m.npy").write_bytes((tmp_path / "m.npy").read_bytes().replace(b"}", b"{", 1))
+    with pytest.raises(ValueError, match="does not hold a 4x4 matrix"):
+        read_similarity(tmp_path / "m.npy")
 
 
 def test_training_world__is_nerfstudios_default_where_no_run_says_otherwise(capture, tmp_path, capsys):

@@ -28,11 +28,17 @@ def test_save__keeps_only_the_latest_and_leaves_nothing_else_in_the_folder(tmp_p
     assert [path.name for path in folder.parent.iterdir()] == ["nerfstudio_models"]
 
 
-def test_load_latest__passes_over_a_checkpoint_cut_in_half(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_load_latest__passes_over_a_damaged_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
     for step in (1, 2):
         save_checkpoint_file(create_state(step), tmp_path / f"step-{step:09d}.ckpt", keep_older=True)
     newest = tmp_path / "step-000000002.ckpt"
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    whole = newest.read_bytes()
+    numbers = torch.full((4,), 2.0).numpy().tobytes()
+    assert whole.count(numbers) == 1
+    newest.write_bytes(whole[: len(whole) // 2] if damage == "cut" else whole.replace(numbers, bytes(16)))
     state, path = load_latest_checkpoint(tmp_path)
     assert (state["step"], path.name) == (1, "step-000000001.ckpt")
     assert "step-000000002.ckpt" in capsys.readouterr().err

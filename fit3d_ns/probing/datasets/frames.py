@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from fit3d_ns.data.images import load_depth, load_image, read_image_header
+from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly
@@ -188,7 +189,8 @@ def read_lines(path: Path, hint: str) -> list[str]:
     """Non-empty lines of a text file; where it is missing or empty, `hint` tells the user where to get it."""
     if not path.is_file():
         raise ValueError(f"No such file: {path}; {hint}.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with reading(path):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} lists nothing; {hint}.")
     return lines

@@ -43,6 +43,7 @@ from fit3d_ns.probing.datasets.frames import (
     read_lines,
 )
 from fit3d_ns.probing.datasets.scannet import NYU40_NAMES
+from fit3d_ns.utils.errors import reading
 
 LABELLED_FILE = "nyu_depth_v2_labeled.mat"
 NYU13_NAMES = tuple("bed,books,ceiling,chair,floor,furniture,objects,painting,sofa,table,tv,wall,window".split(","))
@@ -66,7 +67,7 @@ def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int
     if not path.is_file():
         raise ValueError(f"{root} has no {LABELLED_FILE}; download the labelled NYUv2 set (2.8 GB).")
     numbers = _read_numbers(root / "splits.mat", "trainNdxs" if split == "train" else "testNdxs")
-    with _open_hdf5(path, "images") as file:
+    with reading(path), _open_hdf5(path, "images") as file:
         count = int(file["images"].shape[0])
     if numbers.min() < 1 or numbers.max() > count:
         raise ValueError(f"{root / 'splits.mat'} names frame {numbers.max()}, {path} has {count}; download both again.")
@@ -141,7 +142,7 @@ def _load_labels(path: Path, index: int, table: LabelTable) -> UInt8[Tensor, "he
 
 
 def _load_entry(path: Path, key: str, index: int, dtype: type) -> Shaped[Tensor, "height width *channels"]:
-    with _open_hdf5(path, key) as file:
+    with reading(path), _open_hdf5(path, key) as file:
         # MATLAB stores columns first: (3, w, h) -> (h, w, 3), or (w, h) -> (h, w)
         return torch.from_numpy(np.asarray(file[key][index]).T.astype(dtype))
 
@@ -165,7 +166,8 @@ def _read_table(root: Path, num_classes: int) -> tuple[LabelTable, tuple[str, ..
     targets = _read_numbers(root / "classMapping40.mat", "mapClass").tolist()
     if num_classes == 13:
         to_13 = [0, *_read_numbers(root / "class13Mapping.mat", "classMapping13").tolist()]
-        targets = [to_13[target] for target in targets]
+        with reading(f"The class tables in {root}"):
+            targets = [to_13[target] for target in targets]
     mapping = {number: target - 1 if target > 0 else IGNORE_INDEX for number, target in enumerate([0, *targets])}
     return LabelTable(num_classes, mapping), NYU13_NAMES if num_classes == 13 else NYU40_NAMES
 
@@ -175,18 +177,18 @@ def _read_numbers(path: Path, key: str) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"No {path}; it comes with the NYUv2 meta data and belongs next to {LABELLED_FILE}.")
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     try:
         content = loadmat(str(path))
-    # NotImplementedError is scipy's answer to MATLAB 7.3 files; files that are cut short raise one of the others.
-    except (OSError, ValueError, TypeError, IndexError, NotImplementedError, MatReadError) as error:
+    except Exception as error:
+        # Of any type: NotImplementedError for MATLAB 7.3, zlib's own and others for what is cut short or damaged.
         raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
     if key not in content:
         raise ValueError(f"{path} has no `{key}`; download it again.")
     values = content[key]
-    while values.dtype.names or values.dtype == object:
-        values = values.reshape(-1)[0]
-        if isinstance(values, np.void):
-            values = values[0]
+    with reading(path):
+        while values.dtype.names or values.dtype == object:
+            values = values.reshape(-1)[0]
+            if isinstance(values, np.void):
+                values = values[0]
     return np.asarray(values).reshape(-1).astype(np.int64)

@@ -304,6 +304,23 @@ def test_nyu__each_missing_piece_is_named(nyu: Path) -> None:
         read_labelled_set(nyu, "train", "depth")
 
 
+def test_nyu__tables_that_do_not_belong_together_are_named(nyu: Path) -> None:
+    from scipy.io import savemat
+
+    savemat(nyu / "class13Mapping.mat", {"classMapping13": {"labels1": np.array([[1, 2]]), "className": "x"}})
+    with pytest.raises(ValueError, match="The class tables in .* is damaged or not what was expected"):
+        read_labelled_set(nyu, "train", "segmentation")
+    savemat(nyu / "class13Mapping.mat", {"classMapping13": np.empty((0, 0), dtype=object)})
+    with pytest.raises(ValueError, match="class13Mapping.mat is damaged"):
+        read_labelled_set(nyu, "train", "segmentation")
+
+
+def test_lists__that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "kitti_eigen_test.txt").write_bytes(b"a.png \xff\xfe 721.5\n")
+    with pytest.raises(ValueError, match="kitti_eigen_test.txt is damaged"):
+        read_labelled_set(tmp_path, "test", "depth", LabelledOptions(layout="kitti"))
+
+
 def test_nyu__a_split_that_cannot_be_read_is_named(nyu: Path) -> None:
     """Cut short anywhere, or of MATLAB's HDF5 format, which scipy does not read."""
     whole = (nyu / "splits.mat").read_bytes()
