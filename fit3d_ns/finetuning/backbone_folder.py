@@ -6,7 +6,8 @@
              README.md            the model card
              fit3d.pth            `--format fit3d`: the plain state dict
 
-`timm.create_model("local-dir:FOLDER", pretrained=True)` needs no other argument. Without `pretrained=True` timm builds
+`timm.create_model("local-dir:FOLDER", pretrained=True)` needs no other argument (`num_classes=10` adds a classifier),
+and `transformers.AutoModel.from_pretrained("FOLDER")` gives the same tokens. Without `pretrained=True` timm builds
 random weights and says nothing; `load_finetuned` always loads.
 """
 
@@ -32,7 +33,7 @@ from fit3d_ns.utils.tensor_files import save_tensors
 
 CONFIG_NAME = "config.json"
 
-_KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "license")
+_KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier", "license")
 """What stays of timm's description of the original checkpoint; where it was downloaded from does not."""
 _MAX_NAMES = 20
 """Training scenes that the card names; of more it says how many."""
@@ -98,7 +99,11 @@ def write_card(
     names the training scenes. A share below 1 is that of the fine-tuned weights in a mixture with the original ones.
     """
     name = description.architecture
-    lines = ["---", "library_name: timm", f"base_model: {name}", "tags:", "- image-feature-extraction", "- fit3d"]
+    lines = ["---", "library_name: timm", "pipeline_tag: image-feature-extraction"]
+    if description.weights is None and not description.is_random:
+        # Only timm's own download is what the hub has under this name.
+        lines += [f"base_model: timm/{name}", "base_model_relation: finetune"]
+    lines += ["tags:", "- image-feature-extraction", "- fit3d"]
     lines += [f"license: {licence}"] if licence else []
     lines += ["---", "", f"# {name}, fine-tuned with 3D-aware features", ""]
     if description.is_random:
@@ -181,7 +186,7 @@ def _describe_folder(token_model: TokenModel) -> dict[str, Any]:
         "architecture": architecture.split(".")[0],
         "num_classes": 0,
         "num_features": description.embed_dim,
-        "model_args": {**model_args, "num_classes": 0, "dynamic_img_size": True},
+        "model_args": {**model_args, "dynamic_img_size": True},
         "pretrained_cfg": {
             **{key: published[key] for key in _KEPT_CONFIG if published.get(key) is not None},
             "mean": list(description.mean),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from fit3d_ns.features import TokenModel, create_extractor, create_token_model, describe_backbone
@@ -39,6 +40,42 @@ def test_folder__timm_loads_it_to_the_bit_for_another_non_square_size(tmp_path, 
     assert model.pretrained_cfg["mean"] == [0.4, 0.5, 0.6] and model.num_classes == 0
     data = timm.data.resolve_model_data_config(model)
     assert tuple(data["mean"]) == (0.4, 0.5, 0.6) and tuple(data["std"]) == (0.2, 0.25, 0.3)
+
+
+def test_folder__timm_puts_a_new_classifier_on_it(tmp_path, trained):
+    save(tmp_path / "out", trained)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=10)
+    assert model(torch.rand(1, 3, 24, 24)).shape == (1, 10)
+    kept = trained.model.state_dict()
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    assert own.keys() == kept.keys() and all(torch.equal(value, kept[name]) for name, value in own.items())
+
+
+def test_folder__transformers_loads_it_with_its_preprocessing(tmp_path, trained):
+    transformers = pytest.importorskip("transformers")
+    save(tmp_path / "out", trained)
+    images = torch.rand(1, 3, 24, 56, generator=torch.Generator().manual_seed(0))
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(model(images).last_hidden_state, trained.model.forward_features(images))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    grey = Image.new("RGB", (80, 60), (128, 128, 128))
+    (pixels,) = processor(grey, return_tensors="pt")["pixel_values"]
+    expected = (128 / 255 - torch.tensor(trained.description.mean)) / torch.tensor(trained.description.std)
+    torch.testing.assert_close(pixels.mean(dim=(1, 2)), expected, atol=1e-4, rtol=0)
+    extract = transformers.pipeline("image-feature-extraction", model=str(tmp_path / "out"), image_processor=processor)
+    tokens = torch.tensor(extract(grey))
+    with torch.no_grad():
+        torch.testing.assert_close(tokens, trained.model.forward_features(pixels[None]), atol=1e-4, rtol=0)
+
+
+def test_folder__can_be_exported(tmp_path, trained):
+    save(tmp_path / "out", trained)
+    model = load_finetuned(tmp_path / "out")
+    images = torch.rand(1, 3, 24, 56, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(model, (images,))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images), model(images), atol=1e-4, rtol=0)
 
 
 def test_folder__is_a_backbone_of_ours(tmp_path, trained):
@@ -79,7 +116,7 @@ def test_folder__weights_are_safetensors_alone_and_nothing_points_elsewhere(tmp_
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == trained.model.state_dict().keys()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "finetuning_vit" and config["num_classes"] == 0
-    assert config["model_args"] == {"num_classes": 0, "dynamic_img_size": True}
+    assert config["model_args"] == {"dynamic_img_size": True}
     assert "nobody" not in json.dumps(config) and "hf_hub_id" not in json.dumps(config)
 
 
