@@ -2,12 +2,13 @@
 
 `pretend_cuda()` lets a test run the path of a card with true values on any machine, and counts what a card would wait
 for. Refused: tensors of two devices in one operation (but for numbers without axes), `.numpy()`, random numbers from a
-generator of the other device. Not seen: operations that CUDA lacks for a dtype, autocast, other threads, speed, memory.
+generator of the other device. Not seen: operations that CUDA lacks for a dtype, autocast, speed, memory.
 A module's parameters are replaced when it moves, as with `torch.__future__.set_overwrite_module_params_on_conversion`.
 """
 
 import contextlib
 import sys
+import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -142,8 +143,15 @@ def pretend_cuda(shared_bytes: int = 227 * 1024) -> Iterator[Card]:
         stack.enter_context(mock.patch.object(torch, "Generator", PretendedGenerator))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
+        stack.enter_context(mock.patch.object(threading.Thread, "run", _run_watched))
         stack.enter_context(_Calls())
         yield _card
+
+
+def _run_watched(thread: threading.Thread, run: Callable[[threading.Thread], None] = threading.Thread.run) -> None:
+    """Modes of torch belong to a thread, so each new one gets its own."""
+    with _Calls():
+        run(thread)
 
 
 def place(value: Any, on_card: bool) -> Any:
@@ -270,7 +278,9 @@ def _count_waits(func: Any, args: tuple) -> None:
 
 
 def _wait(kind: str) -> None:
-    _card.waits[f"{kind} @ {_find_place()}"] += 1
+    # Other threads are there to wait.
+    if threading.current_thread() is threading.main_thread():
+        _card.waits[f"{kind} @ {_find_place()}"] += 1
 
 
 def _find_place() -> str:
