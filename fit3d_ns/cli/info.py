@@ -99,7 +99,7 @@ def info(config: InfoConfig) -> None:
 def verify_files(paths: Sequence[Path]) -> dict[str, str]:
     """Reads files, and all of the known kinds below folders, whole and compares them with the checksums they carry.
 
-    By path it says "whole", with what that means, or what is wrong.
+    For each path: "whole" and what that means, or what is wrong.
     """
     files = [path for root in paths for path in (_list_files(root) if root.is_dir() else [root])]
     if not files:

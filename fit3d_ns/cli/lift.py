@@ -45,7 +45,7 @@ from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
 
 DEFAULT_BACKBONE = "dinov2_small"
-"""Of sources that have no features yet."""
+"""The backbone for sources that have no features yet."""
 
 
 @dataclass(frozen=True)

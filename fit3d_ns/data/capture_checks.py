@@ -158,7 +158,7 @@ class _View:
     """How cameras see points under one reading of poses and worlds."""
 
     share: float
-    """Of the points, those in front of some camera and inside its picture."""
+    """Share of the points that are in front of some camera and inside its picture."""
     difference: float = math.nan
     """Median difference between the points' colours and the pixels there, of 255, mean over photographs."""
     num_compared: int = 0

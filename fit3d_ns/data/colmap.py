@@ -36,9 +36,9 @@ _NUM_FOCAL_LENGTHS = {
     **{"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2, "FULL_OPENCV": 2},
     **{"SIMPLE_RADIAL_FISHEYE": 1, "RADIAL_FISHEYE": 1, "OPENCV_FISHEYE": 2},
 }
-"""Of the models that are read. In their parameters, principal point and distortion in OpenCV's order follow."""
+"""Focal lengths of the camera models that are read. Principal point and distortion, in OpenCV's order, follow them."""
 _NUM_PARAMETERS = (3, 4, 4, 5, 8, 8, 12, 5, 4, 5, 12, 16)
-"""Of all of COLMAP's camera models, by number."""
+"""How many parameters each of COLMAP's camera models has, by the model's number."""
 
 
 def find_colmap_model(root: Path) -> Path | None:

@@ -40,10 +40,10 @@ _COLOURS = (
 )
 """Names of colours in point clouds, and last in Gaussians."""
 SH_CONSTANT = 0.28209479177387814
-"""Of the first spherical harmonic: colour = 0.5 + SH_CONSTANT * f_dc."""
+"""Value of the first spherical harmonic: colour = 0.5 + SH_CONSTANT * f_dc."""
 _MAX_16_BITS = 65535
 _MAX_DIGITS = 19
-"""Of a count; more vertices have no place in any file."""
+"""Longest count in a header; more vertices have no place in any file."""
 
 
 def read_ply_vertices(path: Path) -> np.ndarray:

@@ -55,8 +55,8 @@ class BackboneDescription:
     std: tuple[float, float, float]
     """Divides images after that."""
     weights_hash: str
-    """Of a file: hash of its bytes. Of a timm download: hash of the checkpoint's published name, which timm does not
-    reuse. Of random weights: hash of architecture and seed. 16 hexadecimal digits."""
+    """Hash, 16 hexadecimal digits, of a file's bytes, of the name under which timm publishes a checkpoint (it does not
+    reuse names), or of the architecture and seed of random weights."""
     num_prefix_tokens: int = 1
     """Class token plus registers."""
     normalization: Normalization = "timm"
@@ -79,7 +79,7 @@ class BackboneDescription:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], place: str | None = None) -> "BackboneDescription":
-        """From what `to_metadata` and `place` gave; keys of newer versions are ignored."""
+        """Makes a description of what `to_metadata` and `place` gave; keys of newer versions are ignored."""
         known = {field.name: metadata[field.name] for field in fields(cls) if field.compare and field.name in metadata}
         for name in ("mean", "std"):
             known[name] = tuple(float(value) for value in known[name])

@@ -54,7 +54,7 @@ MODEL_ARGS = frozenset(
 LARGEST_ARGUMENT = 100_000
 LARGEST_DEPTH = 256
 LARGEST_CHANNEL = 10.0
-"""Of a mean or deviation; images are in [0, 1]."""
+"""Largest mean or deviation of a channel; images are in [0, 1]."""
 
 
 @dataclass(frozen=True)

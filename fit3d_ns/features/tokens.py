@@ -1,4 +1,4 @@
-"""`Tokens`, what a vision transformer says about images, and `TokenModel`, the module that says it.
+"""`Tokens`, the output of a vision transformer, and `TokenModel`, the module that computes it.
 
 Images are [B, 3, H, W] in [0, 1]. They are resized to the largest multiple of the patch size p that fits into them
 (paper code, `forward_2d_model`), so the patch grid is (h, w) = (H // p, W // p); tokens are in its row-major order. The
@@ -22,7 +22,7 @@ _UNUSED_MODULES = ("fc_norm", "attn_pool", "head", "head_dist")
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """What a vision transformer says about a batch of images."""
+    """The output of a vision transformer for a batch of images."""
 
     patch_tokens: Float[Tensor, "batch patches embed"]
     """One token per patch, rows first: token `i * w + j` belongs to row i, column j."""

@@ -142,7 +142,7 @@ def _convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         else:
             converted = vision_transformer.checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
     except (RuntimeError, KeyError, ValueError, AttributeError):
-        # The filter stumbles over weights of another architecture; the comparison says over which.
+        # The filter fails on weights of another architecture; the comparison below names what differs.
         converted = state_dict
     targets = model.state_dict()
     _refuse_lost_biases(state_dict, targets)

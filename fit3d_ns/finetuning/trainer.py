@@ -205,7 +205,7 @@ class FinetuneTrainer:
         return self.views.load_sample(draw, config.augmentation, patch_size, config.sampling.seed, rule)
 
     def _draw(self) -> Iterator[Draw]:
-        """This process's draws from the present step on; a scene that comes up is announced to the disk."""
+        """This process's draws from the present step on; scenes are announced before they are read."""
         optimization, processes = self.config.optimization, self.processes
         announced = -1
         for step in range(self.step, self.num_steps):

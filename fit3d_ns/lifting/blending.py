@@ -209,8 +209,8 @@ def average_over_views(scene: FeatureScene, capture: PosedCapture, views: Sequen
     """The scene in which each Gaussian's features are the mean of what the patches it appears in show.
 
     A solve fits the tokens of every lifted view, their noise included; rendered at one of those views it gives back
-    much of what that view alone said. Averaging what the scene shows over views and patches takes that away, as the
-    weighted sum does, from the scene file and the valid masks alone:
+    much of that view's noise. Averaging what the scene shows over views and patches removes it, as the weighted sum
+    does, and needs the scene file and the valid masks alone:
 
         f' = sum of R^T W P R f / sum of R^T W 1, with W = opacity times valid mask.
 

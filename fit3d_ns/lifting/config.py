@@ -27,8 +27,8 @@ class SolveConfig:
     """Most passes over all views after the weighted sum; each renders every view once and projects it back. 0 keeps
     the weighted sum."""
     samples_per_patch: int = 4
-    """The solve looks at about this many pixels along a patch's side instead of all: a token says one thing about its
-    whole patch, so passes become several times cheaper at the same held-out error. 0 takes every pixel."""
+    """The solve looks at about this many pixels along a patch's side instead of all: a token describes its patch as
+    a whole, so passes become several times cheaper at the same held-out error. 0 takes every pixel."""
     tolerance: float = 1e-3
     """Conjugate gradients stop when the true residual falls below this fraction of the right-hand side's norm."""
     steps_per_true_residual: int = 8

@@ -41,12 +41,12 @@ class LiftSetup:
     """What all lifts of a command share: the backbone with its cached tokens, settings, and where to work."""
 
     cache: FeatureCache
-    """Of the backbone whose tokens are lifted; its weights are read only if tokens are missing."""
+    """Tokens of the backbone that is lifted; its weights are read only if tokens are missing."""
     config: LiftConfig
     options: LiftSceneConfig = field(default_factory=LiftSceneConfig)
     device: str = "cpu"
     include_sh: bool = False
-    """As in `save_scene`."""
+    """Whether scene files keep how colour depends on the direction."""
 
     @property
     def backbone(self) -> BackboneDescription:
@@ -181,7 +181,7 @@ def measure_held_out(
             token_reading=scene.token_reading,
         )
     except ValueError as error:
-        # The lift itself is sound; what cannot be measured is left out of the metrics, and said.
+        # The lift itself is sound: metrics that cannot be measured are left out, with a notice.
         notice(f"No held-out metrics: {error}")
         return {}
     return {

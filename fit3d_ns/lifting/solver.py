@@ -58,7 +58,7 @@ class LiftResult:
     seconds: dict[str, float]
     """Wall-clock seconds by phase; after a resume, those since then."""
     decoder_statistics: DecoderStatistics
-    """For a decoder that several scenes share."""
+    """What a decoder that several scenes share is fitted to."""
 
     @property
     def is_unseen(self) -> Bool[Tensor, " num_gaussians"]:

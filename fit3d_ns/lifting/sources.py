@@ -1,7 +1,7 @@
 """`LiftSource`: what a scene is lifted from, Gaussians and the photographs of the same scene; read from files.
 
 Gaussians and views share one frame. A PLY does not say which world it is in (`worlds.py`), nor in which order its
-quaternions are written: renderings are held against photographs, so that nothing wrong passes in silence.
+quaternions are written: renderings are compared with photographs, so that no mistake passes unnoticed.
 """
 
 import math
@@ -139,13 +139,14 @@ class PlyConfig:
     rasterize_mode: RasterizeMode = "classic"
     """With --ply: the mode the Gaussians were trained in."""
     downscale_factor: int | None = None
-    """With --ply: photographs are reduced by this factor, at least 1; by default by the power of two that brings their
-    longer side to at most 1600 pixels."""
+    """With --ply or --surface: photographs are reduced by this factor, at least 1; by default by the power of two that
+    brings their longer side to at most 1600 pixels."""
     strict: bool = False
-    """With --ply: refuse a capture with missing photographs; otherwise their frames are left out."""
+    """With --ply or --surface: refuse a capture with missing photographs; otherwise their frames are left out."""
     smallest_psnr: float = SMALLEST_PSNR
-    """With --ply: below this many dB between three renderings and their photographs the lift is refused, and where
-    another world fits clearly better; 0 never refuses (for photographs before another background than black)."""
+    """With --ply or --surface: below this many dB between three renderings and their photographs the lift is refused,
+    and that of a PLY also where another world fits clearly better; 0 never refuses (for photographs before another
+    background than black)."""
 
     def choose_factor(self, files: CaptureFiles) -> int:
         """What photographs of a capture are reduced by."""
@@ -173,7 +174,7 @@ def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
 
 
 def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.device | str = "cpu") -> LiftSource:
-    """Reads a PLY and its capture, and holds renderings against photographs before anything else is done.
+    """Reads a PLY and its capture, and compares renderings with photographs before anything else is done.
 
     ValueError where one of them cannot be read, the world is not known for this capture, or it is the wrong one: then
     the message says which one fits.

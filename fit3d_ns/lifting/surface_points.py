@@ -30,7 +30,7 @@ _LARGEST_STEP = 0.05
 _MAX_ROWS = 8_000_000
 """Fused points are fused again before there are more."""
 _MAX_POINTS = 50_000_000
-"""Of a mesh; they take about 200 bytes each."""
+"""Most points of a mesh; they take about 200 bytes each."""
 _NEAR_PERCENTILE = 25.0
 """This share of the points is seen from nearer than what the smallest cells are made for."""
 _DEPTH_SCALES = (1000.0, 5000.0, 4000.0, 10000.0, 256.0, 100.0)

@@ -46,8 +46,9 @@ class SurfaceConfig:
     """How Gaussians are made of a surface."""
 
     mesh: Path | None = None
-    """With --surface mesh or points: the file of the mesh or cloud (PLY, OBJ, GLB, STL, OFF), in the world that
-    --ply-world says. Without it, ScanNet++'s `scans/mesh_aligned_0.05.ply` or the capture's own points."""
+    """With --surface mesh or points: the file of the mesh or cloud (PLY, OBJ, GLB, STL, OFF), in the world of the poses
+    or of the capture's COLMAP model. Without it, ScanNet++'s `scans/mesh_aligned_0.05.ply` or the capture's own
+    points."""
     depth_scale: float | None = None
     """With --surface depth: units of the depth maps per unit of the capture's world, 1000 where depth is in millimetres
     and poses are in metres. By default the one of the usual ones at which views agree."""

@@ -26,9 +26,9 @@ HAS_CUDA = torch.cuda.is_available()
 """Asked once: decides the default device and the default length of a run."""
 
 PAPER_ITERATIONS = 30_000
-"""Of the public code, and of any machine that is asked for it."""
+"""Length of a run in the public code, and with `fit3d-features-paper` on any machine."""
 MAX_NUM_ITERATIONS = PAPER_ITERATIONS if HAS_CUDA else 3_000
-"""On two cores, a first result in minutes; docs/results.md has the quality of both lengths."""
+"""Two CPU cores give a first result in minutes; docs/results.md has the quality of both lengths."""
 
 DENSIFY_THRESHOLD = 0.0008 if HAS_CUDA else 0.002
 """splatfacto's; short runs have the same held-out PSNR and features with 2.5 times fewer Gaussians (see the README)."""

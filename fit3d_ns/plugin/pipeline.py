@@ -31,7 +31,7 @@ PASSES_WITH_ALL_VIEWS = 6
 (held-out cosine .0018 against .003 from the fourth pass to the sixth, 109 views, 64 channels)."""
 
 PASSES_WITH_HALF = 3
-"""Below this many, so is half of those that are left."""
+"""Below this many passes, the same holds for half of the views that are left."""
 
 MIN_VIEWS = 8
 """However short a run is, its features are solved from this many views, or all there are."""
@@ -97,7 +97,7 @@ def estimate_solve_costs(feature_dim: int, samples_per_patch: int = 4) -> SolveC
 
 
 EARLY_SOLVE = SolvePlan(max_passes=0, decoder_share=0.5)
-"""For the viewer."""
+"""The early solve, for the viewer."""
 
 LAST_SOLVE = SolvePlan(max_passes=6)
 """What early solves must leave to the last one."""

@@ -21,9 +21,9 @@ from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.progress import notice
 
 CONFIG_PACKAGES = ("nerfstudio", "fit3d_ns")
-"""Whose dataclasses and enumerations a config may hold."""
+"""Packages whose dataclasses and enumerations a config may hold."""
 REFERRED_PACKAGES = (*CONFIG_PACKAGES, "torch.optim")
-"""Whose classes a config may name, for example as `_target`."""
+"""Packages whose classes a config may name, for example as `_target`."""
 REFERRED_FUNCTIONS = ("nerfstudio.data.utils.nerfstudio_collate.nerfstudio_collate",)
 """The one function that configs of nerfstudio's data managers name."""
 MAX_BYTES = 4_000_000
@@ -88,7 +88,7 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 def _check_targets(config: Any, path: Path) -> None:
-    """What reading a run sets up is what its name says: a data parser, a camera optimizer."""
+    """Raises ValueError where what reading a run sets up is no data parser or no camera optimizer."""
     try:
         parser = config.pipeline.datamanager.dataparser._target
         optimizer = config.pipeline.model.camera_optimizer._target

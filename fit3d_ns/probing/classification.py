@@ -51,7 +51,7 @@ PAPER_CLASSIFICATION = ClassificationConfig(num_iterations=PUBLISHED_ITERATIONS)
 
 @dataclass(frozen=True)
 class RateMetrics:
-    """By learning rate: share of images whose class is the first or among the first five guesses, and mean loss."""
+    """For each learning rate: share of images whose class is the first, or among the first five, guesses; mean loss."""
 
     top1: list[float]
     top5: list[float]

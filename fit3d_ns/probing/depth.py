@@ -45,9 +45,9 @@ EPSILON = 1e-3
 """Metres; keeps the logarithm finite."""
 MEAN_WEIGHT = 0.15
 METRIC_NAMES = ("rmse", "abs_rel", "sq_rel", "log10", "silog", "d1", "d2", "d3")
-"""Of depth."""
+"""Names of the depth metrics."""
 GRADIENT_STRIDES, GRADIENT_STEP = (1, 2, 4, 6), 2
-"""Every how many pixels each scale of the gradient loss reads, and how many of those lie between the two compared."""
+"""For each of these n the gradient loss reads every n-th pixel; it compares those that lie the step apart."""
 
 
 @dataclass(frozen=True)

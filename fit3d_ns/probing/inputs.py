@@ -309,7 +309,7 @@ def _resize(picture: np.ndarray, size: tuple[int, int], interpolation: int) -> n
 
 
 def _crop(picture: np.ndarray, convention: DepthConvention, part: int) -> np.ndarray:
-    """KITTI's benchmark crop, at most as large as the picture; of that what the set trains on, if `part` says so."""
+    """KITTI's benchmark crop, at most as large as the picture; only what the set trains on, if `part` is `TRAINING`."""
     if convention.bottom_crop is not None:
         height, width = picture.shape[:2]
         rows, columns = min(convention.bottom_crop[0], height), min(convention.bottom_crop[1], width)

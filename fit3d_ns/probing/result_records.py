@@ -3,8 +3,8 @@
 metrics:  the means by name (`miou`, `rmse`, ...), nested metrics alike
           spread      standard deviation over seeds (n - 1 in the denominator), absent for one seed
           per_seed    {"0": {...}, "1": {...}}
-settings: what the metrics depend on, `key` (a hash of that), `seeds`, and what is said about the training and about
-          the cost of the fine-tuned backbone
+settings: what the metrics depend on, `key` (a hash of that), `seeds`, and facts about the training and the cost of the
+          fine-tuned backbone
 """
 
 import math
@@ -45,7 +45,7 @@ class ResultFile:
         return compute_settings_key(self.kind, self.settings)
 
     def load_seeds(self) -> dict[int, dict[str, Any]]:
-        """Metrics of finished seeds; a file with other settings is put aside under the name of its key, and said so."""
+        """Metrics of finished seeds; a file with other settings is renamed after its key, with a notice."""
         if not self.path.is_file():
             return {}
         record = load_result(self.path)

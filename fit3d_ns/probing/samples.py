@@ -1,9 +1,9 @@
 """Where a head's training batches come from: features that are kept, or pictures that change every time.
 
-A frozen backbone says the same about the same picture every time. So with a few fixed variants per frame (a window, its
-mirror image), each passes the backbones once and `FeatureMemory` keeps what they said, in half precision up to a
-budget, for every epoch, seed and evaluation. `iterate_augmented` makes a new picture for every draw
-instead and loads ahead in threads. Batches depend on nothing but (seed, position), whichever process asks.
+A frozen backbone gives the same features for the same picture every time. So with a few fixed variants per frame (a
+window, its mirror image), each passes the backbones once and `FeatureMemory` keeps its features, in half precision up
+to a budget, for every epoch, seed and evaluation. `iterate_augmented` makes a new picture for every draw instead and
+loads ahead in threads. Batches depend on nothing but (seed, position), whichever process asks.
 """
 
 from abc import ABC, abstractmethod
@@ -147,7 +147,7 @@ def stack_features(entries: Sequence[KeptFeatures], fill: int | float = 0) -> Ba
     """A batch out of entries, whose pictures may have several sizes: smaller maps are continued right and below.
 
     Tokens at the edge are repeated, which is what bilinear upsampling reads beyond the edge anyway, so that a linear
-    head says the same about each picture as if it were alone. Targets there are `fill`, which does not count.
+    head predicts for each picture what it predicts for it alone. Targets there are `fill`, which does not count.
     """
     sizes = [entry.features.maps.shape[3:5] for entry in entries]
     height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)

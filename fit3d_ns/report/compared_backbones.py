@@ -40,7 +40,7 @@ class ComparedBackbones:
 
     @property
     def description(self) -> BackboneDescription:
-        """Of the first member; all agree in architecture, patch size and width."""
+        """The first member's; all agree in architecture, patch size and width."""
         return self.members[0].description
 
     @property

@@ -22,10 +22,10 @@ CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; 
 """The browser fetches nothing from another host; inline parts are how Gradio builds its page."""
 
 MAX_BYTES = 20_000_000
-"""Of an uploaded file; a photograph of 50 million pixels has about 15 million."""
+"""Largest uploaded file; a photograph of 50 million pixels has about 15 million bytes."""
 
 MAX_PIXELS = 50_000_000
-"""Of an uploaded picture: a small file may hold very many, and they are decoded at once."""
+"""Largest uploaded picture: a small file may hold very many pixels, and they are decoded at once."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """What browsers show; Pillow's other decoders stay out of reach."""

@@ -37,7 +37,7 @@ from fit3d_ns.utils.results import collect_versions
 CODECS = ("vp09", "mp4v")
 """Best first."""
 DEFAULT_FPS = 10.0
-"""Of folders of frames, and of files that do not say."""
+"""Frames per second of folders of frames, and of files that do not say."""
 
 
 @dataclass(frozen=True)

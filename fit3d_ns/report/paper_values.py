@@ -30,7 +30,7 @@ class PaperRow:
     tables: tuple[int, ...]
     task: str
     data: str
-    """As `find_paper_data` names it."""
+    """The name that `find_paper_data` gives it."""
     values: Mapping[str, float]
     """Metrics by the names of our records."""
     assembly: str = "concat"
@@ -40,7 +40,7 @@ class PaperRow:
     feature_dim: int = 64
     """Numbers per Gaussian."""
     epochs: int = 1
-    """Of stage II."""
+    """Epochs of stage II."""
     train: str = "all"
     """What stage II trained: `all` or `adapter`."""
     head: str = "linear"

@@ -43,7 +43,7 @@ class PredictionFolder:
     assembly: str
     frames: tuple[str, ...]
     class_names: tuple[str, ...]
-    """Of segmentation."""
+    """Empty for depth."""
     is_random: bool
     """True if a backbone has random weights."""
     depth_units_per_metre: float

@@ -12,7 +12,7 @@ class Column:
     """One metric."""
 
     name: str
-    """In our records; `by_angle/0-15/recall_10px` descends."""
+    """Key in our records; `by_angle/0-15/recall_10px` is one of nested keys."""
     title: str
     direction: Literal["up", "down", "none"] = "none"
     """Whether larger or smaller is better; `none` has no best."""

@@ -28,7 +28,7 @@ class PcaColours:
     basis: PcaBasis
     """Fitted to the backbones' tokens of all columns together; rendered features are drawn by it, not fitted."""
     title: str = "PCA"
-    """For labels."""
+    """What labels call it."""
 
     def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
         """A picture of one frame of any column, of `size` (height, width)."""
@@ -48,14 +48,14 @@ class ClusterColours:
     """Clusters by cosine, each column's own, with the colours of the first column's clusters that they cover."""
 
     clusters: list[Clusters | None]
-    """Of each column."""
+    """Those of each column."""
     renamed: list[Int[Tensor, " clusters"] | None]
     """Number in the first column of each cluster of a column."""
     agreement: list[float | None]
     """Share of tokens that have the first column's colour."""
     num_clusters: int
     title: str = "k-means"
-    """For labels."""
+    """What labels call it."""
 
     def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
         """A picture of one frame of a column, of `size` (height, width)."""

@@ -42,8 +42,8 @@ class SceneView:
     """Its photographs, where they lie now."""
     view: View
     get_averaged: Callable[[], FeatureScene]
-    """The scene with its features averaged over the lifted views, which is what pictures show: a solve also fits what
-    each view alone said, and that is speckle where a scene is drawn sharper than its tokens."""
+    """The scene with its features averaged over the lifted views, which is what pictures show: a solve also fits the
+    noise of single views, which is speckle where a scene is drawn sharper than its tokens."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class FrameTokens:
     alphas: Float[Tensor, "h w"] | None = None
     """How much of each token a scene covers; None: all of it."""
     render: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    """Of a scene: from components [c, embed] and mean [embed] to coefficients and opacity at every pixel of the
-    picture, because a scene can be shown sharper than its tokens."""
+    """Where a scene is shown: takes components [c, embed] and mean [embed], and gives coefficients and opacity at every
+    pixel of the picture, because a scene can be shown sharper than its tokens."""
 
     def project(
         self, components: Float[Tensor, "c embed"], mean: Float[Tensor, " embed"]

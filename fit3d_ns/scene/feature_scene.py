@@ -118,7 +118,7 @@ class FeatureScene:
         return F.pad(self.gaussians.features.float(), (0, 1), value=1.0)
 
     def check(self) -> None:
-        """Reads the scene's file whole, once; whatever renders or moves the scene comes by here.
+        """Reads the scene's file whole, once; everything that renders or moves the scene calls this first.
 
         ValueError where it is damaged, or a number in it is not finite.
         """

@@ -1,8 +1,8 @@
 """Which folders a scene file may take photographs from: its own, the one that is named, and those confirmed once.
 
-A scene file says itself where its photographs lie, and what is trained on is drawn into pictures that people publish;
-so a file from somebody else must not choose the folder. Whoever lifts or exports a scene has named the capture, which
-confirms its root, for this user on this machine. Anything else asks, or is refused with the flag that allows it.
+A scene file names the folder of its photographs itself, and photographs end up in pictures that people publish; so a
+file from somebody else must not choose the folder. Lifting or exporting a scene names the capture, which confirms its
+root for this user on this machine. For any other root the user is asked, or the message names the flag that allows it.
 """
 
 import os

@@ -26,9 +26,9 @@ from fit3d_ns.utils.tensor_files import load_torch_file
 _NUM_REST = (0, 9, 24, 45, 72)
 _OTHER_FORMATS = (".spz", ".splat", ".ksplat", ".sog")
 _MAX_OPACITY_LOGIT = 15.0
-"""Of a Gaussian that nothing shines through: 1 - 3e-7."""
+"""Logit of a Gaussian that nothing shines through: an opacity of 1 - 3e-7."""
 _FEWEST_TO_JUDGE = 16
-"""Of fewer Gaussians nothing follows from the range of their numbers."""
+"""With fewer Gaussians, nothing follows from the range of their numbers."""
 
 
 def write_ply(gaussians: Gaussians, path: Path, sh_degree: int | None = None) -> None:

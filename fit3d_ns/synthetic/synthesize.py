@@ -119,7 +119,7 @@ def _find_finished(folder: Path, settings: dict[str, Any], num_scenes: int) -> d
 
 
 def _hash_files(folder: Path) -> str:
-    """Of the names and contents of all files but `synthesis.json`."""
+    """Hash of the names and contents of all files but `synthesis.json`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METRICS_NAME)
     return hash_bytes(*(f"{path.relative_to(folder)} {hash_file(path)}" for path in files))
 

@@ -26,7 +26,7 @@ _OWN: set[str] = set()
 _LFS_MARK = b"version https://git-lfs"
 
 _MAX_DEPTH = 100
-"""Of JSON; what goes through it recursively is safe up to several times that."""
+"""Deepest nesting of JSON that is read; recursive functions bear several times that."""
 
 _MAX_NAME = 200
 """File systems allow 255 bytes for a name."""

@@ -42,7 +42,7 @@ class LabelledFrame:
     """Unique in its set, the same on every machine."""
     load_image: Callable[[], UInt8[Tensor, "height width 3"]]
     load_labels: Callable[[], UInt8[Tensor, "height width"]] | None = None
-    """Of the photograph's size, as is the depth."""
+    """Labels and depth have the photograph's size."""
     load_depth: Callable[[], Float[Tensor, "height width"]] | None = None
     class_index: int | None = None
     """Class of the whole picture."""
@@ -283,7 +283,7 @@ def warn_about_depth_unit(labelled_set: LabelledSet) -> str | None:
 
 
 _UNIT_FACTORS = (1000.0, 256.0, 100.0, 10.0, 5.0, 0.2, 0.1, 0.01, 1 / 256, 0.001, 1e-4, 1e-6)
-"""Between millimetres, centimetres, 1/256 m, 1/5000 m and metres."""
+"""Factors between millimetres, centimetres, 1/256 m, 1/5000 m and metres."""
 
 
 def _load_image(path: Path, size: tuple[int, int] | None) -> UInt8[Tensor, "height width 3"]:

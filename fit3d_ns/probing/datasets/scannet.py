@@ -249,7 +249,7 @@ def _load_map(
 def _resize(
     picture: Shaped[Tensor, "height width *channels"], undistortion: Undistortion, interpolation: int
 ) -> Shaped[Tensor, "new_height new_width *channels"]:
-    """To the size that is probed."""
+    """Resizes a picture to the size that is probed."""
     size = (undistortion.lens.width, undistortion.lens.height)
     if picture.shape[:2] == size[::-1]:
         return picture
