@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -20,6 +20,8 @@ UNSET = tyro.conf.arg(help_behavior_hint="(optional)")
 """For options without a default value, whose help says what happens without them."""
 GROUP = tyro.conf.OmitArgPrefixes
 """For settings that have a heading of their own in the help and no prefix in their names."""
+_LARGEST_NUMBER = 1e30
+"""Products of larger ones leave what 32 bits can hold."""
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -57,6 +59,7 @@ def run_command(
         explain_thread_errors()
     try:
         parsed: Any = tyro.cli(_command_line_class(config_class), prog=prog, description=description, args=arguments)
+        _check_numbers(parsed.config)
         for name in ("output_path", "output_dir"):
             # What cannot be written should not take an hour to say so.
             output = getattr(parsed.config, name, None)
@@ -80,6 +83,18 @@ def run_command(
         if not debug:
             print("FIT3D_DEBUG=1 shows the traceback.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _check_numbers(config: Any) -> None:
+    """ValueError for an option, also of a nested group, with a number that nobody can compute with."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            _check_numbers(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not abs(number) <= _LARGEST_NUMBER:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise ValueError(f"{flag} {number} is no number to compute with; give one below {_LARGEST_NUMBER:g}.")
 
 
 def _command_line_class(config_class: type) -> type:

@@ -65,7 +65,7 @@ class AugmentationConfig:
     min_scale: float = 1.0
     """Smallest factor by which the (cropped) image is resized, above 0."""
     max_scale: float = 1.0
-    """Largest such factor; both 1 keep the size."""
+    """Largest such factor, up to 16; both 1 keep the size."""
     jitter: float = 0.0
     """Brightness, contrast and saturation change by up to this fraction, the hue by a tenth of it; 0 to below 1."""
 
@@ -75,8 +75,9 @@ class AugmentationConfig:
                 f"flip_probability {self.flip_probability} must be in [0, 1], min_crop {self.min_crop} in (0, 1] and "
                 f"jitter {self.jitter} in [0, 1)."
             )
-        if not 0.0 < self.min_scale <= self.max_scale:
-            raise ValueError(f"Scales from {self.min_scale} to {self.max_scale}: expected 0 < min_scale <= max_scale.")
+        if not 0.0 < self.min_scale <= self.max_scale <= 16.0:
+            scales = f"Scales from {self.min_scale} to {self.max_scale}"
+            raise ValueError(f"{scales}: expected 0 < min_scale <= max_scale <= 16.")
 
     @property
     def moves_cameras(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, write_json
 
 SCHEMA_VERSION = 1
+_KINDS = {"kind": str, "metrics": dict, "settings": dict, "is_random": bool, "versions": dict, "schema_version": int}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ def load_result(path: Path) -> ResultRecord:
     content = read_json(path)
     if not isinstance(content, dict) or "kind" not in content or "metrics" not in content:
         raise ValueError(f"{path} is not a result file: it has no `kind` and `metrics`.")
+    for name, kind in _KINDS.items():
+        if not isinstance(content.get(name, kind()), kind):
+            raise ValueError(f"{path} is damaged: `{name}` is {content[name]!r:.40}; restore it or measure again.")
     if content.get("schema_version", 1) > SCHEMA_VERSION:
         raise ValueError(
             f"{path} has result schema {content['schema_version']}, newer than {SCHEMA_VERSION}; update fit3d-ns."

@@ -73,3 +73,12 @@ def test_output__that_the_terminal_has_no_letters_for_is_escaped(monkeypatch):
     command_module.run_command(Nothing, show, prog="fit3d-x", description="", args=[])
     assert shown["stdout"].getvalue() == b"mIoU \\u2191 of caf\\xe9\n"
     assert shown["stderr"].getvalue() == b"caf\\udce9 is lifted\n"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e308"])
+def test_numbers__that_nobody_can_compute_with_are_refused(tmp_path, capsys, value):
+    from fit3d_ns.cli import finetune
+
+    with pytest.raises(SystemExit):
+        finetune.main(["--ckpts", "x", "--output-dir", str(tmp_path / "out"), "--prefix-anchor", value])
+    assert "--prefix-anchor" in (printed := capsys.readouterr().err) and "Traceback" not in printed

@@ -15,7 +15,8 @@ import pytest
 from tests.faults.conftest import IS_NIGHTLY, SEED, Judge
 from tests.faults.harness import Fault, Verdict, attempt, call_main, copy_folder, run_all
 from tests.faults.mutations import mutate_bytes, mutate_embedded_json, mutate_json, mutate_safetensors
-from tests.faults.world import CANARY, COMMANDS, Command, collect_results, find_differences
+from tests.faults.world import CANARY, COMMANDS, RUN, Command, build_foreign, collect_results, find_differences
+from tests.finetuning.finetuning_scene import BACKBONE
 
 NUM_MUTATIONS = 1000 if IS_NIGHTLY else 30
 """Of each kind of file."""
@@ -79,6 +80,41 @@ KINDS = {
 }
 
 
+FOREIGN = Command("what others write", build_foreign, ["."], "rooms")
+
+
+def _lift_surface(*surface: str) -> Command:
+    inputs = ["--surface", *surface, "--data", "rooms/room_00", "--output-path", "surface", "--backbone", BACKBONE]
+    common = ["--feature-dim", "4", "--max-passes", "3", "--feature-cache", "cache", "--device", "cpu"]
+    return Command("fit3d-lift --surface", call_main, ["fit3d_ns.cli.lift", [*inputs, *common]], "surface")
+
+
+SEGMENT = [
+    "segmentation", "--train", "rooms/room_00", "--test", "rooms/room_00", "--backbone", BACKBONE, "--device", "cpu",
+    "--num-iterations", "4", "--batch-size", "2", "--output-path", "labelled/r.json",
+]  # fmt: skip
+WEIGHTS = ["finetuning_vit" if argument == BACKBONE else argument for argument in PROBE.arguments[1]]
+if IS_NIGHTLY:
+    room = "rooms/room_00/dslr"
+    KINDS |= {
+        "a run": Kind(f"{RUN}/**/*.*", (mutate_bytes,), COMMANDS["fit3d-export"], (COMMANDS["ns-train"],)),
+        "a room": Kind(f"{room}/**/*.*", (mutate_bytes,), _lift_surface("depth"), (FOREIGN,)),
+        "cloud": Kind(f"{room}/colmap/*.txt", (mutate_bytes,), _lift_surface("points"), (FOREIGN,)),
+        "labels": Kind(
+            f"{room}/labels/*.png", (mutate_bytes,), Command("", call_main, [PROBE.arguments[0], SEGMENT], "labelled"),
+            (FOREIGN,),
+        ),
+        "pickled weights": Kind(
+            "weights.pth", (mutate_bytes,),
+            Command("", call_main, [PROBE.arguments[0], [*WEIGHTS, "--backbone-weights", "weights.pth"]], "probed"),
+            (FOREIGN,),
+        ),
+    }  # fmt: skip
+    for suffix in ("obj", "glb", "ply"):
+        file = f"mesh.{suffix}"
+        KINDS[file] = Kind(file, (mutate_bytes,), _lift_surface("mesh", "--mesh", file), (FOREIGN,))
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_damage__is_found_or_harmless(name: str, base: Path, tmp_path: Path, judge: Judge) -> None:
     kind = KINDS[name]
@@ -86,7 +122,7 @@ def test_damage__is_found_or_harmless(name: str, base: Path, tmp_path: Path, jud
     for command in kind.prepare:
         prepared = attempt(command.function, command.arguments, start, fault=kind.stopped_by, seconds=300)
         assert prepared.kind == ("killed" if kind.stopped_by else "done"), prepared.text
-    matches = sorted(path for path in start.glob(kind.pattern) if "captures" in kind.pattern or path.is_file())
+    matches = sorted(path for path in start.glob(kind.pattern) if path.is_file() and path.stat().st_size)
     assert matches, list(start.rglob("*"))
     intact = copy_folder(start, tmp_path / "intact")
     outcome = attempt(kind.command.function, kind.command.arguments, intact, seconds=300)

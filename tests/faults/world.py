@@ -12,12 +12,18 @@ import torch
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
+from fit3d_ns.features import create_token_model
+from fit3d_ns.scene import photograph_roots
+from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from tests.faults.harness import call_main, call_ns_train
 from tests.finetuning.finetuning_scene import BACKBONE, save_new_scene
 from tests.lift_capture import write_capture, write_gaussians
 from tests.report.report_records import write_probe
 
-__all__ = ["CANARY", "COMMANDS", "RUN", "Command", "build", "collect_results", "find_differences"]
+__all__ = ["CANARY", "COMMANDS", "RUN", "Command", "build", "build_foreign", "collect_results", "find_differences"]
+
+photograph_roots.MAX_ROOTS = 1_000_000
+"""Of the world's first folder it must still be known at the end of a night that its photographs may be read."""
 
 CANARY = "code-ran"
 """A file that strangers' code would make."""
@@ -185,6 +191,17 @@ def build(folder: Path) -> None:
             "--output-path", f"scenes/lift_{name}.safetensors",
         )  # fmt: skip
         call_main(module, arguments)
+
+
+def build_foreign(folder: Path) -> None:
+    """What others write: a room with sensor depth, masks and labels, meshes, pickled weights."""
+    import trimesh
+
+    folder = Path(folder)
+    synthesize_scenes(SynthesisConfig(folder / "rooms", num_scenes=1, num_frames=6, width=64, height=48))
+    for suffix in ("obj", "glb", "ply"):
+        trimesh.creation.box((4, 4, 3)).export(folder / f"mesh.{suffix}")
+    torch.save(create_token_model(BACKBONE).model.state_dict(), folder / "weights.pth")
 
 
 def write_colmap(capture: Path, folder: Path) -> None:

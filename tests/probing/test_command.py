@@ -206,6 +206,14 @@ def test_record__of_several_processes_at_once_loses_no_seed(tmp_path: Path) -> N
     assert load_result(path.with_name(f"r.{files[0].key}.json")) == record, "put aside, not overwritten"
 
 
+@pytest.mark.parametrize(("name", "value"), [("is_random", "no"), ("metrics", []), ("schema_version", "1")])
+def test_record__with_damaged_entries_is_named(tmp_path: Path, name: str, value: object) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"kind": "probe/depth", "metrics": {}, name: value}))
+    with pytest.raises(ValueError, match=f"r.json is damaged: `{name}` is"):
+        load_result(path)
+
+
 def test_probe__another_scene_of_the_same_size_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As training again with as many Gaussians writes it."""
     scenes = [save_new_scene(tmp_path / str(seed), "room", seed=seed) for seed in (1, 2)]
