@@ -30,7 +30,8 @@ def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> Def
             refine_every=config.refine_every,
             min_opacity=config.mcmc_min_opacity,
         )
-    return DefaultStrategy(
+    strategy = DefaultStrategy if config.pause_after_reset else InriaStrategy
+    return strategy(
         prune_opa=config.cull_alpha_thresh,
         grow_grad2d=config.densify_grad_thresh,
         grow_scale3d=config.densify_size_thresh,
@@ -45,6 +46,17 @@ def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> Def
         pause_refine_after_reset=num_views + config.refine_every if config.pause_after_reset else 0,
         absgrad=config.use_absgrad,
     )
+
+
+class InriaStrategy(DefaultStrategy):
+    """Densification as Inria's code has it: without gsplat's opacity reset at step 0."""
+
+    def step_post_backward(
+        self, params: Any, optimizers: Any, state: dict[str, Any], step: int, info: dict[str, Any], packed: bool = False
+    ) -> None:
+        """As gsplat's."""
+        if step > 0:
+            super().step_post_backward(params, optimizers, state, step, info, packed)
 
 
 class PortableMCMCStrategy(MCMCStrategy):

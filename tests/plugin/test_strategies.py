@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from gsplat.strategy import DefaultStrategy
 
-from fit3d_ns.plugin.strategies import compute_relocation
+from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
+from fit3d_ns.plugin.strategies import InriaStrategy, compute_relocation, create_strategy
 
 
 def _binomials(n_max):
@@ -47,3 +49,18 @@ def test_compute_relocation__takes_ratios_as_gsplat_does_between_one_and_the_tab
         torch.tensor([0.5, 0.5]), torch.ones(2, 3), torch.tensor([0, 99]), _binomials(10)
     )
     torch.testing.assert_close(new_opacities, torch.tensor([0.5, 1 - 0.5**0.1]))
+
+
+def test_create_strategy__of_the_public_code_neither_resets_at_the_start_nor_pauses(monkeypatch):
+    config = FeatureSplatfactoModelConfig(pause_after_reset=False)
+    config.resolve_steps(30_000)
+    strategy = create_strategy(config, num_views=64)
+    assert isinstance(strategy, InriaStrategy) and strategy.pause_refine_after_reset == 0
+    steps = []
+    monkeypatch.setattr(DefaultStrategy, "step_post_backward", lambda self, p, o, s, step, *rest: steps.append(step))
+    for step in range(3):
+        strategy.step_post_backward({}, {}, {}, step, {})
+    assert steps == [1, 2]
+    config.pause_after_reset = True
+    usual = create_strategy(config, num_views=64)
+    assert type(usual) is DefaultStrategy and usual.pause_refine_after_reset == 64 + config.refine_every
