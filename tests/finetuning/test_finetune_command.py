@@ -60,7 +60,7 @@ def test_paper__sets_every_value_of_the_public_code(monkeypatch):
     # FACTS, stage 2.
     assert (optimization.learning_rate, optimization.weight_decay, optimization.clip_norm) == (1e-5, 1e-4, 0.1)
     assert (optimization.batch_size, optimization.accumulation_steps, optimization.epochs) == (2, 1, 1.0)
-    assert (optimization.schedule, optimization.warmup_fraction, optimization.ema_decay) == ("constant", 0.0, 0.0)
+    assert (optimization.schedule, optimization.warmup_fraction, optimization.ema_decay) == ("step", 0.0, 0.0)
     assert (optimization.precision, optimization.max_steps) == ("fp32", None)
     assert (config.sampling.sampling, config.sampling.images_per_visit, config.sampling.seed) == ("epoch", 0, 42)
     assert config.augmentation.flip_probability == 0.5 and not config.augmentation.moves_cameras
