@@ -1,5 +1,6 @@
 """The reference backend against a numpy loop, gsplat's PyTorch formulas, and finite differences."""
 
+import importlib
 import inspect
 import math
 
