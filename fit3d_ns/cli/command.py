@@ -86,12 +86,17 @@ def run_command(
 
 
 def _check_numbers(config: Any) -> None:
-    """ValueError for an option, also of a nested group, with a number that nobody can compute with."""
+    """ValueError for an option, also of a nested group, with a number that nobody can compute with.
+
+    Infinity is one where the option's field says `may_be_infinite` in its metadata.
+    """
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
             _check_numbers(value)
         for number in value if isinstance(value, tuple) else (value,):
+            if number == float("inf") and field.metadata.get("may_be_infinite"):
+                continue
             if isinstance(number, float) and not abs(number) <= _LARGEST_NUMBER:
                 flag = f"--{field.name.replace('_', '-')}"
                 raise ValueError(f"{flag} {number} is no number to compute with; give one below {_LARGEST_NUMBER:g}.")

@@ -4,7 +4,7 @@
 for the size of the features, the decoder and the weighting.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fit3d_ns.scene.token_grid import TokenReadingRule, TokenSpreadingRule
 
@@ -36,7 +36,7 @@ class SolveConfig:
     regularization: float = 0.001
     """Weight of the pull towards the weighted sum, as a fraction of the mean blend weight of a seen Gaussian; 0 or
     above."""
-    decoder_ridge: float = 0.003
+    decoder_ridge: float = field(default=0.003, metadata={"may_be_infinite": True})
     """Pull of the decoder fit towards the PCA decoder, as a fraction of the mean squared regressor; 0 or above.
     Infinity keeps the PCA decoder."""
     decoder_share: float = 1.0

@@ -137,10 +137,12 @@ def _construct_call(loader: Any, name: str, node: Any) -> Any:
         raise UntrustedConfig(name)
     if name.startswith("pathlib.") and name.endswith("Path"):
         return (PurePath if "Pure" in name else Path)(*map(str, arguments))
-    kind = _resolve(name, CONFIG_PACKAGES)
+    # Early versions of Python 3.11 (Debian 12's 3.11.2) wrote enumerations by `getattr`; looked up here are members alone, never attributes.
+    is_by_name = name == "builtins.getattr" and len(arguments) == 2
+    kind = arguments[0] if is_by_name else _resolve(name, CONFIG_PACKAGES)
     if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
         raise UntrustedConfig(name)
-    return kind(*arguments)
+    return kind[arguments[1]] if is_by_name else kind(*arguments)
 
 
 def _construct_unknown(loader: Any, name: str, node: Any) -> Any:

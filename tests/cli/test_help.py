@@ -82,3 +82,14 @@ def test_numbers__that_nobody_can_compute_with_are_refused(tmp_path, capsys, val
     with pytest.raises(SystemExit):
         finetune.main(["--ckpts", "x", "--output-dir", str(tmp_path / "out"), "--prefix-anchor", value])
     assert "--prefix-anchor" in (printed := capsys.readouterr().err) and "Traceback" not in printed
+
+
+def test_numbers__infinity_is_taken_where_its_help_offers_it(tmp_path, capsys):
+    from fit3d_ns.cli import lift
+
+    arguments = ["--scene", str(tmp_path / "none.safetensors"), "--output-path", str(tmp_path / "out.safetensors")]
+    for flag, is_taken in (("--decoder-ridge", True), ("--regularization", False)):
+        with pytest.raises(SystemExit):
+            lift.main([*arguments, flag, "inf"])
+        printed = capsys.readouterr().err
+        assert ("is no number to compute with" in printed) != is_taken, printed

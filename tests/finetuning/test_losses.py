@@ -146,7 +146,9 @@ def test_learning_rate__of_the_public_code_drops_after_the_first_epoch():
         schedule.step()
     # A run of one epoch is recorded as it always was, so that it goes on where it stopped.
     assert PAPER.decisive["optimization"]["schedule"] == "constant"
-    assert replace(PAPER, optimization=paper).decisive["optimization"]["schedule"] == "step"
+    longer = replace(PAPER.optimization, max_steps=1000)
+    for optimization in (paper, longer, replace(PAPER.optimization, epochs=None)):
+        assert replace(PAPER, optimization=optimization).decisive["optimization"]["schedule"] == "step"
 
 
 def test_count_steps__counts_whole_steps_of_all_processes():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from nerfstudio.configs.method_configs import method_configs
+from nerfstudio.utils.writer import EventName
 
 from fit3d_ns.data.layouts import find_runs
 from fit3d_ns.finetuning.scene_bank import find_scenes
@@ -23,6 +24,8 @@ ATTACKS = {
     "class of nerfstudio": "!!python/object/apply:nerfstudio.utils.comms.LOCAL_PROCESS_GROUP []",
     "imported name": "!!python/object/apply:nerfstudio.utils.scripts.subprocess.run [[touch, {canary}]]",
     "name": "!!python/name:os.system ''",
+    "attribute": "!!python/object/apply:builtins.getattr [!!python/name:nerfstudio.utils.writer.EventName '', mro]",
+    "attribute of no enumeration": "!!python/object/apply:builtins.getattr [!!python/name:torch.optim.Adam '', step]",
     "state": "!!python/object:nerfstudio.utils.scripts.subprocess.Popen {{args: x}}",
     "nested": "a: [{{b: !!python/object/apply:os.system ['touch {canary}']}}]",
     "key": "? !!python/object/apply:os.system ['touch {canary}']\n: 1",
@@ -55,6 +58,20 @@ def test_load_config__equals_what_nerfstudios_loader_reads(name: str, tmp_path: 
     path = tmp_path / "config.yml"
     path.write_text(yaml.dump(config))
     assert load_config(path) == yaml.load(path.read_text(), Loader=yaml.Loader) == config
+
+
+def test_load_config__reads_enumerations_as_python_3_11_2_writes_them(tmp_path: Path) -> None:
+    """Debian 12's Python: by `getattr` of the class and the member's name."""
+    path, text = tmp_path / "config.yml", yaml.dump(fit3d_features.config)
+    call = (
+        "!!python/object/apply:builtins.getattr\n      - !!python/name:nerfstudio.utils.writer.EventName ''\n      - "
+    )
+    usual = "!!python/object/apply:nerfstudio.utils.writer.EventName\n      - "
+    for event in EventName:
+        text = text.replace(f"{usual}{event.value}\n", f"{call}{event.name}\n")
+    assert "builtins.getattr" in text and "EventName\n" not in text
+    path.write_text(text)
+    assert load_config(path) == fit3d_features.config
 
 
 def test_load_config__foreign_classes_need_trust_which_is_said_first(
