@@ -137,7 +137,7 @@ def _construct_call(loader: Any, name: str, node: Any) -> Any:
         raise UntrustedConfig(name)
     if name.startswith("pathlib.") and name.endswith("Path"):
         return (PurePath if "Pure" in name else Path)(*map(str, arguments))
-    # Early versions of Python 3.11 (Debian 12's 3.11.2) wrote enumerations by `getattr`; looked up here are members alone, never attributes.
+    # Debian 12's Python 3.11.2 wrote enumerations as `getattr`; only members are looked up here, no attributes.
     is_by_name = name == "builtins.getattr" and len(arguments) == 2
     kind = arguments[0] if is_by_name else _resolve(name, CONFIG_PACKAGES)
     if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
