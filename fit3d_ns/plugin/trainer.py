@@ -38,7 +38,7 @@ from fit3d_ns.utils.files import lock_folder, write_atomically
 from fit3d_ns.utils.progress import PhaseTimer, measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import ResultRecord, load_result, save_result
 from fit3d_ns.utils.selection import capture_random_states, restore_random_states
-from fit3d_ns.utils.stopping import StopRequest, interrupt_on_signals
+from fit3d_ns.utils.stopping import StopRequest, ignore_other_processes, interrupt_on_signals
 
 EXIT_INTERRUPTED = 130
 
@@ -131,7 +131,7 @@ class FeatureTrainer(Trainer):
         with self._exit_when_interrupted("Interrupted while setting up; nothing was trained."):
             if self.local_rank == 0:
                 self._locks.enter_context(lock_folder(self.base_dir))
-            with self.timer.phase("setup"):
+            with self.timer.phase("setup"), ignore_other_processes():
                 super().setup(test_mode)
             with self.timer.phase("features"):
                 self.pipeline.prepare_features()

@@ -6,8 +6,11 @@ parent and to everyone, so one that follows another signal says nothing new; a s
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -61,3 +64,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT or not _is_interrupted:
         _is_interrupted = True
         raise KeyboardInterrupt
+
+
+@contextmanager
+def ignore_other_processes() -> Iterator[None]:
+    """While viser starts: it looks for its developers' server among all processes and dies of one that ends then."""
+    import psutil  # Comes with viser.
+
+    with mock.patch.object(psutil, "process_iter", lambda *_, **__: iter(())):
+        yield

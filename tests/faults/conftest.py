@@ -1,6 +1,6 @@
 """The world of the campaigns, what undisturbed commands make in it, and the table of what was survived.
 
-`pytest -q -n 2 tests/faults` takes two minutes; `FIT3D_FAULTS=nightly` tries every point and many more mutations, for
+`pytest -q tests/faults` takes two minutes; `FIT3D_FAULTS=nightly` tries every point and many more mutations, for
 hours, and `FIT3D_FAULTS_SEED=7` others. The table is printed at the end.
 """
 

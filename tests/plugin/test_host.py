@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import viser
 
 from fit3d_ns.plugin.datamanager import name_own_flags
 from fit3d_ns.plugin.method import describe_problem, is_listed_by_ns_train
 from fit3d_ns.plugin.trainer import FeatureTrainer
 from fit3d_ns.utils.results import ResultRecord
+from fit3d_ns.utils.stopping import ignore_other_processes
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -134,3 +137,21 @@ def test_train__prints_paths_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
     FeatureTrainer._print_record(trainer, ResultRecord("stage1", {"psnr": 20.0}))
     printed = capsys.readouterr().out
     assert f"{folder}/results.json" in printed and f"{folder}/config.yml" in printed
+
+
+def test_viewer__starts_though_other_processes_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(_: object) -> str:
+        raise psutil.NoSuchProcess(1)
+
+    monkeypatch.setattr(psutil.Process, "cwd", end)
+    with pytest.raises(psutil.NoSuchProcess):
+        viser.ViserServer("127.0.0.1", _find_free_port(), verbose=False)
+    with ignore_other_processes():
+        viser.ViserServer("127.0.0.1", _find_free_port(), verbose=False).stop()
+
+
+def _find_free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
