@@ -8,6 +8,7 @@ settings: what the metrics depend on, `key` (a hash of that), `seeds`, and facts
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -136,10 +137,7 @@ def _mean(values: Sequence[float | int]) -> float | int | None:
 
 
 def _deviation(values: Sequence[float | int]) -> float | None:
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _sorted(value: Any) -> Any:

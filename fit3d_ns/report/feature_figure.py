@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from fit3d_ns.analysis.pictures import compose_panel, save_picture
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.token_colours import TokenColours, fit_cluster_colours, fit_pca_colours
@@ -49,28 +47,6 @@ def save_feature_figure(
 
     With `has_scenes` there is a column of rendered features. ValueError for no pictures, or more clusters than tokens.
     """
-    panel, rows = draw_feature_figure(images, groups, config, has_scenes=has_scenes, device=device)
-    content = {
-        "kind": "report/features",
-        "backbones": [describe_group(group) for group in groups],
-        "rows": rows,
-        "is_random": any(group.is_random for group in groups),
-        "versions": collect_versions(),
-    }
-    save_picture(panel, path)
-    write_json(path.with_suffix(".json"), content)
-    return content
-
-
-def draw_feature_figure(
-    images: Sequence[FigureImage],
-    groups: Sequence[ComparedBackbones],
-    config: FeatureFigureConfig | None = None,
-    *,
-    has_scenes: bool = False,
-    device: str = "cpu",
-) -> tuple[Image.Image, list[dict[str, Any]]]:
-    """The panel and what each row shows; arguments as in `save_feature_figure`."""
     config = config or FeatureFigureConfig()
     if not images or not groups:
         raise ValueError(f"{len(images)} pictures and {len(groups)} backbones; a feature figure needs one of each.")
@@ -93,7 +69,16 @@ def draw_feature_figure(
                         **colours.describe(),
                     }
                 )
-    return compose_panel(pictures, ["input", *labels], row_labels), rows
+    content = {
+        "kind": "report/features",
+        "backbones": [describe_group(group) for group in groups],
+        "rows": rows,
+        "is_random": any(group.is_random for group in groups),
+        "versions": collect_versions(),
+    }
+    save_picture(compose_panel(pictures, ["input", *labels], row_labels), path)
+    write_json(path.with_suffix(".json"), content)
+    return content
 
 
 def fit_colours_of(columns: Sequence[TokenColumn], config: FeatureFigureConfig) -> list[TokenColours]:

@@ -164,21 +164,18 @@ def _write_verdicts(
 ) -> list[str]:
     """A sentence for each backbone of which there is one original and one fine-tuned row, on the table's metric."""
     notes = []
+    rows = list(zip(backbones, assemblies, records, strict=True))
     for backbone in dict.fromkeys(backbones):
-        rows = {
-            part: [
-                record
-                for record, name, assembly in zip(records, backbones, assemblies, strict=True)
-                if (name, assembly) == (backbone, part)
-            ]
+        pair = [
+            [record.metrics for name, assembly, record in rows if (name, assembly) == (backbone, part)]
             for part in ("original", "finetuned")
-        }
-        if any(len(found) != 1 for found in rows.values()):
+        ]
+        if any(len(found) != 1 for found in pair):
             continue
-        before, after = (column.find(found[0].metrics) for found in rows.values())
+        before, after = (column.find(metrics) for (metrics,) in pair)
         if not before or after is None:
             continue
-        spread = sum(column.find(found[0].metrics.get("spread") or {}) or 0.0 for found in rows.values())
+        spread = sum(column.find(metrics.get("spread") or {}) or 0.0 for (metrics,) in pair)
         gain = (after - before) / abs(before) * (-1 if column.direction == "down" else 1)
         verdict = f"{abs(gain):.0%} {'better' if gain > 0 else 'worse'}"
         if abs(after - before) <= spread:

@@ -10,7 +10,7 @@ from PIL import Image
 from fit3d_ns.analysis.pca import map_to_colours
 from fit3d_ns.features import create_extractor
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.feature_figure import FeatureFigureConfig, draw_feature_figure, save_feature_figure
+from fit3d_ns.report.feature_figure import FeatureFigureConfig, save_feature_figure
 from fit3d_ns.report.feature_video import is_clip, load_clip_images, read_clip, save_feature_video, write_video
 from fit3d_ns.report.token_colours import fit_cluster_colours, fit_pca_colours
 from fit3d_ns.report.token_columns import (
@@ -146,7 +146,7 @@ def test_extract_columns__scene_of_other_weights_is_named_and_left_out(
     assert "features of another random:test_vit" in capsys.readouterr().err
 
 
-def test_draw_feature_figure__rows_of_images_and_backbones_say_what_they_are(tmp_path: Path) -> None:
+def test_feature_figure__rows_of_images_and_backbones_say_what_they_are(tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photos")
     scene_index = open_scenes([write_scene(tmp_path / "room.safetensors", photographs)])
     images = load_figure_images(photographs, scene_index)
@@ -163,13 +163,13 @@ def test_draw_feature_figure__rows_of_images_and_backbones_say_what_they_are(tmp
     assert str(tmp_path) not in path.with_suffix(".json").read_text()
 
 
-def test_draw_feature_figure__shared_colours_are_equal_for_equal_pictures_only_with_sharing(tmp_path: Path) -> None:
+def test_feature_figure__shared_colours_are_equal_for_equal_pictures_only_with_sharing(tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photos", 2, shift=0) + write_photographs(tmp_path / "other", 2, shift=9)
     images = load_figure_images([photographs[0], photographs[3]], open_scenes([]))
     twice = [images[0], images[1], images[0]]
     groups = read_models([BACKBONE])
-    panel, _ = draw_feature_figure(twice, groups, FeatureFigureConfig(sharing="backbone"))
-    pixels = np.asarray(panel)
+    save_feature_figure(twice, groups, tmp_path / "figure.png", FeatureFigureConfig(sharing="backbone"))
+    pixels = np.asarray(Image.open(tmp_path / "figure.png"))
     row = HEIGHT + 6 + 18
     top = 6 + 18 + 18
     assert np.array_equal(pixels[top : top + HEIGHT], pixels[top + 2 * row : top + 2 * row + HEIGHT])
@@ -180,9 +180,9 @@ def test_feature_figure__says_what_is_wrong(tmp_path: Path, capsys: pytest.Captu
     images = load_figure_images(photographs, open_scenes([]))
     groups = read_models([BACKBONE])
     with pytest.raises(ValueError, match="13 clusters of 12 features"):
-        draw_feature_figure(images, groups, FeatureFigureConfig(kind="kmeans", num_clusters=13))
+        save_feature_figure(images, groups, tmp_path / "a.png", FeatureFigureConfig(kind="kmeans", num_clusters=13))
     with pytest.raises(ValueError, match="needs one of each"):
-        draw_feature_figure([], groups)
+        save_feature_figure([], groups, tmp_path / "a.png")
     elsewhere = write_photographs(tmp_path / "elsewhere", 1)
     load_figure_images(photographs, open_scenes([write_scene(tmp_path / "room.safetensors", elsewhere)]))
     assert "None of the pictures is a photograph of" in capsys.readouterr().err
