@@ -86,7 +86,7 @@ def run_command(
 
 
 def _check_numbers(config: Any) -> None:
-    """ValueError for an option, also of a nested group, with a number that nobody can compute with.
+    """ValueError for an option, also of a nested group, with a number that nobody can compute with, or below 0.
 
     Infinity is one where the option's field says `may_be_infinite` in its metadata.
     """
@@ -97,8 +97,10 @@ def _check_numbers(config: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number == float("inf") and field.metadata.get("may_be_infinite"):
                 continue
+            flag = f"--{field.name.replace('_', '-')}"
+            if isinstance(number, (int, float)) and number < 0:
+                raise ValueError(f"{flag} {number} is negative; no option takes that.")
             if isinstance(number, float) and not abs(number) <= _LARGEST_NUMBER:
-                flag = f"--{field.name.replace('_', '-')}"
                 raise ValueError(f"{flag} {number} is no number to compute with; give one below {_LARGEST_NUMBER:g}.")
 
 

@@ -245,6 +245,9 @@ def _check(command: LiftCommand) -> None:
         raise ValueError(f"Give one of --surface, --load-config, --ply and --scene to lift from; {what}.")
     if command.ply is not None and not command.data:
         raise ValueError(f"A PLY has no cameras: give the folder of the photographs of {command.ply} with --data.")
+    for name in ("ply_world", "ply_transform", "dataparser_transforms"):
+        if command.ply is None and getattr(command.from_ply, name) != getattr(PlyConfig(), name):
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --ply, which is not given.")
     if command.surface is not None and not command.data:
         raise ValueError("--surface needs the folders of the scenes with --data.")
     if command.surface is not None and command.num_scenes > 1 and command.from_surface.mesh is not None:

@@ -28,7 +28,7 @@ from fit3d_ns.lifting.views import ChosenViews, LiftView, choose_views, fit_pict
 from fit3d_ns.scene import FeatureScene, Gaussians, load_scene
 from fit3d_ns.scene.posed_capture import record_capture
 from fit3d_ns.scene.scene_file import TRAINING_SECONDS
-from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import PhaseTimer, create_progress, measure_peak_memory_mb, notice
 from fit3d_ns.utils.selection import select_evenly
 
@@ -194,13 +194,13 @@ def measure_held_out(
 
 
 def compute_lift_hash(source: LiftSource, setup: LiftSetup) -> str:
-    """What a scene file depends on: source, photographs (by name and size), backbone and settings; one that is finished
-    has it among its metrics, as `LIFT_HASH`."""
+    """What a scene file depends on: source, photographs (names and contents), backbone and settings; one that is
+    finished has it among its metrics, as `LIFT_HASH`."""
     frames = [view.frame for view in source.capture.views]
     files = [path for frame in frames for path in (frame.image_path, frame.mask_path) if path is not None]
     content = {
         "capture": record_capture(source.capture),
-        "sizes": [path.stat().st_size if path.is_file() else None for path in files],
+        "contents": [hash_file(path) if path.is_file() else None for path in files],
         "rendering": [source.rasterize_mode, source.eps2d, *([source.recipe] if source.recipe else [])],
         "backbone": setup.backbone.identity,
         "config": list_decisive(setup.config),

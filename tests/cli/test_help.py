@@ -93,3 +93,12 @@ def test_numbers__infinity_is_taken_where_its_help_offers_it(tmp_path, capsys):
             lift.main([*arguments, flag, "inf"])
         printed = capsys.readouterr().err
         assert ("is no number to compute with" in printed) != is_taken, printed
+
+
+def test_numbers__negative_ones_are_refused(capsys, tmp_path, monkeypatch):
+    from fit3d_ns.cli import probe
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        probe.main(["depth", "--train", "x", "--test", "x", "--cache-gb", "-1", "--output-path", "x.json"])
+    assert "--cache-gb -1.0 is negative" in (printed := capsys.readouterr().err) and "Traceback" not in printed

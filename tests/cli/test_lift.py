@@ -319,7 +319,16 @@ def test_surface__lifts_several_scenes_without_training_and_goes_on(tmp_path, ca
     assert depth_path.stat().st_size == size
     code, err = call("--data", rooms[1])
     assert code == 0 and "lifted already" not in err
+    # So does a photograph.
+    for photograph in (rooms[1] / "dslr").glob("*_images/*0.JPG"):
+        size, pixels = photograph.stat().st_size, cv2.imread(str(photograph))
+        smaller = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+        photograph.write_bytes(smaller.ljust(size, b"\0"))
+        assert photograph.stat().st_size == size
+    code, err = call("--data", rooms[1])
+    assert code == 0 and "lifted already" not in err
     for arguments, message in [
+        (("--data", rooms[0], "--ply-world", "colmap"), "--ply-world belongs to --ply"),
         ((), "--surface needs the folders of the scenes with --data"),
         (("--data", *rooms, "--mesh", "a.ply"), "--mesh is the file of one scene"),
         (("--data", rooms[0], "--ply", "a.ply"), "--surface and --ply are given"),
