@@ -84,9 +84,14 @@ class DepthConfig:
     bin_normalization: BinNormalization = "linear"
     is_flip_averaged: bool = True
     """Predictions of an image and its mirror image are averaged."""
+    is_published: bool = False
+    """The public code's two habits: its head begins with torch's own weights, uniform within 1/sqrt(inputs), instead of
+    small ones, and its loss counts every depth above 0 instead of those up to the largest."""
 
 
-PAPER_DEPTH = DepthConfig(num_iterations=PUBLISHED.num_iterations, learning_rate=PUBLISHED.learning_rate)
+PAPER_DEPTH = DepthConfig(
+    num_iterations=PUBLISHED.num_iterations, learning_rate=PUBLISHED.learning_rate, is_published=True
+)
 """The public code's values. Its gradient term is zero at two images per device, so it is left out."""
 
 
@@ -141,7 +146,10 @@ class DepthProbe(HeadProbe[DepthConfig]):
         if config.head == "dpt":
             return DPTDepthHead(assembler, bins)
         # Where features are kept, so are the targets, at fewer places: the same map is read there and nowhere else.
-        return LinearDepthHead(assembler, bins, DEPTHS_PER_TOKEN if self.is_cached else UPSAMPLING)
+        head = LinearDepthHead(assembler, bins, DEPTHS_PER_TOKEN if self.is_cached else UPSAMPLING)
+        if config.is_published:
+            head.initialise_as_published()
+        return head
 
     def create_optimization(self, source: ClassTokenSource) -> OptimizationConfig:
         warmup = round(self.config.warmup_share * self.num_iterations)
@@ -160,6 +168,8 @@ class DepthProbe(HeadProbe[DepthConfig]):
         convention, group = self.sets.train.depth, self.config.images_per_group
         restored = resize_map(predictions[:, None], (targets.shape[1], targets.shape[2]))[:, 0].float()
         valid = (targets > convention.min_depth) & (targets < convention.max_depth)
+        if self.config.is_published:
+            valid = targets > 0.0
         is_warming_up = iteration < self.config.loss_warmup_iterations
         loss = compute_sig_loss(restored, targets, valid, images_per_group=group, is_warming_up=is_warming_up)
         if self.config.gradient_loss_weight == 0.0:

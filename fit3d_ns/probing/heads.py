@@ -114,6 +114,14 @@ class LinearDepthHead(nn.Module):
         if self.class_layer is not None:
             initialise(self.class_layer)
 
+    def initialise_as_published(self) -> None:
+        """Draws the first weights as torch does for one layer over patch and class token together."""
+        bound = (self.assembler.out_dim + self.assembler.class_dim) ** -0.5
+        for weights in self.token_layer.parameters():
+            nn.init.uniform_(weights, -bound, bound)
+        if self.class_layer is not None:
+            nn.init.uniform_(self.class_layer.weight, -bound, bound)
+
     def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch height width"]:
         """Depth in metres on `UPSAMPLING` times the token grid, or `training_upsampling` times in training."""
         # (b, c, h, w) -> (b, h, w, c) -> (b, bins, h, w)

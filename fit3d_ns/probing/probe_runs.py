@@ -96,7 +96,8 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         "patch_fit": request.backbones.patch_fit,
         "train": _describe_set(train),
         "test": _describe_set(test),
-        "config": asdict(config),
+        # Records from before there was `is_published` are of the same settings.
+        "config": {name: value for name, value in asdict(config).items() if name != "is_published" or value},
         "run": {name: value for name, value in asdict(request.run).items() if name != "num_threads"},
         "precision": request.precision,
     }

@@ -1,5 +1,6 @@
 """What a probe decides for itself, and every value of the public code."""
 
+import math
 from dataclasses import replace
 from typing import get_args
 
@@ -19,6 +20,7 @@ from fit3d_ns.probing.head_probe import (
     resolve_learning_rate,
 )
 from fit3d_ns.probing.head_trainer import OptimizationConfig, Schedule
+from fit3d_ns.probing.heads import LinearDepthHead
 from fit3d_ns.probing.probe_runs import PAPER_RUNS
 from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import create_accelerator
@@ -106,6 +108,24 @@ def test_paper__every_value_of_the_public_depth_and_classification_code() -> Non
     )
     assert probe.inputs.crop_size == (416, 544) and PAPER_DEPTH.loss_warmup_iterations == 100
     assert PAPER_DEPTH.num_bins == 256 and PAPER_DEPTH.bin_normalization == "linear" and PAPER_DEPTH.is_flip_averaged
+    head = probe.create_head("auto")
+    assert isinstance(head, LinearDepthHead) and head.class_layer is not None
+    inputs = head.token_layer.in_features + head.class_layer.in_features
+    reference = torch.nn.Conv2d(inputs, 256, 1)
+    for ours, theirs in (
+        (head.token_layer.weight, reference.weight),
+        (head.class_layer.weight, reference.weight),
+        (head.token_layer.bias, reference.bias),
+    ):
+        assert float(ours.abs().max()) <= inputs**-0.5 and float(ours.std() / theirs.std()) == pytest.approx(1, abs=0.1)
+    # The public SigLoss has no largest depth in its configuration; 12 m are beyond the 10 m of evaluation.
+    predictions = torch.tensor([[[2.0, 3.0], [5.0, 9.0]]])
+    targets = torch.tensor([[[2.5, 0.0], [4.0, 12.0]]])
+    loss = probe.compute_loss(predictions, targets, iteration=500)
+    logs = [math.log(p + 1e-3) - math.log(d + 1e-3) for p, d in ((2.0, 2.5), (5.0, 4.0), (9.0, 12.0))]
+    mean = sum(logs) / 3
+    variance = sum((value - mean) ** 2 for value in logs) / 2
+    assert float(loss.total) == pytest.approx(math.sqrt(variance + 0.15 * mean**2), rel=1e-5)
     classification = ClassificationProbe(
         PAPER_CLASSIFICATION, PAPER_RUNS["classification"], sets, backbones, "original", accelerator
     )

@@ -138,10 +138,11 @@ def test_report__a_second_report_does_not_read_the_first(two_rows: Report) -> No
         {"assembly": "concat", "finetuning": describe_finetuning(leave_one_out=True)},
         {"assembly": "concat", "finetuning": describe_finetuning(epochs=4.0)},
         {"backbone": describe_backbone(is_random=True)},
+        {"task": "depth", "data": ("scannetpp", 0, 4, 2), "config": {"head": "dpt"}},
     ],
 )
 def test_report__no_paper_value_for_other_data_backbones_or_methods(tmp_path: Path, changes: dict) -> None:
-    write_probe(tmp_path / "a.json", {0: {"miou": 0.5}}, **changes)
+    write_probe(tmp_path / "a.json", {0: {"miou": 0.5, "rmse": 0.5}}, **changes)
     assert "paper" not in make(tmp_path).markdown
 
 
