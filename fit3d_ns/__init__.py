@@ -6,4 +6,4 @@ import os
 # which for the fit3d commands is after this line.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
