@@ -33,10 +33,13 @@ from fit3d_ns.analysis.pca import PcaBasis, fit_colours, fit_pca
 from fit3d_ns.data.images import save_image
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor
-from fit3d_ns.lifting import LiftConfig, LiftView, create_lift_views, solve_features
 from fit3d_ns.lifting.blending import prepare_view
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.views import LiftView, create_lift_views
 from fit3d_ns.rasterization import rasterize_features
-from fit3d_ns.scene import ActivatedGaussians, PosedCapture, colour_features, create_posed_capture
+from fit3d_ns.scene import ActivatedGaussians, PosedCapture, create_posed_capture
+from fit3d_ns.scene.feature_scene import colour_features
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.results import collect_versions

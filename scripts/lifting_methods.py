@@ -11,16 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fit3d_ns.lifting import (
-    FeatureLoss,
-    FeatureLossConfig,
-    FeatureMetrics,
-    LiftConfig,
-    LiftView,
-    evaluate_features,
-    solve_features,
-)
 from fit3d_ns.lifting.blending import ViewBlender
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig, FeatureMetrics, evaluate_features
+from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene import ActivatedGaussians, FeatureDecoder, TokenReadingRule
 from fit3d_ns.utils.progress import measure_peak_memory_mb

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fit3d_ns.lifting import LiftConfig, LiftView, solve_features
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.scene import ActivatedGaussians
 from fit3d_ns.utils.progress import measure_peak_memory_mb
 from fit3d_ns.utils.selection import create_generator

@@ -10,7 +10,8 @@ from PIL import Image
 
 from fit3d_ns.geometry.cameras import create_K, viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import rasterization
-from fit3d_ns.scene import Gaussians, write_ply
+from fit3d_ns.scene import Gaussians
+from fit3d_ns.scene.ply import write_ply
 
 WIDTH, HEIGHT, FOCAL, NUM_GAUSSIANS = 64, 48, 40.0, 40
 BACKBONE = "random:vit_tiny_patch16_224"

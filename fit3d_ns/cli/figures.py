@@ -11,8 +11,14 @@ import tyro
 from fit3d_ns.cli.command import GROUP, UNSET, run_command
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.feature_figure import FeatureFigureConfig, save_feature_figure
-from fit3d_ns.report.feature_video import is_clip, load_clip_images, read_clip, save_feature_video
+from fit3d_ns.report.feature_figure import (
+    FeatureFigureConfig,
+    is_clip,
+    load_clip_images,
+    read_clip,
+    save_feature_figure,
+    save_feature_video,
+)
 from fit3d_ns.report.prediction_figure import read_predictions, save_prediction_figure
 from fit3d_ns.report.token_columns import load_figure_images, open_scenes
 from fit3d_ns.utils.device import DeviceChoice, choose_device

@@ -3,21 +3,17 @@
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from accelerate import Accelerator
 
 from fit3d_ns.cli.command import GROUP, UNSET, run_command
-from fit3d_ns.finetuning.config import PAPER, FinetuneConfig, RunConfig
-from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
+from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
-from fit3d_ns.finetuning.optimization import AnchorConfig, OptimizationConfig, TrainableConfig
 from fit3d_ns.finetuning.scene_bank import find_scenes, prepare_scene_files
-from fit3d_ns.finetuning.targets import TargetConfig
 from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.scene import FeatureScene
 from fit3d_ns.training.processes import Processes, create_accelerator
@@ -51,17 +47,7 @@ class FinetuneCommand:
     methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
     paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Set every value of the paper's public code; flags that are given still win."""
-    optimization: Annotated[OptimizationConfig, GROUP] = field(default_factory=OptimizationConfig)
-    sampling: Annotated[SamplingConfig, GROUP] = field(default_factory=SamplingConfig)
-    augmentation: Annotated[AugmentationConfig, GROUP] = field(default_factory=AugmentationConfig)
-    targets: Annotated[TargetConfig, GROUP] = field(default_factory=TargetConfig)
-    trainable: Annotated[TrainableConfig, GROUP] = field(default_factory=TrainableConfig)
-    anchors: Annotated[AnchorConfig, GROUP] = field(default_factory=AnchorConfig)
-    run: Annotated[RunConfig, GROUP] = field(default_factory=RunConfig)
-
-    @property
-    def config(self) -> FinetuneConfig:
-        return FinetuneConfig(**{part.name: getattr(self, part.name) for part in fields(FinetuneConfig)})
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name=""), GROUP] = field(default_factory=FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -70,13 +56,7 @@ class PaperFinetuneCommand(FinetuneCommand):
 
     paper: bool = True
     """Every value of the paper's public code is set; flags that are given still win."""
-    optimization: Annotated[OptimizationConfig, GROUP] = PAPER.optimization
-    sampling: Annotated[SamplingConfig, GROUP] = PAPER.sampling
-    augmentation: Annotated[AugmentationConfig, GROUP] = PAPER.augmentation
-    targets: Annotated[TargetConfig, GROUP] = PAPER.targets
-    trainable: Annotated[TrainableConfig, GROUP] = PAPER.trainable
-    anchors: Annotated[AnchorConfig, GROUP] = PAPER.anchors
-    run: Annotated[RunConfig, GROUP] = PAPER.run
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name=""), GROUP] = PAPER
 
 
 def run_finetune(command: FinetuneCommand) -> None:
@@ -88,37 +68,27 @@ def run_finetune(command: FinetuneCommand) -> None:
         raise ValueError(f"{both[0]} is given to --ckpts and to --val-ckpts; take it out of one of them.")
     accelerator = create_accelerator(command.device, config.optimization.precision, config.run.trackers, folder)
     processes = Processes(accelerator)
-    with ExitStack() as locks:
-        processes.run_on_main(lambda: locks.enter_context(lock_folder(folder)))
-        _run(command, scenes, validation, accelerator, processes)
-
-
-def _run(
-    command: FinetuneCommand,
-    scenes: list[Path],
-    validation: list[Path],
-    accelerator: Accelerator,
-    processes: Processes,
-) -> None:
-    config, folder = command.config, command.output_dir
     load_run = partial(_load_run, trust_config=command.trust_config)
+    with ExitStack() as locks:
 
-    def export() -> None:
-        for group in (scenes, validation):
-            prepare_scene_files(group, folder / EXPORT_FOLDER, load_run)
+        def prepare() -> None:
+            locks.enter_context(lock_folder(folder))
+            for group in (scenes, validation):
+                prepare_scene_files(group, folder / EXPORT_FOLDER, load_run)
 
-    processes.run_on_main(export)
-    files = [
-        prepare_scene_files(group, folder / EXPORT_FOLDER, load_run, may_export=False) for group in (scenes, validation)
-    ]
-    inputs = FinetuneInputs(files[0], files[1], command.backbone, command.backbone_weights)
-    try:
-        finetune(inputs, config, folder, command.device, accelerator)
-    except Interrupted as interruption:
-        if processes.is_main:
-            notice(f"Fine-tuning {interruption}.")
-        raise
-    processes.close()
+        processes.run_on_main(prepare)
+        files = [
+            prepare_scene_files(group, folder / EXPORT_FOLDER, load_run, may_export=False)
+            for group in (scenes, validation)
+        ]
+        inputs = FinetuneInputs(files[0], files[1], command.backbone, command.backbone_weights)
+        try:
+            finetune(inputs, config, folder, command.device, accelerator)
+        except Interrupted as interruption:
+            if processes.is_main:
+                notice(f"Fine-tuning {interruption}.")
+            raise
+        processes.close()
     if processes.is_main:
         print(f"Fine-tuned backbone: {folder}\nMetrics: {folder / REPORT_NAME}")
 

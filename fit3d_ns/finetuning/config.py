@@ -57,12 +57,12 @@ class RunConfig:
 class FinetuneConfig:
     """All choices of stage II."""
 
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     targets: TargetConfig = field(default_factory=TargetConfig)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
-    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

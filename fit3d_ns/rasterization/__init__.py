@@ -2,7 +2,6 @@
 
 from fit3d_ns.rasterization.arguments import RasterizeMode
 from fit3d_ns.rasterization.interface import (
-    BackendName,
     add_normal,
     available_backends,
     backproject_features,
@@ -13,7 +12,6 @@ from fit3d_ns.rasterization.interface import (
 )
 
 __all__ = [
-    "BackendName",
     "RasterizeMode",
     "add_normal",
     "available_backends",

@@ -2,21 +2,47 @@
 
 Each row has one PCA basis, fitted to the original's and the fine-tuned backbones' tokens together, or one set of
 matched clusters. Backbones of different widths have rows, and bases, of their own: their colours cannot be compared.
+
+Videos show a clip so, with one basis (or set of clusters) fitted to all frames, and give its temporal consistency.
+Clips are video files, read by OpenCV's own FFmpeg, or folders of frames; written is MP4 with VP9, which browsers play,
+or MPEG-4 part 2 where OpenCV was built without VP9.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
 from fit3d_ns.analysis.pictures import compose_panel, save_picture
+from fit3d_ns.analysis.temporal_consistency import TemporalMetrics, compute_temporal_consistency
+from fit3d_ns.data.images import VIDEO_SUFFIXES, list_images
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.token_colours import TokenColours, fit_cluster_colours, fit_pca_colours
-from fit3d_ns.report.token_columns import FigureImage, TokenColumn, extract_columns, list_column_labels
-from fit3d_ns.utils.files import write_json
+from fit3d_ns.report.token_columns import (
+    FigureImage,
+    SceneIndex,
+    TokenColumn,
+    extract_columns,
+    list_column_labels,
+    load_figure_image,
+    resize,
+)
+from fit3d_ns.utils.files import write_atomically, write_json
+from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.results import collect_versions
 
 ColourSharing = Literal["row", "backbone"]
+CODECS = ("vp09", "mp4v")
+"""Best first."""
+DEFAULT_FPS = 10.0
+"""Frames per second of folders of frames, and of files that do not say."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +107,167 @@ def save_feature_figure(
     return content
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A video."""
+
+    name: str
+    """Name of the file or folder."""
+    frames: list[Path | FigureImage]
+    """In the order of time: photographs to load, or frames of a video file at its own size."""
+    fps: float
+    """Frames per second of what was read, after frames were left out."""
+
+
+def is_clip(path: Path) -> bool:
+    """True for video files and folders."""
+    return path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def read_clip(path: Path, max_frames: int, frame_stride: int = 1) -> Clip:
+    """Reads a video file, or lists a folder of frames in the order of names.
+
+    Of every `frame_stride` frames one is taken, until there are `max_frames`. ValueError if the path is missing or
+    unreadable, has fewer than two frames, or a number is out of range.
+    """
+    if max_frames < 2 or frame_stride < 1:
+        raise ValueError(
+            f"{max_frames} frames at a stride of {frame_stride}; take at least 2 frames and a stride of 1."
+        )
+    frames: list[Path | FigureImage]
+    if path.is_dir():
+        frames, fps = [*list_images(path)[::frame_stride]], DEFAULT_FPS
+    else:
+        frames, fps = _read_video(path, max_frames, frame_stride)
+    if len(frames) < 2:
+        raise ValueError(f"{path} has {len(frames)} frames that can be read; a clip needs two or more.")
+    if len(frames) > max_frames:
+        notice(f"{path.name} is longer than {max_frames} frames; the rest is left out (--max-frames).")
+    return Clip(path.name, frames[:max_frames], fps)
+
+
+def write_video(frames: Iterable[UInt8[np.ndarray, "height width 3"]], path: Path, fps: float) -> str:
+    """Writes RGB frames of one size as MP4, whole or not at all, and returns the codec's four letters.
+
+    Odd sizes are padded by a pixel, which the codecs need. ValueError without a frame, or if OpenCV has none of the
+    codecs.
+    """
+    rest = iter(frames)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError(f"No frames to write into {path}.")
+    height, width = (side + side % 2 for side in first.shape[:2])
+    with write_atomically(path) as temporary:
+        # FFmpeg goes by the suffix.
+        draft = temporary.with_name(f"{temporary.name}.mp4")
+        try:
+            writer, codec = _open_writer(draft, fps, (width, height))
+            for frame in chain([first], rest):
+                padded = np.full((height, width, 3), 255, dtype=np.uint8)
+                padded[: frame.shape[0], : frame.shape[1]] = frame
+                writer.write(cv2.cvtColor(padded, cv2.COLOR_RGB2BGR))
+            writer.release()
+            os.replace(draft, temporary)
+        finally:
+            draft.unlink(missing_ok=True)
+    return codec
+
+
+def load_clip_images(clip: Clip, scene_index: SceneIndex, longest_side: int | None = None) -> list[FigureImage]:
+    """The frames of a clip, as scenes' views see them where scenes hold them.
+
+    ValueError names a frame that cannot be read, or that differs in size from the first.
+    """
+    images: list[FigureImage] = []
+    for frame in clip.frames:
+        if isinstance(frame, Path):
+            images.append(load_figure_image(frame, scene_index, longest_side))
+        else:
+            images.append(replace(frame, pixels=resize(frame.pixels, longest_side)))
+        if images[-1].size != images[0].size:
+            sizes = [f"{image.size[1]}x{image.size[0]}" for image in (images[-1], images[0])]
+            raise ValueError(f"{clip.name}: {frame.name} is {sizes[0]}, the first frame {sizes[1]}; give one size.")
+    return images
+
+
+def save_feature_video(
+    clip_name: str,
+    images: Sequence[FigureImage],
+    groups: Sequence[ComparedBackbones],
+    path: Path,
+    config: FeatureFigureConfig | None = None,
+    *,
+    fps: float,
+    has_scenes: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Writes the MP4 and, next to it, a JSON with the temporal consistency of each backbone; returns its content.
+
+    Each backbone has a row, or two for PCA and k-means; with `has_scenes` there is a column of rendered features.
+    The configuration's `sharing` has no meaning here: colours are always the clip's. ValueError for fewer than two
+    frames, more clusters than tokens, or no codec.
+    """
+    config = config or FeatureFigureConfig()
+    labels = list_column_labels(groups, has_scenes)
+    # Half precision: a clip's tokens are kept until its colours are known.
+    columns = [extract_columns(group, images, labels, device, torch.float16) for group in groups]
+    colours = [fit_colours_of(group, config) for group in columns]
+    measured = measure_columns(columns, images)
+    row_labels = [
+        f"{group.label}: {fitted.title}; temporal consistency "
+        + ", ".join(f"{label} {value.centred_cosine:.3f}" for label, value in of.items())
+        for group, of, fits in zip(groups, measured, colours, strict=True)
+        for fitted in fits
+    ]
+
+    def draw() -> Iterator[np.ndarray]:
+        for index, image in enumerate(track(images, "Drawing the clip")):
+            rows = [
+                [image.image, *paint_row(own, index, fitted, image.size)]
+                for own, fits in zip(columns, colours, strict=True)
+                for fitted in fits
+            ]
+            yield np.asarray(compose_panel(rows, ["input", *labels], row_labels))
+
+    codec = write_video(draw(), path, fps)
+    content = {
+        "kind": "report/feature_video",
+        "clip": clip_name,
+        "num_frames": len(images),
+        "fps": fps,
+        "codec": codec,
+        "backbones": [
+            {
+                **describe_group(group),
+                "temporal_consistency": {name: asdict(value) for name, value in of.items()},
+                "colours": {fitted.title: fitted.describe() for fitted in fits},
+            }
+            for group, of, fits in zip(groups, measured, colours, strict=True)
+        ],
+        "is_random": any(group.is_random for group in groups),
+        "versions": collect_versions(),
+    }
+    write_json(path.with_suffix(".json"), content)
+    return content
+
+
+def measure_columns(
+    groups: Sequence[Sequence[TokenColumn]], images: Sequence[FigureImage]
+) -> list[dict[str, TemporalMetrics]]:
+    """Temporal consistency of every backbone's column, by the column's label; rendered features are left out."""
+    measured = [
+        (number, column.label, [frame.tokens for frame in column.frames if frame is not None])
+        for number, columns in enumerate(groups)
+        for column in columns
+        if not (column.is_rendered or column.is_empty)
+    ]
+    metrics = compute_temporal_consistency([maps for *_, maps in measured], [image.pixels for image in images])
+    found: list[dict[str, TemporalMetrics]] = [{} for _ in groups]
+    for (number, label, _), value in zip(measured, metrics, strict=True):
+        found[number][label] = value
+    return found
+
+
 def fit_colours_of(columns: Sequence[TokenColumn], config: FeatureFigureConfig) -> list[TokenColours]:
     """The colours that the configuration asks for."""
     colours: list[TokenColours] = []
@@ -112,3 +299,36 @@ def _say(colours: TokenColours, sharing: ColourSharing) -> str:
     if colours.title == "PCA":
         return f"PCA, one basis for {whose}"
     return f"k-means by cosine, colours matched to the first column, clusters of {whose}"
+
+
+def _open_writer(path: Path, fps: float, size: tuple[int, int]) -> tuple[cv2.VideoWriter, str]:
+    for codec in CODECS:
+        writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), fps, size)
+        if writer.isOpened():
+            return writer, codec
+    raise ValueError(
+        f"This OpenCV ({cv2.__version__}) can write neither VP9 nor MPEG-4 video; "
+        "install opencv-python-headless from the package index."
+    )
+
+
+def _read_video(path: Path, max_frames: int, frame_stride: int) -> tuple[list[Path | FigureImage], float]:
+    """Frames, one more than wanted to know whether something is left out, and how many of them pass in a second."""
+    if not path.is_file():
+        raise ValueError(f"No such video: {path}.")
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    if not capture.isOpened():
+        raise ValueError(f"Video {path} cannot be read; OpenCV's FFmpeg does not know its format, or it is damaged.")
+    frames: list[Path | FigureImage] = []
+    try:
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        for number in count():
+            is_read, frame = capture.read()
+            if not is_read or len(frames) > max_frames:
+                break
+            if number % frame_stride == 0:
+                pixels = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+                frames.append(FigureImage(f"frame {number}", pixels))
+    finally:
+        capture.release()
+    return frames, (fps if fps > 0 else DEFAULT_FPS) / frame_stride

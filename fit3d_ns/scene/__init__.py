@@ -1,9 +1,9 @@
 """What a capture and a lifted scene are: `PosedCapture`, `FeatureScene`, `FeatureDecoder`, and their files."""
 
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
-from fit3d_ns.scene.feature_scene import FeatureScene, RenderedFeatures, colour_features, create_depth_view
+from fit3d_ns.scene.feature_scene import FeatureScene, create_depth_view
 from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
-from fit3d_ns.scene.ply import read_splats, write_ply
+from fit3d_ns.scene.ply import read_splats
 from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture
 from fit3d_ns.scene.scene_file import load_scene, save_scene
 from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader, read_at_tokens
@@ -14,10 +14,8 @@ __all__ = [
     "FeatureScene",
     "Gaussians",
     "PosedCapture",
-    "RenderedFeatures",
     "TokenReadingRule",
     "View",
-    "colour_features",
     "create_depth_view",
     "create_posed_capture",
     "create_token_reader",
@@ -25,5 +23,4 @@ __all__ = [
     "read_at_tokens",
     "read_splats",
     "save_scene",
-    "write_ply",
 ]

@@ -9,8 +9,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fit3d_ns.features import PAPER_BACKBONES, create_extractor, describe_backbone, list_backbones
 from fit3d_ns.features import backbones as backbones_module
+from fit3d_ns.features import create_extractor, describe_backbone
+from fit3d_ns.features.sources import PAPER_BACKBONES, list_backbones
 
 
 @pytest.mark.parametrize(

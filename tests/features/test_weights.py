@@ -7,7 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fit3d_ns.features import create_extractor, load_weights
+from fit3d_ns.features import create_extractor
+from fit3d_ns.features.weights import load_weights
 
 
 def _create(name, seed=1, **kwargs):

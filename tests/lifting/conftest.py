@@ -1,6 +1,6 @@
 import pytest
 
-from fit3d_ns.lifting import LiftView
+from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.scene import ActivatedGaussians
 from tests.lifting.lifting_scene import create_gaussians, create_views
 

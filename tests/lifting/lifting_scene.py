@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fit3d_ns.lifting import LiftView
+from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import rasterization, rasterize_features
 from fit3d_ns.scene import ActivatedGaussians
 

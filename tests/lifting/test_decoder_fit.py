@@ -4,8 +4,9 @@ import torch
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
-from fit3d_ns.lifting import DecoderStatistics, LiftConfig, fit_decoder, solve_features
-from fit3d_ns.lifting.decoder_fit import fit_token_basis
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder, fit_token_basis
+from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.scene import FeatureDecoder
 from fit3d_ns.scene.token_grid import create_token_reader
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fit3d_ns.lifting import FeatureLoss, FeatureLossConfig, compute_masked_l1, evaluate_features
+from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig, compute_masked_l1, evaluate_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from tests.lifting.lifting_scene import EMBED_DIM, compute_dense_blending
 from tests.lifting.lifting_scene import GRID as TOKEN_GRID

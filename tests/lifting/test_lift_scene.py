@@ -20,7 +20,8 @@ from fit3d_ns.lifting.sources import (
     read_scene_source,
 )
 from fit3d_ns.lifting.views import choose_views
-from fit3d_ns.scene import Gaussians, load_scene, save_scene, write_ply
+from fit3d_ns.scene import Gaussians, load_scene, save_scene
+from fit3d_ns.scene.ply import write_ply
 from tests.lift_capture import BACKBONE, COLMAP_TO_WORLD, move_gaussians, write_capture, write_gaussians
 
 CONFIG = LiftConfig(feature_dim=6, max_passes=3, seconds_per_checkpoint=0.0)

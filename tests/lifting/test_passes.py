@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fit3d_ns.lifting import LiftConfig, solve_features
+from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.passes import LiftState, ViewPasses, load_state
+from fit3d_ns.lifting.solver import solve_features
 
 CONFIG = LiftConfig(
     feature_dim=3,

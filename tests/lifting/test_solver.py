@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from fit3d_ns.analysis.pca import fit_pca
-from fit3d_ns.lifting import FeatureLoss, FeatureLossConfig, LiftConfig, blending, solve_features
+from fit3d_ns.lifting import blending
 from fit3d_ns.lifting.blending import prepare_view
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig
+from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.rasterization import backproject_features
 from tests.lifting.lifting_scene import (
     EMBED_DIM,

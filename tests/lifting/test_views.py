@@ -3,7 +3,9 @@ import torch
 from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.data.images import save_image
 from fit3d_ns.geometry.cameras import Lens, project_points
-from fit3d_ns.lifting import LiftConfig, create_lift_views, solve_features
+from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.views import create_lift_views
 from fit3d_ns.scene import create_posed_capture
 from tests.lifting.lifting_scene import create_gaussians
 

@@ -10,8 +10,15 @@ from PIL import Image
 from fit3d_ns.analysis.pca import map_to_colours
 from fit3d_ns.features import create_extractor
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.feature_figure import FeatureFigureConfig, save_feature_figure
-from fit3d_ns.report.feature_video import is_clip, load_clip_images, read_clip, save_feature_video, write_video
+from fit3d_ns.report.feature_figure import (
+    FeatureFigureConfig,
+    is_clip,
+    load_clip_images,
+    read_clip,
+    save_feature_figure,
+    save_feature_video,
+    write_video,
+)
 from fit3d_ns.report.token_colours import fit_cluster_colours, fit_pca_colours
 from fit3d_ns.report.token_columns import (
     FrameTokens,
@@ -212,7 +219,7 @@ def test_write_video__is_read_back(tmp_path: Path) -> None:
 def test_write_video__without_codecs_says_so_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fit3d_ns.report.feature_video.CODECS", ("none",))
+    monkeypatch.setattr("fit3d_ns.report.feature_figure.CODECS", ("none",))
     with pytest.raises(ValueError, match="can write neither VP9 nor MPEG-4"):
         write_video([np.zeros((16, 16, 3), dtype=np.uint8)], tmp_path / "clip.mp4", 5.0)
     assert list(tmp_path.iterdir()) == []
