@@ -41,15 +41,10 @@ _NUM_PARAMETERS = (3, 4, 4, 5, 8, 8, 12, 5, 4, 5, 12, 16)
 """How many parameters each of COLMAP's camera models has, by the model's number."""
 
 
-def find_colmap_model(root: Path) -> Path | None:
-    """The model with most registered images in the first of the usual folders that has models, or None."""
-    return next(iter(_find_models(Path(root))), None)
-
-
 def read_colmap(path: Path) -> CaptureFiles:
     """Reads a folder with a COLMAP model and `images`; a piece that is missing or wrong is a ValueError."""
     root = Path(path)
-    models = _find_models(root)
+    models = find_colmap_models(root)
     if not models:
         raise ValueError(f"{root} has no COLMAP model: no cameras.bin or cameras.txt in {', '.join(_MODEL_FOLDERS)}.")
     model = models[0]
@@ -109,7 +104,7 @@ def write_colmap_points(points: PointCloud, path: Path) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
-def _find_models(root: Path) -> list[Path]:
+def find_colmap_models(root: Path) -> list[Path]:
     """The models of the first usual folder that has some, that with most registered images first."""
     for base in (root / folder for folder in _MODEL_FOLDERS):
         folders = [base, *sorted(path for path in base.glob("*") if path.is_dir())]

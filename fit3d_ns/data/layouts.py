@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from fit3d_ns.data.capture_checks import check_capture
-from fit3d_ns.data.colmap import find_colmap_model, read_colmap
+from fit3d_ns.data.colmap import find_colmap_models, read_colmap
 from fit3d_ns.data.frames import CaptureFiles, Layout
 from fit3d_ns.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_visible
 from fit3d_ns.data.scannetpp import read_scannetpp
@@ -67,7 +67,7 @@ def _find_layout(path: Path) -> Layout:
         return "scannetpp"
     if (path / "transforms.json").is_file():
         return "nerfstudio"
-    if find_colmap_model(path) is not None:
+    if find_colmap_models(path):
         return "colmap"
     scenes = sorted(child.name for child in path.iterdir() if (child / "dslr").is_dir())
     if scenes:

@@ -46,18 +46,11 @@ _MAX_DIGITS = 19
 """Longest count in a header; more vertices have no place in any file."""
 
 
-def read_ply_vertices(path: Path) -> np.ndarray:
-    """Reads all vertices as a 1-D structured array with one field per property; binary files are memory-mapped.
-
-    ValueError where the file is missing, cut short, not a PLY, or has lists among the vertices or before them.
-    """
-    return read_ply_elements(path)["vertex"]
-
-
 def read_ply_elements(path: Path) -> dict[str, np.ndarray]:
-    """Reads the vertices as `read_ply_vertices` does and the elements around them, up to the first with lists.
+    """Reads the elements, up to the first after the vertices (`vertex`) that has lists, by name.
 
-    ValueError as there, and where an element after the vertices is cut short.
+    Each is a 1-D structured array with one field per property; binary files are memory-mapped. ValueError where the
+    file is missing, cut short, not a PLY, or has lists among the vertices or before them.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,7 +93,7 @@ def read_ply_points(path: Path) -> PointCloud | None:
     [0, 1]; or those of Gaussians (`f_dc_0..2`). Points without colours are grey, those without a finite position are
     left out.
     """
-    vertices = read_ply_vertices(path)
+    vertices = read_ply_elements(path)["vertex"]
     names = vertices.dtype.names or ()
     if not {"x", "y", "z"} <= set(names):
         raise ValueError(f"{path} has no vertex properties x, y, z but {', '.join(names)}.")
@@ -169,11 +162,6 @@ _SH_RANGE = 8.0
 """Width of the range, about 0, in which harmonics are stored."""
 
 
-def is_packed(elements: Mapping[str, np.ndarray]) -> bool:
-    """Whether the elements of a PLY file are those of a compressed one."""
-    return "packed_position" in (elements["vertex"].dtype.names or ())
-
-
 def unpack_splats(elements: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
     """The vertices as an uncompressed PLY has them: a structured array with float32 properties.
 
@@ -217,8 +205,11 @@ def unpack_splats(elements: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
         ),
         **_name(("rot_0", "rot_1", "rot_2", "rot_3"), _unpack_rotations(rotation)),
     }
-    if harmonics is not None:
-        columns |= {name: _unpack_harmonics(harmonics[name]) for name in harmonics.dtype.names or ()}
+    for name in () if harmonics is None else harmonics.dtype.names or ():
+        # Bytes name the middles of 256 equal parts; the outermost two the ends.
+        values = harmonics[name]
+        shares = np.where(values == 0, 0.0, np.where(values == 255, 1.0, (values + 0.5) / 256.0))
+        columns[name] = (shares - 0.5) * _SH_RANGE
     unpacked = np.empty(len(vertices), [(name, "<f4") for name in columns])
     for name, values in columns.items():
         unpacked[name] = values
@@ -244,12 +235,6 @@ def _unpack_rotations(packed: np.ndarray) -> np.ndarray:
         rows = which == place
         quats[rows] = np.insert(others[rows], place, largest[rows], axis=1)
     return quats
-
-
-def _unpack_harmonics(values: np.ndarray) -> np.ndarray:
-    # Bytes name the middles of 256 equal parts; the outermost two the ends.
-    shares = np.where(values == 0, 0.0, np.where(values == 255, 1.0, (values + 0.5) / 256.0))
-    return (shares - 0.5) * _SH_RANGE
 
 
 def _name(names: tuple[str, ...], columns: np.ndarray) -> dict[str, np.ndarray]:

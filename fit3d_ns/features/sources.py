@@ -122,9 +122,11 @@ def find_backbone_folder(backbone: str) -> Path | None:
         return None
     if os.sep in backbone or backbone.startswith((".", "~")):
         return Path(backbone).expanduser()
-    if (Path(backbone) / "config.json").is_file() and not _is_known(backbone):
-        return Path(backbone)
-    return None
+    if not (Path(backbone) / "config.json").is_file() or backbone in (*PAPER_BACKBONES, TOY_BACKBONE):
+        return None
+    from timm.models import is_model, split_model_name_tag
+
+    return None if is_model(split_model_name_tag(backbone)[0]) else Path(backbone)
 
 
 def _read_folder(folder: Path, weights: Path | None) -> BackboneSource:
@@ -217,12 +219,6 @@ def _resolve_architecture(given: str) -> str:
     is_folder = not given.startswith((RANDOM_PREFIX, _HUB_PREFIX))
     beside = f" There is no folder {given} with a config.json either." if is_folder else ""
     raise ValueError(f"Unknown backbone {given!r}; did you mean {', '.join(nearest)}?{beside}")
-
-
-def _is_known(name: str) -> bool:
-    from timm.models import is_model, split_model_name_tag
-
-    return name in PAPER_BACKBONES or name == TOY_BACKBONE or is_model(split_model_name_tag(name)[0])
 
 
 def _hash_published_name(architecture: str) -> str:

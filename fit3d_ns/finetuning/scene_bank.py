@@ -40,7 +40,7 @@ from fit3d_ns.utils.device import choose_budget_gb
 from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly
-from fit3d_ns.utils.tensor_store import TensorStore
+from fit3d_ns.utils.tensor_files import TensorStore
 
 CPU_SCENES_GB = 8.0
 """Ready scenes on a CPU take at most this by default, in 1e9 bytes."""

@@ -28,7 +28,7 @@ from fit3d_ns.finetuning.scene_bank import (
 )
 from fit3d_ns.scene import FeatureScene, TokenReadingRule, create_token_reader
 from fit3d_ns.utils.files import hash_bytes
-from fit3d_ns.utils.tensor_store import TensorStore
+from fit3d_ns.utils.tensor_files import TensorStore
 
 TARGET_FOLDER = "targets"
 """Below the output folder, with the averaged features of scenes below itself; removed when training has ended."""

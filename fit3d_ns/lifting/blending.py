@@ -23,6 +23,7 @@ from fit3d_ns.scene import FeatureScene, PosedCapture, View
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.scene.token_grid import average_over_cells, spread_tokens
 from fit3d_ns.utils.device import choose_budget_gb
+from fit3d_ns.utils.tensor_files import BoundedMemory
 
 CPU_CACHE_GB = 1.024
 """Projections kept on a CPU by default, in 1e9 bytes."""
@@ -122,22 +123,15 @@ class ViewBlender:
         self.views = views
         self.config = config
         self.samples_per_patch = samples_per_patch
-        self._kept: dict[int, PreparedView] = {}
         memory_mb = choose_cache_mb(config, gaussians.means.device) if memory_mb is None else memory_mb
-        self._bytes_left = int(memory_mb * 1e6)
+        self._kept: BoundedMemory[PreparedView] = BoundedMemory(int(memory_mb * 1e6))
 
     def prepare(self, index: int) -> PreparedView:
-        """Projects a view and reads its tokens, or takes it from the kept ones.
-
-        The first views that fit stay for good: passes go round in one order, where dropping the least recently used
-        would always drop the one that is needed next.
-        """
-        if index in self._kept:
-            return self._kept[index]
-        prepared = prepare_view(self.gaussians, self.views[index], self.samples_per_patch)
-        if prepared.num_bytes <= self._bytes_left:
-            self._bytes_left -= prepared.num_bytes
-            self._kept[index] = prepared
+        """Projects a view and reads its tokens, or takes it from the kept ones."""
+        prepared = self._kept.get(index)
+        if prepared is None:
+            prepared = prepare_view(self.gaussians, self.views[index], self.samples_per_patch)
+            self._kept.keep(index, prepared, prepared.num_bytes)
         return prepared
 
     def add_normal(

@@ -37,17 +37,21 @@ class ConjugateGradients:
         self._tensors = passes.state.tensors
         self._numbers = passes.state.numbers
         numerator, denominator = (self._tensors[name] for name in sums)
-        self._penalty = compute_penalty(denominator, config.regularization)
+        # The Tikhonov weight L is in proportion to the mean weight of the Gaussians that have any.
+        seen = denominator[denominator > 0]
+        self._penalty = config.regularization * float(seen.mean()) if len(seen) else 0.0
         self._diagonal = (denominator + self._penalty)[:, None]
         self._right_side = numerator + self._penalty * weighted_sum
 
     def solve(self) -> Float[Tensor, "num_gaussians dim"]:
         """Runs from zero until the true residual is small or passes are used up."""
+        config = self.config
         if "solution" not in self._tensors:
             self._start()
         while not self._numbers["is_solved"] and self._may_go_on():
             self.passes.save_if_due()
-            if self._is_residual_due():
+            steps, interval = self._numbers["steps_since_truth"], config.steps_per_true_residual
+            if steps > 0 and (self._is_small() or 0 < interval <= steps):
                 self._compute_true_residual()
             else:
                 self._step()
@@ -72,10 +76,6 @@ class ConjugateGradients:
         is_certainly_small = self._is_small() and self._numbers["steps_since_truth"] == 0
         may_begin = self._numbers["passes"] < self.config.max_passes and not is_certainly_small
         return may_begin or bool(self.passes.state.current_pass)
-
-    def _is_residual_due(self) -> bool:
-        steps, interval = self._numbers["steps_since_truth"], self.config.steps_per_true_residual
-        return steps > 0 and (self._is_small() or 0 < interval <= steps)
 
     def _step(self) -> None:
         tensors, name = self._tensors, f"solve {int(self._numbers['passes']) + 1}"
@@ -130,12 +130,6 @@ def compute_weighted_sum(
 ) -> Float[Tensor, "num_gaussians dim"]:
     """The normalised weighted sum; zero for Gaussians without weight."""
     return torch.where(denominator[:, None] > 0, numerator / denominator[:, None].clamp(min=1e-12), 0.0)
-
-
-def compute_penalty(denominator: Float[Tensor, " num_gaussians"], regularization: float) -> float:
-    """The Tikhonov weight L: `regularization` times the mean weight of the Gaussians that have any."""
-    seen = denominator[denominator > 0]
-    return regularization * float(seen.mean()) if len(seen) else 0.0
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

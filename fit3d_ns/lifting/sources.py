@@ -207,7 +207,7 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
         changes = [own.after(change) for own in read_similarity(config.ply_transform) for change in changes]
         description = f"PLY {Path(ply).name} moved by {config.ply_transform.name}"
     change, fit = find_best(changes)
-    turned = gaussians.with_quats_as_xyzw()
+    turned = replace(gaussians, quats=gaussians.quats[:, [3, 0, 1, 2]])
     other_order = measure(replace(create(change), gaussians=turned))
     if other_order.psnr > fit.psnr + OTHER_ORDER_DB:
         notice(

@@ -21,7 +21,7 @@ _SPREAD = 4.0
 raises the held-out cosine and makes depth and colour coarser."""
 _THINNESS = 0.1
 """Standard deviation along the normal, in the smaller one along the surface, where points lie in a plane."""
-_NUM_NEIGHBOURS = 16
+_NUM_NEIGHBOURS, _NUM_ROUNDS = 16, 2
 _LARGEST_RESIDUAL = 0.25
 """Root mean square distance from the plane of a merged cell, in sides of the smallest cell."""
 _LEAST_AGREEMENT = 0.97
@@ -80,11 +80,11 @@ def estimate_normals(
     return np.where((normals * towards).sum(axis=1, keepdims=True) < 0, -normals, normals)
 
 
-def smooth_along_normals(points: SurfacePoints, cell: float, num_rounds: int = 2) -> SurfacePoints:
+def smooth_along_normals(points: SurfacePoints, cell: float) -> SurfacePoints:
     """Moves points along their normals to the plane of their neighbours: layers of a noisy surface become one."""
     reach = 2.5 * np.maximum(points.spacing, cell)
     xyz, normals = points.xyz, points.normals
-    for _ in range(num_rounds):
+    for _ in range(_NUM_ROUNDS):
         distances, indices = cKDTree(xyz).query(xyz, min(_NUM_NEIGHBOURS, len(xyz)))
         weights = np.exp(-2.0 * (distances / reach[:, None]) ** 2)
         # Neighbours around a corner or on the back of a thin wall do not count.
@@ -163,10 +163,6 @@ class _Moments:
         return np.sqrt(np.maximum(self.sums[:, 16] / self.sums[:, 0] - (self.rgb**2).sum(axis=1), 0.0))
 
     @property
-    def least_variance(self) -> np.ndarray:
-        return self.sums[:, 17] / self.sums[:, 0]
-
-    @property
     def spacing(self) -> np.ndarray:
         return self.sums[:, 18] / self.sums[:, 0]
 
@@ -187,7 +183,7 @@ def _create_gaussians(cells: _Moments) -> Gaussians:
     axes = np.stack([first, np.cross(normal, first)], axis=2)
     spread, turn = np.linalg.eigh(axes.transpose(0, 2, 1) @ covariance @ axes)
     axes = axes @ turn
-    along = _SPREAD * np.sqrt(np.maximum(spread, 0.0) + cells.least_variance[:, None])
+    along = _SPREAD * np.sqrt(np.maximum(spread, 0.0) + cells.sums[:, 17:18] / cells.count)
     across = np.sqrt(cells.residual**2 + (_THINNESS * along[:, 0]) ** 2)
     rotation = np.concatenate([axes, np.cross(axes[..., 0], axes[..., 1])[..., None]], axis=2)
     scales = np.column_stack([along, across])

@@ -18,7 +18,7 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 from torch import Tensor
 
-from fit3d_ns.data.frames import CaptureFiles, Frame
+from fit3d_ns.data.frames import CaptureFiles, Frame, create_lens
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import Lens, transform_points
 from fit3d_ns.utils.progress import notice, notice_once
@@ -136,11 +136,8 @@ def read_lens(cameras: Cameras, index: int) -> Lens:
         if not is_fisheye and k4 != 0.0:
             raise ValueError(f"Camera {index} has Brown's k4 = {k4}; only k1 k2 k3 p1 p2 can be undistorted.")
         distortion = (k1, k2, k3, k4) if is_fisheye else (k1, k2, p1, p2, k3)
-    if not is_fisheye and not any(distortion):
-        distortion = ()
-    intrinsics: dict[str, Any] = {name: getattr(cameras, name)[index].item() for name in INTRINSICS}
-    model: Any = "fisheye" if is_fisheye else ("opencv" if distortion else "pinhole")
-    return Lens(**intrinsics, model=model, distortion=distortion)
+    fx, fy, cx, cy, width, height = (float(getattr(cameras, name)[index].item()) for name in INTRINSICS)
+    return create_lens((fx, fy, cx, cy), (width, height), distortion, is_fisheye, f"Camera {index}")
 
 
 def _distortion_parameters(lens: Lens) -> list[float]:

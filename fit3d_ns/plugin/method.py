@@ -4,7 +4,6 @@ Every `ns-*` command of every method imports this module, so it imports no kerne
 """
 
 import warnings
-from importlib import metadata
 
 import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
@@ -49,13 +48,12 @@ def check_versions() -> None:
 
 def describe_problem(package: str, first: str, beyond: str) -> str | None:
     """What is wrong with the installed version of a package, or None; it works from `first` up to below `beyond`."""
-    try:
-        installed = metadata.version(package)
-    except metadata.PackageNotFoundError:
+    installed = kernels.find_version(package)
+    if installed is None:
         return f"fit3d_ns needs {package} >= {first}, which is not installed; see the README's install section."
-    if Version(installed) < Version(first):
+    if installed < Version(first):
         return f"fit3d_ns needs {package} >= {first}, found {installed}, too old; see the README's install section."
-    if Version(installed) >= Version(beyond):
+    if installed >= Version(beyond):
         return f"fit3d_ns is tried with {package} < {beyond}, found {installed}, which is newer; expect differences."
     return None
 

@@ -209,7 +209,8 @@ def _read_capture(config: Any, state: dict[str, Tensor]) -> PosedCapture:
     prefix = "camera_optimizer."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     optimizer.load_state_dict(own, strict=False)
-    views = train.capture.replace_camera_to_worlds(list(correct_poses(optimizer, train.cameras))).views
+    poses = correct_poses(optimizer, train.cameras).cpu().float()
+    views = [replace(view, camera_to_world=pose) for view, pose in zip(train.capture.views, poses, strict=True)]
     known = {view.name for view in views}
     views = [*views, *(view for view in test.capture.views if view.name not in known)]
     return replace(train.capture, views=views)

@@ -193,10 +193,10 @@ class HeadProbe(ABC, Generic[Config]):
             yield from iterate_augmented(draws, frames, self.inputs, self.backbones, seed, threads, share)
             return
         for batch in draws:
-            chosen = [frames[draw.index] for draw in batch]
+            chosen = [frames[index] for _, index in batch]
             keys = [
-                self.inputs.choose_key(frame, create_numpy_generator(seed, draw.position))
-                for frame, draw in zip(chosen, batch, strict=True)
+                self.inputs.choose_key(frame, create_numpy_generator(seed, position))
+                for frame, (position, _) in zip(chosen, batch, strict=True)
             ]
             yield stack_features(self.memory.fetch(keys, chosen, self.inputs), self.fill)
 

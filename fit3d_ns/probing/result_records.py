@@ -84,7 +84,7 @@ def summarise_seeds(per_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     items = list(by_seed.values())
     summary = _combine(items, _mean)
     if len(items) > 1:
-        summary["spread"] = _combine(items, _deviation)
+        summary["spread"] = _combine(items, lambda values: statistics.stdev(values) if len(values) > 1 else None)
     return {**summary, "per_seed": by_seed}
 
 
@@ -134,10 +134,6 @@ def _mean(values: Sequence[float | int]) -> float | int | None:
     if all(isinstance(value, int) for value in values) and len(set(values)) == 1:
         return values[0]
     return sum(values) / len(values)
-
-
-def _deviation(values: Sequence[float | int]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _sorted(value: Any) -> Any:

@@ -21,13 +21,15 @@ from fit3d_ns.probing.datasets.frames import LabelledFrame
 from fit3d_ns.probing.frozen_features import FrozenBackbones, FrozenFeatures
 from fit3d_ns.probing.pictures import Picture, PictureKey
 from fit3d_ns.utils.selection import EpochSequence, create_generator, derive_seed, list_positions, load_ahead
-from fit3d_ns.utils.tensor_store import BoundedMemory, count_bytes
+from fit3d_ns.utils.tensor_files import BoundedMemory, count_bytes
 
 BYTES_PER_GB = 1e9
 _FLOAT16_MAX = 6e4
 
 Batch = tuple[FrozenFeatures, Tensor]
 """Features, and targets to train on."""
+Draw = tuple[int, int]
+"""A position, counted from 0 over all iterations, which seeds augmentation; and the number of the sample seen there."""
 
 
 class Inputs(ABC):
@@ -46,14 +48,6 @@ class Inputs(ABC):
         """A new picture, by the published random augmentation."""
 
 
-@dataclass(frozen=True)
-class Draw:
-    """Which sample of the set is seen at a position, counted from 0 over all iterations; it seeds augmentation."""
-
-    position: int
-    index: int
-
-
 def iterate_draws(
     num_samples: int, batch_size: int, num_iterations: int, seed: int, process: int = 0, num_processes: int = 1
 ) -> Iterator[list[Draw]]:
@@ -65,7 +59,7 @@ def iterate_draws(
     sequence = EpochSequence(num_samples, create_order)
     for iteration in range(num_iterations):
         positions = list_positions(iteration, batch_size // num_processes, process, num_processes)
-        yield [Draw(position, sequence[position].item) for position in positions]
+        yield [(position, sequence[position].item) for position in positions]
 
 
 def check_batch(batch_size: int, num_processes: int, images_per_group: int = 1) -> None:
@@ -135,7 +129,8 @@ def iterate_augmented(
     """Batches of new pictures; `batch_size` of them are loaded ahead."""
 
     def create(draw: Draw) -> Picture:
-        return inputs.augment(frames[draw.index], create_numpy_generator(seed, draw.position))
+        position, index = draw
+        return inputs.augment(frames[index], create_numpy_generator(seed, position))
 
     loaded = load_ahead((draw for batch in draws for draw in batch), create, num_threads, batch_size)
     while pictures := list(islice(loaded, batch_size)):

@@ -176,10 +176,6 @@ class Gaussians:
         """The same Gaussians with other features, which take the stored type."""
         return replace(self, features=features.to(STORED_DTYPES["features"]))
 
-    def with_quats_as_xyzw(self) -> "Gaussians":
-        """The same Gaussians if their quaternions had been written in the order xyzw."""
-        return replace(self, quats=self.quats[:, [3, 0, 1, 2]])
-
     def activate(self, rasterize_mode: RasterizeMode = "classic", eps2d: float = 0.3) -> "ActivatedGaussians":
         """Exponential, sigmoid and float32; mode and blur are those the Gaussians were trained with."""
         return ActivatedGaussians(

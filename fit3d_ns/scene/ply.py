@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.data.ply import is_packed, read_ply_elements, unpack_splats, write_ply_vertices
+from fit3d_ns.data.ply import read_ply_elements, unpack_splats, write_ply_vertices
 from fit3d_ns.features import BackboneDescription
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
@@ -74,9 +74,14 @@ def read_ply(path: Path) -> tuple[Gaussians, int]:
     NaN, infinite or too large. ValueError where the file is missing, cut short, not a PLY, or lacks what a Gaussian
     needs.
     """
-    _refuse_other_formats(path)
+    if path.suffix.lower() in _OTHER_FORMATS or path.name == "meta.json":
+        raise ValueError(
+            f"{path} is not a PLY file; make one with `npx @playcanvas/splat-transform {path.name} splat.ply`."
+        )
     elements = read_ply_elements(path)
-    vertices = unpack_splats(elements, path) if is_packed(elements) else elements["vertex"]
+    vertices = elements["vertex"]
+    if "packed_position" in (vertices.dtype.names or ()):
+        vertices = unpack_splats(elements, path)
     names = vertices.dtype.names or ()
     if not len(vertices):
         raise ValueError(f"{path} holds no Gaussians.")
@@ -164,14 +169,6 @@ def _read_gsplat_checkpoint(path: Path) -> tuple[Gaussians, int]:
     if gaussians.num_gaussians == 0:
         raise ValueError(f"{path} holds no usable Gaussian ({len(splats['means'])} in the file, all NaN or infinite).")
     return gaussians, len(splats["means"]) - gaussians.num_gaussians
-
-
-def _refuse_other_formats(path: Path) -> None:
-    """Raises ValueError for formats of splats that are not read, with the name of a converter."""
-    if path.suffix.lower() in _OTHER_FORMATS or path.name == "meta.json":
-        raise ValueError(
-            f"{path} is not a PLY file; make one with `npx @playcanvas/splat-transform {path.name} splat.ply`."
-        )
 
 
 def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None:

@@ -8,7 +8,6 @@ every path is relative to the root.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -159,11 +158,6 @@ class PosedCapture:
     def compute_undistortion(self, view: View) -> Undistortion:
         """How the photograph, at the view's size, is moved into the view."""
         return compute_undistortion(view.lens)
-
-    def replace_camera_to_worlds(self, camera_to_worlds: Sequence[Float[Tensor, "3 4"]]) -> "PosedCapture":
-        """The same capture with other poses in the training frame, one per view (a camera optimizer's result)."""
-        pairs = zip(self.views, camera_to_worlds, strict=True)
-        return replace(self, views=[replace(view, camera_to_world=pose.detach().cpu().float()) for view, pose in pairs])
 
     def move(self, data_root: Path) -> "PosedCapture":
         """The same capture below another folder, all relative paths kept."""

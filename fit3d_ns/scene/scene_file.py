@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription
@@ -92,12 +91,13 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
     header, file = _read_file(path)
     tensors = file.tensors
     try:
+        pca = {name: tensors[f"pca.{name}"] for name in _PCA_TENSORS} if "pca.mean" in tensors else None
         scene = FeatureScene(
             gaussians=Gaussians(**{name: tensors[name] for name in STORED_DTYPES if name in tensors}),
             decoder=FeatureDecoder.from_weights(tensors["decoder.weight"], tensors.get("decoder.bias")),
             posed_capture=parse_capture(header["capture"]),
             backbone=BackboneDescription.from_metadata(header["backbone"], header.get("backbone_place")),
-            pca=_parse_pca(tensors, header["pca_total_variance"]) if "pca.mean" in tensors else None,
+            pca=None if pca is None else PcaBasis(**pca, total_variance=float(header["pca_total_variance"])),
             token_reading=_choose(header["token_reading"], get_args(TokenReadingRule)),
             rasterize_mode=_choose(header["rasterize_mode"], get_args(RasterizeMode)),
             eps2d=float(header["eps2d"]),
@@ -170,7 +170,3 @@ def _choose(value: Any, known: tuple[Any, ...]) -> Any:
     if value not in known:
         raise ValueError(f"{value!r} is none of {', '.join(known)}")
     return value
-
-
-def _parse_pca(tensors: dict[str, Tensor], total_variance: float) -> PcaBasis:
-    return PcaBasis(**{name: tensors[f"pca.{name}"] for name in _PCA_TENSORS}, total_variance=float(total_variance))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.data.ply import read_ply_points, read_ply_vertices, write_ply_vertices
+from fit3d_ns.data.ply import read_ply_elements, read_ply_points, write_ply_vertices
 
 XYZ = [[1.5, -2.0, 3.25], [0.0, 4.0, -1.0]]
 RGB = [[1, 2, 3], [250, 128, 0]]
@@ -45,7 +45,7 @@ def test_read_ply__ascii(tmp_path: Path) -> None:
     (tmp_path / "a.ply").write_text(ASCII)
     cloud = read_ply_points(tmp_path / "a.ply")
     assert cloud is not None and cloud.xyz.tolist() == XYZ and cloud.rgb.tolist() == RGB
-    assert read_ply_vertices(tmp_path / "a.ply")["nx"].tolist() == [9.0, 9.0]
+    assert read_ply_elements(tmp_path / "a.ply")["vertex"]["nx"].tolist() == [9.0, 9.0]
 
 
 @pytest.mark.parametrize(("name", "order"), [("binary_little_endian", "<"), ("binary_big_endian", ">")])
@@ -61,7 +61,7 @@ def test_read_ply__binary_with_doubles_and_float_colours(tmp_path: Path, name: s
     assert cloud is not None and cloud.xyz.tolist() == XYZ and cloud.rgb.tolist() == RGB
     (tmp_path / "a.ply").write_bytes(header.encode() + body[:-4])
     with pytest.raises(ValueError, match="cut short: fewer than 2 vertices"):
-        read_ply_vertices(tmp_path / "a.ply")
+        read_ply_elements(tmp_path / "a.ply")["vertex"]
 
 
 def test_write_ply__agrees_with_another_reader(tmp_path: Path) -> None:
@@ -81,10 +81,10 @@ def test_write_ply__agrees_with_another_reader(tmp_path: Path) -> None:
 def test_write_ply__round_trip(tmp_path: Path, order: str) -> None:
     vertices = make_vertices()
     write_ply_vertices(vertices.astype(vertices.dtype.newbyteorder(order)), tmp_path / "a.ply")
-    read = read_ply_vertices(tmp_path / "a.ply")
+    read = read_ply_elements(tmp_path / "a.ply")["vertex"]
     assert read.dtype == vertices.dtype and np.array_equal(read, vertices)
     write_ply_vertices(vertices[:0], tmp_path / "a.ply")
-    assert len(read_ply_vertices(tmp_path / "a.ply")) == 0 and read_ply_points(tmp_path / "a.ply") is None
+    assert len(read_ply_elements(tmp_path / "a.ply")["vertex"]) == 0 and read_ply_points(tmp_path / "a.ply") is None
 
 
 def test_read_ply_points__without_colours_is_grey(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.training.processes import Processes, create_accelerator
-from fit3d_ns.utils.tensor_store import TensorStore
+from fit3d_ns.utils.tensor_files import TensorStore
 from tests.finetuning import finetuning_scene  # noqa: F401 - registers the backbone with timm.
 from tests.finetuning.finetuning_scene import BACKBONE
 

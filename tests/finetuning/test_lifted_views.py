@@ -24,7 +24,7 @@ from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting import blending
 from fit3d_ns.rasterization import project, rasterize_features
 from fit3d_ns.scene import load_scene, save_scene
-from fit3d_ns.utils.tensor_store import TensorStore
+from fit3d_ns.utils.tensor_files import TensorStore
 from tests.finetuning.finetuning_scene import HEIGHT, PATCH, WIDTH, create_lens, create_scene, save_new_scene
 
 
@@ -160,8 +160,9 @@ def test_compute_average_hash__changes_with_masks_and_views_and_nothing_else(tmp
     scene = create_scene(tmp_path, num_frames=7)
     names = [compute_average_hash(scene), compute_average_hash(scene, max_views=3)]
     names += [compute_average_hash(replace(scene, lifted_views=("images/2.png", "images/6.png")))]
-    moved = [view.camera_to_world + 0.01 for view in scene.posed_capture.views]
-    names += [compute_average_hash(replace(scene, posed_capture=scene.posed_capture.replace_camera_to_worlds(moved)))]
+    capture = scene.posed_capture
+    moved = [replace(view, camera_to_world=view.camera_to_world + 0.01) for view in capture.views]
+    names += [compute_average_hash(replace(scene, posed_capture=replace(capture, views=moved)))]
     # The held-out view takes no part.
     save_image(torch.zeros(HEIGHT, WIDTH, 3, dtype=torch.uint8), scene.posed_capture.views[6].frame.mask_path)
     assert compute_average_hash(scene) == names[0] == compute_average_hash(scene, max_views=64)

@@ -14,7 +14,7 @@ from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_tar
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import backproject_features, project
 from fit3d_ns.scene import FeatureDecoder, save_scene
-from fit3d_ns.utils.tensor_store import TensorStore
+from fit3d_ns.utils.tensor_files import TensorStore
 from tests.finetuning.finetuning_scene import (
     BACKBONE,
     DISTORTED,

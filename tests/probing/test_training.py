@@ -54,10 +54,10 @@ def test_schedule__cosine_and_one_cycle() -> None:
 
 def test_iterate_draws__every_sample_once_per_epoch_and_shares_that_add_up() -> None:
     whole = [draw for batch in iterate_draws(10, 4, 10, seed=3) for draw in batch]
-    assert [draw.position for draw in whole] == list(range(40))
+    assert [position for position, _ in whole] == list(range(40))
     for epoch in range(4):
-        assert sorted(draw.index for draw in whole[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert [draw.index for draw in whole[:10]] != [draw.index for draw in whole[10:20]]
+        assert sorted(index for _, index in whole[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert [index for _, index in whole[:10]] != [draw.index for draw in whole[10:20]]
     shares = zip(*(iterate_draws(10, 4, 10, 3, process, 2) for process in range(2)), strict=True)
     assert [draw for first, second in shares for draw in first + second] == whole
     assert next(iterate_draws(10, 4, 10, seed=4)) != whole[:4]
@@ -99,7 +99,7 @@ def iterate_batches(
     features: FrozenFeatures, targets: torch.Tensor, config: OptimizationConfig
 ) -> Iterator[tuple[FrozenFeatures, torch.Tensor]]:
     for draws in iterate_draws(len(targets), config.batch_size, config.schedule.num_iterations, seed=0):
-        rows = [draw.index for draw in draws]
+        rows = [index for _, index in draws]
         yield FrozenFeatures(features.maps[rows], features.class_tokens[rows]), targets[rows]
 
 
@@ -290,11 +290,11 @@ def test_iterate_augmented__depends_on_position_alone() -> None:
         loaded = iterate_augmented(batches, frames, NoisyInputs(4, 4), MeanColourBackbones(), 1, 2, len(batches[0]))
         values = []
         for draws, (features, targets) in zip(batches, loaded, strict=True):
-            assert targets.tolist() == [float(draw.index) for draw in draws]
+            assert targets.tolist() == [float(index) for _, index in draws]
             values.append(features.maps[:, 0, 0, 0, 0, 0])
         return torch.cat(values)
 
-    draws = [Draw(position, position % 3) for position in range(6)]
+    draws = [(position, position % 3) for position in range(6)]
     together = load(draws)
     torch.testing.assert_close(load(draws[:3], draws[3:]), together)
     torch.testing.assert_close(load(draws[4:]), together[4:])

@@ -103,11 +103,3 @@ def test_errors__name_the_file(make_files, tmp_path):
         capture.load_image(capture.views[0])
     with pytest.raises(ValueError, match="must be positive"):
         create_posed_capture(files, dataparser_scale=0.0)
-
-
-def test_replace_camera_to_worlds__moves_views_only(make_files):
-    capture = create_posed_capture(make_files())
-    moved = [view.camera_to_world + 1.0 for view in capture.views]
-    replaced = capture.replace_camera_to_worlds(moved)
-    assert torch.equal(replaced.views[2].camera_to_world, moved[2])
-    assert torch.equal(replaced.views[2].frame.camera_to_world, capture.views[2].frame.camera_to_world)
