@@ -152,22 +152,22 @@ class Option:
         return "--" + ".".join(part for part in self.path if part).replace("_", "-")
 
 
-def walk(config: type, prefix: tuple[str, ...] = (), own_only: bool = False) -> Iterator[Option]:
-    """The options of a dataclass and of those inside it, as tyro names them."""
+def walk(config: type, prefix: tuple[str, ...] = (), own_only: bool = False, is_flat: bool = False) -> Iterator[Option]:
+    """The options of a dataclass and of those inside it, as tyro names them: flat within `OmitArgPrefixes`."""
     hints = typing.get_type_hints(config, include_extras=True)
     for item in dataclasses.fields(config):
         if item.name == "_target" or not item.init or (own_only and item.name not in config.__annotations__):
             continue
-        kind, name, is_positional = hints[item.name], item.name, False
+        kind, name, is_positional, is_flat_inside = hints[item.name], item.name, False, is_flat
         while typing.get_origin(kind) is typing.Annotated:
             for extra in kind.__metadata__:
                 given = getattr(extra, "name", None)
                 name = name if given is None or "Positional" in repr(extra) else given
-                name = "" if extra is tyro.conf.OmitArgPrefixes else name
+                is_flat_inside |= extra is tyro.conf.OmitArgPrefixes
                 is_positional |= "ositional" in repr(extra)
             kind = kind.__origin__
         if dataclasses.is_dataclass(kind):
-            yield from walk(kind, (*prefix, name))
+            yield from walk(kind, (*prefix, "" if is_flat_inside else name), is_flat=is_flat_inside)
             continue
         has_factory = item.default_factory is not dataclasses.MISSING
         default = item.default_factory() if has_factory else item.default
