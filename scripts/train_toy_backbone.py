@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.features.backbones import create_timm_model
 from fit3d_ns.geometry.cameras import Lens
-from fit3d_ns.synthetic.rendering import CLASSES, View, render_room, trace_rays
-from fit3d_ns.synthetic.rooms import build_room, walk_through
+from fit3d_ns.synthetic.rooms import CLASSES, View, build_room, render_room, trace_rays, walk_through
 from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.progress import create_progress, notice
 from fit3d_ns.utils.selection import create_generator, derive_seed, seed_everything

@@ -51,9 +51,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def report(command: ReportCommand) -> None:
-    written = write_report(read_results(command.results), command.output_dir, command.title)
-    print(written.markdown)
-    print("Report: " + ", ".join(map(str, written.files)))
+    _, files = write_report(*read_results(command.results), command.output_dir, command.title)
+    print(files[0].read_text(encoding="utf-8"))
+    print("Report: " + ", ".join(map(str, files)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ for them alone, and gives those of a model in an order of its own.
 
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,11 +214,6 @@ def _check_records(path: Path) -> None:
         raise ValueError(f"{path} is cut short or damaged: fewer than {num_records} records; copy it again.") from error
 
 
-def _find_camera_end(content: bytes, offset: int) -> int:
-    _, model, _, _ = struct.unpack_from("<IiQQ", content, offset)
-    return offset + 24 + 8 * _NUM_PARAMETERS[model]
-
-
 def _find_image_end(content: bytes, offset: int) -> int:
     # Id, pose and camera come before the name.
     name_end = content.index(b"\0", offset + 64) + 1
@@ -235,16 +231,11 @@ def _find_rig_end(content: bytes, offset: int) -> int:
     return offset
 
 
-def _find_frame_end(content: bytes, offset: int) -> int:
-    *_, num_data = struct.unpack_from("<II7dI", content, offset)
-    return offset + 68 + 16 * num_data
-
-
-_RECORD_ENDS = {
-    "cameras": _find_camera_end,
+_RECORD_ENDS: dict[str, Callable[[bytes, int], int]] = {
+    "cameras": lambda content, at: at + 24 + 8 * _NUM_PARAMETERS[struct.unpack_from("<Ii", content, at)[1]],
     "images": _find_image_end,
     "rigs": _find_rig_end,
-    "frames": _find_frame_end,
+    "frames": lambda content, at: at + 68 + 16 * struct.unpack_from("<II7dI", content, at)[-1],
 }
 
 

@@ -39,15 +39,8 @@ class Group:
     weights: Float[Tensor, "batch patches"]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What goes through the backbone at once: one group per image size, in order of first appearance."""
-
-    groups: list[Group]
-
-    @property
-    def samples(self) -> list[Sample]:
-        return [sample for group in self.groups for sample in group.samples]
+Batch = list[Group]
+"""What goes through the backbone at once: one group per image size, in order of first appearance."""
 
 
 def create_batch(samples: Sequence[Sample], targets: Sequence[Target], device: torch.device) -> Batch:
@@ -62,7 +55,7 @@ def create_batch(samples: Sequence[Sample], targets: Sequence[Target], device: t
         features = torch.stack([target.features for _, target in pairs]).flatten(1, 2).to(device)
         weights = torch.stack([target.weights for _, target in pairs]).flatten(1, 2).to(device)
         groups.append(Group([sample for sample, _ in pairs], images, features, weights))
-    return Batch(groups)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -135,9 +128,9 @@ class TrainStep:
 
     def _compute_losses(self, batch: Batch, totals: StepTotals) -> tuple[Tensor, Tensor, list[Tensor]]:
         original = self.backbone.original
-        outputs = self.backbone.module([group.images for group in batch.groups])
+        outputs = self.backbone.module([group.images for group in batch])
         sums, anchored, tokens = [], [], []
-        for group, output in zip(batch.groups, outputs, strict=True):
+        for group, output in zip(batch, outputs, strict=True):
             sums.append(compute_l1_sum(output.patch_tokens, group.targets, group.weights).sum())
             tokens.append(output.patch_tokens.detach())
             if original is not None:
@@ -172,24 +165,25 @@ def find_broken(batch: Batch, tokens: Sequence[Tensor]) -> list[Sample]:
     """The samples whose own loss is not finite; all of them where none stands out (gradients, anchors)."""
     broken = [
         sample
-        for group, own in zip(batch.groups, tokens, strict=False)
+        for group, own in zip(batch, tokens, strict=False)
         for sample, loss in zip(group.samples, compute_l1_sum(own, group.targets, group.weights), strict=True)
         if not bool(torch.isfinite(loss))
     ]
-    return broken or batch.samples
+    return broken or [sample for group in batch for sample in group.samples]
 
 
 def save_evidence(path: Path, batch: Batch, tokens: Sequence[Tensor], facts: dict[str, Any]) -> None:
     """Writes what explains a loss that is not finite: images, targets, weights and tokens, and the views' names."""
     tensors = {f"tokens.{index}": own for index, own in enumerate(tokens)}
-    for index, group in enumerate(batch.groups):
+    for index, group in enumerate(batch):
         tensors |= {f"{name}.{index}": getattr(group, name) for name in ("images", "targets", "weights")}
     with write_atomically(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     broken = {sample.name for sample in find_broken(batch, tokens)}
     views = [
         {"scene": one.scene_id, "view": one.view.name, "flip": one.augmentation.flip, "broken": one.name in broken}
-        for one in batch.samples
+        for group in batch
+        for one in group.samples
     ]
     write_json(path.with_suffix(".json"), {**facts, "views": views})
 
@@ -200,8 +194,8 @@ def sum_totals(batches: Sequence[Batch], processes: Processes, stop: bool, probl
     What keeps this process from its batches (`problem`, "" if nothing does) raises ValueError on every process.
     """
     # Summed batch by batch: the order decides the last bit.
-    sums = [sum(float(group.weights.sum(dtype=torch.float64)) for group in batch.groups) for batch in batches]
-    groups = [group for batch in batches for group in batch.groups]
+    sums = [sum(float(group.weights.sum(dtype=torch.float64)) for group in batch) for batch in batches]
+    groups = [group for batch in batches for group in batch]
     num_tokens, num_images = sum(group.weights.numel() for group in groups), sum(len(group.images) for group in groups)
     local = [float(value) for value in (sum(sums), num_tokens, num_images, stop, bool(problem))]
     *totals, wishes, problems = processes.sum(local)

@@ -138,9 +138,6 @@ def project(
     width: int,
     height: int,
     *,
-    near_plane: float = 0.01,
-    far_plane: float = 1e10,
-    radius_clip: float = 0.0,
     eps2d: float = 0.3,
     rasterize_mode: RasterizeMode = "classic",
     backend: BackendName = "auto",
@@ -150,8 +147,7 @@ def project(
     Arguments, keys and errors are those of `rasterization`.
     """
     arguments.check_modes("RGB", rasterize_mode)
-    antialiased = rasterize_mode == "antialiased"
-    settings = ProjectionSettings(width, height, near_plane, far_plane, radius_clip, eps2d, antialiased)
+    settings = ProjectionSettings(width, height, eps2d=eps2d, antialiased=rasterize_mode == "antialiased")
     return _project(means, quats, scales, opacities, viewmats, Ks, settings, backend)
 
 

@@ -47,16 +47,8 @@ class FinetuneResult:
         return self.path.absolute().parent.name
 
 
-@dataclass(frozen=True)
-class Results:
-    """Everything that was found, in the order of the patterns; no two probes have the same settings."""
-
-    probes: list[ProbeResult]
-    finetunings: list[FinetuneResult]
-
-
-def read_results(patterns: Sequence[str | Path]) -> Results:
-    """Reads all results below files, folders and globs (`**` descends), each file once.
+def read_results(patterns: Sequence[str | Path]) -> tuple[list[ProbeResult], list[FinetuneResult]]:
+    """Reads all results below files, folders and globs (`**` descends), each file once, in the order of the patterns.
 
     ValueError if nothing is found, or names a file that is broken or of another kind, or two of the same settings.
     """
@@ -88,7 +80,7 @@ def read_results(patterns: Sequence[str | Path]) -> Results:
             f"No result of fit3d-probe or fit3d-finetune in {named}; give the files or folders they wrote."
         )
     _check_duplicates(probes)
-    return Results(probes, finetunings)
+    return probes, finetunings
 
 
 def _find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, bool]]:

@@ -1,12 +1,12 @@
 """`write_report`: results as tables, records of fit3d-probe one way, reports of fit3d-finetune the other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from fit3d_ns.report.paper_values import PaperRow, find_paper_data, find_paper_row, name_backbone
-from fit3d_ns.report.result_files import FinetuneResult, ProbeResult, Results
+from fit3d_ns.report.result_files import FinetuneResult, ProbeResult
 from fit3d_ns.report.table import (
     COST_COLUMNS,
     FINETUNE_COLUMNS,
@@ -47,35 +47,30 @@ _MAX_NAMES = 4
 """Scenes of a row are named up to this number, then counted."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What was written: the tables, those of random weights last, as Markdown, and the names of all files."""
+def write_report(
+    probes: Sequence[ProbeResult], finetunings: Sequence[FinetuneResult], folder: Path, title: str
+) -> tuple[list[Table], list[Path]]:
+    """Writes the tables of all results, those of random weights last, and returns them with the names of all files.
 
-    tables: list[Table]
-    markdown: str
-    files: list[Path]
-
-
-def write_report(results: Results, folder: Path, title: str) -> Report:
-    """Writes the tables of all results; ValueError where two must not stand in one table."""
-    for probe in results.probes:
+    ValueError where two results must not stand in one table.
+    """
+    for probe in probes:
         with reading(probe.path):
             create_probe_tables([probe])
-    for finetuning in results.finetunings:
+    for finetuning in finetunings:
         with reading(finetuning.path):
             create_finetune_tables([finetuning])
-    tables = create_probe_tables(results.probes) + create_finetune_tables(results.finetunings)
+    tables = create_probe_tables(probes) + create_finetune_tables(finetunings)
     tables.sort(key=lambda table: table.is_random)
-    markdown = write_markdown(tables, title)
-    texts = {".md": markdown, ".tex": write_latex(tables, title), ".html": write_html(tables, title)}
-    files = [folder / f"{STEM}{suffix}" for suffix in texts]
-    for path, text in zip(files, texts.values(), strict=True):
+    writers = {".md": write_markdown, ".tex": write_latex, ".html": write_html}
+    files = [folder / f"{STEM}{suffix}" for suffix in writers]
+    for path, write in zip(files, writers.values(), strict=True):
         with write_atomically(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(write(tables, title), encoding="utf-8")
     files.append(folder / f"{STEM}.json")
-    sources = [str(probe.path) for probe in results.probes] + [str(run.path) for run in results.finetunings]
+    sources = [str(result.path) for result in (*probes, *finetunings)]
     write_json(files[-1], {"title": title, "tables": [asdict(table) for table in tables], "sources": sources})
-    return Report(tables, markdown, files)
+    return tables, files
 
 
 def create_probe_tables(probes: Sequence[ProbeResult]) -> list[Table]:

@@ -222,7 +222,21 @@ def record_capture(capture: PosedCapture) -> dict[str, Any]:
     ValueError where a mask or depth map lies outside the root.
     """
     lenses: dict[Lens, int] = {}
-    views = [_record_view(view, capture.root, lenses) for view in capture.views]
+    views = [
+        {
+            "image": view.name,
+            "mask": view.frame.mask_path and _relative(view.frame.mask_path, capture.root),
+            "depth": view.frame.depth_path and _relative(view.frame.depth_path, capture.root),
+            "split": view.split,
+            "lens": lenses.setdefault(view.frame.lens, len(lenses)),
+            "dataset_camera_to_world": _numbers(view.frame.camera_to_world),
+            "camera_to_world": _numbers(view.camera_to_world),
+            "K": _numbers(view.K),
+            "width": view.width,
+            "height": view.height,
+        }
+        for view in capture.views
+    ]
     return {
         "root": str(Path(capture.root).absolute()),
         "scene_id": capture.scene_id,
@@ -294,22 +308,6 @@ def _fit(picture: Tensor, view: View, path: Path, interpolation: int, is_exact: 
     if (width, height) == (view.width, view.height):
         return picture
     return torch.from_numpy(cv2.resize(picture.numpy(), (view.width, view.height), interpolation=interpolation))
-
-
-def _record_view(view: View, root: Path, lenses: dict[Lens, int]) -> dict[str, Any]:
-    frame = view.frame
-    return {
-        "image": view.name,
-        "mask": None if frame.mask_path is None else _relative(frame.mask_path, root),
-        "depth": None if frame.depth_path is None else _relative(frame.depth_path, root),
-        "split": view.split,
-        "lens": lenses.setdefault(frame.lens, len(lenses)),
-        "dataset_camera_to_world": _numbers(frame.camera_to_world),
-        "camera_to_world": _numbers(view.camera_to_world),
-        "K": _numbers(view.K),
-        "width": view.width,
-        "height": view.height,
-    }
 
 
 def _parse_view(record: dict[str, Any], root: Path, lenses: list[Lens]) -> View:

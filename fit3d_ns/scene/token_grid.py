@@ -27,28 +27,30 @@ TokenSpreadingRule = Literal["bilinear", "nearest", "area"]
 
 
 @dataclass(frozen=True)
+class TokenAxis:
+    """Which rows of an image the rows of a token grid read, and how; or its columns."""
+
+    read: Int[Tensor, " read"]
+    """Image rows that are read, ascending."""
+    index: Int[Tensor, "tokens run"]
+    """For each token row, which of the read rows it needs; an index into `read`, not into the image."""
+    weights: Float[Tensor, "tokens 3 run"]
+    """Their weights, float64, for the map shifted by one row down (tap 0), not at all, and one row up (tap 2)."""
+
+
+@dataclass(frozen=True)
 class TokenReader:
     """Reads maps of one image size at one token grid; made by `create_token_reader`."""
 
     pixels: Int[Tensor, "pixels 2"]
     """(row, col) of every pixel that is read: all pairs of some rows and some columns, rows first."""
-    rows: Int[Tensor, "h run_h"]
-    """For each token row, which of the read rows it needs; an index into the read rows, not into the image."""
-    row_weights: Float[Tensor, "h 3 run_h"]
-    """Their weights, float64, for the map shifted by one row down (tap 0), not at all, and one row up (tap 2)."""
-    columns: Int[Tensor, "w run_w"]
-    """As `rows`, for columns."""
-    column_weights: Float[Tensor, "w 3 run_w"]
-    """As `row_weights`, for columns."""
-    read_rows: Int[Tensor, " read_rows"]
-    """Image rows that are read, ascending."""
-    read_columns: Int[Tensor, " read_columns"]
-    """Image columns that are read, ascending."""
+    rows: TokenAxis
+    columns: TokenAxis
 
     @property
     def size(self) -> tuple[int, int]:
         """Token grid (h, w)."""
-        return self.rows.shape[0], self.columns.shape[0]
+        return self.rows.index.shape[0], self.columns.index.shape[0]
 
     def blend(
         self, features: Float[Tensor, "num_gaussians channels"], info: dict[str, Any]
@@ -60,8 +62,8 @@ class TokenReader:
 
     def gather(self, maps: Float[Tensor, "*batch height width channels"]) -> Float[Tensor, "*batch pixels channels"]:
         """The values of full maps at `pixels`."""
-        picked = maps.index_select(-3, self.read_rows.to(maps.device))
-        return picked.index_select(-2, self.read_columns.to(maps.device)).flatten(-3, -2)
+        picked = maps.index_select(-3, self.rows.read.to(maps.device))
+        return picked.index_select(-2, self.columns.read.to(maps.device)).flatten(-3, -2)
 
     def read(self, values: Float[Tensor, "*batch pixels channels"]) -> Float[Tensor, "*batch h w channels"]:
         """The token values of a map that is known at `pixels`."""
@@ -79,18 +81,18 @@ class TokenReader:
     def _combine(
         self, values: Float[Tensor, "*batch pixels channels"], taps: slice
     ) -> Float[Tensor, "*batch h w taps channels"]:
-        row_weights = self.row_weights[:, taps].to(values)
-        column_weights = self.column_weights[:, taps].to(values)
+        row_weights = self.rows.weights[:, taps].to(values)
+        column_weights = self.columns.weights[:, taps].to(values)
         batch, channels = values.shape[:-2], values.shape[-1]
         (h, num_taps, run_h), (w, _, run_w) = row_weights.shape, column_weights.shape
-        num_columns = self.read_columns.shape[0]
-        values = values.reshape(-1, self.read_rows.shape[0], num_columns, channels)
+        num_columns = self.columns.read.shape[0]
+        values = values.reshape(-1, self.rows.read.shape[0], num_columns, channels)
         # (b, h*run_h, columns, c) -> (b, h, run_h, columns*c) -> (b, h, ky, columns, c)
-        values = values.index_select(1, self.rows.flatten().to(values.device))
+        values = values.index_select(1, self.rows.index.flatten().to(values.device))
         values = row_weights @ values.reshape(-1, h, run_h, num_columns * channels)
         values = values.reshape(-1, h, num_taps, num_columns, channels)
         # (b, h, ky, w*run_w, c) -> (b, h, w, run_w, ky*c) -> (b, h, w, kx, ky, c)
-        values = values.index_select(3, self.columns.flatten().to(values.device))
+        values = values.index_select(3, self.columns.index.flatten().to(values.device))
         values = values.reshape(-1, h, num_taps, w, run_w, channels).permute(0, 1, 3, 4, 2, 5)
         values = column_weights @ values.reshape(-1, h, w, run_w, num_taps * channels)
         values = values.reshape(-1, h, w, num_taps, num_taps, channels).transpose(3, 4)
@@ -119,11 +121,10 @@ def create_token_reader(
         raise ValueError(f"Cannot read an image of {width}x{height} at token grid {size}; all must be at least 1.")
     if rule not in ("bilinear", "area"):
         raise ValueError(f"Unknown token reading {rule!r}; choose 'bilinear' or 'area'.")
-    rows = _create_axis(height, size[0], rule, neighbourhood)
-    columns = _create_axis(width, size[1], rule, neighbourhood)
+    rows = _create_axis(height, size[0], rule, neighbourhood, device)
+    columns = _create_axis(width, size[1], rule, neighbourhood, device)
     pixels = torch.stack(torch.meshgrid(rows.read, columns.read, indexing="ij"), dim=-1).reshape(-1, 2)
-    tables = (pixels, rows.index, rows.weights, columns.index, columns.weights, rows.read, columns.read)
-    return TokenReader(*(table.to(device) for table in tables))
+    return TokenReader(pixels, rows, columns)
 
 
 def read_at_tokens(
@@ -180,14 +181,9 @@ def average_over_cells(
     return spread_tokens(means, maps.shape[1], maps.shape[0], "nearest")
 
 
-@dataclass(frozen=True)
-class _Axis:
-    read: Int[Tensor, " read"]
-    index: Int[Tensor, "tokens run"]
-    weights: Float[Tensor, "tokens 3 run"]
-
-
-def _create_axis(length: int, num_tokens: int, rule: TokenReadingRule, neighbourhood: bool) -> _Axis:
+def _create_axis(
+    length: int, num_tokens: int, rule: TokenReadingRule, neighbourhood: bool, device: torch.device | str
+) -> TokenAxis:
     first, weights = _weigh_bilinear(length, num_tokens) if rule == "bilinear" else _weigh_area(length, num_tokens)
     run = weights.shape[1]
     reach = 1 if neighbourhood else 0
@@ -204,7 +200,7 @@ def _create_axis(length: int, num_tokens: int, rule: TokenReadingRule, neighbour
     needed = (shifted != 0).any(dim=1)
     read = positions[needed].unique()
     index = torch.searchsorted(read, positions).clamp(max=read.shape[0] - 1)
-    return _Axis(read=read, index=torch.where(needed, index, 0), weights=shifted)
+    return TokenAxis(*(table.to(device) for table in (read, torch.where(needed, index, 0), shifted)))
 
 
 def _weigh_bilinear(length: int, num_tokens: int) -> tuple[Int[Tensor, " tokens"], Float[Tensor, "tokens 2"]]:

@@ -1,27 +1,99 @@
-"""Furnishes rooms with the pieces of `furniture.csv` in materials of `materials.csv`, and walks through them.
+"""Toy rooms: furnished by chance, walked through, and rendered exactly: colour, z-depth and labels, through any lens.
 
-A piece is made of parts between two corners, in metres, in a frame of its own: x along the wall behind it, y away from
-that wall, z up. Of materials with the same name one is drawn.
+Every solid is convex and has a *unit space*: moved to its centre, turned by its yaw and divided by its half sizes, it
+is the unit ball in its first `num_round` axes and [-1, 1] in the others. Distances along a ray do not change.
+Points and rays are float32 columns; the world is in metres, z up.
+
+A piece of `furniture.csv` is made of parts between two corners, in a frame of its own: x along the wall behind it, y
+away from that wall, z up. Of the materials of `materials.csv` with the same name one is drawn.
 """
 
 import colorsys
 import csv
 import math
 from collections import defaultdict
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from fit3d_ns.synthetic.rendering import Material, Room, Solid, Triple
+from fit3d_ns.geometry.cameras import Lens
+from fit3d_ns.geometry.undistortion import find_rays
 
+Triple = tuple[float, float, float]
 Part = tuple[str, str, int, np.ndarray, np.ndarray]
 """Class, material, number of round axes, low corner and high corner."""
+Columns = Float[np.ndarray, "3 points"]
+Values = Float[np.ndarray, " points"]
+Indices = Int[np.ndarray, " points"]
+
+SHELL = ("wall", "floor", "ceiling")
+_FURNITURE = "door window curtain rug table chair sofa bed cabinet shelf books lamp picture plant screen"
+CLASSES = (*SHELL, *_FURNITURE.split())
+"""Names of the label indices 0, 1, ..."""
+
+_RAYS = ((0.0, 0.0), (0.0, -0.38), (0.33, 0.19), (-0.33, 0.19))
+"""Offsets of a pixel's rays from its centre; depth, label and point are those of the first."""
+_LIGHT_POINTS = ((0.6, 0.6, 0.6), (0.6, -0.6, -0.6), (-0.6, 0.6, -0.6), (-0.6, -0.6, 0.6))
+"""Point of a light, in unit space, that each of them is lit from: several hard shadows make a soft one."""
+_AMBIENT, _LIGHTS = 0.42, {"lamp": (0.55, 0.51, 0.42), "window": (0.56, 0.59, 0.62)}
+"""Light from everywhere, and what bright solids of a class add to a surface nearby that faces them."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """How a solid looks: a pattern that `_paint` knows; bright ones are not shaded and throw no shadows."""
+
+    pattern: str
+    is_bright: bool
+    cells: tuple[float, ...]
+    """Width and height of cells, shift from row to row in widths, width of joints, radius of dots; in metres."""
+    colours: tuple[float, ...]
+    """RGB in [0, 1] of main, other and accent colour."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Solid:
+    """A box (`num_round` 0), an upright elliptic cylinder (2) or an ellipsoid (3), turned about z by `yaw` radians."""
+
+    label: str
+    material: Material
+    num_round: int
+    centre: Triple
+    half_sizes: Triple
+    yaw: float = 0.0
+
+    @cached_property
+    def to_unit_space(self) -> Float[np.ndarray, "3 3"]:
+        """Takes directions of the world to those of unit space."""
+        cosine, sine = np.cos(self.yaw), np.sin(self.yaw)
+        axes = np.array([[cosine, sine, 0.0], [-sine, cosine, 0.0], [0.0, 0.0, 1.0]])
+        return (axes / np.array(self.half_sizes)[:, None]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A closed room of a width (x), depth (y) and height, its floor at z = 0 and its middle at x = y = 0."""
+
+    size: Triple
+    solids: list[Solid]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a camera sees: colour in [0, 1], and of the pixel centres z-depth in metres, class and world point."""
+
+    image: Float[Tensor, "height width 3"]
+    depth: Float[Tensor, "height width"]
+    labels: UInt8[Tensor, "height width"]
+    points: Float[Tensor, "height width 3"]
 
 
 def build_room(numbers: np.random.Generator) -> Room:
@@ -80,6 +152,68 @@ def walk_through(size: Triple, num_frames: int, start: float = 0.0) -> Float[Ten
     return torch.from_numpy(np.concatenate([axes, positions[..., None]], axis=-1)).float()
 
 
+def render_room(room: Room, camera_to_world: Float[Tensor, "3 4"], lens: Lens) -> View:
+    """Renders the view of an OpenGL camera inside the room and outside of all furniture."""
+    pose, shape = camera_to_world.numpy().astype(np.float32), (lens.height, lens.width)
+    rows, columns = np.mgrid[: lens.height, : lens.width] + 0.5
+    labels = np.array([CLASSES.index(solid.label) for solid in room.solids], dtype=np.uint8)
+    images, seen = [], []
+    for (right, down), light_point in zip(_RAYS, _LIGHT_POINTS, strict=True):
+        x, y = find_rays(lens, np.stack([columns.ravel() + right, rows.ravel() + down], axis=-1)).T
+        # Rays have z = 1 in OpenCV's camera, so that distances along them are z-depths.
+        rays = pose[:, :3] @ np.stack([x, -y, -np.ones_like(x)]).astype(np.float32)
+        depth, indices = trace_rays(room.solids, pose[:, 3], rays)
+        assert (indices >= 0).all(), "A room is closed: every ray ends on a wall at the latest."
+        points = pose[:, 3:] + depth * rays
+        images.append(_shade(room, points, indices, light_point))
+        seen.append((depth.reshape(shape), labels[indices].reshape(shape), points.T.reshape(*shape, 3)))
+    image = np.mean(images, axis=0).T.reshape(*shape, 3)
+    return View(*(torch.from_numpy(np.ascontiguousarray(values)) for values in (image, *seen[0])))
+
+
+def trace_rays(solids: Sequence[Solid], origin: Float[np.ndarray, " 3"], rays: Columns) -> tuple[Values, Indices]:
+    """Distance to the first solid along each ray, in lengths of the ray, and its index; infinity and -1 without one."""
+    # Only groups of neighbouring rays whose cone touches the ball around a solid try it.
+    units = (rays / np.linalg.norm(rays, axis=0)).reshape(3, -1, math.gcd(rays.shape[1], 32))
+    axes = units.mean(axis=2)
+    axes /= np.linalg.norm(axes, axis=0)
+    spreads = np.arccos(np.clip((units * axes[..., None]).sum(axis=0).min(axis=1), -1.0, 1.0)) + np.float32(1e-3)
+    offsets = np.array([solid.centre for solid in solids], np.float32) - origin
+    lengths = np.linalg.norm(offsets, axis=1)
+    ratios = (np.linalg.norm([solid.half_sizes for solid in solids], axis=1) / lengths).astype(np.float32)
+    angles = np.where(ratios < 1.0, np.arcsin(np.minimum(ratios, 1.0)), np.float32(np.pi))[:, None] + spreads
+    may_hit = offsets @ axes >= lengths[:, None] * np.cos(np.minimum(angles, np.float32(np.pi)))
+    rays = rays.reshape(units.shape)
+    distances, indices = np.full(rays.shape[1:], np.inf, dtype=np.float32), np.full(rays.shape[1:], -1)
+    for index in np.flatnonzero(may_hit.any(axis=1)).tolist():
+        chosen = np.flatnonzero(may_hit[index])
+        nearest = distances[chosen]
+        found = intersect_solid(solids[index], origin, rays[:, chosen].reshape(3, -1)).reshape(nearest.shape)
+        distances[chosen] = np.minimum(found, nearest)
+        indices[chosen] = np.where(found < nearest, index, indices[chosen])
+    return distances.ravel(), indices.ravel()
+
+
+def intersect_solid(solid: Solid, origin: Float[np.ndarray, " 3"], rays: Columns) -> Values:
+    """Distances at which rays from outside enter a solid, in lengths of the ray; infinite for those that do not."""
+    start = solid.to_unit_space @ (origin - np.array(solid.centre, np.float32))[:, None]
+    # No component is exactly zero, which would give 0 / 0 for a ray in the plane of a face.
+    rays = solid.to_unit_space @ rays + np.float32(1e-9)
+    ball, flat = slice(0, solid.num_round), slice(solid.num_round, 3)
+    middle, reach = -start[flat] / rays[flat], 1.0 / np.abs(rays[flat])
+    lows, highs = [*(middle - reach)], [*(middle + reach)]
+    if solid.num_round > 0:
+        squared_length = (rays[ball] ** 2).sum(axis=0)
+        middle = -(start[ball] * rays[ball]).sum(axis=0) / squared_length
+        squared_gap = ((start[ball] + middle * rays[ball]) ** 2).sum(axis=0)
+        with np.errstate(invalid="ignore"):
+            # NaN for rays that miss, for which the comparisons below are false.
+            reach = np.sqrt((1.0 - squared_gap) / squared_length)
+        lows, highs = [*lows, middle - reach], [*highs, middle + reach]
+    near, far = np.maximum.reduce(lows), np.minimum.reduce(highs)
+    return np.where((near <= far) & (near > 1e-4), near, np.float32(np.inf))
+
+
 class _Furnisher:
     """Collects the solids of one room."""
 
@@ -134,3 +268,84 @@ def _read_pieces() -> dict[str, list[Part]]:
 def _read_rows(name: str) -> list[list[str]]:
     with open(Path(__file__).with_name(name), encoding="utf-8", newline="") as file:
         return list(csv.reader(file))[1:]
+
+
+def _shade(room: Room, points: Columns, indices: Indices, light_point: Triple) -> Columns:
+    """Colours in [0, 1] of points on the room's solids, the same from everywhere."""
+    albedo, normals = np.empty_like(points), np.empty_like(points)
+    for index in np.unique(indices):
+        chosen = np.flatnonzero(indices == index)
+        albedo[:, chosen], normals[:, chosen] = _paint(room.solids[index], points[:, chosen])
+    # Surfaces get darker towards the walls, floor and ceiling that they meet, within some 20 cm.
+    half = 0.5 * np.array(room.size, np.float32)[:, None]
+    gap = half - np.abs(points - half * [[0.0], [0.0], [1.0]])
+    corner = 1.0 - 0.45 * np.exp(-gap / 0.2) * (1.0 - np.abs(normals))
+    light = np.tile(_AMBIENT * corner.prod(axis=0), (3, 1))
+    is_bright = np.array([solid.material.is_bright for solid in room.solids])
+    opaque = [solid for solid in room.solids if not solid.material.is_bright and solid.label not in SHELL]
+    for lamp in [solid for solid in room.solids if solid.material.is_bright and solid.label in _LIGHTS]:
+        # Nearer to the room's middle than the solid itself, the light is out of its wall. It fades by half in 2.4 m.
+        source = [0.9, 0.9, 1.0] * np.array(lamp.centre) + np.linalg.inv(lamp.to_unit_space) @ np.array(light_point)
+        rays = points - source.astype(np.float32)[:, None]
+        is_lit = trace_rays(opaque, source.astype(np.float32), rays)[0] > 0.998
+        squared = (rays**2).sum(axis=0)
+        cosine = np.maximum(-(rays * normals).sum(axis=0), 0.0) / np.sqrt(squared)
+        light += np.outer(_LIGHTS[lamp.label], is_lit * cosine / (1.0 + squared / 6.0))
+    return np.clip(albedo * np.where(is_bright[indices], 1.0, light), 0.0, 1.0).astype(np.float32)
+
+
+def _paint(solid: Solid, world_points: Columns) -> tuple[Columns, Columns]:
+    """Colours and outward unit normals of points of a surface; patterns are no finer than splats can hold."""
+    unit = solid.to_unit_space @ (world_points - np.array(solid.centre, np.float32)[:, None])
+    reach, points = np.abs(unit), np.arange(unit.shape[1])
+    axis = reach.argmax(axis=0)
+    # Faces across x show (y, z), across y (x, z), across z (x, y); u and v are metres from the face's corner.
+    first, second = np.where(axis == 0, 1, 0), np.where(axis == 2, 1, 2)
+    width, height = (2.0 * np.array(solid.half_sizes, np.float32)[along] for along in (first, second))
+    u, v = 0.5 * (1.0 + unit[first, points]) * width, 0.5 * (1.0 + unit[second, points]) * height
+    reach[: solid.num_round] = np.linalg.norm(unit[: solid.num_round], axis=0)
+    normals = solid.to_unit_space.T @ np.where(reach >= reach.max(axis=0) - 1e-4, unit, np.float32(0.0))
+    pattern, seed = solid.material.pattern, solid.material.seed
+    texels, shift = _make_noise(), 211 * axis + seed % 1013
+    rows, columns = (((place / 0.008).astype(int) + shift) % len(texels) for place in (v, u))
+    noise = texels[rows, columns]
+    main, other, accent = np.array(solid.material.colours, np.float32).reshape(3, 3, 1)
+    tints = np.random.default_rng(seed).random(1000).astype(np.float32)
+    if pattern in ("cells", "mortar", "books"):
+        cell_width, cell_height, shift, joint, radius = solid.material.cells
+        # A face holds whole cells, at least one.
+        across = width / np.maximum(np.round(width / cell_width), 1.0)
+        up = height / np.maximum(np.round(height / cell_height), 1.0)
+        row = np.floor(v / up)
+        column = np.floor(u / across + shift * row)
+        from_u, from_v = (u / across + shift * row - column - 0.5) * across, (v / up - row - 0.5) * up
+        edge = np.minimum(0.5 * across - np.abs(from_u), 0.5 * up - np.abs(from_v))
+        tint = tints[(31 * row + 7 * column).astype(int) % len(tints)]
+        if pattern == "books":
+            main = other = 0.5 + 0.33 * np.sin(6.3 * (tint + tints[:3, None]))
+        colour = _mix(0.4 * ((row + column) % 2.0) + 0.4 * tint + 0.2 * noise, main, other)
+        colour = _mix(np.hypot(from_u, from_v) < radius, colour, accent)
+        colour = _mix(edge < joint, colour, accent if pattern == "mortar" else 0.3 * main)
+    elif pattern == "grain":
+        colour = _mix(0.5 + 0.5 * np.sin(80.0 * np.where(width < height, u, v) + 14.0 * noise), main, other)
+    elif pattern == "picture":
+        margin = np.minimum(np.minimum(u, width - u), np.minimum(v, height - v))
+        colour = 0.5 + 0.33 * np.sin(6.3 * (np.floor(7.0 * noise) / 7.0 + 0.3 * v / height + tints[:3, None]))
+        colour = _mix(margin < 0.03, colour, accent)
+    else:
+        colour = _mix(noise > 0.85, _mix(np.clip(3.0 * noise - 1.0, 0.0, 1.0), main, other), accent)
+    return colour * (1.0 + 0.3 * (noise - 0.5)), normals / np.linalg.norm(normals, axis=0)
+
+
+def _mix(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """`first` where the weight is 0, `second` where it is 1."""
+    return first + weights.astype(np.float32) * (second - first)
+
+
+@lru_cache(maxsize=1)
+def _make_noise() -> Float[np.ndarray, "size size"]:
+    """Clouds around 0.5 that tile the plane, filtered from white noise in the frequency domain."""
+    frequencies = np.fft.fftfreq(1024)
+    radii = np.hypot(frequencies[:, None], frequencies) + 8.0 / 1024
+    noise = np.fft.ifft2(np.fft.fft2(np.random.default_rng(0).normal(size=radii.shape)) / radii**1.7).real
+    return (0.5 + 0.22 * (noise - noise.mean()) / noise.std()).clip(0.0, 1.0).astype(np.float32)

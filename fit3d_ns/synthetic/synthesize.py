@@ -24,8 +24,7 @@ from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.images import save_depth, save_image, save_index_map
 from fit3d_ns.data.scannetpp import colmap_to_world
 from fit3d_ns.geometry.cameras import Lens, transform_camera_to_worlds
-from fit3d_ns.synthetic.rendering import CLASSES, render_room
-from fit3d_ns.synthetic.rooms import build_room, walk_through
+from fit3d_ns.synthetic.rooms import CLASSES, build_room, render_room, walk_through
 from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, write_atomically, write_json
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.selection import derive_seed

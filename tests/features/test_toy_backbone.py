@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from fit3d_ns.features import BackboneDescription, create_extractor, describe_backbone
 from fit3d_ns.features.sources import TOY_BACKBONE, TOY_FOLDER, list_backbones
 from fit3d_ns.geometry.cameras import Lens
-from fit3d_ns.synthetic.rendering import render_room
-from fit3d_ns.synthetic.rooms import build_room, walk_through
+from fit3d_ns.synthetic.rooms import build_room, render_room, walk_through
 
 
 def test_toy_backbone__is_found_without_network_and_is_small(monkeypatch):

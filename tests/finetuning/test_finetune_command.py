@@ -268,7 +268,7 @@ def test_command__a_finished_folder_is_kept_and_one_of_other_weights_is_not_beli
     code, errors = run(capsys, *arguments)
     assert code == 0 and "holds the result of these settings already" in errors
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert read_results([out]).finetunings
+    assert read_results([out])[1]
     with lock_folder(out):
         # A second descriptor is what another process would have.
         code, errors = run(capsys, *arguments)
@@ -279,7 +279,7 @@ def test_command__a_finished_folder_is_kept_and_one_of_other_weights_is_not_beli
     with pytest.raises(ValueError, match="describes other weights than those next to it"):
         read_results([out])
     code, errors = run(capsys, *arguments)
-    assert code == 0 and "Resuming from step 6 of 6" in errors and read_results([out]).finetunings
+    assert code == 0 and "Resuming from step 6 of 6" in errors and read_results([out])[1]
     assert "already" not in run(capsys, *arguments, "--wise-ft", "0.5")[1] and (out / "wise-ft-0.5").is_dir()
 
 

@@ -58,13 +58,13 @@ def test_half_precision__targets_and_loss_are_those_of_float32_arithmetic(scenes
     batch, totals, loss, tokens = seen[0]
     assert loss.dtype == torch.float32
     expected = 0.0
-    for group, own in zip(batch.groups, tokens, strict=True):
+    for group, own in zip(batch, tokens, strict=True):
         assert group.targets.dtype == group.weights.dtype == torch.float32
         distance = (own.double() - group.targets.double()).abs().mean(dim=-1)
         expected += float((distance * group.weights.double()).sum())
     assert float(loss) == pytest.approx(expected / totals.weight, rel=1e-6)
     # The backbone itself did run in half precision.
-    plain = create_token_model(BACKBONE)(batch.groups[0].images).patch_tokens
+    plain = create_token_model(BACKBONE)(batch[0].images).patch_tokens
     assert 1e-5 < float((tokens[0] - plain).abs().max().detach()) < 0.1
 
 

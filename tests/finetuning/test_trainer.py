@@ -185,7 +185,7 @@ def test_loss_that_is_not_finite__stops_at_once_names_the_view_and_keeps_the_evi
 
     def poison(batches, *arguments):
         if trainer.step == 2:
-            batches[0].groups[0].targets[0, 3] = float("nan")
+            batches[0][0].targets[0, 3] = float("nan")
         return run_step(batches, *arguments)
 
     trainer.train_step.run = poison

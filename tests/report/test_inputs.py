@@ -15,8 +15,8 @@ from tests.report.report_records import write_finetune_report, write_probe
 def test_read_results__files_folders_and_globs_count_each_file_once(tmp_path: Path) -> None:
     first = write_probe(tmp_path / "deep" / "a.json", {0: {"miou": 0.5}})
     second = write_probe(tmp_path / "b[0].json", {0: {"miou": 0.5}}, assembly="duplicate")
-    results = read_results([tmp_path, str(first), second, f"{tmp_path}/**/*.json"])
-    assert {probe.path for probe in results.probes} == {first, second} and not results.finetunings
+    probes, finetunings = read_results([tmp_path, str(first), second, f"{tmp_path}/**/*.json"])
+    assert {probe.path for probe in probes} == {first, second} and not finetunings
 
 
 def test_read_results__folders_hold_other_json_too(tmp_path: Path) -> None:
@@ -27,8 +27,8 @@ def test_read_results__folders_hold_other_json_too(tmp_path: Path) -> None:
     # Training states come and go while they are read.
     (tmp_path / "vit" / "checkpoints").mkdir()
     (tmp_path / "vit" / "checkpoints" / "state.json").write_text("{")
-    results = read_results([tmp_path])
-    assert [run.name for run in results.finetunings] == ["vit"] and not results.probes
+    probes, finetunings = read_results([tmp_path])
+    assert [run.name for run in finetunings] == ["vit"] and not probes
 
 
 def test_read_results__records_put_aside_are_passed_over_unless_named(tmp_path: Path) -> None:
@@ -36,8 +36,8 @@ def test_read_results__records_put_aside_are_passed_over_unless_named(tmp_path: 
     key = read_json(path)["settings"]["key"]
     aside = path.rename(tmp_path / f"a.{key}.json")
     write_probe(path, {0: {"miou": 0.6}}, assembly="duplicate")
-    assert [probe.path for probe in read_results([tmp_path]).probes] == [path]
-    assert [probe.path for probe in read_results([aside]).probes] == [aside]
+    assert [probe.path for probe in read_results([tmp_path])[0]] == [path]
+    assert [probe.path for probe in read_results([aside])[0]] == [aside]
 
 
 def check_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -85,4 +85,4 @@ def test_report__different_versions_of_the_data(tmp_path: Path) -> None:
     write_probe(tmp_path / "a.json", {0: {"miou": 0.5}}, data_hash="old")
     write_probe(tmp_path / "b.json", {0: {"miou": 0.5}}, assembly="duplicate", data_hash="new")
     with pytest.raises(ValueError, match=r"different versions of the test data nyu13 \('old' and 'new'\)"):
-        write_report(read_results([tmp_path]), tmp_path / "out", "Results")
+        write_report(*read_results([tmp_path]), tmp_path / "out", "Results")

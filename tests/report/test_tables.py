@@ -4,17 +4,27 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from fit3d_ns.report.result_files import read_results
-from fit3d_ns.report.result_tables import Report, write_report
-from fit3d_ns.report.table import Column, mark_best
+from fit3d_ns.report.result_tables import write_report
+from fit3d_ns.report.table import Column, Table, mark_best
 from tests.report.report_records import describe_backbone, describe_finetuning, write_finetune_report, write_probe
 
 
+class Report(NamedTuple):
+    tables: list[Table]
+    files: list[Path]
+
+    @property
+    def markdown(self) -> str:
+        return self.files[0].read_text(encoding="utf-8")
+
+
 def make(folder: Path) -> Report:
-    return write_report(read_results([folder]), folder / "out", "Results")
+    return Report(*write_report(*read_results([folder]), folder / "out", "Results"))
 
 
 def parse_markdown(text: str) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -1,9 +1,59 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.synthetic.rendering import CLASSES, SHELL, Room
-from fit3d_ns.synthetic.rooms import build_room, walk_through
+from fit3d_ns.geometry.cameras import Lens
+from fit3d_ns.synthetic.rooms import (
+    CLASSES,
+    SHELL,
+    Material,
+    Room,
+    Solid,
+    build_room,
+    intersect_solid,
+    render_room,
+    walk_through,
+)
+
+GREY = Material("blotches", False, (1.0, 1.0, 0.0, 0.0, 0.0), (0.5,) * 9)
+
+
+def test_intersect_solid__closed_forms() -> None:
+    origin, along_x = np.zeros(3, np.float32), np.array([[1, 2, -1], [0, 0, 0], [0, 0, 0]], np.float32)
+    ball = Solid("lamp", GREY, 3, (5.0, 0.0, 0.0), (2.0, 1.0, 1.0))
+    # Twice as long a ray halves the distance; what is behind is not hit.
+    assert intersect_solid(ball, origin, along_x).tolist() == [3.0, 1.5, np.inf]
+    turned = Solid("lamp", GREY, 0, (5.0, 0.0, 0.0), (1.0, 1.0, 1.0), yaw=math.pi / 4)
+    assert intersect_solid(turned, origin, along_x)[0] == pytest.approx(5.0 - math.sqrt(2.0), abs=1e-5)
+    for x, along_the_axis, across in ((0.5, 2.5, 3.0 - math.sqrt(0.75)), (1.5, np.inf, np.inf)):
+        tube = Solid("lamp", GREY, 2, (x, 0.0, -3.0), (1.0, 1.0, 0.5))
+        assert intersect_solid(tube, origin, -np.eye(3, dtype=np.float32)[:, 2:]) == pytest.approx(along_the_axis)
+        start = np.array([0.0, -3.0, -3.0], np.float32)
+        assert intersect_solid(tube, start, np.eye(3, dtype=np.float32)[:, 1:2]) == pytest.approx(across)
+
+
+def test_render_room__depth_labels_and_points_of_a_box_in_an_empty_room() -> None:
+    room = Room(
+        (6.0, 6.0, 3.0),
+        [
+            Solid("floor", GREY, 0, (0.0, 0.0, -0.5), (5.0, 5.0, 0.5)),
+            Solid("wall", GREY, 0, (0.0, 4.0, 1.0), (5.0, 1.0, 2.0)),
+            Solid("ceiling", GREY, 0, (0.0, 0.0, 3.5), (5.0, 5.0, 0.5)),
+            Solid("bed", GREY, 0, (0.0, 1.5, 1.0), (0.3, 0.5, 0.3)),
+        ],
+    )
+    # From (0, -2, 1) along +y: the box's face is 3 m away, the wall 5 m.
+    pose = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, -2.0], [0.0, 1.0, 0.0, 1.0]])
+    view = render_room(room, pose, Lens(40.0, 40.0, 16.0, 12.0, 32, 24))
+    y, x = torch.meshgrid((torch.arange(24) - 11.5) / 40, (torch.arange(32) - 15.5) / 40, indexing="ij")
+    on_box = (x.abs() * 3.0 < 0.3) & (y.abs() * 3.0 < 0.3)
+    floor_or_ceiling = torch.where(y > 0, 1.0 / y, -2.0 / y)
+    depth = torch.where(on_box, 3.0, floor_or_ceiling.clamp(max=5.0))
+    torch.testing.assert_close(view.depth, depth, atol=1e-4, rtol=1e-4)
+    assert (view.labels == CLASSES.index("bed")).equal(on_box)
+    torch.testing.assert_close(view.points, torch.stack([x * depth, depth - 2, 1 - y * depth], -1), atol=1e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")

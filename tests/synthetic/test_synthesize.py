@@ -12,7 +12,7 @@ from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_wo
 from fit3d_ns.geometry.undistortion import compute_undistortion
 from fit3d_ns.probing.datasets.scannet import read_scannetpp_labelled
 from fit3d_ns.synthetic import synthesize as synthetic
-from fit3d_ns.synthetic.rendering import CLASSES
+from fit3d_ns.synthetic.rooms import CLASSES
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from tests.unprojection import unproject_depth
 

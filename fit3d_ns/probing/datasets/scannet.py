@@ -180,7 +180,21 @@ def _read_scene(
             raise ValueError(
                 f"Image {frame.image_path} has no depth map in {dslr / 'render_depth'}; render it or mark the frame."
             )
-        frames.append(_create_scannetpp_frame(frame, capture.scene_id, find_label, LabelTable(len(class_names))))
+        plain = create_frame(
+            frame.image_path,
+            name=f"{capture.scene_id}/{frame.image_path.stem}",
+            group=capture.scene_id,
+            label_path=find_label and find_label(frame.image_path),
+            table=LabelTable(len(class_names)),
+            depth_path=None if find_label else frame.depth_path,
+        )
+        loaders = {
+            "load_image": partial(_load_image, frame),
+            "load_labels": plain.load_labels and partial(_load_map, frame, plain.load_labels, IGNORE_INDEX),
+            "load_depth": plain.load_depth and partial(_load_map, frame, plain.load_depth, 0),
+        }
+        masks = (frame.mask_path,) if frame.mask_path else ()
+        frames.append(replace(plain, files=(*plain.files, *masks), **loaders))
     if not frames:
         raise ValueError(f"{path} has no {split or 'usable'} frames; see dslr/train_test_lists.json.")
     return frames, class_names
@@ -205,26 +219,6 @@ def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[
     names = tuple(read_lines(listing, "download the metadata folder of ScanNet++"))
     # The toolkit appends to the whole name: DSC00001.JPG.png.
     return lambda image: folder / f"{image.name}.png", names
-
-
-def _create_scannetpp_frame(
-    frame: Frame, scene_id: str, find_label: Callable[[Path], Path] | None, table: LabelTable
-) -> LabelledFrame:
-    plain = create_frame(
-        frame.image_path,
-        name=f"{scene_id}/{frame.image_path.stem}",
-        group=scene_id,
-        label_path=find_label and find_label(frame.image_path),
-        table=table,
-        depth_path=None if find_label else frame.depth_path,
-    )
-    return replace(
-        plain,
-        load_image=partial(_load_image, frame),
-        load_labels=plain.load_labels and partial(_load_map, frame, plain.load_labels, IGNORE_INDEX),
-        load_depth=plain.load_depth and partial(_load_map, frame, plain.load_depth, 0),
-        files=(*plain.files, *((frame.mask_path,) if frame.mask_path else ())),
-    )
 
 
 def _load_image(frame: Frame) -> UInt8[Tensor, "height width 3"]:
