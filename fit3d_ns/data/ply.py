@@ -167,13 +167,13 @@ def unpack_splats(elements: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
 
     ValueError where chunks or packed properties are missing.
     """
-    vertices, chunks, harmonics = elements["vertex"], elements.get("chunk"), elements.get("sh")
+    vertices, chunks, harmonics = elements["vertex"], elements.get("chunk"), elements.get("sh", np.empty(0))
     names = ("packed_position", "packed_rotation", "packed_scale", "packed_color")
     lacking = [name for name in names if name not in (vertices.dtype.names or ())]
     if lacking or chunks is None or len(chunks) * _CHUNK < len(vertices):
         what = ", ".join(lacking) or "a chunk for each 256 vertices"
         raise ValueError(f"{path} is a compressed PLY without {what}; export it again.")
-    if harmonics is not None and len(harmonics) != len(vertices):
+    if "sh" in elements and len(harmonics) != len(vertices):
         raise ValueError(
             f"{path} has {len(harmonics)} rows of harmonics for {len(vertices)} Gaussians; export it again."
         )
@@ -205,7 +205,7 @@ def unpack_splats(elements: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
         ),
         **_name(("rot_0", "rot_1", "rot_2", "rot_3"), _unpack_rotations(rotation)),
     }
-    for name in () if harmonics is None else harmonics.dtype.names or ():
+    for name in harmonics.dtype.names or ():
         # Bytes name the middles of 256 equal parts; the outermost two the ends.
         values = harmonics[name]
         shares = np.where(values == 0, 0.0, np.where(values == 255, 1.0, (values + 0.5) / 256.0))

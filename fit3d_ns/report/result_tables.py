@@ -68,7 +68,7 @@ def write_report(
         with write_atomically(path) as temporary:
             temporary.write_text(write(tables, title), encoding="utf-8")
     files.append(folder / f"{STEM}.json")
-    sources = [str(result.path) for result in (*probes, *finetunings)]
+    sources = [*(str(probe.path) for probe in probes), *(str(finetuning.path) for finetuning in finetunings)]
     write_json(files[-1], {"title": title, "tables": [asdict(table) for table in tables], "sources": sources})
     return tables, files
 

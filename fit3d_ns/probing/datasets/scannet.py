@@ -188,13 +188,15 @@ def _read_scene(
             table=LabelTable(len(class_names)),
             depth_path=None if find_label else frame.depth_path,
         )
-        loaders = {
-            "load_image": partial(_load_image, frame),
-            "load_labels": plain.load_labels and partial(_load_map, frame, plain.load_labels, IGNORE_INDEX),
-            "load_depth": plain.load_depth and partial(_load_map, frame, plain.load_depth, 0),
-        }
         masks = (frame.mask_path,) if frame.mask_path else ()
-        frames.append(replace(plain, files=(*plain.files, *masks), **loaders))
+        labelled = replace(
+            plain,
+            files=(*plain.files, *masks),
+            load_image=partial(_load_image, frame),
+            load_labels=plain.load_labels and partial(_load_map, frame, plain.load_labels, IGNORE_INDEX),
+            load_depth=plain.load_depth and partial(_load_map, frame, plain.load_depth, 0),
+        )
+        frames.append(labelled)
     if not frames:
         raise ValueError(f"{path} has no {split or 'usable'} frames; see dslr/train_test_lists.json.")
     return frames, class_names
