@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -83,6 +83,22 @@ def run_command(
         if not debug:
             print("FIT3D_DEBUG=1 shows the traceback.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def spell(config: Any, default: Any = None) -> list[str]:
+    """The words of a command line that give a command's dataclass its values, where these are not the default ones."""
+    words: list[str] = []
+    for field in fields(config):
+        usual = field.default_factory() if field.default_factory is not MISSING else field.default
+        value, usual = getattr(config, field.name), getattr(default, field.name, usual)
+        flag = field.name.replace("_", "-")
+        if is_dataclass(value):
+            words += spell(value, usual)
+        elif isinstance(value, bool) and value != usual:
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value != usual:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def _check_numbers(config: Any) -> None:

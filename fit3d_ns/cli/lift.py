@@ -1,6 +1,7 @@
 """`fit3d-lift`: a backbone's features onto Gaussians that already exist: any splatfacto run, a PLY, a scene file."""
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from fit3d_ns.cli.command import GROUP, UNSET, run_command
+from fit3d_ns.cli.cluster import ClusterConfig, run_tasks, work_on_each
+from fit3d_ns.cli.command import GROUP, UNSET, run_command, spell
 from fit3d_ns.cli.export import describe_scene
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, FeatureCache, describe_backbone
@@ -98,12 +100,13 @@ class LiftCommand:
     from_surface: Annotated[SurfaceConfig, GROUP] = field(default_factory=SurfaceConfig)
     options: Annotated[LiftSceneConfig, GROUP] = field(default_factory=LiftSceneConfig)
     lift: Annotated[LiftConfig, GROUP] = field(default_factory=LiftConfig)
+    cluster: Annotated[ClusterConfig, GROUP] = field(default_factory=ClusterConfig)
 
     @property
     def is_folder(self) -> bool:
         if self.surface is not None and self.output_path.suffix != ".safetensors":
             return True
-        return self.shared_decoder or self.num_scenes > 1
+        return self.shared_decoder or self.num_scenes > 1 or self.cluster != ClusterConfig()
 
     @property
     def num_scenes(self) -> int:
@@ -112,13 +115,27 @@ class LiftCommand:
 
 def lift(command: LiftCommand) -> None:
     _check(command)
+    if command.cluster.on == "here":
+        failed = lift_here(command)
+    else:
+        # What is missing is said before anything waits in a queue.
+        choose_backbone(command)
+        names = [task.output_path.stem for task in create_tasks(command, command.device)]
+        work = partial(_lift_shard, command)
+        failed = run_tasks(command.cluster, names, command.output_path / "tasks", work)
+    if failed:
+        _report(failed, command)
+
+
+def lift_here(command: LiftCommand) -> dict[str, str]:
+    """Lifts the command's share of scenes in this process; returns what was wrong with those that failed, by name."""
     device = choose_device(command.device).type
     prepare_rasterizer(device)
     backbone = choose_backbone(command)
     cache = FeatureCache(command.feature_cache, backbone)
     setup = LiftSetup(cache, command.lift, command.options, device, command.include_sh)
     check_dimensions(setup)
-    tasks = create_tasks(command, device)
+    tasks = command.cluster.choose(create_tasks(command, device))
     finish = partial(_write_metrics, backbone=backbone, device=device)
     if command.dry_run:
         forecasts = []
@@ -129,20 +146,27 @@ def lift(command: LiftCommand) -> None:
         print("\n".join(map(describe_forecast, forecasts)))
         if len(tasks) > 1:
             print(f"{len(tasks)} scenes: about {sum(forecast.seconds for forecast in forecasts):.0f} s together")
-        return
+        return {}
+
+    def lift_one(index: int) -> None:
+        task = tasks[index]
+        source = task.read()
+        lift_hash = compute_lift_hash(source, setup)
+        scene = None if command.overwrite else find_finished(task.output_path, lift_hash)
+        if scene is None:
+            lifted, _ = lift_scene(source, setup, state_path=task.state_path)
+            scene = dataclasses.replace(lifted, metrics={**lifted.metrics, LIFT_HASH: lift_hash})
+            save_scene(scene, task.output_path, include_sh=setup.include_sh)
+        finish(scene, task.output_path)
+
     try:
         if command.shared_decoder:
             lift_together(tasks, setup, overwrite=command.overwrite, on_scene=finish)
-            return
-        for task in tasks:
-            source = task.read()
-            lift_hash = compute_lift_hash(source, setup)
-            scene = None if command.overwrite else find_finished(task.output_path, lift_hash)
-            if scene is None:
-                lifted, _ = lift_scene(source, setup, state_path=task.state_path)
-                scene = dataclasses.replace(lifted, metrics={**lifted.metrics, LIFT_HASH: lift_hash})
-                save_scene(scene, task.output_path, include_sh=setup.include_sh)
-            finish(scene, task.output_path)
+        elif command.is_folder:
+            return work_on_each([task.output_path for task in tasks], lift_one)
+        else:
+            lift_one(0)
+        return {}
     except KeyboardInterrupt:
         for task in tasks:
             if task.state_path.is_file():
@@ -184,7 +208,8 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
     output = command.output_path
     return [
         LiftTask(partial(_read, read), output / f"{name}.safetensors" if command.is_folder else output)
-        for name, read in readers
+        # The same order on every machine, whatever its shell makes of a pattern.
+        for name, read in sorted(readers, key=lambda reader: reader[0])
     ]
 
 
@@ -256,6 +281,13 @@ def _check(command: LiftCommand) -> None:
         )
     if command.surface is None and len(command.data) > (1 if command.num_scenes == 1 else 0):
         raise ValueError("--data is the folder of one scene; lift moved scenes with commands of their own.")
+    if command.cluster != ClusterConfig() and command.shared_decoder:
+        raise ValueError(
+            "--shared-decoder fits one basis and one decoder to all scenes, in one process; leave out --shard and "
+            "--on, or give each scene a decoder of its own."
+        )
+    if command.cluster.on != "here" and command.dry_run:
+        raise ValueError("--dry-run measures a scene in this process: leave out --on; --shard 1/N takes fewer scenes.")
     if command.is_folder:
         if command.output_path.suffix == ".safetensors" or command.output_path.is_file():
             raise ValueError(f"--output-path {command.output_path} must be a folder: that is where several scenes go.")
@@ -264,6 +296,28 @@ def _check(command: LiftCommand) -> None:
         raise ValueError(f"--output-path {command.output_path} must end in .safetensors.")
     if command.output_path.is_dir():
         raise ValueError(f"--output-path {command.output_path} is a folder; give the name of a file in it.")
+
+
+def _lift_shard(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
+    return lift_here(dataclasses.replace(command, cluster=cluster))
+
+
+def _report(failed: dict[str, str], command: LiftCommand) -> None:
+    """Says which scenes failed and the command that repeats them; raises ValueError."""
+    for name, sentence in failed.items():
+        print(f"Failed: {name}: {sentence}")
+    chosen = {}
+    # Without a backbone's name the first of the sources says it; what is finished is passed over in any case.
+    if command.surface is not None:
+        chosen["data"] = tuple(path for path in command.data if name_capture(path) in failed)
+    elif command.backbone is not None and command.ply is None:
+        chosen["scene"] = tuple(path for path in command.scene if path.stem in failed)
+        chosen["load_config"] = tuple(path for path in command.load_config if name_run(path) in failed)
+    again = dataclasses.replace(command, **chosen, cluster=dataclasses.replace(command.cluster, shard=None))
+    if not again.is_folder:
+        again = dataclasses.replace(again, output_path=command.output_path / f"{next(iter(failed))}.safetensors")
+    print(f"Repeat with:\nfit3d-lift {shlex.join(spell(again))}")
+    raise ValueError(f"{len(failed)} of the scenes failed; the lines above say which, and their logs how")
 
 
 def _find_own_backbone(command: LiftCommand) -> BackboneDescription | None:

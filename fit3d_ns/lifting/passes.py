@@ -109,7 +109,7 @@ class ViewPasses:
             # Only here no signal is lost: one that came while the last view's state was written is granted too.
             if stop.is_requested:
                 self._save()
-                raise KeyboardInterrupt
+                stop.grant()
         else:
             self._add_views(name, add, None)
         state.finished.append(name)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fit3d_ns.utils.errors import explain, find_errno, first_line
 
@@ -110,16 +110,23 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     The system frees the folder when a process dies.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
+    with lock_file(folder / ".lock", f"in {folder}; wait for it, or choose another folder"):
+        yield
+
+
+@contextmanager
+def lock_file(path: Path, where: str) -> Iterator[TextIO]:
+    """A file to append to that one process has at a time; ValueError says where another is at work already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"Another process works in {folder}; wait for it, or choose another folder.") from error
+            raise ValueError(f"Another process works {where}.") from error
         except OSError:
             # Some network file systems have no locks; what is written there is whole all the same.
             pass
-        yield
+        yield file
 
 
 @contextmanager

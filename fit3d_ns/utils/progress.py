@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from datetime import datetime
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,11 +16,24 @@ T = TypeVar("T")
 
 SECONDS_PER_HOUR = 3600.0
 _said: set[str] = set()
+_logs: list[TextIO] = []
 
 
 def notice(message: str) -> None:
     """Prints one line to standard error, so that standard output stays free for results."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+    for log in _logs:
+        print(datetime.now().isoformat(" ", "seconds"), message, file=log, flush=True)
+
+
+@contextmanager
+def log_notices(log: TextIO) -> Iterator[None]:
+    """Notices of the block also go to a file, with the time."""
+    _logs.append(log)
+    try:
+        yield
+    finally:
+        _logs.remove(log)
 
 
 def notice_once(subject: str, message: str) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -39,13 +39,22 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Only the main thread may handle signals; elsewhere the process keeps its own behaviour.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # Where USR2 has a handler, a scheduler's library is the host (submitit): that signal sends the task back to
+            # the queue, and what is to be made of a SIGTERM, which comes before it or with a cancelling, is up to it.
+            numbers = (signal.SIGUSR2, signal.SIGINT) if callable(signal.getsignal(signal.SIGUSR2)) else SIGNALS
+            self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()
+
+    def grant(self) -> NoReturn:
+        """What the signal asked for, when all is saved: the host's own answer to USR2, else KeyboardInterrupt."""
+        if self.signal == signal.SIGUSR2:
+            signal.raise_signal(self.signal)
+        raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:

@@ -1,0 +1,236 @@
+"""`ClusterConfig`: scenes shared out to jobs of any scheduler, or to tasks that submitit starts here or on Slurm.
+
+Each scene is worked on by itself and leaves files of its own, so a share can be done again at any time: what is
+finished is passed over, what was begun goes on from its state. What is done with a scene is not known here.
+"""
+
+import errno
+import platform
+import re
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from fit3d_ns.cli.command import UNSET
+from fit3d_ns.utils.errors import explain, find_errno, first_line
+from fit3d_ns.utils.files import lock_file, remove
+from fit3d_ns.utils.progress import create_progress, log_notices, notice
+
+Item = TypeVar("Item")
+
+MAX_TASKS = 1000
+"""Tasks of one array at most: Slurm refuses more unless its administrator allows them. A task may do several scenes."""
+_MAX_REQUEUES = 100
+"""So often a task may run out of time; each time it goes on from its state."""
+_SECONDS_PER_CHECK = 5
+_COMMON = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What the next scene would meet too, after all its work."""
+_USED = {"here": {"shard", "on"}, "local": {"shard", "on", "time", "gpus", "array_parallelism"}}
+"""The options that mean something where work is done; on Slurm all do."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Many scenes: where they are worked on, and how many at a time."""
+
+    shard: Annotated[str | None, UNSET] = None
+    """Only a share of the scenes: `2/8` is the second of eight, the same one on every machine, for schedulers of all
+    kinds. Failed and interrupted scenes are done by the same command once more."""
+    on: Literal["here", "local", "slurm"] = "here"
+    """One scene after the other in this process (`here`), or as tasks of submitit: processes of this machine (`local`)
+    or an array of Slurm's (`slurm`). Account and quality of service: SBATCH_ACCOUNT, SBATCH_QOS."""
+    partition: Annotated[str | None, UNSET] = None
+    """Slurm's partition; its default one without this."""
+    time: int = 240
+    """Minutes that a task may take; one that needs more, or is preempted, is requeued and goes on from its state."""
+    cpus: Annotated[int | None, UNSET] = None
+    """Processor cores of a task on Slurm."""
+    gpus: int = 0
+    """Cards of a task."""
+    array_parallelism: int = 8
+    """At most so many tasks at a time."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name not in _USED.get(self.on, {field.name}) and getattr(self, field.name) != field.default:
+                raise ValueError(f"--{field.name.replace('_', '-')} changes nothing with --on {self.on}; leave it out.")
+        if self.time < 1 or self.gpus < 0 or self.array_parallelism < 1 or (self.cpus or 1) < 1:
+            raise ValueError("--time, --cpus and --array-parallelism must be at least 1, --gpus at least 0.")
+        self._parse_shard()
+
+    def choose(self, items: Sequence[Item]) -> list[Item]:
+        """This shard's share of all items, every n-th; all of them without a shard."""
+        number, count = self._parse_shard()
+        return list(items)[number - 1 :: count]
+
+    def split(self, count: int) -> list["ClusterConfig"]:
+        """Shards of this one for `count` processes, in which they work."""
+        number, shards = self._parse_shard()
+        return [ClusterConfig(f"{number + shards * index}/{shards * count}") for index in range(count)]
+
+    def _parse_shard(self) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d+)/(\d+)", self.shard or "1/1")
+        number, count = map(int, found.groups()) if found else (0, 0)
+        if not 1 <= number <= count:
+            raise ValueError(f"--shard {self.shard} is no share; `2/8` is the second of eight.")
+        return number, count
+
+
+def work_on_each(outputs: Sequence[Path], work: Callable[[int], None]) -> dict[str, str]:
+    """Works on one scene after the other, with a log beside each; returns what was wrong with those that failed.
+
+    Args:
+        outputs: The scenes' files; a log has the file's name with `.log`, and is kept from other processes meanwhile.
+        work: Makes the scene of that index.
+    """
+    failed = {}
+    for index, path in enumerate(outputs):
+        with ExitStack() as stack:
+            try:
+                log = stack.enter_context(lock_file(path.with_suffix(".log"), f"on {path}; wait for its end"))
+                stack.enter_context(log_notices(log))
+                notice(f"[{index + 1}/{len(outputs)}] {path.name}, on {platform.node()}")
+                work(index)
+                notice(f"{path.name} is done")
+            except Exception as error:
+                if find_errno(error)[0] in _COMMON:
+                    raise
+                failed[path.stem] = _describe(error)
+                notice(f"{path.name} failed: {failed[path.stem]}")
+    return failed
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one task does; submitit calls it again when its machine was taken away."""
+
+    work: Callable[[ClusterConfig], dict[str, str]]
+    """Does the scenes of a shard; returns what was wrong with those that failed."""
+    cluster: ClusterConfig
+    names: list[str]
+    """The shard's scenes."""
+
+    def __call__(self) -> dict[str, str]:
+        try:
+            return self.work(self.cluster)
+        except Exception as error:
+            return dict.fromkeys(self.names, _describe(error))
+
+    def checkpoint(self) -> Any:
+        """What submitit puts into the queue again: the same, for all progress is in files."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def run_tasks(
+    cluster: ClusterConfig, names: Sequence[str], folder: Path, work: Callable[[ClusterConfig], dict[str, str]]
+) -> dict[str, str]:
+    """Has the scenes done by tasks of submitit and waits for them; returns what was wrong with those that failed.
+
+    Args:
+        cluster: With `on` other than `here`.
+        names: All scenes; what `work` does for a shard must be `cluster.choose` of these.
+        folder: Where submitit keeps its files while the tasks run.
+        work: As in `Share`; it is pickled.
+    """
+    chosen = cluster.choose(names)
+    if not chosen:
+        return {}
+    folder = folder / datetime.now().strftime("%Y-%m-%d_%H%M%S_%f")
+    shards = cluster.split(min(len(chosen), MAX_TASKS if cluster.on == "slurm" else cluster.array_parallelism))
+    shares = [Share(work, shard, shard.choose(names)) for shard in shards]
+    jobs = _submit(cluster, shares, folder)
+    notice(f"{len(jobs)} tasks for {len(chosen)} scenes; submitit's files: {folder}")
+    try:
+        _wait(cluster, jobs)
+    except KeyboardInterrupt:
+        if cluster.on == "local":
+            for job in jobs:
+                job.cancel()
+        else:
+            notice(f"The tasks go on; `scancel {jobs[0].job_id.split('_')[0]}` ends them.")
+        raise
+    failed: dict[str, str] = {}
+    for job, share in zip(jobs, shares, strict=True):
+        if job.paths.result_pickle.is_file():
+            failed |= job.result()
+        else:
+            last = ((job.stderr() or "").strip().splitlines() or ["it wrote nothing"])[-1]
+            failed |= dict.fromkeys(share.names, f"its task was killed or did not start: {last}")
+    remove(folder)
+    if not any(folder.parent.iterdir()):
+        remove(folder.parent)
+    return failed
+
+
+def _submit(cluster: ClusterConfig, shares: Sequence[Share], folder: Path) -> list[Any]:
+    """One job of submitit for each share; ValueError where it or Slurm is missing or refuses."""
+    try:
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+    except ImportError as error:
+        raise ValueError(f"--on {cluster.on} needs submitit: pip install 'fit3d-ns[cluster]' ({error}).") from error
+    if cluster.on == "local":
+        local = submitit.LocalExecutor(folder, max_num_timeout=_MAX_REQUEUES)
+        jobs = []
+        for index, share in enumerate(shares):
+            cards = range(index * cluster.gpus, (index + 1) * cluster.gpus)
+            local.update_parameters(timeout_min=cluster.time, gpus_per_node=cluster.gpus, visible_gpus=tuple(cards))
+            jobs.append(local.submit(share))
+        return jobs
+    try:
+        slurm = submitit.SlurmExecutor(folder, max_num_timeout=_MAX_REQUEUES)
+        slurm.update_parameters(
+            job_name="fit3d",
+            partition=cluster.partition,
+            time=cluster.time,
+            cpus_per_task=cluster.cpus,
+            # Slurm's job steps do not take this over from the job.
+            srun_args=[] if cluster.cpus is None else [f"--cpus-per-task={cluster.cpus}"],
+            gpus_per_node=cluster.gpus or None,
+            array_parallelism=cluster.array_parallelism,
+            additional_parameters={"requeue": True},
+        )
+        return slurm.submit_array(shares)
+    except (RuntimeError, FailedSubmissionError, FailedJobError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"Slurm does not take the tasks: {first_line(error)}") from error
+
+
+def _wait(cluster: ClusterConfig, jobs: Sequence[Any]) -> None:
+    """Until every task has written its result or is gone; asks for neither Slurm's accounting nor each task's state."""
+    folder, pending, is_gone, checked = jobs[0].paths.folder, list(jobs), False, time.monotonic()
+    with create_progress() as bar:
+        shown = bar.add_task("Tasks", total=len(jobs), note="")
+        while pending:
+            time.sleep(0.5)
+            there = {path.name for path in folder.iterdir()}
+            pending = [job for job in pending if job.paths.result_pickle.name not in there]
+            bar.update(shown, completed=len(jobs) - len(pending))
+            if time.monotonic() - checked >= _SECONDS_PER_CHECK:
+                was_gone, checked = is_gone, time.monotonic()
+                is_gone = not (_is_queued(jobs[0]) if cluster.on == "slurm" else any(not job.done() for job in pending))
+                # Files of other machines may be seen a little later.
+                if was_gone and is_gone:
+                    return
+
+
+def _is_queued(job: Any) -> bool:
+    """Whether Slurm still has a task of the array waiting or running; also where it does not answer."""
+    command = ["squeue", "--noheader", "--jobs", job.job_id.split("_")[0], "--format=%i"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return bool(found.stdout.strip()) or (found.returncode != 0 and "Invalid job id" not in found.stderr)
+
+
+def _describe(error: Exception) -> str:
+    """One sentence; for a bug also the traceback, as a notice."""
+    sentence = explain(error)
+    if sentence is None:
+        notice(traceback.format_exc())
+    return sentence or f"{type(error).__name__}: {first_line(error)}"

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# A campaign on a real Slurm of one node, without root: `scripts/test_slurm.sh [SCENES [KILLS [TASKS_AT_A_TIME]]]`.
+# Slurm comes from the machine if it is installed, else from Debian's or Ubuntu's packages, unpacked into a temporary
+# folder. Tiny scenes are lifted as one array while tasks are killed and requeued at random (tests/slurm_campaign.py).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-$PWD/.venv/bin/python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+work=$(mktemp -d)
+
+stop() {
+    for name in slurmd slurmctld; do
+        [ ! -s "$work/$name.pid" ] || kill "$(cat "$work/$name.pid")" 2>/dev/null || true
+    done
+    sleep 2
+    [ -n "${KEEP:-}" ] || rm -rf "$work"
+}
+trap stop EXIT
+
+plugins=$(ls -d /usr/lib/*/slurm-wlm /usr/lib64/slurm 2>/dev/null | head -1 || true)
+if command -v slurmctld slurmd sbatch >/dev/null; then
+    controller=slurmctld daemon=(slurmd)
+else
+    mkdir "$work/packages"
+    (cd "$work/packages" && apt-get -qq -o APT::Sandbox::User=$(id -un) download slurmctld slurmd slurm-client slurm-wlm-basic-plugins libhwloc15 libmunge2)
+    for package in "$work"/packages/*.deb; do dpkg -x "$package" "$work/root"; done
+    libraries=$(dirname "$(find "$work/root" -type d -name slurm-wlm -path '*/lib/*')")
+    plugins=$libraries/slurm-wlm
+    export LD_LIBRARY_PATH=$plugins:$libraries PATH=$work/root/usr/bin:$PATH
+    controller=$work/root/usr/sbin/slurmctld-wlm
+    daemon=("$work/root/usr/sbin/slurmd-wlm" -d "$work/root/usr/sbin/slurmstepd-wlm")
+fi
+
+mkdir "$work/state" "$work/spool"
+read -r controller_port daemon_port < <("$python" -c "
+import socket
+sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]
+print(*(one.getsockname()[1] for one in sockets))")
+export SLURM_CONF=$work/slurm.conf
+# Nobody is authenticated, no accounts are kept, and a requeued task waits 5 s instead of two minutes.
+cat >"$SLURM_CONF" <<END
+ClusterName=fit3d
+SlurmctldHost=$(hostname)(127.0.0.1)
+SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
+SlurmctldPort=$controller_port
+SlurmdPort=$daemon_port
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+PluginDir=$plugins
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=2,bf_interval=1
+StateSaveLocation=$work/state
+SlurmdSpoolDir=$work/spool
+SlurmctldPidFile=$work/slurmctld.pid
+SlurmdPidFile=$work/slurmd.pid
+SlurmctldLogFile=$work/slurmctld.log
+SlurmdLogFile=$work/slurmd.log
+MpiDefault=none
+KillWait=2
+JobRequeue=1
+NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+END
+"$controller" -f "$SLURM_CONF"
+"${daemon[@]}" -f "$SLURM_CONF"
+for _ in $(seq 30); do
+    [ "$(sinfo --noheader --format=%t 2>/dev/null)" != idle ] || break
+    sleep 1
+done
+sinfo
+mkdir "$work/campaign"
+"$python" -m tests.slurm_campaign "$work/campaign" "${1:-230}" "${2:-20}" "${3:-2}"
+[ -z "$(squeue --noheader)" ] || { echo "test_slurm.sh: tasks are left in the queue." >&2 && exit 1; }

@@ -1,0 +1,119 @@
+"""Tiny scenes as one array on the Slurm of `scripts/test_slurm.sh`, with tasks killed and requeued at random.
+
+Asserted: after the command, and its own repetitions where tasks were killed for good, every scene is there, lifted to
+its end once, equal to the bit to what one process makes of it, and nothing else is left.
+"""
+
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import psutil
+
+from fit3d_ns.cli import lift
+from tests.faults.world import collect_results, find_differences
+from tests.lift_capture import BACKBONE, write_capture, write_gaussians
+
+OPTIONS = ["--backbone", BACKBONE, "--feature-cache", "cache", "--device", "cpu", "--feature-dim", "4"]
+OFTEN = ["--max-passes", "8", "--tolerance", "0", "--seconds-per-checkpoint", "0"]
+KINDS = ("requeue", "USR2", "KILL")
+"""Slurm requeues the task (TERM, then KILL); the notice before preemption or the end of the time; a sudden death."""
+
+
+def main(folder: Path, num_scenes: int, num_kills: int, at_a_time: int) -> None:
+    os.chdir(folder)
+    print(f"Making {num_scenes} scenes", flush=True)
+    with open("serial.log", "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+        for number in range(num_scenes):
+            name = f"s{number:03d}"
+            ply = write_gaussians(Path(f"{name}.ply"), write_capture(Path("captures") / name, seed=number))
+            made = ["--output-path", f"scenes/{name}.safetensors", "--max-passes", "1"]
+            lift.main(["--ply", str(ply), "--data", f"captures/{name}", *made, *OPTIONS])
+        sources = ["--scene", *sorted(map(str, Path("scenes").glob("*.safetensors"))), *OPTIONS, *OFTEN]
+        start = time.perf_counter()
+        lift.main([*sources, "--output-path", "serial"])
+    serial_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    print(f"One process took {serial_seconds:.0f} s; now as an array", flush=True)
+    words = [*sources, "--output-path", "array", "--on", "slurm", "--array-parallelism", str(at_a_time)]
+    killed, num_commands = Counter[str](), 0
+    random_ = random.Random(int(os.environ.get("FIT3D_FAULTS_SEED", "0")))
+    while words:
+        words = run(words, random_, num_kills - killed.total(), killed)
+        num_commands += 1
+    seconds = time.perf_counter() - start
+    check(num_scenes)
+    print(
+        f"{num_scenes} scenes, {at_a_time} at a time, {dict(killed)}, {num_commands} commands: {seconds:.0f} s; one "
+        f"process {serial_seconds:.0f} s. Processor time of a task beyond its scene, waiting for the queue included: "
+        f"{(seconds * at_a_time - serial_seconds) / (num_scenes + killed.total()):.1f} s."
+    )
+
+
+def run(words: Sequence[str], random_: random.Random, num_kills: int, killed: Counter[str]) -> list[str]:
+    """Runs the command and kills some of its tasks; returns the words of the command that repeats failed scenes."""
+    with open("command.log", "a+") as log:
+        command = subprocess.Popen([sys.executable, "-m", "fit3d_ns.cli.lift", *words], stdout=log, stderr=log)
+        next_kill = time.monotonic() + 10
+        while command.poll() is None:
+            time.sleep(0.02)
+            if killed.total() < num_kills and time.monotonic() > next_kill and (tasks := find_tasks()):
+                # Every other one in the middle of a solve.
+                if killed.total() % 2 == 0 or any(Path("array").glob("*.lift-state")):
+                    killed[kill(random_.choice(sorted(tasks.items())), KINDS[killed.total() % 3])] += 1
+                    next_kill = time.monotonic() + random_.uniform(1, 20)
+    text = Path("command.log").read_text()
+    if command.returncode == 0:
+        return []
+    again = re.findall(r"^fit3d-lift (.+)$", text, re.MULTILINE)
+    assert command.returncode == 1 and again, text
+    return shlex.split(again[-1])
+
+
+def find_tasks() -> dict[str, int]:
+    """Slurm's name of each running task, and its process."""
+    tasks = {}
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        if "submitit.core._submit" in (process.info["cmdline"] or []) and process.info["cwd"] == os.getcwd():
+            environment = process.environ()
+            array = environment.get("SLURM_ARRAY_JOB_ID")
+            name = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
+            if Path(process.info["cmdline"][0]).name.startswith("python"):
+                tasks[name] = process.pid
+    return tasks
+
+
+def kill(task: tuple[str, int], kind: str) -> str:
+    name, process = task
+    if kind == "KILL":
+        os.kill(process, signal.SIGKILL)
+    else:
+        words = ["scontrol", "requeue", name] if kind == "requeue" else ["scancel", "--signal=USR2", name]
+        subprocess.run(words, check=True)
+    return kind
+
+
+def check(num_scenes: int) -> None:
+    expected, found = collect_results(Path("serial")), collect_results(Path("array"))
+    assert len(expected) == 3 * num_scenes
+    assert find_differences(expected, found) == [], find_differences(expected, found)
+    for log in Path("array").glob("*.log"):
+        text = log.read_text()
+        assert text.count(" is done") - text.count("lifted already") <= 1, text
+    assert sorted(path.name for path in Path("array").iterdir()) == sorted(expected)
+    assert not find_tasks()
+    shutil.rmtree("array")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
