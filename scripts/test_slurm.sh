@@ -9,6 +9,11 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 work=$(mktemp -d)
 
 stop() {
+    scancel --user="$(id -un)" 2>/dev/null || true
+    for _ in $(seq 15); do
+        [ -n "$(squeue --noheader 2>/dev/null)" ] || break
+        sleep 1
+    done
     for name in slurmd slurmctld; do
         [ ! -s "$work/$name.pid" ] || kill "$(cat "$work/$name.pid")" 2>/dev/null || true
     done

@@ -4,6 +4,7 @@ Asserted: after the command, and its own repetitions where tasks were killed for
 its end once, equal to the bit to what one process makes of it, and nothing else is left.
 """
 
+import atexit
 import os
 import random
 import re
@@ -15,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import psutil
@@ -49,6 +50,7 @@ def main(folder: Path, num_scenes: int, num_kills: int, at_a_time: int) -> None:
     killed, num_commands = Counter[str](), 0
     random_ = random.Random(int(os.environ.get("FIT3D_FAULTS_SEED", "0")))
     while words:
+        print(f"{sum(word.endswith('.safetensors') for word in words)} scenes to do", flush=True)
         words = run(words, random_, num_kills - killed.total(), killed)
         num_commands += 1
     seconds = time.perf_counter() - start
@@ -64,13 +66,15 @@ def run(words: Sequence[str], random_: random.Random, num_kills: int, killed: Co
     """Runs the command and kills some of its tasks; returns the words of the command that repeats failed scenes."""
     with open("command.log", "a+") as log:
         command = subprocess.Popen([sys.executable, "-m", "fit3d_ns.cli.lift", *words], stdout=log, stderr=log)
+        atexit.register(command.terminate)
         next_kill = time.monotonic() + 10
         while command.poll() is None:
             time.sleep(0.02)
             if killed.total() < num_kills and time.monotonic() > next_kill and (tasks := find_tasks()):
                 # Every other one in the middle of a solve.
                 if killed.total() % 2 == 0 or any(Path("array").glob("*.lift-state")):
-                    killed[kill(random_.choice(sorted(tasks.items())), KINDS[killed.total() % 3])] += 1
+                    kind = KINDS[killed.total() % 3]
+                    killed[kind] += kill(random_.choice(sorted(tasks.items())), kind)
                     next_kill = time.monotonic() + random_.uniform(1, 20)
     text = Path("command.log").read_text()
     if command.returncode == 0:
@@ -84,23 +88,27 @@ def find_tasks() -> dict[str, int]:
     """Slurm's name of each running task, and its process."""
     tasks = {}
     for process in psutil.process_iter(["cmdline", "cwd"]):
-        if "submitit.core._submit" in (process.info["cmdline"] or []) and process.info["cwd"] == os.getcwd():
-            environment = process.environ()
-            array = environment.get("SLURM_ARRAY_JOB_ID")
-            name = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
-            if Path(process.info["cmdline"][0]).name.startswith("python"):
+        words = process.info["cmdline"] or [""]
+        is_task = Path(words[0]).name.startswith("python") and "submitit.core._submit" in words
+        if is_task and process.info["cwd"] == os.getcwd():
+            with suppress(psutil.Error):
+                environment = process.environ()
+                array = environment.get("SLURM_ARRAY_JOB_ID")
+                name = f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment["SLURM_JOB_ID"]
                 tasks[name] = process.pid
     return tasks
 
 
-def kill(task: tuple[str, int], kind: str) -> str:
+def kill(task: tuple[str, int], kind: str) -> bool:
+    """Whether there was something to kill: a task may just be at its end."""
     name, process = task
     if kind == "KILL":
-        os.kill(process, signal.SIGKILL)
-    else:
-        words = ["scontrol", "requeue", name] if kind == "requeue" else ["scancel", "--signal=USR2", name]
-        subprocess.run(words, check=True)
-    return kind
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+            return True
+        return False
+    words = ["scontrol", "requeue", name] if kind == "requeue" else ["scancel", "--signal=USR2", name]
+    return subprocess.run(words, capture_output=True).returncode == 0
 
 
 def check(num_scenes: int) -> None:

@@ -33,6 +33,7 @@ ONLY_IN = {
     "tyro": {"cli", "plugin"},
     "numba": {"rasterization"},
     "pycolmap": {"data"},
+    "submitit": {"cli"},
 }
 """Libraries with a room of their own."""
 

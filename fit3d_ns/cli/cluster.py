@@ -75,7 +75,7 @@ class ClusterConfig:
         return [ClusterConfig(f"{number + shards * index}/{shards * count}") for index in range(count)]
 
     def _parse_shard(self) -> tuple[int, int]:
-        found = re.fullmatch(r"(\d+)/(\d+)", self.shard or "1/1")
+        found = re.fullmatch(r"(\d+)/(\d+)", "1/1" if self.shard is None else self.shard)
         number, count = map(int, found.groups()) if found else (0, 0)
         if not 1 <= number <= count:
             raise ValueError(f"--shard {self.shard} is no share; `2/8` is the second of eight.")
