@@ -116,26 +116,25 @@ class LiftCommand:
 def lift(command: LiftCommand) -> None:
     _check(command)
     if command.cluster.on == "here":
-        failed = lift_here(command)
+        failed = lift_here(command, command.cluster)
     else:
         # What is missing is said before anything waits in a queue.
         choose_backbone(command)
         names = [task.output_path.stem for task in create_tasks(command, command.device)]
-        work = partial(_lift_shard, command)
-        failed = run_tasks(command.cluster, names, command.output_path / "tasks", work)
+        failed = run_tasks(command.cluster, names, command.output_path / "tasks", partial(lift_here, command))
     if failed:
         _report(failed, command)
 
 
-def lift_here(command: LiftCommand) -> dict[str, str]:
-    """Lifts the command's share of scenes in this process; returns what was wrong with those that failed, by name."""
+def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
+    """Lifts a shard of the command's scenes in this process; returns what was wrong with those that failed, by name."""
     device = choose_device(command.device).type
     prepare_rasterizer(device)
     backbone = choose_backbone(command)
     cache = FeatureCache(command.feature_cache, backbone)
     setup = LiftSetup(cache, command.lift, command.options, device, command.include_sh)
     check_dimensions(setup)
-    tasks = command.cluster.choose(create_tasks(command, device))
+    tasks = cluster.choose(create_tasks(command, device))
     finish = partial(_write_metrics, backbone=backbone, device=device)
     if command.dry_run:
         forecasts = []
@@ -298,15 +297,12 @@ def _check(command: LiftCommand) -> None:
         raise ValueError(f"--output-path {command.output_path} is a folder; give the name of a file in it.")
 
 
-def _lift_shard(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
-    return lift_here(dataclasses.replace(command, cluster=cluster))
-
-
 def _report(failed: dict[str, str], command: LiftCommand) -> None:
     """Says which scenes failed and the command that repeats them; raises ValueError."""
     for name, sentence in failed.items():
         print(f"Failed: {name}: {sentence}")
-    chosen = {}
+    name, sentence = next(iter(failed.items()))
+    chosen: dict[str, Any] = {}
     # Without a backbone's name the first of the sources says it; what is finished is passed over in any case.
     if command.surface is not None:
         chosen["data"] = tuple(path for path in command.data if name_capture(path) in failed)
@@ -315,9 +311,9 @@ def _report(failed: dict[str, str], command: LiftCommand) -> None:
         chosen["load_config"] = tuple(path for path in command.load_config if name_run(path) in failed)
     again = dataclasses.replace(command, **chosen, cluster=dataclasses.replace(command.cluster, shard=None))
     if not again.is_folder:
-        again = dataclasses.replace(again, output_path=command.output_path / f"{next(iter(failed))}.safetensors")
+        again = dataclasses.replace(again, output_path=command.output_path / f"{name}.safetensors")
     print(f"Repeat with:\nfit3d-lift {shlex.join(spell(again))}")
-    raise ValueError(f"{len(failed)} of the scenes failed; the lines above say which, and their logs how")
+    raise ValueError(f"{len(failed)} of the scenes failed, the first, {name}, because: {sentence}")
 
 
 def _find_own_backbone(command: LiftCommand) -> BackboneDescription | None:
