@@ -70,7 +70,7 @@ SlurmdLogFile=$work/slurmd.log
 MpiDefault=none
 KillWait=2
 JobRequeue=1
-NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=$(nproc --all) State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
 "$controller" -f "$SLURM_CONF"

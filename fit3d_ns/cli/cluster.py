@@ -60,8 +60,8 @@ class ClusterConfig:
         for field in fields(self):
             if field.name not in _USED.get(self.on, {field.name}) and getattr(self, field.name) != field.default:
                 raise ValueError(f"--{field.name.replace('_', '-')} changes nothing with --on {self.on}; leave it out.")
-        if self.time < 1 or self.gpus < 0 or self.array_parallelism < 1 or (self.cpus or 1) < 1:
-            raise ValueError("--time, --cpus and --array-parallelism must be at least 1, --gpus at least 0.")
+        if 0 in (self.time, self.cpus, self.array_parallelism):
+            raise ValueError("--time, --cpus and --array-parallelism must be at least 1.")
         self._parse_shard()
 
     def choose(self, items: Sequence[Item]) -> list[Item]:
@@ -134,11 +134,8 @@ def run_tasks(
 ) -> dict[str, str]:
     """Has the scenes done by tasks of submitit and waits for them; returns what was wrong with those that failed.
 
-    Args:
-        cluster: With `on` other than `here`.
-        names: All scenes; what `work` does for a shard must be `cluster.choose` of these.
-        folder: Where submitit keeps its files while the tasks run.
-        work: As in `Share`; it is pickled.
+    `folder` is where submitit keeps its files meanwhile; `work`, as in `Share`, is pickled, and does those scenes of a
+    shard that `choose` takes of `names`.
     """
     chosen = cluster.choose(names)
     if not chosen:
@@ -151,15 +148,14 @@ def run_tasks(
     try:
         _wait(cluster, jobs)
     except KeyboardInterrupt:
-        if cluster.on == "local":
-            for job in jobs:
-                job.cancel()
-        else:
+        if cluster.on == "slurm":
             notice(f"The tasks go on; `scancel {jobs[0].job_id.split('_')[0]}` ends them.")
+        for job in jobs if cluster.on == "local" else ():
+            job.cancel()
         raise
     failed: dict[str, str] = {}
     for job, share in zip(jobs, shares, strict=True):
-        if job.paths.result_pickle.is_file():
+        if job.paths.result_pickle.is_file() and job.exception() is None:
             failed |= job.result()
         else:
             last = ((job.stderr() or "").strip().splitlines() or ["it wrote nothing"])[-1]
