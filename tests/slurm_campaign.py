@@ -27,6 +27,7 @@ from tests.lift_capture import BACKBONE, write_capture, write_gaussians
 
 OPTIONS = ["--backbone", BACKBONE, "--feature-cache", "cache", "--device", "cpu", "--feature-dim", "4"]
 OFTEN = ["--max-passes", "8", "--tolerance", "0", "--seconds-per-checkpoint", "0"]
+ROOT = Path(__file__).parents[1]
 KINDS = ("requeue", "USR2", "KILL")
 """Slurm requeues the task (TERM, then KILL); the notice before preemption or the end of the time; a sudden death."""
 
@@ -123,5 +124,38 @@ def check(num_scenes: int) -> None:
     shutil.rmtree("array")
 
 
+def fine_tune() -> None:
+    """Stage II as `scripts/finetune.sbatch`, told to leave in the middle, equals an undisturbed run to the bit."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    words = [
+        "--ckpts",
+        "scenes/s000.safetensors",
+        "--max-steps",
+        "60",
+        "--max-validation-views",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    command = shutil.which("fit3d-finetune")
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2", command, *words, "--output-dir", "undisturbed"]
+    subprocess.run(torchrun, check=True, capture_output=True)
+    batch = ["sbatch", "--parsable", "--cpus-per-task", "2", str(ROOT / "scripts" / "finetune.sbatch"), *words]
+    environment = {**os.environ, "PROCESSES_PER_NODE": "2"}
+    found = subprocess.run([*batch, "--output-dir", "job"], check=True, capture_output=True, text=True, env=environment)
+    job, log = found.stdout.strip(), Path(f"slurm-{found.stdout.strip()}.out")
+    was_told = False
+    while job in subprocess.run(["squeue", "--noheader", "--format=%i"], capture_output=True, text=True).stdout:
+        time.sleep(0.1)
+        if not was_told and log.is_file() and "Fine-tuning: step" in log.read_text():
+            was_told = subprocess.run(["scancel", "--batch", "--signal=USR2", job]).returncode == 0
+    text = log.read_text()
+    assert was_told and "the same command goes on" in text and Path("job/report.json").is_file(), text
+    expected, found_ = (collect_results(Path(name)) for name in ("undisturbed", "job"))
+    assert expected["model.safetensors"] == found_["model.safetensors"], text
+    print(f"Stage II on Slurm: {re.findall('stopped at step .+?;', text)[0][:-1]}, then as if undisturbed")
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+    fine_tune()
