@@ -5,6 +5,7 @@ finished is passed over, what was begun goes on from its state. What is done wit
 """
 
 import errno
+import os
 import platform
 import re
 import subprocess
@@ -15,22 +16,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fit3d_ns.cli.command import UNSET
 from fit3d_ns.utils.errors import explain, find_errno, first_line
 from fit3d_ns.utils.files import lock_file, remove
-from fit3d_ns.utils.progress import create_progress, log_notices, notice
+from fit3d_ns.utils.progress import LOGS, create_progress, notice
 
-Item = TypeVar("Item")
-
-MAX_TASKS = 1000
-"""Tasks of one array at most: Slurm refuses more unless its administrator allows them. A task may do several scenes."""
 _MAX_REQUEUES = 100
 """So often a task may run out of time; each time it goes on from its state."""
 _SECONDS_PER_CHECK = 5
-_COMMON = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""What the next scene would meet too, after all its work."""
 _USED = {"here": {"shard", "on"}, "local": {"shard", "on", "time", "gpus", "array_parallelism"}}
 """The options that mean something where work is done; on Slurm all do."""
 
@@ -64,7 +59,7 @@ class ClusterConfig:
             raise ValueError("--time, --cpus and --array-parallelism must be at least 1.")
         self._parse_shard()
 
-    def choose(self, items: Sequence[Item]) -> list[Item]:
+    def choose(self, items: Sequence[Any]) -> list[Any]:
         """This shard's share of all items, every n-th; all of them without a shard."""
         number, count = self._parse_shard()
         return list(items)[number - 1 :: count]
@@ -83,23 +78,21 @@ class ClusterConfig:
 
 
 def work_on_each(outputs: Sequence[Path], work: Callable[[int], None]) -> dict[str, str]:
-    """Works on one scene after the other, with a log beside each; returns what was wrong with those that failed.
-
-    Args:
-        outputs: The scenes' files; a log has the file's name with `.log`, and is kept from other processes meanwhile.
-        work: Makes the scene of that index.
-    """
+    """Makes one scene file after the other, by its index, with a `.log` beside it that other processes keep away from;
+    returns what was wrong with those that failed."""
     failed = {}
     for index, path in enumerate(outputs):
         with ExitStack() as stack:
             try:
                 log = stack.enter_context(lock_file(path.with_suffix(".log"), f"on {path}; wait for its end"))
-                stack.enter_context(log_notices(log))
+                LOGS.append(log)
+                stack.callback(LOGS.remove, log)
                 notice(f"[{index + 1}/{len(outputs)}] {path.name}, on {platform.node()}")
                 work(index)
                 notice(f"{path.name} is done")
             except Exception as error:
-                if find_errno(error)[0] in _COMMON:
+                if find_errno(error)[0] in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    # The next scene would meet it too, after all its work.
                     raise
                 failed[path.stem] = _describe(error)
                 notice(f"{path.name} failed: {failed[path.stem]}")
@@ -108,13 +101,11 @@ def work_on_each(outputs: Sequence[Path], work: Callable[[int], None]) -> dict[s
 
 @dataclass(frozen=True)
 class Share:
-    """What one task does; submitit calls it again when its machine was taken away."""
+    """What one task does, which submitit calls again when its machine was taken away: the work on a shard's scenes."""
 
     work: Callable[[ClusterConfig], dict[str, str]]
-    """Does the scenes of a shard; returns what was wrong with those that failed."""
     cluster: ClusterConfig
     names: list[str]
-    """The shard's scenes."""
 
     def __call__(self) -> dict[str, str]:
         try:
@@ -132,27 +123,19 @@ class Share:
 def run_tasks(
     cluster: ClusterConfig, names: Sequence[str], folder: Path, work: Callable[[ClusterConfig], dict[str, str]]
 ) -> dict[str, str]:
-    """Has the scenes done by tasks of submitit and waits for them; returns what was wrong with those that failed.
-
-    `folder` is where submitit keeps its files meanwhile; `work`, as in `Share`, is pickled, and does those scenes of a
-    shard that `choose` takes of `names`.
-    """
+    """Has scenes made by tasks of submitit, whose files are in `folder` meanwhile; returns what was wrong with those
+    that failed. `work`, as in `Share`, makes those of a shard that `choose` takes of `names`."""
     chosen = cluster.choose(names)
     if not chosen:
         return {}
-    folder = folder / datetime.now().strftime("%Y-%m-%d_%H%M%S_%f")
-    shards = cluster.split(min(len(chosen), MAX_TASKS if cluster.on == "slurm" else cluster.array_parallelism))
+    folder = folder / datetime.now().strftime("tasks_%Y-%m-%d_%H%M%S_%f")
+    # More tasks in an array Slurm refuses unless its administrator allows them; a task may do several scenes.
+    shards = cluster.split(min(len(chosen), 1000 if cluster.on == "slurm" else cluster.array_parallelism))
     shares = [Share(work, shard, shard.choose(names)) for shard in shards]
     jobs = _submit(cluster, shares, folder)
-    notice(f"{len(jobs)} tasks for {len(chosen)} scenes; submitit's files: {folder}")
-    try:
-        _wait(cluster, jobs)
-    except KeyboardInterrupt:
-        if cluster.on == "slurm":
-            notice(f"The tasks go on; `scancel {jobs[0].job_id.split('_')[0]}` ends them.")
-        for job in jobs if cluster.on == "local" else ():
-            job.cancel()
-        raise
+    number = jobs[0].job_id.split("_")[0]
+    notice(f"{len(jobs)} tasks, number {number}, for {len(chosen)} scenes; they go on without this. Files: {folder}")
+    _wait(cluster, jobs)
     failed: dict[str, str] = {}
     for job, share in zip(jobs, shares, strict=True):
         if job.paths.result_pickle.is_file() and job.exception() is None:
@@ -161,8 +144,6 @@ def run_tasks(
             last = ((job.stderr() or "").strip().splitlines() or ["it wrote nothing"])[-1]
             failed |= dict.fromkeys(share.names, f"its task was killed or did not start: {last}")
     remove(folder)
-    if not any(folder.parent.iterdir()):
-        remove(folder.parent)
     return failed
 
 
@@ -170,7 +151,6 @@ def _submit(cluster: ClusterConfig, shares: Sequence[Share], folder: Path) -> li
     """One job of submitit for each share; ValueError where it or Slurm is missing or refuses."""
     try:
         import submitit
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
     except ImportError as error:
         raise ValueError(f"--on {cluster.on} needs submitit: pip install 'fit3d-ns[cluster]' ({error}).") from error
     if cluster.on == "local":
@@ -195,23 +175,23 @@ def _submit(cluster: ClusterConfig, shares: Sequence[Share], folder: Path) -> li
             additional_parameters={"requeue": True},
         )
         return slurm.submit_array(shares)
-    except (RuntimeError, FailedSubmissionError, FailedJobError, subprocess.CalledProcessError) as error:
+    except RuntimeError as error:
         raise ValueError(f"Slurm does not take the tasks: {first_line(error)}") from error
 
 
 def _wait(cluster: ClusterConfig, jobs: Sequence[Any]) -> None:
     """Until every task has written its result or is gone; asks for neither Slurm's accounting nor each task's state."""
-    folder, pending, is_gone, checked = jobs[0].paths.folder, list(jobs), False, time.monotonic()
+    folder, pending, is_gone, checked = jobs[0].paths.folder, jobs, False, time.monotonic()
     with create_progress() as bar:
         shown = bar.add_task("Tasks", total=len(jobs), note="")
         while pending:
             time.sleep(0.5)
-            there = {path.name for path in folder.iterdir()}
+            there = set(os.listdir(folder))
             pending = [job for job in pending if job.paths.result_pickle.name not in there]
             bar.update(shown, completed=len(jobs) - len(pending))
             if time.monotonic() - checked >= _SECONDS_PER_CHECK:
                 was_gone, checked = is_gone, time.monotonic()
-                is_gone = not (_is_queued(jobs[0]) if cluster.on == "slurm" else any(not job.done() for job in pending))
+                is_gone = not _is_queued(jobs[0]) if cluster.on == "slurm" else all(job.done() for job in pending)
                 # Files of other machines may be seen a little later.
                 if was_gone and is_gone:
                     return

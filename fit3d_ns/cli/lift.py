@@ -115,13 +115,13 @@ class LiftCommand:
 
 def lift(command: LiftCommand) -> None:
     _check(command)
-    if command.cluster.on == "here":
+    if command.cluster.on == "here" or command.dry_run:
         failed = lift_here(command, command.cluster)
     else:
         # What is missing is said before anything waits in a queue.
         choose_backbone(command)
         names = [task.output_path.stem for task in create_tasks(command, command.device)]
-        failed = run_tasks(command.cluster, names, command.output_path / "tasks", partial(lift_here, command))
+        failed = run_tasks(command.cluster, names, command.output_path, partial(lift_here, command))
     if failed:
         _report(failed, command)
 
@@ -281,12 +281,7 @@ def _check(command: LiftCommand) -> None:
     if command.surface is None and len(command.data) > (1 if command.num_scenes == 1 else 0):
         raise ValueError("--data is the folder of one scene; lift moved scenes with commands of their own.")
     if command.cluster != ClusterConfig() and command.shared_decoder:
-        raise ValueError(
-            "--shared-decoder fits one basis and one decoder to all scenes, in one process; leave out --shard and "
-            "--on, or give each scene a decoder of its own."
-        )
-    if command.cluster.on != "here" and command.dry_run:
-        raise ValueError("--dry-run measures a scene in this process: leave out --on; --shard 1/N takes fewer scenes.")
+        raise ValueError("--shared-decoder fits one decoder to all scenes in one process; leave out --shard and --on.")
     if command.is_folder:
         if command.output_path.suffix == ".safetensors" or command.output_path.is_file():
             raise ValueError(f"--output-path {command.output_path} must be a folder: that is where several scenes go.")
@@ -301,19 +296,18 @@ def _report(failed: dict[str, str], command: LiftCommand) -> None:
     """Says which scenes failed and the command that repeats them; raises ValueError."""
     for name, sentence in failed.items():
         print(f"Failed: {name}: {sentence}")
-    name, sentence = next(iter(failed.items()))
-    chosen: dict[str, Any] = {}
+    # With a shard also a single scene goes into the folder.
+    cluster = dataclasses.replace(command.cluster, shard=None if len(failed) > 1 else "1/1")
+    again = dataclasses.replace(command, cluster=cluster)
     # Without a backbone's name the first of the sources says it; what is finished is passed over in any case.
     if command.surface is not None:
-        chosen["data"] = tuple(path for path in command.data if name_capture(path) in failed)
+        again = dataclasses.replace(again, data=tuple(path for path in command.data if name_capture(path) in failed))
     elif command.backbone is not None and command.ply is None:
-        chosen["scene"] = tuple(path for path in command.scene if path.stem in failed)
-        chosen["load_config"] = tuple(path for path in command.load_config if name_run(path) in failed)
-    again = dataclasses.replace(command, **chosen, cluster=dataclasses.replace(command.cluster, shard=None))
-    if not again.is_folder:
-        again = dataclasses.replace(again, output_path=command.output_path / f"{name}.safetensors")
+        scenes = tuple(path for path in command.scene if path.stem in failed)
+        runs = tuple(path for path in command.load_config if name_run(path) in failed)
+        again = dataclasses.replace(again, scene=scenes, load_config=runs)
     print(f"Repeat with:\nfit3d-lift {shlex.join(spell(again))}")
-    raise ValueError(f"{len(failed)} of the scenes failed, the first, {name}, because: {sentence}")
+    raise ValueError(f"{len(failed)} of the scenes failed; the last, {name}, because: {sentence}")
 
 
 def _find_own_backbone(command: LiftCommand) -> BackboneDescription | None:

@@ -15,25 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 SECONDS_PER_HOUR = 3600.0
+LOGS: list[TextIO] = []
+"""Open files that notices also go to, with the time."""
 _said: set[str] = set()
-_logs: list[TextIO] = []
 
 
 def notice(message: str) -> None:
     """Prints one line to standard error, so that standard output stays free for results."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
-    for log in _logs:
+    for log in LOGS:
         print(datetime.now().isoformat(" ", "seconds"), message, file=log, flush=True)
-
-
-@contextmanager
-def log_notices(log: TextIO) -> Iterator[None]:
-    """Notices of the block also go to a file, with the time."""
-    _logs.append(log)
-    try:
-        yield
-    finally:
-        _logs.remove(log)
 
 
 def notice_once(subject: str, message: str) -> None:

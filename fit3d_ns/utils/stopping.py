@@ -39,8 +39,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Only the main thread may handle signals; elsewhere the process keeps its own behaviour.
         if threading.current_thread() is threading.main_thread():
-            # Where USR2 has a handler, a scheduler's library is the host (submitit): that signal sends the task back to
-            # the queue, and what is to be made of a SIGTERM, which comes before it or with a cancelling, is up to it.
+            # Where USR2 has a handler, a scheduler's library (submitit) is the host: that signal sends the task back to
+            # the queue, and a SIGTERM, which comes before it or with a cancelling, is its own affair.
             numbers = (signal.SIGUSR2, signal.SIGINT) if callable(signal.getsignal(signal.SIGUSR2)) else SIGNALS
             self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self

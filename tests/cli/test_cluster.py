@@ -127,9 +127,9 @@ def test_lift__shards_together_are_the_whole(scenes, tmp_path, capsys):
     # More shards than scenes: some have nothing to do.
     assert run_main(capsys, [*words[:-1], "9/9"])[0] == 0
     code, _, err = run_main(capsys, [*words, "--shared-decoder"])
-    assert code == 1 and "--shared-decoder fits one basis" in err
-    code, _, err = run_main(capsys, [*words, "--on", "local", "--dry-run"])
-    assert code == 1 and "leave out --on" in err
+    assert code == 1 and "--shared-decoder fits one decoder" in err
+    code, out, _ = run_main(capsys, [*words[:-1], "1/2", "--on", "local", "--dry-run"])
+    assert code == 0 and "2 scenes: about" in out
 
 
 def test_lift__tasks_of_this_machine_make_what_one_process_makes(scenes, tmp_path, capsys, monkeypatch):
@@ -150,7 +150,7 @@ def test_run_tasks__says_what_became_of_each_and_leaves_nothing(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(module, "_SECONDS_PER_CHECK", 1)
-    failed = run_tasks(ClusterConfig(on="local"), NAMES, tmp_path / "tasks", fail_or_die)
+    failed = run_tasks(ClusterConfig(on="local"), NAMES, tmp_path, fail_or_die)
     assert failed.keys() == {"failing", "dying"} and failed["failing"] == "It cannot be done."
     assert "was killed" in failed["dying"]
     # The preempted task was started again, and found what it had left.
