@@ -6,7 +6,6 @@ finished is passed over, what was begun goes on from its state. What is done wit
 
 import errno
 import os
-import platform
 import re
 import subprocess
 import time
@@ -14,7 +13,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -87,23 +85,25 @@ def work_on_each(outputs: Sequence[Path], work: Callable[[int], None]) -> dict[s
                 log = stack.enter_context(lock_file(path.with_suffix(".log"), f"on {path}; wait for its end"))
                 LOGS.append(log)
                 stack.callback(LOGS.remove, log)
-                notice(f"[{index + 1}/{len(outputs)}] {path.name}, on {platform.node()}")
+                notice(f"[{index + 1}/{len(outputs)}] {path.name}, on {os.uname().nodename}")
                 work(index)
                 notice(f"{path.name} is done")
             except Exception as error:
                 if find_errno(error)[0] in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                    # The next scene would meet it too, after all its work.
-                    raise
+                    raise  # The next scene would meet it too, after all its work.
                 failed[path.stem] = _describe(error)
                 notice(f"{path.name} failed: {failed[path.stem]}")
     return failed
+
+
+Work = Callable[[ClusterConfig], dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Share:
     """What one task does, which submitit calls again when its machine was taken away: the work on a shard's scenes."""
 
-    work: Callable[[ClusterConfig], dict[str, str]]
+    work: Work
     cluster: ClusterConfig
     names: list[str]
 
@@ -120,15 +120,13 @@ class Share:
         return DelayedSubmission(self)
 
 
-def run_tasks(
-    cluster: ClusterConfig, names: Sequence[str], folder: Path, work: Callable[[ClusterConfig], dict[str, str]]
-) -> dict[str, str]:
+def run_tasks(cluster: ClusterConfig, names: Sequence[str], folder: Path, work: Work) -> dict[str, str]:
     """Has scenes made by tasks of submitit, whose files are in `folder` meanwhile; returns what was wrong with those
     that failed. `work`, as in `Share`, makes those of a shard that `choose` takes of `names`."""
     chosen = cluster.choose(names)
     if not chosen:
         return {}
-    folder = folder / datetime.now().strftime("tasks_%Y-%m-%d_%H%M%S_%f")
+    folder = folder / f"tasks_{time.strftime('%Y-%m-%d_%H%M%S')}_{os.getpid()}"
     # More tasks in an array Slurm refuses unless its administrator allows them; a task may do several scenes.
     shards = cluster.split(min(len(chosen), 1000 if cluster.on == "slurm" else cluster.array_parallelism))
     shares = [Share(work, shard, shard.choose(names)) for shard in shards]
@@ -163,17 +161,11 @@ def _submit(cluster: ClusterConfig, shares: Sequence[Share], folder: Path) -> li
         return jobs
     try:
         slurm = submitit.SlurmExecutor(folder, max_num_timeout=_MAX_REQUEUES)
-        slurm.update_parameters(
-            job_name="fit3d",
-            partition=cluster.partition,
-            time=cluster.time,
-            cpus_per_task=cluster.cpus,
-            # Slurm's job steps do not take this over from the job.
-            srun_args=[] if cluster.cpus is None else [f"--cpus-per-task={cluster.cpus}"],
-            gpus_per_node=cluster.gpus or None,
-            array_parallelism=cluster.array_parallelism,
-            additional_parameters={"requeue": True},
-        )
+        # Job steps do not take the number over from the job.
+        steps = [] if cluster.cpus is None else [f"--cpus-per-task={cluster.cpus}"]
+        slurm.update_parameters(job_name="fit3d", partition=cluster.partition, time=cluster.time, srun_args=steps)
+        slurm.update_parameters(cpus_per_task=cluster.cpus, gpus_per_node=cluster.gpus or None)
+        slurm.update_parameters(array_parallelism=cluster.array_parallelism, additional_parameters={"requeue": True})
         return slurm.submit_array(shares)
     except RuntimeError as error:
         raise ValueError(f"Slurm does not take the tasks: {first_line(error)}") from error
@@ -181,6 +173,7 @@ def _submit(cluster: ClusterConfig, shares: Sequence[Share], folder: Path) -> li
 
 def _wait(cluster: ClusterConfig, jobs: Sequence[Any]) -> None:
     """Until every task has written its result or is gone; asks for neither Slurm's accounting nor each task's state."""
+    squeue = ["squeue", "--noheader", "--jobs", jobs[0].job_id.split("_")[0]]
     folder, pending, is_gone, checked = jobs[0].paths.folder, jobs, False, time.monotonic()
     with create_progress() as bar:
         shown = bar.add_task("Tasks", total=len(jobs), note="")
@@ -191,17 +184,14 @@ def _wait(cluster: ClusterConfig, jobs: Sequence[Any]) -> None:
             bar.update(shown, completed=len(jobs) - len(pending))
             if time.monotonic() - checked >= _SECONDS_PER_CHECK:
                 was_gone, checked = is_gone, time.monotonic()
-                is_gone = not _is_queued(jobs[0]) if cluster.on == "slurm" else all(job.done() for job in pending)
-                # Files of other machines may be seen a little later.
-                if was_gone and is_gone:
+                if cluster.on == "slurm":
+                    found = subprocess.run(squeue, capture_output=True, text=True)
+                    # Without an answer nothing is known.
+                    is_gone = not found.stdout and (found.returncode == 0 or "Invalid job id" in found.stderr)
+                else:
+                    is_gone = all(job.done() for job in pending)
+                if was_gone and is_gone:  # Files of other machines may be seen a little later.
                     return
-
-
-def _is_queued(job: Any) -> bool:
-    """Whether Slurm still has a task of the array waiting or running; also where it does not answer."""
-    command = ["squeue", "--noheader", "--jobs", job.job_id.split("_")[0], "--format=%i"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return bool(found.stdout.strip()) or (found.returncode != 0 and "Invalid job id" not in found.stderr)
 
 
 def _describe(error: Exception) -> str:

@@ -118,8 +118,7 @@ def lift(command: LiftCommand) -> None:
     if command.cluster.on == "here" or command.dry_run:
         failed = lift_here(command, command.cluster)
     else:
-        # What is missing is said before anything waits in a queue.
-        choose_backbone(command)
+        choose_backbone(command)  # What is missing is said before anything waits in a queue.
         names = [task.output_path.stem for task in create_tasks(command, command.device)]
         failed = run_tasks(command.cluster, names, command.output_path, partial(lift_here, command))
     if failed:
