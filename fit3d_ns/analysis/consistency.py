@@ -94,17 +94,10 @@ def compute_consistency(
     config: ConsistencyConfig | None = None,
     units_per_metre: float | None = None,
 ) -> dict[str, Any]:
-    """Compares the tokens of pairs of views, both ways; ratio matches go from the first view of a pair to the second.
+    """Compares the tokens [h, w, E] of pairs of views, both ways, and returns the metrics listed above, for JSON.
 
-    Args:
-        token_maps: [h, w, E] of each view.
-        views: Depth and camera of each view.
-        pairs: Which views to compare; all pairs by default.
-        config: Tolerances, bins and thresholds.
-        units_per_metre: Length of a metre in the unit of the poses; None leaves out metrics in centimetres.
-
-    Returns:
-        The metrics that this module's docstring lists, as plain values for JSON.
+    Ratio matches go from the first view of a pair to the second. Without `pairs`, all are compared; without the length
+    of a metre in the unit of the poses, metrics in centimetres are left out.
     """
     config = config or ConsistencyConfig()
     if len(token_maps) != len(views) or not views:

@@ -181,10 +181,7 @@ def create_lens(
 ) -> Lens:
     """A checked lens; perspective ones become pinhole when all coefficients are zero.
 
-    Args:
-        intrinsics: fx, fy, cx, cy in pixels.
-        size: Width and height in pixels.
-        distortion: Coefficients in OpenCV's order.
+    `intrinsics` are fx, fy, cx, cy and `size` is width and height, in pixels; `distortion` is in OpenCV's order.
     """
     fx, fy, cx, cy = map(float, intrinsics)
     width, height = size

@@ -21,14 +21,13 @@ _READERS = {"scannetpp": read_scannetpp, "nerfstudio": read_transforms, "colmap"
 def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto", is_strict: bool = False) -> CaptureFiles:
     """Reads a scene from disk; of all files the headers are checked, a few photographs are held against seed points.
 
+    ValueError where there is no such scene, no known layout, or something in it is wrong; the message names the piece.
+
     Args:
         path: The scene folder, the `dslr` folder of a ScanNet++ scene, or a camera file (`*.json`).
         layout: `auto` looks in this order: `dslr/` is ScanNet++, `transforms.json` nerfstudio's layout,
             `sparse/` or `colmap/` COLMAP.
         is_strict: Refuse a missing photograph; otherwise its frame is left out where most are there.
-
-    Raises:
-        ValueError: There is no such scene, no known layout, or something in it is wrong; the message names the piece.
     """
     path = Path(path)
     if not path.exists():

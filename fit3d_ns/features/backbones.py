@@ -141,12 +141,8 @@ def describe_backbone(
 ) -> BackboneDescription:
     """Says what a backbone is without building it (timm makes it on torch's meta device) and without its weights.
 
-    Args:
-        backbone: A name as `sources.py` lists them.
-        weights: A file with weights (`weights.py` says which kinds); None: timm's download, or the folder's own.
-
-    Raises:
-        ValueError: Unknown name (nearest ones are given), missing file, no vision transformer, or no weights available.
+    `sources.py` lists the names, `weights.py` the kinds of files with weights; None: timm's download, or the folder's
+    own. ValueError: unknown name (nearest ones are given), missing file, no vision transformer, no weights available.
     """
     source = resolve_source(backbone, Path(weights) if weights is not None else None)
     model = _create_meta_model(source.architecture, source.model_args)

@@ -65,15 +65,12 @@ def create_extractor(
     normalization: Normalization = "timm",
     norm: bool = True,
 ) -> FeatureExtractor:
-    """Builds a frozen backbone and loads its weights.
+    """Builds a frozen backbone and loads its weights; ValueError where it is unknown or they are missing or others.
 
     Args:
         backbone: A name (`sources.py` lists the kinds), or a description, whose settings then replace those below.
         weights: A file with weights; None: timm's download, the folder's or, if the name says so, random ones.
         norm: False gives tokens before the final norm.
-
-    Raises:
-        ValueError: Unknown backbone, weights that are missing or do not fit, or a download that failed.
     """
     model = create_token_model(backbone, weights, normalization=normalization, norm=norm)
     return FeatureExtractor(model, device, dtype)

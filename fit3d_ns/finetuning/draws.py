@@ -268,16 +268,13 @@ class TrainingViews:
         data_root: Path | None = None,
         is_strict: bool = False,
     ):
-        """Finds the photographs; nothing of the scenes' Gaussians is read.
+        """Finds the photographs; nothing of the scenes' Gaussians is read. ValueError where all of a scene are gone.
 
         Args:
             splits: Which views of each scene count; none at all leaves the scene out. Views the lift has not seen
                 give novel-view targets.
             data_root: Where photographs lie now: the capture's own folder, or one that holds it.
             is_strict: Refuse a missing photograph instead of skipping its view.
-
-        Raises:
-            ValueError: All photographs of a scene are gone, one is and `is_strict`, or no view is left.
         """
         self.captures: list[PosedCapture] = []
         self.views: list[list[View]] = []

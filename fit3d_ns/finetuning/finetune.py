@@ -66,11 +66,8 @@ def finetune(
     """Fine-tunes a backbone on lifted scenes, writes the folder, and returns the content of `report.json`.
 
     Every process gets the report, but only the main one has measured and written. An accelerator that exists already is
-    taken instead of a new one.
-
-    Raises:
-        ValueError: Anything a user can correct: scenes, backbone, photographs, settings, disk space.
-        Interrupted: A signal came; a checkpoint was written.
+    taken instead of a new one. ValueError for anything a user can correct: scenes, backbone, photographs, settings,
+    disk space; Interrupted where a signal came, and a checkpoint was written.
     """
     output_folder, run = Path(output_folder), config.run
     accelerator = accelerator or create_accelerator(device, config.optimization.precision, run.trackers, output_folder)
@@ -178,6 +175,8 @@ def _summarise(
         view for names, own in zip(lifted, trainer.views.views, strict=True) for view in own if view.name not in names
     ]
     num_rendered = targets.num_rendered + validation.targets.num_rendered
+    width = max(-(-len(history.losses) // MAX_REPORTED_LOSSES), 1)
+    pieces = [history.losses[start : start + width] for start in range(0, len(history.losses), width)]
     return {
         "kind": "finetune",
         "is_random": description.is_random,
@@ -199,7 +198,8 @@ def _summarise(
         "num_scene_loads": bank.num_loads,
         "num_scenes_averaged": None if bank.averages is None else bank.averages.num_averaged,
         "peak_memory_mb": measure_peak_memory_mb(),
-        "losses": _thin_out(history.losses),
+        # A curve that fits the report, each point the mean of as many steps as the others (the last of fewer).
+        "losses": [sum(piece) / len(piece) for piece in pieces],
         "epochs": num_shown / trainer.sequence.num_images,
         "scenes": [str(path) for path in inputs.scenes],
         "scene_costs": [asdict(read_scene_costs(*pair)) for pair in zip(bank.on_disk, inputs.scenes, strict=False)],
@@ -209,13 +209,6 @@ def _summarise(
         "run_settings": config.to_metadata()["run"],
         "versions": collect_versions(),
     }
-
-
-def _thin_out(losses: Sequence[float]) -> list[float]:
-    """A loss curve that fits the report, each point the mean of as many steps as the others (the last of fewer)."""
-    width = max(-(-len(losses) // MAX_REPORTED_LOSSES), 1)
-    pieces = [losses[start : start + width] for start in range(0, len(losses), width)]
-    return [sum(piece) / len(piece) for piece in pieces]
 
 
 def _finish(

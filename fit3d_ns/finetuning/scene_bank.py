@@ -160,12 +160,8 @@ def leave_view_out(
     """The scene as if `view` had not been lifted, and which Gaussians other views know; the decoder stays.
 
     Gaussians that no other view saw cannot forget it: they keep their features and should not teach. A view that was
-    not lifted changes nothing.
-
-    Args:
-        scene: A ready scene; ValueError where it keeps no blend weights.
-        capture: Where the view's photograph is.
-        original: The backbone whose tokens were lifted.
+    not lifted changes nothing. `capture` is where the view's photograph is, `original` the backbone whose tokens were
+    lifted; ValueError where the scene keeps no blend weights.
     """
     if not bool(scene.gaussians.blend_weight.any()):
         raise ValueError(
@@ -236,9 +232,8 @@ def prepare_scene_files(
 ) -> list[Path]:
     """Scene files for `find_scenes`' result: runs are exported to `export_folder`, under a name with the run's hash.
 
-    Args:
-        load_run: Reads the lifted scene of a nerfstudio run from its `config.yml`; ValueError where it cannot.
-        may_export: False on processes that wait until another one has exported.
+    `load_run` reads the lifted scene of a nerfstudio run from its `config.yml`, or raises ValueError; `may_export` is
+    False on processes that wait until another one has exported.
     """
     files = []
     for scene in scenes:

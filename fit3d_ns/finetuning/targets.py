@@ -199,14 +199,10 @@ def create_target_store(config: TargetConfig, device: torch.device, output_folde
 
     Targets that outgrow the memory go below the run's output folder.
     """
-    kind = _find_kind(config, device)
+    kind = config.cache
+    if kind == "auto":
+        kind = "disk" if config.cache_folder is not None or device.type == "cpu" else "none"
     return None if kind == "none" else _create_store(config, config.cache_gb, kind == "disk", output_folder)
-
-
-def _find_kind(config: TargetConfig, device: torch.device) -> Literal["none", "memory", "disk"]:
-    if config.cache != "auto":
-        return config.cache
-    return "disk" if config.cache_folder is not None or device.type == "cpu" else "none"
 
 
 def _create_store(

@@ -73,12 +73,9 @@ class FinetuneTrainer:
         Args:
             token_model: The original backbone; it is trained in place.
             inputs: Backbone, scenes and photographs by their hashes, as plain JSON values; a checkpoint of others is
-                refused.
+                refused with a ValueError.
             validate: Called by the main process every `steps_per_validation` steps.
             timer: Gets the seconds of `load`, `target`, `forward_backward` and `optimizer`.
-
-        Raises:
-            ValueError: Settings that do not fit together, or a checkpoint of another run.
         """
         self.targets, self.config, self.processes = targets, config, processes
         self.bank, self.views, self.accelerator = targets.bank, targets.views, processes.accelerator

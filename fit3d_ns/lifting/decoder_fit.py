@@ -89,12 +89,8 @@ class DecoderStatistics:
 def fit_decoder(statistics: Sequence[DecoderStatistics], basis: PcaBasis, ridge: float) -> FeatureDecoder:
     """The decoder of least squared error for all scenes that were lifted on `basis`, pulled towards the PCA decoder.
 
-    Args:
-        ridge: Pull as a fraction of the mean squared regressor, 0 or above; below 1e-6 it acts as 1e-6, and infinity
-            gives the PCA decoder.
-
-    Raises:
-        ValueError: The statistics do not belong to this basis.
+    `ridge` is the pull as a fraction of the mean squared regressor, 0 or above; below 1e-6 it acts as 1e-6, and
+    infinity gives the PCA decoder. ValueError where the statistics do not belong to this basis.
     """
     total = statistics[0]
     for other in statistics[1:]:

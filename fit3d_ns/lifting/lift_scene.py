@@ -98,14 +98,13 @@ def lift_scene(
 ) -> tuple[FeatureScene, LiftResult]:
     """Lifts a backbone's tokens onto a source: the scene on the CPU with its metrics, and everything the solve found.
 
+    ValueError: what `solve_features` and `extract_features` refuse.
+
     Args:
         state_path: Where an interrupted solve is kept and found again; nowhere by default.
         progress: A progress bar by default.
         basis: Space of the features, if other scenes share it; fitted to this scene's tokens by default.
         pca: Directions and colours of pictures, if other scenes share them; fitted by default.
-
-    Raises:
-        ValueError: What `solve_features` and `extract_features` refuse.
     """
     check_dimensions(setup)
     config, options, device, timer = setup.config, setup.options, setup.device, PhaseTimer()

@@ -83,16 +83,14 @@ def solve_features(
 ) -> LiftResult:
     """Lifts the tokens of `views`, all of one backbone, onto `gaussians`.
 
-    Gaussians with NaN or infinite numbers are left out, with a notice of how many.
+    Gaussians with NaN or infinite numbers are left out, with a notice of how many. ValueError: no views; views without
+    tokens or with tokens of different widths; a basis of another size; no view sees any Gaussian under its mask; a
+    state file of another lift.
 
     Args:
         basis: Space of the features, for example one that many scenes share; None fits one to these views' tokens.
         backbone: Identity of the backbone and its weights, so that a state file of another one is refused.
         state_path: Where an interrupted lift is kept and found again; removed at the end. None keeps nothing.
-
-    Raises:
-        ValueError: No views; views without tokens or with tokens of different widths; a basis of another size; no
-            view sees any Gaussian under its mask; a state file of another lift.
     """
     config = config or LiftConfig()
     patch_grid, embed_dim = _check_sizes(gaussians, views, config, basis)

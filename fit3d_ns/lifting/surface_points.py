@@ -77,10 +77,8 @@ def drop_flying_pixels(depth: Float[Tensor, "height width"]) -> Float[Tensor, "h
 
 def find_depth_scale(capture: PosedCapture, given: float | None = None) -> float:
     """Units of the depth maps per unit of the dataset's world: of the usual ones and the `given` one that at which most
-    pixels of a view agree with the next view; 1000 if it is about as good as any.
-
-    Raises:
-        ValueError: Another scale than the given one fits by far better.
+    pixels of a view agree with the next view; 1000 if it is about as good as any. ValueError where another scale than
+    the given one fits by far better.
     """
     views = list_depth_views(capture)
     starts = select_evenly(range(len(views) - 1), _SAMPLED_VIEWS) if len(views) > 1 else []

@@ -69,15 +69,11 @@ class SplatRun:
 
 
 def read_run(path: Path, data: Path | None = None, trust_config: bool = False) -> SplatRun:
-    """Reads a run of splatfacto or of a method built on it.
+    """Reads a run of splatfacto or of a method built on it; `trust_config` as in `load_config`.
 
-    Args:
-        path: The run's config.yml, its folder, or a folder above it that holds one run.
-        data: Where the dataset lies now, if it was moved since.
-        trust_config: As in `load_config`.
-
-    Raises:
-        ValueError: No run there, another kind of method, a dataset that moved, or no readable checkpoint.
+    `path` is the run's config.yml, its folder, or a folder above it that holds one run; `data` is where the dataset
+    lies now, if it was moved since. ValueError: no run there, another kind of method, a dataset that moved, or no
+    readable checkpoint.
     """
     config_path = find_config(Path(path))
     config = load_config(config_path, trust_config)

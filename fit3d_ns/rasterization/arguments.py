@@ -1,5 +1,6 @@
 """Checks of what callers of the rasterizer pass in: one sentence, a ValueError, for each thing that can be wrong."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,9 +21,13 @@ _FIXED: dict[str, tuple[Any, str]] = {
 }
 
 
-def check_fixed_options(**options: Any) -> None:
-    """Refuses values of gsplat's options other than the one that is built in."""
+def check_fixed_options(options: Mapping[str, Any]) -> None:
+    """Refuses values of gsplat's options other than the one that is built in; TypeError where it has no such option."""
     for name, value in options.items():
+        if name == "channel_chunk":
+            continue
+        if name not in _FIXED:
+            raise TypeError(f"rasterization() got an unexpected keyword argument {name!r}")
         expected, advice = _FIXED[name]
         if value is not expected and value != expected:
             shown = "a tensor" if isinstance(value, Tensor) else repr(value)

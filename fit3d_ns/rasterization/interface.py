@@ -44,23 +44,17 @@ def rasterization(
     radius_clip: float = 0.0,
     eps2d: float = 0.3,
     sh_degree: int | None = None,
-    packed: bool = False,
-    tile_size: int = TILE_SIZE,
+    *,
     backgrounds: Float[Tensor, "num_cameras channels"] | None = None,
     render_mode: RenderMode = "RGB",
-    sparse_grad: bool = False,
     absgrad: bool = False,
     rasterize_mode: RasterizeMode = "classic",
-    channel_chunk: int = 32,
-    distributed: bool = False,
-    camera_model: str = "pinhole",
-    covars: Tensor | None = None,
-    *,
     backend: BackendName = "auto",
+    **fixed: Any,
 ) -> tuple[
     Float[Tensor, "num_cameras height width rendered"], Float[Tensor, "num_cameras height width 1"], dict[str, Any]
 ]:
-    """Renders Gaussians into cameras.
+    """Renders Gaussians into cameras; ValueError where an argument is not offered or does not fit the others.
 
     Args:
         quats: wxyz, of any length but zero.
@@ -76,27 +70,18 @@ def rasterization(
         render_mode: `D` is sum(w z), `ED` the same divided by alpha; `RGB+` puts it after the colours.
         absgrad: Whether backward leaves the sums of absolute gradients in `info["means2d"].absgrad`.
         rasterize_mode: `antialiased` scales the opacities by the loss of area that the blur would cause.
-        channel_chunk: Accepted for compatibility; the backends choose chunks by themselves.
         backend: `auto` follows the device of `means`.
+        fixed: gsplat's other options: `channel_chunk` changes nothing, since the backends choose chunks by themselves;
+            `packed`, `sparse_grad`, `tile_size`, `distributed`, `camera_model` and `covars` are accepted only at
+            gsplat's defaults.
 
     Returns:
         Images [C, H, W, X], accumulated alphas [C, H, W, 1], and `info`: gsplat's keys (`radii`, `means2d`, `depths`,
         `conics`, `opacities` with the compensation, `tiles_per_gauss`, `flatten_ids`, ...) and `backend`. `means2d`
-        takes part in the graph. `packed`, `sparse_grad`, `tile_size`, `distributed`, `camera_model` and `covars` are
-        accepted only at their defaults.
-
-    Raises:
-        ValueError: An argument is unknown, not offered, or does not fit the others.
+        takes part in the graph.
     """
     arguments.check_modes(render_mode, rasterize_mode)
-    arguments.check_fixed_options(
-        packed=packed,
-        sparse_grad=sparse_grad,
-        tile_size=tile_size,
-        distributed=distributed,
-        camera_model=camera_model,
-        covars=covars,
-    )
+    arguments.check_fixed_options(fixed)
     uses_colors = render_mode not in ("D", "ED")
     if uses_colors:
         arguments.check_colors(colors, backgrounds, sh_degree, means, len(viewmats))
@@ -159,6 +144,7 @@ def rasterize_features(
     """Blends per-Gaussian features through the projection of an earlier call, with the weights that colour had.
 
     Differentiable by `features` alone: the geometry in `info` was detached, `info["means2d"]` is never touched.
+    ValueError where features or pixels do not fit `info`.
 
     Args:
         features: One row for each Gaussian that `info` was made from; any number of channels.
@@ -167,9 +153,6 @@ def rasterize_features(
 
     Returns:
         [C, H, W, D], or [C, P, D] with `pixels`. Nothing is added where alpha is below 1.
-
-    Raises:
-        ValueError: The features or pixels do not fit `info`.
     """
     geometry = _geometry_of(info)
     arguments.check_features(features, geometry.num_gaussians, geometry.means2d)
@@ -186,6 +169,8 @@ def backproject_features(
 ) -> tuple[Float[Tensor, "num_gaussians channels"], Float[Tensor, " num_gaussians"]]:
     """The adjoint of `rasterize_features`: sums the maps' pixels into the Gaussians, by blend weight.
 
+    ValueError where maps or sums do not fit `info`.
+
     Args:
         feature_maps: One map per camera of `info`.
         info: What `rasterization` or `project` returned.
@@ -195,9 +180,6 @@ def backproject_features(
     Returns:
         Sums over all cameras and pixels of weight times pixel, [N, D] (`add_to` if it was given), and of this call's
         weights alone, [N]. Without `add_to` their quotient is the weighted mean of what each Gaussian was seen as.
-
-    Raises:
-        ValueError: The maps or the sums do not fit `info`.
     """
     geometry = _geometry_of(info)
     settings = geometry.settings
@@ -220,14 +202,8 @@ def add_normal(
 ) -> None:
     """Adds R^T weigh(R f) to `add_to`, in place: `rasterize_features` and `backproject_features` at less than both.
 
-    Args:
-        features: One row for each Gaussian that `info` was made from.
-        info: What `rasterization` or `project` returned.
-        weigh: Takes maps [C, H, W, some channels] and returns new ones of the same shape, each channel from itself.
-        add_to: Contiguous.
-
-    Raises:
-        ValueError: The features or the sums do not fit `info`.
+    `weigh` takes maps [C, H, W, some channels] and returns new ones of the same shape, each channel from itself; the
+    rest is as there.
     """
     geometry = _geometry_of(info)
     arguments.check_features(features, geometry.num_gaussians, geometry.means2d)

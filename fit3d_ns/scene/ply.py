@@ -194,14 +194,13 @@ def read_fit3d(
 ) -> tuple[FeatureScene, int]:
     """Reads a scene that FiT3D published or `write_fit3d` wrote, and how many Gaussians were dropped.
 
+    ValueError where one of the files is not what it should be, or they do not belong together.
+
     Args:
         decoder_path: Checkpoint of the convolution, a state dict with `0.weight` and no bias.
         capture: The captured views in the PLY's world. FiT3D's is COLMAP's: make the capture with the inverse of
             `CaptureFiles.colmap_to_world` as `dataparser_transform` (ScanNet++: (x, y, z) to (y, x, -z)).
         backbone: The ViT whose tokens were lifted; the files do not say.
-
-    Raises:
-        ValueError: One of the files is not what it should be, or they do not belong together.
     """
     (gaussians, num_dropped), weight = read_ply(ply_path), _read_decoder(Path(decoder_path))
     if weight.shape[1] != gaussians.feature_dim:

@@ -172,13 +172,9 @@ def create_posed_capture(
 ) -> PosedCapture:
     """Moves a scene folder's frames into the training frame and gives each its pinhole camera.
 
-    Args:
-        dataparser_transform: Rigid motion of the dataset's world; none by default.
-        dataparser_scale: Factor after the motion, positive.
-        downscale_factor: Photographs are reduced by this factor before they are undistorted, at least 1.
-
-    Raises:
-        ValueError: No usable frame, a photograph outside the root, or a scale or factor out of range.
+    `dataparser_transform` is a rigid motion of the dataset's world (none by default), `dataparser_scale` a positive
+    factor after it; photographs are reduced by `downscale_factor`, at least 1, before they are undistorted. ValueError:
+    no usable frame, a photograph outside the root, or a scale or factor out of range.
     """
     transform = torch.eye(4)[:3] if dataparser_transform is None else dataparser_transform.detach().cpu().float()
     if not dataparser_scale > 0 or downscale_factor < 1:
@@ -253,8 +249,7 @@ def record_capture(capture: PosedCapture) -> dict[str, Any]:
 def parse_capture(record: dict[str, Any]) -> PosedCapture:
     """The capture that `record_capture` wrote, with paths below the recorded root.
 
-    Raises:
-        KeyError, TypeError, IndexError, ValueError: The record is not what `record_capture` writes.
+    KeyError, TypeError, IndexError or ValueError where the record is not what `record_capture` writes.
     """
     root, scale, metric = Path(record["root"]), record["dataparser_scale"], record["metric_scale"]
     for name in ("scene_id", "layout"):

@@ -110,12 +110,8 @@ def create_token_reader(
 ) -> TokenReader:
     """The reader of images at the token grid `size` (h, w), which may be finer than the image.
 
-    Args:
-        neighbourhood: Also read the one-pixel ring that a 3x3 convolution needs.
-        device: Where its tensors live; readers work on any device, but elsewhere copy their tables at every use.
-
-    Raises:
-        ValueError: A size is not positive or the rule is unknown.
+    With `neighbourhood`, the one-pixel ring that a 3x3 convolution needs is read, too. Its tensors live on `device`; it
+    works on any, but elsewhere copies its tables at every use. ValueError: a size is not positive, an unknown rule.
     """
     if min(width, height, *size) < 1:
         raise ValueError(f"Cannot read an image of {width}x{height} at token grid {size}; all must be at least 1.")

@@ -94,11 +94,7 @@ def find_errno(error: BaseException) -> tuple[int | None, str]:
 
 @contextmanager
 def reading(source: object) -> Iterator[None]:
-    """Around code that takes a file's content apart: what it does not find there is a ValueError that names the file.
-
-    Args:
-        source: The file, as errors call it.
-    """
+    """Around code that takes a file's content apart: what it does not find is a ValueError that names `source`."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ArithmeticError, UnicodeError) as error:

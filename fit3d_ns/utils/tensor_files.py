@@ -52,11 +52,7 @@ class TensorFile:
     def check(self, *, finite: bool = True) -> None:
         """Reads all tensors, once: 0.1 s for a scene of a million Gaussians (170 MB).
 
-        Args:
-            finite: Also refuse NaN and infinities.
-
-        Raises:
-            ValueError: A tensor is not what was written.
+        ValueError where a tensor is not what was written or, with `finite`, has NaN or infinities.
         """
         if self.is_checked:
             return
@@ -73,14 +69,9 @@ class TensorFile:
 
 
 def open_tensors(path: Path, known: Collection[str] | None = None) -> TensorFile:
-    """Maps a file; of its content only the header is read.
+    """Maps a file; of its content only the header is read. ValueError where it is missing, cut short or damaged.
 
-    Args:
-        path: The file.
-        known: Metadata that a file without checksums may have; other names are checksums that were damaged.
-
-    Raises:
-        ValueError: The file is missing, cut short or damaged.
+    `known` is metadata that a file without checksums may have; other names are checksums that were damaged.
     """
     path = Path(path)
     if not path.is_file():
