@@ -1,11 +1,4 @@
-"""Reads the DSLR part of a ScanNet++ scene.
-
-    <scene>/dslr/
-      nerfstudio/transforms_undistorted.json   with undistorted_images/, undistorted_anon_masks/
-      nerfstudio/transforms.json               with resized_images/, resized_anon_masks/ (fisheye)
-      train_test_lists.json                    {"train": [...], "test": [...]}
-      colmap/points3D.txt or .bin              in COLMAP's world
-      render_depth/*.png                       16-bit millimetres, aligned with resized_images
+"""Reads the DSLR part of a ScanNet++ scene, which docs/datasets.md draws.
 
 A COLMAP point (x, y, z) is (y, x, -z) in the world of the transforms files. Both worlds are in metres.
 """

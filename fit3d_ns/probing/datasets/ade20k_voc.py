@@ -1,14 +1,6 @@
 """Reads the two outdoor label sets: ADE20K as the scene parsing challenge hands it out, and Pascal VOC 2012.
 
-ADEChallengeData2016/                         from ADEChallengeData2016.zip
-  images/{training,validation}/*.jpg
-  annotations/{training,validation}/*.png     0 = no class, 1 .. 150
-  objectInfo150.txt                           tab-separated, the last column names the class
-
-VOCdevkit/VOC2012/                            from VOCtrainval_11-May-2012.tar
-  JPEGImages/*.jpg
-  SegmentationClass/*.png                     palette: 0 = background, 1 .. 20, 255 = does not count
-  ImageSets/Segmentation/{train,val}.txt      stems; the paper trains on train.txt, not on the augmented list
+docs/datasets.md draws them.
 """
 
 from pathlib import Path

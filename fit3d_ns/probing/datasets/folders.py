@@ -1,18 +1,6 @@
 """Reads plain folders: photographs with label or depth maps, or pictures sorted into one folder per class.
 
-    <root>/                      for segmentation and depth
-      images/*.jpg               or images/train/*.jpg and images/test/*.jpg
-      labels/*.png               8-bit class indices, 255 = does not count; same path and stem as the image
-      depths/*.png               16-bit millimetres, 0 = no measurement; same path and stem as the image
-      classes.json               {"classes": ["sky", ...], "ignore_index": 255}
-
-    <root>/                      for classification, as torchvision's `ImageFolder` and ImageNet have it
-      train/<class>/*.jpg
-      val/<class>/*.jpg          or test/<class>/*.jpg; both parts must have the same class folders
-
-`labels/` with `classes.json` is needed for segmentation, `depths/` for depth. Folders may be nested; those below
-`images/` (after `train` or `test`) are the groups, for example scenes or videos. Classes of whole pictures are numbered
-in the order of their folder names.
+docs/datasets.md draws them.
 """
 
 from functools import partial

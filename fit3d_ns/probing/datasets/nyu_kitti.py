@@ -1,25 +1,7 @@
-"""Reads the two depth benchmarks: NYUv2, which has labels as well, and KITTI with Eigen's split.
+"""Reads the two depth benchmarks: NYUv2, which has labels as well, and KITTI with Eigen's split; see docs/datasets.md.
 
-    <nyu>/                                  labels (13 or 40 classes), depth of the same 1,449 frames
-      nyu_depth_v2_labeled.mat              images, labels, depths
-      splits.mat                            trainNdxs (795), testNdxs (654), counted from 1
-      classMapping40.mat                    from 894 names to 40 classes
-      class13Mapping.mat                    from 40 to 13 classes; only for 13
-
-    <nyu>/                                  depth as published, 24,000 training frames
-      nyu_train.txt, nyu_test.txt           IMAGE DEPTH FOCAL per line, relative to the root
-      <scene>/rgb_*.jpg, <scene>/sync_depth_*.png     16-bit millimetres
-
-    <kitti>/
-      2011_09_26/<drive>/image_02/data/*.png          raw data (may also lie below raw/ or input/)
-      data_depth_annotated/{train,val}/<drive>/proj_depth/groundtruth/image_02/*.png
-                                                      16-bit, metres x 256 (may also lie below gt_depth/<drive>/)
-      kitti_eigen_train.txt, kitti_eigen_test.txt     IMAGE DEPTH FOCAL per line
-
-NYU's two `Mapping` files come from the "nyuv2-meta-data" collection. Its depth is trained inside rows 45-471, columns
-43-607 and evaluated inside Eigen's window. KITTI's lists name images relative to the raw data and depth relative to the
-annotated depth, `None` where an image has no depth: such lines are left out, as published. Its images and depth are
-seen in the lower 352x1216 pixels; Garg's window counts.
+NYU's depth is trained inside rows 45-471, columns 43-607 and evaluated inside Eigen's window. KITTI's images and depth
+are seen in the lower 352x1216 pixels; Garg's window counts.
 """
 
 from functools import partial

@@ -1,28 +1,8 @@
-"""Reads ScanNet's 25k frames (scannet_frames_25k.zip), which the paper's ScanNet results are about, and ScanNet++.
-
-    <scannet>/
-      scannet_frames_25k/scene0000_00/            the folder itself may be given, too
-        color/000000.jpg                          1296x968
-        label/000000.png                          8-bit NYU40 ids, 0 = no class
-        depth/000000.png                          640x480, 16-bit millimetres
-      scannetv2_train.txt, scannetv2_val.txt      scene names; in the root or next to the scenes
-      scannetv2-labels.combined.tsv               only where labels are 16-bit raw ids (label-filt/)
-
-    <scene>/dslr/                        one scene of ScanNet++, as `data/scannetpp.py` draws it, with
-      render_depth/*.png                 16-bit millimetres, aligned with resized_images
-      labels/*.png                       8-bit class indices of the list below, 255 = does not count
-    <scene>/classes.json                 or dslr/classes.json, dslr/labels/classes.json: {"classes": [...]}
-
-    <scannetpp>/                         the whole download
-      data/<scene>/dslr/                 or the scenes directly below the root
-      splits/nvs_sem_{train,val}.txt     scene names
-      metadata/semantic_benchmark/top100.txt
-      semantics/<scene>/<image>.png      labels, as the official toolkit's `semantics_2d` writes them with top100.txt
+"""Reads ScanNet's 25k frames, which the paper's ScanNet results are about, and ScanNet++; docs/datasets.md draws them.
 
 ScanNet's photographs are reduced to the depth maps' 640x480 for depth, as published. Distorted photographs of
 ScanNet++, their depth and labels are undistorted together, those wider than 1600 pixels halved before, as the paper
-does. Pixels that the anonymisation masks hide do not count. A single scene gives the frames of its own train or test
-list; frames marked as bad are left out.
+does. Pixels that the anonymisation masks hide do not count.
 """
 
 import csv
