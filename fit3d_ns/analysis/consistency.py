@@ -170,7 +170,7 @@ class _Samples:
         covisible = draw_points(covisible, self.config.max_points, self.config.seed, *pair)
         if len(covisible) > 0:
             matched = find_matches(maps, views, covisible.points, self._choose_grid(maps[1], views[1]))
-            distances = measure_match_errors(*views, covisible.points, matched).distances
+            _, distances = measure_match_errors(*views, covisible.points, matched)
             pixels = (matched - covisible.other_points).norm(dim=1)
             self.errors.append(self._stack(views, pixels, distances))
 
@@ -179,8 +179,7 @@ class _Samples:
         grids = self._choose_grid(maps[0], views[0]), self._choose_grid(maps[1], views[1])
         points, matched, _ = find_ratio_matches(maps, views, grids, self.config.ratio_matches)
         if len(points) > 0:
-            errors = measure_match_errors(*views, points, matched)
-            self.ratio_errors.append(self._stack(views, errors.pixels, errors.distances))
+            self.ratio_errors.append(self._stack(views, *measure_match_errors(*views, points, matched)))
 
     def summarise(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Metrics of everything, and of each bin of angles."""

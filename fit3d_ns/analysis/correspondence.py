@@ -77,17 +77,6 @@ class CovisiblePoints:
         return CovisiblePoints(self.points[chosen], self.other_points[chosen])
 
 
-@dataclass(frozen=True)
-class MatchErrors:
-    """How far matched places are from the true ones; NaN, which no threshold lets through, where that is unknown."""
-
-    pixels: Float[Tensor, " points"]
-    """In the second image, between the matched place and where the first view's point projects to; NaN behind the
-    camera and where the first view has no depth."""
-    distances: Float[Tensor, " points"]
-    """In space, between the two surface points, in the unit of the poses; NaN where either view has no depth."""
-
-
 def create_grid_points(width: int, height: int, grid: tuple[int, int]) -> Float[Tensor, "points 2"]:
     """Centres (x, y) of the cells of a grid (h, w) over the image, rows first."""
     rows = (torch.arange(grid[0]) + 0.5) * (height / grid[0])
@@ -191,10 +180,11 @@ def find_ratio_matches(
 
 def measure_match_errors(
     view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], matched: Float[Tensor, "points 2"]
-) -> MatchErrors:
-    """Compares where each point (x, y) was matched to in the second image with the known geometry.
+) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"]]:
+    """How far from the true places points (x, y) were matched in the second image, whether that sees them or not.
 
-    Whether the second view really sees the points does not matter.
+    In pixels of that image; and in space between the two surface points, in the unit of the poses. NaN, which no
+    threshold lets through, behind the camera and where a view has no depth: the first, or either in space.
     """
     depth, matched_depth = look_up(view.usable_depth, points), look_up(other.usable_depth, matched)
     in_world, matched_in_world = unproject(points, depth, view), unproject(matched, matched_depth, other)
@@ -202,7 +192,7 @@ def measure_match_errors(
     unknown = in_world.new_tensor(float("nan"))
     pixels = torch.where((depth > 0) & (other_depth > 0), (matched - places).norm(dim=1), unknown)
     distances = torch.where((depth > 0) & (matched_depth > 0), (matched_in_world - in_world).norm(dim=1), unknown)
-    return MatchErrors(pixels, distances)
+    return pixels, distances
 
 
 def draw_points(covisible: CovisiblePoints, max_points: int, seed: int, *purpose: str | int) -> CovisiblePoints:

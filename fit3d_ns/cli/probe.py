@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fit3d_ns.cli.command import UNSET, run_command
-from fit3d_ns.probing.datasets import LabelledLayout, LabelledOptions
+from fit3d_ns.cli.command import GROUP, UNSET, run_command
+from fit3d_ns.probing.datasets import LabelledOptions
 from fit3d_ns.probing.depth import ClassTokenChoice
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig
 from fit3d_ns.probing.head_probe import CacheRule, RunConfig, Selection
@@ -95,16 +95,7 @@ class ProbeCommand:
     data_root: Annotated[Path | None, UNSET] = None
     """Where the photographs of scene files lie now; needed only if they were moved since (consistency,
     correspondence)."""
-    layout: LabelledLayout | Literal["auto"] = "auto"
-    """Disk layout of the folders; `auto` looks at each folder."""
-    nyu_classes: Annotated[Literal[13, 40] | None, UNSET] = None
-    """Class list of NYUv2 (segmentation); 13, as in the paper, if it is not given. Refused where no NYUv2 is given."""
-    depth_scale: Annotated[float | None, UNSET] = None
-    """Units per metre of the depth maps of plain folders, 1000 if it is not given; refused where no plain folder is
-    given, because official sets have their own."""
-    max_depth: Annotated[float | None, UNSET] = None
-    """Depths of this many metres or more do not count; 20 for ScanNet++ scenes and 10 for plain folders if it is not
-    given. Refused where none of these is given."""
+    data: Annotated[LabelledOptions, GROUP] = LabelledOptions()
     predictions: Annotated[Path | None, UNSET] = None
     """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth); none are
     written if it is not given."""
@@ -161,7 +152,7 @@ def create_request(command: ProbeCommand) -> ProbeRequest:
         seeds=command.seeds,
         config=replace(config, **given),
         run=replace(run, cache_gb=command.cache_gb, **chosen),
-        options=LabelledOptions(command.layout, command.nyu_classes, command.depth_scale, command.max_depth),
+        options=command.data,
         device=command.device,
         precision=command.precision,
         predictions=command.predictions,

@@ -152,11 +152,11 @@ def test_match_errors__pixels_of_a_homography_and_distances_on_the_plane():
     seen = find_covisible(view, other, points)
     # Matches at the pixel that the true place falls into are wrong by less than a pixel, and by what it spans.
     matched = seen.other_points.floor() + 0.5
-    errors = measure_match_errors(view, other, seen.points, matched)
+    pixels, distances = measure_match_errors(view, other, seen.points, matched)
     homography = compute_homography(view, other)
     mapped = np.concatenate([seen.points.numpy(), np.ones((len(seen), 1))], axis=1) @ homography.T
     offsets = matched.numpy() - mapped[:, :2] / mapped[:, 2:]
-    np.testing.assert_allclose(errors.pixels, np.linalg.norm(offsets, axis=1), atol=1e-3)
+    np.testing.assert_allclose(pixels, np.linalg.norm(offsets, axis=1), atol=1e-3)
 
     def hit_floor(v, pixels):
         rays = torch.stack([(pixels[:, 0] - 30) / 50, -(pixels[:, 1] - 21) / 48, -torch.ones(len(pixels))], dim=1)
@@ -166,7 +166,7 @@ def test_match_errors__pixels_of_a_homography_and_distances_on_the_plane():
 
     expected = (hit_floor(view, seen.points) - hit_floor(other, matched)).norm(dim=1)
     assert expected.max() > 0.02
-    torch.testing.assert_close(errors.distances, expected, rtol=1e-3, atol=1e-4)  # depth maps are float32
+    torch.testing.assert_close(distances, expected, rtol=1e-3, atol=1e-4)  # depth maps are float32
 
 
 def test_match_errors__unknown_where_depth_is_missing_or_behind_the_camera():
@@ -175,14 +175,14 @@ def test_match_errors__unknown_where_depth_is_missing_or_behind_the_camera():
     depth[:24] = 0.0
     holed = DepthView(depth, K, view.camera_to_world)
     points = torch.tensor([[10.5, 10.5], [10.5, 40.5]])
-    without_own = measure_match_errors(holed, view, points, points)
-    assert without_own.pixels.isnan().tolist() == without_own.distances.isnan().tolist() == [True, False]
+    pixels, distances = measure_match_errors(holed, view, points, points)
+    assert pixels.isnan().tolist() == distances.isnan().tolist() == [True, False]
     # Where the match has no depth, its place in the picture is known all the same.
-    without_other = measure_match_errors(view, holed, points, points + 3.0)
-    torch.testing.assert_close(without_other.pixels, torch.full((2,), math.hypot(3, 3)))
-    assert without_other.distances.isnan().tolist() == [True, False]
+    pixels, distances = measure_match_errors(view, holed, points, points + 3.0)
+    torch.testing.assert_close(pixels, torch.full((2,), math.hypot(3, 3)))
+    assert distances.isnan().tolist() == [True, False]
     behind = DepthView(view.depth, K, torch.cat([turn("y", 180), torch.tensor([[0.0], [0.0], [3.0]])], dim=1))
-    assert measure_match_errors(view, behind, points, points).pixels.isnan().all()
+    assert measure_match_errors(view, behind, points, points)[0].isnan().all()
 
 
 def test_draw_points__is_seeded_and_bounded():

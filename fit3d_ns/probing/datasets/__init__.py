@@ -16,18 +16,15 @@ class LabelledOptions:
     """What a folder does not say about itself; official sets keep their own unit and range of depth."""
 
     layout: LabelledLayout | Literal["auto"] = "auto"
-    """Disk layout; `auto` looks at the folder."""
+    """Disk layout of the folders; `auto` looks at each folder."""
     nyu_classes: Literal[13, 40] | None = None
-    """Class list of NYUv2; None: 13, as in the paper."""
+    """Class list of NYUv2 (segmentation); None: 13, as in the paper. Refused where no NYUv2 is given."""
     depth_scale: float | None = None
-    """Units per metre of the depth maps of plain folders, positive; None: 1000."""
+    """Units per metre of the depth maps of plain folders, positive; None: 1000. Refused where no plain folder is given,
+    because official sets have their own."""
     max_depth: float | None = None
-    """Depth from here on does not count, in metres; None: 20 for ScanNet++ scenes, 10 for plain folders."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("Depth scale", self.depth_scale), ("Maximal depth", self.max_depth)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} {value} must be positive.")
+    """Depths of this many metres or more do not count; None: 20 for ScanNet++ scenes, 10 for plain folders. Refused
+    where none of these is given."""
 
 
 def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
@@ -69,6 +66,8 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
     for flag, value, only_task, layouts, meaning in readers:
         if value is None:
             continue
+        if not value > 0:
+            raise ValueError(f"{flag} is {value}, expected a number above 0.")
         if task != only_task:
             raise ValueError(f"{flag} means nothing to the {task} probe; leave it out.")
         layout = None if options.layout == "auto" else options.layout
