@@ -241,7 +241,8 @@ def _translate_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> di
     for key, value in inner.items():
         if _UNUSED.match(key):
             continue
-        name, suffix = _split_suffix(key)
+        suffix = next((suffix for suffix in (".weight", ".bias") if key.endswith(suffix)), "")
+        name = key.removesuffix(suffix)
         block = _BLOCK.fullmatch(name)
         if block is None:
             found = _NAMES.get(name)
@@ -262,11 +263,3 @@ def _translate_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> di
     if is_dinov3 and "mask_token" in translated:
         del translated["mask_token"]
     return translated
-
-
-def _split_suffix(key: str) -> tuple[str, str]:
-    """A key without and with only its `.weight` or `.bias`."""
-    for suffix in (".weight", ".bias"):
-        if key.endswith(suffix):
-            return key.removesuffix(suffix), suffix
-    return key, ""

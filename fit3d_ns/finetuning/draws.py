@@ -109,9 +109,8 @@ class DrawSequence:
         )
 
     def __getitem__(self, position: int) -> Draw:
-        place = self._rows[position]
-        scene, view = place.item
-        return Draw(place.epoch, scene, view, place.index if self._has_repeats else None)
+        epoch, index, (scene, view) = self._rows[position]
+        return Draw(epoch, scene, view, index if self._has_repeats else None)
 
 
 def create_order(views_per_scene: Sequence[int], config: SamplingConfig, epoch: int) -> Int[np.ndarray, "draws 2"]:

@@ -122,9 +122,9 @@ def finetune(
 
 def _compute_run_hash(trainer: FinetuneTrainer, validation: Validation) -> str:
     """Everything that decides the content of the output folder."""
-    config = trainer.config
+    config, known = trainer.config, asdict(trainer.describe_progress())
     content = {
-        **trainer.describe_inputs(),
+        **{name: value for name, value in known.items() if name not in ("step", "seconds")},
         "steps": trainer.num_steps,
         "mixtures": config.anchors.wise_ft,
         "format": config.run.format,

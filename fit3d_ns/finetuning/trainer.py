@@ -9,7 +9,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ class FinetuneTrainer:
             "scaler": None if scaler is None else scaler.state_dict(),
             "losses": torch.tensor(self.history.losses, dtype=torch.float64),
         }
-        self.checkpoints.save(self._describe_progress(), state, self.processes)
+        self.checkpoints.save(self.describe_progress(), state, self.processes)
 
     def _iterate(self, stop: StopRequest) -> Iterator[tuple[StepResult, bool]]:
         """Does the steps; yields each one's result, and whether any process wishes to stop."""
@@ -231,7 +231,7 @@ class FinetuneTrainer:
             return None
         progress, state = found
         path = self.checkpoints.get_path(progress.step)
-        check_resumable(progress, self._describe_progress(), path)
+        check_resumable(progress, self.describe_progress(), path)
         if progress.step > self.num_steps:
             raise ValueError(
                 f"Checkpoint {path} has {progress.step} steps, this run ends at {self.num_steps}; raise --max-steps "
@@ -244,12 +244,8 @@ class FinetuneTrainer:
             notice(f"Resuming from step {self.step} of {self.num_steps} ({path}).")
         return state["scaler"]
 
-    def describe_inputs(self) -> dict[str, Any]:
-        """What the weights depend on besides the number of steps, as plain JSON values."""
-        described = asdict(self._describe_progress())
-        return {name: value for name, value in described.items() if name not in ("step", "seconds")}
-
-    def _describe_progress(self) -> CheckpointProgress:
+    def describe_progress(self) -> CheckpointProgress:
+        """What a checkpoint of now is of: all but `step` and `seconds` is what the weights depend on besides."""
         optimization = self.config.optimization
         return CheckpointProgress(
             step=self.step,

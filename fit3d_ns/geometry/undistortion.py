@@ -98,7 +98,10 @@ def compute_undistortion(lens: Lens) -> Undistortion:
         )
     else:
         columns, rows = cv2.initUndistortRectifyMap(matrices[0], distortion, np.eye(3), matrices[1], size, cv2.CV_32FC1)
-    if _folds(columns, rows):
+    # Where the maps' Jacobian is not positive, the photograph would be shown twice or mirrored.
+    to_right = np.diff(columns, axis=1)[:-1], np.diff(rows, axis=1)[:-1]
+    to_below = np.diff(columns, axis=0)[:, :-1], np.diff(rows, axis=0)[:, :-1]
+    if (to_right[0] * to_below[1] <= to_right[1] * to_below[0]).any():
         raise ValueError(_describe_failure(lens))
     return Undistortion(pinhole, torch.from_numpy(columns + 0.5), torch.from_numpy(rows + 0.5))
 
@@ -189,13 +192,6 @@ def _grow_focal_lengths(lens: Lens, pinhole: Lens) -> Lens:
             return pinhole
         pinhole = replace(pinhole, fx=pinhole.fx * step, fy=pinhole.fy * step)
     raise ValueError(_describe_failure(lens))
-
-
-def _folds(columns: Float[np.ndarray, "height width"], rows: Float[np.ndarray, "height width"]) -> bool:
-    """Whether the photograph would be shown twice or mirrored somewhere: the maps' Jacobian is not positive."""
-    to_right = np.diff(columns, axis=1)[:-1], np.diff(rows, axis=1)[:-1]
-    to_below = np.diff(columns, axis=0)[:, :-1], np.diff(rows, axis=0)[:, :-1]
-    return bool((to_right[0] * to_below[1] <= to_right[1] * to_below[0]).any())
 
 
 def _describe_failure(lens: Lens) -> str:

@@ -222,7 +222,14 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
                     others[world] = find_best(find_changes(world, files, transforms))[1]
         what = f"{ply} in the {config.ply_world} world" if config.ply_transform is None else description
         _check_fit(what, data, fit, others, config)
-        _check_scale(what, data, fit, [(other, measure(create(other))) for other in _rescale(change, files)])
+        scaled = [(other, measure(create(other))) for other in _rescale(change, files)]
+        best, best_fit = max(scaled, key=lambda pair: pair[1].psnr)
+        if best_fit.psnr > fit.psnr + SCALE_DB:
+            raise ValueError(
+                f"{what} is of another scale than the cameras of {data}: scaled to {best.scale:g} it fits by "
+                f"{best_fit.psnr - fit.psnr:.1f} dB better; correct --ply-world or --ply-transform "
+                "(--smallest-psnr 0 lifts nevertheless)."
+            )
     return create(change, factor)
 
 
@@ -285,17 +292,6 @@ def _rescale(change: WorldChange, files: CaptureFiles) -> list[WorldChange]:
             transform = torch.cat([rotation, moved[:, None]], dim=1)
             rescaled.append(WorldChange(transform, change.scale * factor))
     return rescaled
-
-
-def _check_scale(what: str, data: Path, fit: PhotoFit, others: list[tuple[WorldChange, PhotoFit]]) -> None:
-    """Raises ValueError where Gaussians fit the photographs better when the cameras are spread wider or closer."""
-    best, best_fit = max(others, key=lambda pair: pair[1].psnr)
-    if best_fit.psnr > fit.psnr + SCALE_DB:
-        raise ValueError(
-            f"{what} is of another scale than the cameras of {data}: scaled to {best.scale:g} it fits by "
-            f"{best_fit.psnr - fit.psnr:.1f} dB better; correct --ply-world or --ply-transform "
-            "(--smallest-psnr 0 lifts nevertheless)."
-        )
 
 
 def _check_fit(what: str, data: Path, fit: PhotoFit, others: dict[PlyWorld, PhotoFit], config: PlyConfig) -> None:

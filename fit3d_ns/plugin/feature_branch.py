@@ -62,7 +62,6 @@ class FeatureBranch(nn.Module):
         self.load_tokens: Callable[[Cameras], Tensor | None] | None = None
         self._last_picture: tuple[Tensor, dict[str, Any], Tensor] | None = None
         self._losses: dict[tuple[int, int, tuple[int, int]], FeatureLoss] = {}
-        self._render: tuple[Tensor, dict[str, Any], Tensor] | None = None
 
     def resize(self, embed_dim: int) -> None:
         """Makes a new decoder and picture basis, for tokens of another width."""
@@ -91,21 +90,18 @@ class FeatureBranch(nn.Module):
         """Whether features and decoder take gradient steps along with the colours."""
         return self.is_on and self.config.feature_schedule == "joint"
 
-    def remember_render(
-        self, features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], alpha: Float[Tensor, "height width 1"]
-    ) -> None:
-        """Keeps what the loss of this step needs."""
-        self._render = (features, info, alpha[..., 0].detach()) if self.is_joint else None
-
-    def compute_loss(self, batch: dict[str, Any]) -> Float[Tensor, ""]:
-        """L1 between decoded features and the backbone's tokens (paper, equation 3, L_f).
+    def compute_loss(
+        self,
+        features: Float[Tensor, "num_gaussians dim"],
+        info: dict[str, Any],
+        alpha: Float[Tensor, "height width"],
+        batch: dict[str, Any],
+    ) -> Float[Tensor, ""]:
+        """L1 between decoded features and the backbone's tokens (paper, equation 3, L_f), for a render of this step.
 
         Weighted by the valid mask and, unless switched off, by the detached opacity. Taken at `feature_grid_multiple`
         times the token grid, or at image size, where the target is the bilinearly upsampled token map (paper).
         """
-        assert self._render is not None, "a render comes before its loss"
-        features, info, alpha = self._render
-        self._render = None
         height, width = alpha.shape
         tokens = batch["patch_tokens"].to(alpha.device).float()
         key = (width, height, (tokens.shape[0], tokens.shape[1]))

@@ -196,7 +196,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
                 self.strategy.step_pre_backward(
                     self.gauss_params, self.optimizers, self.strategy_state, self.step, info
                 )
-            self.feature_branch.remember_render(parameters["features"], info, alpha[0])
+            self.last_alpha = alpha[0, ..., 0].detach()
         background = self._get_background_color()
         rgb = torch.clamp(render[0, ..., :3] + (1 - alpha[0]) * background, 0.0, 1.0)
         if self.config.use_bilateral_grid and self.training and "cam_idx" in (camera.metadata or {}):
@@ -226,7 +226,8 @@ class FeatureSplatfactoModel(SplatfactoModel):
             losses["opacity_regularization"] = self.config.mcmc_opacity_regularization * opacities.mean()
             losses["scale_regularization"] = self.config.mcmc_scale_regularization * scales.mean()
         if self.training and self.feature_branch.is_joint:
-            losses["feature_loss"] = self.config.feature_loss_weight * self.feature_branch.compute_loss(batch)
+            loss = self.feature_branch.compute_loss(self.features, self.info, self.last_alpha, batch)
+            losses["feature_loss"] = self.config.feature_loss_weight * loss
         return losses
 
     def get_image_metrics_and_images(

@@ -122,8 +122,12 @@ def load_run_scene(
     is_finished = run.step + 1 >= run.config.max_num_iterations
     if model.feature_schedule == "solve" and not (is_finished and bool(run.state["feature_branch.is_solved"])):
         raise ValueError(f"{run.config_path} stopped before its features were solved; resume it with --load-dir.")
-    gaussians = run.create_gaussians(features=run.gauss_params["features"], **_read_by_products(run))
-    num_invalid = len(run.gauss_params["means"]) - gaussians.num_gaussians
+    # By-products of the last solve, after which no Gaussian was added or removed; none where there was no solve.
+    lift, num_gaussians = run.run_state.get("lift", {}), len(run.gauss_params["means"])
+    names = ("blend_weight", "num_views", "feature_variance")
+    solved = {name: lift[name] for name in names if name in lift and len(lift[name]) == num_gaussians}
+    gaussians = run.create_gaussians(features=run.gauss_params["features"], **solved)
+    num_invalid = num_gaussians - gaussians.num_gaussians
     if num_invalid > 0:
         notice(f"Left out {num_invalid} Gaussians with NaN, infinite or oversized numbers.")
     if drop_unseen:
@@ -163,13 +167,6 @@ def read_run_figures(config_path: Path) -> dict[str, Any]:
     except ValueError:
         # Other programs also write a `results.json`; ours is the only one that is known here.
         return {}
-
-
-def _read_by_products(run: SplatRun) -> dict[str, Tensor]:
-    """By-products of the last solve, after which no Gaussian was added or removed; none where there was no solve."""
-    lift, num_gaussians = run.run_state.get("lift", {}), len(run.gauss_params["means"])
-    names = ("blend_weight", "num_views", "feature_variance")
-    return {name: lift[name] for name in names if name in lift and len(lift[name]) == num_gaussians}
 
 
 def _describe_backbone(run: SplatRun) -> BackboneDescription:

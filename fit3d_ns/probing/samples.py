@@ -59,7 +59,7 @@ def iterate_draws(
     sequence = EpochSequence(num_samples, create_order)
     for iteration in range(num_iterations):
         positions = list_positions(iteration, batch_size // num_processes, process, num_processes)
-        yield [(position, sequence[position].item) for position in positions]
+        yield [(position, sequence[position][-1]) for position in positions]
 
 
 def check_batch(batch_size: int, num_processes: int, images_per_group: int = 1) -> None:

@@ -202,13 +202,19 @@ def read_fit3d(
             `CaptureFiles.colmap_to_world` as `dataparser_transform` (ScanNet++: (x, y, z) to (y, x, -z)).
         backbone: The ViT whose tokens were lifted; the files do not say.
     """
-    (gaussians, num_dropped), weight = read_ply(ply_path), _read_decoder(Path(decoder_path))
+    gaussians, num_dropped = read_ply(ply_path)
+    state = _load_tensors(Path(decoder_path))
+    weight = state.get("0.weight", state.get("weight")) if isinstance(state, dict) else None
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(
+            f"{decoder_path} has no 3x3 convolution under `0.weight`; give FiT3D's feat_decoder checkpoint."
+        )
     if weight.shape[1] != gaussians.feature_dim:
         raise ValueError(
             f"{ply_path} has {gaussians.feature_dim} sem_* properties, {decoder_path} takes {weight.shape[1]} "
             "channels; give the checkpoint that was saved with the PLY."
         )
-    return FeatureScene(gaussians, FeatureDecoder.from_weights(weight), capture, backbone), num_dropped
+    return FeatureScene(gaussians, FeatureDecoder.from_weights(weight.float()), capture, backbone), num_dropped
 
 
 def _load_tensors(path: Path) -> Any:
@@ -217,14 +223,6 @@ def _load_tensors(path: Path) -> Any:
         return load_torch_file(path)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); copy it again.") from error
-
-
-def _read_decoder(path: Path) -> Float[Tensor, "embed dim 3 3"]:
-    state = _load_tensors(path)
-    weight = state.get("0.weight", state.get("weight")) if isinstance(state, dict) else None
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(f"{path} has no 3x3 convolution under `0.weight`; give FiT3D's feat_decoder checkpoint.")
-    return weight.float()
 
 
 def _numbered(prefix: str, count: int) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -69,18 +68,10 @@ def restore_random_states(states: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(cuda_state, index)
 
 
-@dataclass(frozen=True)
-class Place(Generic[Item]):
-    """An item with its epoch and its index in the epoch, both counted from 0."""
-
-    epoch: int
-    index: int
-    item: Item
-
-
 class EpochSequence(Generic[Item]):
-    """The endless sequence of items; any position may be asked for, so it has no state worth saving.
+    """The endless sequence of items, each with its epoch and its index in the epoch, both counted from 0.
 
+    Any position may be asked for, so it has no state worth saving.
     `create_order` gives the `num_items` items of an epoch in their order, as a function of the epoch's number.
     """
 
@@ -89,13 +80,13 @@ class EpochSequence(Generic[Item]):
         self.create_order = create_order
         self._orders: dict[int, Sequence[Item]] = {}
 
-    def __getitem__(self, position: int) -> Place[Item]:
+    def __getitem__(self, position: int) -> tuple[int, int, Item]:
         epoch, index = divmod(position, self.num_items)
         if epoch not in self._orders:
             # Besides an epoch, only the one before it is still asked for.
             self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
             self._orders[epoch] = self.create_order(epoch)
-        return Place(epoch, index, self._orders[epoch][index])
+        return epoch, index, self._orders[epoch][index]
 
 
 def list_positions(step: int, batch_size: int, process: int, num_processes: int, num_batches: int = 1) -> list[int]:

@@ -11,7 +11,6 @@ import torch
 
 from fit3d_ns.utils.selection import (
     EpochSequence,
-    Place,
     capture_random_states,
     list_positions,
     load_ahead,
@@ -30,8 +29,8 @@ def test_sequence__is_the_same_in_whatever_order_it_is_asked_for():
     assert [sequence[position].item for position in range(7)] == ["0a", "0b", "0c", "1a", "1b", "1c", "2a"]
     assert made == [0, 1, 2]
     # Loading ahead looks into the next epoch while this one is not over.
-    assert sequence[5] == Place(1, 2, "1c") and made == [0, 1, 2]
-    assert sequence[0] == Place(0, 0, "0a")
+    assert sequence[5] == (1, 2, "1c") and made == [0, 1, 2]
+    assert sequence[0] == (0, 0, "0a")
 
 
 @pytest.mark.parametrize(("num_processes", "batch_size", "num_batches"), [(1, 4, 1), (2, 2, 1), (2, 1, 2), (3, 2, 2)])
