@@ -26,7 +26,7 @@ def test_sequence__is_the_same_in_whatever_order_it_is_asked_for():
         return [f"{epoch}{letter}" for letter in "abc"]
 
     sequence = EpochSequence(3, create_order)
-    assert [sequence[position].item for position in range(7)] == ["0a", "0b", "0c", "1a", "1b", "1c", "2a"]
+    assert [sequence[position][-1] for position in range(7)] == ["0a", "0b", "0c", "1a", "1b", "1c", "2a"]
     assert made == [0, 1, 2]
     # Loading ahead looks into the next epoch while this one is not over.
     assert sequence[5] == (1, 2, "1c") and made == [0, 1, 2]
