@@ -107,7 +107,12 @@ COMMANDS = {
             for task in ("segmentation", "depth", "classification", "consistency", "correspondence")
         ),
     ),
-    "fit3d-report": Command("fit3d_ns.cli.report", "ReportCommand", ("results.json",)),
+    "fit3d-report": Command(
+        "fit3d_ns.cli.report",
+        "ReportCommand",
+        ("results.json",),
+        {"fit3d_ns.cli.report.write_report": ([], [Stub()])},
+    ),
     "fit3d-report features": Command(
         "fit3d_ns.cli.figures",
         "FeaturesCommand",

@@ -37,6 +37,15 @@ _KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_c
 """What stays of timm's description of the original checkpoint; where it was downloaded from does not."""
 _MAX_NAMES = 20
 """Training scenes that the card names; of more it says how many."""
+_USAGE = """```python
+import timm
+model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()
+tokens = model.forward_features(images)  # images normalised as below, sides a multiple of the patch"""
+_ADAPTER_USAGE = """The backbone is the original; what was trained stands behind it, where timm does not see it.
+
+```python
+from fit3d_ns.features import create_extractor
+tokens = create_extractor("local-dir:THIS_FOLDER")(images).maps  # images in [0, 1]"""
 
 
 def save_finetuned(
@@ -98,82 +107,49 @@ def write_card(
     Description and licence are those of the original backbone, `report` is the content of `report.json`, and `scenes`
     names the training scenes. A share below 1 is that of the fine-tuned weights in a mixture with the original ones.
     """
-    name = description.architecture
-    lines = ["---", "library_name: timm", "pipeline_tag: image-feature-extraction"]
+    settings, consistency = flatten(report["settings"]), report.get("consistency")
+    base_model = warning = mixture = metrics = ""
     if description.weights is None and not description.is_random:
         # Only timm's own download is what the hub has under this name.
-        lines += [f"base_model: timm/{name}", "base_model_relation: finetune"]
-    lines += ["tags:", "- image-feature-extraction", "- fit3d"]
-    lines += [f"license: {licence}"] if licence else []
-    lines += ["---", "", f"# {name}, fine-tuned with 3D-aware features", ""]
+        base_model = f"base_model: timm/{description.architecture}\nbase_model_relation: finetune\n"
     if description.is_random:
-        lines += ["**The original weights are random: this backbone is for tests and its features mean nothing.**", ""]
-    lines += [
-        f"A vision transformer (`{name}`, patch {description.patch_size}, {description.embed_dim} channels) fine-tuned "
-        "on features lifted into 3D (FiT3D, ECCV 2024) with fit3d-ns.",
-        "",
-    ]
+        warning = "**The original weights are random: this backbone is for tests and its features mean nothing.**\n\n"
     if share < 1.0:
-        lines += [f"Weights: {share:g} of the fine-tuned and {1.0 - share:g} of the original ones (WiSE-FT).", ""]
-    elif report["settings"]["anchors"]["wise_ft"]:
-        folders = ", ".join(f"`wise-ft-{mixed:g}`" for mixed in report["settings"]["anchors"]["wise_ft"])
-        lines += [f"Mixtures with the original weights (WiSE-FT), by the share of these: {folders}.", ""]
-    usage = [
-        "import timm",
-        'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()',
-        "tokens = model.forward_features(images)  # images normalised as below, sides a multiple of the patch",
-    ]
-    if report["settings"]["trainable"]["train"] == "adapter":
-        lines += ["The backbone is the original; what was trained stands behind it, where timm does not see it.", ""]
-        usage = [
-            "from fit3d_ns.features import create_extractor",
-            'tokens = create_extractor("local-dir:THIS_FOLDER")(images).maps  # images in [0, 1]',
-        ]
-    loss_first, loss_last = (
-        "unknown" if loss is None else f"{loss:.4f}" for loss in (report["loss_first"], report["loss_last"])
-    )
-    shown = ", ".join(scenes[:_MAX_NAMES]) + (f" and {len(scenes) - _MAX_NAMES} more" if scenes[_MAX_NAMES:] else "")
-    lines += [
-        "```python",
-        *usage,
-        "```",
-        "",
-        f"Images are RGB in [0, 1], minus mean {list(description.mean)}, divided by {list(description.std)}.",
-        "",
-        "## Licence",
-        "",
-        f"Original weights: {licence or 'not known here (your own file, or not stated); find out before sharing'}. "
-        "These weights are derived from them, and from the captures named below.",
-        "",
-        "## Data",
-        "",
-        f"{report['num_images']} images of {len(scenes)} scenes: {shown}.",
-        "",
-        "## Training",
-        "",
-        f"{report['steps']} steps of {report['images_per_step']} images in {report['seconds']:.0f} s; feature loss "
-        f"{loss_first} at the start, {loss_last} at the end. Original weights: hash `{description.weights_hash}`.",
-        "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in flatten(report["settings"]).items()),
-        "",
-    ]
-    if report.get("consistency"):
-        lines += [
-            "## Metrics",
-            "",
-            f"Original → fine-tuned{'' if share == 1.0 else ' (share 1)'}, on {report['consistency']['views']}:",
-            "",
-            format_consistency(report["consistency"]["original"], report["consistency"]["finetuned"]),
-            "",
+        mixture = f"Weights: {share:g} of the fine-tuned and {1.0 - share:g} of the original ones (WiSE-FT).\n\n"
+    elif settings["anchors.wise_ft"]:
+        folders = ", ".join(f"`wise-ft-{mixed:g}`" for mixed in settings["anchors.wise_ft"])
+        mixture = f"Mixtures with the original weights (WiSE-FT), by the share of these: {folders}.\n\n"
+    usage = _ADAPTER_USAGE if settings["trainable.train"] == "adapter" else _USAGE
+    if consistency:
+        original, finetuned = consistency["original"], consistency["finetuned"]
+        metrics = (
+            f"## Metrics\n\nOriginal → fine-tuned{'' if share == 1.0 else ' (share 1)'}, on {consistency['views']}:\n\n"
+            f"{format_consistency(original, finetuned)}\n\n"
             "Cosine also rises when all tokens become alike; the centred one does not. Effective rank of the tokens: "
-            f"{report['consistency']['original']['effective_rank']:.1f} → "
-            f"{report['consistency']['finetuned']['effective_rank']:.1f}.",
-            "",
-        ]
-    lines += ["## Versions", "", ", ".join(f"{key} {value}" for key, value in report["versions"].items()), ""]
-    return "\n".join(lines)
+            f"{original['effective_rank']:.1f} → {finetuned['effective_rank']:.1f}.\n\n"
+        )
+    num_more = len(scenes) - _MAX_NAMES
+    losses = {part: report[part] for part in ("loss_first", "loss_last")}
+    losses = {part: "unknown" if loss is None else f"{loss:.4f}" for part, loss in losses.items()}
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return template.format(
+        description=description,
+        report=report,
+        base_model=base_model,
+        front_licence=f"license: {licence}\n" if licence else "",
+        warning=warning,
+        mixture=mixture,
+        usage=usage,
+        mean=list(description.mean),
+        std=list(description.std),
+        licence=licence or "not known here (your own file, or not stated); find out before sharing",
+        num_scenes=len(scenes),
+        scenes=", ".join(scenes[:_MAX_NAMES]) + (f" and {num_more} more" if num_more > 0 else ""),
+        settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()),
+        metrics=metrics,
+        versions=", ".join(f"{key} {value}" for key, value in report["versions"].items()),
+        **losses,
+    )
 
 
 def _describe_folder(token_model: TokenModel) -> dict[str, Any]:

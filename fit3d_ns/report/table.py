@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -178,17 +179,6 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
 }
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a; }
-table { border-collapse: collapse; margin: 2rem 0 0.5rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: 0.4rem 0; }
-th, td { padding: 0.25rem 0.8rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
-td { white-space: nowrap; }
-.wide { overflow-x: auto; }
-thead th { border-bottom: 2px solid #444; }
-ul.notes { margin: 0 0 2rem; padding-left: 1.2rem; color: #555; font-size: 13px; overflow-wrap: anywhere; }
-.random { background: #fff3f0; }
-"""
 
 
 def write_markdown(tables: Sequence[Table], title: str) -> str:
@@ -223,8 +213,9 @@ def write_latex(tables: Sequence[Table], title: str) -> str:
 
 def write_html(tables: Sequence[Table], title: str) -> str:
     """A page that needs no other file."""
+    style = Path(__file__).with_name("tables.css").read_text(encoding="utf-8")
     parts = ["<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">']
-    parts += [f"<title>{html.escape(title)}</title>", f"<style>{_STYLE}</style>", "</head>", "<body>"]
+    parts += [f"<title>{html.escape(title)}</title>", f"<style>\n{style}</style>", "</head>", "<body>"]
     parts.append(f"<h1>{html.escape(title)}</h1>")
     for table in tables:
         parts.append('<div class="wide">')
