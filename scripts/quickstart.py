@@ -170,7 +170,7 @@ class Quickstart:
                 comparisons += [Comparison(measure, records[0], records[1], where) for measure in measures]
         return comparisons, predictions
 
-    def list_next(self, finetuned: Path) -> list[tuple[str, str]]:
+    def list_next(self, scene: Path, finetuned: Path) -> list[tuple[str, str]]:
         """Commands for data of one's own."""
         data = self.data or Path("MY_SCENE")
         weights = [] if self.weights is None else ["--pipeline.datamanager.backbone-weights", self.weights]
@@ -197,6 +197,10 @@ class Quickstart:
                     "--output-path",
                     "my_features.png",
                 ),  # fmt: skip
+            ),
+            (
+                "Walk through a scene that this quickstart lifted, coloured by its features:",
+                quote("fit3d-view", shorten(scene), "--finetuned", shorten(finetuned)),
             ),
             (
                 "Look at what this quickstart made: drop a picture of your own, click a point (needs the extra `demo`: "
@@ -272,7 +276,7 @@ def main() -> None:
         notes.insert(0, "RANDOM WEIGHTS: this shows that the tools work, and nothing about features.")
     story = Story(
         f"fit3d_ns: {tour.backbone} learns 3D from {'synthetic rooms' if tour.data is None else scenes[0].stem}",
-        scenes[0], comparisons, predictions, tour.stages, tour.list_next(finetuned), notes,
+        scenes[0], comparisons, predictions, tour.stages, tour.list_next(scenes[0], finetuned), notes,
     )  # fmt: skip
     [backbones] = read_models([tour.model, str(finetuned)])
     page = write_story(story, backbones, tour.output)

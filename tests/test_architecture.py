@@ -30,6 +30,7 @@ ONLY_IN = {
     "peft": {"features"},
     "matplotlib": {"report"},
     "gradio": {"report"},
+    "viser": {"report"},
     "tyro": {"cli", "plugin"},
     "numba": {"rasterization"},
     "pycolmap": {"data"},

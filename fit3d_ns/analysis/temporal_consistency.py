@@ -51,8 +51,7 @@ class TemporalMetrics:
 
 @torch.no_grad()
 def compute_temporal_consistency(
-    clips: Sequence[Sequence[Float[Tensor, "..."]]],
-    images: Sequence[UInt8[Tensor, "height width 3"]],
+    clips: Sequence[Sequence[Float[Tensor, "..."]]], images: Sequence[UInt8[Tensor, "height width 3"]]
 ) -> list[TemporalMetrics]:
     """Follows the tokens of several backbones through one clip, given as images of one size.
 

@@ -48,7 +48,8 @@ def export(config: ExportConfig) -> None:
         save_scene(scene, config.output_path, include_sh=config.include_sh)
     metrics = config.output_path.with_suffix(".json")
     write_json(metrics, describe_scene(scene, config.output_path))
-    print(f"Scene: {config.output_path}\nMetrics: {metrics}")
+    look = "" if config.format == "ply" else f"\nTo look at it: fit3d-view {config.output_path}"
+    print(f"Scene: {config.output_path}\nMetrics: {metrics}{look}")
 
 
 def describe_scene(scene: FeatureScene, path: Path) -> dict[str, object]:

@@ -37,6 +37,7 @@ _PROGRAMS = (
 _MODULES = (
     ("peft", "fit3d-finetune --train lora", "pip install '.[lora]'"),
     ("gradio", "fit3d-demo", "pip install '.[demo]'"),
+    ("viser", "fit3d-view", "pip install viser"),
     ("h5py", "the labelled NYUv2 file", "pip install '.[nyu]'"),
 )
 _LIBRARIES = (

@@ -200,9 +200,7 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
     names = [name for name, _ in readers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice and command.is_folder:
-        raise ValueError(
-            f"Two scenes would be written as {twice[0]}.safetensors; lift them with commands of their own."
-        )
+        raise ValueError(f"Two scenes would be written as {twice[0]}.safetensors; lift them by commands of their own.")
     output = command.output_path
     return [
         LiftTask(partial(_read, read), output / f"{name}.safetensors" if command.is_folder else output)
@@ -274,9 +272,7 @@ def _check(command: LiftCommand) -> None:
     if command.surface is not None and not command.data:
         raise ValueError("--surface needs the folders of the scenes with --data.")
     if command.surface is not None and command.num_scenes > 1 and command.from_surface.mesh is not None:
-        raise ValueError(
-            "--mesh is the file of one scene; lift scenes with files of their own by commands of their own."
-        )
+        raise ValueError("--mesh is the file of one scene; lift scenes with own files by commands of their own.")
     if command.surface is None and len(command.data) > (1 if command.num_scenes == 1 else 0):
         raise ValueError("--data is the folder of one scene; lift moved scenes with commands of their own.")
     if command.cluster != ClusterConfig() and command.shared_decoder:
@@ -382,7 +378,7 @@ def _write_metrics(scene: FeatureScene, path: Path, backbone: BackboneDescriptio
             for name in ("cosine", "l1")
         )
         summary += f"; held-out cosine {cosine}, L1 {l1}"
-    print(f"Scene: {path}\nMetrics: {metrics_path}\n{summary}")
+    print(f"Scene: {path}\nMetrics: {metrics_path}\n{summary}\nTo look at it: fit3d-view {path}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,7 @@ def main(args: Sequence[str] | None = None) -> None:
         synthesize,
         prog="fit3d-synthesize",
         description="Makes procedural indoor scenes with exact colour, depth, labels, masks and points.",
-        examples=(
-            "--output-dir rooms",
-            "--output-dir rooms --num-scenes 4 --width 320 --height 240 --seed 1",
-        ),
+        examples=("--output-dir rooms", "--output-dir rooms --num-scenes 4 --width 320 --height 240 --seed 1"),
         args=args,
     )
 

@@ -140,9 +140,7 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
     if "distortion_params" in entry:
         listed = entry["distortion_params"]
         if not isinstance(listed, list) or len(listed) != len(_COEFFICIENTS):
-            raise ValueError(
-                f"{source} has distortion_params {listed!r}; expected the six numbers {' '.join(_COEFFICIENTS)}."
-            )
+            raise ValueError(f"{source} has distortion_params {listed!r}; expected six: {' '.join(_COEFFICIENTS)}.")
         values.update(zip(_COEFFICIENTS, listed, strict=True))
     fx, fy, cx, cy = (_parse_number(values, key, source) for key in ("fl_x", "fl_y", "cx", "cy"))
     width, height = (_parse_number(values, key, source) for key in ("w", "h"))

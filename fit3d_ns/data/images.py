@@ -107,9 +107,7 @@ def load_rgba(path: Path, *, upright: bool = False) -> UInt8[Tensor, "height wid
             return torch.from_numpy(np.array(turned.convert(mode), dtype=np.uint8))
     is_12_bits = deep[..., :3].max() <= _MAX_12_BITS
     if is_12_bits:
-        notice_once(
-            "12 bits", f"Photographs such as {path} hold 12 bits a channel in files of 16; they are read as 12."
-        )
+        notice_once("12 bits", f"Photographs such as {path} hold 12 bits a channel in 16; they are read as 12.")
     scale = np.full(deep.shape[-1], 255.0 / _MAX_16_BITS)
     scale[:3] = 255.0 / (_MAX_12_BITS if is_12_bits else _MAX_16_BITS)
     return torch.from_numpy(np.round(deep * scale).astype(np.uint8))

@@ -174,9 +174,7 @@ def unpack_splats(elements: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
         what = ", ".join(lacking) or "a chunk for each 256 vertices"
         raise ValueError(f"{path} is a compressed PLY without {what}; export it again.")
     if "sh" in elements and len(harmonics) != len(vertices):
-        raise ValueError(
-            f"{path} has {len(harmonics)} rows of harmonics for {len(vertices)} Gaussians; export it again."
-        )
+        raise ValueError(f"{path} has {len(harmonics)} rows of harmonics for {len(vertices)} Gaussians; export again.")
     position, rotation, scale, colour = (vertices[name].astype(np.uint32) for name in names)
     owner = np.arange(len(vertices)) // _CHUNK
 
@@ -184,9 +182,7 @@ def unpack_splats(elements: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
         try:
             low, high = (np.stack([chunks[f"{end}_{axis}"] for axis in axes], axis=1)[owner] for end in ("min", "max"))
         except ValueError as error:
-            raise ValueError(
-                f"{path} is a compressed PLY whose chunks lack bounds ({error}); export it again."
-            ) from error
+            raise ValueError(f"{path} is a compressed PLY whose chunks lack bounds ({error}); export again.") from error
         return low + shares * (high - low)
 
     red_to_alpha = _split(colour, (8, 8, 8, 8))
@@ -200,8 +196,7 @@ def unpack_splats(elements: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
         **_name(("f_dc_0", "f_dc_1", "f_dc_2"), (colours - 0.5) / SH_CONSTANT),
         "opacity": logits,
         **_name(
-            ("scale_0", "scale_1", "scale_2"),
-            spread(_split(scale, (11, 10, 11)), ("scale_x", "scale_y", "scale_z")),
+            ("scale_0", "scale_1", "scale_2"), spread(_split(scale, (11, 10, 11)), ("scale_x", "scale_y", "scale_z"))
         ),
         **_name(("rot_0", "rot_1", "rot_2", "rot_3"), _unpack_rotations(rotation)),
     }

@@ -89,9 +89,7 @@ def attach_adapter(token_model: TokenModel, folder: Path) -> AdaptedTokenModel:
         file.check()
         adapter.load_state_dict(file.tensors)
     except Exception as error:
-        raise ValueError(
-            f"The adapter in {folder} cannot be read ({first_line(error)}); copy the folder again."
-        ) from error
+        raise ValueError(f"The adapter in {folder} cannot be read ({first_line(error)}); copy it again.") from error
     return AdaptedTokenModel(token_model, adapter)
 
 
@@ -103,9 +101,7 @@ def add_lora(token_model: TokenModel, rank: int = 8, alpha: float = 8.0) -> Toke
     try:
         import peft
     except ImportError as error:
-        raise ValueError(
-            "LoRA needs peft, which is not installed; run `pip install '.[lora]'` in the clone."
-        ) from error
+        raise ValueError("LoRA needs peft, which is missing; run `pip install '.[lora]'` in the clone.") from error
     # peft divides by the rank, so its `int` may be any number.
     scale: Any = alpha
     config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=_LORA_MODULES, lora_dropout=0.0)
@@ -113,9 +109,7 @@ def add_lora(token_model: TokenModel, rank: int = 8, alpha: float = 8.0) -> Toke
     try:
         peft.inject_adapter_in_model(config, token_model.model)
     except ValueError as error:
-        raise ValueError(
-            f"LoRA does not fit {token_model.description.label} ({error}); train its last blocks."
-        ) from error
+        raise ValueError(f"LoRA does not fit {token_model.description.label} ({error}); train its blocks.") from error
     return token_model
 
 

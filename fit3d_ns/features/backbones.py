@@ -133,11 +133,7 @@ class BackboneDescription:
 
 
 def describe_backbone(
-    backbone: str,
-    weights: Path | str | None = None,
-    normalization: Normalization = "timm",
-    *,
-    norm: bool = True,
+    backbone: str, weights: Path | str | None = None, normalization: Normalization = "timm", *, norm: bool = True
 ) -> BackboneDescription:
     """Says what a backbone is without building it (timm makes it on torch's meta device) and without its weights.
 

@@ -73,10 +73,7 @@ class FeatureCache:
         return tokens
 
     def save(
-        self,
-        key: FeatureKey,
-        patch_tokens: Float[Tensor, "h w embed"],
-        prefix_tokens: Float[Tensor, "prefix embed"],
+        self, key: FeatureKey, patch_tokens: Float[Tensor, "h w embed"], prefix_tokens: Float[Tensor, "prefix embed"]
     ) -> Path:
         """Writes the tokens of an image, atomically.
 

@@ -90,9 +90,7 @@ def create_token_model(
     if isinstance(backbone, BackboneDescription):
         description = backbone
         if description.with_weights(description.weights).identity != description.identity:
-            raise ValueError(
-                f"The weights of {description.backbone} changed while they were in use; start the command again."
-            )
+            raise ValueError(f"The weights of {description.backbone} changed while in use; start the command again.")
     else:
         description = describe_backbone(backbone, weights, normalization, norm=norm)
     # Building a model must not draw from the global generator.

@@ -92,9 +92,7 @@ def select_backbone(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tens
     ValueError where it holds two, or LoRA matrices that are not merged.
     """
     if any(".lora_A." in key or ".lora_B." in key for key in state_dict):
-        raise ValueError(
-            f"Weights file {path} holds unmerged LoRA matrices; merge them (peft: merge_and_unload) first."
-        )
+        raise ValueError(f"Weights file {path} has unmerged LoRA matrices; merge them (peft: merge_and_unload) first.")
     transformers_prefix = _find_transformers_prefix(state_dict)
     if transformers_prefix is not None:
         return _translate_transformers(state_dict, transformers_prefix)
@@ -179,9 +177,7 @@ def _describe_mismatch(path: Path, model: Any, mismatches: list[str]) -> str:
     name = model.pretrained_cfg.get("architecture", type(model).__name__)
     named = "; ".join(mismatches[:_MAX_NAMED])
     more = f"; and {len(mismatches) - _MAX_NAMED} more" if len(mismatches) > _MAX_NAMED else ""
-    return (
-        f"Weights file {path} does not fit backbone {name}: {named}{more}; give the backbone these weights belong to."
-    )
+    return f"Weights file {path} does not fit backbone {name}: {named}{more}; give the backbone of these weights."
 
 
 _PATCHES = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")

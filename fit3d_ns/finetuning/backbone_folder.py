@@ -19,13 +19,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model
 from fit3d_ns.features.adapters import ADAPTER_KEY, ADAPTER_NAME, AdaptedTokenModel
-from fit3d_ns.features.sources import (
-    TOY_BACKBONE,
-    TOY_FOLDER,
-    WEIGHTS_NAME,
-    expand_architecture,
-    find_backbone_folder,
-)
+from fit3d_ns.features.sources import TOY_BACKBONE, TOY_FOLDER, WEIGHTS_NAME, expand_architecture, find_backbone_folder
 from fit3d_ns.finetuning.validation import format_consistency
 from fit3d_ns.utils.files import read_json, write_atomically, write_json
 from fit3d_ns.utils.results import flatten

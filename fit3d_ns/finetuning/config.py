@@ -69,9 +69,7 @@ class FinetuneConfig:
         if self.trainable.train == "adapter" and self.anchors.wise_ft:
             raise ValueError("--wise-ft mixes backbone weights, which --train adapter leaves alone; drop one of them.")
         if self.trainable.train == "adapter" and max(self.anchors.prefix_anchor, self.anchors.pre_norm) > 0:
-            raise ValueError(
-                "--prefix-anchor and --pre-norm act on tokens that --train adapter leaves alone; drop one of them."
-            )
+            raise ValueError("--prefix-anchor and --pre-norm do nothing with --train adapter; drop one of them.")
 
     def to_metadata(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self), default=str))

@@ -117,9 +117,7 @@ def create_order(views_per_scene: Sequence[int], config: SamplingConfig, epoch: 
     """(scene, view) of every draw of one epoch; as many draws as there are images."""
     generator = np.random.default_rng(derive_seed(config.seed, "order", epoch))
     counts = np.asarray(views_per_scene)
-    draws = np.stack(
-        [np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])], axis=1
-    )
+    draws = np.stack([np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(n) for n in counts])], 1)
     if config.sampling == "uniform":
         draws = draws[generator.integers(len(draws), size=len(draws))]
     elif config.sampling == "scenes":

@@ -100,9 +100,7 @@ def invert_norm(
     Another kind of norm raises ValueError.
     """
     if not isinstance(norm, nn.LayerNorm):
-        raise ValueError(
-            f"Supervision before the final norm needs a LayerNorm, the backbone has {type(norm).__name__}."
-        )
+        raise ValueError(f"Supervision before the final norm needs LayerNorm, the backbone has {type(norm).__name__}.")
     normed, unnormed = normed.float(), unnormed.float()
     mean = unnormed.mean(dim=-1, keepdim=True)
     deviation = (unnormed.var(dim=-1, unbiased=False, keepdim=True) + norm.eps).sqrt()

@@ -280,9 +280,7 @@ class TrainedBackbone:
         if anchors.pre_norm > 0 and not description.norm:
             raise ValueError("--pre-norm: these scenes hold tokens before the final norm already; leave it out.")
         if anchors.prefix_anchor > 0 and description.num_prefix_tokens == 0:
-            raise ValueError(
-                f"--prefix-anchor: {description.label} has neither class token nor registers; leave it out."
-            )
+            raise ValueError(f"--prefix-anchor: {description.label} has no class token or registers; leave it out.")
         self.original = original
         self.bare = TokenModule(select_trainable(token_model, trainable))
         self.module: nn.Module = self.bare

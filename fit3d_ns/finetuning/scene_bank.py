@@ -164,9 +164,7 @@ def leave_view_out(
     lifted; ValueError where the scene keeps no blend weights.
     """
     if not bool(scene.gaussians.blend_weight.any()):
-        raise ValueError(
-            f"Scene {scene.scene_id} has no blend weights, which leave-one-out targets need; lift it with fit3d-lift."
-        )
+        raise ValueError(f"Scene {scene.scene_id} has no blend weights, which leave-one-out needs; lift it again.")
     if view.name not in {lifted.name for lifted in find_lifted(scene)}:
         return scene, torch.ones_like(scene.gaussians.blend_weight, dtype=torch.bool)
     device = scene.gaussians.means.device

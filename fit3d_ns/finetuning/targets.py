@@ -97,9 +97,7 @@ class TargetRenderer:
         self.store = store
         self.original = original
         rule = config.token_reading
-        self.rules: list[TokenReadingRule] = [
-            scene.token_reading if rule == "scene" else rule for scene in bank.on_disk
-        ]
+        self.rules: list[TokenReadingRule] = [own.token_reading if rule == "scene" else rule for own in bank.on_disk]
         self.num_rendered = 0
         self._scene_hashes: dict[int, str] = {}
         assert original is not None or not config.leave_one_out

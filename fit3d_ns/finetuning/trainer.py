@@ -142,9 +142,7 @@ class FinetuneTrainer:
         except OSError as error:
             if not (is_last and self.processes.number == 1 and error.errno in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            notice(
-                f"The disk is too full for the last checkpoint ({error.filename}); the weights themselves come next."
-            )
+            notice(f"The disk is too full for the last checkpoint ({error.filename}); the weights come next.")
 
     def save_checkpoint(self) -> None:
         scaler = self.accelerator.scaler

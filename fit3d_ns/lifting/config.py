@@ -53,9 +53,7 @@ class SolveConfig:
     def __post_init__(self) -> None:
         counts = (self.max_passes, self.samples_per_patch, self.polish_steps, self.steps_per_true_residual)
         if min(counts) < 0:
-            raise ValueError(
-                "max_passes, samples_per_patch, polish_steps and steps_per_true_residual must be 0 or above."
-            )
+            raise ValueError("max_passes, samples_per_patch, polish_steps, steps_per_true_residual must be 0 or above.")
         if not 0 <= self.within_patch_weight <= 1:
             raise ValueError(f"within_patch_weight is {self.within_patch_weight}; it must lie between 0 and 1.")
         if not 0 < self.decoder_share <= 1:

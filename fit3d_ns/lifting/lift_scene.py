@@ -157,10 +157,7 @@ def lift_scene(
 
 
 def measure_held_out(
-    scene: FeatureScene,
-    held_out: Sequence[LiftView],
-    mean_token: Float[Tensor, " embed"],
-    device: str,
+    scene: FeatureScene, held_out: Sequence[LiftView], mean_token: Float[Tensor, " embed"], device: str
 ) -> dict[str, Any]:
     """Metrics of a scene on views that it was not lifted from; none, with a notice, where that cannot be measured.
 
@@ -208,9 +205,7 @@ def compute_lift_hash(source: LiftSource, setup: LiftSetup) -> str:
     # What the lift itself finds is no part of what it starts from: a scene file may be lifted onto itself.
     found = {"features", "blend_weight", "num_views", "feature_variance", *(() if setup.include_sh else ("sh_rest",))}
     tensors = [tensor for name, tensor in source.gaussians.tensors().items() if name not in found and not source.recipe]
-    return hash_bytes(
-        json.dumps(content).encode(), *(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)
-    )
+    return hash_bytes(json.dumps(content).encode(), *(part.cpu().contiguous().numpy().tobytes() for part in tensors))
 
 
 def find_finished(path: Path, lift_hash: str) -> FeatureScene | None:

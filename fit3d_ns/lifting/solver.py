@@ -199,12 +199,7 @@ class _Lift:
     ) -> Float[Tensor, "num_gaussians dim"]:
         blender, sums, config = self.blender, ("numerator", "denominator"), self.config
         if self.is_sampled:
-            blender = ViewBlender(
-                blender.gaussians,
-                blender.views,
-                config,
-                samples_per_patch=config.samples_per_patch,
-            )
+            blender = ViewBlender(blender.gaussians, blender.views, config, samples_per_patch=config.samples_per_patch)
             sums = ("sampled_numerator", "sampled_denominator")
             memory = weighted_sum.new_empty(len(weighted_sum), config.feature_dim + 1)
 
@@ -332,9 +327,7 @@ def _check_sizes(
         raise ValueError(f"None of the {len(gaussians)} Gaussians has finite numbers; there is nothing to lift onto.")
     height, width, embed_dim = views[0].read_tokens(gaussians.means.device).shape
     if config.feature_dim > embed_dim:
-        raise ValueError(
-            f"feature_dim {config.feature_dim} exceeds the tokens' width {embed_dim}; choose at most that."
-        )
+        raise ValueError(f"feature_dim {config.feature_dim} exceeds the tokens' width {embed_dim}; take at most that.")
     if basis is not None and basis.components.shape != (config.feature_dim, embed_dim):
         dim, width = basis.components.shape
         raise ValueError(

@@ -75,9 +75,7 @@ class LiftSource:
         """Raises ValueError now, not after the lift, for what cannot be lifted or stored."""
         root = self.capture.root
         if self.gaussians.num_gaussians == 0:
-            raise ValueError(
-                f"{self.description} holds no usable Gaussian: all {self.num_dropped} are NaN, infinite or too large."
-            )
+            raise ValueError(f"{self.description} holds no usable Gaussian: all {self.num_dropped} NaN or too large.")
         if not self.capture.select("train"):
             raise ValueError(f"The capture in {root} has no train views; there is nothing to lift from.")
         try:
@@ -210,9 +208,7 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
     turned = replace(gaussians, quats=gaussians.quats[:, [3, 0, 1, 2]])
     other_order = measure(replace(create(change), gaussians=turned))
     if other_order.psnr > fit.psnr + OTHER_ORDER_DB:
-        notice(
-            f"The quaternions of {ply} are in the order xyzw, which fits by {other_order.psnr - fit.psnr:.1f} dB more."
-        )
+        notice(f"The quaternions of {ply} are in the order xyzw, which is {other_order.psnr - fit.psnr:.1f} dB better.")
         gaussians, fit = turned, other_order
     if config.smallest_psnr > 0:
         others: dict[PlyWorld, PhotoFit] = {}

@@ -184,9 +184,8 @@ def _find_file(files: CaptureFiles, surface: Surface, config: SurfaceConfig) -> 
     if surface == "points" and files.points is not None:
         return None
     root = files.root if files.root.is_dir() else files.root.parent
-    found = [
-        folder / SCANNETPP_MESH for folder in (root, root.absolute().parent) if (folder / SCANNETPP_MESH).is_file()
-    ]
+    places = [folder / SCANNETPP_MESH for folder in (root, root.absolute().parent)]
+    found = [path for path in places if path.is_file()]
     if surface == "mesh" and found:
         return found[0]
     missing = f"mesh ({SCANNETPP_MESH})" if surface == "mesh" else "points"

@@ -125,9 +125,7 @@ def read_lens(cameras: Cameras, index: int) -> Lens:
     """The lens of one nerfstudio camera, whichever dataparser made it; a ValueError if it cannot be undistorted."""
     camera_type = int(cameras.camera_type[index].item())
     if camera_type not in (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value):
-        raise ValueError(
-            f"Camera {index} has type {CameraType(camera_type).name}; fit3d-features takes PERSPECTIVE and FISHEYE."
-        )
+        raise ValueError(f"Camera {index} has type {CameraType(camera_type).name}; taken are PERSPECTIVE and FISHEYE.")
     is_fisheye = camera_type == CameraType.FISHEYE.value
     distortion: tuple[float, ...] = ()
     if cameras.distortion_params is not None:

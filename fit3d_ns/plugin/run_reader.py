@@ -79,9 +79,7 @@ def read_run(path: Path, data: Path | None = None, trust_config: bool = False) -
     config = load_config(config_path, trust_config)
     model = config.pipeline.model
     if not isinstance(model, SplatfactoModelConfig):
-        raise ValueError(
-            f"{config_path} is a run of {config.method_name}; only splatfacto and methods built on it can be lifted."
-        )
+        raise ValueError(f"{config_path} is a run of {config.method_name}; take one of splatfacto or built on it.")
     _point_at_data(config, config_path, data)
     checkpoint, _ = load_latest_checkpoint(config_path.parent / config.relative_model_dir)
     stored = checkpoint["pipeline"]

@@ -65,9 +65,7 @@ class RunLengthDecayScheduler(ExponentialDecayScheduler):
     def get_scheduler(self, optimizer: Optimizer, lr_init: float) -> Any:
         """The torch scheduler; a ValueError where its length was never resolved."""
         if self.config.max_steps is None:
-            raise ValueError(
-                "The scheduler's max_steps is open; `FeatureTrainerConfig.resolve` fills it before set-up."
-            )
+            raise ValueError("A scheduler's max_steps is open; `FeatureTrainerConfig.resolve` fills it before set-up.")
         if self.config.warmup_share > 0:
             self.config.warmup_steps = round(self.config.warmup_share * self.config.max_steps)
         scheduler = super().get_scheduler(optimizer, lr_init)

@@ -20,12 +20,7 @@ from fit3d_ns.probing.frozen_features import Assembler
 from fit3d_ns.probing.head_probe import HeadProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
 from fit3d_ns.probing.heads import SegmentationHead
-from fit3d_ns.probing.inputs import (
-    PUBLISHED_SHORT_SIDE,
-    SegmentationInputs,
-    average_windows,
-    choose_short_side,
-)
+from fit3d_ns.probing.inputs import PUBLISHED_SHORT_SIDE, SegmentationInputs, average_windows, choose_short_side
 from fit3d_ns.probing.pictures import resize_map
 from fit3d_ns.probing.samples import estimate_memory
 from fit3d_ns.utils.progress import notice_once
@@ -129,9 +124,7 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
             metrics.update(logits.argmax(dim=0).cpu(), labels)
         metrics.confusion = sum_over_processes(metrics.confusion, self.accelerator)
         occurs = metrics.confusion.sum(dim=1) > 0
-        absent = [
-            name for name, is_there in zip(labelled_set.class_names, occurs.tolist(), strict=True) if not is_there
-        ]
+        absent = [name for name, found in zip(labelled_set.class_names, occurs.tolist(), strict=True) if not found]
         if absent and self.accelerator.is_main_process:
             named = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
             notice_once(

@@ -315,7 +315,5 @@ def _project(
 def _geometry_of(info: dict[str, Any]) -> BlendGeometry:
     geometry = info.get("blend_geometry")
     if not isinstance(geometry, BlendGeometry):
-        raise ValueError(
-            "`info` was not made by `fit3d_ns.rasterization`; pass the third value that `rasterization` returned."
-        )
+        raise ValueError("`info` was not made by `fit3d_ns.rasterization`; pass what `rasterization` returned third.")
     return geometry

@@ -126,9 +126,7 @@ def _find_compilers() -> KernelState:
     nvcc = None if home is None else shutil.which("nvcc", path=os.path.join(home, "bin"))
     nvcc = nvcc or shutil.which("nvcc")
     if nvcc is None:
-        return KernelState(
-            False, f"no nvcc was found to compile them; install the CUDA toolkit {major} and set CUDA_HOME to it"
-        )
+        return KernelState(False, f"no nvcc to compile them; install the CUDA toolkit {major} and set CUDA_HOME to it")
     said = re.search(r"release (\d+)\.(\d+)", _run(nvcc, "--version"))
     if said is None:
         return KernelState(False, f"{nvcc} does not say its version, so it is no working CUDA compiler")

@@ -131,9 +131,7 @@ def read_clip(path: Path, max_frames: int, frame_stride: int = 1) -> Clip:
     unreadable, has fewer than two frames, or a number is out of range.
     """
     if max_frames < 2 or frame_stride < 1:
-        raise ValueError(
-            f"{max_frames} frames at a stride of {frame_stride}; take at least 2 frames and a stride of 1."
-        )
+        raise ValueError(f"{max_frames} frames at a stride of {frame_stride}; take at least 2 frames, a stride of 1.")
     frames: list[Path | FigureImage]
     if path.is_dir():
         frames, fps = [*list_images(path)[::frame_stride]], DEFAULT_FPS

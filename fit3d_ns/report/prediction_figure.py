@@ -176,9 +176,7 @@ def _read_folder(folder: Path) -> PredictionFolder:
             depth_units_per_metre=float(content.get("depth_units_per_metre", 1000.0)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no list of predictions ({error!r}); run fit3d-probe --predictions again."
-        ) from error
+        raise ValueError(f"{path} lists no predictions ({error!r}); run fit3d-probe --predictions again.") from error
     if read.task not in ("segmentation", "depth"):
         raise ValueError(f"{path} is about {read.task!r}; predictions are of segmentation or depth.")
     for index, frame in enumerate(read.frames):
@@ -245,9 +243,7 @@ def _draw_depth(
     steps = torch.linspace(0.0, 1.0, 160)
     entries = [
         LegendEntry(colour_values(steps, 0.0, 1.0, _DEPTH_MAP), "depth, near to far of each row; black: not measured"),
-        LegendEntry(
-            colour_values(steps, 0.0, 1.0, _ERROR_MAP), f"error, 0 to {largest:.2f} m and more; grey: not measured"
-        ),
+        LegendEntry(colour_values(steps, 0.0, 1.0, _ERROR_MAP), f"error, 0 to {largest:.2f} m; grey: not measured"),
     ]
     return append_legend(compose_panel(rows, columns, row_labels), entries), metrics
 

@@ -76,9 +76,7 @@ def read_results(patterns: Sequence[str | Path]) -> tuple[list[ProbeResult], lis
             raise ValueError(f"{path} is {found}; the report takes records of fit3d-probe and report.json files.")
     if not probes and not finetunings:
         named = ", ".join(map(str, patterns)) or "nothing"
-        raise ValueError(
-            f"No result of fit3d-probe or fit3d-finetune in {named}; give the files or folders they wrote."
-        )
+        raise ValueError(f"No result of fit3d-probe or fit3d-finetune in {named}; give files or folders they wrote.")
     _check_duplicates(probes)
     return probes, finetunings
 

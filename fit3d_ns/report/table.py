@@ -57,6 +57,8 @@ COST_COLUMNS = (
 )
 """What a fine-tuned backbone took, as Tables 5 and 8 have it."""
 
+_RECALLS, _RATIO_RECALLS = ("5 px", "10 px", "20 px", "2 cm"), ("20 px", "40 px", "80 px", "2 cm")
+_ANGLES = ("0-15", "15-30", "30-60", "60-180")
 TASK_COLUMNS: dict[str, tuple[Column, ...]] = {
     "segmentation": (_percent("miou", "mIoU (%)"), _percent("macc", "mAcc (%)"), _percent("aacc", "aAcc (%)")),
     "depth": (
@@ -76,18 +78,9 @@ TASK_COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("effective_rank", "Effective rank", digits=1),
     ),
     "correspondence": (
-        _percent("recall_5px", "Recall 5 px (%)"),
-        _percent("recall_10px", "Recall 10 px (%)"),
-        _percent("recall_20px", "Recall 20 px (%)"),
-        _percent("recall_2cm", "Recall 2 cm (%)"),
-        _percent("ratio_recall_20px", "Ratio test, 20 px (%)"),
-        _percent("ratio_recall_40px", "Ratio test, 40 px (%)"),
-        _percent("ratio_recall_80px", "Ratio test, 80 px (%)"),
-        _percent("ratio_recall_2cm", "Ratio test, 2 cm (%)"),
-        _percent("by_angle/0-15/recall_10px", "10 px, 0-15 deg (%)"),
-        _percent("by_angle/15-30/recall_10px", "10 px, 15-30 deg (%)"),
-        _percent("by_angle/30-60/recall_10px", "10 px, 30-60 deg (%)"),
-        _percent("by_angle/60-180/recall_10px", "10 px, 60-180 deg (%)"),
+        *(_percent(f"recall_{near.replace(' ', '')}", f"Recall {near} (%)") for near in _RECALLS),
+        *(_percent(f"ratio_recall_{near.replace(' ', '')}", f"Ratio test, {near} (%)") for near in _RATIO_RECALLS),
+        *(_percent(f"by_angle/{angles}/recall_10px", f"10 px, {angles} deg (%)") for angles in _ANGLES),
     ),
 }
 """Metrics by task, the paper's first."""
@@ -218,18 +211,14 @@ def write_html(tables: Sequence[Table], title: str) -> str:
     parts += [f"<title>{html.escape(title)}</title>", f"<style>\n{style}</style>", "</head>", "<body>"]
     parts.append(f"<h1>{html.escape(title)}</h1>")
     for table in tables:
-        parts.append('<div class="wide">')
-        parts.append('<table class="random">' if table.is_random else "<table>")
-        parts.append(f"<caption>{html.escape(table.title)}</caption>")
         names = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
-        parts.append(f"<thead><tr>{names}</tr></thead>")
-        parts.append("<tbody>")
+        parts += ['<div class="wide">', '<table class="random">' if table.is_random else "<table>"]
+        parts += [f"<caption>{html.escape(table.title)}</caption>", f"<thead><tr>{names}</tr></thead>", "<tbody>"]
         for row in table.rows:
             cells = [_mark(cell, html.escape, "<strong>", "</strong>") for cell in row]
             parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
         parts += ["</tbody>", "</table>", "</div>", '<ul class="notes">']
-        parts += [f"<li>{html.escape(note)}</li>" for note in table.notes]
-        parts.append("</ul>")
+        parts += [*(f"<li>{html.escape(note)}</li>" for note in table.notes), "</ul>"]
     return "\n".join([*parts, "</body>", "</html>"]) + "\n"
 
 

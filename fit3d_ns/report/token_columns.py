@@ -82,11 +82,19 @@ def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: st
     by_photograph: dict[Path, list[SceneView]] = {}
     for scene in scenes:
         capture = scene.capture(data_root)
-        get_averaged = cache(partial(_average, scene, capture))
+        get_averaged = cache(partial(average_scene, scene, capture))
         for view in capture.views:
             found = by_photograph.setdefault(view.frame.image_path.resolve(), [])
             found.append(SceneView(scene, capture, view, get_averaged))
     return SceneIndex(scenes, by_photograph)
+
+
+def average_scene(scene: FeatureScene, capture: PosedCapture) -> FeatureScene:
+    """The scene with its features averaged over the lifted views, at most 32 of them, as pictures show it."""
+    lifted = scene.lifted_views or [view.name for view in capture.select("train")]
+    views = [capture.name_to_view[name] for name in lifted]
+    usable = [view for view in views if view.frame.mask_path is None or view.frame.mask_path.is_file()]
+    return average_over_views(scene, capture, select_evenly(usable, MAX_AVERAGED_VIEWS))
 
 
 def load_figure_image(path: Path, scene_index: SceneIndex, longest_side: int | None = None) -> FigureImage:
@@ -229,13 +237,6 @@ def _render(group: ComparedBackbones, image: FigureImage, dtype: torch.dtype) ->
             draw = partial(scene_view.get_averaged().render_coefficients, *camera)
             return FrameTokens(rendered.features.to("cpu", dtype), rendered.alphas.cpu(), draw)
     return None
-
-
-def _average(scene: FeatureScene, capture: PosedCapture) -> FeatureScene:
-    lifted = scene.lifted_views or [view.name for view in capture.select("train")]
-    views = [capture.name_to_view[name] for name in lifted]
-    usable = [view for view in views if view.frame.mask_path is None or view.frame.mask_path.is_file()]
-    return average_over_views(scene, capture, select_evenly(usable, MAX_AVERAGED_VIEWS))
 
 
 def _is_lifted_from(group: ComparedBackbones, scene: FeatureScene) -> bool:

@@ -78,9 +78,7 @@ class FeatureScene:
                 f"{self.backbone.embed_dim}; the decoder belongs to another backbone."
             )
         if self.pca is not None and self.pca.mean.shape[0] != self.decoder.embed_dim:
-            raise ValueError(
-                f"The PCA basis is {self.pca.mean.shape[0]} wide, the decoded features {self.decoder.embed_dim}."
-            )
+            raise ValueError(f"The PCA basis is {self.pca.mean.shape[0]} wide, the features {self.decoder.embed_dim}.")
         unknown = [name for name in self.lifted_views or () if name not in self.posed_capture.name_to_view]
         if unknown:
             raise ValueError(f"The capture has no view {unknown[0]}, from which the features are said to be lifted.")

@@ -154,9 +154,7 @@ def _read_gsplat_checkpoint(path: Path) -> tuple[Gaussians, int]:
     needed = ("means", "quats", "scales", "opacities", "sh0")
     lacking = [name for name in needed if not isinstance(splats, dict) or not isinstance(splats.get(name), Tensor)]
     if lacking or not isinstance(splats, dict):
-        raise ValueError(
-            f"{path} is not a checkpoint of gsplat's trainer: its `splats` lack {', '.join(lacking)}; export a PLY."
-        )
+        raise ValueError(f"{path} is no checkpoint of gsplat: its `splats` lack {', '.join(lacking)}; export a PLY.")
     gaussians = Gaussians.from_raw(
         means=splats["means"],
         quats=splats["quats"],
@@ -206,9 +204,7 @@ def read_fit3d(
     state = _load_tensors(Path(decoder_path))
     weight = state.get("0.weight", state.get("weight")) if isinstance(state, dict) else None
     if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(
-            f"{decoder_path} has no 3x3 convolution under `0.weight`; give FiT3D's feat_decoder checkpoint."
-        )
+        raise ValueError(f"{decoder_path} has no 3x3 convolution `0.weight`; give FiT3D's feat_decoder checkpoint.")
     if weight.shape[1] != gaussians.feature_dim:
         raise ValueError(
             f"{ply_path} has {gaussians.feature_dim} sem_* properties, {decoder_path} takes {weight.shape[1]} "

@@ -178,9 +178,7 @@ def create_posed_capture(
     """
     transform = torch.eye(4)[:3] if dataparser_transform is None else dataparser_transform.detach().cpu().float()
     if not dataparser_scale > 0 or downscale_factor < 1:
-        raise ValueError(
-            f"Scale {dataparser_scale} must be positive and the downscale factor {downscale_factor} at least 1."
-        )
+        raise ValueError(f"Scale {dataparser_scale} must be positive, the factor {downscale_factor} 1 or more.")
     usable = [frame for frame in files.frames if not frame.is_bad]
     if not usable:
         raise ValueError(f"{files.root} has no usable frame: all {len(files.frames)} are marked as bad.")

@@ -156,9 +156,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], TensorFile]:
     if not isinstance(version, int):
         raise ValueError(f"{path} is not a whole scene file (schema {version!r}); export the scene again.")
     if version > SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has scene schema {version}, this version reads up to {SCHEMA_VERSION}; update fit3d-ns."
-        )
+        raise ValueError(f"{path} has scene schema {version}, this one reads up to {SCHEMA_VERSION}; update fit3d-ns.")
     for name, tensor in file.tensors.items():
         expected = STORED_DTYPES.get(name, torch.float32)
         if tensor.dtype != expected:

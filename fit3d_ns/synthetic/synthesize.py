@@ -95,9 +95,7 @@ def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:
         if not config.overwrite:
             raise ValueError(f"{output_dir} is not empty; choose another --output-dir or add --overwrite.")
         if not (output_dir / METRICS_NAME).is_file() or "scenes" not in read_json(output_dir / METRICS_NAME):
-            raise ValueError(
-                f"{output_dir} was not made by fit3d-synthesize and is not replaced; choose another folder."
-            )
+            raise ValueError(f"{output_dir} was not made by fit3d-synthesize and is kept; choose another folder.")
     with write_atomically(output_dir) as folder:
         folder.mkdir()
         metrics = settings | {"classes": list(CLASSES)}

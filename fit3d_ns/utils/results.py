@@ -44,9 +44,7 @@ def load_result(path: Path) -> ResultRecord:
         if not isinstance(content.get(name, kind()), kind):
             raise ValueError(f"{path} is damaged: `{name}` is {content[name]!r:.40}; restore it or measure again.")
     if content.get("schema_version", 1) > SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has result schema {content['schema_version']}, newer than {SCHEMA_VERSION}; update fit3d-ns."
-        )
+        raise ValueError(f"{path} has schema {content['schema_version']}, above {SCHEMA_VERSION}; update fit3d-ns.")
     return ResultRecord(**{key: content[key] for key in ResultRecord.__dataclass_fields__ if key in content})
 
 
@@ -61,9 +59,7 @@ def check_report(report: dict[str, Any], path: Path) -> None:
         # As the identity of a folder with an adapter is made: the backbone's weights are the original's.
         found = hash_bytes(found.encode(), hash_file(adapter).encode())
     if found != recorded:
-        raise ValueError(
-            f"{path} describes other weights than those next to it; run that fit3d-finetune again to its end."
-        )
+        raise ValueError(f"{path} describes other weights than those next to it; run fit3d-finetune to its end again.")
 
 
 def average_scene_costs(scenes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

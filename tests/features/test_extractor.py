@@ -113,7 +113,7 @@ def test_create_extractor__from_description_notices_changed_weights(tmp_path):
     description = describe_backbone("tiny_dinov2", tmp_path / "w.pth", "imagenet", norm=False)
     assert create_extractor(description).description.identity == description.identity
     torch.save({key: value + 1 for key, value in model.state_dict().items()}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="weights of tiny_dinov2 changed while they were in use"):
+    with pytest.raises(ValueError, match="weights of tiny_dinov2 changed while in use"):
         create_extractor(description)
 
 

@@ -162,7 +162,7 @@ def test_prefix_anchor__needs_prefix_tokens(scene, tmp_path, monkeypatch):
 
     monkeypatch.setattr(finetuning_runs, "create_token_model", create_bare)
     config = finetuning_runs.configure(anchors=AnchorConfig(prefix_anchor=1.0))
-    with pytest.raises(ValueError, match="--prefix-anchor: .* has neither class token nor registers"):
+    with pytest.raises(ValueError, match="--prefix-anchor: .* has no class token or registers"):
         finetuning_runs.create_trainer([scene], tmp_path, config)
 
 

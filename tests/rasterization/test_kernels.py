@@ -65,7 +65,7 @@ def test_find_kernels__compiled_ones_need_no_compiler(machine, tmp_path):
 @pytest.mark.parametrize(
     "programs, said",
     [
-        ({}, r"no nvcc was found to compile them; install the CUDA toolkit 13 and set CUDA_HOME"),
+        ({}, r"no nvcc to compile them; install the CUDA toolkit 13 and set CUDA_HOME"),
         ({"nvcc": (NVCC.format("12.4"), 0)}, r"nvcc is of CUDA 12\.4 and torch was built for 13\.0; install the CUDA"),
         ({"nvcc": ("broken", 0)}, r"does not say its version"),
         ({"nvcc": (NVCC.format("13.0"), 0)}, r"nvcc needs a C\+\+ compiler and none was found"),

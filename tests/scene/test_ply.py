@@ -168,7 +168,7 @@ def test_errors__files_that_do_not_belong_together(tmp_path, make_scene):
     with pytest.raises(ValueError, match=r"has 2 sem_\* properties, .*decoder.pth takes 3 channels"):
         read_fit3d(ply, decoder, *others)
     torch.save({"blocks.0.weight": torch.zeros(3)}, decoder)
-    with pytest.raises(ValueError, match="no 3x3 convolution under `0.weight`"):
+    with pytest.raises(ValueError, match="no 3x3 convolution `0.weight`"):
         read_fit3d(ply, decoder, *others)
     decoder.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
@@ -306,7 +306,7 @@ def test_read_splats__checkpoints_of_gsplats_trainer(tmp_path):
     torch.testing.assert_close(gaussians.sh_rest.float(), splats["shN"], rtol=1e-3, atol=1e-3)
     del splats["scales"]
     torch.save({"splats": splats}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt is not a checkpoint of gsplat's trainer: its `splats` lack scales"):
+    with pytest.raises(ValueError, match="other.pt is no checkpoint of gsplat: its `splats` lack scales"):
         read_splats(tmp_path / "other.pt")
     (tmp_path / "code.pt").write_bytes(b"\x80\x04cos\nsystem\n.")
     with pytest.raises(ValueError, match="code.pt is not a readable checkpoint"):

@@ -181,7 +181,7 @@ def test_errors__files_of_other_kinds(make_scene, path, tmp_path):
 def test_errors__newer_schema_and_missing_pieces(make_scene, path):
     save_scene(make_scene(), path)
     rewrite_header(path, lambda header, tensors: header.update(schema_version=99))
-    with pytest.raises(ValueError, match="scene schema 99, this version reads up to 1; update"):
+    with pytest.raises(ValueError, match="scene schema 99, this one reads up to 1; update"):
         load_scene(path)
     rewrite_header(path, lambda header, tensors: header.update(schema_version=1))
     rewrite_header(path, lambda header, tensors: tensors.pop("quats"))

@@ -157,9 +157,7 @@ def _read_scene(
         if frame.is_bad or (split is not None and (frame.split == "test") != (split == "test")):
             continue
         if task == "depth" and frame.depth_path is None:
-            raise ValueError(
-                f"Image {frame.image_path} has no depth map in {dslr / 'render_depth'}; render it or mark the frame."
-            )
+            raise ValueError(f"{frame.image_path} has no depth in {dslr / 'render_depth'}; render or mark it.")
         plain = create_frame(
             frame.image_path,
             name=f"{capture.scene_id}/{frame.image_path.stem}",

@@ -1,0 +1,260 @@
+import io
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fit3d_ns.cli.view import ViewCommand, main, view
+from fit3d_ns.report.scene_viewer import SceneViewer, ViewerConfig, open_server
+from fit3d_ns.scene import load_scene, save_scene
+from tests.report.figure_scenes import HEIGHT, WIDTH, write_finetuned, write_photographs, write_scene
+from tests.report.test_splat_colours import decode, fit_pca
+
+viser = pytest.importorskip("viser")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@pytest.fixture
+def scene_path(tmp_path: Path) -> Path:
+    """A scene file beside its photographs, which it may therefore read."""
+    path = write_scene(tmp_path / "scene.safetensors", write_photographs(tmp_path / "photographs", count=3))
+    scene = load_scene(path)
+    varied = replace(
+        scene.gaussians, opacity_logits=torch.linspace(-3.0, 4.0, 40).half(), blend_weight=torch.arange(1.0, 41.0)
+    )
+    save_scene(replace(scene, gaussians=varied, pca=fit_pca(decode(scene), 3), file=None), path)
+    return path
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    opened = open_server("127.0.0.1", 18080)
+    yield opened
+    opened.stop()
+
+
+def read_messages(server: Any, *kinds: str) -> list[Any]:
+    """What a browser that connects now is sent, in this order."""
+    waiting = dict(server._websock_server._broadcast_buffer.message_from_id)
+    return [message for _, message in sorted(waiting.items()) if type(message).__name__ in kinds]
+
+
+def read_splats(server: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Places and 8-bit RGBA of the splats that are shown."""
+    shown: dict[str, np.ndarray] = {}
+    for message in read_messages(server, "GaussianSplatsMessage", "RemoveSceneNodeMessage"):
+        shown.pop(message.name, None)
+        if hasattr(message, "buffer"):
+            shown[message.name] = np.ascontiguousarray(message.buffer)
+    assert len(shown) == 1
+    buffer = shown.popitem()[1]
+    return buffer[:, :3].copy().view(np.float32), buffer[:, 7:8].copy().view(np.uint8)
+
+
+def find_difference(server: Any, expected: torch.Tensor) -> float:
+    """Largest difference between the colours that are shown and others; large while they change."""
+    with suppress(AssertionError):
+        return float(np.abs(read_splats(server)[1][:, :3] / 255.0 - expected.numpy()).max())
+    return 1.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_viewer__sends_places_colours_and_opacities(scene_path: Path, server: Any) -> None:
+    viewer = SceneViewer(load_scene(scene_path), ViewerConfig())
+    viewer.show(server)
+    gaussians = viewer.splats.scene.gaussians
+    places, rgba = read_splats(server)
+    np.testing.assert_array_equal(places, gaussians.means.numpy())
+    np.testing.assert_allclose(rgba[:, 3] / 255.0, gaussians.opacity_logits.float().sigmoid(), atol=0.01)
+    np.testing.assert_allclose(rgba[:, :3] / 255.0, viewer.splats.colour("features", 8, 0), atol=0.01)
+    for colours in ("photograph", "clusters", "similarity", "variance"):
+        viewer._choice.value = colours
+        # The menu's handler runs in a thread of viser's.
+        expected = viewer.splats.colour(colours, 8, viewer.picked)
+        wait_until(lambda expected=expected: find_difference(server, expected) < 0.01)
+    viewer.threshold = 0.5
+    viewer.send_splats()
+    places, rgba = read_splats(server)
+    assert len(places) == int((gaussians.opacity_logits.float().sigmoid() >= 0.5).sum()) < 40
+    assert rgba[:, 3].min() >= 127
+    # Old colours do not pile up for browsers that come later.
+    assert len(read_messages(server, "GaussianSplatsMessage")) <= 2
+
+
+def test_viewer__shows_cameras_with_their_photographs(scene_path: Path, server: Any) -> None:
+    viewer = SceneViewer(load_scene(scene_path), ViewerConfig())
+    viewer.show(server)
+    frusta = read_messages(server, "CameraFrustumMessage")
+    assert len(frusta) == 3 and all(frustum.image_binary for frustum in frusta)
+    assert frusta[0].fov == pytest.approx(2.0 * np.arctan(0.5 * HEIGHT / 50.0))
+    assert frusta[0].aspect == pytest.approx(WIDTH / HEIGHT)
+    # The fixture's cameras have OpenGL's identity; with OpenCV's axes that is half a turn about x.
+    turns = {message.name: message.wxyz for message in read_messages(server, "SetOrientationMessage")}
+    np.testing.assert_allclose(np.abs(turns[frusta[0].name]), [0.0, 1.0, 0.0, 0.0], atol=1e-6)
+
+
+def test_viewer__click_picks_the_splat_under_the_mouse(scene_path: Path, server: Any) -> None:
+    viewer = SceneViewer(load_scene(scene_path), ViewerConfig())
+    viewer.show(server)
+    target = viewer.splats.scene.gaussians.means[39]
+    origin = target + torch.tensor([0.0, 0.0, 0.5])
+    event = SimpleNamespace(ray_origin=tuple(origin.tolist()), ray_direction=(0.0, 0.0, -1.0))
+    expected = viewer.splats.pick(origin, torch.tensor([0.0, 0.0, -1.0]))
+    viewer._take_click(event)
+    assert viewer._choice.value == "similarity" and viewer.picked == expected
+    # The menu's own handler, in another thread of viser's.
+    wait_until(lambda: len(read_messages(server, "RemoveSceneNodeMessage")) == 1)
+    assert viewer.colours == "similarity"
+    _, rgba = read_splats(server)
+    assert rgba[viewer.picked, :3].tolist() == [255, 0, 0]
+    ball = [message for message in read_messages(server, "SetPositionMessage") if message.name == "/picked"][-1]
+    np.testing.assert_allclose(ball.position, viewer.splats.scene.gaussians.means[viewer.picked])
+
+
+def test_viewer__a_click_on_a_camera_flies_there_and_compares(scene_path: Path, server: Any, tmp_path: Path) -> None:
+    folder = str(write_finetuned(tmp_path / "vit"))
+    viewer = SceneViewer(load_scene(scene_path), ViewerConfig(finetuned=(folder,)))
+    assert list(viewer.extractors) == ["original", folder]
+    viewer.show(server)
+    target = viewer.capture.views[2]
+    camera = SimpleNamespace(up_direction=None, position=None, look_at=None, fov=None)
+    client = SimpleNamespace(camera=camera, atomic=server.atomic)
+    viewer._visit(target, SimpleNamespace(client=client))
+    np.testing.assert_allclose(camera.position, target.camera_to_world[:, 3])
+    forward = camera.look_at - camera.position
+    np.testing.assert_allclose(forward / np.linalg.norm(forward), -target.camera_to_world[:, 2], atol=1e-6)
+    assert viewer._comparison.content.startswith("![](data:image/png;base64,")
+    # Photograph, original, fine-tuned and lifted, one above another.
+    height = round(232 * HEIGHT / WIDTH)
+    panel = np.asarray(viewer.compare(target)).astype(int)
+    assert panel.shape[0] == 6 + 4 * (18 + height + 6)
+    rows = [panel[6 + 18 + i * (18 + height + 6) :][:height, 6:-6] for i in range(4)]
+    assert all(np.abs(a - b).mean() > 0.5 for i, a in enumerate(rows) for b in rows[:i])
+
+
+def test_viewer__pages_hold_no_words_of_files(scene_path: Path, server: Any) -> None:
+    """viser runs Markdown as code."""
+    viewer = SceneViewer(load_scene(scene_path), ViewerConfig())
+    evil = "{alert(1)}"
+    object.__setattr__(viewer.splats.scene.posed_capture, "scene_id", evil)
+    for index, own in enumerate(viewer.capture.views):
+        object.__setattr__(own, "name", f"{evil}{index}")
+    viewer.show(server)
+    messages = server._websock_server._broadcast_buffer.message_from_id.values()
+    assert evil not in str([vars(message) for message in messages])
+
+
+def test_open_server__listens_to_this_machine_alone_and_says_what_is_missing(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = server.get_port()
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    # Another address of the same loopback: a server on 0.0.0.0 would answer.
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+    assert ViewCommand(Path("a")).host == "127.0.0.1"
+    monkeypatch.setitem(sys.modules, "viser", None)
+    with pytest.raises(ValueError, match="pip install viser"):
+        open_server("127.0.0.1", 0)
+
+
+def test_viewer__refuses_backbones_of_another_width(scene_path: Path) -> None:
+    with pytest.raises(ValueError, match="not fine-tuned from the backbone of the scene"):
+        SceneViewer(load_scene(scene_path), ViewerConfig(finetuned=("random:vit_tiny_patch16_224",)))
+
+
+def test_view__writes_pictures_without_a_browser(
+    scene_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "viser", None)
+    monkeypatch.setattr("fit3d_ns.report.scene_viewer._NUM_FRAMES", 4)
+    main([str(scene_path), "--output-path", str(tmp_path / "view.png"), "--max-splats", "30", "--device", "cpu"])
+    share = sum(range(11, 41)) / sum(range(1, 41))
+    assert f"30 of 40 splats, which make up {share:.1%} of the lifted views" in capfd.readouterr().err.replace(
+        "\n", " "
+    )
+    picture = np.asarray(Image.open(tmp_path / "view.png"))
+    assert picture.shape == (720, 960, 3) and picture[:, 700:].min() == 255 and picture.min() < 200
+    main([str(scene_path), "--output-path", str(tmp_path / "view.mp4"), "--colours", "clusters", "--device", "cpu"])
+    clip = cv2.VideoCapture(str(tmp_path / "view.mp4"))
+    assert clip.get(cv2.CAP_PROP_FRAME_COUNT) == 4
+    clip.release()
+
+
+def test_view__says_what_it_cannot_show(scene_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="neither a picture"):
+        view(ViewCommand(scene_path, output_path=Path("a.jpg")))
+    with pytest.raises(ValueError, match="at least 1"):
+        view(ViewCommand(scene_path, ViewerConfig(max_splats=0), device="cpu"))
+    scene = load_scene(scene_path)
+    save_scene(replace(scene, pca=None, file=None), tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="no PCA colours"):
+        view(ViewCommand(tmp_path / "plain.safetensors", device="cpu"))
+    empty = replace(scene, gaussians=scene.gaussians.select(torch.zeros(40, dtype=torch.bool)), file=None)
+    save_scene(empty, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match="no Gaussians"):
+        view(ViewCommand(tmp_path / "empty.safetensors", device="cpu"))
+    (tmp_path / "photographs").rename(tmp_path / "elsewhere")
+    capture = SceneViewer(scene, ViewerConfig()).capture
+    assert len(capture.views) == 3 and not any(own.frame.image_path.is_file() for own in capture.views)
+    assert re.search(r"Shown without photographs: .*--data-root", capfd.readouterr().err.replace("\n", " "))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
+def test_viewer__browser_shows_the_splats_in_the_colours_that_are_chosen(
+    scene_path: Path, server: Any, tmp_path: Path
+) -> None:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+        "--window-size=700,500", "--disable-background-networking", "--no-first-run",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    viewer = SceneViewer(load_scene(scene_path), ViewerConfig())
+    viewer.rgb = torch.tensor([1.0, 0.0, 0.0]).expand(40, 3)
+    viewer.splats.colour = lambda *_: viewer.rgb
+    viewer.show(server)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+
+    def shows(red: bool) -> bool:
+        """Whether the upper left, where the splats are, has enough of a colour and none of the other."""
+        picture = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
+        # Below are the axes, which have colours too.
+        part = np.asarray(picture).astype(int)[: picture.height // 2, : picture.width // 2]
+        redder = part[..., 0] - part[..., 2]
+        wanted = redder if red else -redder
+        return bool((wanted > 100).mean() > 0.02 and (wanted < -100).mean() < 0.001)
+
+    try:
+        driver.get(f"http://127.0.0.1:{server.get_port()}")
+        viewer.server.scene.add_frame("/cameras", show_axes=False, visible=False)
+        wait_until(lambda: shows(red=True))
+        viewer.rgb = torch.tensor([0.0, 0.0, 1.0]).expand(40, 3)
+        viewer.send_splats()
+        wait_until(lambda: shows(red=False))
+    finally:
+        driver.quit()
