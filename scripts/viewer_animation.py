@@ -1,4 +1,4 @@
-"""Draws the animation of the README: a lifted scene turning, in the colours that fit3d-view shows it in.
+"""Draws the animation of the README: a flight through a lifted scene, in the colours that fit3d-view shows it in.
 
 python scripts/viewer_animation.py quickstart/scenes/room_00.safetensors docs/pictures/viewer.webp
 """
@@ -28,7 +28,7 @@ class AnimationConfig:
     data_root: Path | None = None
     """Where the photographs are, if they were moved."""
     num_frames: int = 48
-    """Pictures of one turn."""
+    """Pictures of the flight."""
     width: int = 264
     """Width in pixels of each column."""
     quality: int = 45

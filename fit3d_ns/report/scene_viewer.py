@@ -159,7 +159,7 @@ class SceneViewer:
         except ValueError as error:
             notice(f"Shown without photographs: {error}")
             capture = scene.posed_capture.move(Path(os.devnull))
-        own = [("original", scene.backbone.with_weights(config.backbone_weights))] if config.finetuned else []
+        own: Any = [("original", scene.backbone.with_weights(config.backbone_weights))] if config.finetuned else []
         self.extractors: dict[str, FeatureExtractor] = {}
         for name, backbone in (*own, *((name, name) for name in config.finetuned)):
             extractor = self.extractors[name] = create_extractor(backbone, device=scene.gaussians.means.device)
