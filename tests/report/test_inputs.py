@@ -71,7 +71,7 @@ def test_report__broken_and_foreign_files(tmp_path: Path, capsys: pytest.Capture
     write_json(path, {"kind": "finetune", "steps": 1})
     assert "has no settings, consistency" in check_error(capsys, path)
     write_json(path, {"kind": "probe/depth", "metrics": {"rmse": 1.0}, "schema_version": 99})
-    assert "newer" in check_error(capsys, path)
+    assert "above 1" in check_error(capsys, path)
 
 
 def test_report__same_settings_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
