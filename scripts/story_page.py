@@ -136,7 +136,7 @@ def choose_corner(scene: FeatureScene) -> list[View]:
             other = depth_views[second]
             if not _ANGLES[0] <= float(measure_rotation(view.camera_to_world, other.camera_to_world)) <= _ANGLES[1]:
                 continue
-            shared = len(find_covisible(view, other, points)) / len(points)
+            shared = len(find_covisible(view, other, points)[0]) / len(points)
             if shared > best:
                 best, chosen = shared, [views[first], views[second]]
     return chosen

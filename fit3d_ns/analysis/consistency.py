@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.correspondence import (
-    CovisiblePoints,
     DepthView,
     create_grid_points,
     draw_points,
@@ -151,10 +150,10 @@ class _Samples:
 
     def compare(self, maps: _Maps, views: _Views, mean: Float[Tensor, " embed"]) -> int:
         """Compares the first view's tokens with what the second shows of their places; returns how many it shows."""
-        covisible = self._find_covisible(views, (maps[0].shape[0], maps[0].shape[1]))
-        if len(covisible) > 0:
-            own = sample_tokens(maps[0], covisible.points, *views[0].size)
-            seen = sample_tokens(maps[1], covisible.other_points, *views[1].size)
+        points, other_points = self._find_covisible(views, (maps[0].shape[0], maps[0].shape[1]))
+        if len(points) > 0:
+            own = sample_tokens(maps[0], points, *views[0].size)
+            seen = sample_tokens(maps[1], other_points, *views[1].size)
             columns = [
                 _expand_angle(views, own),
                 F.cosine_similarity(own, seen, dim=1),
@@ -162,16 +161,17 @@ class _Samples:
                 (own - seen).abs().mean(dim=1),
             ]
             self.agreements.append(torch.stack([column.double() for column in columns], dim=1).cpu())
-        return len(covisible)
+        return len(points)
 
     def match(self, maps: _Maps, views: _Views, pair: tuple[int, int]) -> None:
         """Matches points of the first view in the second; the numbers of the `pair` seed which points those are."""
-        covisible = self._find_covisible(views, self._choose_grid(maps[0], views[0]))
-        covisible = draw_points(covisible, self.config.max_points, self.config.seed, *pair)
-        if len(covisible) > 0:
-            matched = find_matches(maps, views, covisible.points, self._choose_grid(maps[1], views[1]))
-            _, distances = measure_match_errors(*views, covisible.points, matched)
-            pixels = (matched - covisible.other_points).norm(dim=1)
+        seen = self._find_covisible(views, self._choose_grid(maps[0], views[0]))
+        drawn = draw_points(len(seen[0]), self.config.max_points, self.config.seed, *pair).to(seen[0].device)
+        if len(drawn) > 0:
+            points, other_points = (both[drawn] for both in seen)
+            matched = find_matches(maps, views, points, self._choose_grid(maps[1], views[1]))
+            _, distances = measure_match_errors(*views, points, matched)
+            pixels = (matched - other_points).norm(dim=1)
             self.errors.append(self._stack(views, pixels, distances))
 
     def match_by_ratio(self, maps: _Maps, views: _Views) -> None:
@@ -225,7 +225,7 @@ class _Samples:
         height, width = (max(round(side * self.config.grid_scale), 1) for side in view.depth.shape)
         return height, width
 
-    def _find_covisible(self, views: _Views, grid: tuple[int, int]) -> CovisiblePoints:
+    def _find_covisible(self, views: _Views, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         points = create_grid_points(*views[0].size, grid).to(views[0].depth)
         return find_covisible(*views, points, self.config.depth_tolerance)
 

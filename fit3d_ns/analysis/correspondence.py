@@ -61,22 +61,6 @@ class DepthView:
         return torch.where(usable, self.depth, 0.0)
 
 
-@dataclass(frozen=True)
-class CovisiblePoints:
-    """Points of a first view that a second view sees too."""
-
-    points: Float[Tensor, "points 2"]
-    """(x, y) in the first image."""
-    other_points: Float[Tensor, "points 2"]
-    """Where the second image shows them."""
-
-    def __len__(self) -> int:
-        return self.points.shape[0]
-
-    def select(self, chosen: Int[Tensor, " chosen"]) -> "CovisiblePoints":
-        return CovisiblePoints(self.points[chosen], self.other_points[chosen])
-
-
 def create_grid_points(width: int, height: int, grid: tuple[int, int]) -> Float[Tensor, "points 2"]:
     """Centres (x, y) of the cells of a grid (h, w) over the image, rows first."""
     rows = (torch.arange(grid[0]) + 0.5) * (height / grid[0])
@@ -87,8 +71,8 @@ def create_grid_points(width: int, height: int, grid: tuple[int, int]) -> Float[
 
 def find_covisible(
     view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], depth_tolerance: float = 0.05
-) -> CovisiblePoints:
-    """Which image points of `view` the `other` view sees, and where.
+) -> tuple[Float[Tensor, "seen 2"], Float[Tensor, "seen 2"]]:
+    """Which image points of `view` the `other` view sees, and where in its own image.
 
     A point (x, y) counts if its pixel has depth, it falls inside the other image, the other image has depth at the
     pixel it falls into, and the two depths differ by at most the share `depth_tolerance`: otherwise something stands in
@@ -103,7 +87,7 @@ def find_covisible(
     visible = (depth > 0) & (other_depth > 0) & inside
     measured = look_up(other.usable_depth, torch.where(visible[:, None], other_points, 0.0))
     visible &= (measured > 0) & ((measured - other_depth).abs() <= depth_tolerance * other_depth)
-    return CovisiblePoints(points, other_points).select(visible.nonzero()[:, 0])
+    return points[visible], other_points[visible]
 
 
 def measure_rotation(camera_to_world: Float[Tensor, "3 4"], other: Float[Tensor, "3 4"]) -> Float[Tensor, ""]:
@@ -195,12 +179,12 @@ def measure_match_errors(
     return pixels, distances
 
 
-def draw_points(covisible: CovisiblePoints, max_points: int, seed: int, *purpose: str | int) -> CovisiblePoints:
-    """At most `max_points` of the points, drawn without replacement; all of them where there are no more."""
-    if len(covisible) <= max_points:
-        return covisible
-    order = torch.randperm(len(covisible), generator=create_generator(seed, "covisible points", *purpose))
-    return covisible.select(order[:max_points].sort().values.to(covisible.points.device))
+def draw_points(num_points: int, max_points: int, seed: int, *purpose: str | int) -> Int[Tensor, " drawn"]:
+    """Indices of at most `max_points` points, drawn without replacement; all of them where there are no more."""
+    if num_points <= max_points:
+        return torch.arange(num_points)
+    order = torch.randperm(num_points, generator=create_generator(seed, "covisible points", *purpose))
+    return order[:max_points].sort().values
 
 
 def look_up(values: Float[Tensor, "height width"], points: Float[Tensor, "points 2"]) -> Float[Tensor, " points"]:

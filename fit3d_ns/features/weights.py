@@ -13,9 +13,11 @@ keeps apart, become one matrix; where only some have a bias, that of the others 
 """
 
 import argparse
+import csv
 import pickle
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -184,36 +186,17 @@ _PATCHES = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_e
 _UNUSED = re.compile(r"pooler\.|classifier\.|cls_classifier\.|distillation_classifier\.|decoder\.|rope_embeddings\.")
 """Parts that no token passes through, or that timm computes."""
 _BLOCK = re.compile(r"(?:encoder\.|model\.)*layers?\.(\d+)\.(.+)")
-_NAMES = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.mask_token": "mask_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.register_tokens": "register_tokens",
-    "layernorm": "norm",
-    "norm": "norm",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "embeddings.patch_embeddings": "patch_embed.proj",
-}
-_BLOCK_NAMES = {
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attention.output.dense": "attn.proj",
-    "attention.o_proj": "attn.proj",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "mlp.weights_in": "mlp.w12",
-    "mlp.weights_out": "mlp.w3",
-    "mlp.up_proj": "mlp.fc1",
-    "mlp.down_proj": "mlp.fc2",
-    "layer_scale1.lambda1": "ls1.gamma",
-    "layer_scale2.lambda1": "ls2.gamma",
-}
-_GATED_NAMES = {"mlp.gate_proj": "mlp.w1", "mlp.up_proj": "mlp.w2", "mlp.down_proj": "mlp.w3"}
 _ATTENTION = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)")
+
+
+@lru_cache(maxsize=1)
+def _read_names() -> dict[str, dict[str, str]]:
+    """Keys of `transformers` and of the original files, without suffix: around the blocks, in them, in gated ones."""
+    names: dict[str, dict[str, str]] = {}
+    with open(Path(__file__).with_name("transformers_keys.csv"), encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            names.setdefault(row["part"], {})[row["transformers"]] = row["original"]
+    return names
 
 
 def _find_transformers_prefix(state_dict: Mapping[str, Tensor]) -> str | None:
@@ -231,7 +214,8 @@ def _translate_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> di
     # DINOv3 keeps positions in its rotations and calls its register tokens storage tokens.
     is_dinov3 = "embeddings.position_embeddings" not in inner
     is_gated = any(".mlp.gate_proj." in key for key in inner)
-    block_names = {**_BLOCK_NAMES, **(_GATED_NAMES if is_gated else {})}
+    names = _read_names()
+    block_names = {**names["block"], **(names["gated block"] if is_gated else {})}
     translated: dict[str, Tensor] = {}
     attention: dict[str, dict[str, Tensor]] = {}
     for key, value in inner.items():
@@ -241,7 +225,7 @@ def _translate_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> di
         name = key.removesuffix(suffix)
         block = _BLOCK.fullmatch(name)
         if block is None:
-            found = _NAMES.get(name)
+            found = names["around"].get(name)
             if found == "register_tokens" and is_dinov3:
                 found = "storage_tokens"
             translated[key if found is None else found + suffix] = value

@@ -202,7 +202,7 @@ def _summarise(
         "losses": [sum(piece) / len(piece) for piece in pieces],
         "epochs": num_shown / trainer.sequence.num_images,
         "scenes": [str(path) for path in inputs.scenes],
-        "scene_costs": [asdict(read_scene_costs(*pair)) for pair in zip(bank.on_disk, inputs.scenes, strict=False)],
+        "scene_costs": [read_scene_costs(*pair) for pair in zip(bank.on_disk, inputs.scenes, strict=False)],
         "validation_scenes": [str(path) for path in inputs.validation_scenes],
         "backbone": description.to_metadata(),
         "settings": config.reported,

@@ -5,14 +5,11 @@ The feature loss is one mean over all tokens of all processes and accumulated ba
     L = sum of w |f - F| / (C sum of w),
 
 where w are the targets' weights, C the channels (public code: masked L1). Sums are taken locally and divided by the
-global sum of weights, so that two processes give what one with twice the batch does. Anchors:
+global sum of weights, so that two processes give what one with twice the batch does.
 
-- L2-SP (Xuhong et al., ICML 2018): strength / 2 * sum (theta - theta_0)^2 over the trained weights.
-- Feature anchor: L1 between the patch tokens and the original's on the same image.
-- Prefix anchor: the same for class token and registers, before and after the final norm. The paper leaves them free.
-- Supervision of tokens before the final norm, which depth probes read. A normed token y = g (x - m) / s + b tells x up
-  to its mean m and deviation s; with those of the original on the same image the target is x* = s (F - b) / g + m.
-- Weight interpolation after training (WiSE-FT: Wortsman et al., CVPR 2022): (1 - a) theta_0 + a theta.
+`AnchorConfig` says what the anchors are; L2-SP is Xuhong et al.'s (ICML 2018), WiSE-FT Wortsman et al.'s (CVPR 2022).
+Of tokens before the final norm, a normed one y = g (x - m) / s + b tells x up to its mean m and deviation s; with those
+of the original on the same image the target is x* = s (F - b) / g + m.
 """
 
 from dataclasses import dataclass

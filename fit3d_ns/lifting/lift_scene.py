@@ -24,8 +24,8 @@ from fit3d_ns.lifting.feature_error import evaluate_features
 from fit3d_ns.lifting.passes import Progress, list_decisive
 from fit3d_ns.lifting.solver import LiftResult, solve_features
 from fit3d_ns.lifting.sources import LiftSource, compare_with_photographs, warn_of_poor_fit
-from fit3d_ns.lifting.views import ChosenViews, LiftView, choose_views, fit_picture_basis, load_views
-from fit3d_ns.scene import FeatureScene, Gaussians, load_scene
+from fit3d_ns.lifting.views import LiftView, choose_views, fit_picture_basis, load_views
+from fit3d_ns.scene import FeatureScene, Gaussians, View, load_scene
 from fit3d_ns.scene.posed_capture import record_capture
 from fit3d_ns.scene.scene_file import TRAINING_SECONDS
 from fit3d_ns.utils.files import hash_bytes, hash_file
@@ -108,13 +108,13 @@ def lift_scene(
     """
     check_dimensions(setup)
     config, options, device, timer = setup.config, setup.options, setup.device, PhaseTimer()
-    chosen = choose_views(source.capture, options.views)
+    taught, measured = choose_views(source.capture, options.views)
     with timer.phase("photographs"):
         fit = compare_with_photographs(source, device)
     warn_of_poor_fit(source, fit)
     with timer.phase("tokens"):
-        views = load_views(source.capture, [*chosen.lifted, *chosen.held_out], setup.cache, options, device)
-    lifted, held_out = views[: len(chosen.lifted)], views[len(chosen.lifted) :]
+        views = load_views(source.capture, [*taught, *measured], setup.cache, options, device)
+    lifted, held_out = views[: len(taught)], views[len(taught) :]
     is_resumed = state_path is not None and state_path.is_file()
     if is_resumed:
         notice(f"Going on with the interrupted lift in {state_path}.")
@@ -133,7 +133,7 @@ def lift_scene(
     keep = torch.ones_like(result.is_valid) if not options.drop_unseen else ~result.is_unseen
     scene = _create_scene(source, result, keep.cpu(), own if pca is None else pca, setup.backbone)
     with timer.phase("evaluation"):
-        metrics = _measure_dropping(scene, source, chosen, device)
+        metrics = _measure_dropping(scene, source, taught, device)
         metrics |= measure_held_out(scene, held_out, own.mean, device)
     metrics |= {
         "photograph_psnr": fit.psnr,
@@ -153,7 +153,7 @@ def lift_scene(
         "source": source.description,
         "lift": asdict(config),
     }
-    return replace(scene, metrics=metrics, lifted_views=tuple(view.name for view in chosen.lifted)), result
+    return replace(scene, metrics=metrics, lifted_views=tuple(view.name for view in taught)), result
 
 
 def measure_held_out(
@@ -225,9 +225,9 @@ def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:
     The view's tokens stay in the cache. ValueError as in `lift_scene`.
     """
     cache, config, device = setup.cache, setup.config, setup.device
-    chosen = choose_views(source.capture, setup.options.views)
-    num_views, num_held_out = len(chosen.lifted), len(chosen.held_out)
-    sample = chosen.lifted[num_views // 2]
+    lifted, held_out = choose_views(source.capture, setup.options.views)
+    num_views, num_held_out = len(lifted), len(held_out)
+    sample = lifted[num_views // 2]
     start = time.perf_counter()
     image = source.capture.load_image(sample)
     key = compute_feature_key(image)
@@ -319,14 +319,14 @@ def _create_scene(
     )
 
 
-def _measure_dropping(scene: FeatureScene, source: LiftSource, chosen: ChosenViews, device: str) -> dict[str, Any]:
+def _measure_dropping(scene: FeatureScene, source: LiftSource, lifted: Sequence[View], device: str) -> dict[str, Any]:
     """What leaving out Gaussians changed in lifted views."""
     if scene.gaussians.num_gaussians == source.gaussians.num_gaussians:
         return {}
     kept = replace(source, gaussians=scene.gaussians)
     changes = [
         float((source.render(view, device)[0] - kept.render(view, device)[0]).abs().max())
-        for view in select_evenly(chosen.lifted, 3)
+        for view in select_evenly(lifted, 3)
     ]
     return {"largest_change_by_dropping": max(changes)}
 

@@ -81,7 +81,7 @@ def lift_together(
     decoder = fit_decoder(statistics, basis, setup.config.decoder_ridge).requires_grad_(False).cpu()
     for task, lift_hash in zip(tasks, hashes, strict=True):
         scene = replace(load_scene(task.output_path), decoder=decoder)
-        held_out = choose_views(scene.posed_capture, setup.options.views).held_out
+        _, held_out = choose_views(scene.posed_capture, setup.options.views)
         views = load_views(scene.posed_capture, held_out, setup.cache, setup.options, setup.device)
         measured = measure_held_out(scene, views, basis.mean, setup.device)
         # The baseline's metrics stay those of the scene's own mean token.
@@ -103,7 +103,7 @@ def fit_shared_space(tasks: Sequence[LiftTask], setup: LiftSetup) -> tuple[PcaBa
     samples = []
     for task in tasks:
         capture = task.read().capture
-        views = load_views(capture, choose_views(capture, options.views).lifted, setup.cache, options, device)
+        views = load_views(capture, choose_views(capture, options.views)[0], setup.cache, options, device)
         for view in views:
             tokens = view.read_tokens(device)
             sums = sums or PcaAccumulator(tokens.shape[-1], device)
@@ -118,7 +118,7 @@ def fit_shared_space(tasks: Sequence[LiftTask], setup: LiftSetup) -> tuple[PcaBa
 def _lift(task: LiftTask, setup: LiftSetup, basis: PcaBasis, pca: PcaBasis) -> DecoderStatistics:
     """Lifts one scene and writes it with the decoder of its own, unless that has been done."""
     source, options, device = task.read(), setup.options, setup.device
-    lifted = choose_views(source.capture, options.views).lifted
+    lifted, _ = choose_views(source.capture, options.views)
     views = load_views(source.capture, lifted, setup.cache, options, device)
     identity = compute_identity(source.activate(device), views, setup.config, setup.backbone.identity, basis)
     identity["setting of the scene"] = json.dumps({**asdict(options), "include_sh": setup.include_sh})

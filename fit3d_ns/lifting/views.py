@@ -68,16 +68,6 @@ class LiftView:
         return mask.detach().to(device=device, dtype=torch.float32)
 
 
-@dataclass(frozen=True)
-class ChosenViews:
-    """Views of a capture by what the lift does with them."""
-
-    lifted: list[View]
-    """Training views that teach the features."""
-    held_out: list[View]
-    """Views that only measure: `test`, else `val`, else training views that were not chosen."""
-
-
 def create_lift_views(
     capture: PosedCapture,
     views: Sequence[View],
@@ -102,13 +92,16 @@ def create_lift_views(
     ]
 
 
-def choose_views(capture: PosedCapture, num_views: int | None) -> ChosenViews:
-    """Evenly chosen training views, and those to measure on."""
+def choose_views(capture: PosedCapture, num_views: int | None) -> tuple[list[View], list[View]]:
+    """Evenly chosen training views, which are lifted, and those that only measure.
+
+    These are `test`, else `val`, else training views that were not chosen.
+    """
     train = capture.select("train")
     lifted = select_evenly(train, num_views)
     names = {view.name for view in lifted}
     left_out = [view for view in train if view.name not in names]
-    return ChosenViews(lifted, capture.select("test") or capture.select("val") or left_out)
+    return lifted, capture.select("test") or capture.select("val") or left_out
 
 
 def load_views(

@@ -110,7 +110,7 @@ def read_costs(config: BackboneConfig) -> dict[str, Any]:
     scene_costs = report.get("scene_costs")
     if not isinstance(scene_costs, list):
         # Reports of earlier versions have none; the scenes may still be there.
-        scene_costs = [vars(read_scene_costs(load_scene(scene), scene)) for scene in scenes if scene.is_file()]
+        scene_costs = [read_scene_costs(load_scene(scene), scene) for scene in scenes if scene.is_file()]
     return {"finetuning": {**costs, **average_scene_costs(scene_costs)}}
 
 

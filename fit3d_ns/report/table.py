@@ -1,11 +1,12 @@
 """Tables, and their Markdown, LaTeX and HTML: columns say how metrics look, rows hold texts with marks."""
 
+import csv
 import html
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Column:
     name: str
     """Key in our records; `by_angle/0-15/recall_10px` is one of nested keys."""
     title: str
-    direction: Literal["up", "down", "none"] = "none"
-    """Whether larger or smaller is better; `none` has no best."""
+    direction: str = "none"
+    """Whether larger (`up`) or smaller (`down`) is better; `none` has no best."""
     scale: float = 1.0
     """What the record's value is multiplied by to be shown."""
     digits: int = 2
@@ -40,58 +41,21 @@ class Column:
         return f"{value * self.scale:.1g}" if value and not float(text) else text
 
 
-def _percent(name: str, title: str) -> Column:
-    return Column(name, title, "up", 100.0, 2)
+def _read_columns() -> dict[str, tuple[Column, ...]]:
+    columns: dict[str, tuple[Column, ...]] = {}
+    with open(Path(__file__).with_name("columns.csv"), encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            column = Column(row["name"], row["title"], row["direction"], float(row["scale"]), int(row["digits"]))
+            columns[row["group"]] = (*columns.get(row["group"], ()), column)
+    return columns
 
 
-def _error(name: str, title: str, digits: int = 4) -> Column:
-    return Column(name, title, "down", 1.0, digits)
-
-
-COST_COLUMNS = (
-    Column("feature_dim", "Features per Gaussian", digits=0),
-    Column("scene_file_mb", "Scene (MB)", digits=1),
-    Column("stage1_hours", "Stage I (h/scene)", digits=2),
-    Column("epochs", "Epochs", digits=2),
-    Column("finetune_hours", "Stage II (h)", digits=2),
-)
-"""What a fine-tuned backbone took, as Tables 5 and 8 have it."""
-
-_RECALLS, _RATIO_RECALLS = ("5 px", "10 px", "20 px", "2 cm"), ("20 px", "40 px", "80 px", "2 cm")
-_ANGLES = ("0-15", "15-30", "30-60", "60-180")
-TASK_COLUMNS: dict[str, tuple[Column, ...]] = {
-    "segmentation": (_percent("miou", "mIoU (%)"), _percent("macc", "mAcc (%)"), _percent("aacc", "aAcc (%)")),
-    "depth": (
-        _error("rmse", "RMSE (m)"),
-        _error("abs_rel", "Rel"),
-        _error("log10", "log10"),
-        _error("silog", "SILog", 2),
-        _percent("d1", "d1 (%)"),
-        _percent("d2", "d2 (%)"),
-        _percent("d3", "d3 (%)"),
-    ),
-    "classification": (_percent("accuracy", "Acc. (%)"), _percent("accuracy_top5", "Top-5 (%)")),
-    "consistency": (
-        Column("mean_cosine", "Cosine", "up", digits=4),
-        Column("centred_cosine", "Centred cosine", "up", digits=4),
-        _percent("recall_10px", "Recall 10 px (%)"),
-        Column("effective_rank", "Effective rank", digits=1),
-    ),
-    "correspondence": (
-        *(_percent(f"recall_{near.replace(' ', '')}", f"Recall {near} (%)") for near in _RECALLS),
-        *(_percent(f"ratio_recall_{near.replace(' ', '')}", f"Ratio test, {near} (%)") for near in _RATIO_RECALLS),
-        *(_percent(f"by_angle/{angles}/recall_10px", f"10 px, {angles} deg (%)") for angles in _ANGLES),
-    ),
-}
+TASK_COLUMNS = _read_columns()
 """Metrics by task, the paper's first."""
-
-FINETUNE_COLUMNS = (
-    Column("validation/{part}/feature_cosine", "Target cosine", "up", digits=4),
-    Column("consistency/{part}/centred_cosine", "Centred cosine", "up", digits=4),
-    _percent("consistency/{part}/recall_10px", "Recall 10 px (%)"),
-)
+COST_COLUMNS = TASK_COLUMNS.pop("costs")
+"""What a fine-tuned backbone took, as Tables 5 and 8 have it."""
+FINETUNE_COLUMNS = TASK_COLUMNS.pop("finetuning")
 """Metrics of a report of stage II, for `original` and for `finetuned`."""
-
 
 RANDOM_TITLE = "RANDOM WEIGHTS, no measure of quality: "
 """In front of the title of tables about untrained backbones."""

@@ -6,7 +6,7 @@ there is one, and `pca.*` if there is a basis. Everything else is JSON in the he
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,20 +32,6 @@ _GEOMETRY_PHASES = ("setup", "colour")
 # Phases that only measure or show.
 _UNCOUNTED_PHASES = ("evaluation", "viewer", "photographs", "pictures")
 _PCA_TENSORS = ("mean", "components", "explained_variance", "colour_low", "colour_high")
-
-
-@dataclass(frozen=True)
-class SceneCosts:
-    """What one scene takes on disk and took to make (Tables 5 and 8 of the paper)."""
-
-    scene_id: str
-    feature_dim: int
-    num_gaussians: int
-    file_mb: float
-    """Size of the scene file, 1e6 bytes."""
-    stage1_hours: float | None
-    """Training of colour and solving of features; None where the geometry's training is not known (PLYs, runs of other
-    methods)."""
 
 
 def save_scene(scene: FeatureScene, path: Path, include_sh: bool = False) -> None:
@@ -111,14 +97,22 @@ def load_scene(path: Path | str, device: torch.device | str = "cpu") -> FeatureS
     return scene if torch.device(device).type == "cpu" else scene.to(device)
 
 
-def read_scene_costs(scene: FeatureScene, path: Path) -> SceneCosts:
-    """Costs of a scene that was loaded from `path`."""
-    gaussians, hours = scene.gaussians, compute_stage1_hours(scene.metrics)
-    return SceneCosts(scene.scene_id, gaussians.feature_dim, gaussians.num_gaussians, path.stat().st_size / 1e6, hours)
+def read_scene_costs(scene: FeatureScene, path: Path) -> dict[str, Any]:
+    """What a scene that was loaded from `path` takes on disk (1e6 bytes) and took to make, for Tables 5 and 8."""
+    return {
+        "scene_id": scene.scene_id,
+        "feature_dim": scene.gaussians.feature_dim,
+        "num_gaussians": scene.gaussians.num_gaussians,
+        "file_mb": path.stat().st_size / 1e6,
+        "stage1_hours": compute_stage1_hours(scene.metrics),
+    }
 
 
 def compute_stage1_hours(metrics: Mapping[str, Any]) -> float | None:
-    """Hours of stage I from a scene's metrics; None where the training of its geometry is not among them."""
+    """Hours of training colour and solving features from a scene's metrics.
+
+    None where the training of its geometry is not among them (PLYs, runs of other methods).
+    """
     phases = _read_phases(metrics)
     if not phases.get("colour"):
         return None

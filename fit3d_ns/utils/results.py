@@ -63,7 +63,7 @@ def check_report(report: dict[str, Any], path: Path) -> None:
 
 
 def average_scene_costs(scenes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Costs of scenes (`SceneCosts`) by the names of the report's columns; what is not known of all is left out.
+    """Costs of scenes (`read_scene_costs`) by the names of the report's columns; what is not known of all is left out.
 
     Megabytes and hours are means, the number of features is that of all.
     """

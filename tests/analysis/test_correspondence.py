@@ -8,7 +8,6 @@ import torch
 
 from fit3d_ns.analysis import correspondence
 from fit3d_ns.analysis.correspondence import (
-    CovisiblePoints,
     DepthView,
     create_grid_points,
     draw_points,
@@ -66,40 +65,40 @@ def test_find_covisible__follows_the_homography_of_a_plane():
     points = torch.rand(300, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([64.0, 48.0])
     # At pixel centres the depth map is exact.
     points = points.floor() + 0.5
-    covisible = find_covisible(view, other, points, depth_tolerance=0.05)
+    seen, other_points = find_covisible(view, other, points, depth_tolerance=0.05)
     homography = compute_homography(view, other)
     mapped = np.concatenate([points.numpy(), np.ones((300, 1))], axis=1) @ homography.T
     mapped = mapped[:, :2] / mapped[:, 2:]
     inside = (mapped >= 0).all(axis=1) & (mapped < [64, 48]).all(axis=1)
     assert 50 < inside.sum() < 290
-    np.testing.assert_array_equal(covisible.points, points[inside])
-    np.testing.assert_allclose(covisible.other_points, mapped[inside], atol=1e-3)
+    np.testing.assert_array_equal(seen, points[inside])
+    np.testing.assert_allclose(other_points, mapped[inside], atol=1e-3)
 
 
 def test_find_covisible__leaves_out_what_is_hidden_unknown_or_masked():
     view = look_at_floor(torch.eye(3), [0.0, 0.0, 3.0])
     points = create_grid_points(WIDTH, HEIGHT, (48, 64))
-    assert len(find_covisible(view, view, points)) == 64 * 48
+    assert len(find_covisible(view, view, points)[0]) == 64 * 48
     blocked = view.depth.clone()
     blocked[:10] = 2.0
     blocked[10:15] = 0.0
     blocked[15:20] = 3.1
     other = DepthView(blocked, K, view.camera_to_world)
-    seen = find_covisible(view, other, points, depth_tolerance=0.05)
+    seen, _ = find_covisible(view, other, points, depth_tolerance=0.05)
     # A closer surface hides rows 0-9, rows 10-14 are unknown, 15-19 agree within 5 %.
-    assert sorted(set(seen.points[:, 1].tolist())) == [row + 0.5 for row in range(15, 48)]
-    assert set(find_covisible(view, other, points, 0.02).points[:, 1].tolist()) == {r + 0.5 for r in range(20, 48)}
+    assert sorted(set(seen[:, 1].tolist())) == [row + 0.5 for row in range(15, 48)]
+    assert set(find_covisible(view, other, points, 0.02)[0][:, 1].tolist()) == {r + 0.5 for r in range(20, 48)}
     mask = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
     mask[:, 40:] = False
     masked = DepthView(view.depth, K, view.camera_to_world, mask)
-    assert find_covisible(masked, view, points).points[:, 0].max() == 39.5
-    assert find_covisible(view, masked, points).other_points[:, 0].max() < 40.0
+    assert find_covisible(masked, view, points)[0][:, 0].max() == 39.5
+    assert find_covisible(view, masked, points)[1][:, 0].max() < 40.0
 
 
 def test_find_covisible__nothing_behind_the_camera():
     view = look_at_floor(torch.eye(3), [0.0, 0.0, 3.0])
     behind = DepthView(view.depth, K, torch.cat([turn("y", 180), torch.tensor([[0.0], [0.0], [3.0]])], dim=1))
-    assert len(find_covisible(view, behind, create_grid_points(WIDTH, HEIGHT, (6, 8)))) == 0
+    assert len(find_covisible(view, behind, create_grid_points(WIDTH, HEIGHT, (6, 8)))[0]) == 0
 
 
 def test_measure_rotation__is_exact_also_near_zero():
@@ -149,12 +148,12 @@ def test_match_errors__pixels_of_a_homography_and_distances_on_the_plane():
     view = look_at_floor(turn("x", 12) @ turn("z", 20), [0.3, -0.2, 3.0])
     other = look_at_floor(turn("y", -14), [0.5, 0.1, 2.5])
     points = create_grid_points(WIDTH, HEIGHT, (48, 64))
-    seen = find_covisible(view, other, points)
+    seen, other_points = find_covisible(view, other, points)
     # Matches at the pixel that the true place falls into are wrong by less than a pixel, and by what it spans.
-    matched = seen.other_points.floor() + 0.5
-    pixels, distances = measure_match_errors(view, other, seen.points, matched)
+    matched = other_points.floor() + 0.5
+    pixels, distances = measure_match_errors(view, other, seen, matched)
     homography = compute_homography(view, other)
-    mapped = np.concatenate([seen.points.numpy(), np.ones((len(seen), 1))], axis=1) @ homography.T
+    mapped = np.concatenate([seen.numpy(), np.ones((len(seen), 1))], axis=1) @ homography.T
     offsets = matched.numpy() - mapped[:, :2] / mapped[:, 2:]
     np.testing.assert_allclose(pixels, np.linalg.norm(offsets, axis=1), atol=1e-3)
 
@@ -164,7 +163,7 @@ def test_match_errors__pixels_of_a_homography_and_distances_on_the_plane():
         position = v.camera_to_world[:, 3]
         return position - directions * (position[2] / directions[:, 2])[:, None]
 
-    expected = (hit_floor(view, seen.points) - hit_floor(other, matched)).norm(dim=1)
+    expected = (hit_floor(view, seen) - hit_floor(other, matched)).norm(dim=1)
     assert expected.max() > 0.02
     torch.testing.assert_close(distances, expected, rtol=1e-3, atol=1e-4)  # depth maps are float32
 
@@ -186,12 +185,10 @@ def test_match_errors__unknown_where_depth_is_missing_or_behind_the_camera():
 
 
 def test_draw_points__is_seeded_and_bounded():
-    points = torch.arange(20.0).reshape(10, 2)
-    covisible = CovisiblePoints(points, points)
-    drawn = draw_points(covisible, 4, 0, 1, 2)
-    assert len(drawn) == 4 and torch.equal(drawn.points, draw_points(covisible, 4, 0, 1, 2).points)
-    assert len(set(drawn.points[:, 0].tolist())) == 4
-    assert draw_points(covisible, 10, 0) is covisible
+    drawn = draw_points(10, 4, 0, 1, 2)
+    assert len(drawn) == 4 and torch.equal(drawn, draw_points(10, 4, 0, 1, 2))
+    assert len(set(drawn.tolist())) == 4 and set(drawn.tolist()) < set(range(10))
+    assert draw_points(10, 10, 0).tolist() == list(range(10))
 
 
 GRIDS = ((8, 8), (8, 8))

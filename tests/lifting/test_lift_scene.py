@@ -228,9 +228,9 @@ def test_read_ply_source__keeps_directional_colour(source, tmp_path, capture):
 
 
 def test_choose_views__evenly_and_never_a_test_view(source):
-    chosen = choose_views(source.capture, 2)
-    assert len(chosen.lifted) == 2 and all(view.split == "train" for view in chosen.lifted)
-    assert [view.split for view in chosen.held_out] == ["test", "test"]
+    lifted, held_out = choose_views(source.capture, 2)
+    assert len(lifted) == 2 and all(view.split == "train" for view in lifted)
+    assert [view.split for view in held_out] == ["test", "test"]
 
 
 def test_lift_scene__refuses_more_dimensions_than_tokens_have(source, cache):

@@ -53,7 +53,7 @@ def test_lift_together__is_one_decoder_of_all_statistics_on_one_basis(tasks, cac
     reported = []
     scenes = lift(tasks, cache, on_scene=lambda scene, path: reported.append((scene.metrics["feature_l1"], path)))
     statistics, sources = [], [task.read() for task in tasks]
-    views = [load_views(s.capture, choose_views(s.capture, None).lifted, cache, OPTIONS, "cpu") for s in sources]
+    views = [load_views(s.capture, choose_views(s.capture, None)[0], cache, OPTIONS, "cpu") for s in sources]
     sums = PcaAccumulator(192)
     for view in [view for lifted in views for view in lifted]:
         sums.add(view.read_tokens(torch.device("cpu")))
