@@ -4,7 +4,6 @@ A COLMAP point (x, y, z) is (y, x, -z) in the world of the transforms files. Bot
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,17 +29,11 @@ from fit3d_ns.utils.files import read_json
 Variant = Literal["undistorted", "fisheye"]
 
 
-@dataclass(frozen=True)
-class _VariantFiles:
-    transforms: str
-    images: str
-    masks: str
-
-
-_VARIANTS: dict[Variant, _VariantFiles] = {
-    "undistorted": _VariantFiles("transforms_undistorted.json", "undistorted_images", "undistorted_anon_masks"),
-    "fisheye": _VariantFiles("transforms.json", "resized_images", "resized_anon_masks"),
+_VARIANTS: dict[Variant, tuple[str, str, str]] = {
+    "undistorted": ("transforms_undistorted.json", "undistorted_images", "undistorted_anon_masks"),
+    "fisheye": ("transforms.json", "resized_images", "resized_anon_masks"),
 }
+"""Camera file, and folders of images and masks."""
 
 
 def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> CaptureFiles:
@@ -57,8 +50,8 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
         missing = _find_missing_piece(dslr, "undistorted")
         variant = "fisheye" if missing else "undistorted"
         reason = f" because {missing} is missing" if missing else ""
-    files = _VARIANTS[variant]
-    transforms = dslr / "nerfstudio" / files.transforms
+    camera_file, images, _ = _VARIANTS[variant]
+    transforms = dslr / "nerfstudio" / camera_file
     if not transforms.is_file():
         raise ValueError(f"No camera file {transforms}; download the scene's dslr/nerfstudio folder.")
     frames, num_without_camera = _read_frames(dslr, variant, read_json(transforms))
@@ -68,7 +61,7 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
         root=path,
         layout="scannetpp",
         description=(
-            f"ScanNet++ scene {path}: {files.transforms} with {files.images}{reason}, "
+            f"ScanNet++ scene {path}: {camera_file} with {images}{reason}, "
             f"{count_splits(frames)}, {len(points.xyz) if points else 'no'} COLMAP points{skipped}."
         ),
         frames=frames,
@@ -86,19 +79,19 @@ def colmap_to_world() -> Float[Tensor, "3 4"]:
 
 def _find_missing_piece(dslr: Path, variant: Variant) -> str | None:
     """The first thing that keeps a variant from being complete, or None."""
-    files = _VARIANTS[variant]
-    transforms = dslr / "nerfstudio" / files.transforms
+    camera_file, images, masks = _VARIANTS[variant]
+    transforms = dslr / "nerfstudio" / camera_file
     if not transforms.is_file():
         return str(transforms.relative_to(dslr))
     meta = read_json(transforms)
-    for folder in (files.images, files.masks) if meta.get("has_mask", True) else (files.images,):
+    for folder in (images, masks) if meta.get("has_mask", True) else (images,):
         if not (dslr / folder).is_dir():
             return f"{folder}/"
     for entry in list_entries(meta, transforms, "frames", "test_frames"):
         if entry.get("is_bad", False):
             continue
-        image = resolve_inside(dslr / files.images, entry["file_path"], str(transforms))
-        for piece in (image, _find_mask(dslr, files, meta, entry)):
+        image = resolve_inside(dslr / images, entry["file_path"], str(transforms))
+        for piece in (image, _find_mask(dslr, masks, meta, entry)):
             if piece is not None and not piece.is_file():
                 return str(piece.relative_to(dslr))
     return None
@@ -106,8 +99,8 @@ def _find_missing_piece(dslr: Path, variant: Variant) -> str | None:
 
 def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple[list[Frame], int]:
     """All frames, and how many names of the train list have no camera."""
-    files = _VARIANTS[variant]
-    transforms = dslr / "nerfstudio" / files.transforms
+    camera_file, images, masks = _VARIANTS[variant]
+    transforms = dslr / "nerfstudio" / camera_file
     entries = list_entries(meta, transforms, "frames", "test_frames")
     names = [entry["file_path"] for entry in entries]
     listed, num_without_camera = _read_split_lists(dslr, set(names))
@@ -116,7 +109,7 @@ def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple
     frames = []
     for index, (name, entry) in enumerate(zip(names, entries, strict=True)):
         source = f"Frame {name} in {transforms}"
-        image_path = resolve_inside(dslr / files.images, name, source)
+        image_path = resolve_inside(dslr / images, name, source)
         split: Split = listed.get(name, "train" if index < num_train else "test")
         if entry.get("is_bad", False):
             frames.append(create_bad_frame(image_path, split))
@@ -128,7 +121,7 @@ def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple
             lens=lens,
             camera_to_world=parse_camera_to_world(entry, source),
             split=split,
-            mask_path=_find_mask(dslr, files, meta, entry),
+            mask_path=_find_mask(dslr, masks, meta, entry),
             depth_path=depth_path if lens == depth_lens and depth_path.is_file() else None,
         )
         frames.append(frame)
@@ -155,15 +148,15 @@ def _read_split_lists(dslr: Path, names: set[str]) -> tuple[dict[str, Split], in
     return splits, sum(name not in names for name in lists["train"])
 
 
-def _find_mask(dslr: Path, files: _VariantFiles, meta: Mapping[str, Any], entry: Mapping[str, Any]) -> Path | None:
+def _find_mask(dslr: Path, masks: str, meta: Mapping[str, Any], entry: Mapping[str, Any]) -> Path | None:
     if not meta.get("has_mask", True) or not entry.get("mask_path"):
         return None
-    return resolve_inside(dslr / files.masks, entry["mask_path"], f"Frame {entry.get('file_path')} in {dslr}")
+    return resolve_inside(dslr / masks, entry["mask_path"], f"Frame {entry.get('file_path')} in {dslr}")
 
 
 def _read_depth_lens(dslr: Path) -> Lens | None:
     """The lens that render_depth was made with, that of `transforms.json`; None if it cannot be known."""
-    transforms = dslr / "nerfstudio" / _VARIANTS["fisheye"].transforms
+    transforms = dslr / "nerfstudio" / _VARIANTS["fisheye"][0]
     if not transforms.is_file() or not (dslr / "render_depth").is_dir():
         return None
     return parse_lens(read_json(transforms), str(transforms))

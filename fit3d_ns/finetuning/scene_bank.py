@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +35,7 @@ from fit3d_ns.features import BackboneDescription, TokenModel
 from fit3d_ns.finetuning.draws import locate_capture
 from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views
 from fit3d_ns.rasterization import backproject_features, rasterize_features
-from fit3d_ns.scene import FeatureDecoder, FeatureScene, PosedCapture, View, load_scene, save_scene
+from fit3d_ns.scene import FeatureScene, PosedCapture, View, load_scene, save_scene
 from fit3d_ns.utils.device import choose_budget_gb
 from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import notice
@@ -173,7 +173,10 @@ def leave_view_out(
     blended = rasterize_features(features_and_one, info)[0]
     # (h, w, 3) -> (1, 3, h, w)
     image = capture.load_image(view).permute(2, 0, 1)[None].to(device).float() / 255.0
-    own = _lower(original(image).maps[0].float(), scene.decoder)
+    # Tokens in the features' space: least squares of the decoder on a constant map.
+    tokens, decoder = original(image).maps[0].float(), scene.decoder
+    centred = tokens if decoder.bias is None else tokens - decoder.bias.float()
+    own = centred @ torch.linalg.pinv(decoder.weight.sum(dim=(2, 3)).float()).T
     # (h, w, d) -> (H, W, d), each pixel its own token's value.
     spread = F.interpolate(own.permute(2, 0, 1)[None], size=(view.height, view.width), mode="nearest-exact")[0]
     weights = capture.load_valid_mask(view).to(device)[..., None] * blended[..., -1:]
@@ -190,13 +193,6 @@ def _find_usable(scene: FeatureScene, capture: PosedCapture) -> list[View]:
     """The lifted views as in `capture`, without those whose mask is gone: their valid pixels are unknown."""
     lifted = [capture.name_to_view[view.name] for view in find_lifted(scene)]
     return [view for view in lifted if view.frame.mask_path is None or view.frame.mask_path.is_file()]
-
-
-def _lower(tokens: Float[Tensor, "h w embed"], decoder: FeatureDecoder) -> Float[Tensor, "h w dim"]:
-    """Tokens in the features' space: least squares of the decoder on a constant map."""
-    matrix = decoder.weight.sum(dim=(2, 3)).float()
-    centred = tokens if decoder.bias is None else tokens - decoder.bias.float()
-    return centred @ torch.linalg.pinv(matrix).T
 
 
 SCENE_SUFFIX = ".safetensors"
@@ -237,7 +233,11 @@ def prepare_scene_files(
     for scene in scenes:
         path = scene
         if scene.name == RUN_CONFIG:
-            path = export_folder / f"{scene.parent.name}-{_hash_run(scene)}{SCENE_SUFFIX}"
+            # The hash changes when the run was trained on: its checkpoints have other names, sizes or times then.
+            checkpoints = sorted(path for path in scene.parent.rglob("*.ckpt") if path.is_file())
+            parts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in [scene, *checkpoints]]
+            run_hash = hash_bytes(str(scene.absolute()), *parts)
+            path = export_folder / f"{scene.parent.name}-{run_hash}{SCENE_SUFFIX}"
             if not path.is_file() and may_export:
                 notice(f"Exporting {scene.parent} to {path}")
                 save_scene(load_run(scene), path)
@@ -341,10 +341,3 @@ def _expand(match: Path, flag: str) -> list[Path]:
     if match.suffix == SCENE_SUFFIX or match.name == RUN_CONFIG:
         return [match]
     raise ValueError(f"{match} is not a scene file (.safetensors), run folder or config.yml; take it out of {flag}.")
-
-
-def _hash_run(config: Path) -> str:
-    """Changes when the run was trained on: its checkpoints have other names, sizes or times then."""
-    checkpoints = sorted(path for path in config.parent.rglob("*.ckpt") if path.is_file())
-    parts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in [config, *checkpoints]]
-    return hash_bytes(str(config.absolute()), *parts)

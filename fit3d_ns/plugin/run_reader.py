@@ -80,7 +80,12 @@ def read_run(path: Path, data: Path | None = None, trust_config: bool = False) -
     model = config.pipeline.model
     if not isinstance(model, SplatfactoModelConfig):
         raise ValueError(f"{config_path} is a run of {config.method_name}; take one of splatfacto or built on it.")
-    _point_at_data(config, config_path, data)
+    datamanager = config.pipeline.datamanager
+    chosen = Path(datamanager.data or datamanager.dataparser.data) if data is None else Path(data)
+    if not chosen.exists():
+        how = "give its place with --data" if data is None else "check --data"
+        raise ValueError(f"The dataset of {config_path} is not at {chosen}; {how}.")
+    datamanager.data = datamanager.dataparser.data = chosen
     checkpoint, _ = load_latest_checkpoint(config_path.parent / config.relative_model_dir)
     stored = checkpoint["pipeline"]
     state = {key.removeprefix("module.").removeprefix("_model."): value for key, value in stored.items()}
@@ -175,16 +180,6 @@ def _describe_backbone(run: SplatRun) -> BackboneDescription:
         place = find_backbone_folder(datamanager.backbone) or datamanager.backbone_weights
         return BackboneDescription.from_metadata(recorded, None if place is None else str(place))
     return describe_backbone(datamanager.backbone, datamanager.backbone_weights, datamanager.normalization)
-
-
-def _point_at_data(config: Any, config_path: Path, data: Path | None) -> None:
-    datamanager = config.pipeline.datamanager
-    recorded = Path(datamanager.data or datamanager.dataparser.data)
-    chosen = recorded if data is None else Path(data)
-    if not chosen.exists():
-        how = "give its place with --data" if data is None else "check --data"
-        raise ValueError(f"The dataset of {config_path} is not at {chosen}; {how}.")
-    datamanager.data = datamanager.dataparser.data = chosen
 
 
 def _read_capture(config: Any, state: dict[str, Tensor]) -> PosedCapture:
