@@ -83,7 +83,7 @@ class FeatureTrainerConfig(TrainerConfig):
         A ValueError names an option that cannot be honoured here.
         """
         if self.machine.device_type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--machine.device-type is cuda without a CUDA device; use --machine.device-type cpu.")
+            raise ValueError("There is no CUDA device for --machine.device-type cuda; use --machine.device-type cpu.")
         prepare_rasterizer(self.machine.device_type)
         datamanager = self.pipeline.datamanager
         data = Path(datamanager.data or datamanager.dataparser.data)

@@ -173,7 +173,7 @@ def test_cuda_without_a_device__is_refused(make_config: Callable[..., Any], monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = make_config()
     config.machine.device_type = "cuda"
-    with pytest.raises(ValueError, match="no CUDA device"):
+    with pytest.raises(ValueError, match="no CUDA device for"):
         config.set_timestamp()
 
 
