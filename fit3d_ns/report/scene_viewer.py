@@ -206,7 +206,7 @@ class SceneViewer:
         server.scene.set_up_direction(self.up.numpy())
         self._choice = gui.add_dropdown("Colours", get_args(SplatColours), initial_value=self.colours)
         clusters = gui.add_slider("Clusters", min=2, max=20, step=1, initial_value=self.num_clusters)
-        opacity = gui.add_slider("Opacity from %", min=0, max=95, step=5, initial_value=0)
+        self._opacity = gui.add_slider("Opacity from %", min=0, max=95, step=5, initial_value=0)
         cameras = server.scene.add_frame("/cameras", show_axes=False)
         has_cameras = gui.add_checkbox("Cameras", initial_value=True)
         pick = gui.add_button("Click a splat", hint="The next click in the scene shows what is similar.")
@@ -214,10 +214,11 @@ class SceneViewer:
         self._comparison = gui.add_markdown(_HELP)
 
         def change(_: Any) -> None:
-            self.colours, self.num_clusters, self.threshold = self._choice.value, clusters.value, opacity.value / 100
+            self.colours, self.num_clusters = self._choice.value, clusters.value
+            self.threshold = self._opacity.value / 100
             self.send_splats()
 
-        for control in (self._choice, clusters, opacity):
+        for control in (self._choice, clusters, self._opacity):
             control.on_update(change)
         has_cameras.on_update(lambda _: setattr(cameras, "visible", has_cameras.value))
         # For one click only: while viser waits for clicks, the mouse does not turn the scene.
