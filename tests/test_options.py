@@ -24,6 +24,7 @@ import pytest
 import tyro
 
 PACKAGE = Path(__file__).parents[1] / "fit3d_ns"
+TOY_FOLDER = PACKAGE / "features" / "toy_rooms_vit"
 
 KEPT = {"choose_device"}
 """Functions that commands resolve their options with; these stay as they are."""
@@ -45,8 +46,12 @@ FakeScene = dataclasses.make_dataclass("FakeScene", ["gaussians"])
 """A scene with the part that `fit3d-export` can leave out."""
 
 
-OWN_VALUES = {"--shard": [["1/2"]]}
-"""Values of options that want a form of their own."""
+OWN_VALUES = {
+    "--shard": [["1/2"]],
+    "--folder": [[f"{TOY_FOLDER}/../{TOY_FOLDER.name}", "me/vit"]],
+    "--name": [[str(TOY_FOLDER), "me/other"]],
+}
+"""Values of options that want a form of their own; for one of two positional words, both."""
 NEEDED_WORDS = {("--format", "ply"): ("--output-path", "out.ply")}
 """What a value is refused without."""
 
@@ -131,6 +136,12 @@ COMMANDS = {
         "fit3d_ns.cli.view",
         "ViewCommand",
         ("a.safetensors", "a.safetensors --finetuned vit"),
+    ),
+    "fit3d-push": Command(
+        "fit3d_ns.cli.push",
+        "PushCommand",
+        (f"{TOY_FOLDER} me/vit", f"{TOY_FOLDER} me/vit --yes"),
+        {"fit3d_ns.cli.push.send": "", "fit3d_ns.cli.push.get_token": "token"},
     ),
     "fit3d-synthesize": Command(
         "fit3d_ns.cli.synthesize",

@@ -90,7 +90,8 @@ def run_finetune(command: FinetuneCommand) -> None:
             raise
         processes.close()
     if processes.is_main:
-        print(f"Fine-tuned backbone: {folder}\nMetrics: {folder / REPORT_NAME}")
+        share = f"fit3d-push {folder} USER/NAME"
+        print(f"Fine-tuned backbone: {folder}\nMetrics: {folder / REPORT_NAME}\nTo share it: {share}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ import tyro
 from fit3d_ns.cli import command as command_module
 from fit3d_ns.utils.progress import notice
 
-COMMANDS = ("lift", "export", "finetune", "probe", "report", "demo", "view", "synthesize")
+COMMANDS = ("lift", "export", "finetune", "probe", "report", "demo", "view", "push", "synthesize")
 
 
 @dataclass(frozen=True)
