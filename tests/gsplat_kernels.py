@@ -113,7 +113,8 @@ class _Kernels:
                 values[nowhere] = torch.nan
             if compensations is not None:
                 compensations[nowhere] = 0.0
-        return radii, means2d, depths, conics, compensations
+        # As its kernels allocate them: `absgrad` would be lost on a copy.
+        return radii, means2d.contiguous(), depths.contiguous(), conics.contiguous(), compensations
 
     def fully_fused_projection_bwd(
         self, means: Any, covars: Any, quats: Any, scales: Any, viewmats: Any, Ks: Any, width: int, height: int,
