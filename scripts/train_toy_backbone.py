@@ -345,8 +345,7 @@ def photograph_room(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     focal = 0.5 * WIDTH / math.tan(math.radians(numbers.uniform(24.0, 40.0)))
     lens = Lens(focal, focal, 0.5 * WIDTH, 0.5 * HEIGHT, WIDTH, HEIGHT, "pinhole", ())
     view = render_room(room, pose, lens)
-    image = (view.image * 255.0).round().byte().numpy()
-    return image, view.labels.numpy(), _find_objects(room.solids, pose[:, 3].numpy(), view)
+    return view.image.numpy(), view.labels.numpy(), _find_objects(room.solids, pose[:, 3].numpy(), view)
 
 
 def _turn(yaw: float, pitch: float, roll: float, pose: np.ndarray) -> np.ndarray:

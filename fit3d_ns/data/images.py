@@ -26,6 +26,8 @@ from fit3d_ns.utils.files import refuse_lfs_pointer
 from fit3d_ns.utils.progress import notice_once
 
 MILLIMETRES_PER_METRE = 1000.0
+IGNORE_INDEX = 255
+"""Class index of pixels that never count."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".heic", ".heif")
 """Suffixes of photographs, in lower case."""
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")

@@ -1,20 +1,22 @@
-"""Reads the DSLR part of a ScanNet++ scene, which docs/datasets.md draws.
+"""Reads and writes the DSLR part of a ScanNet++ scene, which docs/datasets.md draws.
 
 A COLMAP point (x, y, z) is (y, x, -z) in the world of the transforms files. Both worlds are in metres.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.data.colmap import read_colmap_points
+from fit3d_ns.data.colmap import read_colmap_points, write_colmap_points
 from fit3d_ns.data.frames import (
     CaptureFiles,
     Frame,
+    PointCloud,
     Split,
     count_splits,
     create_bad_frame,
@@ -23,17 +25,30 @@ from fit3d_ns.data.frames import (
     parse_lens,
     resolve_inside,
 )
-from fit3d_ns.geometry.cameras import Lens
-from fit3d_ns.utils.files import read_json
+from fit3d_ns.data.images import IGNORE_INDEX, save_depth, save_image, save_index_map
+from fit3d_ns.geometry.cameras import Lens, transform_camera_to_worlds
+from fit3d_ns.utils.files import read_json, write_json
 
 Variant = Literal["undistorted", "fisheye"]
-
 
 _VARIANTS: dict[Variant, tuple[str, str, str]] = {
     "undistorted": ("transforms_undistorted.json", "undistorted_images", "undistorted_anon_masks"),
     "fisheye": ("transforms.json", "resized_images", "resized_anon_masks"),
 }
 """Camera file, and folders of images and masks."""
+
+
+@dataclass(frozen=True)
+class SceneFrame:
+    """A photograph to write; what has no class (255) is masked."""
+
+    camera_to_world: Float[Tensor, "3 4"]
+    """OpenGL pose in COLMAP's world."""
+    image: UInt8[Tensor, "height width 3"]
+    depth: Float[Tensor, "height width"]
+    """z-depth in metres."""
+    labels: UInt8[Tensor, "height width"]
+    is_test: bool
 
 
 def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> CaptureFiles:
@@ -70,6 +85,44 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
         scene_id=dslr.absolute().parent.name if dslr.name == "dslr" else path.absolute().name,
         colmap_to_world=colmap_to_world(),
     )
+
+
+def write_scannetpp(
+    folder: Path, lens: Lens, frames: Sequence[SceneFrame], points: PointCloud, classes: Sequence[str]
+) -> None:
+    """Writes `folder/dslr`, with class indices in `labels/*.png` and their names in `classes.json`.
+
+    A pinhole lens gives both variants, the same pictures twice, a fisheye lens its own. Points are in COLMAP's world.
+    """
+    dslr = folder / "dslr"
+    variants = [*_VARIANTS.values()] if lens.model == "pinhole" else [_VARIANTS["fisheye"]]
+    pictures = [name for _, *names in variants for name in names]
+    for name in ("render_depth", "labels", "nerfstudio", "colmap", *pictures):
+        (dslr / name).mkdir(parents=True)
+    poses = torch.stack([frame.camera_to_world for frame in frames]).double()
+    poses = transform_camera_to_worlds(poses, colmap_to_world().double(), scale=1.0)
+    entries: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for index, (frame, pose) in enumerate(zip(frames, poses.tolist(), strict=True)):
+        image_name, mask_name = f"DSC{index:05d}.JPG", f"DSC{index:05d}.png"
+        for _, images, masks in variants:
+            save_image(frame.image, dslr / images / image_name, quality=97)
+            save_index_map((frame.labels != IGNORE_INDEX).byte() * 255, dslr / masks / mask_name)
+        save_depth(frame.depth, dslr / "render_depth" / mask_name)
+        save_index_map(frame.labels, dslr / "labels" / mask_name)
+        entry = {"file_path": image_name, "mask_path": mask_name, "is_bad": False}
+        entries[frame.is_test].append({**entry, "transform_matrix": [*pose, [0.0, 0.0, 0.0, 1.0]]})
+    transforms = {
+        **{"fl_x": lens.fx, "fl_y": lens.fy, "cx": lens.cx, "cy": lens.cy, "w": lens.width, "h": lens.height},
+        **dict(zip(("k1", "k2", "k3", "k4"), lens.distortion or (0.0,) * 4, strict=True)),
+        **{"camera_model": "PINHOLE" if lens.model == "pinhole" else "OPENCV_FISHEYE", "has_mask": True},
+        **{"frames": entries[False], "test_frames": entries[True]},
+    }
+    for camera_file, *_ in variants:
+        write_json(dslr / "nerfstudio" / camera_file, transforms)
+    train, test = ([entry["file_path"] for entry in part] for part in entries)
+    write_json(dslr / "train_test_lists.json", {"train": train, "test": test, "has_masks": True})
+    write_json(dslr / "classes.json", {"classes": list(classes), "ignore_index": IGNORE_INDEX})
+    write_colmap_points(points, dslr / "colmap" / "points3D.txt")
 
 
 def colmap_to_world() -> Float[Tensor, "3 4"]:

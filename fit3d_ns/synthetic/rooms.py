@@ -13,7 +13,7 @@ import csv
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.geometry.undistortion import find_rays
 
 Triple = tuple[float, float, float]
-Part = tuple[str, str, int, np.ndarray, np.ndarray]
-"""Class, material, number of round axes, low corner and high corner."""
 Columns = Float[np.ndarray, "3 points"]
 Values = Float[np.ndarray, " points"]
 Indices = Int[np.ndarray, " points"]
@@ -38,6 +36,7 @@ _FURNITURE = "door window curtain rug table chair sofa bed cabinet shelf books l
 CLASSES = (*SHELL, *_FURNITURE.split())
 """Names of the label indices 0, 1, ..."""
 
+_ROUND_AXES = {"box": 0, "cylinder": 2, "ellipsoid": 3}
 _RAYS = ((0.0, 0.0), (0.0, -0.38), (0.33, 0.19), (-0.33, 0.19))
 """Offsets of a pixel's rays from its centre; depth, label and point are those of the first."""
 _LIGHT_POINTS = ((0.6, 0.6, 0.6), (0.6, -0.6, -0.6), (-0.6, 0.6, -0.6), (-0.6, -0.6, 0.6))
@@ -88,9 +87,9 @@ class Room:
 
 @dataclass(frozen=True)
 class View:
-    """What a camera sees: colour in [0, 1], and of the pixel centres z-depth in metres, class and world point."""
+    """What a camera sees: colour, and of the pixel centres z-depth in metres, class and world point."""
 
-    image: Float[Tensor, "height width 3"]
+    image: UInt8[Tensor, "height width 3"]
     depth: Float[Tensor, "height width"]
     labels: UInt8[Tensor, "height width"]
     points: Float[Tensor, "height width 3"]
@@ -99,16 +98,16 @@ class View:
 def build_room(numbers: np.random.Generator) -> Room:
     """A room of its own for each state of the generator, with furniture along the walls and a table in the middle."""
     size = width, depth, height = tuple(numbers.uniform((4.8, 4.4, 2.5), (5.6, 5.2, 2.8)).tolist())
-    furnisher, pieces = _Furnisher(numbers), _read_pieces()
+    furnisher, pieces = _Furnisher(numbers), _read_table("furniture.csv")
     furnisher.place(pieces["shell"], scale=np.array(size))
     above = numbers.permutation(["window", "pictures"])
     others = ("sideboard", "desk", "wardrobe", "shelf", "door", "plant", "floor lamp", "window", "pictures")
     wanted = [pieces["bed"] + pieces[above[0]], pieces["sofa"] + pieces[above[1]], *(pieces[name] for name in others)]
     # Each goes to a random wall with enough room, large ones first; two walls leave their corners to the others.
     free = np.array([width - 2.0, depth - 0.1, width - 2.0, depth - 0.1])
-    at_walls: list[list[tuple[float, list[Part]]]] = [[], [], [], []]
+    at_walls: list[list[tuple[float, list[list[str]]]]] = [[], [], [], []]
     for parts in wanted:
-        length = 0.1 + 2.0 * max(abs(corner[0]) for *_, low, high in parts for corner in (low, high))
+        length = 0.1 + 2.0 * max(abs(float(x)) for row in parts for x in (row[3], row[6]))
         fitting = np.flatnonzero(free >= length)
         if len(fitting):
             wall = int(numbers.choice(fitting))
@@ -167,31 +166,25 @@ def render_room(room: Room, camera_to_world: Float[Tensor, "3 4"], lens: Lens) -
         points = pose[:, 3:] + depth * rays
         images.append(_shade(room, points, indices, light_point))
         seen.append((depth.reshape(shape), labels[indices].reshape(shape), points.T.reshape(*shape, 3)))
-    image = np.mean(images, axis=0).T.reshape(*shape, 3)
+    image = (np.mean(images, axis=0) * 255.0).round().astype(np.uint8).T.reshape(*shape, 3)
     return View(*(torch.from_numpy(np.ascontiguousarray(values)) for values in (image, *seen[0])))
 
 
 def trace_rays(solids: Sequence[Solid], origin: Float[np.ndarray, " 3"], rays: Columns) -> tuple[Values, Indices]:
     """Distance to the first solid along each ray, in lengths of the ray, and its index; infinity and -1 without one."""
-    # Only groups of neighbouring rays whose cone touches the ball around a solid try it.
-    units = (rays / np.linalg.norm(rays, axis=0)).reshape(3, -1, math.gcd(rays.shape[1], 32))
-    axes = units.mean(axis=2)
-    axes /= np.linalg.norm(axes, axis=0)
-    spreads = np.arccos(np.clip((units * axes[..., None]).sum(axis=0).min(axis=1), -1.0, 1.0)) + np.float32(1e-3)
-    offsets = np.array([solid.centre for solid in solids], np.float32) - origin
-    lengths = np.linalg.norm(offsets, axis=1)
-    ratios = (np.linalg.norm([solid.half_sizes for solid in solids], axis=1) / lengths).astype(np.float32)
-    angles = np.where(ratios < 1.0, np.arcsin(np.minimum(ratios, 1.0)), np.float32(np.pi))[:, None] + spreads
-    may_hit = offsets @ axes >= lengths[:, None] * np.cos(np.minimum(angles, np.float32(np.pi)))
-    rays = rays.reshape(units.shape)
-    distances, indices = np.full(rays.shape[1:], np.inf, dtype=np.float32), np.full(rays.shape[1:], -1)
-    for index in np.flatnonzero(may_hit.any(axis=1)).tolist():
-        chosen = np.flatnonzero(may_hit[index])
-        nearest = distances[chosen]
-        found = intersect_solid(solids[index], origin, rays[:, chosen].reshape(3, -1)).reshape(nearest.shape)
-        distances[chosen] = np.minimum(found, nearest)
-        indices[chosen] = np.where(found < nearest, index, indices[chosen])
-    return distances.ravel(), indices.ravel()
+    squared_lengths = (rays**2).sum(axis=0)
+    distances, indices = np.full(rays.shape[1], np.inf, dtype=np.float32), np.full(rays.shape[1], -1)
+    for index, solid in enumerate(solids):
+        # Only rays that touch the ball around a solid try it; all do from within.
+        offset = np.array(solid.centre, np.float32) - origin
+        squared_tangent = offset @ offset - np.float32(np.square(solid.half_sizes).sum())
+        along = offset @ rays
+        may_hit = (squared_tangent <= 0.0) | (along * np.abs(along) >= 0.999 * squared_tangent * squared_lengths)
+        chosen = np.flatnonzero(may_hit)
+        found = intersect_solid(solid, origin, rays[:, chosen])
+        nearer = found < distances[chosen]
+        distances[chosen[nearer]], indices[chosen[nearer]] = found[nearer], index
+    return distances, indices
 
 
 def intersect_solid(solid: Solid, origin: Float[np.ndarray, " 3"], rays: Columns) -> Values:
@@ -215,59 +208,50 @@ def intersect_solid(solid: Solid, origin: Float[np.ndarray, " 3"], rays: Columns
 
 
 class _Furnisher:
-    """Collects the solids of one room."""
+    """Collects the solids of one room, whose furniture is of one wood."""
 
     def __init__(self, numbers: np.random.Generator) -> None:
-        self.solids: list[Solid] = []
-        self._numbers = numbers
-        self._shared = {name: self._draw_material(name) for name in ("wood", "paper", "seat")}
+        self.numbers, self.solids = numbers, list[Solid]()
+        self.shared = {name: self._draw_material(name) for name in ("wood", "paper", "seat")}
 
-    def place(self, parts: list[Part], position: Triple = (0.0, 0.0, 0.0), yaw: float = 0.0, scale: Any = 1.0) -> None:
-        """Scales a piece, moves it and then turns it about the room's middle."""
-        materials = dict(self._shared)
+    def place(
+        self, parts: list[list[str]], position: Triple = (0.0, 0.0, 0.0), yaw: float = 0.0, scale: Any = 1.0
+    ) -> None:
+        """Scales a piece, given by its rows of the table, moves it and then turns it about the room's middle."""
+        materials = dict(self.shared)
         axes = np.array([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])
-        for label, name, num_round, low, high in parts:
+        for label, name, shape, *corners in parts:
+            low, high = np.array(corners, dtype=float).reshape(2, 3)
             materials[name] = materials.get(name) or self._draw_material(name)
             centre, half_sizes = axes @ (0.5 * scale * (low + high) + position), 0.5 * scale * (high - low)
-            solid = Solid(label, materials[name], num_round, tuple(centre.tolist()), tuple(half_sizes.tolist()), yaw)
-            self.solids.append(solid)
+            sizes = tuple(centre.tolist()), tuple(half_sizes.tolist())
+            self.solids.append(Solid(label, materials[name], _ROUND_AXES[shape], *sizes, yaw))
 
     def _draw_material(self, name: str) -> Material:
         """One of the table's materials of that name, in colours drawn from a random hue where it has none."""
-        numbers, options = self._numbers, _read_materials()[name]
-        material = replace(options[numbers.integers(len(options))], seed=int(numbers.integers(1 << 30)))
-        if material.colours:
-            return material
+        numbers, options = self.numbers, _read_table("materials.csv")[name]
+        pattern, bright, *rest = options[numbers.integers(len(options))]
+        cells, colours = tuple(map(float, rest[:5])), tuple(map(float, rest[5:]))
+        seed = int(numbers.integers(1 << 30))
+        if colours:
+            return Material(pattern, bright == "yes", cells, colours, seed)
         hue, saturation, value = numbers.uniform((0.0, 0.3, 0.45), (1.0, 0.65, 0.75))
         if name == "paper":
             saturation, value = 0.35 * saturation, 0.5 + 0.5 * value
         main = colorsys.hsv_to_rgb(hue, saturation, value)
         other = colorsys.hsv_to_rgb(hue + 0.03, 0.8 * saturation, min(value + 0.12, 1.0))
         accent = colorsys.hsv_to_rgb(hue + numbers.uniform(0.3, 0.7), 0.6 * saturation, 0.8)
-        return replace(material, colours=(*main, *other, *accent))
+        return Material(pattern, bright == "yes", cells, (*main, *other, *accent), seed)
 
 
-@lru_cache(maxsize=1)
-def _read_materials() -> dict[str, list[Material]]:
-    materials = defaultdict(list)
-    for name, pattern, bright, *numbers in _read_rows("materials.csv"):
-        cells, colours = tuple(map(float, numbers[:5])), tuple(map(float, numbers[5:]))
-        materials[name].append(Material(pattern, bright == "yes", cells, colours))
-    return materials
-
-
-@lru_cache(maxsize=1)
-def _read_pieces() -> dict[str, list[Part]]:
-    pieces = defaultdict(list)
-    for name, label, material, shape, *corners in _read_rows("furniture.csv"):
-        low, high = np.array(corners, dtype=float).reshape(2, 3)
-        pieces[name].append((label, material, {"box": 0, "cylinder": 2, "ellipsoid": 3}[shape], low, high))
-    return pieces
-
-
-def _read_rows(name: str) -> list[list[str]]:
+@lru_cache
+def _read_table(name: str) -> dict[str, list[list[str]]]:
+    """The rows of one of the tables by their first column, without it."""
+    rows = defaultdict(list)
     with open(Path(__file__).with_name(name), encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))[1:]
+        for first, *others in csv.reader(file):
+            rows[first].append(others)
+    return rows
 
 
 def _shade(room: Room, points: Columns, indices: Indices, light_point: Triple) -> Columns:

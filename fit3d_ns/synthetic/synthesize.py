@@ -1,14 +1,10 @@
 """`synthesize_scenes`: small furnished rooms with exact ground truth, in the DSLR layout of ScanNet++.
 
-    <output_dir>/synthesis.json         metrics of what was made
-    <output_dir>/room_00/dslr/          as `data/scannetpp.py` draws it, and
-      labels/*.png, classes.json        8-bit class indices, 255 = ignore; names of the classes
-
-The world of a room, z up, is COLMAP's; its point (x, y, z) is (y, x, -z) in the world of the transforms files.
+<output_dir>/synthesis.json         metrics of what was made
+<output_dir>/room_00/dslr/          as `data/scannetpp.py` writes it; the world of a room, z up, is COLMAP's
 """
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
-from torch import Tensor
 
-from fit3d_ns.data.colmap import write_colmap_points
 from fit3d_ns.data.frames import PointCloud
-from fit3d_ns.data.images import save_depth, save_image, save_index_map
-from fit3d_ns.data.scannetpp import colmap_to_world
-from fit3d_ns.geometry.cameras import Lens, transform_camera_to_worlds
+from fit3d_ns.data.images import IGNORE_INDEX
+from fit3d_ns.data.scannetpp import SceneFrame, write_scannetpp
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.synthetic.rooms import CLASSES, build_room, render_room, walk_through
 from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, write_atomically, write_json
 from fit3d_ns.utils.progress import notice, track
@@ -31,7 +24,6 @@ from fit3d_ns.utils.selection import derive_seed
 
 METRICS_NAME = "synthesis.json"
 _RECORDED = ("seed", "num_frames", "width", "height", "lens", "num_points")
-_IGNORE_INDEX = 255
 
 
 @dataclass(frozen=True)
@@ -62,19 +54,6 @@ class SynthesisConfig:
         for name, least in (("num_scenes", 1), ("num_frames", 2), ("width", 16), ("height", 16), ("num_points", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-
-
-@dataclass(frozen=True)
-class SceneFrame:
-    """A photograph to write: its name without suffix, OpenGL pose in COLMAP's world, z-depth in metres and classes."""
-
-    name: str
-    camera_to_world: Float[Tensor, "3 4"]
-    image: UInt8[Tensor, "height width 3"]
-    valid_mask: Bool[Tensor, "height width"]
-    depth: Float[Tensor, "height width"]
-    labels: UInt8[Tensor, "height width"]
-    is_test: bool
 
 
 def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:
@@ -109,9 +88,9 @@ def _find_finished(folder: Path, settings: dict[str, Any], num_scenes: int) -> d
     """What `synthesis.json` says, if the folder holds what these settings made and nothing else."""
     try:
         found = read_json(folder / METRICS_NAME)
-        same = all(found[name] == value for name, value in settings.items()) and len(found["scenes"]) == num_scenes
-        return found if same and found["files_hash"] == _hash_files(folder) else None
-    except (ValueError, KeyError, TypeError):
+        is_same = settings.items() <= found.items() and len(found["scenes"]) == num_scenes
+        return found if is_same and found["files_hash"] == _hash_files(folder) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -119,41 +98,6 @@ def _hash_files(folder: Path) -> str:
     """Hash of the names and contents of all files but `synthesis.json`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METRICS_NAME)
     return hash_bytes(*(f"{path.relative_to(folder)} {hash_file(path)}" for path in files))
-
-
-def write_scannetpp(
-    folder: Path, lens: Lens, frames: Sequence[SceneFrame], points: PointCloud, classes: Sequence[str]
-) -> None:
-    """Writes `folder/dslr`, the points being in COLMAP's world; a pinhole lens gives both variants, fisheye one."""
-    dslr = folder / "dslr"
-    variants = ("resized", "undistorted") if lens.model == "pinhole" else ("resized",)
-    pictures = [f"{variant}_{kind}" for variant in variants for kind in ("images", "anon_masks")]
-    for name in ("render_depth", "labels", "nerfstudio", "colmap", *pictures):
-        (dslr / name).mkdir(parents=True)
-    poses = torch.stack([frame.camera_to_world for frame in frames]).double()
-    poses = transform_camera_to_worlds(poses, colmap_to_world().double(), scale=1.0)
-    entries: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for frame, pose in zip(frames, poses.tolist(), strict=True):
-        image_name, mask_name = f"{frame.name}.JPG", f"{frame.name}.png"
-        for variant in variants:
-            save_image(frame.image, dslr / f"{variant}_images" / image_name, quality=97)
-            save_index_map(frame.valid_mask.byte() * 255, dslr / f"{variant}_anon_masks" / mask_name)
-        save_depth(frame.depth, dslr / "render_depth" / mask_name)
-        save_index_map(frame.labels, dslr / "labels" / mask_name)
-        entry = {"file_path": image_name, "mask_path": mask_name, "is_bad": False}
-        entries[frame.is_test].append({**entry, "transform_matrix": [*pose, [0.0, 0.0, 0.0, 1.0]]})
-    transforms = {
-        **{"fl_x": lens.fx, "fl_y": lens.fy, "cx": lens.cx, "cy": lens.cy, "w": lens.width, "h": lens.height},
-        **dict(zip(("k1", "k2", "k3", "k4"), lens.distortion or (0.0,) * 4, strict=True)),
-        **{"camera_model": "PINHOLE" if lens.model == "pinhole" else "OPENCV_FISHEYE", "has_mask": True},
-        **{"frames": entries[False], "test_frames": entries[True]},
-    }
-    for name in ("transforms.json", "transforms_undistorted.json")[: len(variants)]:
-        write_json(dslr / "nerfstudio" / name, transforms)
-    train, test = ([entry["file_path"] for entry in part] for part in entries)
-    write_json(dslr / "train_test_lists.json", {"train": train, "test": test, "has_masks": True})
-    write_json(dslr / "classes.json", {"classes": list(classes), "ignore_index": _IGNORE_INDEX})
-    write_colmap_points(points, dslr / "colmap" / "points3D.txt")
 
 
 def _synthesize_scene(config: SynthesisConfig, index: int, folder: Path) -> dict[str, Any]:
@@ -168,20 +112,18 @@ def _synthesize_scene(config: SynthesisConfig, index: int, folder: Path) -> dict
     with ThreadPoolExecutor(max_workers=4) as pool:
         views = pool.map(lambda camera_to_world: render_room(room, camera_to_world, lens), camera_to_worlds)
         for position, view in enumerate(track(views, f"Photographing {name}", total=config.num_frames)):
-            valid_mask = torch.ones_like(view.depth, dtype=torch.bool)
-            if position % 6 == 3 and position not in test:
+            is_test = position in test
+            if position % 6 == 3 and not is_test:
                 # As anonymisation does, hide a box of a fifth of both sides.
                 high, wide = config.height // 5, config.width // 5
                 row, column = numbers.integers((config.height - high, config.width - wide))
-                valid_mask[row : row + high, column : column + wide] = False
-            image = (torch.where(valid_mask[..., None], view.image, 0.5) * 255.0).round().byte()
-            labels = torch.where(valid_mask, view.labels, _IGNORE_INDEX).byte()
-            pose, is_test = camera_to_worlds[position], position in test
-            frames.append(SceneFrame(f"DSC{position:05d}", pose, image, valid_mask, view.depth, labels, is_test))
+                view.labels[row : row + high, column : column + wide] = IGNORE_INDEX
+                view.image[row : row + high, column : column + wide] = 128
+            frames.append(SceneFrame(camera_to_worlds[position], view.image, view.depth, view.labels, is_test))
             if not is_test:
-                drawn = numbers.permutation(np.flatnonzero(valid_mask))[:points_per_frame]
+                drawn = numbers.permutation(np.flatnonzero(view.labels != IGNORE_INDEX))[:points_per_frame]
                 xyz.append(view.points.reshape(-1, 3)[drawn])
-                rgb.append(image.reshape(-1, 3)[drawn])
+                rgb.append(view.image.reshape(-1, 3)[drawn])
     points = PointCloud(torch.cat(xyz)[: config.num_points], torch.cat(rgb)[: config.num_points])
     write_scannetpp(folder / name, lens, frames, points, CLASSES)
     labels, depths = (torch.stack([getattr(frame, kind) for frame in frames]) for kind in ("labels", "depth"))

@@ -56,7 +56,7 @@ def views():
             view = render_room(room, pose, lens)
             patches = view.labels.unfold(0, 8, 8).unfold(1, 8, 8).flatten(2)
             is_whole = (patches == patches[..., :1]).all(dim=-1)
-            images.append(view.image.permute(2, 0, 1))
+            images.append(view.image.permute(2, 0, 1) / 255.0)
             labels.append(torch.where(is_whole, patches[..., 0], 255).flatten())
     return torch.stack(images), torch.stack(labels).long()
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from fit3d_ns.data.frames import PointCloud
+from fit3d_ns.data.scannetpp import SceneFrame, write_scannetpp
 from fit3d_ns.features import create_extractor
 from fit3d_ns.geometry.cameras import Lens
-from fit3d_ns.synthetic.synthesize import SceneFrame, write_scannetpp
 
 WIDTH, HEIGHT = 48, 32
 BACKBONE = "random:test_vit"
@@ -34,10 +34,8 @@ def create_scene(folder: Path, seed: int, num_frames: int = 5) -> Path:
         pose[0, 3] = offset
         frames.append(
             SceneFrame(
-                name=f"DSC{index:05d}",
                 camera_to_world=pose,
                 image=texture[rows[:, None], columns],
-                valid_mask=torch.ones(HEIGHT, WIDTH, dtype=torch.bool),
                 depth=torch.full((HEIGHT, WIDTH), depth),
                 labels=(x > 0.2).to(torch.uint8).expand(HEIGHT, WIDTH).contiguous(),
                 is_test=index == num_frames - 1,

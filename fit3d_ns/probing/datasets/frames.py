@@ -18,14 +18,11 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from fit3d_ns.data.images import load_depth, load_image, read_image_header
+from fit3d_ns.data.images import IGNORE_INDEX, load_depth, load_image, read_image_header
 from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly
-
-IGNORE_INDEX = 255
-"""Label of pixels that never count."""
 
 ProbeTask = Literal["segmentation", "depth", "classification"]
 LabelledSplit = Literal["train", "test"]
