@@ -177,21 +177,20 @@ class Option:
 
 
 def walk(config: type, prefix: tuple[str, ...] = (), own_only: bool = False, is_flat: bool = False) -> Iterator[Option]:
-    """The options of a dataclass and of those inside it, as tyro names them: flat within `OmitArgPrefixes`."""
+    """The options of a dataclass and of those inside it: of our commands flat, for `ns-train` with prefixes."""
     hints = typing.get_type_hints(config, include_extras=True)
     for item in dataclasses.fields(config):
         if item.name == "_target" or not item.init or (own_only and item.name not in config.__annotations__):
             continue
-        kind, name, is_positional, is_flat_inside = hints[item.name], item.name, False, is_flat
+        kind, name, is_positional = hints[item.name], item.name, False
         while typing.get_origin(kind) is typing.Annotated:
             for extra in kind.__metadata__:
                 given = getattr(extra, "name", None)
                 name = name if given is None or "Positional" in repr(extra) else given
-                is_flat_inside |= extra is tyro.conf.OmitArgPrefixes
                 is_positional |= "ositional" in repr(extra)
             kind = kind.__origin__
         if dataclasses.is_dataclass(kind):
-            yield from walk(kind, (*prefix, "" if is_flat_inside else name), is_flat=is_flat_inside)
+            yield from walk(kind, (*prefix, "" if is_flat else name), is_flat=is_flat)
             continue
         has_factory = item.default_factory is not dataclasses.MISSING
         default = item.default_factory() if has_factory else item.default
@@ -310,7 +309,7 @@ def list_options() -> list[Any]:
     cases = []
     for name, command in COMMANDS.items():
         config = getattr(importlib.import_module(command.module), command.config)
-        cases += [pytest.param(command, option, id=f"{name} {option.flag}") for option in walk(config)]
+        cases += [pytest.param(command, option, id=f"{name} {option.flag}") for option in walk(config, is_flat=True)]
     return cases
 
 

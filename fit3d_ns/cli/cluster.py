@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fit3d_ns.cli.command import UNSET
 from fit3d_ns.utils.errors import explain, find_errno, first_line
 from fit3d_ns.utils.files import lock_file, remove
 from fit3d_ns.utils.progress import LOGS, create_progress, notice
@@ -32,17 +31,17 @@ _USED = {"here": {"shard", "on"}, "local": {"shard", "on", "time", "gpus", "arra
 class ClusterConfig:
     """Many scenes: where they are worked on, and how many at a time."""
 
-    shard: Annotated[str | None, UNSET] = None
+    shard: str | None = None
     """Only a share of the scenes: `2/8` is the second of eight, the same one on every machine, for schedulers of all
     kinds. Failed and interrupted scenes are done by the same command once more."""
     on: Literal["here", "local", "slurm"] = "here"
     """One scene after the other in this process (`here`), or as tasks of submitit: processes of this machine (`local`)
     or an array of Slurm's (`slurm`). Account and quality of service: SBATCH_ACCOUNT, SBATCH_QOS."""
-    partition: Annotated[str | None, UNSET] = None
+    partition: str | None = None
     """Slurm's partition; its default one without this."""
     time: int = 240
     """Minutes that a task may take; one that needs more, or is preempted, is requeued and goes on from its state."""
-    cpus: Annotated[int | None, UNSET] = None
+    cpus: int | None = None
     """Processor cores of a task on Slurm."""
     gpus: int = 0
     """Cards of a task."""

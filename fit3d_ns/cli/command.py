@@ -1,13 +1,17 @@
 """`run_command`: what all `fit3d-*` commands share: parsing, errors in one sentence, exit codes."""
 
+import ast
+import inspect
 import os
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -16,14 +20,30 @@ from fit3d_ns.utils.stopping import interrupt_on_signals
 
 Config = TypeVar("Config")
 
-UNSET = tyro.conf.arg(help_behavior_hint="(optional)")
-"""For options without a default value, whose help says what happens without them."""
-GROUP = tyro.conf.OmitArgPrefixes
-"""For settings that have a heading of their own in the help and no prefix in their names."""
+_Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 _LARGEST_NUMBER = 1e30
 """Products of larger ones leave what 32 bits can hold."""
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
+
+
+class Heading(NamedTuple):
+    """In the annotation of an option: its heading in the help, and that of those below it in the dataclass.
+
+    A dataclass within the command's has a heading without that, named as its field.
+    """
+
+    title: str
+
+
+@dataclass(frozen=True)
+class _General:
+    """What all commands take."""
+
+    debug: _Flag = False
+    """Show the traceback of an error (also: FIT3D_DEBUG=1)."""
+    version: _Flag = False
+    """Print the version and do nothing else."""
 
 
 def run_command(
@@ -42,7 +62,7 @@ def run_command(
     `--debug`, or `FIT3D_DEBUG=1` in the environment, shows the traceback always.
 
     The field docstrings of `config_class` are the help, below `description` and `examples` (without the program's
-    name); `args` come without it too.
+    name) and under headings (`Heading`); `args` come without it too.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if "--version" in arguments:
@@ -58,14 +78,14 @@ def run_command(
     if not debug:
         explain_thread_errors()
     try:
-        parsed: Any = tyro.cli(_command_line_class(config_class), prog=prog, description=description, args=arguments)
-        _check_numbers(parsed.config)
+        config = parse(config_class, arguments, prog=prog, description=description)
+        _check_numbers(config)
         for name in ("output_path", "output_dir"):
             # What cannot be written should not take an hour to say so.
-            output = getattr(parsed.config, name, None)
+            output = getattr(config, name, None)
             if output is not None:
                 check_writable(Path(output) / "file" if name == "output_dir" else Path(output))
-        function(parsed.config)
+        function(config)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -83,6 +103,25 @@ def run_command(
         if not debug:
             print("FIT3D_DEBUG=1 shows the traceback.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def parse(config_class: type[Config], args: Sequence[str], *, prog: str = "", description: str = "") -> Config:
+    """Reads a command line, or prints the help and leaves the process.
+
+    For tyro all options become fields of one dataclass for each heading, without prefixes: their names are unique.
+    """
+    groups: dict[str, list[tuple[str, Any, Any]]] = {}
+    descriptions: dict[str, str] = {}
+    for title, text, *option in [*_list_options(config_class), *_list_options(_General)]:
+        groups.setdefault(title, []).append(tuple(option))
+        descriptions.setdefault(title, text)
+    form = []
+    for title in sorted(groups, key=lambda title: (title == "machine") - (title == "input")):
+        part = make_dataclass("Group", groups[title], kw_only=True, namespace={"__doc__": descriptions[title]})
+        group = Annotated[part, tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes]
+        form.append((title.replace(" ", "_") or "rest", group))
+    parsed = tyro.cli(make_dataclass("Form", form), prog=prog, description=description, args=args)
+    return _build(config_class, {name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
 def spell(config: Any, default: Any = None) -> list[str]:
@@ -120,15 +159,48 @@ def _check_numbers(config: Any) -> None:
                 raise ValueError(f"{flag} {number} is no number to compute with; give one below {_LARGEST_NUMBER:g}.")
 
 
-def _command_line_class(config_class: type) -> type:
-    """A dataclass of the command's own flags and `--debug`, both without a prefix."""
+def _list_options(
+    config_class: type, default: Any = MISSING, title: str = "", text: str = ""
+) -> Iterator[tuple[str, str, str, Any, Any]]:
+    """Heading, what is said below it, name, annotation for tyro and default of each option, nested ones too."""
+    hints, texts = get_type_hints(config_class, include_extras=True), _read_docstrings(config_class)
+    for item in fields(config_class):
+        hint, usual = hints[item.name], item.default_factory() if item.default_factory is not MISSING else item.default
+        usual = usual if default is MISSING else getattr(default, item.name)
+        inner, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        heading = next((extra.title for extra in extras if isinstance(extra, Heading)), None)
+        if is_dataclass(inner):
+            own = item.name.replace("_", " ").removesuffix("s")
+            yield from _list_options(inner, usual, heading or own, inspect.getdoc(inner) or "")
+            continue
+        title, text = (title, text) if heading is None else (heading, "")
+        # tyro would write `{None}|INT`, and below it `(default: None)`.
+        metavar = None if usual is not None else _name(*(part for part in get_args(inner) if part is not NoneType))
+        behaviour = "(required)" if usual is MISSING else "(optional)" if usual in (None, ()) else None
+        explained = tyro.conf.arg(help=texts[item.name], metavar=metavar, help_behavior_hint=behaviour)
+        yield title, text, item.name, Annotated[hint, explained], usual
 
-    @dataclass(frozen=True)
-    class CommandLine:
-        config: Annotated[config_class, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-        debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-        """Show the traceback of an error (also: FIT3D_DEBUG=1)."""
-        version: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-        """Print the version and do nothing else."""
 
-    return CommandLine
+def _name(kind: Any) -> str:
+    """A type as tyro's help spells it."""
+    words = get_args(kind)
+    if get_origin(kind) is tuple:
+        return f"[{_name(words[0])} [{_name(words[0])} ...]]"
+    return "{" + ",".join(map(str, words)) + "}" if get_origin(kind) is Literal else kind.__name__.upper()
+
+
+def _read_docstrings(config_class: type) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass and of those that it inherits from, each as one paragraph."""
+    texts = {}
+    for part in filter(is_dataclass, reversed(config_class.__mro__)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
+        for item, below in zip(body, body[1:], strict=False):
+            if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
+                texts[item.target.id] = " ".join(below.value.value.split())
+    return texts
+
+
+def _build(config_class: Any, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(config_class)
+    kinds = {item.name: hints[item.name] for item in fields(config_class)}
+    return config_class(**{n: _build(kind, values) if is_dataclass(kind) else values[n] for n, kind in kinds.items()})

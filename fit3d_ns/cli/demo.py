@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fit3d_ns.cli.command import UNSET, run_command
+from fit3d_ns.cli.command import Heading, run_command
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.demo_page import ImageAnalyser, create_page
 from fit3d_ns.report.demo_server import check_gradio, keep_uploads_private, serve, wait_for_interrupt
@@ -16,23 +16,23 @@ from fit3d_ns.utils.device import DeviceChoice, choose_device
 class DemoCommand:
     """Which backbones are shown, and where the page is served."""
 
-    backbone: str = "dinov2_small"
+    backbone: Annotated[str, Heading("backbone")] = "dinov2_small"
     """The original backbone: one of the paper's names, any timm id, or `random:NAME`."""
-    backbone_weights: Annotated[Path | None, UNSET] = None
+    backbone_weights: Path | None = None
     """File with the original's weights; timm's download by default."""
     finetuned: tuple[str, ...] = ()
     """Fine-tuned backbones to show next to it: folders that fit3d-finetune wrote, or weights files."""
-    num_clusters: int = 8
+    normalization: Literal["timm", "imagenet"] = "timm"
+    """Whose mean and deviation normalise images."""
+    num_clusters: Annotated[int, Heading("page")] = 8
     """Clusters of k-means to start with, 2 to 20; the page has a slider."""
     longest_side: int = 640
     """Longer side in pixels that backbones see at first, 112 to 1344; the page has a slider."""
     host: str = "127.0.0.1"
     """Address to serve on. 0.0.0.0 lets everybody on your network use the page."""
-    port: Annotated[int | None, UNSET] = None
+    port: int | None = None
     """Port to serve on; by default the first free one from 7860 on."""
-    normalization: Literal["timm", "imagenet"] = "timm"
-    """Whose mean and deviation normalise images."""
-    device: DeviceChoice = "auto"
+    device: Annotated[DeviceChoice, Heading("machine")] = "auto"
     """Where backbones run; `auto` takes CUDA where there is one."""
 
 

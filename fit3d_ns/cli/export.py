@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fit3d_ns.cli.command import UNSET, run_command
+from fit3d_ns.cli.command import Heading, run_command
 from fit3d_ns.scene import FeatureScene, save_scene
 from fit3d_ns.scene.ply import write_fit3d
 from fit3d_ns.utils.files import write_json
@@ -15,9 +15,9 @@ from fit3d_ns.utils.files import write_json
 class ExportConfig:
     """Where from, where to, and what to keep."""
 
-    load_config: Path
+    load_config: Annotated[Path, Heading("input")]
     """The run's config.yml or its folder."""
-    output_path: Path
+    output_path: Annotated[Path, Heading("output")]
     """The file to write; `.safetensors` for `--format scene`, `.ply` for `--format ply`."""
     format: Literal["scene", "ply"] = "scene"
     """`scene`: all that stage II needs; `ply`: Gaussians with `sem_*` columns as FiT3D wrote them, and the
@@ -26,7 +26,7 @@ class ExportConfig:
     """Also store how colour depends on the direction; the file then grows by 90 bytes per Gaussian at degree 3."""
     drop_unseen: bool = False
     """Leave out Gaussians that no training view weighted; captured views stay as they are."""
-    data: Annotated[Path | None, UNSET] = None
+    data: Annotated[Path | None, Heading("input")] = None
     """Where the dataset lies now, if it was moved since the run."""
     trust_config: bool = False
     """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of

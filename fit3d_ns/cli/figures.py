@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fit3d_ns.cli.command import GROUP, UNSET, run_command
+from fit3d_ns.cli.command import Heading, run_command
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.feature_figure import (
@@ -33,31 +33,31 @@ class FeaturesCommand:
     images: Annotated[Paths, tyro.conf.Positional]
     """Photographs, video files, and folders of frames in the order of their names. Photographs make one PNG. Every
     video or folder makes an MP4 with one basis for the whole clip, and a JSON with its temporal consistency."""
-    models: tuple[str, ...]
+    models: Annotated[tuple[str, ...], Heading("backbone")]
     """Backbones: a name (one of the paper's, any timm id, `random:NAME`), NAME=FILE with a weights file, a folder of
     fit3d-finetune, or a fine-tuned weights file after the name of its backbone. Fine-tuned ones go after their
     original. Several architectures make several rows, each with a basis of its own."""
-    output_path: Path
+    output_path: Annotated[Path, Heading("output")]
     """The PNG; a clip takes the same name with `.mp4` (and its own name in it, if there are several)."""
-    backbone_weights: Paths = ()
+    backbone_weights: Annotated[Paths, Heading("backbone")] = ()
     """Weights files of the names in --models that have none, in their order."""
-    scenes: Paths = ()
+    normalization: Normalization = "timm"
+    """Whose mean and deviation normalise images."""
+    scenes: Annotated[Paths, Heading("input")] = ()
     """Scene files; where one holds a picture as a photograph, its rendered features are the last column."""
-    data_root: Annotated[Path | None, UNSET] = None
+    data_root: Path | None = None
     """Where the photographs of scene files lie now, if they were moved."""
-    figure: Annotated[FeatureFigureConfig, GROUP] = field(default_factory=FeatureFigureConfig)
-    """What is drawn."""
-    longest_side: Annotated[int | None, UNSET] = None
+    longest_side: int | None = None
     """Longer side in pixels that backbones are shown; by default pictures stay as they are up to 640."""
     max_frames: int = 240
     """Clips end after this many frames; their tokens are kept in memory."""
     frame_stride: int = 1
     """Takes every n-th frame of a clip."""
-    fps: Annotated[float | None, UNSET] = None
+    figure: FeatureFigureConfig = field(default_factory=FeatureFigureConfig)
+    """What is drawn."""
+    fps: Annotated[float | None, Heading("output")] = None
     """Frames per second of the MP4; by default the video's own, and 10 for folders."""
-    normalization: Normalization = "timm"
-    """Whose mean and deviation normalise images."""
-    device: DeviceChoice = "auto"
+    device: Annotated[DeviceChoice, Heading("machine")] = "auto"
     """Where backbones run; `auto` takes CUDA where there is one."""
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fit3d_ns.cli.command import GROUP, UNSET, run_command
+from fit3d_ns.cli.command import Heading, run_command
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
 from fit3d_ns.finetuning.scene_bank import find_scenes, prepare_scene_files
@@ -30,33 +30,33 @@ _PAPER_FLAG = "--paper"
 class FinetuneCommand:
     """Scenes, backbone, where the result goes, and all settings of the training."""
 
-    ckpts: tuple[str, ...]
+    ckpts: Annotated[tuple[str, ...], Heading("input")]
     """Scenes to train on: scene files, globs of them, nerfstudio run folders or their config.yml."""
-    output_dir: Path
+    output_dir: Annotated[Path, Heading("output")]
     """Folder of the result; an interrupted run goes on there."""
-    val_ckpts: tuple[str, ...] = ()
+    val_ckpts: Annotated[tuple[str, ...], Heading("input")] = ()
     """Scenes to validate on, as `--ckpts`. Without them, views that the training leaves out are taken."""
-    backbone: Annotated[str | None, UNSET] = None
-    """Name of the backbone; by default the one the scenes were lifted with."""
-    backbone_weights: Annotated[Path | None, UNSET] = None
-    """File with the backbone's weights; by default the one that the scenes were lifted with, else timm's download."""
-    device: DeviceChoice = "auto"
-    """Where to train; `auto` takes CUDA where there is one."""
     trust_config: bool = False
     """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
     methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
-    paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    backbone: Annotated[str | None, Heading("backbone")] = None
+    """Name of the backbone; by default the one the scenes were lifted with."""
+    backbone_weights: Path | None = None
+    """File with the backbone's weights; by default the one that the scenes were lifted with, else timm's download."""
+    device: Annotated[DeviceChoice, Heading("machine")] = "auto"
+    """Where to train; `auto` takes CUDA where there is one."""
+    paper: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("optimization")] = False
     """Set every value of the paper's public code; flags that are given still win."""
-    config: Annotated[FinetuneConfig, tyro.conf.arg(name=""), GROUP] = field(default_factory=FinetuneConfig)
+    config: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
 @dataclass(frozen=True)
 class PaperFinetuneCommand(FinetuneCommand):
     """The same with the public code's values as defaults."""
 
-    paper: bool = True
+    paper: Annotated[bool, Heading("optimization")] = True
     """Every value of the paper's public code is set; flags that are given still win."""
-    config: Annotated[FinetuneConfig, tyro.conf.arg(name=""), GROUP] = PAPER
+    config: FinetuneConfig = PAPER
 
 
 def run_finetune(command: FinetuneCommand) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from fit3d_ns.cli.cluster import ClusterConfig, run_tasks, work_on_each
-from fit3d_ns.cli.command import GROUP, UNSET, run_command, spell
+from fit3d_ns.cli.command import Heading, run_command, spell
 from fit3d_ns.cli.export import describe_scene
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, FeatureCache, describe_backbone
@@ -54,16 +54,16 @@ DEFAULT_BACKBONE = "dinov2_small"
 class LiftCommand:
     """What is lifted from, whose features, where scenes go. Give one of --surface, --load-config, --ply, --scene."""
 
-    output_path: Annotated[Path, tyro.conf.arg(aliases=["--output-dir"])]
+    output_path: Annotated[Path, tyro.conf.arg(aliases=["--output-dir"]), Heading("output")]
     """The scene file to write, `.safetensors`, or a folder for several scenes (with --surface also for one). Metrics go
     next to a scene, and so does the state of an interrupted lift, which the same command goes on from."""
-    surface: Annotated[Surface | None, UNSET] = None
+    surface: Annotated[Surface | None, Heading("input")] = None
     """Geometry without training, from what the scenes of --data come with: `depth` of a sensor (`render_depth/`,
     `depth_file_path`), a triangle `mesh`, or the `points` of a dense cloud or laser scan."""
     load_config: tuple[Path, ...] = ()
     """Splatfacto runs, ours or nerfstudio's (also splatfacto-big, antialiased, with camera optimizer): their config.yml
     or folder."""
-    ply: Annotated[Path | None, UNSET] = None
+    ply: Path | None = None
     """Gaussians as Inria's code, gsplat (also its trainer's ckpts/*.pt), nerfstudio or SuperSplat (also compressed)
     write them; needs --data."""
     scene: tuple[Path, ...] = ()
@@ -74,33 +74,33 @@ class LiftCommand:
     trust_config: bool = False
     """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
     methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
-    shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("output")] = False
     """Lift all scenes on one basis, with one decoder and one set of picture colours; each then keeps a little less of
     its own tokens than with a basis to itself."""
-    backbone: Annotated[str | None, UNSET] = None
+    backbone: Annotated[str | None, Heading("backbone")] = None
     """By default what the first run or scene has features of, weights file and normalization included, else
     dinov2_small. Any of `dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base`, a timm ViT id, a
     fine-tuned backbone's folder, or `random:<timm id>` for untrained weights (tests only)."""
-    backbone_weights: Annotated[Path | None, UNSET] = None
+    backbone_weights: Path | None = None
     """Weights file (.safetensors, .pth) instead of timm's download, for machines without network."""
-    normalization: Annotated[Normalization | None, UNSET] = None
+    normalization: Normalization | None = None
     """Mean and standard deviation: the backbone's own (`timm`, the default), or ImageNet's for all as in the authors'
     code."""
     feature_cache: Path = Path.home() / ".cache" / "fit3d_ns" / "features"
     """Folder of the feature cache, shared with runs: tokens of a photograph and a backbone are extracted once."""
-    include_sh: bool = False
+    include_sh: Annotated[bool, Heading("output")] = False
     """Also store how colour depends on the direction; the file then grows by 90 bytes per Gaussian at degree 3."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lift again what is lifted already from the same source with the same settings."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Lift one view only and say how long everything would take and how much memory; no scene is written."""
-    device: DeviceChoice = "auto"
+    device: Annotated[DeviceChoice, Heading("machine")] = "auto"
     """Where to work; `auto` takes CUDA where there is one."""
-    from_ply: Annotated[PlyConfig, GROUP] = field(default_factory=PlyConfig)
-    from_surface: Annotated[SurfaceConfig, GROUP] = field(default_factory=SurfaceConfig)
-    options: Annotated[LiftSceneConfig, GROUP] = field(default_factory=LiftSceneConfig)
-    lift: Annotated[LiftConfig, GROUP] = field(default_factory=LiftConfig)
-    cluster: Annotated[ClusterConfig, GROUP] = field(default_factory=ClusterConfig)
+    from_ply: Annotated[PlyConfig, Heading("PLY")] = field(default_factory=PlyConfig)
+    from_surface: Annotated[SurfaceConfig, Heading("surface")] = field(default_factory=SurfaceConfig)
+    options: Annotated[LiftSceneConfig, Heading("view")] = field(default_factory=LiftSceneConfig)
+    lift: LiftConfig = field(default_factory=LiftConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     @property
     def is_folder(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fit3d_ns.cli.command import GROUP, UNSET, run_command
+from fit3d_ns.cli.command import Heading, run_command
 from fit3d_ns.probing.datasets import LabelledOptions
 from fit3d_ns.probing.depth import ClassTokenChoice
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig
@@ -27,79 +27,79 @@ class ProbeCommand:
 
     task: Annotated[Task, tyro.conf.Positional]
     """What is measured."""
-    output_path: Path
+    output_path: Annotated[Path, Heading("output")]
     """JSON record; seeds it already holds for the same settings are not run again."""
-    test: Paths
+    test: Annotated[Paths, Heading("input")]
     """Folders that are measured: a ScanNet++ scene, a plain folder (images/, labels/ or depths/), or the root of an
     official set; for consistency and correspondence captures or scene files."""
     train: Paths = ()
     """Folders that heads are trained on. A single scene takes part whole, unless it is in --test as well."""
-    assembly: Assembly = "original"
+    assembly: Annotated[Assembly, Heading("backbone")] = "original"
     """How original and fine-tuned features are joined."""
     backbone: str = "dinov2_small"
     """The original backbone: one of the paper's names, any timm id, or `toy_rooms_vit`, which needs no download."""
-    backbone_weights: Annotated[Path | None, UNSET] = None
+    backbone_weights: Path | None = None
     """File with the original's weights; timm downloads them if it is not given."""
-    finetuned: Annotated[Path | None, UNSET] = None
+    finetuned: Path | None = None
     """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file."""
-    seeds: tuple[int, ...] = (0,)
+    normalization: Literal["timm", "imagenet"] | None = None
+    """Whose mean and deviation normalise images. If it is not given, `timm`, the backbone's own; `imagenet` with
+    --paper."""
+    patch_fit: PatchFitRule | None = None
+    """How images meet the patch grid. If it is not given, `pad`; `pad-stretch` with --paper. Consistency and
+    correspondence always resize."""
+    seeds: Annotated[tuple[int, ...], Heading("training")] = (0,)
     """Seeds; one head is trained for each, and the record has mean and spread."""
     paper: bool = False
     """Takes every value of the public code; flags that are given still win."""
-    num_iterations: Annotated[int | None, UNSET] = None
+    num_iterations: int | None = None
     """Training iterations. If it is not given, 60 epochs but at least 800, and at most the published 40,000
     (segmentation), 38,400 (depth) or 12,500 (classification); the published number with --paper."""
-    batch_size: Annotated[int | None, UNSET] = None
+    batch_size: int | None = None
     """Images per iteration over all devices; 16 (segmentation, depth) or 128 (classification) if it is not given."""
-    learning_rate: Annotated[float | None, UNSET] = None
+    learning_rate: float | None = None
     """Peak learning rate (segmentation, depth). If it is not given, the published 1e-3 (segmentation, 768 inputs) or
     1e-4 (depth, 1152 inputs), scaled up for fewer iterations and narrower heads; unscaled with --paper."""
-    short_side: Annotated[int | None, UNSET] = None
+    short_side: int | None = None
     """Images are resized to this shorter side in pixels (segmentation, depth). If it is not given, 512, or twice the
     images' own if that is smaller (segmentation); depth keeps the images' own size."""
-    head: Annotated[Literal["linear", "dpt"] | None, UNSET] = None
+    head: Literal["linear", "dpt"] | None = None
     """Depth head; `linear` if it is not given, `dpt` is Table 12's."""
-    class_token: Annotated[ClassTokenChoice | None, UNSET] = None
+    class_token: ClassTokenChoice | None = None
     """Whose class token the depth probe reads next to the patch tokens, or `none`. If it is not given, `auto`, which
     takes the original's as published; `validated` trains a head with and one without it and keeps the one that is
     better on the validation part of the training data, never the test data. It costs a second training."""
-    gradient_loss_weight: Annotated[float | None, UNSET] = None
+    gradient_loss_weight: float | None = None
     """Weight of the depth probe's loss on differences between neighbouring pixels; 0 if it is not
     given, also with --paper."""
-    selection: Annotated[Selection | None, UNSET] = None
+    selection: Selection | None = None
     """Which checkpoint counts. If it is not given, the best on a tenth of the training data; with --paper the last
     (segmentation) or the best on the test data (depth, classification)."""
-    cache: Annotated[CacheRule | None, UNSET] = None
+    cache: Annotated[CacheRule | None, Heading("machine")] = None
     """Whether frozen features are computed once, which replaces random crops and colours by fixed views. If it is not
     given, `auto`, which does so where they fit into --cache-gb; `never` with --paper."""
     cache_gb: float = 4.0
     """Most memory that kept features may take, in 1e9 bytes."""
-    patch_fit: Annotated[PatchFitRule | None, UNSET] = None
-    """How images meet the patch grid. If it is not given, `pad`; `pad-stretch` with --paper. Consistency and
-    correspondence always resize."""
-    normalization: Annotated[Literal["timm", "imagenet"] | None, UNSET] = None
-    """Whose mean and deviation normalise images. If it is not given, `timm`, the backbone's own; `imagenet` with
-    --paper."""
-    max_views: Annotated[int | None, UNSET] = None
+    max_views: Annotated[int | None, Heading("view")] = None
     """Views per scene (consistency, correspondence); 32 if it is not given."""
-    max_pairs: Annotated[int | None, UNSET] = None
+    max_pairs: int | None = None
     """Pairs of views per scene (consistency, correspondence); 100 if it is not given."""
-    ratio_matches: Annotated[int | None, UNSET] = None
+    ratio_matches: int | None = None
     """Recall is also measured on this many most distinct matches of each pair, by Lowe's ratio test over all points of
     the grid, as probe3d measures it with 1000 (consistency, correspondence). If it is not given, 0, which leaves these
     metrics out."""
-    angle_edges: Annotated[tuple[float, ...] | None, UNSET] = None
+    angle_edges: tuple[float, ...] | None = None
     """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 if not given."""
-    splits: Annotated[tuple[Literal["train", "val", "test"], ...] | None, UNSET] = None
+    splits: tuple[Literal["train", "val", "test"], ...] | None = None
     """Which frames of a capture take part (consistency, correspondence); all of them if it is not given."""
-    data_root: Annotated[Path | None, UNSET] = None
+    data_root: Path | None = None
     """Where the photographs of scene files lie now; needed only if they were moved since (consistency,
     correspondence)."""
-    data: Annotated[LabelledOptions, GROUP] = LabelledOptions()
-    predictions: Annotated[Path | None, UNSET] = None
+    data: Annotated[LabelledOptions, Heading("input")] = LabelledOptions()
+    predictions: Annotated[Path | None, Heading("output")] = None
     """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth); none are
     written if it is not given."""
-    device: DeviceChoice = "auto"
+    device: Annotated[DeviceChoice, Heading("machine")] = "auto"
     """Where the probe runs; `accelerate launch -m fit3d_ns.cli.probe ...` uses several devices."""
     precision: Precision = "fp32"
     """Precision in which the head is trained."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from fit3d_ns.cli.command import GROUP, UNSET, run_command
+from fit3d_ns.cli.command import Heading, run_command
 from fit3d_ns.report.demo_server import wait_for_interrupt
 from fit3d_ns.report.scene_viewer import SceneViewer, ViewerConfig, open_server
 from fit3d_ns.scene import load_scene
@@ -20,14 +20,14 @@ class ViewCommand:
 
     scene: tyro.conf.Positional[Path]
     """A scene file of fit3d-lift or fit3d-export."""
-    viewer: Annotated[ViewerConfig, GROUP] = ViewerConfig()
-    output_path: Annotated[Path | None, UNSET] = None
+    viewer: ViewerConfig = ViewerConfig()
+    output_path: Annotated[Path | None, Heading("output")] = None
     """Write a picture (.png, from the middle camera) or a turntable (.mp4) instead of serving the page."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, Heading("page")] = "127.0.0.1"
     """Address to serve on. 0.0.0.0 lets everybody on your network look and click."""
     port: int = 8080
     """Port to serve on; the next free one if it is taken."""
-    device: DeviceChoice = "auto"
+    device: Annotated[DeviceChoice, Heading("machine")] = "auto"
     """Where backbones run and pictures are drawn; `auto` takes CUDA where there is one. The page needs none."""
 
 

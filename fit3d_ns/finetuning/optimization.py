@@ -56,7 +56,7 @@ class OptimizationConfig:
     accumulation_steps: int = 1
     """Batches per optimizer step, 1 and above."""
     epochs: float | None = None
-    """Passes over all images, above 0 (public code: 1). None: one, or as many as make `min_steps`."""
+    """Passes over all images, above 0 (public code: 1); by default one, or as many as make `min_steps`."""
     min_steps: int = 400
     """Without `epochs` and `max_steps`, few images are shown repeatedly for at least this many optimizer steps."""
     max_steps: int | None = None

@@ -59,7 +59,7 @@ class TargetConfig:
     cache_gb: float = 2.0
     """Targets in memory take at most this many 1e9 bytes, 0 and above."""
     cache_folder: Path | None = None
-    """Where all targets are kept on disk for other runs and machines; None: in the output folder, while it trains."""
+    """Where targets are kept on disk for other runs and machines; by default in the output folder while it trains."""
 
     def __post_init__(self) -> None:
         if min(self.variance_weight, self.cache_gb, self.average_gb) < 0:

@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from importlib import metadata
 from unittest.mock import patch
 
 import pytest
-import tyro
 
 from fit3d_ns.cli import command as command_module
 from fit3d_ns.utils.progress import notice
 
 COMMANDS = ("lift", "export", "finetune", "probe", "report", "demo", "view", "push", "synthesize")
+LARGEST_GROUP = 20
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,56 @@ def test_examples__can_be_parsed(name):
         if words[0] == "features":
             figures = importlib.import_module("fit3d_ns.cli.figures")
             config, words = figures.FeaturesCommand, words[1:]
-        tyro.cli(command_module._command_line_class(config), args=words)
+        assert isinstance(command_module.parse(config, words), config)
 
 
-def test_help__has_headings_and_examples(capsys):
-    from fit3d_ns.cli import finetune
+def read_help(name, capsys, monkeypatch, columns=120):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    arguments = ["features", "--help"] if name == "figures" else ["--help"]
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"fit3d_ns.cli.{name}").main(arguments)
+    assert not end.value.code
+    return capsys.readouterr().out
 
-    with pytest.raises(SystemExit):
-        finetune.main(["--help"])
-    page = capsys.readouterr().out
-    assert "optimization options" in page and "fit3d-finetune --ckpts" in page
+
+def list_groups(page):
+    """The flags of a help page by heading, with boxes as in a terminal or without as in a log."""
+    groups = {}
+    for line in page.splitlines():
+        if heading := re.fullmatch(r"[╭─ ]+(\S.* options|options|positional arguments)[ ─╮]+", line):
+            assert heading[1] not in groups
+            groups[heading[1]] = []
+        elif flag := re.match(r"[│ ] (-[-\w]+)", line):
+            groups[next(reversed(groups))].append(flag[1])
+    return groups
+
+
+@pytest.mark.parametrize("name", (*COMMANDS, "figures"))
+def test_help__is_in_groups_and_says_no_none(name, capsys, monkeypatch):
+    page = read_help(name, capsys, monkeypatch)
+    groups = list_groups(page)
+    assert "options options" not in groups and max(map(len, groups.values())) <= LARGEST_GROUP
+    assert "--version" in groups["options"] and "None" not in page and "(default: )" not in page
+    assert name == "figures" or page.count(f"  fit3d-{name} ") == 2
+
+
+def test_help__of_many_options_is_sorted_by_what_they_are_about(capsys, monkeypatch):
+    groups = list_groups(read_help("probe", capsys, monkeypatch))
+    assert list(groups)[2:4] == ["input options", "output options"] and list(groups)[-1] == "machine options"
+    assert {"--train", "--test", "--layout"} <= set(groups["input options"])
+    assert "--learning-rate" in list_groups(read_help("finetune", capsys, monkeypatch))["optimization options"]
+
+
+def test_help__fits_a_narrow_terminal_and_fills_its_lines(capsys, monkeypatch):
+    """Docstrings of several lines become one paragraph, whatever their width in the source."""
+    page = read_help("finetune", capsys, monkeypatch, columns=80)
+    assert max(len(line) for line in page.splitlines() if line.startswith(("│", "  -"))) <= 80
+    assert (
+        " ".join(re.findall(r"[^\s│]+", page)).count(
+            "methods and of ours are read without that; those of methods of other"
+        )
+        == 1
+    )
 
 
 def test_version__needs_no_other_argument(capsys):
