@@ -7,11 +7,11 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, make_dataclass
 from importlib import metadata
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NewType, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -20,20 +20,13 @@ from fit3d_ns.utils.stopping import interrupt_on_signals
 
 Config = TypeVar("Config")
 
+Heading = NewType("Heading", str)
+"""In an option's annotation: what is written over it, and over those below it in its dataclass, in the help."""
 _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 _LARGEST_NUMBER = 1e30
 """Products of larger ones leave what 32 bits can hold."""
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
-
-
-class Heading(NamedTuple):
-    """In the annotation of an option: its heading in the help, and that of those below it in the dataclass.
-
-    A dataclass within the command's has a heading without that, named as its field.
-    """
-
-    title: str
 
 
 @dataclass(frozen=True)
@@ -106,34 +99,25 @@ def run_command(
 
 
 def parse(config_class: type[Config], args: Sequence[str], *, prog: str = "", description: str = "") -> Config:
-    """Reads a command line, or prints the help and leaves the process.
-
-    For tyro all options become fields of one dataclass for each heading, without prefixes: their names are unique.
-    """
-    groups: dict[str, list[tuple[str, Any, Any]]] = {}
-    descriptions: dict[str, str] = {}
-    for title, text, *option in [*_list_options(config_class), *_list_options(_General)]:
-        groups.setdefault(title, []).append(tuple(option))
-        descriptions.setdefault(title, text)
-    form = []
+    """Reads a command line, or prints the help and leaves the process. Names of options are unique: no prefixes."""
+    groups: dict[str, tuple[str, list[Any]]] = {}
+    for title, text, item, hint, default in [*_list_options(config_class), *_list_options(_General)]:
+        groups.setdefault(title, (text, []))[1].append((item.name, hint, default))
+    form: list[Any] = []
     for title in sorted(groups, key=lambda title: (title == "machine") - (title == "input")):
-        part = make_dataclass("Group", groups[title], kw_only=True, namespace={"__doc__": descriptions[title]})
-        group = Annotated[part, tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes]
-        form.append((title.replace(" ", "_") or "rest", group))
-    parsed = tyro.cli(make_dataclass("Form", form), prog=prog, description=description, args=args)
+        text, options = groups[title]
+        group = make_dataclass("Group", options, kw_only=True, namespace={"__doc__": text})
+        form.append((f"group_{len(form)}", Annotated[group, tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes]))
+    parsed: Any = tyro.cli(make_dataclass("Form", form), prog=prog, description=description, args=args)
     return _build(config_class, {name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
-def spell(config: Any, default: Any = None) -> list[str]:
+def spell(config: Any) -> list[str]:
     """The words of a command line that give a command's dataclass its values, where these are not the default ones."""
     words: list[str] = []
-    for field in fields(config):
-        usual = field.default_factory() if field.default_factory is not MISSING else field.default
-        value, usual = getattr(config, field.name), getattr(default, field.name, usual)
-        flag = field.name.replace("_", "-")
-        if is_dataclass(value):
-            words += spell(value, usual)
-        elif isinstance(value, bool) and value != usual:
+    for (*_, item, _, usual), (*_, value) in zip(_list_options(type(config)), _list_options(config), strict=True):
+        flag = item.name.replace("_", "-")
+        if isinstance(value, bool) and value != usual:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value != usual:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
@@ -141,44 +125,36 @@ def spell(config: Any, default: Any = None) -> list[str]:
 
 
 def _check_numbers(config: Any) -> None:
-    """ValueError for an option, also of a nested group, with a number that nobody can compute with, or below 0.
-
-    Infinity is one where the option's field says `may_be_infinite` in its metadata.
-    """
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            _check_numbers(value)
+    """ValueError for an option below 0, or too large; fields with `may_be_infinite` in their metadata take infinity."""
+    for *_, item, _, value in _list_options(config):
         for number in value if isinstance(value, tuple) else (value,):
-            if number == float("inf") and field.metadata.get("may_be_infinite"):
+            if number == float("inf") and item.metadata.get("may_be_infinite"):
                 continue
-            flag = f"--{field.name.replace('_', '-')}"
+            flag = f"--{item.name.replace('_', '-')}"
             if isinstance(number, (int, float)) and number < 0:
                 raise ValueError(f"{flag} {number} is negative; no option takes that.")
             if isinstance(number, float) and not abs(number) <= _LARGEST_NUMBER:
                 raise ValueError(f"{flag} {number} is no number to compute with; give one below {_LARGEST_NUMBER:g}.")
 
 
-def _list_options(
-    config_class: type, default: Any = MISSING, title: str = "", text: str = ""
-) -> Iterator[tuple[str, str, str, Any, Any]]:
-    """Heading, what is said below it, name, annotation for tyro and default of each option, nested ones too."""
+def _list_options(config: Any, title: str = "", text: str = "") -> Iterator[tuple[str, str, Field, Any, Any]]:
+    """Heading, what is said below it, field, annotation for tyro, and value (of a class: default) of each option."""
+    config_class = config if isinstance(config, type) else type(config)
     hints, texts = get_type_hints(config_class, include_extras=True), _read_docstrings(config_class)
-    for item in fields(config_class):
-        hint, usual = hints[item.name], item.default_factory() if item.default_factory is not MISSING else item.default
-        usual = usual if default is MISSING else getattr(default, item.name)
+    for item in fields(config):
+        hint, usual = hints[item.name], getattr(config, item.name, MISSING)
         inner, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        heading = next((extra.title for extra in extras if isinstance(extra, Heading)), None)
+        heading = next((extra for extra in extras if isinstance(extra, str)), "")
         if is_dataclass(inner):
-            own = item.name.replace("_", " ").removesuffix("s")
-            yield from _list_options(inner, usual, heading or own, inspect.getdoc(inner) or "")
+            heading = heading or item.name.removesuffix("s")
+            yield from _list_options(inner if usual is MISSING else usual, heading, inspect.getdoc(inner) or "")
             continue
-        title, text = (title, text) if heading is None else (heading, "")
+        title, text = (heading, "") if heading else (title, text)
         # tyro would write `{None}|INT`, and below it `(default: None)`.
         metavar = None if usual is not None else _name(*(part for part in get_args(inner) if part is not NoneType))
         behaviour = "(required)" if usual is MISSING else "(optional)" if usual in (None, ()) else None
-        explained = tyro.conf.arg(help=texts[item.name], metavar=metavar, help_behavior_hint=behaviour)
-        yield title, text, item.name, Annotated[hint, explained], usual
+        explained = tyro.conf.arg(help=texts.get(item.name, ""), metavar=metavar, help_behavior_hint=behaviour)
+        yield title, text, item, Annotated[hint, explained], usual
 
 
 def _name(kind: Any) -> str:
@@ -193,10 +169,10 @@ def _read_docstrings(config_class: type) -> dict[str, str]:
     """The docstrings below the fields of a dataclass and of those that it inherits from, each as one paragraph."""
     texts = {}
     for part in filter(is_dataclass, reversed(config_class.__mro__)):
-        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
-        for item, below in zip(body, body[1:], strict=False):
+        body: Any = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        for item, below in zip(body.body, body.body[1:], strict=False):
             if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
-                texts[item.target.id] = " ".join(below.value.value.split())
+                texts[ast.unparse(item.target)] = " ".join(ast.literal_eval(below.value).split())
     return texts
 
 

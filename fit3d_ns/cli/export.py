@@ -29,8 +29,7 @@ class ExportConfig:
     data: Annotated[Path | None, Heading("input")] = None
     """Where the dataset lies now, if it was moved since the run."""
     trust_config: bool = False
-    """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
-    methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
+    """Also read runs of other packages' methods, whose config.yml names code that is run: only of people you trust."""
 
 
 def export(config: ExportConfig) -> None:

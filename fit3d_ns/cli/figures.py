@@ -54,7 +54,6 @@ class FeaturesCommand:
     frame_stride: int = 1
     """Takes every n-th frame of a clip."""
     figure: FeatureFigureConfig = field(default_factory=FeatureFigureConfig)
-    """What is drawn."""
     fps: Annotated[float | None, Heading("output")] = None
     """Frames per second of the MP4; by default the video's own, and 10 for folders."""
     device: Annotated[DeviceChoice, Heading("machine")] = "auto"

@@ -37,8 +37,7 @@ class FinetuneCommand:
     val_ckpts: Annotated[tuple[str, ...], Heading("input")] = ()
     """Scenes to validate on, as `--ckpts`. Without them, views that the training leaves out are taken."""
     trust_config: bool = False
-    """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
-    methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
+    """Also read runs of other packages' methods, whose config.yml names code that is run: only of people you trust."""
     backbone: Annotated[str | None, Heading("backbone")] = None
     """Name of the backbone; by default the one the scenes were lifted with."""
     backbone_weights: Path | None = None

@@ -61,31 +61,25 @@ class LiftCommand:
     """Geometry without training, from what the scenes of --data come with: `depth` of a sensor (`render_depth/`,
     `depth_file_path`), a triangle `mesh`, or the `points` of a dense cloud or laser scan."""
     load_config: tuple[Path, ...] = ()
-    """Splatfacto runs, ours or nerfstudio's (also splatfacto-big, antialiased, with camera optimizer): their config.yml
-    or folder."""
+    """Splatfacto runs of all variants, ours or nerfstudio's: their config.yml or folder."""
     ply: Path | None = None
-    """Gaussians as Inria's code, gsplat (also its trainer's ckpts/*.pt), nerfstudio or SuperSplat (also compressed)
-    write them; needs --data."""
+    """Gaussians as Inria's code, gsplat (also ckpts/*.pt), nerfstudio or SuperSplat write them; needs --data."""
     scene: tuple[Path, ...] = ()
     """Scene files to lift again with another backbone or other settings: cameras and Gaussians are read from them."""
     data: tuple[Path, ...] = ()
     """The captured scene folder: of a PLY, or where the dataset of a single run or scene lies now if it was moved. With
     --surface the folders of all scenes."""
     trust_config: bool = False
-    """Run what a run's config.yml says. Configs of nerfstudio's own methods and of ours are read without that; those of
-    methods of other packages name classes that would be executed, so give this only for runs of people you trust."""
+    """Also read runs of other packages' methods, whose config.yml names code that is run: only of people you trust."""
     shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("output")] = False
-    """Lift all scenes on one basis, with one decoder and one set of picture colours; each then keeps a little less of
-    its own tokens than with a basis to itself."""
+    """Lift all scenes on one basis, with one decoder and one set of colours; each keeps a little less of its tokens."""
     backbone: Annotated[str | None, Heading("backbone")] = None
-    """By default what the first run or scene has features of, weights file and normalization included, else
-    dinov2_small. Any of `dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base`, a timm ViT id, a
-    fine-tuned backbone's folder, or `random:<timm id>` for untrained weights (tests only)."""
+    """Of `dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base toy_rooms_vit`, a timm ViT id, or a
+    fine-tuned folder. By default, with weights and normalization, that of the first run or scene, else dinov2_small."""
     backbone_weights: Path | None = None
     """Weights file (.safetensors, .pth) instead of timm's download, for machines without network."""
     normalization: Normalization | None = None
-    """Mean and standard deviation: the backbone's own (`timm`, the default), or ImageNet's for all as in the authors'
-    code."""
+    """Mean and standard deviation: the backbone's own (`timm`, the default), or ImageNet's, as in the authors' code."""
     feature_cache: Path = Path.home() / ".cache" / "fit3d_ns" / "features"
     """Folder of the feature cache, shared with runs: tokens of a photograph and a backbone are extracted once."""
     include_sh: Annotated[bool, Heading("output")] = False
@@ -256,11 +250,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _check(command: LiftCommand) -> None:
     """Raises ValueError for flags that do not go together."""
-    sources = {
-        **{"--surface": command.surface, "--load-config": command.load_config},
-        **{"--ply": command.ply, "--scene": command.scene},
-    }
-    given = [flag for flag, value in sources.items() if value]
+    given = [
+        f"--{name.replace('_', '-')}" for name in ("surface", "load_config", "ply", "scene") if getattr(command, name)
+    ]
     if len(given) != 1:
         what = "none is given" if not given else " and ".join(given) + " are given"
         raise ValueError(f"Give one of --surface, --load-config, --ply and --scene to lift from; {what}.")

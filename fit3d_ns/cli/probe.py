@@ -43,62 +43,55 @@ class ProbeCommand:
     finetuned: Path | None = None
     """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file."""
     normalization: Literal["timm", "imagenet"] | None = None
-    """Whose mean and deviation normalise images. If it is not given, `timm`, the backbone's own; `imagenet` with
-    --paper."""
+    """Whose mean and deviation normalise images. By default `timm`, the backbone's own; `imagenet` with --paper."""
     patch_fit: PatchFitRule | None = None
-    """How images meet the patch grid. If it is not given, `pad`; `pad-stretch` with --paper. Consistency and
-    correspondence always resize."""
+    """How images meet the patch grid: `pad` by default, `pad-stretch` with --paper; multi-view measures resize."""
     seeds: Annotated[tuple[int, ...], Heading("training")] = (0,)
     """Seeds; one head is trained for each, and the record has mean and spread."""
     paper: bool = False
     """Takes every value of the public code; flags that are given still win."""
     num_iterations: int | None = None
-    """Training iterations. If it is not given, 60 epochs but at least 800, and at most the published 40,000
-    (segmentation), 38,400 (depth) or 12,500 (classification); the published number with --paper."""
+    """Training iterations. By default 60 epochs but at least 800, and at most the published 40,000 (segmentation),
+    38,400 (depth) or 12,500 (classification); the published number with --paper."""
     batch_size: int | None = None
-    """Images per iteration over all devices; 16 (segmentation, depth) or 128 (classification) if it is not given."""
+    """Images per iteration over all devices; 16 (segmentation, depth) or 128 (classification) by default."""
     learning_rate: float | None = None
-    """Peak learning rate (segmentation, depth). If it is not given, the published 1e-3 (segmentation, 768 inputs) or
-    1e-4 (depth, 1152 inputs), scaled up for fewer iterations and narrower heads; unscaled with --paper."""
+    """Peak learning rate (segmentation, depth). By default the published 1e-3 (segmentation, 768 inputs) or 1e-4
+    (depth, 1152 inputs), scaled up for fewer iterations and narrower heads; unscaled with --paper."""
     short_side: int | None = None
-    """Images are resized to this shorter side in pixels (segmentation, depth). If it is not given, 512, or twice the
-    images' own if that is smaller (segmentation); depth keeps the images' own size."""
+    """Shorter side to which images are resized, pixels; by default 512, or twice the images' own if that is smaller
+    (segmentation), or the images' own (depth)."""
     head: Literal["linear", "dpt"] | None = None
-    """Depth head; `linear` if it is not given, `dpt` is Table 12's."""
+    """Depth head; `linear` by default, `dpt` is Table 12's."""
     class_token: ClassTokenChoice | None = None
-    """Whose class token the depth probe reads next to the patch tokens, or `none`. If it is not given, `auto`, which
-    takes the original's as published; `validated` trains a head with and one without it and keeps the one that is
-    better on the validation part of the training data, never the test data. It costs a second training."""
+    """Whose class token the depth probe reads beside the patch tokens. By default `auto`, the original's as published;
+    `validated` trains a head with and one without it and keeps the better one on a part of the training data."""
     gradient_loss_weight: float | None = None
-    """Weight of the depth probe's loss on differences between neighbouring pixels; 0 if it is not
-    given, also with --paper."""
+    """Weight of the depth probe's loss on differences between neighbouring pixels; 0 by default, also with --paper."""
     selection: Selection | None = None
-    """Which checkpoint counts. If it is not given, the best on a tenth of the training data; with --paper the last
+    """Which checkpoint counts. By default the best on a tenth of the training data; with --paper the last
     (segmentation) or the best on the test data (depth, classification)."""
     cache: Annotated[CacheRule | None, Heading("machine")] = None
-    """Whether frozen features are computed once, which replaces random crops and colours by fixed views. If it is not
-    given, `auto`, which does so where they fit into --cache-gb; `never` with --paper."""
+    """Whether frozen features are computed once, which replaces random crops and colours by fixed views. By default
+    `auto`, which does so where they fit into --cache-gb; `never` with --paper."""
     cache_gb: float = 4.0
     """Most memory that kept features may take, in 1e9 bytes."""
     max_views: Annotated[int | None, Heading("view")] = None
-    """Views per scene (consistency, correspondence); 32 if it is not given."""
+    """Views per scene (consistency, correspondence); 32 by default."""
     max_pairs: int | None = None
-    """Pairs of views per scene (consistency, correspondence); 100 if it is not given."""
+    """Pairs of views per scene (consistency, correspondence); 100 by default."""
     ratio_matches: int | None = None
     """Recall is also measured on this many most distinct matches of each pair, by Lowe's ratio test over all points of
-    the grid, as probe3d measures it with 1000 (consistency, correspondence). If it is not given, 0, which leaves these
-    metrics out."""
+    the grid, as probe3d measures it with 1000 (consistency, correspondence). By default it is not."""
     angle_edges: tuple[float, ...] | None = None
-    """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 if not given."""
+    """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 by default."""
     splits: tuple[Literal["train", "val", "test"], ...] | None = None
-    """Which frames of a capture take part (consistency, correspondence); all of them if it is not given."""
+    """Which frames of a capture take part (consistency, correspondence); all by default."""
     data_root: Path | None = None
-    """Where the photographs of scene files lie now; needed only if they were moved since (consistency,
-    correspondence)."""
+    """Where the photographs of scene files lie now, if they were moved since (consistency, correspondence)."""
     data: Annotated[LabelledOptions, Heading("input")] = LabelledOptions()
     predictions: Annotated[Path | None, Heading("output")] = None
-    """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth); none are
-    written if it is not given."""
+    """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth)."""
     device: Annotated[DeviceChoice, Heading("machine")] = "auto"
     """Where the probe runs; `accelerate launch -m fit3d_ns.cli.probe ...` uses several devices."""
     precision: Precision = "fp32"
@@ -127,8 +120,7 @@ def probe(command: ProbeCommand) -> None:
 
 def create_request(command: ProbeCommand) -> ProbeRequest:
     """Defaults or the paper's values first, flags that were given after; ValueError for one the task does not have."""
-    configs = PAPER_CONFIGS if command.paper and command.task in PAPER_CONFIGS else DEFAULT_CONFIGS
-    config: Any = configs[command.task]
+    config: Any = (PAPER_CONFIGS if command.paper else {}).get(command.task, DEFAULT_CONFIGS[command.task])
     of_tasks = {item.name for each in DEFAULT_CONFIGS.values() for item in fields(each)}
     given = {name: value for name, value in vars(command).items() if name in of_tasks and value is not None}
     for name in given:

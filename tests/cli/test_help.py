@@ -87,7 +87,7 @@ def test_help__fits_a_narrow_terminal_and_fills_its_lines(capsys, monkeypatch):
     assert max(len(line) for line in page.splitlines() if line.startswith(("│", "  -"))) <= 80
     assert (
         " ".join(re.findall(r"[^\s│]+", page)).count(
-            "methods and of ours are read without that; those of methods of other"
+            "whose config.yml names code that is run: only of people you trust."
         )
         == 1
     )

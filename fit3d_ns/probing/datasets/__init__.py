@@ -20,11 +20,9 @@ class LabelledOptions:
     nyu_classes: Literal[13, 40] | None = None
     """Class list of NYUv2 (segmentation); 13 by default, as in the paper. Refused where no NYUv2 is given."""
     depth_scale: float | None = None
-    """Units per metre of the depth maps of plain folders, positive; 1000 by default. Refused where no plain folder is
-    given, because official sets have their own."""
+    """Units per metre of the depth maps of plain folders, positive; 1000 by default. Official sets have their own."""
     max_depth: float | None = None
-    """Depths of this many metres or more do not count; by default 20 for ScanNet++ scenes, 10 for plain folders.
-    Refused where none of these is given."""
+    """Depths of this many metres or more do not count; by default 20 for ScanNet++ scenes, 10 for plain folders."""
 
 
 def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
