@@ -13,6 +13,12 @@ if [ ! -d ".venv-gsplat/gsplat-$other.dist-info" ]; then
     uv pip install --quiet --python .venv/bin/python --target .venv-gsplat --no-deps "gsplat==$other" ||
         echo "test.sh: gsplat $other could not be downloaded: its tests are left out." >&2
 fi
+if [ ! -d .venv-onnx/onnxruntime ]; then
+    rm -rf .venv-onnx
+    uv pip install --quiet --python .venv/bin/python --target .venv-onnx --no-deps \
+        onnx onnxruntime onnxscript onnx_ir ml_dtypes flatbuffers protobuf ||
+        echo "test.sh: onnx could not be downloaded: its test is left out." >&2
+fi
 
 # Types, and gsplat's other generation (what the plugin asks of its kernels and strategies holds with both). They take one
 # core for a minute or two, so they run beside the tests and report after them.
@@ -23,6 +29,9 @@ check_beside() {
         FIT3D_TESTS_SKIP_NOTHING=1 FIT3D_TESTS_GSPLAT=$other PYTHONPATH=.venv-gsplat .venv/bin/pytest -q \
             tests/rasterization/test_gsplat.py tests/rasterization/test_strategy.py tests/plugin/test_strategies.py ||
             failed=1
+    fi
+    if [ -d .venv-onnx/onnxruntime ]; then
+        PYTHONPATH=.venv-onnx .venv/bin/pytest -q tests/test_onnx.py || failed=1
     fi
     return "$failed"
 }

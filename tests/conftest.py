@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ torch.set_num_threads(1)
 # What tests confirm is not remembered for the person who runs them; commands in other processes take it over.
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="fit3d-tests-")
 
+# scripts/test.sh puts it into a folder of its own (tests/test_onnx.py).
+collect_ignore = [] if find_spec("onnxruntime") else ["test_onnx.py"]
 
 MAY_SKIP = "chromium and chromedriver are not installed"
 """The one reason that scripts/setup.sh cannot remove: a browser is the system's."""
