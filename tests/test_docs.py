@@ -1,11 +1,14 @@
 """The pages in docs/: what they show can be run, what they link to exists."""
 
+import importlib
 import re
+import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -58,3 +61,24 @@ def test_links__lead_to_files_and_headings_that_exist(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{page.name} links to {target}, which has no such heading"
+
+
+def test_site__has_every_page_once_and_its_links_stay_in_it() -> None:
+    """What `mkdocs build --strict` of scripts/build_docs.sh would say, without mkdocs."""
+    hook = runpy.run_path(str(ROOT / "scripts" / "docs_hook.py"))
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} | {*hook["COPIED"], "commands.md", "api.md"}
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = [page for entry in nav for value in entry.values() for page in _list_pages(value)]
+    assert len(listed) == len(set(listed)) and set(listed) == pages
+    for source in hook["COPIED"].values():
+        for target in re.findall(r"\]\(([^)\s]+)\)", hook["copy_page"](source)):
+            name = target.partition("#")[0]
+            assert target.startswith("http") or not name or name in pages or (ROOT / "docs" / name).is_file(), target
+    for names in hook["PUBLIC"].values():
+        for name in names:
+            module, _, member = f"fit3d_ns.{name}".rpartition(".")
+            assert hasattr(importlib.import_module(module), member), name
+
+
+def _list_pages(value: str | list[dict[str, str]]) -> list[str]:
+    return [value] if isinstance(value, str) else [page for entry in value for page in entry.values()]
