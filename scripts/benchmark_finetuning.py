@@ -184,14 +184,13 @@ def time_target(
 ) -> dict[str, float]:
     """One target read at the token grid, against decoding the full picture first as the public code does."""
     grid = compute_patch_grid(view.height, view.width, description.patch_size)
-    camera = (view.camera_to_world, view.K, view.width, view.height)
 
     def read_at_tokens() -> torch.Tensor:
-        return scene.render_features(*camera, grid, "bilinear")
+        return scene.render_features(*view.camera, grid, "bilinear")
 
     @torch.no_grad()
     def decode_everything() -> torch.Tensor:
-        low, alphas = scene.render_features_low(*camera)
+        low, alphas = scene.render_features_low(view.camera)
         # (h, w, e) -> (1, e, h, w)
         decoded = scene.decoder(low, alphas).permute(2, 0, 1)[None]
         return F.interpolate(decoded, size=grid, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)

@@ -29,7 +29,7 @@ from lifting_run import measure_run
 from lifting_scaling import AXES, measure_scaling
 from torch import Tensor
 
-from fit3d_ns.analysis.pca import PcaBasis, fit_colours, fit_pca
+from fit3d_ns.analysis.pca import PcaBasis, fit_colours, fit_pca, map_to_colours
 from fit3d_ns.data.images import save_image
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor
@@ -39,7 +39,6 @@ from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.views import LiftView, create_lift_views
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene import ActivatedGaussians, PosedCapture, create_posed_capture
-from fit3d_ns.scene.feature_scene import colour_features
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.results import collect_versions
@@ -198,14 +197,14 @@ def save_pictures(lifted: dict[str, Lifted], gaussians: ActivatedGaussians, view
     basis = fit_colours(basis, prepared.tokens)
     # The tokens themselves, each held constant over its patch.
     identity = torch.nn.functional.interpolate(
-        prepared.tokens.permute(2, 0, 1)[None], size=(view.height, view.width), mode="nearest"
+        prepared.tokens.permute(2, 0, 1)[None], size=(view.camera.height, view.camera.width), mode="nearest"
     )[0].permute(1, 2, 0)
     coefficients = (identity - basis.mean) @ basis.components.T
     pictures = [((coefficients - basis.colour_low) / (basis.colour_high - basis.colour_low)).clamp(0.0, 1.0)]
     for name in ("joint", "gradient", "weighted_sum", "cg", "default"):
         low = rasterize_features(lifted[name].features, prepared.info)[0]
         decoder = lifted[name].decoder.project(basis.components, basis.mean)
-        pictures.append(colour_features(low, prepared.alphas, decoder, basis))
+        pictures.append(map_to_colours(decoder(low, prepared.alphas), basis, prepared.alphas))
     row = torch.cat([picture.cpu() for picture in pictures], dim=1)
     save_image((row * 255.0).round().to(torch.uint8), path)
     notice(f"Picture, tokens then joint, gradient, weighted sum, CG, default: {path}")

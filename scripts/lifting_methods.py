@@ -87,7 +87,7 @@ class JointTraining:
         tokens = self.tokens[view.name].float().to(self.features.device)
         start = time.perf_counter()
         config = FeatureLossConfig(multiple=0, token_to_pixel="bilinear", alpha_weighting=False)
-        loss = FeatureLoss(view.width, view.height, (tokens.shape[0], tokens.shape[1]), config)
+        loss = FeatureLoss(view.camera.width, view.camera.height, (tokens.shape[0], tokens.shape[1]), config)
         loss.compute(rasterize_features(self.features, info)[0], alphas, self.decoder, tokens).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

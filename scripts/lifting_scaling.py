@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fit3d_ns.geometry.cameras import Camera, camera_to_worlds_from_viewmats
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.views import LiftView
@@ -86,7 +87,8 @@ def _create_view(case: ScalingCase, index: int, generator: torch.Generator) -> L
         own = torch.Generator().manual_seed(seed)
         return torch.randn(*grid, case.embed_dim, generator=own)
 
-    return LiftView(viewmat, K, case.width, case.height, load_tokens, name=f"view {index}")
+    camera = Camera(camera_to_worlds_from_viewmats(viewmat), K, case.width, case.height)
+    return LiftView(camera, load_tokens, name=f"view {index}")
 
 
 def _main(axis: str, value: int) -> None:

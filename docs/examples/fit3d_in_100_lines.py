@@ -16,7 +16,6 @@ from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency
 from fit3d_ns.analysis.pca import apply_pca, fit_pca, map_to_colours
 from fit3d_ns.analysis.pictures import compose_panel, save_picture, upscale
 from fit3d_ns.features import create_token_model
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.sources import PlyConfig
 from fit3d_ns.lifting.surfaces import SurfaceConfig, read_surface_source
 from fit3d_ns.rasterization import backproject_features, rasterize_features
@@ -46,10 +45,7 @@ def tokenise(views: list[View]) -> dict[str, Tensor]:
 original = tokenise(capture.views)
 
 # 3. Lift: a Gaussian's feature is the mean of what the pixels that it shows in say, weighted by how much of them it is.
-projections = {
-    view.name: gaussians.project(viewmats_from_camera_to_worlds(view.camera_to_world), view.K, view.width, view.height)
-    for view in capture.views
-}
+projections = {view.name: gaussians.project(view.camera) for view in capture.views}
 embed_dim = original[train[0].name].shape[-1]
 sums, weights = torch.zeros(len(gaussians), embed_dim), torch.zeros(len(gaussians))
 for view in train:

@@ -127,12 +127,17 @@ def apply_pca(features: Float[Tensor, "*batch embed"], basis: PcaBasis) -> Float
     return (features - basis.mean.to(features)) @ basis.components.to(features).T
 
 
-def map_to_colours(coefficients: Float[Tensor, "*batch components"], basis: PcaBasis) -> Float[Tensor, "*batch 3"]:
-    """Colours in [0, 1] of coefficients, always by the basis' fixed ranges; missing components are drawn as 0."""
+def map_to_colours(
+    coefficients: Float[Tensor, "*batch components"], basis: PcaBasis, alphas: Float[Tensor, "*batch"] | None = None
+) -> Float[Tensor, "*batch 3"]:
+    """Colours in [0, 1] of coefficients, always by the basis' fixed ranges; missing components are drawn as 0.
+
+    With `alphas` they fade to black where nothing is.
+    """
     low, high = basis.colour_low.to(coefficients), basis.colour_high.to(coefficients)
     colours = ((_first_three(coefficients) - low) / (high - low)).clamp(0.0, 1.0)
     colours[..., coefficients.shape[-1] :] = 0.0
-    return colours
+    return colours if alphas is None else colours * alphas[..., None].clamp(0.0, 1.0)
 
 
 def compute_effective_rank(batches: Sequence[Float[Tensor, "..."]]) -> float:

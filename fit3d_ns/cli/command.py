@@ -112,6 +112,17 @@ def parse(config_class: type[Config], args: Sequence[str], *, prog: str = "", de
     return _build(config_class, {name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
+def create_main(
+    prog: str, config_class: type[Config], function: Callable[[Config], None], description: str, *examples: str
+) -> Callable[..., None]:
+    """The entry point of a command: `run_command`, on the command line where it is not given other arguments."""
+
+    def main(args: Sequence[str] | None = None) -> None:
+        run_command(config_class, function, prog=prog, description=description, examples=examples, args=args)
+
+    return main
+
+
 def spell(config: Any) -> list[str]:
     """The words of a command line that give a command's dataclass its values, where these are not the default ones."""
     words: list[str] = []

@@ -1,11 +1,10 @@
 """`fit3d-demo`: a local page to look at features of any image: PCA, clusters, similarity to a clicked pixel."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fit3d_ns.cli.command import Heading, run_command
+from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.demo_page import ImageAnalyser, create_page
 from fit3d_ns.report.demo_server import check_gradio, keep_uploads_private, serve, wait_for_interrupt
@@ -36,20 +35,6 @@ class DemoCommand:
     """Where backbones run; `auto` takes CUDA where there is one."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    run_command(
-        DemoCommand,
-        demo,
-        prog="fit3d-demo",
-        description="Serves a page on this machine: drop an image, compare the features of original and fine-tuned.",
-        examples=(
-            "--backbone dinov2_small --finetuned my_vit",
-            "--backbone vit_tiny_patch16_224 --backbone-weights vit_tiny.safetensors",
-        ),
-        args=args,
-    )
-
-
 def demo(command: DemoCommand) -> None:
     check_gradio()
     if not (2 <= command.num_clusters <= 20 and 112 <= command.longest_side <= 1344):
@@ -69,6 +54,16 @@ def demo(command: DemoCommand) -> None:
         with serve(page, command.host, command.port) as address:
             print(f"Page: {address} (Ctrl-C ends it)", flush=True)
             wait_for_interrupt()
+
+
+main = create_main(
+    "fit3d-demo",
+    DemoCommand,
+    demo,
+    "Serves a page on this machine: drop an image, compare the features of original and fine-tuned.",
+    "--backbone dinov2_small --finetuned my_vit",
+    "--backbone vit_tiny_patch16_224 --backbone-weights vit_tiny.safetensors",
+)
 
 
 if __name__ == "__main__":

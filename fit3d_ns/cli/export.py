@@ -1,11 +1,10 @@
 """`fit3d-export`: a finished `fit3d-features` run as one scene file, or as a PLY with feature columns."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fit3d_ns.cli.command import Heading, run_command
+from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.scene import FeatureScene, save_scene
 from fit3d_ns.scene.ply import write_fit3d
 from fit3d_ns.utils.files import write_json
@@ -69,18 +68,14 @@ def describe_scene(scene: FeatureScene, path: Path) -> dict[str, object]:
     }
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    run_command(
-        ExportConfig,
-        export,
-        prog="fit3d-export",
-        description="Writes a finished fit3d-features run as one file without nerfstudio inside.",
-        examples=(
-            "--load-config outputs/kitchen --output-path kitchen.safetensors",
-            "--load-config outputs/kitchen --format ply --output-path kitchen.ply",
-        ),
-        args=args,
-    )
+main = create_main(
+    "fit3d-export",
+    ExportConfig,
+    export,
+    "Writes a finished fit3d-features run as one file without nerfstudio inside.",
+    "--load-config outputs/kitchen --output-path kitchen.safetensors",
+    "--load-config outputs/kitchen --format ply --output-path kitchen.ply",
+)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import create_main
 from fit3d_ns.rasterization import available_backends
 from fit3d_ns.rasterization.kernels import find_kernels
 from fit3d_ns.scene import load_scene
@@ -178,13 +178,12 @@ def _find_missing() -> list[str]:
     return [f"{name}: needed by {user}; {source}" for name, user, source in absent]
 
 
-def main() -> None:
-    run_command(
-        InfoConfig,
-        info,
-        prog="fit3d-info",
-        description="Prints what this machine offers and what is missing, or whether files are whole.",
-    )
+main = create_main(
+    "fit3d-info",
+    InfoConfig,
+    info,
+    "Prints what this machine offers and what is missing, or whether files are whole.",
+)
 
 
 if __name__ == "__main__":

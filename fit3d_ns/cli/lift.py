@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from fit3d_ns.cli.cluster import ClusterConfig, run_tasks, work_on_each
-from fit3d_ns.cli.command import Heading, run_command, spell
+from fit3d_ns.cli.command import Heading, create_main, spell
 from fit3d_ns.cli.export import describe_scene
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, FeatureCache, describe_backbone
@@ -234,18 +234,14 @@ def describe_forecast(forecast: LiftForecast) -> str:
     )
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    run_command(
-        LiftCommand,
-        lift,
-        prog="fit3d-lift",
-        description="Lifts a vision transformer's features onto Gaussians that already exist, in closed form.",
-        examples=(
-            "--load-config outputs/kitchen/fit3d-features/2026-01-31_120000 --output-path kitchen.safetensors",
-            "--ply point_cloud.ply --data KITCHEN --backbone dinov2_base --output-path kitchen.safetensors",
-        ),
-        args=args,
-    )
+main = create_main(
+    "fit3d-lift",
+    LiftCommand,
+    lift,
+    "Lifts a vision transformer's features onto Gaussians that already exist, in closed form.",
+    "--load-config outputs/kitchen/fit3d-features/2026-01-31_120000 --output-path kitchen.safetensors",
+    "--ply point_cloud.ply --data KITCHEN --backbone dinov2_base --output-path kitchen.safetensors",
+)
 
 
 def _check(command: LiftCommand) -> None:

@@ -1,13 +1,12 @@
 """`fit3d-probe`: measures what features are worth: linear probes, multi-view consistency, correspondence."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from fit3d_ns.cli.command import Heading, run_command
+from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.probing.datasets import LabelledOptions
 from fit3d_ns.probing.depth import ClassTokenChoice
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig
@@ -98,20 +97,6 @@ class ProbeCommand:
     """Precision in which the head is trained."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    run_command(
-        ProbeCommand,
-        probe,
-        prog="fit3d-probe",
-        description="Measures features: segmentation, depth, classification, multi-view consistency, correspondence.",
-        examples=(
-            "depth --train ROOM_A ROOM_B --test ROOM_C --output-path results/original.json",
-            "consistency --test ROOM_C --assembly finetuned --finetuned my_vit --output-path results/finetuned.json",
-        ),
-        args=args,
-    )
-
-
 def probe(command: ProbeCommand) -> None:
     record = run_probe(create_request(command))
     print(describe_metrics(record))
@@ -161,6 +146,16 @@ def describe_metrics(record: ResultRecord) -> str:
             parts.append(f"{name} {value:.4f}{deviation}")
     random = " (random weights: these metrics say nothing about quality)" if record.is_random else ""
     return f"{record.kind} {record.settings.get('assembly')}: {', '.join(parts)}{random}"
+
+
+main = create_main(
+    "fit3d-probe",
+    ProbeCommand,
+    probe,
+    "Measures features: segmentation, depth, classification, multi-view consistency, correspondence.",
+    "depth --train ROOM_A ROOM_B --test ROOM_C --output-path results/original.json",
+    "consistency --test ROOM_C --assembly finetuned --finetuned my_vit --output-path results/finetuned.json",
+)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import tyro
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, metadata_load
 from huggingface_hub.utils import validate_repo_id
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import create_main
 from fit3d_ns.features import describe_backbone
 from fit3d_ns.features.sources import ADAPTER_NAME, WEIGHTS_NAME
 from fit3d_ns.utils.errors import first_line
@@ -87,12 +87,11 @@ def send(folder: Path, files: Sequence[Path], name: str, private: bool, overwrit
     return str(url)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    run_command(
-        PushCommand,
-        push,
-        prog="fit3d-push",
-        description="Shares a fine-tuned backbone on Hugging Face's hub; first it says what would be sent.",
-        examples=("my_vit USER/my_vit", "my_vit USER/my_vit --private --yes"),
-        args=args,
-    )
+main = create_main(
+    "fit3d-push",
+    PushCommand,
+    push,
+    "Shares a fine-tuned backbone on Hugging Face's hub; first it says what would be sent.",
+    "my_vit USER/my_vit",
+    "my_vit USER/my_vit --private --yes",
+)

@@ -1,20 +1,7 @@
 """`fit3d-synthesize`: makes small furnished rooms in ScanNet++'s layout, to try everything on."""
 
-from collections.abc import Sequence
-
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import create_main
 from fit3d_ns.synthetic.synthesize import METRICS_NAME, SynthesisConfig, synthesize_scenes
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    run_command(
-        SynthesisConfig,
-        synthesize,
-        prog="fit3d-synthesize",
-        description="Makes procedural indoor scenes with exact colour, depth, labels, masks and points.",
-        examples=("--output-dir rooms", "--output-dir rooms --num-scenes 4 --width 320 --height 240 --seed 1"),
-        args=args,
-    )
 
 
 def synthesize(config: SynthesisConfig) -> None:
@@ -25,6 +12,16 @@ def synthesize(config: SynthesisConfig) -> None:
             f"frames, {scene['points']} points, {scene['seconds']:.1f} s"
         )
     print(f"Metrics: {config.output_dir / METRICS_NAME}")
+
+
+main = create_main(
+    "fit3d-synthesize",
+    SynthesisConfig,
+    synthesize,
+    "Makes procedural indoor scenes with exact colour, depth, labels, masks and points.",
+    "--output-dir rooms",
+    "--output-dir rooms --num-scenes 4 --width 320 --height 240 --seed 1",
+)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """`fit3d-view`: a lifted scene in the browser, its features in colours, without nerfstudio and without a card."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from fit3d_ns.cli.command import Heading, run_command
+from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.report.demo_server import wait_for_interrupt
 from fit3d_ns.report.scene_viewer import SceneViewer, ViewerConfig, open_server
 from fit3d_ns.scene import load_scene
@@ -47,12 +46,11 @@ def view(command: ViewCommand) -> None:
     wait_for_interrupt()
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    run_command(
-        ViewCommand,
-        view,
-        prog="fit3d-view",
-        description="Shows a lifted scene in the browser: splats in colours of their features, cameras, photographs.",
-        examples=("scene.safetensors --finetuned vit", "scene.safetensors --output-path turntable.mp4"),
-        args=args,
-    )
+main = create_main(
+    "fit3d-view",
+    ViewCommand,
+    view,
+    "Shows a lifted scene in the browser: splats in colours of their features, cameras, photographs.",
+    "scene.safetensors --finetuned vit",
+    "scene.safetensors --output-path turntable.mp4",
+)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from fit3d_ns.data.frames import Split
 from fit3d_ns.features import compute_patch_grid
-from fit3d_ns.geometry.cameras import crop_Ks, resize_Ks
+from fit3d_ns.geometry.cameras import Camera, crop_Ks, resize_Ks
 from fit3d_ns.scene import FeatureScene, PosedCapture, TokenReadingRule, View, read_at_tokens
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
@@ -248,10 +248,10 @@ class Sample:
         return self.mask.shape[0], self.mask.shape[1]
 
     @property
-    def camera(self) -> tuple[Float[Tensor, "3 4"], Float[Tensor, "3 3"], int, int]:
-        """`camera_to_world, K, width, height` of what is shown, before the flip."""
+    def camera(self) -> Camera:
+        """That of what is shown, before the flip."""
         window = self.augmentation.window
-        return self.view.camera_to_world, window.apply_to_K(self.view.K), window.width, window.height
+        return Camera(self.view.camera_to_world, window.apply_to_K(self.view.K), window.width, window.height)
 
 
 class TrainingViews:

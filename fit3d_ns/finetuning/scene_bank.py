@@ -169,7 +169,7 @@ def leave_view_out(
         return scene, torch.ones_like(scene.gaussians.blend_weight, dtype=torch.bool)
     device = scene.gaussians.means.device
     features_and_one = scene.features_and_one
-    info = scene.project(view.camera_to_world, view.K, view.width, view.height)
+    info = scene.activated.project(view.camera)
     blended = rasterize_features(features_and_one, info)[0]
     # (h, w, 3) -> (1, 3, h, w)
     image = capture.load_image(view).permute(2, 0, 1)[None].to(device).float() / 255.0

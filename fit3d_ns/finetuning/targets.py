@@ -135,7 +135,7 @@ class TargetRenderer:
             capture = self.views.captures[sample.draw.scene]
             scene, is_known = leave_view_out(scene, capture, sample.view, self.original)
             known_share = render_values(scene, sample, rule, is_known.float()[:, None])[..., 0]
-        rendered = scene.render_features_with_alpha(*sample.camera, sample.patch_grid, rule)
+        rendered = scene.render_features_with_alpha(sample.camera, sample.patch_grid, rule)
         confidence = rendered.alphas if config.weight_by_opacity else torch.ones_like(rendered.alphas)
         if config.leave_one_out:
             confidence = confidence * known_share / rendered.alphas.clamp(min=1e-6)
@@ -171,9 +171,10 @@ def render_values(
     scene: FeatureScene, sample: Sample, rule: TokenReadingRule, values: Float[Tensor, "num_gaussians channels"]
 ) -> Float[Tensor, "h w channels"]:
     """Values of the Gaussians, blended and read at the token grid of a sample's window, not flipped."""
-    _, _, width, height = sample.camera
-    reader = create_token_reader(width, height, sample.patch_grid, rule, neighbourhood=False, device=values.device)
-    return reader.read(reader.blend(values, scene.project(*sample.camera)))[0]
+    camera = sample.camera
+    size = (camera.width, camera.height, sample.patch_grid)
+    reader = create_token_reader(*size, rule, neighbourhood=False, device=values.device)
+    return reader.read(reader.blend(values, scene.activated.project(camera)))[0]
 
 
 def create_averages(

@@ -173,9 +173,9 @@ def save_comparison(validation: Validation, original: ComputeTokens, finetuned: 
     rows = []
     for image, row, sample in zip(images, maps, samples, strict=True):
         scene = validation.targets.bank[sample.draw.scene]
-        lifted, alphas = scene.render_coefficients(*sample.camera, basis.components, basis.mean)
+        lifted, alphas = scene.render_coefficients(sample.camera, basis.components, basis.mean)
         pictures = [draw_pca(tokens, basis, (image.shape[0], image.shape[1])) for tokens in row]
-        rows.append([image, *pictures, (map_to_colours(lifted, basis) * alphas[..., None].clamp(0.0, 1.0)).cpu()])
+        rows.append([image, *pictures, map_to_colours(lifted, basis, alphas).cpu()])
     panel = compose_panel(rows, ["photograph", "original", "fine-tuned", "lifted"], names)
     save_picture(append_legend(panel, [LegendEntry(torch.eye(3), COLOUR_WORDS)]), path)
 

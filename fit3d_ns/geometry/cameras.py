@@ -8,7 +8,7 @@ A `Lens` holds intrinsics and distortion of one photograph as stored on disk.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,17 @@ def camera_to_worlds_from_viewmats(viewmats: Float[Tensor, "*batch 4 4"]) -> Flo
     rotation = viewmats[..., :3, :3].transpose(-1, -2)
     translation = -(rotation @ viewmats[..., :3, 3:])
     return torch.cat([rotation * flip, translation], dim=-1)
+
+
+class Camera(NamedTuple):
+    """A pinhole camera to render."""
+
+    camera_to_world: Float[Tensor, "3 4"]
+    """OpenGL pose."""
+    K: Float[Tensor, "3 3"]
+    """Intrinsics in pixels of the picture."""
+    width: int
+    height: int
 
 
 def create_K(fx: float, fy: float, cx: float, cy: float) -> Float[Tensor, "3 3"]:

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis, apply_pca
 from fit3d_ns.features import compute_patch_grid
+from fit3d_ns.geometry.cameras import Camera
 from fit3d_ns.lifting.config import LiftConfig
+from fit3d_ns.lifting.token_spreading import average_over_cells, spread_tokens
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import add_normal, backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureScene, PosedCapture, View
 from fit3d_ns.scene.gaussians import ActivatedGaussians
-from fit3d_ns.scene.token_grid import average_over_cells, spread_tokens
 from fit3d_ns.utils.device import choose_budget_gb
 from fit3d_ns.utils.tensor_files import BoundedMemory
 
@@ -31,38 +32,29 @@ AVERAGING_SAMPLES = 4
 """Samples along a patch's side when features are averaged over views; more change nothing but the time."""
 
 
-@dataclass(frozen=True)
-class SampledCamera:
-    """A camera that looks at one value per square block of pixels, at the blocks' centres; all in its own pixels.
-
-    Shrinking the intrinsics moves pixel centres onto the centres of the blocks, and shrinking the blur with them keeps
-    every projected covariance what it was: the result equals the full image sampled at block centres, except where tile
-    boundaries truncate splats.
-    """
-
-    K: Float[Tensor, "3 3"]
-    width: int
-    height: int
-    eps2d: float
-
-
-def compute_stride(width: int, height: int, patch_grid: tuple[int, int], samples_per_patch: int) -> int:
+def compute_stride(camera: Camera, patch_grid: tuple[int, int], samples_per_patch: int) -> int:
     """Side of blocks of pixels of which at least `samples_per_patch` lie along a patch's side; 0 asks for pixels."""
     if samples_per_patch == 0:
         return 1
-    return max(int(min(width / patch_grid[1], height / patch_grid[0]) / samples_per_patch), 1)
+    return max(int(min(camera.width / patch_grid[1], camera.height / patch_grid[0]) / samples_per_patch), 1)
 
 
 def sample_camera(
-    view: LiftView | View, eps2d: float, patch_grid: tuple[int, int], samples_per_patch: int
-) -> SampledCamera:
-    """The camera for blocks of `compute_stride` pixels; sizes that do not divide are stretched by under a block."""
-    stride = compute_stride(view.width, view.height, patch_grid, samples_per_patch)
+    camera: Camera, eps2d: float, patch_grid: tuple[int, int], samples_per_patch: int
+) -> tuple[Camera, float]:
+    """A camera that looks at one value per square block of `compute_stride` pixels, and its blur.
+
+    Shrinking the intrinsics moves pixel centres onto the centres of the blocks, and shrinking the blur with them keeps
+    every projected covariance what it was: the result equals the full image sampled at block centres, except where tile
+    boundaries truncate splats. Sizes that do not divide are stretched by under a block.
+    """
+    stride = compute_stride(camera, patch_grid, samples_per_patch)
     if stride == 1:
-        return SampledCamera(view.K, view.width, view.height, eps2d)
-    width, height = max(round(view.width / stride), 1), max(round(view.height / stride), 1)
-    shrinkage = torch.tensor([width / view.width, height / view.height, 1.0])
-    return SampledCamera(view.K * shrinkage[:, None].to(view.K), width, height, eps2d * float(shrinkage.prod()))
+        return camera, eps2d
+    width, height = max(round(camera.width / stride), 1), max(round(camera.height / stride), 1)
+    shrinkage = torch.tensor([width / camera.width, height / camera.height, 1.0])
+    K = camera.K * shrinkage[:, None].to(camera.K)
+    return camera._replace(K=K, width=width, height=height), eps2d * float(shrinkage.prod())
 
 
 @dataclass(frozen=True)
@@ -163,10 +155,11 @@ def prepare_view(gaussians: ActivatedGaussians, view: LiftView, samples_per_patc
     """
     device = gaussians.means.device
     tokens, mask = view.read_tokens(device), view.read_mask(device)
-    camera = sample_camera(view, gaussians.eps2d, (tokens.shape[0], tokens.shape[1]), samples_per_patch)
+    grid = (tokens.shape[0], tokens.shape[1])
+    camera, eps2d = sample_camera(view.camera, gaussians.eps2d, grid, samples_per_patch)
     if mask.shape != (camera.height, camera.width):
         mask = F.adaptive_avg_pool2d(mask[None, None], (camera.height, camera.width))[0, 0]
-    info = gaussians.project(view.viewmat, camera.K, camera.width, camera.height, camera.eps2d)
+    info = gaussians.project(camera, eps2d)
     # Blending ones gives alpha.
     alphas = rasterize_features(gaussians.means.new_ones(len(gaussians), 1), info)[0, ..., 0]
     return PreparedView(info=info, alphas=alphas, mask=mask, tokens=tokens)
@@ -216,9 +209,9 @@ def average_over_views(scene: FeatureScene, capture: PosedCapture, views: Sequen
     sums = torch.zeros_like(features_and_one)
     for view in views:
         patch_grid = compute_patch_grid(view.height, view.width, scene.backbone.patch_size)
-        camera = sample_camera(view, scene.eps2d, patch_grid, AVERAGING_SAMPLES)
+        camera, eps2d = sample_camera(view.camera, scene.eps2d, patch_grid, AVERAGING_SAMPLES)
         mask = sample_mask(capture.load_valid_mask(view).to(sums.device), camera.width, camera.height)
-        info = scene.project(view.camera_to_world, camera.K, camera.width, camera.height, camera.eps2d)
+        info = scene.activated.project(camera, eps2d)
         low, alphas = rasterize_features(features_and_one, info)[0].tensor_split([-1], dim=-1)
         weights = alphas * mask[..., None]
         averaged = average_over_cells(low, weights[..., 0], patch_grid)

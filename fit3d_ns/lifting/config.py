@@ -6,7 +6,8 @@ for the size of the features, the decoder and the weighting.
 
 from dataclasses import dataclass, field
 
-from fit3d_ns.scene.token_grid import TokenReadingRule, TokenSpreadingRule
+from fit3d_ns.lifting.token_spreading import TokenSpreadingRule
+from fit3d_ns.scene.feature_decoder import TokenReadingRule
 
 
 @dataclass(frozen=True)

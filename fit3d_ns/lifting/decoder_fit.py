@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
+from fit3d_ns.lifting.token_spreading import sum_over_cells
 from fit3d_ns.scene.feature_decoder import NUM_TAPS, FeatureDecoder
-from fit3d_ns.scene.token_grid import sum_over_cells
 
 # Neighbouring pixels are nearly collinear, and the sums carry float32 rounding: below this the fit is not definite.
 _SMALLEST_RIDGE = 1e-6

@@ -16,17 +16,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fit3d_ns.lifting.token_spreading import TokenSpreadingRule, spread_tokens
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import rasterize_features
-from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.feature_decoder import FeatureDecoder, TokenReader, TokenReadingRule, create_token_reader
 from fit3d_ns.scene.gaussians import ActivatedGaussians
-from fit3d_ns.scene.token_grid import (
-    TokenReader,
-    TokenReadingRule,
-    TokenSpreadingRule,
-    create_token_reader,
-    spread_tokens,
-)
 
 COVERED = 0.5
 """Tokens with no more rendered alpha, or no more valid area, than this are not compared."""
@@ -187,7 +181,7 @@ def evaluate_features(
     valid = gaussians.find_valid()
     gaussians, features = gaussians.select(valid), features[valid]
     for view in views:
-        info = gaussians.project(view.viewmat, view.K, view.width, view.height)
+        info = gaussians.project(view.camera)
         tokens, mask = view.read_tokens(device), view.read_mask(device)
         sums += sum_view_errors(features, info, decoder, tokens, mask, mean_token, token_reading)
     metrics = FeatureMetrics.from_sums(sums)

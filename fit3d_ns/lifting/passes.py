@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
+from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.scene.gaussians import ActivatedGaussians
@@ -181,8 +182,9 @@ def compute_identity(
     gaussians: ActivatedGaussians, views: list[LiftView], config: LiftConfig, backbone: str, basis: PcaBasis | None
 ) -> dict[str, str]:
     """What the sums of a lift depend on, by the word an error message uses for it."""
-    cameras = [part for view in views for part in (view.viewmat, view.K)]
-    names = json.dumps([(view.name, view.width, view.height) for view in views])
+    poses = [viewmats_from_camera_to_worlds(view.camera.camera_to_world) for view in views]
+    cameras = [part for view, pose in zip(views, poses, strict=True) for part in (pose, view.camera.K)]
+    names = json.dumps([(view.name, view.camera.width, view.camera.height) for view in views])
     rendering = json.dumps([gaussians.rasterize_mode, gaussians.eps2d])
     given = [] if basis is None else [basis.mean, basis.components]
     return {

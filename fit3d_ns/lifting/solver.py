@@ -23,9 +23,8 @@ from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit
 from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig
 from fit3d_ns.lifting.passes import LiftState, Progress, ViewPasses, compute_identity, load_state
 from fit3d_ns.lifting.views import LiftView
-from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.feature_decoder import FeatureDecoder, create_token_reader
 from fit3d_ns.scene.gaussians import ActivatedGaussians
-from fit3d_ns.scene.token_grid import create_token_reader
 from fit3d_ns.utils.progress import PhaseTimer, notice
 from fit3d_ns.utils.selection import create_generator, select_evenly
 
@@ -94,7 +93,7 @@ def solve_features(
     """
     config = config or LiftConfig()
     patch_grid, embed_dim = _check_sizes(gaussians, views, config, basis)
-    is_sampled = compute_stride(views[0].width, views[0].height, patch_grid, config.samples_per_patch) > 1
+    is_sampled = compute_stride(views[0].camera, patch_grid, config.samples_per_patch) > 1
     is_valid = gaussians.find_valid()
     if not bool(is_valid.all()):
         notice(f"Left out {int((~is_valid).sum())} of {len(gaussians)} Gaussians that have NaN or infinite numbers.")

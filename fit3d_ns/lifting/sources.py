@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.data.layouts import read_capture
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.worlds import TRANSFORMS_NAME, WORLDS, PlyWorld, WorldChange, find_changes, read_similarity
 from fit3d_ns.rasterization import RasterizeMode
 from fit3d_ns.scene import (
@@ -94,14 +93,8 @@ class LiftSource:
     def render(self, view: View, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Colour [H, W, 3] in [0, 1] before black, and opacity [H, W]."""
         activated = self.activate(device)
-        colours, alphas = activated.render(
-            self.gaussians.to(device).colours,
-            viewmats_from_camera_to_worlds(view.camera_to_world.to(activated.means)),
-            view.K,
-            view.width,
-            view.height,
-            sh_degree=self.gaussians.sh_degree,
-        )
+        coefficients = self.gaussians.to(device).colours
+        colours, alphas = activated.render(coefficients, view.camera, sh_degree=self.gaussians.sh_degree)
         return colours.clamp(0.0, 1.0), alphas
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.data.layouts import read_capture
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.sources import LiftSource, PlyConfig, compare_with_photographs
 from fit3d_ns.lifting.surface_points import (
     SurfaceFile,
@@ -138,9 +137,7 @@ def fit_colours(
     for index in range(num_rounds):
         sums = colours.new_zeros(len(colours), 4)
         for view in track(views, f"Colours, round {index + 1}"):
-            info = activated.project(
-                viewmats_from_camera_to_worlds(view.camera_to_world), view.K, view.width, view.height
-            )
+            info = activated.project(view.camera)
             mask = capture.load_valid_mask(view).to(colours)[..., None]
             photograph = capture.load_image(view).to(colours) / 255.0
             residual = (photograph - rasterize_features(colours, info)[0]) * mask

@@ -1,6 +1,6 @@
 """`LiftView`: a camera with the tokens it saw; and which views of a capture are lifted, which only measure.
 
-`viewmat` is world-to-camera in OpenCV axes, in the world of the Gaussians and of any scale; `K` is in pixels.
+Cameras are in the world of the Gaussians, of any scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis, fit_pca
 from fit3d_ns.features import FeatureCache, FeatureKey, extract_features
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
+from fit3d_ns.geometry.cameras import Camera
 from fit3d_ns.lifting.config import LiftSceneConfig
 from fit3d_ns.scene import PosedCapture, View
 from fit3d_ns.utils.selection import select_evenly
@@ -26,10 +26,7 @@ MAX_PICTURE_TOKENS = 50_000
 class LiftView:
     """One captured view; its tokens and mask stay on disk until they are needed."""
 
-    viewmat: Float[Tensor, "4 4"]
-    K: Float[Tensor, "3 3"]
-    width: int
-    height: int
+    camera: Camera
     load_tokens: Callable[[], Float[Tensor, "h w embed"] | None]
     """Reads the original backbone's patch tokens of this view; any float type."""
     load_mask: Callable[[], Bool[Tensor, "height width"] | Float[Tensor, "height width"] | None] = lambda: None
@@ -59,11 +56,11 @@ class LiftView:
         """
         mask = self.load_mask()
         if mask is None:
-            return torch.ones(self.height, self.width, device=device)
-        if mask.shape != (self.height, self.width):
+            return torch.ones(self.camera.height, self.camera.width, device=device)
+        if mask.shape != (self.camera.height, self.camera.width):
             raise ValueError(
                 f"The mask of view {self.name!r} is {mask.shape[-1]}x{mask.shape[0]} pixels, "
-                f"its camera {self.width}x{self.height}; resize one of them."
+                f"its camera {self.camera.width}x{self.camera.height}; resize one of them."
             )
         return mask.detach().to(device=device, dtype=torch.float32)
 
@@ -80,10 +77,7 @@ def create_lift_views(
     """
     return [
         LiftView(
-            viewmat=viewmats_from_camera_to_worlds(view.camera_to_world),
-            K=view.K,
-            width=view.width,
-            height=view.height,
+            camera=view.camera,
             load_tokens=partial(load_tokens, view),
             load_mask=partial(load_mask or capture.load_valid_mask, view),
             name=view.name,

@@ -20,7 +20,6 @@ from fit3d_ns.plugin.dataset import get_feature_mask
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
-from fit3d_ns.scene.feature_scene import colour_features
 from fit3d_ns.utils.selection import create_generator
 
 FEATURE_SEED = 0
@@ -151,7 +150,8 @@ class FeatureBranch(nn.Module):
         projection = self.decoder.project(basis.components, basis.mean)
         if projection.weight.shape[0] * 9 < features.shape[1]:
             features, projection = projection.decode_before_rendering(features)
-        return colour_features(rasterize_features(features, info)[0], alpha[..., 0], projection, basis)
+        coefficients = projection(rasterize_features(features, info)[0], alpha[..., 0])
+        return map_to_colours(coefficients, basis, alpha[..., 0])
 
     @torch.no_grad()
     def draw_tokens(self, camera: Cameras, height: int, width: int) -> Float[Tensor, "height width 3"]:

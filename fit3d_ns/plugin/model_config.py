@@ -10,7 +10,7 @@ from typing import Literal
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 
 from fit3d_ns.lifting.config import LiftConfig, SolveConfig
-from fit3d_ns.scene.token_grid import TokenReadingRule
+from fit3d_ns.scene.feature_decoder import TokenReadingRule
 
 SPLATFACTO_ITERATIONS = 30_000
 

@@ -28,7 +28,7 @@ from fit3d_ns.analysis import similarity
 from fit3d_ns.analysis.pca import map_to_colours
 from fit3d_ns.analysis.pictures import compose_panel, draw_pca, save_picture, to_pixels, upscale
 from fit3d_ns.features import FeatureExtractor, create_extractor
-from fit3d_ns.geometry.cameras import create_K, viewmats_from_camera_to_worlds
+from fit3d_ns.geometry.cameras import Camera, create_K
 from fit3d_ns.rasterization.projection import rotations_from_quats
 from fit3d_ns.report.feature_figure import write_video
 from fit3d_ns.report.token_columns import average_scene, resize
@@ -195,7 +195,7 @@ class SceneViewer:
         height, kept = round(width / aspect), self.splats.opacities >= self.threshold
         focal = 0.5 * height / math.tan(0.5 * (field_of_view or _field_of_view(self.middle)))
         K, shown = create_K(focal, focal, 0.5 * width, 0.5 * height), self.splats.scene.activated.select(kept)
-        picture, alphas = shown.render(self.rgb[kept], viewmats_from_camera_to_worlds(pose), K, width, height)
+        picture, alphas = shown.render(self.rgb[kept], Camera(pose, K, width, height))
         return picture + 1.0 - alphas[..., None]
 
     def show(self, server: Any) -> None:
@@ -271,9 +271,8 @@ class SceneViewer:
                 # (h, w, 3) -> (1, 3, h, w)
                 tokens = extractor(image.permute(2, 0, 1)[None]).maps[0]
                 pictures[name] = draw_pca(tokens, pca.to("cpu"), size)
-        camera = view.camera_to_world, view.K, view.width, view.height
-        coefficients, alphas = scene.render_coefficients(*camera, pca.components[:3], pca.mean)
-        pictures["lifted"] = upscale((map_to_colours(coefficients, pca) * alphas[..., None]).cpu(), size)
+        coefficients, alphas = scene.render_coefficients(view.camera, pca.components[:3], pca.mean)
+        pictures["lifted"] = upscale(map_to_colours(coefficients, pca, alphas).cpu(), size)
         return compose_panel([[picture] for picture in pictures.values()], row_labels=list(pictures))
 
     def _visit(self, view: View, event: Any) -> None:

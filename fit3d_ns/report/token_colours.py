@@ -33,10 +33,7 @@ class PcaColours:
     def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
         """A picture of one frame of any column, of `size` (height, width)."""
         coefficients, alphas = frame.project(self.basis.components, self.basis.mean)
-        colours = map_to_colours(coefficients, self.basis)
-        if alphas is not None:
-            colours = colours * alphas[..., None].clamp(0.0, 1.0)
-        return upscale(colours, size)
+        return upscale(map_to_colours(coefficients, self.basis, alphas), size)
 
     def describe(self) -> dict[str, Any]:
         """Share of the variance that the colours show."""

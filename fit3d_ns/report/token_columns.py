@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fit3d_ns.data.images import load_image
 from fit3d_ns.features import compute_patch_grid, create_extractor
-from fit3d_ns.geometry.cameras import resize_Ks
+from fit3d_ns.geometry.cameras import Camera, resize_Ks
 from fit3d_ns.lifting.blending import average_over_views
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.scene import FeatureScene, PosedCapture, View, load_scene
@@ -232,9 +232,9 @@ def _render(group: ComparedBackbones, image: FigureImage, dtype: torch.dtype) ->
         scene, view = scene_view.scene, scene_view.view
         if _is_lifted_from(group, scene):
             K = resize_Ks(view.K, (view.width, view.height), (width, height))
-            camera = view.camera_to_world, K, width, height
-            rendered = scene.render_features_with_alpha(*camera, patch_grid)
-            draw = partial(scene_view.get_averaged().render_coefficients, *camera)
+            camera = Camera(view.camera_to_world, K, width, height)
+            rendered = scene.render_features_with_alpha(camera, patch_grid)
+            draw = partial(scene_view.get_averaged().render_coefficients, camera)
             return FrameTokens(rendered.features.to("cpu", dtype), rendered.alphas.cpu(), draw)
     return None
 

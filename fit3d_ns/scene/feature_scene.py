@@ -1,6 +1,6 @@
 """`FeatureScene`: a lifted scene that renders colour, depth and backbone features from any camera.
 
-Cameras are `camera_to_world` [3, 4], OpenGL, in the scene's frame (the training frame), and pinhole `K` [3, 3] in px.
+Cameras are in the scene's frame (the training frame).
 Nothing here needs nerfstudio or the ViT. Rendering takes no gradients: a scene is a teacher.
 """
 
@@ -16,15 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.correspondence import DepthView
-from fit3d_ns.analysis.pca import PcaBasis, map_to_colours
+from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
+from fit3d_ns.geometry.cameras import Camera
 from fit3d_ns.rasterization import RasterizeMode, rasterize_features
-from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.feature_decoder import FeatureDecoder, TokenReadingRule, create_token_reader
 from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
 from fit3d_ns.scene.photograph_roots import check_root
 from fit3d_ns.scene.posed_capture import PosedCapture, View
-from fit3d_ns.scene.token_grid import TokenReadingRule, create_token_reader
 from fit3d_ns.utils.tensor_files import TensorFile
 
 MIN_DEPTH_ALPHA = 0.5
@@ -133,20 +132,15 @@ class FeatureScene:
         self, camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"], width: int, height: int
     ) -> Float[Tensor, "height width 3"]:
         """Colour in [0, 1] before a black background; without stored SH it does not depend on the direction."""
-        viewmat = self._compute_viewmat(camera_to_world)
-        renders, _ = self.activated.render(
-            self.gaussians.colours, viewmat, K, width, height, sh_degree=self.gaussians.sh_degree
-        )
+        camera = Camera(camera_to_world, K, width, height)
+        renders, _ = self.activated.render(self.gaussians.colours, camera, sh_degree=self.gaussians.sh_degree)
         return renders.clamp(0.0, 1.0)
 
     @torch.no_grad()
-    def render_depth(
-        self, camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"], width: int, height: int
-    ) -> tuple[Float[Tensor, "height width"], Float[Tensor, "height width"]]:
+    def render_depth(self, camera: Camera) -> tuple[Float[Tensor, "height width"], Float[Tensor, "height width"]]:
         """Expected z-depth in units of the frame, 0 where nothing is, and accumulated opacity."""
-        viewmat = self._compute_viewmat(camera_to_world)
         nothing = self.activated.means.new_zeros(len(self.activated), 1)
-        depth, alphas = self.activated.render(nothing, viewmat, K, width, height, render_mode="ED")
+        depth, alphas = self.activated.render(nothing, camera, render_mode="ED")
         return torch.where(alphas > 0, depth[..., 0], 0.0), alphas
 
     def render_features(
@@ -165,62 +159,39 @@ class FeatureScene:
             size: Token grid (h, w).
             token_reading: How a token reads the picture; the lift's own rule by default.
         """
-        return self.render_features_with_alpha(camera_to_world, K, width, height, size, token_reading).features
+        camera = Camera(camera_to_world, K, width, height)
+        return self.render_features_with_alpha(camera, size, token_reading).features
 
     @torch.no_grad()
     def render_features_with_alpha(
-        self,
-        camera_to_world: Float[Tensor, "3 4"],
-        K: Float[Tensor, "3 3"],
-        width: int,
-        height: int,
-        size: tuple[int, int],
-        token_reading: TokenReadingRule | None = None,
+        self, camera: Camera, size: tuple[int, int], token_reading: TokenReadingRule | None = None
     ) -> RenderedFeatures:
         """As `render_features`, with the accumulated opacity of each token."""
         size = (int(size[0]), int(size[1]))
         rule = token_reading or self.token_reading
-        reader = create_token_reader(width, height, size, rule, device=self.gaussians.means.device)
-        blended = reader.blend(self.features_and_one, self.project(camera_to_world, K, width, height))[0]
+        reader = create_token_reader(camera.width, camera.height, size, rule, device=self.gaussians.means.device)
+        blended = reader.blend(self.features_and_one, self.activated.project(camera))[0]
         low, alphas = blended[:, :-1], blended[:, -1]
         features = self.decoder.decode_pixels(low[None], alphas[None], reader)[0]
         return RenderedFeatures(features, reader.read(alphas[:, None])[..., 0])
 
     @torch.no_grad()
     def render_features_low(
-        self, camera_to_world: Float[Tensor, "3 4"], K: Float[Tensor, "3 3"], width: int, height: int
+        self, camera: Camera
     ) -> tuple[Float[Tensor, "height width dim"], Float[Tensor, "height width"]]:
         """The blended features before the decoder at every pixel, and accumulated opacity."""
-        info = self.project(camera_to_world, K, width, height)
-        blended = rasterize_features(self.features_and_one, info)[0]
+        blended = rasterize_features(self.features_and_one, self.activated.project(camera))[0]
         return blended[..., :-1], blended[..., -1]
 
     def render_coefficients(
-        self,
-        camera_to_world: Float[Tensor, "3 4"],
-        K: Float[Tensor, "3 3"],
-        width: int,
-        height: int,
-        components: Float[Tensor, "components embed"],
-        mean: Float[Tensor, " embed"],
+        self, camera: Camera, components: Float[Tensor, "components embed"], mean: Float[Tensor, " embed"]
     ) -> tuple[Float[Tensor, "height width components"], Float[Tensor, "height width"]]:
         """Coefficients of the backbone features in a basis, at every pixel, and accumulated opacity.
 
         A few channels for pictures as sharp as the Gaussians are, without ever decoding all; empty pixels are zero.
         """
-        low, alphas = self.render_features_low(camera_to_world, K, width, height)
+        low, alphas = self.render_features_low(camera)
         return self.decoder.project(components.to(low), mean.to(low))(low, alphas).detach(), alphas
-
-    def project(
-        self,
-        camera_to_world: Float[Tensor, "3 4"],
-        K: Float[Tensor, "3 3"],
-        width: int,
-        height: int,
-        eps2d: float | None = None,
-    ) -> dict[str, Any]:
-        """As `ActivatedGaussians.project`, for a camera as this class has them."""
-        return self.activated.project(self._compute_viewmat(camera_to_world), K, width, height, eps2d)
 
     def capture(self, data_root: Path | None = None) -> PosedCapture:
         """The captured views with paths that exist; a capture that was moved since is in `data_root`.
@@ -241,9 +212,6 @@ class FeatureScene:
             )
         return capture
 
-    def _compute_viewmat(self, camera_to_world: Float[Tensor, "3 4"]) -> Float[Tensor, "4 4"]:
-        return viewmats_from_camera_to_worlds(camera_to_world.to(self.gaussians.means))
-
 
 def create_depth_view(capture: PosedCapture, view: View, get_scene: Callable[[], FeatureScene] | None) -> DepthView:
     """Depth, camera and valid mask of a view, on the CPU, in the unit of the poses.
@@ -255,7 +223,7 @@ def create_depth_view(capture: PosedCapture, view: View, get_scene: Callable[[],
     if depth is not None and capture.metric_scale is not None:
         depth = depth * capture.metric_scale
     elif get_scene is not None:
-        rendered, alphas = get_scene().render_depth(view.camera_to_world, view.K, view.width, view.height)
+        rendered, alphas = get_scene().render_depth(view.camera)
         depth = torch.where(alphas >= MIN_DEPTH_ALPHA, rendered, 0.0).cpu()
     else:
         raise ValueError(
@@ -263,14 +231,3 @@ def create_depth_view(capture: PosedCapture, view: View, get_scene: Callable[[],
             "scene file."
         )
     return DepthView(depth, view.K, view.camera_to_world, capture.load_valid_mask(view))
-
-
-def colour_features(
-    features_low: Float[Tensor, "height width dim"],
-    alphas: Float[Tensor, "height width"],
-    projection: FeatureDecoder,
-    basis: PcaBasis,
-) -> Float[Tensor, "height width 3"]:
-    """PCA colours of rendered features, by a decoder projected to the basis; black where nothing is."""
-    coefficients = projection(features_low, alphas)
-    return map_to_colours(coefficients, basis) * alphas[..., None].clamp(0.0, 1.0)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from fit3d_ns.geometry.cameras import Camera, viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import RasterizeMode, project, rasterization
 
 # torch's uint16 lacks arithmetic, so counts are int32 in memory and uint16 in the file.
@@ -224,24 +225,14 @@ class ActivatedGaussians:
         means, quats, scales, opacities = (tensor[keep] for tensor in self.geometry)
         return replace(self, means=means, quats=quats, scales=scales, opacities=opacities)
 
-    def project(
-        self,
-        viewmat: Float[Tensor, "4 4"],
-        K: Float[Tensor, "3 3"],
-        width: int,
-        height: int,
-        eps2d: float | None = None,
-    ) -> dict[str, Any]:
+    def project(self, camera: Camera, eps2d: float | None = None) -> dict[str, Any]:
         """The Gaussians as a camera sees them, for `rasterize_features` and `backproject_features`.
 
-        The camera is world-to-camera in OpenCV axes, K in pixels; `eps2d` is another blur than the Gaussians' own.
+        `eps2d` is another blur than the Gaussians' own.
         """
         return project(
             *self.geometry,
-            viewmat[None].to(self.means),
-            K[None].to(self.means),
-            width,
-            height,
+            *self._batch(camera),
             rasterize_mode=self.rasterize_mode,
             eps2d=self.eps2d if eps2d is None else eps2d,
         )
@@ -249,10 +240,7 @@ class ActivatedGaussians:
     def render(
         self,
         colours: Float[Tensor, "num_gaussians *channels"],
-        viewmat: Float[Tensor, "4 4"],
-        K: Float[Tensor, "3 3"],
-        width: int,
-        height: int,
+        camera: Camera,
         *,
         sh_degree: int | None = None,
         render_mode: Literal["RGB", "ED"] = "RGB",
@@ -264,13 +252,15 @@ class ActivatedGaussians:
         renders, alphas, _ = rasterization(
             *self.geometry,
             colours,
-            viewmat[None].to(self.means),
-            K[None].to(self.means),
-            width,
-            height,
+            *self._batch(camera),
             sh_degree=sh_degree,
             render_mode=render_mode,
             rasterize_mode=self.rasterize_mode,
             eps2d=self.eps2d,
         )
         return renders[0], alphas[0, ..., 0]
+
+    def _batch(self, camera: Camera) -> tuple[Tensor, Tensor, int, int]:
+        """A batch of one camera as the rasterizer takes it: world-to-camera in OpenCV axes."""
+        viewmat = viewmats_from_camera_to_worlds(camera.camera_to_world.to(self.means))
+        return viewmat[None], camera.K[None].to(self.means), camera.width, camera.height

@@ -30,7 +30,7 @@ from fit3d_ns.data.images import (
     load_rgba,
     read_image_header,
 )
-from fit3d_ns.geometry.cameras import MAX_PIXELS, Lens, transform_camera_to_worlds
+from fit3d_ns.geometry.cameras import MAX_PIXELS, Camera, Lens, transform_camera_to_worlds
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.utils.progress import notice_once
 
@@ -54,6 +54,10 @@ class View:
     """`test` views never train anything."""
     frame: Frame
     """The photograph on disk, with its own lens and its pose in the dataset's world."""
+
+    @property
+    def camera(self) -> Camera:
+        return Camera(self.camera_to_world, self.K, self.width, self.height)
 
     @property
     def lens(self) -> Lens:

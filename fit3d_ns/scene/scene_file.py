@@ -15,12 +15,11 @@ import torch
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription
 from fit3d_ns.rasterization import RasterizeMode
-from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene.feature_decoder import FeatureDecoder, TokenReadingRule
 from fit3d_ns.scene.feature_scene import FeatureScene
 from fit3d_ns.scene.gaussians import STORED_DTYPES, Gaussians
 from fit3d_ns.scene.photograph_roots import confirm_root
 from fit3d_ns.scene.posed_capture import parse_capture, record_capture
-from fit3d_ns.scene.token_grid import TokenReadingRule
 from fit3d_ns.utils.files import parse_json
 from fit3d_ns.utils.tensor_files import TensorFile, open_tensors, save_tensors
 

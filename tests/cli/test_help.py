@@ -26,7 +26,8 @@ class Nothing:
 
 def capture_call(name):
     module = importlib.import_module(f"fit3d_ns.cli.{name}")
-    with patch.object(module, "run_command") as called:
+    # Where it is called from: a command's own module, or that which makes its `main`.
+    with patch.object(module if hasattr(module, "run_command") else command_module, "run_command") as called:
         module.main([])
     return called.call_args
 

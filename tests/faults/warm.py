@@ -20,4 +20,4 @@ Image.init()
 with tempfile.TemporaryDirectory() as _folder, torch.no_grad():
     _scene = create_scene(Path(_folder))
     _view = _scene.posed_capture.views[0]
-    _scene.render_depth(_view.camera_to_world, _view.K, 16, 12)
+    _scene.render_depth(_view.camera._replace(width=16, height=12))

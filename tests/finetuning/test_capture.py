@@ -137,7 +137,7 @@ def test_novel_views__targets_come_from_a_scene_that_was_lifted_without_them(tmp
         sample = views.load_sample(Draw(0, 0, index), PLAIN, PATCH, 0, "bilinear")
         scene, view = bank[0], sample.view
         assert view.K[0, 2] != pytest.approx(WIDTH / 2, abs=0.1)
-        low, alphas = scene.render_features_low(view.camera_to_world, view.K, view.width, view.height)
+        low, alphas = scene.render_features_low(view.camera)
         decoded = F.conv2d(low.permute(2, 0, 1)[None], scene.decoder.weight, padding=1)
         if scene.decoder.bias is not None:
             decoded = decoded + scene.decoder.bias[:, None, None] * alphas

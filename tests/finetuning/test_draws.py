@@ -21,6 +21,7 @@ from fit3d_ns.finetuning.draws import (
     create_order,
     draw_augmentation,
 )
+from fit3d_ns.geometry.cameras import Camera
 from fit3d_ns.scene import read_at_tokens
 from tests.finetuning.finetuning_scene import HEIGHT, PATCH, WIDTH, create_scene
 
@@ -231,9 +232,9 @@ def test_crop__target_of_a_cropped_camera_is_the_crop_of_the_full_rendering(tmp_
     # Splats of few pixels: large ones beside the crop are linearised elsewhere, by gsplat's rule for narrow cameras.
     small = replace(scene.gaussians, log_scales=torch.full_like(scene.gaussians.log_scales, -2.8))
     scene, view = replace(scene, gaussians=small), scene.posed_capture.views[0]
-    full, _ = scene.render_features_low(view.camera_to_world, view.K, view.width, view.height)
+    full, _ = scene.render_features_low(view.camera)
     # A corner on the grid of 16 x 16 tiles, where splats are cut.
     window = ImageWindow(left=16, top=0, crop_width=24, crop_height=32, width=24, height=32)
-    cropped, _ = scene.render_features_low(view.camera_to_world, window.apply_to_K(view.K), 24, 32)
+    cropped, _ = scene.render_features_low(Camera(view.camera_to_world, window.apply_to_K(view.K), 24, 32))
     assert float(full[:, 16:].abs().max()) > 0.5
     torch.testing.assert_close(cropped, full[:, 16:], rtol=0.0, atol=2e-3)

@@ -123,9 +123,7 @@ def blend(scene, means, scales, view):
         **{name: value[:1] for name, value in scene.gaussians.tensors().items()}
         | {"means": means[:1], "log_scales": scales[:1]},
     )
-    _, alphas = replace(scene, gaussians=alone).render_features_low(
-        view.camera_to_world, view.K, view.width, view.height
-    )
+    _, alphas = replace(scene, gaussians=alone).render_features_low(view.camera)
     return alphas
 
 

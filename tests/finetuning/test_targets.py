@@ -41,7 +41,7 @@ def load(views, targets, view=0, augmentation=PLAIN, epoch=0):
 def render_literally(scene, sample):
     """Full-size rendering, 3x3 convolution, F.interpolate without antialias (public code)."""
     view, grid = sample.view, sample.patch_grid
-    low, alphas = scene.render_features_low(view.camera_to_world, view.K, view.width, view.height)
+    low, alphas = scene.render_features_low(view.camera)
     bias = scene.decoder.bias
     decoded = F.conv2d(low.permute(2, 0, 1)[None], scene.decoder.weight, padding=1)
     if bias is not None:
@@ -70,7 +70,7 @@ def test_target__area_reading_averages_each_patch(tmp_path):
     bank, views, targets = open_scene(save_new_scene(tmp_path), config)
     sample = load(views, targets)
     scene, view = bank[0], sample.view
-    low, alphas = scene.render_features_low(view.camera_to_world, view.K, view.width, view.height)
+    low, alphas = scene.render_features_low(view.camera)
     decoded = scene.decoder(low, alphas).detach()
     expected = decoded.unflatten(1, (-1, PATCH)).unflatten(0, (-1, PATCH)).mean(dim=(1, 3))
     torch.testing.assert_close(targets.render(sample).features, expected, rtol=1e-4, atol=1e-4)

@@ -59,7 +59,7 @@ def test_first_step__is_masked_l1_written_out(scenes, tmp_path):
         scene = load_scene(scenes[draw.scene])
         view = scene.posed_capture.select("train")[draw.view]
         image = scene.posed_capture.load_image(view).permute(2, 0, 1)[None].float() / 255.0
-        low, alphas = scene.render_features_low(view.camera_to_world, view.K, view.width, view.height)
+        low, alphas = scene.render_features_low(view.camera)
         full = scene.decoder(low, alphas).detach().permute(2, 0, 1)[None]
         grid = (view.height // 8, view.width // 8)
         target = F.interpolate(full, size=grid, mode="bilinear", align_corners=False)

@@ -44,7 +44,7 @@ def test_validation__is_the_weighted_mean_over_all_tokens_of_all_views(bank):
             image = scene.posed_capture.load_image(view).permute(2, 0, 1)[None].float() / 255.0
             tokens = extractor(image).maps[0]
             grid = tuple(tokens.shape[:2])
-            rendered = scene.render_features_with_alpha(view.camera_to_world, view.K, view.width, view.height, grid)
+            rendered = scene.render_features_with_alpha(view.camera, grid)
             mask = scene.posed_capture.load_valid_mask(view).float()[None, None]
             weights = F.interpolate(mask, size=grid, mode="bilinear")[0, 0] * rendered.alphas
             l1 += float(((tokens - rendered.features).abs().mean(dim=-1) * weights).sum())
@@ -65,7 +65,7 @@ def test_validation__consistency_of_one_scene_is_the_analysis_on_rendered_depth(
         view = scene.posed_capture.views[index]
         image = scene.posed_capture.load_image(view).permute(2, 0, 1)[None].float() / 255.0
         maps.append(extractor(image).maps[0])
-        depth, alphas = scene.render_depth(view.camera_to_world, view.K, view.width, view.height)
+        depth, alphas = scene.render_depth(view.camera)
         depth = torch.where(alphas >= MIN_DEPTH_ALPHA, depth, 0.0)
         mask = scene.posed_capture.load_valid_mask(view)
         depth_views.append(DepthView(depth, view.K, view.camera_to_world, mask))
@@ -102,7 +102,7 @@ def test_validation__takes_measured_depth_where_the_capture_has_it(tmp_path):
         capture_used, bank = validation.targets.views.captures[0], validation.targets.bank
         view, found = sample.view, create_depth_view(capture_used, sample.view, lambda bank=bank: bank.get_geometry(0))
         if expected is None:
-            depth, alphas = scene.render_depth(view.camera_to_world, view.K, WIDTH, HEIGHT)
+            depth, alphas = scene.render_depth(view.camera._replace(width=WIDTH, height=HEIGHT))
             expected = torch.where(alphas >= MIN_DEPTH_ALPHA, depth, 0.0)
         torch.testing.assert_close(found.depth, expected, rtol=1e-3, atol=1e-3)
         assert torch.equal(found.valid_mask, capture.load_valid_mask(view))

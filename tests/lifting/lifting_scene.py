@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fit3d_ns.geometry.cameras import Camera, camera_to_worlds_from_viewmats, viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import rasterization, rasterize_features
 from fit3d_ns.scene import ActivatedGaussians
@@ -35,10 +36,7 @@ def create_views(num_views: int = 4, seed: int = 1, with_masks: bool = True) -> 
         mask[: 3 + index, :5] = False
         views.append(
             LiftView(
-                viewmat=viewmat,
-                K=K,
-                width=WIDTH,
-                height=HEIGHT,
+                camera=Camera(camera_to_worlds_from_viewmats(viewmat), K, WIDTH, HEIGHT),
                 load_tokens=lambda tokens=tokens: tokens,
                 load_mask=(lambda mask=mask: mask) if with_masks else (lambda: None),
                 name=f"frame_{index}.png",
@@ -56,10 +54,10 @@ def compute_dense_blending(gaussians: ActivatedGaussians, view: LiftView) -> tup
         gaussians.scales,
         gaussians.opacities,
         torch.zeros(num_gaussians, 3),
-        view.viewmat[None],
-        view.K[None],
-        view.width,
-        view.height,
+        viewmats_from_camera_to_worlds(view.camera.camera_to_world)[None],
+        view.camera.K[None],
+        view.camera.width,
+        view.camera.height,
         backend="reference",
     )
     return rasterize_features(torch.eye(num_gaussians), info)[0].double(), alphas[0, ..., 0].double()

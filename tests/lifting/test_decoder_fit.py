@@ -8,7 +8,7 @@ from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, fit_decoder, fit_token_basis
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.scene import FeatureDecoder
-from fit3d_ns.scene.token_grid import create_token_reader
+from fit3d_ns.scene.feature_decoder import create_token_reader
 
 WIDTH, HEIGHT, GRID = 30, 24, (8, 10)
 

@@ -72,7 +72,7 @@ def test_lift_scene__figures_are_those_of_the_file(scene, cache, tmp_path):
         image = loaded.posed_capture.load_image(view)
         tokens = cache.load(compute_feature_key(image)).float()
         size = (tokens.shape[0], tokens.shape[1])
-        rendered = loaded.render_features_with_alpha(view.camera_to_world, view.K, view.width, view.height, size)
+        rendered = loaded.render_features_with_alpha(view.camera, size)
         covered = rendered.alphas > 0.5
         cosines.append(torch.nn.functional.cosine_similarity(rendered.features, tokens, dim=-1)[covered])
     assert float(torch.cat(cosines).mean()) == pytest.approx(scene.metrics["feature_cosine"], abs=1e-4)

@@ -102,9 +102,10 @@ def test_solve_features__equals_dense_least_squares(gaussians, views, rule):
 def test_prepare_view__samples_at_block_centres(gaussians, views):
     for view in views:
         # Moved half a pixel, the even pixels of the whole picture lie where the centres of its 2x2 blocks were.
-        shifted = view.K.clone()
+        shifted = view.camera.K.clone()
         shifted[:2, 2] -= 0.5
-        expected = compute_dense_blending(gaussians, replace(view, K=shifted))[1].float()[::2, ::2]
+        moved = replace(view, camera=view.camera._replace(K=shifted))
+        expected = compute_dense_blending(gaussians, moved)[1].float()[::2, ::2]
         sampled = prepare_view(gaussians, view, samples_per_patch=2)
         # Lists of Gaussians per tile end at 3 sigma, and tiles lie elsewhere: up to 0.011 of an opaque Gaussian.
         torch.testing.assert_close(sampled.alphas, expected, rtol=0.0, atol=0.015)

@@ -57,10 +57,8 @@ def measure_depth_errors(source, room: Path) -> tuple[np.ndarray, float]:
     exact = create_posed_capture(read_capture(room))
     errors, alphas = [], []
     for view in source.capture.select("test"):
-        viewmat = viewmats_from_camera_to_worlds(view.camera_to_world)
-        drawn, alpha = source.activate().render(
-            torch.zeros(source.gaussians.num_gaussians, 1), viewmat, view.K, view.width, view.height, render_mode="ED"
-        )
+        nothing = torch.zeros(source.gaussians.num_gaussians, 1)
+        drawn, alpha = source.activate().render(nothing, view.camera, render_mode="ED")
         true = exact.load_depth(exact.name_to_view[view.name])
         covered = alpha > 0.5
         errors.append(((drawn[..., 0] / source.capture.dataparser_scale - true).abs() / true)[covered])

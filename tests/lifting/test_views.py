@@ -2,7 +2,7 @@ import torch
 
 from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.data.images import save_image
-from fit3d_ns.geometry.cameras import Lens, project_points
+from fit3d_ns.geometry.cameras import Lens, project_points, viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.views import create_lift_views
@@ -24,10 +24,12 @@ def test_create_lift_views__cameras_masks_and_tokens_of_the_capture(tmp_path):
     tokens = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 
     (view,) = create_lift_views(capture, capture.select("train"), lambda view: tokens)
-    assert view.name == "a.png" and (view.width, view.height) == (24, 16)
+    assert view.name == "a.png" and (view.camera.width, view.camera.height) == (24, 16)
     assert torch.equal(view.load_mask(), mask[..., 0] == 255)
     assert view.load_tokens() is tokens
-    pixels, depths = project_points(torch.tensor([[0.2, 0.1, 2.0]]), view.viewmat, view.K)
+    pixels, depths = project_points(
+        torch.tensor([[0.2, 0.1, 2.0]]), viewmats_from_camera_to_worlds(view.camera.camera_to_world), view.camera.K
+    )
     torch.testing.assert_close(pixels, torch.tensor([[11.0, 8.5 + 29.0 * 0.05]]))
     torch.testing.assert_close(depths, torch.tensor([2.0]))
 

@@ -53,9 +53,7 @@ def measure_scene(scene: FeatureScene) -> tuple[float, float]:
     for view in capture.select("test"):
         image = capture.load_image(view).float().permute(2, 0, 1)[None] / 255
         tokens = extractor(image).maps[0]
-        rendered = scene.render_features_with_alpha(
-            view.camera_to_world, view.K, view.width, view.height, size=(tokens.shape[0], tokens.shape[1])
-        )
+        rendered = scene.render_features_with_alpha(view.camera, size=(tokens.shape[0], tokens.shape[1]))
         covered = rendered.alphas > 0.5
         predicted, truth = rendered.features[covered].numpy(), tokens[covered].numpy()
         norms = np.linalg.norm(predicted, axis=1) * np.linalg.norm(truth, axis=1)

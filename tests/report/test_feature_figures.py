@@ -132,7 +132,7 @@ def test_extract_columns__are_the_extractors_tokens_and_the_scenes(tmp_path: Pat
     # A scene is drawn by pixels: decoding them all and then projecting gives the same colours.
     colours = fit_pca_colours(columns)
     scene, basis = images[1].scene_views[0].get_averaged(), colours.basis
-    low, alphas = scene.render_features_low(view.camera_to_world, view.K, WIDTH, HEIGHT)
+    low, alphas = scene.render_features_low(view.camera._replace(width=WIDTH, height=HEIGHT))
     decoded = scene.decoder(low, alphas).detach() - alphas[..., None] * basis.mean
     sharp = map_to_colours(decoded @ basis.components.T, basis) * alphas[..., None].clamp(0.0, 1.0)
     picture = colours.paint(2, columns[2].frames[1], (HEIGHT, WIDTH))

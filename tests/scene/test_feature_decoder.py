@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fit3d_ns.scene.feature_decoder import FeatureDecoder
-from fit3d_ns.scene.token_grid import create_token_reader, read_at_tokens
+from fit3d_ns.scene.feature_decoder import FeatureDecoder, create_token_reader, read_at_tokens
 
 SIZES = [
     ((12, 18), (3, 4)),

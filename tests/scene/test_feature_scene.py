@@ -33,10 +33,6 @@ def blend_literally(scene, colours, view):
     return images[0], alphas[0, ..., 0]
 
 
-def camera_of(view):
-    return view.camera_to_world, view.K, view.width, view.height
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mode", ["classic", "antialiased"])
 def test_render_features__equals_full_resolution_decoding_then_bilinear(make_scene, bias, mode):
@@ -48,11 +44,11 @@ def test_render_features__equals_full_resolution_decoding_then_bilinear(make_sce
     if bias:
         high = high + scene.decoder.bias[:, None, None] * alphas
     expected = F.interpolate(high, size=SIZE, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
-    rendered = scene.render_features_with_alpha(*camera_of(view), SIZE)
+    rendered = scene.render_features_with_alpha(view.camera, SIZE)
     torch.testing.assert_close(rendered.features, expected.detach(), rtol=1e-4, atol=1e-4)
     expected_alphas = F.interpolate(alphas[None, None], size=SIZE, mode="bilinear", align_corners=False)[0, 0]
     torch.testing.assert_close(rendered.alphas, expected_alphas, rtol=1e-4, atol=1e-5)
-    assert torch.equal(scene.render_features(*camera_of(view), SIZE), rendered.features)
+    assert torch.equal(scene.render_features(*view.camera, SIZE), rendered.features)
 
 
 def test_render_features__reads_tokens_as_the_lift_did(make_scene):
@@ -62,8 +58,8 @@ def test_render_features__reads_tokens_as_the_lift_did(make_scene):
     high = scene.decoder(low, alphas).detach()
     # 40 x 30 pixels at 4 x 3 tokens: every token averages 10 x 10 pixels.
     expected = high.reshape(3, 10, 4, 10, -1).mean(dim=(1, 3))
-    torch.testing.assert_close(scene.render_features(*camera_of(view), SIZE), expected, rtol=1e-4, atol=1e-4)
-    bilinear = scene.render_features(*camera_of(view), SIZE, token_reading="bilinear")
+    torch.testing.assert_close(scene.render_features(*view.camera, SIZE), expected, rtol=1e-4, atol=1e-4)
+    bilinear = scene.render_features(*view.camera, SIZE, token_reading="bilinear")
     assert not torch.allclose(bilinear, expected, atol=1e-2)
 
 
@@ -72,7 +68,7 @@ def test_render_features__is_zero_where_nothing_is(make_scene):
     view = scene.posed_capture.views[0]
     turned = view.camera_to_world.clone()
     turned[:, :3] = turned[:, :3] @ torch.diag(torch.tensor([-1.0, 1.0, -1.0]))
-    rendered = scene.render_features_with_alpha(turned, view.K, view.width, view.height, SIZE)
+    rendered = scene.render_features_with_alpha(view.camera._replace(camera_to_world=turned), SIZE)
     assert torch.equal(rendered.features, torch.zeros(*SIZE, 7))
     assert torch.equal(rendered.alphas, torch.zeros(*SIZE))
 
@@ -82,14 +78,14 @@ def test_render_rgb__constant_colour_is_half_plus_the_coefficient(make_scene):
     view = scene.posed_capture.views[1]
     colours = (0.5 + scene.gaussians.sh_dc.float() / (2 * math.sqrt(math.pi))).clamp_min(0.0)
     expected, _ = blend_literally(scene, colours, view)
-    torch.testing.assert_close(scene.render_rgb(*camera_of(view)), expected.clamp(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scene.render_rgb(*view.camera), expected.clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_render_rgb__harmonics_change_the_picture(make_scene):
     with_harmonics = make_scene(sh_degree=2)
     view = with_harmonics.posed_capture.views[0]
     constant = replace(with_harmonics, gaussians=replace(with_harmonics.gaussians, sh_rest=None))
-    difference = with_harmonics.render_rgb(*camera_of(view)) - constant.render_rgb(*camera_of(view))
+    difference = with_harmonics.render_rgb(*view.camera) - constant.render_rgb(*view.camera)
     assert difference.abs().max() > 0.01
 
 
@@ -104,7 +100,7 @@ def test_render_depth__of_one_opaque_gaussian_is_its_distance(make_scene):
         features=torch.zeros(1, 5),
     )
     view = scene.posed_capture.views[0]
-    depth, alphas = replace(scene, gaussians=one).render_depth(*camera_of(view))
+    depth, alphas = replace(scene, gaussians=one).render_depth(view.camera)
     # The camera stands at z = 2 and looks along -z.
     torch.testing.assert_close(depth[alphas > 0], torch.full_like(depth[alphas > 0], 3.0), rtol=1e-4, atol=1e-5)
     assert (depth[alphas == 0] == 0).all() and (alphas > 0.9).any()
@@ -113,7 +109,7 @@ def test_render_depth__of_one_opaque_gaussian_is_its_distance(make_scene):
 def test_render_features_low__equals_blending(make_scene):
     scene = make_scene()
     view = scene.posed_capture.views[2]
-    low, alphas = scene.render_features_low(*camera_of(view))
+    low, alphas = scene.render_features_low(view.camera)
     expected, expected_alphas = blend_literally(scene, scene.gaussians.features.float(), view)
     torch.testing.assert_close(low, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(alphas, expected_alphas, rtol=1e-4, atol=1e-5)
@@ -150,4 +146,4 @@ def test_activated__is_made_once_and_to_keeps_the_values(make_scene):
     assert scene.activated is scene.activated
     moved = scene.to("cpu")
     view = scene.posed_capture.views[0]
-    assert torch.equal(moved.render_rgb(*camera_of(view)), scene.render_rgb(*camera_of(view)))
+    assert torch.equal(moved.render_rgb(*view.camera), scene.render_rgb(*view.camera))

@@ -9,6 +9,11 @@ from fit3d_ns.probing.datasets import ade20k_voc, folders, nyu_kitti, scannet
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, ProbeTask
 
 LabelledLayout = Literal["scannetpp", "scannet", "nyu", "kitti", "ade20k", "voc", "folder", "imagefolder"]
+_TASKS: dict[LabelledLayout, tuple[ProbeTask, ...]] = {
+    **dict.fromkeys(("scannetpp", "scannet", "nyu", "folder"), ("segmentation", "depth")),
+    **{"kitti": ("depth",), "ade20k": ("segmentation",), "voc": ("segmentation",), "imagefolder": ("classification",)},
+}
+"""What each layout has targets for."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ def read_labelled_set(
     """
     path, options = Path(path), options or LabelledOptions()
     layout = find_labelled_layout(path, task) if options.layout == "auto" else options.layout
+    if task not in _TASKS[layout]:
+        raise ValueError(f"{path} is read as {layout}, which has no {task} but {' and '.join(_TASKS[layout])}.")
     if layout == "scannetpp":
         return scannet.read_scannetpp_labelled(path, split, task, options.max_depth)
     part: LabelledSplit = split or "train"
@@ -94,11 +101,12 @@ def read_labelled_set(
         return folders.read_folder(path, part, task, options.depth_scale, options.max_depth)
     if layout == "nyu":
         return nyu_kitti.read_nyu(path, part, task, options.nyu_classes or 13)
+    if layout == "scannet":
+        return scannet.read_scannet(path, part, task)
     readers = {
-        "scannet": scannet.read_scannet,
         "kitti": nyu_kitti.read_kitti,
         "ade20k": ade20k_voc.read_ade20k,
         "voc": ade20k_voc.read_voc,
         "imagefolder": folders.read_image_folder,
     }
-    return readers[layout](path, part, task)
+    return readers[layout](path, part)

@@ -11,7 +11,6 @@ from fit3d_ns.probing.datasets.frames import (
     LabelledSet,
     LabelledSplit,
     LabelTable,
-    ProbeTask,
     create_frame,
     create_zero_ignoring_table,
     read_lines,
@@ -30,10 +29,8 @@ def find_ade20k(root: Path) -> Path | None:
     return next((at for at in folders if (at / "annotations").is_dir() and (at / "objectInfo150.txt").is_file()), None)
 
 
-def read_ade20k(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
+def read_ade20k(root: Path, split: LabelledSplit) -> LabelledSet:
     """Reads `training` or `validation`; label 0 does not count."""
-    if task != "segmentation":
-        raise ValueError(f"ADE20K has labels only, no {task}; give another data set.")
     folder = find_ade20k(root)
     if folder is None:
         raise ValueError(
@@ -58,10 +55,8 @@ def find_voc(root: Path) -> Path | None:
     return next((folder for folder in folders if (folder / "JPEGImages").is_dir()), None)
 
 
-def read_voc(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
+def read_voc(root: Path, split: LabelledSplit) -> LabelledSet:
     """Reads `train` or, for testing, `val`; background is a class."""
-    if task != "segmentation":
-        raise ValueError(f"Pascal VOC is read for segmentation, not for {task}; give another data set.")
     folder = find_voc(root)
     if folder is None or not (folder / "SegmentationClass").is_dir():
         raise ValueError(

@@ -84,10 +84,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_image_folder(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
+def read_image_folder(root: Path, split: LabelledSplit) -> LabelledSet:
     """Reads one part of the second layout; a root whose folders are classes gives all its pictures to either."""
-    if task != "classification":
-        raise ValueError(f"{root} has folders of classes only, no labels for {task}; give another data set.")
     parts = ("train",) if split == "train" else ("val", "test")
     top = next((root / part for part in parts if (root / part).is_dir()), root)
     if top == root and any((root / part).is_dir() for part in ("train", "val", "test")):

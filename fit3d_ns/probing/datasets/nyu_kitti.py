@@ -41,8 +41,6 @@ _KITTI_DEPTH_ROOTS = ("data_depth_annotated/train", "data_depth_annotated/val", 
 
 def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int = 13) -> LabelledSet:
     """Reads one official split, with 13 classes (the paper's) or 40; for depth the published list, if any, wins."""
-    if task == "classification":
-        raise ValueError("NYUv2 has no classes of whole pictures; probe segmentation or depth.")
     if task == "depth" and (root / f"nyu_{split}.txt").is_file():
         return _read_nyu_list(root, split)
     path = root / LABELLED_FILE
@@ -68,10 +66,8 @@ def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int
     return LabelledSet(name, frames, names, depth=NYU_CONVENTION)
 
 
-def read_kitti(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
+def read_kitti(root: Path, split: LabelledSplit) -> LabelledSet:
     """Reads Eigen's train or test part."""
-    if task != "depth":
-        raise ValueError(f"KITTI is read for depth, not for {task}; give another data set.")
     listing = root / f"kitti_eigen_{split}.txt"
     frames: list[LabelledFrame] = []
     for image_name, depth_name in _read_depth_list(listing):

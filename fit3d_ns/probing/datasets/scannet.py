@@ -59,8 +59,6 @@ def find_scannet(root: Path) -> Path | None:
 
 def read_scannet(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
     """Reads the scenes of the official train or validation list."""
-    if task == "classification":
-        raise ValueError("ScanNet has no classes of whole pictures; probe segmentation or depth.")
     folder = find_scannet(root)
     if folder is None:
         raise ValueError(f"{root} holds no scene*_*/color/ folders; unpack scannet_frames_25k.zip.")
@@ -105,8 +103,6 @@ def read_scannetpp_labelled(
     The split of a scene is its own train or test frames, or all for None; that of a root is `nvs_sem_train` or
     `nvs_sem_val`, whole scenes. From `max_depth` metres on (None: 20) depth does not count.
     """
-    if task == "classification":
-        raise ValueError("ScanNet++ has no classes of whole pictures; probe segmentation or depth.")
     convention = DepthConvention(max_depth=max_depth or MAX_DEPTH)
     if is_scannetpp_scene(path):
         frames, names = _read_scene(path, split, task, path)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fit3d_ns.scene.token_grid import average_over_cells, spread_tokens, sum_over_cells
+from fit3d_ns.lifting.token_spreading import average_over_cells, spread_tokens, sum_over_cells
 
 
 @pytest.mark.parametrize("size, grid", [((24, 16), (4, 6)), ((23, 17), (4, 6)), ((5, 4), (4, 5))])
