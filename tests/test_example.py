@@ -1,6 +1,9 @@
-"""The example in docs/examples: it runs as it stands, is as short as it says, and shows what it claims."""
+"""The example in docs/examples and its notebook: it runs as it stands, is as short as it says, shows what it claims."""
 
+import ast
+import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,3 +24,16 @@ def test_example__fine_tuning_finds_more_points_again(tmp_path: Path) -> None:
     assert recall_after > recall and cosine_after > cosine + 0.2
     assert Image.open(tmp_path / "fit3d.png").width > 4 * 160
     assert len(EXAMPLE.read_text().splitlines()) <= 105
+
+
+def test_notebook__has_the_code_of_the_file_and_no_outputs() -> None:
+    source, notebook = EXAMPLE.read_text(), EXAMPLE.with_suffix(".ipynb")
+    script = runpy.run_path(str(EXAMPLE.parents[2] / "scripts" / "write_notebook.py"))
+    assert notebook.read_text() == script["format_notebook"](source), "run scripts/write_notebook.py"
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) == 8 and not any(cell["outputs"] for cell in cells)
+    code = ast.parse("\n".join("".join(cell["source"]) for cell in cells))
+    expected = ast.parse(source)
+    assert ast.dump(ast.Module(expected.body[1:], [])) == ast.dump(code)
+    # A kernel has words of its own on its command line, and no file.
+    assert "is_notebook" in source

@@ -22,7 +22,8 @@ from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import View, create_depth_view, read_at_tokens
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "fit3d_in_100_lines")
+is_notebook = "__file__" not in globals()
+folder = Path(sys.argv[1] if len(sys.argv) > 1 and not is_notebook else "fit3d_in_100_lines")
 torch.manual_seed(0)
 
 # 1. A room: photographs, cameras, depth; and Gaussians on its surfaces, which stay as they are from here on.
