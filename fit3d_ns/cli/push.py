@@ -11,10 +11,11 @@ from huggingface_hub.utils import validate_repo_id
 from fit3d_ns.cli.command import create_main
 from fit3d_ns.features import describe_backbone
 from fit3d_ns.features.sources import ADAPTER_NAME, WEIGHTS_NAME
+from fit3d_ns.finetuning.backbone_folder import UNKNOWN
 from fit3d_ns.utils.errors import first_line
 
 _CARD = "README.md"
-_PUSHED = (_CARD, "config.json", WEIGHTS_NAME, ADAPTER_NAME, "fit3d.pth")
+_PUSHED = (_CARD, "config.json", WEIGHTS_NAME, ADAPTER_NAME, "fit3d.pth", "LICENSE", "LICENSE.md")
 """Files of a fine-tuned folder, and of its mixtures, that others need; the report names folders of this machine, the
 comparison shows photographs."""
 _REFUSALS = {
@@ -57,7 +58,7 @@ def push(command: PushCommand) -> None:
         path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("wise-ft-")
     )
     print(f"Stays here: {', '.join(name for name in others if name not in _PUSHED) or 'nothing'}.")
-    if "license" not in (metadata_load(folder / _CARD) or {}):
+    if (metadata_load(folder / _CARD) or {}).get("license", UNKNOWN) == UNKNOWN:
         print(
             f"The card names no licence: nobody may use the weights. Add `license: ...` at the top of {folder / _CARD}."
         )

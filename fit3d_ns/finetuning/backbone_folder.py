@@ -11,6 +11,7 @@ and `transformers.AutoModel.from_pretrained("FOLDER")` gives the same tokens. Wi
 random weights and says nothing; `load_finetuned` always loads.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ _KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_c
 """What stays of timm's description of the original checkpoint; where it was downloaded from does not."""
 _MAX_NAMES = 20
 """Training scenes that the card names; of more it says how many."""
+UNKNOWN = "unknown"
+"""The licence of what nobody has stated one for, as the hub calls it."""
+_LICENCES: dict[str, str] = {
+    **dict.fromkeys("cc0-1.0 mit apache-2.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0".split(), ""),
+    "dinov3-license": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
+    "scannetpp-terms-of-use": "https://kaldir.vc.in.tum.de/scannetpp/static/scannetpp-terms-of-use.pdf",
+}
+"""From free to strict; those that the hub has no name for have an address. Others are stricter, an unknown one most."""
 _USAGE = """```python
 import timm
 model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()
@@ -43,12 +52,12 @@ tokens = create_extractor("local-dir:THIS_FOLDER")(images).maps  # images in [0,
 
 
 def save_finetuned(
-    folder: Path, token_model: TokenModel, weights: dict[str, Tensor], card: str, *, add_fit3d: bool = False
+    folder: Path, token_model: TokenModel, weights: dict[str, Tensor], card: str, licence: str, add_fit3d: bool = False
 ) -> None:
     """Writes the folder; each file is whole or not there, the configuration last.
 
-    `weights` is timm's state dict; architecture, preprocessing and adapter are those of `token_model`. ValueError where
-    the disk is full.
+    `weights` is timm's state dict, and `licence` theirs; architecture, preprocessing and adapter are those of
+    `token_model`. ValueError where the disk is full.
     """
     save_tensors(folder / WEIGHTS_NAME, weights, {"format": "pt"})
     if isinstance(token_model, AdaptedTokenModel):
@@ -59,7 +68,7 @@ def save_finetuned(
             torch.save(tensors, temporary)
     with write_atomically(folder / "README.md") as temporary:
         temporary.write_text(card, encoding="utf-8")
-    write_json(folder / CONFIG_NAME, _describe_folder(token_model))
+    write_json(folder / CONFIG_NAME, _describe_folder(token_model, licence))
 
 
 def find_licence(token_model: TokenModel) -> str | None:
@@ -74,6 +83,22 @@ def find_licence(token_model: TokenModel) -> str | None:
     if description.weights is not None or description.is_random:
         return None
     return token_model.model.pretrained_cfg.get("license")
+
+
+def list_licences(original: TokenModel, layouts: Collection[str], stated: str | None) -> list[str]:
+    """The licences that fine-tuned weights come under: first the original's, then those of the captures.
+
+    ScanNet++'s captures are known by their layout; `stated` is what the user says of all others.
+    """
+    data = ["scannetpp-terms-of-use"] if "scannetpp" in layouts else []
+    if stated or set(layouts) != {"scannetpp"}:
+        data.append(stated or UNKNOWN)
+    return [find_licence(original) or UNKNOWN, *data]
+
+
+def find_strictest(licences: list[str]) -> str:
+    order = [*_LICENCES, *licences, UNKNOWN]
+    return max(licences, key=lambda name: order.index(name) if name != UNKNOWN else len(order))
 
 
 def load_finetuned(folder: Path | str) -> nn.Module:
@@ -94,15 +119,16 @@ def load_finetuned(folder: Path | str) -> nn.Module:
 
 
 def write_card(
-    description: BackboneDescription, report: dict[str, Any], licence: str | None, scenes: list[str], share: float = 1.0
+    description: BackboneDescription, report: dict[str, Any], licences: list[str], scenes: list[str], share: float = 1.0
 ) -> str:
     """The model card: Markdown with the front matter that model hubs read.
 
-    Description and licence are those of the original backbone, `report` is the content of `report.json`, and `scenes`
-    names the training scenes. A share below 1 is that of the fine-tuned weights in a mixture with the original ones.
+    The description is that of the original backbone, `report` the content of `report.json`, `licences` are those of
+    `list_licences`, and `scenes` names the training scenes. A share below 1 is that of the fine-tuned weights in a
+    mixture with the original ones.
     """
     settings, consistency = flatten(report["settings"]), report.get("consistency")
-    base_model = warning = mixture = metrics = ""
+    base_model = warning = mixture = metrics = worse = ""
     if description.weights is None and not description.is_random:
         # Only timm's own download is what the hub has under this name.
         base_model = f"base_model: timm/{description.architecture}\nbase_model_relation: finetune\n"
@@ -122,6 +148,14 @@ def write_card(
             "Cosine also rises when all tokens become alike; the centred one does not. Effective rank of the tokens: "
             f"{original['effective_rank']:.1f} → {finetuned['effective_rank']:.1f}.\n\n"
         )
+        keys = ("centred_cosine", "recall_10px", "effective_rank")
+        fell = [key.replace("_", " ") for key in keys if (finetuned[key] or 0.0) < (original[key] or 0.0)]
+        worse = f" On the views below, worse than the original: {', '.join(fell) or 'nothing that was compared'}."
+    licence = find_strictest(licences)
+    front_licence = f"license: {licence}\n"
+    if licence != UNKNOWN and _LICENCES.get(licence) != "":
+        front_licence = f"license: other\nlicense_name: {licence}\nlicense_link: {_LICENCES.get(licence, 'LICENSE')}\n"
+    rights = [f"[{name}]({_LICENCES[name]})" if _LICENCES.get(name) else name for name in licences]
     num_more = len(scenes) - _MAX_NAMES
     losses = {part: report[part] for part in ("loss_first", "loss_last")}
     losses = {part: "unknown" if loss is None else f"{loss:.4f}" for part, loss in losses.items()}
@@ -130,13 +164,15 @@ def write_card(
         description=description,
         report=report,
         base_model=base_model,
-        front_licence=f"license: {licence}\n" if licence else "",
+        front_licence=front_licence,
+        datasets="datasets:\n- scannetpp\n" if "scannetpp-terms-of-use" in licences[1:] else "",
         warning=warning,
         mixture=mixture,
         usage=usage,
         mean=list(description.mean),
         std=list(description.std),
-        licence=licence or "not known here (your own file, or not stated); find out before sharing",
+        rights=f"Original weights: {rights[0]}. Training captures: {' and '.join(rights[1:])}.",
+        worse=worse,
         num_scenes=len(scenes),
         scenes=", ".join(scenes[:_MAX_NAMES]) + (f" and {num_more} more" if num_more > 0 else ""),
         settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()),
@@ -146,11 +182,11 @@ def write_card(
     )
 
 
-def _describe_folder(token_model: TokenModel) -> dict[str, Any]:
+def _describe_folder(token_model: TokenModel, licence: str) -> dict[str, Any]:
     """The content of `config.json`."""
     description = token_model.description
     architecture, model_args = expand_architecture(description.architecture, description.model_args)
-    published = {**token_model.model.pretrained_cfg, "license": find_licence(token_model)}
+    published = {**token_model.model.pretrained_cfg, "license": None if licence == UNKNOWN else licence}
     return {
         **({ADAPTER_KEY: token_model.config} if isinstance(token_model, AdaptedTokenModel) else {}),
         "architecture": architecture.split(".")[0],

@@ -43,6 +43,9 @@ class RunConfig:
     WANDB_MODE=offline below the output folder only), by both, or, with none named, nowhere."""
     format: Literal["timm", "fit3d"] = "timm"
     """`fit3d` also writes the plain state dict, as FiT3D publishes it."""
+    data_licence: str | None = None
+    """Licence of the captures, as the hub spells it (`cc-by-4.0`) or by a name of its own; unknown by default, but for
+    ScanNet++'s terms. The model card names the strictest of it and the original weights'."""
 
     def __post_init__(self) -> None:
         if self.steps_per_checkpoint < 1 or self.keep_checkpoints < 1 or self.max_validation_views < 1:

@@ -21,7 +21,7 @@ from fit3d_ns.data.frames import Split
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model, describe_backbone
 from fit3d_ns.features.adapters import merge_lora
 from fit3d_ns.features.sources import WEIGHTS_NAME
-from fit3d_ns.finetuning.backbone_folder import find_licence, save_finetuned, write_card
+from fit3d_ns.finetuning.backbone_folder import find_strictest, list_licences, save_finetuned, write_card
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.draws import TrainingViews
 from fit3d_ns.finetuning.optimization import copy_original, interpolate_weights
@@ -128,6 +128,7 @@ def _compute_run_hash(trainer: FinetuneTrainer, validation: Validation) -> str:
         "steps": trainer.num_steps,
         "mixtures": config.anchors.wise_ft,
         "format": config.run.format,
+        **({"data_licence": config.run.data_licence} if config.run.data_licence else {}),
         "validation": [validation.targets.views.views_hash, config.run.max_validation_views],
     }
     return hash_bytes(json.dumps(content, sort_keys=True).encode())
@@ -220,15 +221,17 @@ def _finish(
     trainer.accelerator.log(validation.collect_curves(finetuned), step=report["steps"])
     report |= validation.compare(finetuned)
     save_comparison(validation, read_tokens_of(original), read_tokens_of(trained), folder / "comparison.png")
-    licence, add_fit3d = find_licence(original), config.run.format == "fit3d"
-    names = [scene.scene_id for scene in trainer.bank.on_disk[: len(report["scenes"])]]
+    captures = [scene.posed_capture for scene in trainer.bank.on_disk[: len(report["scenes"])]]
+    names = [capture.scene_id for capture in captures]
+    licences = list_licences(original, {capture.layout for capture in captures}, config.run.data_licence)
+    licence, add_fit3d = find_strictest(licences), config.run.format == "fit3d"
     weights: dict[str, Tensor] = trained.model.state_dict()
-    card = write_card(original.description, report, licence, names)
-    save_finetuned(folder, trained, weights, card, add_fit3d=add_fit3d)
+    card = write_card(original.description, report, licences, names)
+    save_finetuned(folder, trained, weights, card, licence, add_fit3d=add_fit3d)
     for share in config.anchors.wise_ft:
         mixed = interpolate_weights(original.model.state_dict(), weights, share)
-        card = write_card(original.description, report, licence, names, share)
-        save_finetuned(folder / f"wise-ft-{share:g}", trained, mixed, card, add_fit3d=add_fit3d)
+        card = write_card(original.description, report, licences, names, share)
+        save_finetuned(folder / f"wise-ft-{share:g}", trained, mixed, card, licence, add_fit3d=add_fit3d)
     report["finetuned_weights_hash"] = describe_backbone(f"local-dir:{folder}").weights_hash
     write_json(folder / REPORT_NAME, report)
     notice(format_consistency(report["consistency"]["original"], report["consistency"]["finetuned"]))

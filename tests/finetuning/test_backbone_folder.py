@@ -6,12 +6,21 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from fit3d_ns.features import TokenModel, create_extractor, create_token_model, describe_backbone
 from fit3d_ns.features.adapters import add_adapter
-from fit3d_ns.finetuning.backbone_folder import find_licence, load_finetuned, save_finetuned
+from fit3d_ns.finetuning.backbone_folder import (
+    UNKNOWN,
+    find_licence,
+    find_strictest,
+    list_licences,
+    load_finetuned,
+    save_finetuned,
+    write_card,
+)
 from tests.finetuning.finetuning_scene import BACKBONE
 
 
@@ -27,7 +36,7 @@ def trained():
 
 
 def save(folder, trained, **settings):
-    save_finetuned(folder, trained, trained.model.state_dict(), "# card", **settings)
+    save_finetuned(folder, trained, trained.model.state_dict(), "# card", find_licence(trained) or UNKNOWN, **settings)
 
 
 def test_folder__timm_loads_it_to_the_bit_for_another_non_square_size(tmp_path, trained):
@@ -137,6 +146,56 @@ def test_folder__states_the_licence_of_weights_whose_licence_is_known(tmp_path, 
         assert find_licence(create_token_model(str(tmp_path / name))) == licence
     again = create_token_model(str(tmp_path / "published"), tmp_path / "own file" / "model.safetensors")
     assert find_licence(again) is None
+
+
+def write_front(trained, layouts, stated):
+    """The front matter that hubs read, as its YAML says it, and the whole card."""
+    report = {"num_images": 1, "steps": 1, "images_per_step": 1, "seconds": 1.0, "loss_first": 1.0, "loss_last": 1.0}
+    settings = {"trainable": {"train": "all"}, "anchors": {"wise_ft": []}}
+    licences = list_licences(trained, layouts, stated)
+    card = write_card(trained.description, {**report, "settings": settings, "versions": {}}, licences, ["a"])
+    return yaml.safe_load(card.split("---\n")[1]), card
+
+
+@pytest.mark.parametrize(
+    ("base", "layouts", "stated", "expected"),
+    [
+        ("apache-2.0", {"colmap"}, None, {"license": "unknown"}),
+        ("apache-2.0", {"colmap"}, "cc0-1.0", {"license": "apache-2.0"}),
+        ("mit", {"nerfstudio"}, "cc-by-nc-4.0", {"license": "cc-by-nc-4.0"}),
+        ("apache-2.0", {"nerfstudio"}, "my-terms", {"license": "other", "license_name": "my-terms"}),
+        ("apache-2.0", {"scannetpp"}, None, {"license": "other", "license_name": "scannetpp-terms-of-use"}),
+        ("dinov3-license", {"scannetpp"}, None, {"license": "other", "license_name": "scannetpp-terms-of-use"}),
+        ("dinov3-license", {"colmap"}, "cc-by-4.0", {"license": "other", "license_name": "dinov3-license"}),
+        ("apache-2.0", {"scannetpp", "colmap"}, None, {"license": "unknown"}),
+        (None, {"colmap"}, "cc0-1.0", {"license": "unknown"}),
+    ],
+)
+def test_card__names_the_strictest_licence_and_never_the_originals_alone(trained, base, layouts, stated, expected):
+    trained.model.pretrained_cfg = {**trained.model.pretrained_cfg, "license": base}
+    trained.description = replace(trained.description, is_random=False, backbone="finetuning_vit")
+    front, card = write_front(trained, layouts, stated)
+    assert expected.items() <= front.items() and ("license_link" in front) == ("license_name" in front)
+    assert front.get("datasets") == (["scannetpp"] if "scannetpp" in layouts else None)
+    assert (front["library_name"], front["pipeline_tag"]) == ("timm", "image-feature-extraction")
+    if base == "dinov3-license":
+        # What was agreed to travels along in any case.
+        assert "[dinov3-license](https://ai.meta.com/" in card
+
+
+def test_card__names_the_original_only_where_the_hub_has_it(trained, tmp_path):
+    published = replace(trained.description, is_random=False, architecture="vit_small_patch14_dinov2.lvd142m")
+    front, _ = write_front(TokenModel(trained.model, published), {"colmap"}, None)
+    assert front["base_model"] == "timm/vit_small_patch14_dinov2.lvd142m" and front["base_model_relation"] == "finetune"
+    front, _ = write_front(TokenModel(trained.model, replace(published, weights=tmp_path / "a.pth")), {"colmap"}, None)
+    assert "base_model" not in front and front["license"] == "unknown"
+
+
+def test_folder__fine_tuned_again_keeps_what_its_first_data_asked_for(tmp_path, trained):
+    licence = find_strictest(["apache-2.0", "cc-by-nc-4.0"])
+    save_finetuned(tmp_path / "out", trained, trained.model.state_dict(), "# card", licence)
+    again = create_token_model(str(tmp_path / "out"))
+    assert find_strictest(list_licences(again, {"colmap"}, "cc0-1.0")) == "cc-by-nc-4.0"
 
 
 def test_load_finetuned__says_what_is_missing(tmp_path):

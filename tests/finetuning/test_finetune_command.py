@@ -120,8 +120,11 @@ def test_command__trains_and_writes_the_folder(tmp_path, capsys):
         torch.testing.assert_close(half[name], 0.5 * (value + finetuned[name]), rtol=1e-5, atol=1e-7)
 
     # The same command again has nothing left to train; with more steps it goes on.
-    code, errors = run(capsys, *arguments, "--learning-rate", "1e-3")
+    code, errors = run(capsys, *arguments, "--learning-rate", "1e-3", "--data-licence", "cc-by-nc-4.0")
     assert code == 0 and "Resuming from step 6 of 6" in errors
+    assert (
+        "Training captures: unknown." in card and "Training captures: cc-by-nc-4.0." in (out / "README.md").read_text()
+    )
     again = json.loads((out / "report.json").read_text())
     assert again["losses"] == report["losses"]
     assert all(torch.equal(value, finetuned[name]) for name, value in load_file(out / "model.safetensors").items())

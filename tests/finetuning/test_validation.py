@@ -124,7 +124,7 @@ def test_validation__a_backbone_that_says_what_the_scene_shows_has_no_distance(b
     assert figures.feature_cosine == pytest.approx(1.0, abs=1e-5)
 
 
-def test_card__names_the_licence_only_where_it_is_known(bank):
+def test_card__has_the_figures_and_what_got_worse(bank):
     extractor = create_extractor(BACKBONE)
     figures = validate(bank).evaluate(lambda images: extractor(images).patch_tokens).consistency
     report = {
@@ -143,9 +143,12 @@ def test_card__names_the_licence_only_where_it_is_known(bank):
         "versions": {"torch": "2"},
     }
     description = replace(describe_backbone(BACKBONE), is_random=False)
-    card = write_card(description, report, "apache-2.0", ["a", "b"])
+    licences = ["apache-2.0", "mit"]
+    card = write_card(description, report, licences, ["a", "b"])
     assert "license: apache-2.0" in card and "10 images of 2 scenes: a, b." in card
     assert "| optimization.learning_rate | 1e-05 |" in card and "unknown at the end" in card
     assert format_consistency(figures, figures) in card and "nan" not in card
-    assert "license:" not in write_card(description, report, None, ["a"])
-    assert "0.3 of the fine-tuned and 0.7 of the original" in write_card(description, report, None, ["a"], 0.3)
+    assert "worse than the original: nothing that was compared." in card
+    report["consistency"]["finetuned"] = {**figures, "recall_10px": figures["recall_10px"] - 0.1}
+    assert "worse than the original: recall 10px." in write_card(description, report, licences, ["a"])
+    assert "0.3 of the fine-tuned and 0.7 of the original" in write_card(description, report, licences, ["a"], 0.3)
