@@ -70,9 +70,10 @@ COMMANDS = {
     "fit3d-export": Command(
         "fit3d_ns.cli.export",
         "ExportConfig",
-        ("--load-config run --output-path out.safetensors",),
+        ("--load-config run --output-path out.safetensors", "--load-config run --format ply --output-path out.ply"),
         {
             "fit3d_ns.plugin.run_reader.load_run_scene": FakeScene(FakeGaussians(1)),
+            "fit3d_ns.cli.export.change_gaussians": FakeScene(FakeGaussians(1)),
             "fit3d_ns.cli.export.describe_scene": {},
         },
     ),

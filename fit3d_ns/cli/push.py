@@ -50,18 +50,12 @@ def push(command: PushCommand) -> None:
     describe_backbone(f"local-dir:{folder}")
     files = [path for part in (folder, *sorted(folder.glob("wise-ft-*"))) for path in map(part.joinpath, _PUSHED)]
     files = [path for path in files if path.is_file()]
-    if folder / _CARD not in files:
-        raise ValueError(f"{folder} has no {_CARD}: nobody would know what it is; write one, or copy the folder again.")
     for path in files:
         print(f"{path.stat().st_size / 1e6:10.3f} MB  {path.relative_to(folder)}")
-    others = sorted(
-        path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("wise-ft-")
-    )
-    print(f"Stays here: {', '.join(name for name in others if name not in _PUSHED) or 'nothing'}.")
+    others = sorted(path.name for path in folder.iterdir() if path not in files and "wise-ft-" not in path.name)
+    print(f"Stays here: {', '.join(others) or 'nothing'}.")
     if (metadata_load(folder / _CARD) or {}).get("license", UNKNOWN) == UNKNOWN:
-        print(
-            f"The card names no licence: nobody may use the weights. Add `license: ...` at the top of {folder / _CARD}."
-        )
+        print(f"The card names no licence: nobody may use the weights. Add `license: ...` to {folder / _CARD}.")
     where = f"{'a private' if command.private else 'the public'} model {name} of {HfApi().endpoint}"
     if not command.yes:
         print(f"Nothing was sent. With --yes this becomes {where}.")

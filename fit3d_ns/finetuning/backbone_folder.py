@@ -40,15 +40,6 @@ _LICENCES: dict[str, str] = {
     "scannetpp-terms-of-use": "https://kaldir.vc.in.tum.de/scannetpp/static/scannetpp-terms-of-use.pdf",
 }
 """From free to strict; those that the hub has no name for have an address. Others are stricter, an unknown one most."""
-_USAGE = """```python
-import timm
-model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()
-tokens = model.forward_features(images)  # images normalised as below, sides a multiple of the patch"""
-_ADAPTER_USAGE = """The backbone is the original; what was trained stands behind it, where timm does not see it.
-
-```python
-from fit3d_ns.features import create_extractor
-tokens = create_extractor("local-dir:THIS_FOLDER")(images).maps  # images in [0, 1]"""
 
 
 def save_finetuned(
@@ -139,7 +130,6 @@ def write_card(
     elif settings["anchors.wise_ft"]:
         folders = ", ".join(f"`wise-ft-{mixed:g}`" for mixed in settings["anchors.wise_ft"])
         mixture = f"Mixtures with the original weights (WiSE-FT), by the share of these: {folders}.\n\n"
-    usage = _ADAPTER_USAGE if settings["trainable.train"] == "adapter" else _USAGE
     if consistency:
         original, finetuned = consistency["original"], consistency["finetuned"]
         metrics = (
@@ -159,7 +149,7 @@ def write_card(
     num_more = len(scenes) - _MAX_NAMES
     losses = {part: report[part] for part in ("loss_first", "loss_last")}
     losses = {part: "unknown" if loss is None else f"{loss:.4f}" for part, loss in losses.items()}
-    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    template, *usages = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8").split("%%\n")
     return template.format(
         description=description,
         report=report,
@@ -168,7 +158,7 @@ def write_card(
         datasets="datasets:\n- scannetpp\n" if "scannetpp-terms-of-use" in licences[1:] else "",
         warning=warning,
         mixture=mixture,
-        usage=usage,
+        usage=usages[settings["trainable.train"] == "adapter"],
         mean=list(description.mean),
         std=list(description.std),
         rights=f"Original weights: {rights[0]}. Training captures: {' and '.join(rights[1:])}.",

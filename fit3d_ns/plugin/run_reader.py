@@ -46,10 +46,10 @@ class SplatRun:
     rasterize_mode: Literal["classic", "antialiased"]
     """How the Gaussians were trained."""
 
-    def create_gaussians(self, **lifted: Tensor) -> Gaussians:
+    def create_gaussians(self, exact: bool = False, **lifted: Tensor) -> Gaussians:
         """The Gaussians in their stored types, without those that cannot be stored or drawn.
 
-        `lifted` are features and by-products of a lift, by the argument names of `Gaussians.from_raw`.
+        `exact`, and `lifted`, features and by-products of a lift, are arguments of `Gaussians.from_raw`.
         """
         raw = self.gauss_params
         sh_dc = raw["features_dc"]
@@ -65,6 +65,7 @@ class SplatRun:
             sh_rest=raw["features_rest"],
             **lifted,
             drop_invalid=True,
+            exact=exact,
         )
 
 
@@ -106,12 +107,13 @@ def read_run(path: Path, data: Path | None = None, trust_config: bool = False) -
 
 
 def load_run_scene(
-    path: Path, data: Path | None = None, drop_unseen: bool = False, trust_config: bool = False
+    path: Path, data: Path | None = None, drop_unseen: bool = False, trust_config: bool = False, exact: bool = False
 ) -> FeatureScene:
     """Reads a finished run of `fit3d-features`, found as in `read_run`, as the scene that stage II takes.
 
-    `drop_unseen` leaves out Gaussians that no training view ever weighted; no captured view changes by that. A
-    ValueError says that another method made the run, or that its features were never solved.
+    `drop_unseen` leaves out Gaussians that no training view ever weighted; no captured view changes by that. With
+    `exact` nothing is rounded to half precision, as a scene file would have it. A ValueError says that another method
+    made the run, or that its features were never solved.
     """
     run = read_run(path, data, trust_config)
     if "features" not in run.gauss_params or "feature_branch.decoder.weight" not in run.state:
@@ -129,7 +131,7 @@ def load_run_scene(
     lift, num_gaussians = run.run_state.get("lift", {}), len(run.gauss_params["means"])
     names = ("blend_weight", "num_views", "feature_variance")
     solved = {name: lift[name] for name in names if name in lift and len(lift[name]) == num_gaussians}
-    gaussians = run.create_gaussians(features=run.gauss_params["features"], **solved)
+    gaussians = run.create_gaussians(exact, features=run.gauss_params["features"], **solved)
     num_invalid = num_gaussians - gaussians.num_gaussians
     if num_invalid > 0:
         notice(f"Left out {num_invalid} Gaussians with NaN, infinite or oversized numbers.")

@@ -90,13 +90,14 @@ class Gaussians:
         num_views: Shaped[Tensor, " num_gaussians"] | None = None,
         feature_variance: Float[Tensor, " num_gaussians"] | None = None,
         drop_invalid: bool = False,
+        exact: bool = False,
     ) -> "Gaussians":
         """Brings raw Gaussians of any precision, with rotations of any length, into the stored types.
 
         Features have 0 channels by default, by-products of the lift are zeros; counts are capped at 65535. With
         `drop_invalid` Gaussians are left out that cannot be stored or drawn: a number is NaN, infinite or beyond its
-        stored type's range, a rotation has no length, or a scale overflows when it is activated. ValueError where a
-        number cannot be stored and `drop_invalid` is off.
+        stored type's range, a rotation has no length, or a scale overflows when it is activated. With `exact` single
+        precision is kept. ValueError where a number cannot be stored and `drop_invalid` is off.
         """
         unknown = means.new_zeros(means.shape[0])
         counts = (unknown if num_views is None else num_views).detach().to(torch.int64)
@@ -114,7 +115,10 @@ class Gaussians:
         }
         if sh_rest is not None and sh_rest.shape[1] > 0:
             values["sh_rest"] = sh_rest
-        stored = {name: value.detach().to(STORED_DTYPES[name]).contiguous() for name, value in values.items()}
+        dtypes = {
+            name: torch.float32 if exact and kind == torch.float16 else kind for name, kind in STORED_DTYPES.items()
+        }
+        stored = {name: value.detach().to(dtypes[name]).contiguous() for name, value in values.items()}
         invalid = {
             name: ~value.isfinite().reshape(value.shape[0], -1).all(dim=1)
             for name, value in stored.items()

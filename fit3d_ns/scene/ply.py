@@ -5,6 +5,7 @@ Properties: `x y z`, `nx ny nz` (unused), `f_dc_0..2`, `f_rest_*` (all coefficie
 order, further properties and missing normals do not matter.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,7 @@ def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None
         extra = torch.zeros_like(weight[:, :1])
         extra[:, 0, 1, 1] = scene.decoder.bias.detach().float().cpu()
         weight = torch.cat([weight, extra], dim=1)
-        features = torch.nn.functional.pad(gaussians.features, (0, 1), value=1.0)
-        gaussians = gaussians.with_features(features)
+        gaussians = replace(gaussians, features=torch.nn.functional.pad(gaussians.features, (0, 1), value=1.0))
     write_ply(gaussians, ply_path, sh_degree=3)
     with write_atomically(Path(decoder_path)) as temporary:
         torch.save({"0.weight": weight.contiguous()}, temporary)

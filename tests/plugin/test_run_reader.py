@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 
+from fit3d_ns.cli import export
+from fit3d_ns.data.ply import read_ply_elements
 from fit3d_ns.features import create_extractor
 from fit3d_ns.plugin.run_config import find_config
 from fit3d_ns.plugin.run_reader import load_run_scene, read_backbone, read_run
@@ -79,6 +81,19 @@ def test_scene__without_unseen_gaussians_renders_captured_views_alike(trained: d
     view = whole.posed_capture.select("train")[0]
     camera = (view.camera_to_world, view.K, view.width, view.height)
     assert torch.allclose(whole.render_rgb(*camera), pruned.render_rgb(*camera), atol=1e-6)
+
+
+def test_export__writes_a_ply_as_it_was_trained(trained: dict[str, Any], tmp_path: Path) -> None:
+    export.main(["--load-config", str(trained["config_path"]), "--format", "ply", "--output-path", f"{tmp_path}/a.ply"])
+    vertices, raw = read_ply_elements(tmp_path / "a.ply")["vertex"], read_run(trained["config_path"]).gauss_params
+    for name, column in (
+        ("opacities", "opacity"),
+        ("features_dc", "f_dc_0"),
+        ("scales", "scale_0"),
+        ("features", "sem_0"),
+    ):
+        assert np.array_equal(vertices[column], raw[name][:, 0].numpy()), name
+    assert not np.array_equal(vertices["sem_0"], vertices["sem_0"].astype(np.float16))
 
 
 def test_read_run__of_a_moved_dataset_says_where_it_looked(trained: dict[str, Any], tmp_path: Path) -> None:
