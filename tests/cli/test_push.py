@@ -106,7 +106,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The packages's own backbone, among what a training leaves in its folder."""
+    """The package's own backbone, among what a training leaves in its folder."""
     shutil.copytree(TOY_FOLDER, tmp_path / "vit")
     for name in ("checkpoints/step.ckpt", "tensorboard/events", ".hidden", "report.json", "comparison.png", "x.tmp"):
         (tmp_path / "vit" / name).parent.mkdir(exist_ok=True)
