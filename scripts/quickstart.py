@@ -203,8 +203,7 @@ class Quickstart:
                 quote("fit3d-view", shorten(scene), "--finetuned", shorten(finetuned)),
             ),
             (
-                "Look at what this quickstart made: drop a picture of your own, click a point (needs the extra `demo`: "
-                "uv sync --extra nerfstudio --extra demo):",
+                "Look at what this quickstart made: drop a picture of your own, click a point:",
                 quote("fit3d-demo", *map(shorten, self.flags), "--finetuned", shorten(finetuned)),
             ),
         ]

@@ -1,9 +1,19 @@
 #!/usr/bin/env bash
-# Makes .venv with everything the plugin, its tests and nerfstudio need. Needs Python >= 3.10; gets uv where there is none.
+# Makes .venv with everything the plugin, its tests and nerfstudio need. Gets uv where there is none.
+#
+#   scripts/setup.sh                               with python3, if that is Python 3.10 to 3.13
+#   FIT3D_PYTHON=3.12 scripts/setup.sh             with another one, also as a path
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Nothing, or "3.11".
+python=${FIT3D_PYTHON:-$(python3 -c 'import sys; v = sys.version_info[:2]; print("%d.%d" % v if (3, 10) <= v < (3, 14) else "")' 2>/dev/null || true)}
 if [ ! -x .venv/bin/ns-train ]; then
+    # What stands in the way is said before anything is downloaded.
+    if [ -z "$python" ]; then
+        echo "python3 here is $(python3 -V 2>/dev/null || echo missing); nerfstudio installs with Python 3.10 to 3.13." \
+            "uv looks for one of these on this machine, else downloads it (30 MB)."
+    fi
     # Two of nerfstudio's dependencies, fpsample and pyliblzfse, come as source only.
     if ! { command -v c++ || command -v g++ || command -v clang++; } >/dev/null 2>&1; then
         echo "setup.sh: a C++ compiler is needed (nerfstudio's fpsample and pyliblzfse come as source) and none was found." >&2
@@ -16,11 +26,10 @@ if [ ! -x .venv/bin/ns-train ]; then
 fi
 if ! command -v uv >/dev/null 2>&1; then
     # uv goes into a small environment of its own: system Pythons refuse to be installed into.
+    echo "Getting uv, the installer (25 MB) ..."
     python3 -m venv .venv-uv
     .venv-uv/bin/python -m pip install --quiet --upgrade pip uv
     PATH="$PWD/.venv-uv/bin:$PATH"
 fi
 # `uv sync` honours the overrides of pyproject.toml: nerfstudio's timm pin, and its second OpenCV.
-# Pythons beyond 3.12 are not supported yet: uv brings 3.12 where the system's is newer or missing.
-system=$(python3 -c 'import sys; v = sys.version_info[:2]; print("%d.%d" % (v if v <= (3, 12) else (3, 12)))' 2>/dev/null || echo 3.12)
-uv sync --extra nerfstudio --python "${FIT3D_PYTHON:-$system}"
+uv sync --extra nerfstudio ${python:+--python "$python"}

@@ -18,7 +18,7 @@ from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, save_feature_figure
 from fit3d_ns.report.prediction_figure import read_predictions, save_prediction_figure
 from fit3d_ns.report.token_columns import load_figure_images, open_scenes
-from fit3d_ns.scene import FeatureScene, View, create_depth_view
+from fit3d_ns.scene import FeatureScene, PosedCapture, View, create_depth_view
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.results import load_result
 from fit3d_ns.utils.selection import select_evenly
@@ -102,7 +102,7 @@ def write_story(story: Story, backbones: ComparedBackbones, folder: Path, device
     draw_corner(story.scene, backbones, folder / "features.png", device)
     scene_index = open_scenes([story.scene], device=device)
     capture = scene_index.scenes[0].capture()
-    shown = load_figure_images([view.frame.image_path for view in select_evenly(capture.views, 4)], scene_index)
+    shown = load_figure_images([view.frame.image_path for view in select_evenly(find_whole(capture), 4)], scene_index)
     save_picture(compose_panel([[image.image for image in shown]]), folder / "room.png")
     if story.predictions:
         save_prediction_figure(read_predictions(story.predictions), folder / "depth.png", max_frames=2)
@@ -125,9 +125,7 @@ def draw_corner(scene_path: Path, backbones: ComparedBackbones, path: Path, devi
 def choose_corner(scene: FeatureScene) -> list[View]:
     """The two views that share most of what they see, among those that look at it from clearly different sides."""
     capture = scene.capture()
-    # Hidden parts of photographs explain nothing.
-    whole = [view for view in capture.views if bool(capture.load_valid_mask(view).all())]
-    views = select_evenly(whole if len(whole) > 1 else capture.views, _TRIED_VIEWS)
+    views = select_evenly(find_whole(capture), _TRIED_VIEWS)
     depth_views = [create_depth_view(capture, view, lambda: scene) for view in views]
     best, chosen = -1.0, [views[0], views[-1]]
     for first, view in enumerate(depth_views):
@@ -140,6 +138,12 @@ def choose_corner(scene: FeatureScene) -> list[View]:
             if shared > best:
                 best, chosen = shared, [views[first], views[second]]
     return chosen
+
+
+def find_whole(capture: PosedCapture) -> list[View]:
+    """Views of which nothing is masked, if there are several: hidden parts of photographs explain nothing."""
+    whole = [view for view in capture.views if bool(capture.load_valid_mask(view).all())]
+    return whole if len(whole) > 1 else list(capture.views)
 
 
 def describe_comparisons(comparisons: Sequence[Comparison]) -> list[str]:
@@ -165,6 +169,11 @@ def summarise(comparisons: Sequence[Comparison]) -> str:
     return "Fine-tuning did not help here; more steps and more scenes usually do."
 
 
+def _keep_words(line: str) -> str:
+    """A command line that breaks between its words, not after the dashes in them."""
+    return " ".join(f"<span>{html.escape(word)}</span>" for word in line.split())
+
+
 def _write_html(story: Story) -> str:
     rows = []
     for item in story.comparisons:
@@ -173,12 +182,14 @@ def _write_html(story: Story) -> str:
         kind = "same" if abs(item.gain) < SAME else "good" if item.gain > 0 else "bad"
         label = f"{words}{f' ({unit})' if unit else ''}, {'more' if more else 'less'} is better"
         rows.append(
-            f"<tr><td>{html.escape(label)}<br><small>{html.escape(item.where)}</small></td><td>{before}</td>"
-            f"<td>→</td><td><b>{after}</b></td><td class={kind}>{html.escape(item.verdict)}</td></tr>"
+            f"<tr><td>{html.escape(label)}<br><small>{html.escape(item.where)}</small></td>"
+            f"<td class=number>{before}</td><td>→</td><td class=number><b>{after}</b></td>"
+            f"<td class={kind}>{html.escape(item.verdict)}</td></tr>"
         )
     total = sum(seconds for _, seconds, _ in story.stages)
     stages = "".join(
-        f"<tr><td>{html.escape(words)}</td><td>{seconds:.0f} s</td><td><code>{html.escape(line)}</code></td></tr>"
+        f"<tr><td>{html.escape(words)}</td><td class=number>{seconds:.0f} s</td>"
+        f"<td><code>{_keep_words(line)}</code></td></tr>"
         for words, seconds, line in story.stages
     )
     following = "".join(
@@ -188,7 +199,7 @@ def _write_html(story: Story) -> str:
         "<h2>Depth, read from frozen features</h2><p>One linear layer was trained on each backbone's features in the "
         "rooms that were lifted; this is another room. Left to right: photograph, what the original's features say, "
         "what the fine-tuned ones say, the truth, and both errors.</p>"
-        + '<a href="depth.png"><img src="depth.png" alt="depth"></a>'
+        + '<a class=picture href="depth.png"><img src="depth.png" alt="depth"></a>'
         if story.predictions
         else ""
     )

@@ -14,7 +14,7 @@ from fit3d_ns.scene import Gaussians
 from fit3d_ns.scene.ply import write_ply
 
 WIDTH, HEIGHT, FOCAL, NUM_GAUSSIANS = 64, 48, 40.0, 40
-BACKBONE = "random:vit_tiny_patch16_224"
+BACKBONE = "toy_rooms_vit"
 COLMAP_TO_WORLD = [[0.0, 1.0, 0.0, 0.3], [1.0, 0.0, 0.0, -0.2], [0.0, 0.0, -1.0, 0.5]]
 
 

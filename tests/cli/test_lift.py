@@ -56,9 +56,9 @@ def test_lift__writes_the_scene_and_every_metric(run, tmp_path):
     figures = tmp_path / "out" / "ring.json"
     assert f"Scene: {tmp_path / 'out' / 'ring.safetensors'}\nMetrics: {figures}" in out and "held-out cosine" in out
     record, content = load_result(figures), json.loads(figures.read_text())
-    assert record.kind == "lift" and record.is_random and record.versions["torch"] == metadata.version("torch")
+    assert record.kind == "lift" and not record.is_random and record.versions["torch"] == metadata.version("torch")
     metrics = record.metrics
-    assert metrics["feature_cosine"] > metrics["feature_cosine_mean_token"]
+    assert metrics["feature_cosine"] > metrics["feature_cosine_mean_token"] + 0.15
     assert metrics["feature_l1"] < metrics["feature_l1_mean_token"]
     assert metrics["num_train_views"] == 8 and metrics["num_eval_views"] == 2 and len(metrics["residuals"]) == 2
     assert set(metrics["seconds"]) >= {"tokens", "weighted_sum", "conjugate_gradients", "decoder", "evaluation"}

@@ -58,8 +58,8 @@ def move_to_colmap(raw):
 def test_lift_scene__beats_the_mean_token_on_held_out_views(scene):
     figures = scene.metrics
     assert figures["num_train_views"] == 10 and figures["num_eval_views"] == 2
-    assert figures["feature_cosine"] > figures["feature_cosine_mean_token"] + 0.01
-    assert figures["feature_l1"] < figures["feature_l1_mean_token"]
+    assert figures["feature_cosine"] > figures["feature_cosine_mean_token"] + 0.2
+    assert figures["feature_l1"] < 0.9 * figures["feature_l1_mean_token"]
     # 8-bit photographs of the same Gaussians, which went through half precision.
     assert figures["photograph_psnr"] > 35
 
@@ -76,7 +76,7 @@ def test_lift_scene__figures_are_those_of_the_file(scene, cache, tmp_path):
         covered = rendered.alphas > 0.5
         cosines.append(torch.nn.functional.cosine_similarity(rendered.features, tokens, dim=-1)[covered])
     assert float(torch.cat(cosines).mean()) == pytest.approx(scene.metrics["feature_cosine"], abs=1e-4)
-    assert loaded.token_reading == CONFIG.token_reading and loaded.backbone.is_random
+    assert loaded.token_reading == CONFIG.token_reading and not loaded.backbone.is_random
     assert loaded.pca is not None and int(loaded.gaussians.num_views.int().max()) <= 10
 
 
