@@ -140,7 +140,7 @@ def write_card(
         )
         keys = ("centred_cosine", "recall_10px", "effective_rank")
         fell = [key.replace("_", " ") for key in keys if (finetuned[key] or 0.0) < (original[key] or 0.0)]
-        worse = f" On the views below, worse than the original: {', '.join(fell) or 'nothing that was compared'}."
+        worse = f" On the views below, lower than the original's: {', '.join(fell) or 'nothing that was compared'}."
     licence = find_strictest(licences)
     front_licence = f"license: {licence}\n"
     if licence != UNKNOWN and _LICENCES.get(licence) != "":

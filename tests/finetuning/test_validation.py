@@ -148,7 +148,7 @@ def test_card__has_the_figures_and_what_got_worse(bank):
     assert "license: apache-2.0" in card and "10 images of 2 scenes: a, b." in card
     assert "| optimization.learning_rate | 1e-05 |" in card and "unknown at the end" in card
     assert format_consistency(figures, figures) in card and "nan" not in card
-    assert "worse than the original: nothing that was compared." in card
+    assert "lower than the original's: nothing that was compared." in card
     report["consistency"]["finetuned"] = {**figures, "recall_10px": figures["recall_10px"] - 0.1}
-    assert "worse than the original: recall 10px." in write_card(description, report, licences, ["a"])
+    assert "lower than the original's: recall 10px." in write_card(description, report, licences, ["a"])
     assert "0.3 of the fine-tuned and 0.7 of the original" in write_card(description, report, licences, ["a"], 0.3)
