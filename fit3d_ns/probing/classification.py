@@ -129,7 +129,7 @@ class ClassificationInputs(Inputs):
 class ClassificationProbe(HeadProbe[ClassificationConfig]):
     """Class of each picture."""
 
-    task = "classification"
+    task = labels = "classification"
     published_iterations = PUBLISHED_ITERATIONS
 
     def __init__(self, *args: Any) -> None:

@@ -98,7 +98,8 @@ PAPER_DEPTH = DepthConfig(
 class DepthProbe(HeadProbe[DepthConfig]):
     """Depth of each pixel."""
 
-    task = "depth"
+    task = labels = "depth"
+    has_norm = False
     published_iterations = PUBLISHED.num_iterations
 
     def __init__(self, *args: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fit3d_ns.data.images import save_image
-from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, split_validation
+from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledTask, split_validation
 from fit3d_ns.probing.frozen_features import Assembly, FrozenBackbones
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, TrainedHead, train_head
 from fit3d_ns.probing.samples import (
@@ -89,6 +89,10 @@ class HeadProbe(ABC, Generic[Config]):
     """One data set and one assembly; a head is trained for each seed, and all seeds share the frozen features."""
 
     task: ClassVar[str]
+    labels: ClassVar[LabelledTask]
+    """The labels of a set that heads are trained on."""
+    has_norm: ClassVar[bool] = True
+    """Whether tokens are read behind the backbone's final norm."""
     fill: ClassVar[int | float] = 0
     """The target that does not count."""
     published_iterations: ClassVar[int]

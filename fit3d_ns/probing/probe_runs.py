@@ -12,7 +12,6 @@ from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
 from fit3d_ns.probing.datasets.frames import (
     LabelledSet,
     LabelledSplit,
-    ProbeTask,
     check_same_kind,
     compute_data_hash,
     join_sets,
@@ -88,8 +87,8 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         raise ValueError(f"--predictions means nothing to the {request.task} probe; leave it out.")
     if request.task in ("consistency", "correspondence"):
         return _run_multiview(request)
-    norm = request.task != "depth"
-    described = describe_backbones(request.backbones, norm=norm)
+    kind = PROBES[request.task]
+    described = describe_backbones(request.backbones, norm=kind.has_norm)
     train, test = _read_sets(request)
     config = request.config or DEFAULT_CONFIGS[request.task]
     settings: dict[str, Any] = {
@@ -109,9 +108,11 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         return load_result(file.path)
     accelerator = create_accelerator(request.device, request.precision)
     num_layers = 4 if isinstance(config, DepthConfig) and config.head == "dpt" else 1
-    backbones = create_frozen_backbones(request.backbones, norm=norm, num_layers=num_layers, device=accelerator.device)
+    backbones = create_frozen_backbones(
+        request.backbones, norm=kind.has_norm, num_layers=num_layers, device=accelerator.device
+    )
     sets = create_sets(train, test, request.run)
-    probe = PROBES[request.task](config, request.run, sets, backbones, request.backbones.assembly, accelerator)
+    probe = kind(config, request.run, sets, backbones, request.backbones.assembly, accelerator)
     earlier = load_result(file.path).settings if file.path.is_file() else {}
     training: dict[str, Any] = {name: earlier[name] for name in ("training", "chosen", "finetuning") if name in earlier}
     training |= {"chosen": probe.describe(), **read_costs(request.backbones)}
@@ -148,16 +149,16 @@ def resolve_scene_split(path: Path, split: LabelledSplit, others: Sequence[Path]
 
 
 def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
-    task: ProbeTask = request.task  # type: ignore[assignment]
+    labels = PROBES[request.task].labels
     for paths, flag in ((request.train, "--train"), (request.test, "--test")):
         if not paths:
-            raise ValueError(f"A {task} probe needs data; name folders with {flag}.")
-    check_options([*request.train, *request.test], task, request.options)
+            raise ValueError(f"A {request.task} probe needs data; name folders with {flag}.")
+    check_options([*request.train, *request.test], labels, request.options)
 
     def read(paths: Sequence[Path], split: LabelledSplit, others: Sequence[Path]) -> LabelledSet:
         options = request.options
         return join_sets(
-            [read_labelled_set(path, resolve_scene_split(path, split, others), task, options) for path in paths]
+            [read_labelled_set(path, resolve_scene_split(path, split, others), labels, options) for path in paths]
         )
 
     first, second = read(request.train, "train", request.test), read(request.test, "test", request.train)

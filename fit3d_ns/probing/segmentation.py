@@ -67,7 +67,7 @@ PAPER_SEGMENTATION = SegmentationConfig(
 class SegmentationProbe(HeadProbe[SegmentationConfig]):
     """Class of each pixel."""
 
-    task = "segmentation"
+    task = labels = "segmentation"
     fill = IGNORE_INDEX
     published_iterations = PUBLISHED.num_iterations
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fit3d_ns.probing.datasets import ade20k_voc, folders, nyu_kitti, scannet
-from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, ProbeTask
+from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, LabelledTask
 
 LabelledLayout = Literal["scannetpp", "scannet", "nyu", "kitti", "ade20k", "voc", "folder", "imagefolder"]
-_TASKS: dict[LabelledLayout, tuple[ProbeTask, ...]] = {
+_TASKS: dict[LabelledLayout, tuple[LabelledTask, ...]] = {
     **dict.fromkeys(("scannetpp", "scannet", "nyu", "folder"), ("segmentation", "depth")),
     **{"kitti": ("depth",), "ade20k": ("segmentation",), "voc": ("segmentation",), "imagefolder": ("classification",)},
 }
@@ -30,7 +30,7 @@ class LabelledOptions:
     """Depths of this many metres or more do not count; by default 20 for ScanNet++ scenes, 10 for plain folders."""
 
 
-def find_labelled_layout(path: Path, task: ProbeTask) -> LabelledLayout:
+def find_labelled_layout(path: Path, task: LabelledTask) -> LabelledLayout:
     """The layout of a folder; ValueError if there is no such folder or no layout is recognised in it."""
     if not path.is_dir():
         raise ValueError(f"No such data folder: {path}; check --train and --test.")
@@ -61,7 +61,7 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
     One folder that reads an option is enough: a head may be trained on a plain folder and tested on an official set.
     """
     plain, scenes = "plain folders (images/ and depths/)", "ScanNet++ scenes"
-    readers: tuple[tuple[str, Any, ProbeTask, tuple[LabelledLayout, ...], str], ...] = (
+    readers: tuple[tuple[str, Any, LabelledTask, tuple[LabelledLayout, ...], str], ...] = (
         ("--depth-scale", options.depth_scale, "depth", ("folder",), f"the unit of {plain}"),
         ("--max-depth", options.max_depth, "depth", ("folder", "scannetpp"), f"the range of {plain} and {scenes}"),
         ("--nyu-classes", options.nyu_classes, "segmentation", ("nyu",), "the class list of NYUv2"),
@@ -83,7 +83,7 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
 
 
 def read_labelled_set(
-    path: Path, split: LabelledSplit | None, task: ProbeTask, options: LabelledOptions | None = None
+    path: Path, split: LabelledSplit | None, task: LabelledTask, options: LabelledOptions | None = None
 ) -> LabelledSet:
     """Reads one split of a scene, a plain folder or the root of an official set; pixels are loaded later.
 

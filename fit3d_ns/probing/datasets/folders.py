@@ -13,8 +13,8 @@ from fit3d_ns.probing.datasets.frames import (
     LabelledFrame,
     LabelledSet,
     LabelledSplit,
+    LabelledTask,
     LabelTable,
-    ProbeTask,
     create_frame,
 )
 from fit3d_ns.utils.files import read_json
@@ -24,7 +24,7 @@ DEFAULT_DEPTH_SCALE = 1000.0
 
 
 def read_folder(
-    root: Path, split: LabelledSplit, task: ProbeTask, depth_scale: float | None, max_depth: float | None
+    root: Path, split: LabelledSplit, task: LabelledTask, depth_scale: float | None, max_depth: float | None
 ) -> LabelledSet:
     """Reads one split of the first layout, with labels or depth, whichever the task needs.
 

@@ -24,7 +24,8 @@ from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly
 
-ProbeTask = Literal["segmentation", "depth", "classification"]
+LabelledTask = Literal["segmentation", "depth", "classification"]
+"""What a set is labelled for: a class or a depth for each pixel, or a class for the whole picture."""
 LabelledSplit = Literal["train", "test"]
 EvaluationWindow = Literal["none", "eigen", "garg"]
 """Which part of a depth map counts: all of it, Eigen's window of NYU (rows 45-471, columns 41-601 of 480x640), or

@@ -19,8 +19,8 @@ from fit3d_ns.probing.datasets.frames import (
     LabelledFrame,
     LabelledSet,
     LabelledSplit,
+    LabelledTask,
     LabelTable,
-    ProbeTask,
     create_frame,
     read_lines,
 )
@@ -39,7 +39,7 @@ _KITTI_IMAGE_ROOTS = ("", "raw", "input", "raw_data")
 _KITTI_DEPTH_ROOTS = ("data_depth_annotated/train", "data_depth_annotated/val", "gt_depth", "")
 
 
-def read_nyu(root: Path, split: LabelledSplit, task: ProbeTask, num_classes: int = 13) -> LabelledSet:
+def read_nyu(root: Path, split: LabelledSplit, task: LabelledTask, num_classes: int = 13) -> LabelledSet:
     """Reads one official split, with 13 classes (the paper's) or 40; for depth the published list, if any, wins."""
     if task == "depth" and (root / f"nyu_{split}.txt").is_file():
         return _read_nyu_list(root, split)

@@ -27,8 +27,8 @@ from fit3d_ns.probing.datasets.frames import (
     LabelledFrame,
     LabelledSet,
     LabelledSplit,
+    LabelledTask,
     LabelTable,
-    ProbeTask,
     create_frame,
     create_zero_ignoring_table,
     read_lines,
@@ -57,7 +57,7 @@ def find_scannet(root: Path) -> Path | None:
     return None
 
 
-def read_scannet(root: Path, split: LabelledSplit, task: ProbeTask) -> LabelledSet:
+def read_scannet(root: Path, split: LabelledSplit, task: LabelledTask) -> LabelledSet:
     """Reads the scenes of the official train or validation list."""
     folder = find_scannet(root)
     if folder is None:
@@ -96,7 +96,7 @@ def find_scannetpp_scenes(root: Path) -> Path | None:
 
 
 def read_scannetpp_labelled(
-    path: Path, split: LabelledSplit | None, task: ProbeTask, max_depth: float | None = None
+    path: Path, split: LabelledSplit | None, task: LabelledTask, max_depth: float | None = None
 ) -> LabelledSet:
     """Reads a scene, or the scenes of the official split list, with depth or labels, whichever the task needs.
 
@@ -138,7 +138,7 @@ def _read_table(root: Path) -> LabelTable:
 
 
 def _read_scene(
-    path: Path, split: LabelledSplit | None, task: ProbeTask, root: Path
+    path: Path, split: LabelledSplit | None, task: LabelledTask, root: Path
 ) -> tuple[list[LabelledFrame], tuple[str, ...]]:
     dslr = path / "dslr" if (path / "dslr").is_dir() else path
     capture = read_scannetpp(path)
