@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
+from fit3d_ns.geometry.cameras import is_inside, project_points, viewmats_from_camera_to_worlds
 from fit3d_ns.utils.selection import create_generator
 
 SMALLEST_DISTANCE = 1e-9
@@ -79,15 +79,20 @@ def find_covisible(
     between or the point moved.
     """
     depth = look_up(view.usable_depth, points)
-    in_world = unproject(points, depth, view)
-    viewmat = viewmats_from_camera_to_worlds(other.camera_to_world)
-    other_points, other_depth = project_points(in_world, viewmat, other.K)
-    width, height = other.size
-    inside = (other_points >= 0).all(dim=1) & (other_points[:, 0] < width) & (other_points[:, 1] < height)
-    visible = (depth > 0) & (other_depth > 0) & inside
-    measured = look_up(other.usable_depth, torch.where(visible[:, None], other_points, 0.0))
-    visible &= (measured > 0) & ((measured - other_depth).abs() <= depth_tolerance * other_depth)
+    other_points, other_depth, measured = observe(unproject(points, depth, view), other)
+    visible = (depth > 0) & (measured > 0) & ((measured - other_depth).abs() <= depth_tolerance * other_depth)
     return points[visible], other_points[visible]
+
+
+def observe(
+    xyz: Float[Tensor, "points 3"], view: DepthView
+) -> tuple[Float[Tensor, "points 2"], Float[Tensor, " points"], Float[Tensor, " points"]]:
+    """Where world points are in a view's image, their z-depth there, and the depth that the view has at that pixel: 0
+    where it has none, and for points behind it or outside its image."""
+    pixels, depth = project_points(xyz, viewmats_from_camera_to_worlds(view.camera_to_world), view.K)
+    inside = is_inside(pixels, depth, *view.size)
+    measured = look_up(view.usable_depth, torch.where(inside[:, None], pixels, 0.0))
+    return pixels, depth, torch.where(inside, measured, 0.0)
 
 
 def measure_rotation(camera_to_world: Float[Tensor, "3 4"], other: Float[Tensor, "3 4"]) -> Float[Tensor, ""]:

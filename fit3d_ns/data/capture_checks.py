@@ -77,7 +77,8 @@ def _leave_out_missing(files: CaptureFiles, is_strict: bool) -> tuple[CaptureFil
 
 
 def _find_other_suffix(frame: Frame) -> Frame:
-    """The frame with the photograph of the same name that is there, where one was converted (`a.PNG` to `a.jpg`)."""
+    """The frame with the photograph of the same name that is there, where one was converted (`a.PNG` to `a.jpg`)
+    or files of older tools leave the suffix out."""
     path = frame.image_path
     if path.is_file() or not path.parent.is_dir():
         return frame

@@ -33,7 +33,6 @@ from fit3d_ns.data.ply import read_ply_points
 from fit3d_ns.utils.files import read_json
 
 _COLMAP_FOLDER = "colmap/sparse/0"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".JPG", ".PNG")
 
 
 def read_transforms(path: Path) -> CaptureFiles:
@@ -64,7 +63,7 @@ def read_transforms(path: Path) -> CaptureFiles:
 
 
 def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], split: Split, source: str) -> Frame:
-    image_path = _find_image(resolve_inside(root, entry["file_path"], source))
+    image_path = resolve_inside(root, entry["file_path"], source)
     if entry.get("is_bad", False):
         return create_bad_frame(image_path, split)
     optional = {
@@ -78,14 +77,6 @@ def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], s
         mask_path=optional.get("mask_path"),
         depth_path=optional.get("depth_file_path"),
     )
-
-
-def _find_image(path: Path) -> Path:
-    """The path, with the suffix that older files leave out."""
-    if path.suffix or path.is_file():
-        return path
-    candidates = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
-    return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
 def _read_splits(meta: Mapping[str, Any], names: list[str], transforms: Path) -> tuple[list[Split | None], str]:

@@ -25,10 +25,11 @@ from fit3d_ns.finetuning.backbone_folder import find_strictest, list_licences, s
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.draws import TrainingViews
 from fit3d_ns.finetuning.optimization import copy_original, interpolate_weights
-from fit3d_ns.finetuning.scene_bank import SceneBank, compute_scene_hash, find_lifted
+from fit3d_ns.finetuning.scene_bank import SceneBank, compute_scene_hash
 from fit3d_ns.finetuning.targets import TARGET_FOLDER, TargetRenderer, create_averages, create_target_store
 from fit3d_ns.finetuning.trainer import FinetuneTrainer
 from fit3d_ns.finetuning.validation import Validation, format_consistency, read_tokens_of, save_comparison
+from fit3d_ns.lifting.blending import find_lifted
 from fit3d_ns.rasterization import prepare_rasterizer
 from fit3d_ns.scene.scene_file import read_scene_costs
 from fit3d_ns.training.processes import Processes, create_accelerator, track_run

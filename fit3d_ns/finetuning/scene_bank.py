@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, TokenModel
 from fit3d_ns.finetuning.draws import locate_capture
-from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views
+from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views, find_lifted, find_usable
 from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureScene, PosedCapture, View, load_scene, save_scene
 from fit3d_ns.utils.device import choose_budget_gb
@@ -52,19 +52,6 @@ _NUM_HASHED_BLOCKS, _HASHED_ROWS = 4, 256
 """Rows that a scene's hash reads: a few whole stretches, because rows far apart would page in the whole file."""
 
 
-def find_lifted(scene: FeatureScene) -> list[View]:
-    """The views that a scene was lifted from, as its file says.
-
-    Files of earlier versions do not name them: then its training views, or as many of them as the lift's metrics
-    count, chosen as those versions chose.
-    """
-    if scene.lifted_views is not None:
-        return [scene.posed_capture.name_to_view[name] for name in scene.lifted_views]
-    train = scene.posed_capture.select("train")
-    number = scene.metrics.get("num_train_views")
-    return select_evenly(train, number if isinstance(number, int) else None)
-
-
 def average_lifted_views(
     scene: FeatureScene, data_root: Path | None = None, max_views: int | None = MAX_AVERAGED_VIEWS
 ) -> FeatureScene:
@@ -74,7 +61,7 @@ def average_lifted_views(
     takes all, so that any of them can be left out of the average.
     """
     capture = locate_capture(scene, data_root)
-    usable, num_lifted = _find_usable(scene, capture), len(find_lifted(scene))
+    usable, num_lifted = find_usable(scene, capture), len(find_lifted(scene))
     if len(usable) < num_lifted:
         notice(
             f"Features of scene {scene.scene_id} are averaged over {len(usable)} of its {num_lifted} lifted views; the "
@@ -105,7 +92,7 @@ def compute_average_hash(
 ) -> str:
     """Hashes everything that `average_lifted_views` reads: the scene, and the cameras and masks it averages over."""
     parts: list[object] = [AVERAGING_SAMPLES, scene.backbone.patch_size]
-    for view in select_evenly(_find_usable(scene, locate_capture(scene, data_root)), max_views):
+    for view in select_evenly(find_usable(scene, locate_capture(scene, data_root)), max_views):
         mask = None if view.frame.mask_path is None else hash_file(view.frame.mask_path)
         parts += [view.name, view.width, view.height, view.K.tolist(), view.camera_to_world.tolist(), view.lens, mask]
     views_hash = hash_bytes(*(repr(part).encode() for part in parts))
@@ -187,12 +174,6 @@ def leave_view_out(
     is_known = rest > SMALLEST_SHARE * total
     step = torch.where(is_known[:, None], sums / rest.clamp(min=1e-12)[:, None], 0.0)
     return replace(scene, gaussians=scene.gaussians.with_features(features_and_one[:, :-1] - step)), is_known
-
-
-def _find_usable(scene: FeatureScene, capture: PosedCapture) -> list[View]:
-    """The lifted views as in `capture`, without those whose mask is gone: their valid pixels are unknown."""
-    lifted = [capture.name_to_view[view.name] for view in find_lifted(scene)]
-    return [view for view in lifted if view.frame.mask_path is None or view.frame.mask_path.is_file()]
 
 
 SCENE_SUFFIX = ".safetensors"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -70,6 +70,13 @@ def project_points(
     in_camera = points @ viewmat[:3, :3].T + viewmat[:3, 3]
     projected = in_camera @ K.T
     return projected[:, :2] / projected[:, 2:], in_camera[:, 2]
+
+
+def is_inside(
+    pixels: Float[Tensor, "points 2"], depth: Float[Tensor, " points"], width: int, height: int
+) -> Bool[Tensor, " points"]:
+    """Which of the points that `project_points` gives are in front of the camera and in its picture."""
+    return (depth > 0) & (pixels >= 0).all(dim=1) & (pixels[:, 0] < width) & (pixels[:, 1] < height)
 
 
 def transform_camera_to_worlds(

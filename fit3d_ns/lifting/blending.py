@@ -24,6 +24,7 @@ from fit3d_ns.rasterization import add_normal, backproject_features, rasterize_f
 from fit3d_ns.scene import FeatureScene, PosedCapture, View
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.utils.device import choose_budget_gb
+from fit3d_ns.utils.selection import select_evenly
 from fit3d_ns.utils.tensor_files import BoundedMemory
 
 CPU_CACHE_GB = 1.024
@@ -220,6 +221,25 @@ def average_over_views(scene: FeatureScene, capture: PosedCapture, views: Sequen
     averages = sums[:, :-1] / total.clamp(min=1e-12)
     features = torch.where(total > 0, averages, features_and_one[:, :-1])
     return replace(scene, gaussians=scene.gaussians.with_features(features))
+
+
+def find_lifted(scene: FeatureScene) -> list[View]:
+    """The views that a scene was lifted from, as its file says.
+
+    Files of earlier versions do not name them: then its training views, or as many of them as the lift's metrics
+    count, chosen as those versions chose.
+    """
+    if scene.lifted_views is not None:
+        return [scene.posed_capture.name_to_view[name] for name in scene.lifted_views]
+    train = scene.posed_capture.select("train")
+    number = scene.metrics.get("num_train_views")
+    return select_evenly(train, number if isinstance(number, int) else None)
+
+
+def find_usable(scene: FeatureScene, capture: PosedCapture) -> list[View]:
+    """The lifted views as in `capture`, without those whose mask is gone: their valid pixels are unknown."""
+    lifted = [capture.name_to_view[view.name] for view in find_lifted(scene)]
+    return [view for view in lifted if view.frame.mask_path is None or view.frame.mask_path.is_file()]
 
 
 def sample_mask(mask: Bool[Tensor, "height width"], width: int, height: int) -> Float[Tensor, "rows columns"]:

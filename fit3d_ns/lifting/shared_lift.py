@@ -5,9 +5,8 @@ is lifted on it and leaves its decoder statistics next to its file; the decoder 
 scenes' own. An interrupted command does the first round again, whose tokens are cached by then, and no finished lift.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from fit3d_ns.lifting.lift_scene import (
     lift_scene,
     measure_held_out,
 )
-from fit3d_ns.lifting.passes import compute_identity
 from fit3d_ns.lifting.sources import LiftSource
 from fit3d_ns.lifting.views import MAX_PICTURE_TOKENS, choose_views, load_views, sample_tokens
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
@@ -75,9 +73,9 @@ def lift_together(
     notice(f"Tokens of {len(tasks)} scenes, for the basis they share")
     basis, pca = fit_shared_space(tasks, setup)
     statistics = []
-    for number, task in enumerate(tasks, start=1):
+    for number, (task, lift_hash) in enumerate(zip(tasks, own, strict=True), start=1):
         notice(f"[{number}/{len(tasks)}] {task.output_path.name}")
-        statistics.append(_lift(task, setup, basis, pca))
+        statistics.append(_lift(task, setup, basis, pca, lift_hash))
     decoder = fit_decoder(statistics, basis, setup.config.decoder_ridge).requires_grad_(False).cpu()
     for task, lift_hash in zip(tasks, hashes, strict=True):
         scene = replace(load_scene(task.output_path), decoder=decoder)
@@ -115,18 +113,15 @@ def fit_shared_space(tasks: Sequence[LiftTask], setup: LiftSetup) -> tuple[PcaBa
     return basis, fit_pca(rows, min(3, rows.shape[1]))
 
 
-def _lift(task: LiftTask, setup: LiftSetup, basis: PcaBasis, pca: PcaBasis) -> DecoderStatistics:
+def _lift(task: LiftTask, setup: LiftSetup, basis: PcaBasis, pca: PcaBasis, lift_hash: str) -> DecoderStatistics:
     """Lifts one scene and writes it with the decoder of its own, unless that has been done."""
-    source, options, device = task.read(), setup.options, setup.device
-    lifted, _ = choose_views(source.capture, options.views)
-    views = load_views(source.capture, lifted, setup.cache, options, device)
-    identity = compute_identity(source.activate(device), views, setup.config, setup.backbone.identity, basis)
-    identity["setting of the scene"] = json.dumps({**asdict(options), "include_sh": setup.include_sh})
-    found = _read_sums(task, identity, device)
+    numbers = (part.cpu().contiguous().numpy().tobytes() for part in (basis.mean, basis.components))
+    identity = hash_bytes(lift_hash.encode(), *numbers)
+    found = _read_sums(task, identity, setup.device)
     if found is not None:
         notice(f"{task.output_path.name} is lifted already.")
         return found
-    scene, result = lift_scene(source, setup, state_path=task.state_path, basis=basis, pca=pca)
+    scene, result = lift_scene(task.read(), setup, state_path=task.state_path, basis=basis, pca=pca)
     save_scene(scene, task.output_path, include_sh=setup.include_sh)
     sums = result.decoder_statistics
     tensors = {"regressors": sums.regressors, "products": sums.products}
@@ -134,7 +129,7 @@ def _lift(task: LiftTask, setup: LiftSetup, basis: PcaBasis, pca: PcaBasis) -> D
     return sums
 
 
-def _read_sums(task: LiftTask, identity: dict[str, str], device: str) -> DecoderStatistics | None:
+def _read_sums(task: LiftTask, identity: str, device: str) -> DecoderStatistics | None:
     """Statistics of the same lift, whose features its file still holds; else None."""
     if not task.sums_path.is_file() or not task.output_path.is_file():
         return None
@@ -150,9 +145,9 @@ def _read_sums(task: LiftTask, identity: dict[str, str], device: str) -> Decoder
         return None
 
 
-def _describe(identity: dict[str, str], scene: FeatureScene) -> dict[str, str]:
+def _describe(identity: str, scene: FeatureScene) -> dict[str, str]:
     """What statistics belong to: a lift, and the features it found; another command may have replaced its file."""
     return {
-        "identity": json.dumps(identity),
+        "identity": identity,
         "features": hash_bytes(scene.gaussians.features.contiguous().numpy().tobytes()),
     }

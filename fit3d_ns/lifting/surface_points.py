@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from fit3d_ns.analysis.correspondence import DepthView, look_up, unproject
+from fit3d_ns.analysis.correspondence import DepthView, look_up, observe, unproject
 from fit3d_ns.data.images import MILLIMETRES_PER_METRE
-from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
+from fit3d_ns.geometry.cameras import is_inside, project_points, viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.surfels import SurfacePoints, compute_cell_keys, estimate_normals, sum_groups
 from fit3d_ns.scene import PosedCapture, View
 from fit3d_ns.utils.progress import track
@@ -86,7 +86,7 @@ def find_depth_scale(capture: PosedCapture, given: float | None = None) -> float
     for scale in shares:
         for index in starts:
             first, second = (load_depth_view(capture, view, scale) for view in views[index : index + 2])
-            depth, measured = _compare(_list_points(first)[0][::16], second)
+            _, depth, measured = observe(_list_points(first)[0][::16], second)
             agrees = (measured > 0) & ((measured - depth).abs() <= _LARGEST_STEP * depth)
             shares[scale] += float(agrees.float().sum() / max(len(agrees), 1)) / len(starts)
     best = max(shares, key=lambda scale: shares[scale])
@@ -216,19 +216,6 @@ def _list_points(view: DepthView) -> tuple[Float[Tensor, "points 3"], Float[np.n
     return unproject(pixels, depth, view), (depth / view.K[0, 0]).double().numpy()
 
 
-def _project(xyz: Tensor, view: View | DepthView, width: int, height: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, z-depth, and whether a camera has the point in its picture."""
-    pixels, depth = project_points(xyz, viewmats_from_camera_to_worlds(view.camera_to_world), view.K)
-    inside = (depth > 0) & (pixels >= 0).all(dim=1) & (pixels[:, 0] < width) & (pixels[:, 1] < height)
-    return pixels, depth, inside
-
-
-def _compare(xyz: Float[Tensor, "points 3"], view: DepthView) -> tuple[Tensor, Tensor]:
-    """z-depth of points in a view, and what it measures in their direction (0 where that is nothing)."""
-    pixels, depth, inside = _project(xyz, view, *view.size)
-    return depth, torch.where(inside, look_up(view.depth, torch.where(inside[:, None], pixels, 0.0)), 0.0)
-
-
 def _choose_cell(spacing: Float[np.ndarray, " points"], cell_pixels: float, problem: str) -> float:
     if not len(spacing):
         raise ValueError(f"{problem}; check the files and --data.")
@@ -247,7 +234,7 @@ def _is_consistent(xyz: Tensor, capture: PosedCapture, views: Sequence[View], sc
     """False where as many views look through a point as measure it."""
     votes = torch.zeros(len(xyz), dtype=torch.int64)
     for view in track(views, "Comparing depth"):
-        depth, measured = _compare(xyz, load_depth_view(capture, view, scale))
+        _, depth, measured = observe(xyz, load_depth_view(capture, view, scale))
         votes += (measured > 0) & ((measured - depth).abs() <= _LARGEST_STEP * depth)
         votes -= ((measured > 0) & (measured - depth > _LARGEST_STEP * depth)).long()
     return (votes > 0).numpy()
@@ -257,6 +244,7 @@ def _measure_spacing(xyz: Float[np.ndarray, "points 3"], capture: PosedCapture) 
     """Width of a pixel at each point in the nearest train view; infinite where none looks. Walls hide nothing."""
     points, spacing = torch.from_numpy(xyz).float(), torch.full((len(xyz),), torch.inf)
     for view in capture.select("train"):
-        _, depth, inside = _project(points, view, view.width, view.height)
+        pixels, depth = project_points(points, viewmats_from_camera_to_worlds(view.camera_to_world), view.K)
+        inside = is_inside(pixels, depth, view.width, view.height)
         spacing = torch.where(inside, torch.minimum(spacing, depth / view.K[0, 0]), spacing)
     return spacing.double().numpy()

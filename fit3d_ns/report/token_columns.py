@@ -19,7 +19,7 @@ from torch import Tensor
 from fit3d_ns.data.images import load_image
 from fit3d_ns.features import compute_patch_grid, create_extractor
 from fit3d_ns.geometry.cameras import Camera, resize_Ks
-from fit3d_ns.lifting.blending import average_over_views
+from fit3d_ns.lifting.blending import average_over_views, find_usable
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.scene import FeatureScene, PosedCapture, View, load_scene
 from fit3d_ns.utils.progress import notice, track
@@ -91,10 +91,7 @@ def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: st
 
 def average_scene(scene: FeatureScene, capture: PosedCapture) -> FeatureScene:
     """The scene with its features averaged over the lifted views, at most 32 of them, as pictures show it."""
-    lifted = scene.lifted_views or [view.name for view in capture.select("train")]
-    views = [capture.name_to_view[name] for name in lifted]
-    usable = [view for view in views if view.frame.mask_path is None or view.frame.mask_path.is_file()]
-    return average_over_views(scene, capture, select_evenly(usable, MAX_AVERAGED_VIEWS))
+    return average_over_views(scene, capture, select_evenly(find_usable(scene, capture), MAX_AVERAGED_VIEWS))
 
 
 def load_figure_image(path: Path, scene_index: SceneIndex, longest_side: int | None = None) -> FigureImage:

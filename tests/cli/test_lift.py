@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fit3d_ns.cli import lift as module
+from fit3d_ns.cli.command import create_main
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_file import compute_stage1_hours
@@ -192,12 +193,12 @@ def test_lift__a_finished_one_is_lifted_again_only_for_another_lift(run, capture
     assert run("--feature-dim", 4, "--include-sh")[0] == 0 and record.is_file()
 
 
-def test_lift__flags_are_the_fields_of_the_lift(monkeypatch, capture):
+def test_lift__flags_are_the_fields_of_the_lift():
     parsed = []
-    monkeypatch.setattr(module, "lift", parsed.append)
-    module.main(["--ply", "a.ply", "--output-path", "b.safetensors"])
+    main = create_main("fit3d-lift", module.LiftCommand, parsed.append, "Lifts.")
+    main(["--ply", "a.ply", "--output-path", "b.safetensors"])
     assert parsed[0].lift == LiftConfig()
-    module.main(["--ply", "a.ply", "--output-path", "b.safetensors", "--feature-dim", "32", "--ply-world", "colmap"])
+    main(["--ply", "a.ply", "--output-path", "b.safetensors", "--feature-dim", "32", "--ply-world", "colmap"])
     assert parsed[1].lift.feature_dim == 32 and parsed[1].from_ply.ply_world == "colmap"
 
 

@@ -16,12 +16,12 @@ from fit3d_ns.finetuning.scene_bank import (
     SceneBank,
     average_lifted_views,
     compute_average_hash,
-    find_lifted,
 )
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_averages
 from fit3d_ns.finetuning.validation import NO_AUGMENTATION, Validation
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
 from fit3d_ns.lifting import blending
+from fit3d_ns.lifting.blending import find_lifted
 from fit3d_ns.rasterization import project, rasterize_features
 from fit3d_ns.scene import load_scene, save_scene
 from fit3d_ns.utils.tensor_files import TensorStore

@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.scannetpp import colmap_to_world
-from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
+from fit3d_ns.geometry.cameras import Camera
 from fit3d_ns.lifting.sources import PlyConfig, compare_with_photographs
 from fit3d_ns.lifting.surface_points import SurfaceFile, find_depth_scale, read_surface_file
 from fit3d_ns.lifting.surfaces import SurfaceConfig, read_surface_source
@@ -263,9 +263,7 @@ def test_surfels__cover_a_plane_without_gaps():
     gaussians = create_surfels(create_plane(0.0, edge=True), 0.01, 5.0).activate()
     camera = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.0, 1.0, 0.0, 0.5], [0.0, 0.0, 1.0, 1.4]])
     K = torch.tensor([[100.0, 0.0, 32.0], [0.0, 100.0, 32.0], [0.0, 0.0, 1.0]])
-    depth, alpha = gaussians.render(
-        torch.zeros(len(gaussians), 1), viewmats_from_camera_to_worlds(camera), K, 64, 64, render_mode="ED"
-    )
+    depth, alpha = gaussians.render(torch.zeros(len(gaussians), 1), Camera(camera, K, 64, 64), render_mode="ED")
     assert float(alpha.min()) > 0.8
     # The plane z = 0.3 x seen from above: z-depth d at x = 0.5 + d (column - 32) / 100.
     slope = (torch.arange(64) + 0.5 - 32.0) / 100.0
