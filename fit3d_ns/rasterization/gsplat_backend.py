@@ -141,7 +141,7 @@ def backproject(feature_maps: Tensor, geometry: BlendGeometry, sums: Tensor, tot
 
 
 def add_normal(features: Tensor, geometry: BlendGeometry, weigh: Callable[[Tensor], Tensor], sums: Tensor) -> None:
-    """As `reference.add_normal`: one blending serves both directions, since the adjoint is its gradient."""
+    """As `interface.add_normal`: one blending serves both directions, since the adjoint is its gradient."""
     for part in split_channels(features.shape[-1], channels_per_call(features.device)):
         leaf = features[:, part].detach().requires_grad_()
         with torch.enable_grad():

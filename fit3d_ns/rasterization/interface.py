@@ -3,7 +3,8 @@
 `rasterization` is a drop-in for `gsplat.rendering.rasterization` 1.4 with pinhole cameras. Frames: `means` in the
 world, `viewmats` world-to-camera in OpenCV axes, `Ks` and all image coordinates in pixels with centres at +0.5.
 
-A backend is a module with the functions that `reference` lists in `__all__`; `reference` defines their meaning.
+A backend is a module with the functions that `reference` lists in `__all__`; `reference` defines their meaning. One
+may have an `add_normal` of its own.
 """
 
 import functools
@@ -208,7 +209,12 @@ def add_normal(
     geometry = _geometry_of(info)
     arguments.check_features(features, geometry.num_gaussians, geometry.means2d)
     arguments.check_sums(add_to, tuple(features.shape), features)
-    load_backend(info["backend"]).add_normal(features, geometry, weigh, add_to)
+    engine = load_backend(info["backend"])
+    if hasattr(engine, "add_normal"):
+        engine.add_normal(features, geometry, weigh, add_to)
+        return
+    maps = weigh(engine.blend_features(features, geometry, None))
+    engine.backproject(maps, geometry, add_to, add_to.new_zeros(geometry.num_gaussians))
 
 
 def available_backends() -> list[str]:

@@ -14,7 +14,7 @@ Spherical harmonics up to degree 4 have the order and signs of 3D Gaussian Splat
 l*l + l + m holds degree l, order m.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,6 @@ MIN_TRANSMITTANCE = 1e-4
 """A pixel is finished before the Gaussian that would bring its transmittance down to this."""
 
 __all__ = [
-    "add_normal",
     "backproject",
     "blend",
     "blend_features",
@@ -195,18 +194,6 @@ def backproject(
             weights, _ = _blend_weights(pixels, centres, geometry.conics[camera, ids], geometry.opacities[camera, ids])
             sums.index_add_(0, ids, weights.T @ feature_maps[camera, pixels[:, 0], pixels[:, 1]])
             totals.index_add_(0, ids, weights.sum(dim=0))
-
-
-@torch.no_grad()
-def add_normal(
-    features: Float[Tensor, "num_gaussians channels"],
-    geometry: BlendGeometry,
-    weigh: Callable[[Tensor], Tensor],
-    sums: Float[Tensor, "num_gaussians channels"],
-) -> None:
-    """Adds R^T weigh(R f) to `sums`, in place: blends, changes the maps [C, H, W, D], and projects them back."""
-    maps = weigh(blend_features(features, geometry, None))
-    backproject(maps, geometry, sums, sums.new_zeros(geometry.num_gaussians))
 
 
 def _blend_weights(

@@ -91,11 +91,6 @@ class FeatureScene:
         return None if self.file is None else self.file.path
 
     @property
-    def metric_scale(self) -> float | None:
-        """Units of the frame per metre, or None; lengths in metres divide by it."""
-        return self.posed_capture.metric_scale
-
-    @property
     def num_bytes(self) -> int:
         """Bytes that the scene holds on its device when it is ready to render: stored and activated tensors."""
         stored = self.gaussians.bytes_per_gaussian * self.gaussians.num_gaussians

@@ -18,6 +18,7 @@ from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import read_json, remove, write_atomically, write_json
 from fit3d_ns.utils.progress import notice
+from fit3d_ns.utils.results import flatten
 from fit3d_ns.utils.selection import capture_random_states, restore_random_states
 from fit3d_ns.utils.tensor_files import load_torch_file
 
@@ -134,19 +135,13 @@ class CheckpointFolder:
 
 def check_resumable(found: CheckpointProgress, wanted: CheckpointProgress, path: Path) -> None:
     """Refuses other processes or settings than those the checkpoint was made with; the ValueError names both values."""
-    before, now = ({"num_processes": side.num_processes, **side.settings} for side in (found, wanted))
-    if differences := _compare(before, now, ""):
+    before, now = (flatten({"num_processes": side.num_processes, **side.settings}) for side in (found, wanted))
+    differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if differences := [f"{name} {before.get(name)} against {now.get(name)}" for name in differing]:
         raise ValueError(
             f"Checkpoint {path} was made with other settings: {'; '.join(differences[:5])} (checkpoint against now); "
             "resume with the same, or start over with --resume never."
         )
-
-
-def _compare(found: Any, wanted: Any, name: str) -> list[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = sorted({*found, *wanted})
-        return [line for key in keys for line in _compare(found.get(key), wanted.get(key), f"{name}.{key}".strip("."))]
-    return [] if found == wanted else [f"{name} {found} against {wanted}"]
 
 
 def _save_tensors(content: dict[str, Any], path: Path) -> None:

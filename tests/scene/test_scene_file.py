@@ -47,7 +47,7 @@ def test_round_trip__keeps_every_value(make_scene, path, bias):
     assert loaded.backbone == scene.backbone
     assert (loaded.token_reading, loaded.rasterize_mode, loaded.eps2d) == ("area", "antialiased", 0.1)
     assert loaded.metrics == {"psnr": 20.5}
-    assert loaded.metric_scale == 1.0
+    assert loaded.posed_capture.metric_scale == 1.0
 
 
 def test_round_trip__remembers_where_weights_lie(make_scene, path, tmp_path):

@@ -4,7 +4,6 @@ Projection, harmonics and blending are three nodes of the graph, so that `means2
 All arrays are cut into tasks by size alone and added up in a fixed order: results repeat to the bit.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,7 +52,10 @@ def build_geometry(projected: ProjectedGaussians, opacities: Tensor, settings: P
         projected.radii.numpy(), means2d.numpy(), layout
     )
     depth_bits = _flat(projected.depths).view(np.uint32)
-    order = cpu_tiles.order_by_depth(depth_bits, tiles_per_gauss)
+    # Nearest first, and by index where depths are equal; the bits of positive numbers are ordered as they are.
+    reaching = torch.from_numpy(np.flatnonzero(tiles_per_gauss))
+    nearest = torch.from_numpy(depth_bits.view(np.int32))[reaching].sort(stable=True).indices
+    order = reaching[nearest].int().numpy()
     tile_bits = (layout.tile_width * layout.tile_height).bit_length()
     flatten_ids, isect_ids, slots = cpu_tiles.fill_entries(
         order, num_gaussians, depth_bits, layout, tile_bits, tile_spans, slot_starts, tile_ends
@@ -111,13 +113,6 @@ def blend_features(features: Tensor, geometry: BlendGeometry, pixels: Tensor | N
 def backproject(feature_maps: Tensor, geometry: BlendGeometry, sums: Tensor, totals: Tensor) -> None:
     """As `reference.backproject`."""
     _backproject_rows(feature_maps.flatten(1, 2), geometry, None, sums, totals)
-
-
-@torch.no_grad()
-def add_normal(features: Tensor, geometry: BlendGeometry, weigh: Callable[[Tensor], Tensor], sums: Tensor) -> None:
-    """As `reference.add_normal`."""
-    maps = weigh(blend_features(features, geometry, None))
-    backproject(maps, geometry, sums, sums.new_zeros(geometry.num_gaussians))
 
 
 class _Projection(torch.autograd.Function):

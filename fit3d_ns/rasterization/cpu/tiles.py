@@ -25,9 +25,6 @@ ALL_BLOCKS = (1 << BLOCKS_PER_TILE) - 1
 REACH_MARGIN = 0.01
 """Added to the squared reach of the ellipse relatively, and to its extent in pixels, against rounding."""
 
-_RADIX_BITS = 11
-_RADIX_PASSES = 3
-
 
 class TileLayout(NamedTuple):
     """How the images of one call are cut into tiles, and these into bands of tile rows."""
@@ -102,28 +99,6 @@ def count_entries(radii, means2d, layout):
         total += tile_ends[tile]
         tile_ends[tile] = total
     return tile_spans, tiles_per_gauss, slot_starts, tile_ends
-
-
-@compiled
-def order_by_depth(depths, tiles_per_gauss):
-    """Indices of the Gaussians that enter a tile, nearest first and by index where depths are equal.
-
-    A radix sort: `depths` [C*N] are the bits of positive float32 numbers as uint32, which are ordered like the numbers.
-    """
-    order = np.flatnonzero(tiles_per_gauss).astype(np.int32)
-    mask = np.uint32((1 << _RADIX_BITS) - 1)
-    for step in range(_RADIX_PASSES):
-        shift = np.uint32(step * _RADIX_BITS)
-        starts = np.zeros((1 << _RADIX_BITS) + 1, np.int64)
-        for index in order:
-            starts[((depths[index] >> shift) & mask) + 1] += 1
-        starts = np.cumsum(starts)
-        unsorted, order = order, np.empty_like(order)
-        for index in unsorted:
-            digit = (depths[index] >> shift) & mask
-            order[starts[digit]] = index
-            starts[digit] += 1
-    return order
 
 
 @compiled
