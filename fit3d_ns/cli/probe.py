@@ -9,9 +9,8 @@ import tyro
 from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.probing.datasets import LabelledOptions
 from fit3d_ns.probing.depth import ClassTokenChoice
-from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig
+from fit3d_ns.probing.frozen_features import BackboneConfig
 from fit3d_ns.probing.head_probe import CacheRule, RunConfig, Selection
-from fit3d_ns.probing.pictures import PatchFitRule
 from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUNS, ProbeRequest, Task, run_probe
 from fit3d_ns.training.processes import Precision
 from fit3d_ns.utils.device import DeviceChoice
@@ -33,18 +32,7 @@ class ProbeCommand:
     official set; for consistency and correspondence captures or scene files."""
     train: Paths = ()
     """Folders that heads are trained on. A single scene takes part whole, unless it is in --test as well."""
-    assembly: Annotated[Assembly, Heading("backbone")] = "original"
-    """How original and fine-tuned features are joined."""
-    backbone: str = "dinov2_small"
-    """The original backbone: one of the paper's names, any timm id, or `toy_rooms_vit`, which needs no download."""
-    backbone_weights: Path | None = None
-    """File with the original's weights; timm downloads them if it is not given."""
-    finetuned: Path | None = None
-    """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file."""
-    normalization: Literal["timm", "imagenet"] | None = None
-    """Whose mean and deviation normalise images. By default `timm`, the backbone's own; `imagenet` with --paper."""
-    patch_fit: PatchFitRule | None = None
-    """How images meet the patch grid: `pad` by default, `pad-stretch` with --paper; multi-view measures resize."""
+    backbones: Annotated[BackboneConfig, Heading("backbone")] = BackboneConfig()
     seeds: Annotated[tuple[int, ...], Heading("training")] = (0,)
     """Seeds; one head is trained for each, and the record has mean and spread."""
     paper: bool = False
@@ -113,15 +101,13 @@ def create_request(command: ProbeCommand) -> ProbeRequest:
             raise ValueError(f"--{name.replace('_', '-')} means nothing to the {command.task} probe; leave it out.")
     run = PAPER_RUNS.get(command.task, RunConfig()) if command.paper else RunConfig()
     chosen = {name: getattr(command, name) for name in ("selection", "cache") if getattr(command, name) is not None}
+    backbones, paper = command.backbones, command.paper
     return ProbeRequest(
         task=command.task,
-        backbones=BackboneConfig(
-            assembly=command.assembly,
-            backbone=command.backbone,
-            backbone_weights=command.backbone_weights,
-            finetuned=command.finetuned,
-            normalization=command.normalization or ("imagenet" if command.paper else "timm"),
-            patch_fit=command.patch_fit or ("pad-stretch" if command.paper else "pad"),
+        backbones=replace(
+            backbones,
+            normalization=backbones.normalization or ("imagenet" if paper else "timm"),
+            patch_fit=backbones.patch_fit or ("pad-stretch" if paper else "pad"),
         ),
         output_path=command.output_path,
         train=command.train,

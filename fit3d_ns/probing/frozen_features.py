@@ -42,15 +42,17 @@ class BackboneConfig:
     """Which features a probe reads."""
 
     assembly: Assembly = "original"
+    """How original and fine-tuned features are joined."""
     backbone: str = "dinov2_small"
     """The original backbone: one of the paper's names, any timm id, or `toy_rooms_vit`, which needs no download."""
     backbone_weights: Path | None = None
-    """File with the original's weights; timm's download by default."""
+    """File with the original's weights; timm downloads them if it is not given."""
     finetuned: Path | None = None
-    """A folder that fit3d-finetune wrote, or a weights file as FiT3D and Splat-and-Distill published them."""
-    normalization: Normalization = "timm"
-    """Whose mean and deviation normalise images; the public code takes ImageNet's for all backbones."""
-    patch_fit: PatchFitRule = "pad"
+    """The fine-tuned backbone: a folder that fit3d-finetune wrote, or a weights file."""
+    normalization: Normalization | None = None
+    """Whose mean and deviation normalise images. By default `timm`, the backbone's own; `imagenet` with --paper."""
+    patch_fit: PatchFitRule | None = None
+    """How images meet the patch grid: `pad` by default, `pad-stretch` with --paper; multi-view measures resize."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,9 @@ def describe_backbones(config: BackboneConfig, *, norm: bool) -> dict[Part, Back
     if "finetuned" not in parts and config.finetuned is not None:
         notice(f"Assembly {config.assembly} reads the original backbone only; --finetuned is not used.")
     described: dict[Part, BackboneDescription] = {}
+    normalization = config.normalization or "timm"
     if "original" in parts:
-        weights = config.backbone_weights
-        described["original"] = describe_backbone(config.backbone, weights, config.normalization, norm=norm)
+        described["original"] = describe_backbone(config.backbone, config.backbone_weights, normalization, norm=norm)
     if "finetuned" in parts:
         name, weights = config.backbone, config.finetuned
         assert weights is not None
@@ -124,7 +126,7 @@ def describe_backbones(config: BackboneConfig, *, norm: bool) -> dict[Part, Back
             name, weights = f"local-dir:{weights}", None
         elif not weights.is_file():
             raise ValueError(f"No such fine-tuned backbone: {weights}; give a fit3d-finetune folder or a weights file.")
-        described["finetuned"] = describe_backbone(name, weights, config.normalization, norm=norm)
+        described["finetuned"] = describe_backbone(name, weights, normalization, norm=norm)
     if len(described) == 2:
         _check_pair(described["original"], described["finetuned"])
     return described
@@ -143,7 +145,7 @@ def create_frozen_backbones(
         raise ValueError(f"{num_layers} layers are asked for, the backbone has {num_blocks} blocks.")
     layers = [num_blocks * (index + 1) // num_layers - 1 for index in range(num_layers)]
     extractors = [create_extractor(description, device=device) for description in described.values()]
-    return FrozenBackbones(extractors, layers, config.patch_fit)
+    return FrozenBackbones(extractors, layers, config.patch_fit or "pad")
 
 
 class Assembler(nn.Module):
