@@ -22,7 +22,7 @@ from fit3d_ns.lifting.blending import choose_cache_mb, prepare_view
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
 from fit3d_ns.lifting.passes import Progress, list_decisive
-from fit3d_ns.lifting.solver import LiftResult, solve_features
+from fit3d_ns.lifting.solver import LIFT_PRODUCTS, LiftResult, solve_features
 from fit3d_ns.lifting.sources import LiftSource, compare_with_photographs, warn_of_poor_fit
 from fit3d_ns.lifting.views import LiftView, choose_views, fit_picture_basis, load_views
 from fit3d_ns.scene import FeatureScene, Gaussians, View, load_scene
@@ -203,7 +203,7 @@ def compute_lift_hash(source: LiftSource, setup: LiftSetup) -> str:
         "options": [setup.options.views, setup.options.drop_unseen, setup.include_sh],
     }
     # What the lift itself finds is no part of what it starts from: a scene file may be lifted onto itself.
-    found = {"features", "blend_weight", "num_views", "feature_variance", *(() if setup.include_sh else ("sh_rest",))}
+    found = {"features", *LIFT_PRODUCTS, *(() if setup.include_sh else ("sh_rest",))}
     tensors = [tensor for name, tensor in source.gaussians.tensors().items() if name not in found and not source.recipe]
     return hash_bytes(json.dumps(content).encode(), *(part.cpu().contiguous().numpy().tobytes() for part in tensors))
 
@@ -302,8 +302,7 @@ def _show_passes() -> Iterator[Progress]:
 def _create_scene(
     source: LiftSource, result: LiftResult, keep: Tensor, pca: PcaBasis, backbone: BackboneDescription
 ) -> FeatureScene:
-    names = ("features", "blend_weight", "num_views", "feature_variance")
-    lifted: dict[str, Any] = {name: getattr(result, name).cpu() for name in names}
+    lifted: dict[str, Any] = {name: getattr(result, name).cpu() for name in ("features", *LIFT_PRODUCTS)}
     gaussians = Gaussians.from_raw(**{**source.gaussians.tensors(), **lifted})
     # Rotations that are normalised twice are rounded twice.
     gaussians = replace(gaussians, quats=source.gaussians.quats)

@@ -28,6 +28,9 @@ from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.utils.progress import PhaseTimer, notice
 from fit3d_ns.utils.selection import create_generator, select_evenly
 
+LIFT_PRODUCTS = ("blend_weight", "num_views", "feature_variance")
+"""What a lift finds of each Gaussian besides its features: fields of `LiftResult` and of `Gaussians`."""
+
 
 @dataclass(frozen=True)
 class LiftResult:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.analysis.pictures import save_picture
-from fit3d_ns.lifting.solver import solve_features
+from fit3d_ns.lifting.solver import LIFT_PRODUCTS, solve_features
 from fit3d_ns.lifting.views import fit_picture_basis
 from fit3d_ns.plugin.datamanager import FeatureDatamanager
 from fit3d_ns.plugin.dataset import correct_poses
@@ -182,11 +182,7 @@ class FeaturePipeline(VanillaPipeline):
             self.model.features.copy_(result.features)
         self.branch.set_decoder(result.decoder)
         self.passes_spent += result.num_passes
-        self.lift_state = {
-            "blend_weight": result.blend_weight,
-            "num_views": result.num_views,
-            "feature_variance": result.feature_variance,
-        }
+        self.lift_state = {name: getattr(result, name) for name in LIFT_PRODUCTS}
         self.lifted_views = [view.name for view in views]
 
     def get_average_eval_image_metrics(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.features.sources import find_backbone_folder
+from fit3d_ns.lifting.solver import LIFT_PRODUCTS
 from fit3d_ns.plugin.checkpoints import load_latest_checkpoint
 from fit3d_ns.plugin.dataset import UndistortedDataset, correct_poses
 from fit3d_ns.plugin.feature_branch import PICTURE_BUFFERS, read_picture_basis
@@ -129,8 +130,7 @@ def load_run_scene(
         raise ValueError(f"{run.config_path} stopped before its features were solved; resume it with --load-dir.")
     # By-products of the last solve, after which no Gaussian was added or removed; none where there was no solve.
     lift, num_gaussians = run.run_state.get("lift", {}), len(run.gauss_params["means"])
-    names = ("blend_weight", "num_views", "feature_variance")
-    solved = {name: lift[name] for name in names if name in lift and len(lift[name]) == num_gaussians}
+    solved = {name: lift[name] for name in LIFT_PRODUCTS if name in lift and len(lift[name]) == num_gaussians}
     gaussians = run.create_gaussians(exact, features=run.gauss_params["features"], **solved)
     num_invalid = num_gaussians - gaussians.num_gaussians
     if num_invalid > 0:
