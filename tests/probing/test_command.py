@@ -289,7 +289,7 @@ def test_probe__adapters_are_probed_as_any_fine_tuned_backbone(
 ) -> None:
     adapted = add_adapter(create_token_model(BACKBONE), window_size=2).eval()
     torch.nn.init.normal_(adapted.adapter.block.mlp.fc2.weight)
-    save_finetuned(tmp_path / "adapted", adapted, adapted.model.state_dict(), "card")
+    save_finetuned(tmp_path / "adapted", adapted, adapted.model.state_dict(), "card", "mit")
     flags = ("--assembly", assembly, "--finetuned", str(tmp_path / "adapted"))
     record = run(rooms, tmp_path / "r.json", task, *flags)
     assert record["settings"]["backbones"]["finetuned"]["norm"], "the adapter stands behind the norm"
@@ -375,7 +375,7 @@ def test_backbones__adapters_stand_behind_the_final_norm_of_the_fine_tuned_part_
 ) -> None:
     adapted = add_adapter(create_token_model(BACKBONE), window_size=2).eval()
     torch.nn.init.normal_(adapted.adapter.block.mlp.fc2.weight)
-    save_finetuned(tmp_path / "adapted", adapted, adapted.model.state_dict(), "card")
+    save_finetuned(tmp_path / "adapted", adapted, adapted.model.state_dict(), "card", "mit")
     config = BackboneConfig("concat", BACKBONE, finetuned=tmp_path / "adapted", patch_fit="resize")
     images = torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(0))
     features = create_frozen_backbones(config, norm=norm)(images)
