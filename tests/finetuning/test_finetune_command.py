@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fit3d_ns.cli import command as command_module
 from fit3d_ns.cli import finetune as module
+from fit3d_ns.cli import lift
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning.backbone_folder import load_finetuned
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
@@ -28,6 +29,7 @@ from fit3d_ns.training.checkpoints import CheckpointFolder
 from fit3d_ns.utils.files import lock_folder
 from tests.children import get_context
 from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
+from tests.lift_capture import write_capture, write_gaussians
 
 NUM_KILLS = int(os.environ.get("FIT3D_TEST_KILLS", "3"))
 """Ten make a thorough run."""
@@ -130,6 +132,27 @@ def test_command__trains_and_writes_the_folder(tmp_path, capsys):
     assert all(torch.equal(value, finetuned[name]) for name, value in load_file(out / "model.safetensors").items())
     code, errors = run(capsys, *arguments, "--learning-rate", "1e-3", "--batch-size", "3")
     assert code == 1 and "optimization.batch_size 2 against 3" in errors
+
+
+def test_command__what_one_scene_taught_holds_in_another(tmp_path, capsys):
+    """With the toy of the package: tokens come closer to what was lifted, and points look more alike between views."""
+    scenes, out = [], tmp_path / "out"
+    for seed in (5, 6):
+        raw = write_capture(tmp_path / f"ring_{seed}", seed=seed)
+        scenes.append(tmp_path / f"{seed}.safetensors")
+        source = ["--ply", write_gaussians(tmp_path / f"{seed}.ply", raw), "--data", tmp_path / f"ring_{seed}"]
+        options = ["--backbone", "toy_rooms_vit", "--feature-cache", tmp_path / "cache", "--feature-dim", 16]
+        words = [*source, *options, "--max-passes", 4, "--device", "cpu", "--output-path", scenes[-1]]
+        lift.main([str(word) for word in words])
+    steps = ["--max-steps", 20, "--learning-rate", 3e-5, "--device", "cpu", "--max-validation-views", 12]
+    code, _ = run(capsys, "--ckpts", scenes[0], "--val-ckpts", scenes[1], "--output-dir", out, *steps)
+    assert code == 0
+    report = json.loads((out / "report.json").read_text())
+    assert not report["is_random"] and report["loss_last"] < 0.9 * report["loss_first"]
+    before, after = (report["validation"][name]["feature_cosine"] for name in ("original", "finetuned"))
+    assert after > before + 0.05
+    before, after = (report["consistency"][name]["centred_cosine"] for name in ("original", "finetuned"))
+    assert after > before + 0.005
 
 
 def test_report__sets_original_against_finetuned_by_angle(tmp_path, capsys):

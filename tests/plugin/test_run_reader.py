@@ -14,7 +14,7 @@ from fit3d_ns.data.ply import read_ply_elements
 from fit3d_ns.features import create_extractor
 from fit3d_ns.plugin.run_config import find_config
 from fit3d_ns.plugin.run_reader import load_run_scene, read_backbone, read_run
-from fit3d_ns.scene import FeatureScene, load_scene, save_scene
+from fit3d_ns.scene import FeatureScene, View, load_scene, save_scene
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def trained(run: dict[str, Any], make_config: Callable[..., Any], train: Callable[..., Any]) -> dict[str, Any]:
     if not run:
         config = make_config("export", 40)
+        config.pipeline.datamanager.backbone = "toy_rooms_vit"
         run.update(trainer=train(config), config_path=config.get_base_dir() / "config.yml")
     return run
 
@@ -36,10 +37,11 @@ def test_scene__renders_the_features_that_ns_eval_measured(trained: dict[str, An
     save_scene(load_run_scene(trained["config_path"]), tmp_path / "scene.safetensors")
     scene = load_scene(tmp_path / "scene.safetensors")
     figures = trained["trainer"].pipeline.get_average_eval_image_metrics()
-    cosine, l1 = measure_scene(scene)
+    cosine, l1, mean_token_cosine = measure_scene(scene)
     # fp16 storage of features, scales and opacities.
     assert cosine == pytest.approx(figures["feature_cosine"], abs=2e-3)
     assert l1 == pytest.approx(figures["feature_l1"], rel=1e-2)
+    assert cosine > mean_token_cosine + 0.1, "places have features of their own"
 
 
 def test_read_backbone__is_what_the_run_was_told(trained: dict[str, Any]) -> None:
@@ -48,25 +50,33 @@ def test_read_backbone__is_what_the_run_was_told(trained: dict[str, Any]) -> Non
     assert read_backbone(trained["config_path"]) == read_backbone(trained["config_path"].parent) == expected
 
 
-def measure_scene(scene: FeatureScene) -> tuple[float, float]:
-    """Means over frames of cosine and L1 on tokens with alpha > 0.5, by the definition in `ns-eval`'s contract."""
+def measure_scene(scene: FeatureScene) -> tuple[float, float, float]:
+    """Means over frames of cosine and L1 on tokens with alpha > 0.5, by the definition in `ns-eval`'s contract.
+
+    Last the cosine that the mean of all training tokens has everywhere.
+    """
     extractor = create_extractor(scene.backbone.backbone)
-    capture, cosines, distances = scene.capture(), [], []
+    capture, cosines, distances, of_mean = scene.capture(), [], [], []
+
+    def extract(view: View) -> torch.Tensor:
+        return extractor(capture.load_image(view).float().permute(2, 0, 1)[None] / 255).maps[0]
+
+    mean_token = torch.stack([extract(view) for view in capture.select("train")]).mean((0, 1, 2))
     for view in capture.select("test"):
-        image = capture.load_image(view).float().permute(2, 0, 1)[None] / 255
-        tokens = extractor(image).maps[0]
+        tokens = extract(view)
         rendered = scene.render_features_with_alpha(view.camera, size=(tokens.shape[0], tokens.shape[1]))
         covered = rendered.alphas > 0.5
         predicted, truth = rendered.features[covered].numpy(), tokens[covered].numpy()
         norms = np.linalg.norm(predicted, axis=1) * np.linalg.norm(truth, axis=1)
         cosines.append(np.mean((predicted * truth).sum(axis=1) / norms))
         distances.append(np.abs(predicted - truth).mean())
-    return float(np.mean(cosines)), float(np.mean(distances))
+        of_mean.append(torch.nn.functional.cosine_similarity(tokens[covered], mean_token[None], dim=1).mean())
+    return float(np.mean(cosines)), float(np.mean(distances)), float(np.mean(of_mean))
 
 
-def test_scene__carries_by_products_frames_and_the_random_mark(trained: dict[str, Any]) -> None:
+def test_scene__carries_by_products_and_frames(trained: dict[str, Any]) -> None:
     scene = load_run_scene(trained["config_path"])
-    assert scene.backbone.is_random
+    assert scene.backbone.backbone == "toy_rooms_vit" and not scene.backbone.is_random
     assert scene.gaussians.blend_weight.max() > 0
     assert int(scene.gaussians.num_views.int().max()) <= 6
     assert [view.split for view in scene.posed_capture.views].count("test") == 2

@@ -21,6 +21,7 @@ from fit3d_ns.scene import (
     create_posed_capture,
     save_scene,
 )
+from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from tests.probing.probe_scenes import BACKBONE, create_scene
 from tests.unprojection import unproject_depth
 
@@ -30,9 +31,18 @@ def room(tmp_path: Path) -> Path:
     return create_scene(tmp_path / "room", seed=3)
 
 
-def create_probe(task: str, *paths: Path, **changes: object) -> MultiviewProbe:
-    backbones = create_frozen_backbones(BackboneConfig("duplicate", BACKBONE, patch_fit="resize"), norm=True)
+def create_probe(task: str, *paths: Path, backbone: str = BACKBONE, **changes: object) -> MultiviewProbe:
+    backbones = create_frozen_backbones(BackboneConfig("duplicate", backbone, patch_fit="resize"), norm=True)
     return MultiviewProbe(task, MultiviewConfig(**changes), paths, backbones, "duplicate")  # type: ignore[arg-type]
+
+
+def test_multiview__the_toy_finds_more_points_again_than_random_weights(tmp_path: Path) -> None:
+    synthesize_scenes(SynthesisConfig(tmp_path / "rooms", num_scenes=1, num_frames=8, seed=90))
+    names = ("toy_rooms_vit", "random:toy_rooms_vit")
+    toy, random = (
+        create_probe("consistency", tmp_path / "rooms" / "room_00", backbone=name).compute(0) for name in names
+    )
+    assert toy["recall_10px"] > 1.5 * random["recall_10px"]
 
 
 def test_multiview__equals_the_analysis_of_the_captures_own_tokens(room: Path) -> None:
