@@ -233,35 +233,11 @@ def freeze_unreachable(module: TokenModule, anchors: AnchorConfig) -> list[str]:
     return frozen
 
 
-class MovingAverage:
-    """Exponential moving average of a module's trainable parameters, float32."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        self.averages: dict[str, Tensor] = {name: value.detach().float().clone() for name, value in trained.items()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        parameters = dict(module.named_parameters())
-        for name, average in self.averages.items():
-            average.lerp_(parameters[name].detach().float(), 1.0 - self.decay)
-
-    @torch.no_grad()
-    def swap(self, module: nn.Module) -> None:
-        """Exchanges weights and averages; a second call undoes it."""
-        parameters = dict(module.named_parameters())
-        for name, average in self.averages.items():
-            weights = parameters[name].detach().clone()
-            parameters[name].copy_(average)
-            average.copy_(weights)
-
-
 class TrainedBackbone:
-    """A backbone that is being trained: its parameters, optimizer and moving average, and what it was before.
+    """A backbone that is being trained: its parameters, their moving averages, optimizer, and what it was before.
 
     `bare` holds the parameters; `module` is the same as accelerate wrapped it, whose `forward` is the only way through
-    the backbone in training.
+    the backbone in training. `averages` are float32, by name; empty where none are kept.
     """
 
     def __init__(
@@ -285,13 +261,15 @@ class TrainedBackbone:
         self.bare = TokenModule(select_trainable(token_model, trainable))
         self.module: nn.Module = self.bare
         self.frozen = freeze_unreachable(self.bare, anchors)
-        trained = {name: value for name, value in self.bare.named_parameters() if value.requires_grad}
-        if not trained:
+        self._trained = {name: value for name, value in self.bare.named_parameters() if value.requires_grad}
+        if not self._trained:
             raise ValueError(f"Nothing of {description.label} is trained; choose another --train.")
-        self.parameters = list(trained.values())
-        pulled = trained if anchors.l2_sp else {}
+        self.parameters = list(self._trained.values())
+        pulled = self._trained if anchors.l2_sp else {}
         self.original_weights = {name: value.detach().clone() for name, value in pulled.items()}
-        self.average = MovingAverage(self.bare, optimization.ema_decay) if optimization.ema_decay > 0 else None
+        self._decay = optimization.ema_decay
+        averaged = self._trained if self._decay > 0 else {}
+        self.averages: dict[str, Tensor] = {name: value.detach().float().clone() for name, value in averaged.items()}
         if optimization.compile:
             model = self.bare.token_model
             model.forward_unnormed = torch.compile(model.forward_unnormed)  # type: ignore[method-assign]
@@ -308,21 +286,28 @@ class TrainedBackbone:
         return {
             "module": self.bare.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "averages": None if self.average is None else self.average.averages,
+            "averages": self.averages or None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Sets what `state_dict` gave, before accelerate wraps anything."""
         self.bare.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            device = self.parameters[0].device
-            self.average.averages = {name: value.to(device) for name, value in state["averages"].items()}
+        for name, average in self.averages.items():
+            average.copy_(state["averages"][name])
 
+    @torch.no_grad()
+    def update_averages(self) -> None:
+        for name, average in self.averages.items():
+            average.lerp_(self._trained[name].detach().float(), 1.0 - self._decay)
+
+    @torch.no_grad()
     def swap_averages(self) -> None:
         """Exchanges weights and their moving averages, if these are kept; a second call undoes it."""
-        if self.average is not None:
-            self.average.swap(self.bare)
+        for name, average in self.averages.items():
+            weights = self._trained[name].detach().clone()
+            self._trained[name].copy_(average)
+            average.copy_(weights)
 
 
 def interpolate_weights(original: dict[str, Tensor], finetuned: dict[str, Tensor], share: float) -> dict[str, Tensor]:

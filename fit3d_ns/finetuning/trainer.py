@@ -169,8 +169,7 @@ class FinetuneTrainer:
                     group["lr"] = rate
                 with self.processes.explain_deaths(), fast_matmul(self.accelerator.device, optimization.tf32):
                     result = self.train_step.run(batches, totals, self.step)
-                if self.backbone.average is not None:
-                    self.backbone.average.update(self.bare)
+                self.backbone.update_averages()
                 self.step += 1
                 self.history.losses.append(result.loss)
                 self.history.seconds += time.perf_counter() - start

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning.config import PAPER
 from fit3d_ns.finetuning.losses import (
     StepTotals,
@@ -19,11 +20,13 @@ from fit3d_ns.finetuning.losses import (
 )
 from fit3d_ns.finetuning.optimization import (
     AnchorConfig,
-    MovingAverage,
     OptimizationConfig,
     TokenOutputs,
+    TrainableConfig,
+    TrainedBackbone,
     interpolate_weights,
 )
+from tests.finetuning.finetuning_scene import BACKBONE
 
 B, P, E = 2, 5, 4
 
@@ -163,17 +166,16 @@ def test_count_steps__counts_whole_steps_of_all_processes():
         config.count_steps(num_images=2, num_processes=1)
 
 
-def test_moving_average__is_the_weighted_sum_of_all_weights():
-    layer = nn.Linear(1, 1, bias=False)
-    values = [1.0, 2.0, 4.0]
-    nn.init.constant_(layer.weight, 0.5)
-    average = MovingAverage(layer, 0.9)
-    for value in values:
-        nn.init.constant_(layer.weight, value)
-        average.update(layer)
-    expected = 0.9**3 * 0.5 + 0.1 * (0.81 * 1.0 + 0.9 * 2.0 + 4.0)
-    assert float(average.averages["weight"]) == pytest.approx(expected)
-    average.swap(layer)
-    assert float(layer.weight.detach()) == pytest.approx(expected)
-    average.swap(layer)
-    assert float(layer.weight.detach()) == 4.0
+def test_averages__are_the_weighted_sums_of_all_weights():
+    optimization = OptimizationConfig(ema_decay=0.9)
+    backbone = TrainedBackbone(create_token_model(BACKBONE), None, TrainableConfig(), AnchorConfig(), optimization)
+    name, weight = next((name, value) for name, value in backbone.bare.named_parameters() if value.requires_grad)
+    expected = 0.9**3 * weight.detach() + 0.1 * (0.81 * 1.0 + 0.9 * 2.0 + 4.0)
+    for value in (1.0, 2.0, 4.0):
+        nn.init.constant_(weight, value)
+        backbone.update_averages()
+    torch.testing.assert_close(backbone.averages[name], expected)
+    backbone.swap_averages()
+    torch.testing.assert_close(weight.detach(), expected)
+    backbone.swap_averages()
+    assert bool((weight == 4.0).all())
