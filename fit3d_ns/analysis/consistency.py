@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from fit3d_ns.analysis.correspondence import (
     DepthView,
     create_grid_points,
-    draw_points,
     find_covisible,
     find_matches,
     find_ratio_matches,
@@ -37,7 +36,7 @@ from fit3d_ns.analysis.correspondence import (
     sample_tokens,
 )
 from fit3d_ns.analysis.pca import compute_effective_rank
-from fit3d_ns.utils.selection import create_generator
+from fit3d_ns.utils.selection import draw_some
 
 _Maps = tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]]
 _Views = tuple[DepthView, DepthView]
@@ -79,10 +78,7 @@ class ConsistencyConfig:
 def create_pairs(num_views: int, max_pairs: int | None = None, seed: int = 0) -> list[tuple[int, int]]:
     """Pairs (i, j), i < j, of views to compare; `max_pairs` of them are drawn at random, and the order stays."""
     pairs = [(first, first + gap) for gap in range(1, num_views) for first in range(num_views - gap)]
-    if max_pairs is not None and len(pairs) > max_pairs:
-        chosen = torch.randperm(len(pairs), generator=create_generator(seed, "view pairs"))[:max_pairs]
-        pairs = [pairs[index] for index in chosen.sort().values.tolist()]
-    return pairs
+    return [pairs[index] for index in draw_some(len(pairs), max_pairs, seed, "view pairs").tolist()]
 
 
 @torch.no_grad()
@@ -166,7 +162,7 @@ class _Samples:
     def match(self, maps: _Maps, views: _Views, pair: tuple[int, int]) -> None:
         """Matches points of the first view in the second; the numbers of the `pair` seed which points those are."""
         seen = self._find_covisible(views, self._choose_grid(maps[0], views[0]))
-        drawn = draw_points(len(seen[0]), self.config.max_points, self.config.seed, *pair).to(seen[0].device)
+        drawn = draw_some(len(seen[0]), self.config.max_points, self.config.seed, "covisible points", *pair)
         if len(drawn) > 0:
             points, other_points = (both[drawn] for both in seen)
             matched = find_matches(maps, views, points, self._choose_grid(maps[1], views[1]))

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.geometry.cameras import is_inside, project_points, viewmats_from_camera_to_worlds
-from fit3d_ns.utils.selection import create_generator
 
 SMALLEST_DISTANCE = 1e-9
 """Distances of features below it count as this much (probe3d), so that equal features have the ratio 1."""
@@ -182,14 +181,6 @@ def measure_match_errors(
     pixels = torch.where((depth > 0) & (other_depth > 0), (matched - places).norm(dim=1), unknown)
     distances = torch.where((depth > 0) & (matched_depth > 0), (matched_in_world - in_world).norm(dim=1), unknown)
     return pixels, distances
-
-
-def draw_points(num_points: int, max_points: int, seed: int, *purpose: str | int) -> Int[Tensor, " drawn"]:
-    """Indices of at most `max_points` points, drawn without replacement; all of them where there are no more."""
-    if num_points <= max_points:
-        return torch.arange(num_points)
-    order = torch.randperm(num_points, generator=create_generator(seed, "covisible points", *purpose))
-    return order[:max_points].sort().values
 
 
 def look_up(values: Float[Tensor, "height width"], points: Float[Tensor, "points 2"]) -> Float[Tensor, " points"]:

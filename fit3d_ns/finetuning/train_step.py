@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fit3d_ns.finetuning.draws import Sample
@@ -22,8 +21,9 @@ from fit3d_ns.finetuning.losses import SMALLEST_WEIGHT, StepTotals, compute_l1_s
 from fit3d_ns.finetuning.optimization import AnchorConfig, TrainedBackbone, compute_outputs
 from fit3d_ns.finetuning.targets import Target
 from fit3d_ns.training.processes import Processes
-from fit3d_ns.utils.files import write_atomically, write_json
+from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import PhaseTimer
+from fit3d_ns.utils.tensor_files import save_tensors
 
 SMALLEST_SCALE = 2.0**-20
 """The loss scale of fp16 below which a gradient that still overflows is not finite by itself."""
@@ -177,8 +177,7 @@ def save_evidence(path: Path, batch: Batch, tokens: Sequence[Tensor], facts: dic
     tensors = {f"tokens.{index}": own for index, own in enumerate(tokens)}
     for index, group in enumerate(batch):
         tensors |= {f"{name}.{index}": getattr(group, name) for name in ("images", "targets", "weights")}
-    with write_atomically(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    save_tensors(path, tensors)
     broken = {sample.name for sample in find_broken(batch, tokens)}
     views = [
         {"scene": one.scene_id, "view": one.view.name, "flip": one.augmentation.flip, "broken": one.name in broken}

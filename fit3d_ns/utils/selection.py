@@ -121,6 +121,13 @@ def load_ahead(items: Iterable[Item], load: Callable[[Item], Loaded], num_worker
                 future.cancel()
 
 
+def draw_some(number: int, most: int | None, seed: int, *purpose: str | int) -> torch.Tensor:
+    """Numbers [n], ascending, of at most `most` of some items, drawn at random; of all where there are no more."""
+    if most is None or number <= most:
+        return torch.arange(number)
+    return torch.randperm(number, generator=create_generator(seed, *purpose))[:most].sort().values
+
+
 def select_evenly(items: Sequence[Item], count: int | None) -> list[Item]:
     """Chooses `count` (1 and above) items at even distances, in order: the middle one of each of `count` equal parts.
 

@@ -10,7 +10,6 @@ from fit3d_ns.analysis import correspondence
 from fit3d_ns.analysis.correspondence import (
     DepthView,
     create_grid_points,
-    draw_points,
     find_covisible,
     find_matches,
     find_nearest,
@@ -182,13 +181,6 @@ def test_match_errors__unknown_where_depth_is_missing_or_behind_the_camera():
     assert distances.isnan().tolist() == [True, False]
     behind = DepthView(view.depth, K, torch.cat([turn("y", 180), torch.tensor([[0.0], [0.0], [3.0]])], dim=1))
     assert measure_match_errors(view, behind, points, points)[0].isnan().all()
-
-
-def test_draw_points__is_seeded_and_bounded():
-    drawn = draw_points(10, 4, 0, 1, 2)
-    assert len(drawn) == 4 and torch.equal(drawn, draw_points(10, 4, 0, 1, 2))
-    assert len(set(drawn.tolist())) == 4 and set(drawn.tolist()) < set(range(10))
-    assert draw_points(10, 10, 0).tolist() == list(range(10))
 
 
 GRIDS = ((8, 8), (8, 8))

@@ -12,6 +12,7 @@ import torch
 from fit3d_ns.utils.selection import (
     EpochSequence,
     capture_random_states,
+    draw_some,
     list_positions,
     load_ahead,
     restore_random_states,
@@ -82,3 +83,10 @@ def test_random_states__continue_all_three_generators_through_a_file(tmp_path):
     expected = (random.random(), np.random.rand(), torch.rand(1))  # noqa: NPY002
     restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected  # noqa: NPY002
+
+
+def test_draw_some__is_seeded_and_bounded():
+    drawn = draw_some(10, 4, 0, "points", 1, 2)
+    assert len(drawn) == 4 and torch.equal(drawn, draw_some(10, 4, 0, "points", 1, 2))
+    assert len(set(drawn.tolist())) == 4 and set(drawn.tolist()) < set(range(10))
+    assert draw_some(10, 10, 0).tolist() == draw_some(10, None, 0).tolist() == list(range(10))
