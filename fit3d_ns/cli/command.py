@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, make_dataclass
 from importlib import metadata
@@ -70,6 +71,7 @@ def run_command(
     allow_any_letter()
     if not debug:
         explain_thread_errors()
+        warnings.simplefilter("ignore", FutureWarning)  # Those are for the authors of other libraries.
     try:
         config = parse(config_class, arguments, prog=prog, description=description)
         _check_numbers(config)

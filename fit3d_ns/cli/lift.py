@@ -15,7 +15,7 @@ from fit3d_ns.cli.cluster import ClusterConfig, run_tasks, work_on_each
 from fit3d_ns.cli.command import Heading, create_main, spell
 from fit3d_ns.cli.export import describe_scene
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
-from fit3d_ns.features import BackboneDescription, FeatureCache, describe_backbone
+from fit3d_ns.features import BackboneDescription, FeatureCache, create_extractor, describe_backbone
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_scene import (
@@ -127,6 +127,8 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
     cache = FeatureCache(command.feature_cache, backbone)
     setup = LiftSetup(cache, command.lift, command.options, device, command.include_sh)
     check_dimensions(setup)
+    if not cache.folder.exists():
+        create_extractor(backbone)  # Weights that cannot be had are said before scenes are read.
     tasks = cluster.choose(create_tasks(command, device))
     finish = partial(_write_metrics, backbone=backbone, device=device)
     if command.dry_run:

@@ -224,7 +224,8 @@ def download_timm_model(description: BackboneDescription) -> nn.Module:
     place = f"in {cached} cannot be used" if cached else "are not on this machine and cannot be downloaded"
     raise ValueError(
         f"The weights of {description.architecture} {place} ({problem}); "
-        f"give --backbone-weights FILE, or {RANDOM_PREFIX}{description.backbone} to go on with random weights."
+        "give --backbone-weights FILE, or take the backbone toy_rooms_vit, which comes with this package, or "
+        f"{RANDOM_PREFIX}{description.backbone} with random weights."
     ) from cause
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from unittest.mock import patch
@@ -115,6 +116,17 @@ def test_output__that_the_terminal_has_no_letters_for_is_escaped(monkeypatch):
     command_module.run_command(Nothing, show, prog="fit3d-x", description="", args=[])
     assert shown["stdout"].getvalue() == b"mIoU \\u2191 of caf\\xe9\n"
     assert shown["stderr"].getvalue() == b"caf\\udce9 is lifted\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--debug"]])
+def test_warnings__of_other_libraries_are_shown_to_who_debugs(arguments):
+    def warn(config):
+        warnings.warn("`jit` is deprecated.", FutureWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        command_module.run_command(Nothing, warn, prog="fit3d-x", description="", args=arguments)
+    assert len(shown) == len(arguments)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e308"])

@@ -123,7 +123,9 @@ def test_create_extractor__offline_machine_gets_one_sentence(monkeypatch):
 
     monkeypatch.setattr("socket.create_connection", refuse)
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    with pytest.raises(ValueError, match="--backbone-weights FILE, or random:tiny_dinov2 to go on") as error:
+    with pytest.raises(
+        ValueError, match="--backbone-weights FILE, or take .* toy_rooms_vit, .* or random:tiny_dinov2"
+    ) as error:
         create_extractor("tiny_dinov2")
     assert "\n" not in str(error.value)
 
