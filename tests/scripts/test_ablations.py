@@ -188,7 +188,7 @@ def test_interrupted_colour_runs__go_on_from_their_checkpoints(plan: Plan) -> No
 
 
 def test_failures__leave_out_what_needs_them_and_run_the_rest(plan: Plan) -> None:
-    runner = Runner(fails="d32")
+    runner = Runner(fails="-d32-")
     with pytest.raises(ValueError, match="4 cells failed") as error:
         run(plan, runner, "5")
     # The first scene of 32 features fails, the second too; fine-tuning and probe on them are never tried.
