@@ -109,7 +109,9 @@ def parse(config_class: type[Config], args: Sequence[str], *, prog: str = "", de
     for title in sorted(groups, key=lambda title: (title == "machine") - (title == "input")):
         text, options = groups[title]
         group = make_dataclass("Group", options, kw_only=True, namespace={"__doc__": text})
-        form.append((f"group_{len(form)}", Annotated[group, tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes]))
+        form.append(
+            (title.lower() or "command", Annotated[group, tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes])
+        )
     parsed: Any = tyro.cli(make_dataclass("Form", form), prog=prog, description=description, args=args)
     return _build(config_class, {name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
@@ -165,6 +167,7 @@ def _list_options(config: Any, title: str = "", text: str = "") -> Iterator[tupl
         title, text = (heading, "") if heading else (title, text)
         # tyro would write `{None}|INT`, and below it `(default: None)`.
         metavar = None if usual is not None else _name(*(part for part in get_args(inner) if part is not NoneType))
+        metavar = item.name.upper() if tyro.conf.Positional in extras and get_origin(inner) is not Literal else metavar
         behaviour = "(required)" if usual is MISSING else "(optional)" if usual in (None, ()) else None
         explained = tyro.conf.arg(help=texts.get(item.name, ""), metavar=metavar, help_behavior_hint=behaviour)
         yield title, text, item, Annotated[hint, explained], usual

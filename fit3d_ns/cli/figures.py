@@ -81,10 +81,14 @@ def main(args: Sequence[str] | None = None) -> None:
     command: type[Any] = PredictionsCommand
     draw: Callable[[Any], None] = draw_predictions
     description = "Draws segmentation or depth predictions of several probes next to the truth."
+    examples: tuple[str, ...] = ("predictions/original predictions/finetuned --output-path depth.png",)
     if kind == "features":
         command, draw = FeaturesCommand, draw_features
         description = "Draws feature maps of original and fine-tuned backbones and of lifted scenes side by side."
-    run_command(command, draw, prog=f"fit3d-report {kind}", description=description, args=arguments)
+        seen = "--models dinov2_small my_vit --output-path"
+        examples = (f"photo.jpg {seen} features.png --scenes scene.safetensors", f"walk.mp4 {seen} walk.mp4")
+    prog = f"fit3d-report {kind}"
+    run_command(command, draw, prog=prog, description=description, examples=examples, args=arguments)
 
 
 def draw_features(command: FeaturesCommand) -> None:

@@ -73,7 +73,7 @@ def test_help__is_in_groups_and_says_no_none(name, capsys, monkeypatch):
     groups = list_groups(page)
     assert "options options" not in groups and max(map(len, groups.values())) <= LARGEST_GROUP
     assert "--version" in groups["options"] and "None" not in page and "(default: )" not in page
-    assert name == "figures" or page.count(f"  fit3d-{name} ") == 2
+    assert page.count(f"  fit3d-{'report features' if name == 'figures' else name} ") == 2
 
 
 def test_help__of_many_options_is_sorted_by_what_they_are_about(capsys, monkeypatch):
@@ -81,6 +81,11 @@ def test_help__of_many_options_is_sorted_by_what_they_are_about(capsys, monkeypa
     assert list(groups)[2:4] == ["input options", "output options"] and list(groups)[-1] == "machine options"
     assert {"--train", "--test", "--layout"} <= set(groups["input options"])
     assert "--learning-rate" in list_groups(read_help("finetune", capsys, monkeypatch))["optimization options"]
+
+
+def test_help__names_what_stands_without_a_flag(capsys, monkeypatch):
+    assert "FOLDER NAME" in read_help("push", capsys, monkeypatch)
+    assert "{segmentation,depth," in read_help("probe", capsys, monkeypatch)
 
 
 def test_help__fits_a_narrow_terminal_and_fills_its_lines(capsys, monkeypatch):
