@@ -38,13 +38,6 @@ class PcaBasis:
         """Share of the total variance that the components keep, in [0, 1]."""
         return float(self.explained_variance.sum()) / max(self.total_variance, 1e-30)
 
-    def truncate(self, num_components: int) -> "PcaBasis":
-        return replace(
-            self,
-            components=self.components[:num_components],
-            explained_variance=self.explained_variance[:num_components],
-        )
-
     def to(self, device: torch.device | str) -> "PcaBasis":
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]

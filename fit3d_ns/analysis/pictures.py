@@ -38,7 +38,7 @@ def draw_pca(
     tokens: Float[Tensor, "h w embed"], basis: PcaBasis, size: tuple[int, int]
 ) -> Float[Tensor, "height width 3"]:
     """Token map in the basis' fixed colours, upscaled to (height, width)."""
-    return upscale(map_to_colours(apply_pca(tokens, basis.truncate(3)), basis), size)
+    return upscale(map_to_colours(apply_pca(tokens, basis), basis), size)
 
 
 def upscale(image: Float[Tensor, "h w channels"], size: tuple[int, int]) -> Float[Tensor, "height width channels"]:

@@ -135,14 +135,14 @@ class TargetRenderer:
             capture = self.views.captures[sample.draw.scene]
             scene, is_known = leave_view_out(scene, capture, sample.view, self.original)
             known_share = render_values(scene, sample, rule, is_known.float()[:, None])[..., 0]
-        rendered = scene.render_features_with_alpha(sample.camera, sample.patch_grid, rule)
-        confidence = rendered.alphas if config.weight_by_opacity else torch.ones_like(rendered.alphas)
+        features, alphas = scene.render_features_with_alpha(sample.camera, sample.patch_grid, rule)
+        confidence = alphas if config.weight_by_opacity else torch.ones_like(alphas)
         if config.leave_one_out:
-            confidence = confidence * known_share / rendered.alphas.clamp(min=1e-6)
+            confidence = confidence * known_share / alphas.clamp(min=1e-6)
         if config.variance_weight > 0:
             variance = render_values(scene, sample, rule, compute_relative_variance(scene)[:, None])[..., 0]
             confidence = confidence / (1.0 + config.variance_weight * variance)
-        return rendered.features, confidence.clamp(0.0, 1.0)
+        return features, confidence.clamp(0.0, 1.0)
 
     def _compute_hash(self, sample: Sample) -> str:
         scene, view, window = sample.draw.scene, sample.view, sample.augmentation.window

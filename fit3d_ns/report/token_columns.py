@@ -230,9 +230,9 @@ def _render(group: ComparedBackbones, image: FigureImage, dtype: torch.dtype) ->
         if _is_lifted_from(group, scene):
             K = resize_Ks(view.K, (view.width, view.height), (width, height))
             camera = Camera(view.camera_to_world, K, width, height)
-            rendered = scene.render_features_with_alpha(camera, patch_grid)
+            features, alphas = scene.render_features_with_alpha(camera, patch_grid)
             draw = partial(scene_view.get_averaged().render_coefficients, camera)
-            return FrameTokens(rendered.features.to("cpu", dtype), rendered.alphas.cpu(), draw)
+            return FrameTokens(features.to("cpu", dtype), alphas.cpu(), draw)
     return None
 
 

@@ -31,16 +31,6 @@ MIN_DEPTH_ALPHA = 0.5
 
 
 @dataclass(frozen=True)
-class RenderedFeatures:
-    """Features of one view at a token grid, and how much of each token is covered."""
-
-    features: Float[Tensor, "h w embed"]
-    """Decoded features; where nothing is, zero."""
-    alphas: Float[Tensor, "h w"]
-    """Accumulated opacity in [0, 1], read by the same rule as the features."""
-
-
-@dataclass(frozen=True)
 class FeatureScene:
     """Feature Gaussians, their decoder, and the captured views they came from."""
 
@@ -155,20 +145,20 @@ class FeatureScene:
             token_reading: How a token reads the picture; the lift's own rule by default.
         """
         camera = Camera(camera_to_world, K, width, height)
-        return self.render_features_with_alpha(camera, size, token_reading).features
+        return self.render_features_with_alpha(camera, size, token_reading)[0]
 
     @torch.no_grad()
     def render_features_with_alpha(
         self, camera: Camera, size: tuple[int, int], token_reading: TokenReadingRule | None = None
-    ) -> RenderedFeatures:
-        """As `render_features`, with the accumulated opacity of each token."""
+    ) -> tuple[Float[Tensor, "h w embed"], Float[Tensor, "h w"]]:
+        """As `render_features`, with the accumulated opacity of each token, which is read by the same rule."""
         size = (int(size[0]), int(size[1]))
         rule = token_reading or self.token_reading
         reader = create_token_reader(camera.width, camera.height, size, rule, device=self.gaussians.means.device)
         blended = reader.blend(self.features_and_one, self.activated.project(camera))[0]
         low, alphas = blended[:, :-1], blended[:, -1]
         features = self.decoder.decode_pixels(low[None], alphas[None], reader)[0]
-        return RenderedFeatures(features, reader.read(alphas[:, None])[..., 0])
+        return features, reader.read(alphas[:, None])[..., 0]
 
     @torch.no_grad()
     def render_features_low(

@@ -180,10 +180,10 @@ def test_report__sets_original_against_finetuned_by_angle(tmp_path, capsys):
     for view in opened.posed_capture.select("test"):
         image = opened.posed_capture.load_image(view).permute(2, 0, 1)[None].float() / 255.0
         tokens = model(image).maps[0].detach()
-        rendered = opened.render_features_with_alpha(view.camera, tuple(tokens.shape[:2]))
+        features, alphas = opened.render_features_with_alpha(view.camera, tuple(tokens.shape[:2]))
         mask = opened.posed_capture.load_valid_mask(view).float()[None, None]
-        shares = torch.nn.functional.interpolate(mask, size=tokens.shape[:2], mode="bilinear")[0, 0] * rendered.alphas
-        total += float(((tokens - rendered.features).abs().mean(dim=-1) * shares).sum())
+        shares = torch.nn.functional.interpolate(mask, size=tokens.shape[:2], mode="bilinear")[0, 0] * alphas
+        total += float(((tokens - features).abs().mean(dim=-1) * shares).sum())
         weight += float(shares.sum())
     original = report["validation"]["original"]["feature_l1"]
     # Targets are kept in half precision.

@@ -44,11 +44,11 @@ def test_validation__is_the_weighted_mean_over_all_tokens_of_all_views(bank):
             image = scene.posed_capture.load_image(view).permute(2, 0, 1)[None].float() / 255.0
             tokens = extractor(image).maps[0]
             grid = tuple(tokens.shape[:2])
-            rendered = scene.render_features_with_alpha(view.camera, grid)
+            features, alphas = scene.render_features_with_alpha(view.camera, grid)
             mask = scene.posed_capture.load_valid_mask(view).float()[None, None]
-            weights = F.interpolate(mask, size=grid, mode="bilinear")[0, 0] * rendered.alphas
-            l1 += float(((tokens - rendered.features).abs().mean(dim=-1) * weights).sum())
-            cosine += float((F.cosine_similarity(tokens, rendered.features, dim=-1) * weights).sum())
+            weights = F.interpolate(mask, size=grid, mode="bilinear")[0, 0] * alphas
+            l1 += float(((tokens - features).abs().mean(dim=-1) * weights).sum())
+            cosine += float((F.cosine_similarity(tokens, features, dim=-1) * weights).sum())
             total += float(weights.sum())
     assert validation.num_views == 6
     assert figures.feature_l1 == pytest.approx(l1 / total, rel=1e-4)

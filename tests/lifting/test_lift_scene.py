@@ -72,9 +72,9 @@ def test_lift_scene__figures_are_those_of_the_file(scene, cache, tmp_path):
         image = loaded.posed_capture.load_image(view)
         tokens = cache.load(compute_feature_key(image)).float()
         size = (tokens.shape[0], tokens.shape[1])
-        rendered = loaded.render_features_with_alpha(view.camera, size)
-        covered = rendered.alphas > 0.5
-        cosines.append(torch.nn.functional.cosine_similarity(rendered.features, tokens, dim=-1)[covered])
+        features, alphas = loaded.render_features_with_alpha(view.camera, size)
+        covered = alphas > 0.5
+        cosines.append(torch.nn.functional.cosine_similarity(features, tokens, dim=-1)[covered])
     assert float(torch.cat(cosines).mean()) == pytest.approx(scene.metrics["feature_cosine"], abs=1e-4)
     assert loaded.token_reading == CONFIG.token_reading and not loaded.backbone.is_random
     assert loaded.pca is not None and int(loaded.gaussians.num_views.int().max()) <= 10

@@ -64,9 +64,9 @@ def measure_scene(scene: FeatureScene) -> tuple[float, float, float]:
     mean_token = torch.stack([extract(view) for view in capture.select("train")]).mean((0, 1, 2))
     for view in capture.select("test"):
         tokens = extract(view)
-        rendered = scene.render_features_with_alpha(view.camera, size=(tokens.shape[0], tokens.shape[1]))
-        covered = rendered.alphas > 0.5
-        predicted, truth = rendered.features[covered].numpy(), tokens[covered].numpy()
+        features, alphas = scene.render_features_with_alpha(view.camera, size=(tokens.shape[0], tokens.shape[1]))
+        covered = alphas > 0.5
+        predicted, truth = features[covered].numpy(), tokens[covered].numpy()
         norms = np.linalg.norm(predicted, axis=1) * np.linalg.norm(truth, axis=1)
         cosines.append(np.mean((predicted * truth).sum(axis=1) / norms))
         distances.append(np.abs(predicted - truth).mean())

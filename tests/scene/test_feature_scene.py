@@ -44,11 +44,11 @@ def test_render_features__equals_full_resolution_decoding_then_bilinear(make_sce
     if bias:
         high = high + scene.decoder.bias[:, None, None] * alphas
     expected = F.interpolate(high, size=SIZE, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
-    rendered = scene.render_features_with_alpha(view.camera, SIZE)
-    torch.testing.assert_close(rendered.features, expected.detach(), rtol=1e-4, atol=1e-4)
+    features, found = scene.render_features_with_alpha(view.camera, SIZE)
+    torch.testing.assert_close(features, expected.detach(), rtol=1e-4, atol=1e-4)
     expected_alphas = F.interpolate(alphas[None, None], size=SIZE, mode="bilinear", align_corners=False)[0, 0]
-    torch.testing.assert_close(rendered.alphas, expected_alphas, rtol=1e-4, atol=1e-5)
-    assert torch.equal(scene.render_features(*view.camera, SIZE), rendered.features)
+    torch.testing.assert_close(found, expected_alphas, rtol=1e-4, atol=1e-5)
+    assert torch.equal(scene.render_features(*view.camera, SIZE), features)
 
 
 def test_render_features__reads_tokens_as_the_lift_did(make_scene):
@@ -68,9 +68,9 @@ def test_render_features__is_zero_where_nothing_is(make_scene):
     view = scene.posed_capture.views[0]
     turned = view.camera_to_world.clone()
     turned[:, :3] = turned[:, :3] @ torch.diag(torch.tensor([-1.0, 1.0, -1.0]))
-    rendered = scene.render_features_with_alpha(view.camera._replace(camera_to_world=turned), SIZE)
-    assert torch.equal(rendered.features, torch.zeros(*SIZE, 7))
-    assert torch.equal(rendered.alphas, torch.zeros(*SIZE))
+    features, alphas = scene.render_features_with_alpha(view.camera._replace(camera_to_world=turned), SIZE)
+    assert torch.equal(features, torch.zeros(*SIZE, 7))
+    assert torch.equal(alphas, torch.zeros(*SIZE))
 
 
 def test_render_rgb__constant_colour_is_half_plus_the_coefficient(make_scene):
