@@ -84,18 +84,6 @@ class PreparedView:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-@dataclass(frozen=True)
-class ViewSums:
-    """A view's part of the weighted sum (`numerator / denominator`)."""
-
-    numerator: Float[Tensor, "num_gaussians dim"]
-    """R^T W t."""
-    denominator: Float[Tensor, " num_gaussians"]
-    """R^T W 1."""
-    blend_weight: Float[Tensor, " num_gaussians"]
-    """R^T 1: how much of the picture each Gaussian makes up, in pixels, masked pixels included."""
-
-
 class ViewBlender:
     """Prepares views and applies the operator to them; keeps projections between passes within a memory budget."""
 
@@ -177,8 +165,9 @@ def backproject_targets(
     basis: PcaBasis,
     config: LiftConfig,
     zeros: Float[Tensor, "num_gaussians channels"] | None = None,
-) -> ViewSums:
-    """One view's part of the weighted sum: a single adjoint pass, weights riding along as one more channel.
+) -> tuple[Float[Tensor, "num_gaussians dim"], Float[Tensor, " num_gaussians"], Float[Tensor, " num_gaussians"]]:
+    """One view's part of the weighted sum, R^T W t and R^T W 1, by a single adjoint pass with weights as one more
+    channel; and R^T 1: how much of the picture each Gaussian makes up, in pixels, masked pixels included.
 
     `zeros` is memory for the result, [N, D + 1]; new by default.
     """
@@ -189,7 +178,7 @@ def backproject_targets(
     targets = spread_tokens(with_ones, width, height, config.token_to_pixel)
     targets = targets.mul_(compute_weights(view, config)[..., None])
     sums, blend_weight = backproject_features(targets[None], view.info, add_to=zeros)
-    return ViewSums(numerator=sums[:, :-1], denominator=sums[:, -1], blend_weight=blend_weight)
+    return sums[:, :-1], sums[:, -1], blend_weight
 
 
 @torch.no_grad()

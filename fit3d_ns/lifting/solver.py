@@ -177,14 +177,14 @@ class _Lift:
         def add(index: int) -> None:
             view = self.blender.prepare(index)
             self._check_width(view.tokens, index)
-            sums = backproject_targets(view, basis, self.config, memory.zero_())
-            tensors["numerator"] += sums.numerator
-            tensors["denominator"] += sums.denominator
-            tensors["blend_weight"] += sums.blend_weight
-            tensors["num_views"] += sums.blend_weight > 0
+            numerator, denominator, weight = backproject_targets(view, basis, self.config, memory.zero_())
+            tensors["numerator"] += numerator
+            tensors["denominator"] += denominator
+            tensors["blend_weight"] += weight
+            tensors["num_views"] += weight > 0
             # w |f|^2 of the view's own mean f = numerator / w.
-            energy = torch.linalg.vector_norm(sums.numerator, dim=-1).square() / sums.denominator.clamp(min=1e-12)
-            tensors["energy"] += torch.where(sums.denominator > 0, energy, 0.0)
+            energy = torch.linalg.vector_norm(numerator, dim=-1).square() / denominator.clamp(min=1e-12)
+            tensors["energy"] += torch.where(denominator > 0, energy, 0.0)
 
         new = {name: zeros.clone() for name in ("denominator", "blend_weight", "energy")}
         new["numerator"] = zeros.new_zeros(len(zeros), self.config.feature_dim)
@@ -207,8 +207,8 @@ class _Lift:
 
             def add(index: int) -> None:
                 found = backproject_targets(blender.prepare(index), basis, config, memory.zero_())
-                self._tensors[sums[0]] += found.numerator
-                self._tensors[sums[1]] += found.denominator
+                for name, part in zip(sums, found, strict=False):
+                    self._tensors[name] += part
 
             new = {sums[0]: torch.zeros_like(weighted_sum), sums[1]: weighted_sum.new_zeros(len(weighted_sum))}
             self.passes.run("sampled weighted sum", new, add)
