@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, make_dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import NoneType
@@ -102,17 +103,7 @@ def run_command(
 
 def parse(config_class: type[Config], args: Sequence[str], *, prog: str = "", description: str = "") -> Config:
     """Reads a command line, or prints the help and leaves the process. Names of options are unique: no prefixes."""
-    groups: dict[str, tuple[str, list[Any]]] = {}
-    for title, text, item, hint, default in [*_list_options(config_class), *_list_options(_General)]:
-        groups.setdefault(title, (text, []))[1].append((item.name, hint, default))
-    form: list[Any] = []
-    for title in sorted(groups, key=lambda title: (title == "machine") - (title == "input")):
-        text, options = groups[title]
-        group = make_dataclass("Group", options, kw_only=True, namespace={"__doc__": text})
-        form.append(
-            (title.lower() or "command", Annotated[group, tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes])
-        )
-    parsed: Any = tyro.cli(make_dataclass("Form", form), prog=prog, description=description, args=args)
+    parsed: Any = tyro.cli(_create_form(config_class), prog=prog, description=description, args=args)
     return _build(config_class, {name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
@@ -152,10 +143,29 @@ def _check_numbers(config: Any) -> None:
                 raise ValueError(f"{flag} {number} is no number to compute with; give one below {_LARGEST_NUMBER:g}.")
 
 
+@lru_cache
+def _create_form(config_class: type) -> type:
+    """A dataclass for tyro with one dataclass of options for each heading."""
+    groups: dict[str, tuple[str, list[Any]]] = {}
+    for title, text, item, hint, default in [*_list_options(config_class), *_list_options(_General)]:
+        groups.setdefault(title, (text, []))[1].append((item.name, hint, default))
+    form: list[Any] = []
+    for title in sorted(groups, key=lambda title: (title == "machine") - (title == "input")):
+        text, options = groups[title]
+        group = make_dataclass("Group", options, kw_only=True, namespace={"__doc__": text})
+        form.append(
+            (
+                title.lower() or "command",
+                Annotated[group, tyro.conf.arg(name=title, help=text), tyro.conf.OmitArgPrefixes],
+            )
+        )
+    return make_dataclass("Form", form)
+
+
 def _list_options(config: Any, title: str = "", text: str = "") -> Iterator[tuple[str, str, Field, Any, Any]]:
     """Heading, what is said below it, field, annotation for tyro, and value (of a class: default) of each option."""
     config_class = config if isinstance(config, type) else type(config)
-    hints, texts = get_type_hints(config_class, include_extras=True), _read_docstrings(config_class)
+    hints, texts = _read_fields(config_class)
     for item in fields(config):
         hint, usual = hints[item.name], getattr(config, item.name, MISSING)
         inner, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
@@ -181,15 +191,16 @@ def _name(kind: Any) -> str:
     return "{" + ",".join(map(str, words)) + "}" if get_origin(kind) is Literal else kind.__name__.upper()
 
 
-def _read_docstrings(config_class: type) -> dict[str, str]:
-    """The docstrings below the fields of a dataclass and of those that it inherits from, each as one paragraph."""
+@lru_cache
+def _read_fields(config_class: type) -> tuple[dict[str, Any], dict[str, str]]:
+    """The annotations of a dataclass, and the docstrings below its fields, inherited ones too, as one paragraph."""
     texts = {}
     for part in filter(is_dataclass, reversed(config_class.__mro__)):
         body: Any = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
         for item, below in zip(body.body, body.body[1:], strict=False):
             if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
                 texts[ast.unparse(item.target)] = " ".join(ast.literal_eval(below.value).split())
-    return texts
+    return get_type_hints(config_class, include_extras=True), texts
 
 
 def _build(config_class: Any, values: dict[str, Any]) -> Any:
