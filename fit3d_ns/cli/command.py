@@ -103,7 +103,7 @@ def run_command(
 
 def parse(config_class: type[Config], args: Sequence[str], *, prog: str = "", description: str = "") -> Config:
     """Reads a command line, or prints the help and leaves the process. Names of options are unique: no prefixes."""
-    parsed: Any = tyro.cli(_create_form(config_class), prog=prog, description=description, args=args)
+    parsed: Any = tyro.cli(_create_form(config_class), prog=prog, description=description, args=args)  # type: ignore[arg-type]
     return _build(config_class, {name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
