@@ -92,6 +92,9 @@ class FinetuneConfig:
         content["anchors"].pop("wise_ft")
         for name in ("cache", "cache_gb", "cache_folder", "average_gb"):
             content["targets"].pop(name)
+        if not self.targets.geometry_weight:
+            # Earlier versions have no such setting.
+            content["targets"].pop("geometry_weight")
         return {**content, "splits": run["splits"]}
 
     @property

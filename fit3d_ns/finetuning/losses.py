@@ -112,10 +112,7 @@ def invert_norm(
 
 
 def compute_l2_sp(module: nn.Module, original: dict[str, Tensor], strength: float) -> Float[Tensor, ""]:
-    """strength / 2 * squared distance of the trainable parameters from `original` (by name)."""
-    distances = [
-        (parameter - original[name]).float().square().sum()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
+    """strength / 2 * squared distance of parameters from their values in `original` (by name)."""
+    parameters = dict(module.named_parameters())
+    distances = [(parameters[name] - value).float().square().sum() for name, value in original.items()]
     return 0.5 * strength * torch.stack(distances).sum()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.features.adapters import add_adapter, add_lora
+from fit3d_ns.finetuning.geometry import HEAD_RATE, NUM_CHANNELS
 from fit3d_ns.training.processes import Precision
 
 
@@ -160,22 +161,35 @@ class TokenOutputs(NamedTuple):
     unnormed_patch_tokens: Float[Tensor, "batch patches embed"]
     prefix_tokens: Float[Tensor, "batch prefix embed"]
     unnormed_prefix_tokens: Float[Tensor, "batch prefix embed"]
+    geometry: Float[Tensor, "batch patches 4"] | None = None
+    """What the geometry head reads from the patch tokens, if there is one."""
 
 
 class TokenModule(nn.Module):
-    """What accelerate wraps: a backbone with its preprocessing, for batches of images of several sizes.
+    """What accelerate wraps: a backbone with its preprocessing, and a geometry head if asked for, for batches of images
+    of several sizes.
 
     Everything the losses need comes out of the one `forward`, because calling another method of a wrapped module skips
     the synchronisation of gradients in silence.
     """
 
-    def __init__(self, token_model: TokenModel) -> None:
+    def __init__(self, token_model: TokenModel, has_geometry_head: bool = False) -> None:
         super().__init__()
         self.token_model = token_model
+        self.geometry_head: nn.Linear | None = None
+        if has_geometry_head:
+            device = next(token_model.parameters()).device
+            # As everywhere, without a draw from the global generator.
+            sizes = token_model.description.embed_dim, NUM_CHANNELS
+            self.geometry_head = nn.utils.skip_init(nn.Linear, *sizes, device=device)
+            nn.init.zeros_(self.geometry_head.weight)
+            nn.init.zeros_(self.geometry_head.bias)
 
     def forward(self, groups: Sequence[Float[Tensor, "_ 3 _ _"]]) -> list[TokenOutputs]:
         """Tokens of each group of images; images of one group have one size, in [0, 1]."""
-        return [compute_outputs(self.token_model, images) for images in groups]
+        outputs = [compute_outputs(self.token_model, images) for images in groups]
+        head = self.geometry_head
+        return outputs if head is None else [one._replace(geometry=head(one.patch_tokens)) for one in outputs]
 
 
 def compute_outputs(token_model: TokenModel, images: Float[Tensor, "batch 3 height width"]) -> TokenOutputs:
@@ -221,6 +235,8 @@ def freeze_unreachable(module: TokenModule, anchors: AnchorConfig) -> list[str]:
     with torch.enable_grad():
         (outputs,) = module([image])
         total = outputs.patch_tokens.sum()
+        if outputs.geometry is not None:
+            total = total + outputs.geometry.sum()
         if anchors.prefix_anchor > 0:
             total = total + outputs.prefix_tokens.sum() + outputs.unnormed_prefix_tokens.sum()
         if anchors.pre_norm > 0:
@@ -247,6 +263,7 @@ class TrainedBackbone:
         trainable: TrainableConfig,
         anchors: AnchorConfig,
         optimization: OptimizationConfig,
+        has_geometry_head: bool = False,
     ):
         """Freezes what is not trained of the backbone, which is trained in place; ValueError if settings do not fit it.
 
@@ -258,14 +275,16 @@ class TrainedBackbone:
         if anchors.prefix_anchor > 0 and description.num_prefix_tokens == 0:
             raise ValueError(f"--prefix-anchor: {description.label} has no class token or registers; leave it out.")
         self.original = original
-        self.bare = TokenModule(select_trainable(token_model, trainable))
+        self.bare = TokenModule(select_trainable(token_model, trainable), has_geometry_head)
         self.module: nn.Module = self.bare
         self.frozen = freeze_unreachable(self.bare, anchors)
         self._trained = {name: value for name, value in self.bare.named_parameters() if value.requires_grad}
         if not self._trained:
             raise ValueError(f"Nothing of {description.label} is trained; choose another --train.")
         self.parameters = list(self._trained.values())
-        pulled = self._trained if anchors.l2_sp else {}
+        own = {name: value for name, value in self._trained.items() if name.startswith("token_model.")}
+        heads = [value for name, value in self._trained.items() if name not in own]
+        pulled = own if anchors.l2_sp else {}
         self.original_weights = {name: value.detach().clone() for name, value in pulled.items()}
         self._decay = optimization.ema_decay
         averaged = self._trained if self._decay > 0 else {}
@@ -275,11 +294,16 @@ class TrainedBackbone:
             model.forward_unnormed = torch.compile(model.forward_unnormed)  # type: ignore[method-assign]
         # All parameters decay alike, norms, biases and embeddings too (public code).
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            self.parameters,
+            [{"params": list(own.values())}, *([{"params": heads}] if heads else [])],
             lr=optimization.learning_rate,
             weight_decay=optimization.weight_decay,
             fused=self.parameters[0].is_cuda or None,
         )
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Of the backbone; the geometry head's is a multiple."""
+        for group, factor in zip(self.optimizer.param_groups, (1.0, HEAD_RATE), strict=False):
+            group["lr"] = factor * rate
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step changes."""

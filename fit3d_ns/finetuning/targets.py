@@ -9,7 +9,7 @@ everything it depends on: the scene's content, the views and masks its features 
 token grid, how tokens are read. So a folder that was filled on one machine serves others that have no rasterizer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.draws import Sample, TrainingViews
+from fit3d_ns.finetuning.geometry import compute_mean_distance, render_geometry
 from fit3d_ns.finetuning.scene_bank import (
     MAX_AVERAGED_VIEWS,
     SceneAverages,
@@ -52,6 +53,10 @@ class TargetConfig:
     """Weight each token by its rendered alpha, so that holes teach nothing; the public code weighs all alike."""
     variance_weight: float = 0.0
     """0 ignores it; k weights a token of the scene's mean feature variance by 1 / (1 + k), others accordingly."""
+    geometry_weight: float = 0.0
+    """Weight of a second loss: a linear head, which is not saved, reads depth and normals of the scene's Gaussians from
+    the tokens (`geometry.py`), so that tokens keep what views do not agree on: how far away things are. 0 (off, public
+    code) and above."""
     leave_one_out: bool = False
     """Render each target from features without the image's own part in the lift."""
     cache: Literal["auto", "none", "memory", "disk"] = "auto"
@@ -62,11 +67,9 @@ class TargetConfig:
     """Where targets are kept on disk for other runs and machines; by default in the output folder while it trains."""
 
     def __post_init__(self) -> None:
-        if min(self.variance_weight, self.cache_gb, self.average_gb) < 0:
-            raise ValueError(
-                f"variance_weight {self.variance_weight}, cache_gb {self.cache_gb} and average_gb {self.average_gb} "
-                "must be 0 or above."
-            )
+        for name in ("variance_weight", "geometry_weight", "average_gb", "cache_gb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above.")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Target:
 
     features: Float[Tensor, "h w embed"]
     weights: Float[Tensor, "h w"]
+    geometry: Float[Tensor, "h w 4"] | None = None
+    """As `render_geometry` gives it, the logarithm about the scene's mean."""
 
 
 class TargetRenderer:
@@ -100,16 +105,22 @@ class TargetRenderer:
         self.rules: list[TokenReadingRule] = [own.token_reading if rule == "scene" else rule for own in bank.on_disk]
         self.num_rendered = 0
         self._scene_hashes: dict[int, str] = {}
+        self._scene_distances: dict[int, float] = {}
         assert original is not None or not config.leave_one_out
 
     def render(self, sample: Sample) -> Target:
         """The target of a sample, flipped as its image is; ValueError where the rendering is not finite."""
         content_hash = "" if self.store is None else self._compute_hash(sample)
-        stored = None if self.store is None else self.store.load(content_hash, "features", "confidence")
+        names = ["features", "confidence"] + ["geometry"] * (self.config.geometry_weight > 0)
+        stored = None if self.store is None else self.store.load(content_hash, *names)
         if stored is None:
             features, confidence = self._render(sample)
             self.num_rendered += 1
             stored = {"features": features, "confidence": confidence}
+            if self.config.geometry_weight > 0:
+                stored["geometry"] = render_geometry(
+                    self.bank[sample.draw.scene], sample.camera, sample.patch_grid, self.rules[sample.draw.scene]
+                )
             if self.store is not None:
                 stored = {key: value.detach().to("cpu", torch.float16) for key, value in stored.items()}
             if not bool(torch.isfinite(stored["features"]).all()):
@@ -120,10 +131,21 @@ class TargetRenderer:
             if self.store is not None:
                 self.store.save(content_hash, stored)
         # Read from the rounded numbers also when rendered just now: a resumed run must not see the difference.
-        features, confidence = (stored[key].to(self.bank.device, torch.float32) for key in ("features", "confidence"))
+        features, confidence, *geometry = (stored[name].to(self.bank.device, torch.float32) for name in names)
         weights = sample.mask.to(confidence) * confidence
         flip = sample.augmentation.apply_to_tokens
-        return Target(flip(features).contiguous(), flip(weights).contiguous())
+        target = Target(flip(features).contiguous(), flip(weights).contiguous())
+        return replace(target, geometry=self._finish_geometry(geometry[0], sample)) if geometry else target
+
+    def _finish_geometry(self, geometry: Float[Tensor, "h w 4"], sample: Sample) -> Float[Tensor, "h w 4"]:
+        scene = sample.draw.scene
+        if scene not in self._scene_distances:
+            self._scene_distances[scene] = compute_mean_distance(self.bank[scene], self.views.views[scene])
+        geometry = sample.augmentation.apply_to_tokens(geometry) - geometry.new_tensor(
+            [self._scene_distances[scene], 0.0, 0.0, 0.0]
+        )
+        mirror = geometry.new_tensor([1.0, -1.0 if sample.augmentation.flip else 1.0, 1.0, 1.0])
+        return (mirror * geometry).contiguous()
 
     @torch.no_grad()
     def _render(self, sample: Sample) -> tuple[Float[Tensor, "h w embed"], Float[Tensor, "h w"]]:
@@ -155,6 +177,7 @@ class TargetRenderer:
         parts: list[object] = [self._scene_hashes[scene], view.name, window, sample.patch_grid, self.rules[scene]]
         parts += [view.camera_to_world.tolist(), view.K.tolist()]
         parts += [config.weight_by_opacity, config.variance_weight, config.leave_one_out]
+        parts += ["geometry"] * (config.geometry_weight > 0)
         return hash_bytes(*(repr(part).encode() for part in parts))
 
 

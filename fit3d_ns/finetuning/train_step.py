@@ -31,12 +31,14 @@ SMALLEST_SCALE = 2.0**-20
 
 @dataclass(frozen=True)
 class Group:
-    """Images of one size in [0, 1], what their tokens should be (float32), and how much each token counts."""
+    """Images of one size in [0, 1], what their tokens should be (float32), and how much each token counts; with a
+    geometry head, what it should read."""
 
     samples: list[Sample]
     images: Float[Tensor, "batch 3 height width"]
     targets: Float[Tensor, "batch patches embed"]
     weights: Float[Tensor, "batch patches"]
+    geometry: Float[Tensor, "batch patches 4"] | None = None
 
 
 Batch = list[Group]
@@ -54,13 +56,16 @@ def create_batch(samples: Sequence[Sample], targets: Sequence[Target], device: t
         # (b, h, w, e) -> (b, h*w, e)
         features = torch.stack([target.features for _, target in pairs]).flatten(1, 2).to(device)
         weights = torch.stack([target.weights for _, target in pairs]).flatten(1, 2).to(device)
-        groups.append(Group([sample for sample, _ in pairs], images, features, weights))
+        maps = [target.geometry for _, target in pairs if target.geometry is not None]
+        geometry = torch.stack(maps).flatten(1, 2).to(device) if maps else None
+        groups.append(Group([sample for sample, _ in pairs], images, features, weights, geometry))
     return groups
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found, over all processes: masked L1 per channel, weighted anchors, the norm before clipping."""
+    """What one step found, over all processes: masked L1 per channel, weighted anchors and geometry, the norm before
+    clipping."""
 
     loss: float
     anchor_loss: float
@@ -74,12 +79,14 @@ class TrainStep:
         self,
         backbone: TrainedBackbone,
         anchors: AnchorConfig,
+        geometry_weight: float,
         clip_norm: float,
         processes: Processes,
         timer: PhaseTimer,
         folder: Path,
     ):
         self.backbone, self.anchors, self.clip_norm, self.folder = backbone, anchors, clip_norm, folder
+        self.geometry_weight = geometry_weight
         self.processes, self.accelerator, self.timer = processes, processes.accelerator, timer
 
     def run(self, batches: Sequence[Batch], totals: StepTotals, step: int) -> StepResult:
@@ -133,6 +140,9 @@ class TrainStep:
         for group, output in zip(batch, outputs, strict=True):
             sums.append(compute_l1_sum(output.patch_tokens, group.targets, group.weights).sum())
             tokens.append(output.patch_tokens.detach())
+            if output.geometry is not None and group.geometry is not None:
+                lost = compute_l1_sum(output.geometry, group.geometry, group.weights).sum()
+                anchored.append(self.geometry_weight * lost / max(totals.weight, SMALLEST_WEIGHT))
             if original is not None:
                 with torch.no_grad(), self.accelerator.autocast():
                     reference = compute_outputs(original, group.images)

@@ -89,7 +89,10 @@ class FinetuneTrainer:
         self.steps_per_epoch = max(self.sequence.num_images // self.images_per_step, 1)
         device = self.accelerator.device
         original = (targets.original or copy_original(token_model)).to(device) if anchors.needs_original else None
-        self.backbone = TrainedBackbone(token_model.to(device), original, config.trainable, anchors, optimization)
+        geometry_weight = config.targets.geometry_weight
+        self.backbone = TrainedBackbone(
+            token_model.to(device), original, config.trainable, anchors, optimization, geometry_weight > 0
+        )
         self.bare = self.backbone.bare
         self.checkpoints = CheckpointFolder(output_folder / "checkpoints", config.run.keep_checkpoints)
         scaler_state = self._resume()
@@ -98,7 +101,7 @@ class FinetuneTrainer:
         if scaler_state is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler_state)
         self.train_step = TrainStep(
-            self.backbone, anchors, optimization.clip_norm, processes, self.timer, output_folder
+            self.backbone, anchors, geometry_weight, optimization.clip_norm, processes, self.timer, output_folder
         )
 
     @property
@@ -165,8 +168,7 @@ class FinetuneTrainer:
                 batches, problem = self._collect(samples)
                 totals, wishes = sum_totals(batches, self.processes, stop.is_requested, problem)
                 rate = optimization.compute_learning_rate(self.step, self.num_steps, self.steps_per_epoch)
-                for group in self.backbone.optimizer.param_groups:
-                    group["lr"] = rate
+                self.backbone.set_learning_rate(rate)
                 with self.processes.explain_deaths(), fast_matmul(self.accelerator.device, optimization.tf32):
                     result = self.train_step.run(batches, totals, self.step)
                 self.backbone.update_averages()
@@ -265,6 +267,7 @@ class FinetuneTrainer:
     def _log(self, result: StepResult) -> None:
         rate = self.backbone.optimizer.param_groups[0]["lr"]
         values = {"loss": result.loss, "gradient_norm": result.gradient_norm, "learning_rate": rate}
-        if self.config.anchors.needs_original or self.config.anchors.l2_sp:
+        anchors = self.config.anchors
+        if anchors.needs_original or anchors.l2_sp or self.config.targets.geometry_weight:
             values["anchor_loss"] = result.anchor_loss
         self.accelerator.log(values, step=self.step)

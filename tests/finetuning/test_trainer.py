@@ -21,6 +21,7 @@ from fit3d_ns.finetuning.optimization import (
     freeze_unreachable,
 )
 from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.targets import TargetConfig
 from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.scene import FeatureScene, PosedCapture, load_scene
 from fit3d_ns.utils.stopping import StopRequest
@@ -85,6 +86,28 @@ def test_training__lowers_the_loss(scenes, tmp_path):
     assert last < 0.9 * first and trainer.step == 40 == len(trainer.history.losses)
 
 
+def test_geometry_head__is_asked_for_depth_and_normals_and_left_out_of_the_weights(scenes, tmp_path):
+    config = configure(
+        optimization=replace(FAST, max_steps=40, learning_rate=1e-3), targets=TargetConfig(geometry_weight=2.0)
+    )
+    trainer = create_trainer(scenes, tmp_path / "out", config)
+    steps = trainer._iterate(StopRequest())
+    first, _ = next(steps)
+    # It begins at zero.
+    numerator = denominator = 0.0
+    for position in range(config.optimization.batch_size):
+        target = trainer.targets.render(trainer._load(trainer.sequence[position]))
+        assert target.geometry is not None
+        numerator += float((target.geometry.abs().mean(dim=-1) * target.weights).sum())
+        denominator += float(target.weights.sum())
+    assert first.anchor_loss == pytest.approx(2.0 * numerator / denominator, rel=1e-4)
+    backbone, head = trainer.backbone.optimizer.param_groups
+    assert head["lr"] == pytest.approx(20.0 * backbone["lr"]) and len(head["params"]) == 2
+    *_, (last, _) = steps
+    assert last.anchor_loss < 0.9 * first.anchor_loss
+    assert not [name for name in collect_weights(trainer) if "geometry" in name]
+
+
 def test_accumulation__equals_one_large_batch(scenes, tmp_path):
     losses, weights = [], []
     for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
@@ -103,6 +126,7 @@ CONFIGS = {
     "averages and anchors": {
         "optimization": OptimizationConfig(max_steps=7, learning_rate=1e-3, ema_decay=0.9, schedule="cosine"),
         "anchors": AnchorConfig(l2_sp=0.1, feature_anchor=0.3, prefix_anchor=0.2, pre_norm=0.5),
+        "targets": TargetConfig(geometry_weight=2.0),
     },
     "all augmentation": {"augmentation": AugmentationConfig(min_crop=0.7, min_scale=0.8, max_scale=1.2, jitter=0.2)},
     "LoRA": {"trainable": TrainableConfig(train="lora", lora_rank=2)},
