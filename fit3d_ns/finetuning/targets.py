@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.draws import Sample, TrainingViews
-from fit3d_ns.finetuning.geometry import compute_mean_distance, render_geometry
+from fit3d_ns.finetuning.geometry import compute_mean_distance, render_geometry, render_values
 from fit3d_ns.finetuning.scene_bank import (
     MAX_AVERAGED_VIEWS,
     SceneAverages,
@@ -27,7 +27,7 @@ from fit3d_ns.finetuning.scene_bank import (
     compute_scene_hash,
     leave_view_out,
 )
-from fit3d_ns.scene import FeatureScene, TokenReadingRule, create_token_reader
+from fit3d_ns.scene import FeatureScene, TokenReadingRule
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.tensor_files import TensorStore
 
@@ -114,13 +114,8 @@ class TargetRenderer:
         names = ["features", "confidence"] + ["geometry"] * (self.config.geometry_weight > 0)
         stored = None if self.store is None else self.store.load(content_hash, *names)
         if stored is None:
-            features, confidence = self._render(sample)
+            stored = self._render(sample)
             self.num_rendered += 1
-            stored = {"features": features, "confidence": confidence}
-            if self.config.geometry_weight > 0:
-                stored["geometry"] = render_geometry(
-                    self.bank[sample.draw.scene], sample.camera, sample.patch_grid, self.rules[sample.draw.scene]
-                )
             if self.store is not None:
                 stored = {key: value.detach().to("cpu", torch.float16) for key, value in stored.items()}
             if not bool(torch.isfinite(stored["features"]).all()):
@@ -148,23 +143,24 @@ class TargetRenderer:
         return (mirror * geometry).contiguous()
 
     @torch.no_grad()
-    def _render(self, sample: Sample) -> tuple[Float[Tensor, "h w embed"], Float[Tensor, "h w"]]:
+    def _render(self, sample: Sample) -> dict[str, Tensor]:
         scene, config = self.bank[sample.draw.scene], self.config
-        rule = self.rules[sample.draw.scene]
+        where = sample.camera, sample.patch_grid, self.rules[sample.draw.scene]
         known_share: Tensor | float = 1.0
         if config.leave_one_out:
             assert self.original is not None
             capture = self.views.captures[sample.draw.scene]
             scene, is_known = leave_view_out(scene, capture, sample.view, self.original)
-            known_share = render_values(scene, sample, rule, is_known.float()[:, None])[..., 0]
-        features, alphas = scene.render_features_with_alpha(sample.camera, sample.patch_grid, rule)
+            known_share = render_values(scene, *where, is_known.float()[:, None])[..., 0]
+        features, alphas = scene.render_features_with_alpha(*where)
         confidence = alphas if config.weight_by_opacity else torch.ones_like(alphas)
         if config.leave_one_out:
             confidence = confidence * known_share / alphas.clamp(min=1e-6)
         if config.variance_weight > 0:
-            variance = render_values(scene, sample, rule, compute_relative_variance(scene)[:, None])[..., 0]
+            variance = render_values(scene, *where, compute_relative_variance(scene)[:, None])[..., 0]
             confidence = confidence / (1.0 + config.variance_weight * variance)
-        return features, confidence.clamp(0.0, 1.0)
+        stored = {"features": features, "confidence": confidence.clamp(0.0, 1.0)}
+        return {**stored, "geometry": render_geometry(scene, *where)} if config.geometry_weight > 0 else stored
 
     def _compute_hash(self, sample: Sample) -> str:
         scene, view, window = sample.draw.scene, sample.view, sample.augmentation.window
@@ -187,17 +183,6 @@ def compute_relative_variance(scene: FeatureScene) -> Float[Tensor, " num_gaussi
     weight = scene.gaussians.blend_weight
     mean = (variance * weight).sum() / weight.sum().clamp(min=1e-12)
     return variance / mean if bool(mean > 0) else torch.zeros_like(variance)
-
-
-@torch.no_grad()
-def render_values(
-    scene: FeatureScene, sample: Sample, rule: TokenReadingRule, values: Float[Tensor, "num_gaussians channels"]
-) -> Float[Tensor, "h w channels"]:
-    """Values of the Gaussians, blended and read at the token grid of a sample's window, not flipped."""
-    camera = sample.camera
-    size = (camera.width, camera.height, sample.patch_grid)
-    reader = create_token_reader(*size, rule, neighbourhood=False, device=values.device)
-    return reader.read(reader.blend(values, scene.activated.project(camera)))[0]
 
 
 def create_averages(

@@ -10,6 +10,7 @@ from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, TrainingViews
 from fit3d_ns.finetuning.geometry import compute_mean_distance, render_geometry
 from fit3d_ns.finetuning.scene_bank import SceneBank
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer
+from fit3d_ns.geometry.cameras import Camera
 from fit3d_ns.scene import FeatureScene, Gaussians, save_scene
 from fit3d_ns.utils.tensor_files import TensorStore
 from tests.finetuning.finetuning_scene import DIM, PATCH, create_scene
@@ -58,8 +59,7 @@ def compute_wall(view, grid):
 def test_render_geometry__of_a_wall_is_its_distance_and_its_normal(tmp_path):
     scene = create_wall(tmp_path)
     for view in scene.posed_capture.views[::3]:
-        camera = view.camera_to_world, view.K, view.width, view.height
-        rendered = render_geometry(scene, camera, (4, 5), "bilinear")
+        rendered = render_geometry(scene, view.camera, (4, 5), "bilinear")
         distance, normal = compute_wall(view, (4, 5))
         torch.testing.assert_close(rendered[..., 0], distance, rtol=0.0, atol=0.02)
         assert float(distance.max() - distance.min()) > 0.3
@@ -67,14 +67,16 @@ def test_render_geometry__of_a_wall_is_its_distance_and_its_normal(tmp_path):
         assert normal[2] < 0.0
         # A picture of twice the size shows the same, at twice the focal length.
         K = torch.diag(torch.tensor([2.0, 2.0, 1.0])) @ view.K
-        larger = render_geometry(scene, (view.camera_to_world, K, 2 * view.width, 2 * view.height), (4, 5), "bilinear")
+        larger = render_geometry(
+            scene, Camera(view.camera_to_world, K, 2 * view.width, 2 * view.height), (4, 5), "bilinear"
+        )
         torch.testing.assert_close(larger[..., 0] + torch.log(torch.tensor(2.0)), distance, rtol=0.0, atol=0.02)
 
 
 def test_render_geometry__does_not_depend_on_the_sign_of_an_axis_nor_on_what_is_behind(tmp_path):
     scene = create_wall(tmp_path)
     view = scene.posed_capture.views[0]
-    camera = view.camera_to_world, view.K, view.width, view.height
+    camera = view.camera
     turned = scene.gaussians.quats.clone()
     # Half a turn about their own first axis.
     w, x, y, z = turned.unbind(-1)
@@ -84,7 +86,7 @@ def test_render_geometry__does_not_depend_on_the_sign_of_an_axis_nor_on_what_is_
     torch.testing.assert_close(render_geometry(other, camera, (4, 5), "area"), expected, rtol=0.0, atol=1e-3)
     behind = view.camera_to_world.clone()
     behind[2, 3] = -5.0
-    nothing = render_geometry(scene, (behind, *camera[1:]), (4, 5), "area")
+    nothing = render_geometry(scene, camera._replace(camera_to_world=behind), (4, 5), "area")
     assert torch.equal(nothing, torch.zeros(4, 5, 4))
 
 
