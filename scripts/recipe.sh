@@ -8,11 +8,11 @@
 # same geometry again with the fine-tuned backbone. Finished steps are passed over and interrupted ones go on, so the
 # same command continues after any interruption.
 #   further: --rounds N (1)  --steps N (800, of each round)  --learning-rate X (1e-4, falling like a cosine)
-#            --geometry-weight X (2: how much a linear head asks the tokens for depth and normals; 0 asks for nothing)
+#            --geometry-weight X (3: how much a linear head asks the tokens for depth and normals; 0 asks for nothing)
 #            --feature-cache DIR (DIR/cache)
 set -euo pipefail
 
-scenes=() backbone="" weights="" output="" seed=42 rounds=1 steps=800 rate=1e-4 geometry=2 cache=""
+scenes=() backbone="" weights="" output="" seed=42 rounds=1 steps=800 rate=1e-4 geometry=3 cache=""
 need() { [ $# -ge 2 ] || { echo "recipe.sh: $1 needs a value" >&2; exit 1; }; }
 while [ $# -gt 0 ]; do
     case "$1" in
