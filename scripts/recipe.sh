@@ -68,8 +68,9 @@ PY
 lifted="$output/round-1/scenes"
 if [ ${#with_depth[@]} -gt 0 ]; then
     echo "== Geometry from depth, and features: ${#with_depth[@]} scenes"
-    fit3d-lift --surface depth --data "${with_depth[@]}" "${backbone_flags[@]}" --feature-cache "$cache" \
-        --output-dir "$lifted"
+    # Smaller Gaussians than for a picture: what they show teaches matching.
+    fit3d-lift --surface depth --cell-pixels 3 --data "${with_depth[@]}" "${backbone_flags[@]}" \
+        --feature-cache "$cache" --output-dir "$lifted"
 fi
 if [ ${#files[@]} -gt 0 ]; then
     echo "== Features of ${#files[@]} scene files"
