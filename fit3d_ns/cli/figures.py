@@ -65,8 +65,7 @@ class PredictionsCommand:
     """Which predictions are compared, and where the figure goes."""
 
     folders: Annotated[Paths, tyro.conf.Positional]
-    """Folders that fit3d-probe --predictions wrote, one column each: the original's first, then the fine-tuned's. All
-    of one task and one test set."""
+    """Folders of fit3d-probe --predictions, of one task and test set: the original's first, then the fine-tuned's."""
     output_path: Path
     """The PNG; a JSON with the metrics of each frame goes next to it."""
     max_frames: int = 4

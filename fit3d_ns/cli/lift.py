@@ -67,8 +67,7 @@ class LiftCommand:
     scene: tuple[Path, ...] = ()
     """Scene files to lift again with another backbone or other settings: cameras and Gaussians are read from them."""
     data: tuple[Path, ...] = ()
-    """The captured scene folder: of a PLY, or where the dataset of a single run or scene lies now if it was moved. With
-    --surface the folders of all scenes."""
+    """The captured folder: of a PLY, of a run or scene whose data was moved, or with --surface of all scenes."""
     trust_config: bool = False
     """Also read runs of other packages' methods, whose config.yml names code that is run: only of people you trust."""
     shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("output")] = False

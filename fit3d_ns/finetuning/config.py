@@ -16,15 +16,13 @@ class RunConfig:
     """How the run works, saves and reports; apart from `splits`, nothing here changes the weights that come out."""
 
     splits: tuple[Split, ...] = ("train",)
-    """Views that are trained on. Those the lift left out (`test`, and what `fit3d-lift --views` passed over) are taught
-    as novel views."""
+    """Views that are trained on. Those that the lift left out or passed over are taught as novel views."""
     data_root: Path | None = None
     """Where the photographs are now, if they were moved: a capture's folder or one above several."""
     strict: bool = False
     """Refuse scenes of which a photograph is gone, instead of skipping the view."""
     scene_memory_gb: float | None = None
-    """Scenes on the device take at most this many 1e9 bytes; the least recently used leave first. By default 8, or half
-    of what a CUDA card has free."""
+    """Memory for scenes on the device, 1e9 bytes; by default 8, or half of what a CUDA card has free."""
     num_workers: int | None = None
     """Threads that load photographs ahead; 0 loads them in turn. By default 2, or up to 8 for a CUDA card."""
     steps_per_checkpoint: int = 500
@@ -32,8 +30,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Number of newest checkpoints that stay, 1 and above."""
     resume: Literal["auto", "never", "require"] = "auto"
-    """`auto` goes on from the newest checkpoint in the output folder if there is one, `require` fails without one,
-    `never` starts over and removes them."""
+    """Go on from the newest checkpoint: `auto` if there is one, `require` fails without one, `never` removes them."""
     steps_per_validation: int = 1000
     """Optimizer steps between two validations, besides the one at the end; 0 validates at the end only."""
     max_validation_views: int = 24

@@ -39,8 +39,7 @@ class SamplingConfig:
     """`epoch`: every image once an epoch (public code); `uniform`: each draw is any image, independently (paper,
     Algorithm 1); `scenes`: any scene, then any image of it, so that long scenes do not dominate."""
     images_per_visit: int = 16
-    """A scene on the device serves about this many images before it may leave, 1 and above; 0 draws without grouping
-    (public code)."""
+    """About so many images of a scene are drawn before it may leave; 0 draws without grouping (public code)."""
     scenes_at_once: int = 4
     """Images of this many visits are mixed, so that a batch sees several scenes; 1 and above."""
     seed: int = 42

@@ -72,8 +72,7 @@ class OptimizationConfig:
     precision: Precision = "fp32"
     """Arithmetic of the backbone; targets, loss and weights are always float32. fp16 needs CUDA."""
     tf32: bool = True
-    """On CUDA, let float32 matrix products of the backbone take TF32 (10 bits of mantissa), which is several times as
-    fast; the public code does not."""
+    """On CUDA, float32 products take TF32 (10 bits of mantissa): several times as fast; the public code does not."""
     compile: bool = False
     """Compile the backbone with torch.compile."""
 
@@ -127,8 +126,7 @@ class AnchorConfig:
     """L2-SP: adds half this times the squared distance of the trained weights from where they began to the loss; 0
     (off) and above."""
     feature_anchor: float = 0.0
-    """Feature anchor: weight of the L1 between patch tokens and the original backbone's on the same images; 0 (off) and
-    above."""
+    """Feature anchor: weight of the L1 between patch tokens and the original's of the same image; 0 (off) and above."""
     prefix_anchor: float = 0.0
     """Prefix anchor: weight of the L1 between class token and registers and the original's, before and after the final
     norm; 0 (off) and above."""

@@ -40,8 +40,7 @@ class TargetConfig:
     """How targets are rendered, weighted and kept."""
 
     token_reading: Literal["scene", "bilinear", "area"] = "scene"
-    """How a token reads the rendered map: as the scene was lifted, at its centre (public code), or averaged over its
-    patch."""
+    """How a token reads the rendered map: as in the lift, at its centre (public code), or averaged over its patch."""
     average_views: bool = True
     """Average each scene's features over the lifted views and the patches that show them, masked pixels excepted,
     before targets are rendered: a solved lift also fits what each view alone said, which is the noise that fine-tuning

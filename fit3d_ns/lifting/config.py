@@ -25,8 +25,7 @@ class SolveConfig:
     """How tokens are read off a rendered map, by the decoder's fit and by all later stages: `area` averages it over
     each patch, `bilinear` samples it at the token centres (paper's stage II)."""
     max_passes: int = 16
-    """Most passes over all views after the weighted sum; each renders every view once and projects it back. 0 keeps
-    the weighted sum."""
+    """Most passes after the weighted sum, each of which renders all views and projects them back; 0 keeps the sum."""
     samples_per_patch: int = 4
     """The solve looks at about this many pixels along a patch's side instead of all: a token describes its patch as
     a whole, so passes become several times cheaper at the same held-out error. 0 takes every pixel."""
@@ -35,14 +34,11 @@ class SolveConfig:
     steps_per_true_residual: int = 8
     """The residual is computed again, at the cost of one pass, after this many passes; 0 only once it seems small."""
     regularization: float = 0.001
-    """Weight of the pull towards the weighted sum, as a fraction of the mean blend weight of a seen Gaussian; 0 or
-    above."""
+    """Pull towards the weighted sum, as a fraction of the mean blend weight of a seen Gaussian; 0 or above."""
     decoder_ridge: float = field(default=0.003, metadata={"may_be_infinite": True})
-    """Pull of the decoder fit towards the PCA decoder, as a fraction of the mean squared regressor; 0 or above.
-    Infinity keeps the PCA decoder."""
+    """Pull towards the PCA decoder, as a fraction of the mean squared regressor, 0 or above; infinity keeps it."""
     decoder_share: float = 1.0
-    """Share of the views that the decoder is fitted to, evenly chosen, above 0 and up to 1. Half of them cost held-out
-    cosine .002 on 109 views."""
+    """Share of the views that the decoder is fitted to, above 0 and up to 1. Half cost cosine .002 on 109 views."""
     polish_steps: int = 0
     """Gradient steps on the L1 loss after the solve, one view each; 0 for none."""
     polish_learning_rate: float = 1e-2
@@ -75,8 +71,7 @@ class LiftConfig(SolveConfig):
     accumulation_aware: bool = True
     """Weight each pixel by its rendered alpha, so that empty pixels teach nothing."""
     decoder_bias: bool = True
-    """Give the decoder a bias, multiplied by alpha; False fits an uncentred basis as the paper's bias-free decoder
-    needs."""
+    """Give the decoder a bias, multiplied by alpha; False fits an uncentred basis, as the paper's decoder needs."""
     seconds_per_checkpoint: float = 60.0
     """Time between two writes of the state file, in seconds, where one is asked for."""
 

@@ -73,8 +73,7 @@ class DepthConfig:
     loss_warmup_iterations: int = 100
     """Iterations in which the loss is that of the mean alone."""
     gradient_loss_weight: float = 0.0
-    """Weight of the loss of neighbouring pixels. The public code has 0.5, on a term that an indexing slip keeps at
-    zero; here it works."""
+    """Weight of the loss of neighbouring pixels. The public code has 0.5, which an indexing slip keeps at zero."""
     images_per_group: int = 2
     """Images that share one value of the scale-invariant loss (2 per device in the public code)."""
     class_token: ClassTokenChoice = "auto"

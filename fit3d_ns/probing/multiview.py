@@ -40,8 +40,7 @@ class MultiviewConfig:
     depth_tolerance: float = 0.05
     """Largest relative difference of depth for two views to see the same point."""
     angle_edges: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0, 180.0)
-    """Edges of the bins of the rotation between the cameras of a pair, degrees, ascending: probe3d's for ScanNet; those
-    for NAVI are 0 30 60 90 120."""
+    """Edges of the bins of angles between cameras, degrees, ascending: probe3d's for ScanNet (NAVI: 0 30 60 90 120)."""
     ratio_matches: int = 0
     """Most distinct matches per pair that recall is measured on as well (`ratio_recall_*`, probe3d: 1000); 0: none."""
     data_root: Path | None = None

@@ -54,8 +54,7 @@ class ViewerConfig:
     """What splats are coloured by at first; the page has a menu. `features` is their PCA, `clusters` their k-means,
     `similarity` to a splat in the middle, `variance` how far the lifted views disagree."""
     max_splats: int = 300_000
-    """Splats that are shown, at least 1: those that make up most of the lifted views. Each change of colours sends 32
-    bytes for each of them to the browser."""
+    """Most splats to show, at least 1: those that make up most of the views; 32 bytes each per change of colours."""
     finetuned: tuple[str, ...] = ()
     """Fine-tuned backbones (folders of fit3d-finetune): a click on a camera shows the original's tokens, theirs and the
     lifted features below one another, in the colours of the scene."""
