@@ -68,7 +68,7 @@ class TargetConfig:
     def __post_init__(self) -> None:
         for name in ("variance_weight", "geometry_weight", "average_gb", "cache_gb"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above.")
+                raise ValueError(f"{name} {getattr(self, name)} must be 0 or above.")
 
 
 @dataclass(frozen=True)
