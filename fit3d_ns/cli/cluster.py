@@ -21,7 +21,7 @@ from fit3d_ns.utils.files import lock_file, remove
 from fit3d_ns.utils.progress import LOGS, create_progress, notice
 
 _MAX_REQUEUES = 100
-"""So often a task may run out of time; each time it goes on from its state."""
+"""How often a task may run out of time; each time it goes on from its state."""
 _SECONDS_PER_CHECK = 5
 _USED = {"here": {"shard", "on"}, "local": {"shard", "on", "time", "gpus", "array_parallelism"}}
 """The options that mean something where work is done; on Slurm all do."""
@@ -44,9 +44,9 @@ class ClusterConfig:
     cpus: int | None = None
     """Processor cores of a task on Slurm."""
     gpus: int = 0
-    """Cards of a task."""
+    """CUDA cards of a task."""
     array_parallelism: int = 8
-    """At most so many tasks at a time."""
+    """Most tasks that run at a time."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -53,7 +53,7 @@ class InfoConfig:
     """What is asked, and where the answer goes."""
 
     verify: tuple[Path, ...] = ()
-    """Instead, read these files whole, and all scene, weight, target and JSON files below these folders, and say
+    """Only read these files whole, and all scene, weight, target and JSON files below these folders, and say
     which are damaged; the exit status is 1 if any is."""
     json: bool = False
     """Print JSON, for programs, instead of a table."""

@@ -73,8 +73,9 @@ class LiftCommand:
     shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("output")] = False
     """Lift all scenes on one basis, with one decoder and one set of colours; each keeps a little less of its tokens."""
     backbone: Annotated[str | None, Heading("backbone")] = None
-    """Of `dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base toy_rooms_vit`, a timm ViT id, or a
-    fine-tuned folder. By default, with weights and normalization, that of the first run or scene, else dinov2_small."""
+    """One of `dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base toy_rooms_vit`, a timm ViT id,
+    or a fine-tuned folder. By default, with weights and normalization, that of the first run or scene, else
+    dinov2_small."""
     backbone_weights: Path | None = None
     """Weights file (.safetensors, .pth) instead of timm's download, for machines without network."""
     normalization: Normalization | None = None

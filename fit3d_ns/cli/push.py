@@ -23,7 +23,7 @@ _REFUSALS = {
     403: "the token may not write there; make one with write access, or choose a name of your own account",
     409: "it exists already; choose another name, or add a commit to it with --overwrite",
 }
-"""What a status code of the hub means to who pushes."""
+"""What the hub's status codes mean for the user."""
 
 
 @dataclass(frozen=True)

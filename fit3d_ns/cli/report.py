@@ -34,7 +34,7 @@ class ReportCommand:
     output_dir: Path = Path("report")
     """Folder for tables.md, tables.tex, tables.html and tables.json."""
     title: str = "Results"
-    """Headline."""
+    """Title of the report."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

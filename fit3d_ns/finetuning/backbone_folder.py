@@ -31,9 +31,9 @@ CONFIG_NAME = "config.json"
 _KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier", "license")
 """What stays of timm's description of the original checkpoint; where it was downloaded from does not."""
 _MAX_NAMES = 20
-"""Training scenes that the card names; of more it says how many."""
+"""Most training scenes that the card names; the rest it only counts."""
 UNKNOWN = "unknown"
-"""The licence of what nobody has stated one for, as the hub calls it."""
+"""The hub's name for a licence that nobody has stated."""
 _LICENCES: dict[str, str] = {
     **dict.fromkeys("cc0-1.0 mit apache-2.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0".split(), ""),
     "dinov3-license": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/",

@@ -39,9 +39,9 @@ class SamplingConfig:
     """`epoch`: every image once an epoch (public code); `uniform`: each draw is any image, independently (paper,
     Algorithm 1); `scenes`: any scene, then any image of it, so that long scenes do not dominate."""
     images_per_visit: int = 16
-    """About so many images of a scene are drawn before it may leave; 0 draws without grouping (public code)."""
+    """About this many images of a scene are drawn before it may leave; 0 draws without grouping (public code)."""
     scenes_at_once: int = 4
-    """Images of this many visits are mixed, so that a batch sees several scenes; 1 and above."""
+    """Images of this many such groups are mixed, so that a batch sees several scenes; 1 and above."""
     seed: int = 42
     """Seed of order, augmentation and everything else that is random; 0 and above."""
 

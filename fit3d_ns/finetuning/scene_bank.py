@@ -55,7 +55,7 @@ _NUM_HASHED_BLOCKS, _HASHED_ROWS = 4, 256
 def average_lifted_views(
     scene: FeatureScene, data_root: Path | None = None, max_views: int | None = MAX_AVERAGED_VIEWS
 ) -> FeatureScene:
-    """A ready scene with its features averaged over the lifted views, ValueError where their capture is not there.
+    """A ready scene with its features averaged over the lifted views; ValueError where their capture is not there.
 
     The capture with its masks lies in `data_root` if it was moved. At most `max_views` of the views are taken; None
     takes all, so that any of them can be left out of the average.

@@ -30,7 +30,7 @@ from fit3d_ns.utils.selection import list_positions, load_ahead
 from fit3d_ns.utils.stopping import StopRequest
 
 Validate = Callable[[TokenModel, int], dict[str, float]]
-"""The backbone and the step to curves that are logged."""
+"""Takes the backbone and the step; returns curves that are logged."""
 NUM_NOTICES = 10
 """Lines about the loss in a run without a terminal."""
 
@@ -244,7 +244,7 @@ class FinetuneTrainer:
         return state["scaler"]
 
     def describe_progress(self) -> CheckpointProgress:
-        """What a checkpoint of now is of: all but `step` and `seconds` is what the weights depend on besides."""
+        """The progress that a checkpoint records now; all but `step` and `seconds` decides the weights."""
         optimization = self.config.optimization
         return CheckpointProgress(
             step=self.step,

@@ -38,7 +38,7 @@ class SolveConfig:
     decoder_ridge: float = field(default=0.003, metadata={"may_be_infinite": True})
     """Pull towards the PCA decoder, as a fraction of the mean squared regressor, 0 or above; infinity keeps it."""
     decoder_share: float = 1.0
-    """Share of the views that the decoder is fitted to, above 0 and up to 1. Half cost cosine .002 on 109 views."""
+    """Share of the views that the decoder is fitted to, above 0 and up to 1. Half costs .002 of cosine (109 views)."""
     polish_steps: int = 0
     """Gradient steps on the L1 loss after the solve, one view each; 0 for none."""
     polish_learning_rate: float = 1e-2

@@ -37,16 +37,16 @@ SMALLEST_PSNR = 12.0
 """Mean PSNR in dB over them, below which Gaussians and photographs hardly belong together."""
 
 CLEARLY_BETTER_DB = 3.0
-"""A world that fits by so much better is the right one."""
+"""A world that fits better by this much is the right one."""
 
 CHECKED_SIDE = 480
 """Photographs of the check are reduced to about this longer side, in pixels."""
 
 WRONG_SCALE, SCALE_DB = 1.2, 0.25
-"""A world is refused where another scale, by this factor, fits by so many dB better."""
+"""A world is refused where another scale, by this factor, fits better by this many dB."""
 
 OTHER_ORDER_DB = 1.0
-"""Quaternions are taken as xyzw where they fit by so much better."""
+"""Quaternions are taken as xyzw where they fit better by this much."""
 
 
 @dataclass(frozen=True)

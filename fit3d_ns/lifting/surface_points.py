@@ -24,7 +24,7 @@ from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.selection import select_evenly
 
 _LONGEST_SIDE = 640
-"""Depth maps are read at most about so large: sensors hardly resolve more."""
+"""Depth maps are read at about this size at most: sensors hardly resolve more."""
 _LARGEST_STEP = 0.05
 """Relative difference of depth above which there is an edge, and two views do not mean the same point."""
 _MAX_ROWS = 8_000_000
@@ -76,8 +76,8 @@ def drop_flying_pixels(depth: Float[Tensor, "height width"]) -> Float[Tensor, "h
 
 
 def find_depth_scale(capture: PosedCapture, given: float | None = None) -> float:
-    """Units of the depth maps per unit of the dataset's world: of the usual ones and the `given` one that at which most
-    pixels of a view agree with the next view; 1000 if it is about as good as any. ValueError where another scale than
+    """Units of the depth maps per unit of the dataset's world: the one, usual or `given`, at which most pixels
+    of a view agree with the next view; 1000 if it is about as good as any. ValueError where another scale than
     the given one fits by far better.
     """
     views = list_depth_views(capture)

@@ -50,7 +50,7 @@ class SurfaceConfig:
     points."""
     depth_scale: float | None = None
     """With --surface depth: units of the depth maps per unit of the capture's world, 1000 where depth is in millimetres
-    and poses are in metres. By default the one of the usual ones at which views agree."""
+    and poses are in metres. By default the usual unit at which views agree."""
     cell_pixels: float = 5.0
     """With --surface: side of the smallest Gaussians' cells in pixels of a near photograph, above 0. Smaller cells
     follow edges better and cost time and memory."""
