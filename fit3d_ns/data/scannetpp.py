@@ -1,7 +1,7 @@
 """Reads and writes the DSLR part of a ScanNet++ scene, which docs/datasets.md draws.
 
-A COLMAP point (x, y, z) is (y, x, -z) in the world of the transforms files. Both worlds are in metres. Photographs, masks
-and depth maps are only named here; `images.py` opens them when `scene/posed_capture.py` asks for a view.
+A COLMAP point (x, y, z) is (y, x, -z) in the world of the transforms files. Both worlds are in metres. Photographs,
+masks and depth maps are only named here; `images.py` opens them when `scene/posed_capture.py` asks for a view.
 """
 
 from collections.abc import Mapping, Sequence
