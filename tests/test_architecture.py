@@ -268,3 +268,17 @@ def test_commands_wait_passively_unless_told_otherwise(own: str | None) -> None:
         check=True,
     )
     assert result.stdout.split() == ["False", own or "PASSIVE"]
+
+
+@pytest.mark.parametrize(("command", "own", "expected"), [
+    ("ns-train", None, "PASSIVE"), ("ns-eval", "ACTIVE", "ACTIVE"), ("other-train", None, "None"),
+])  # fmt: skip
+def test_nerfstudios_commands_wait_passively_too(tmp_path: Path, command: str, own: str | None, expected: str) -> None:
+    """They load torch before any plugin; a line that Python runs at its start comes before that."""
+    script = tmp_path / command
+    script.write_text(f"#!{sys.executable}\nimport os; print(os.environ.get('OMP_WAIT_POLICY'))\n")
+    script.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if own is None else {"OMP_WAIT_POLICY": own}
+    result = subprocess.run([script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == expected
