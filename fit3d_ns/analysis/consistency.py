@@ -25,20 +25,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.correspondence import (
-    DepthView,
-    create_grid_points,
-    find_covisible,
-    find_matches,
-    find_ratio_matches,
-    measure_match_errors,
-    measure_rotation,
-    sample_tokens,
-)
+from fit3d_ns.analysis import correspondence
+from fit3d_ns.analysis.correspondence import DepthView, Maps, measure_match_errors, sample_tokens
 from fit3d_ns.analysis.pca import compute_effective_rank
 from fit3d_ns.utils.selection import draw_some
 
-_Maps = tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]]
 _Views = tuple[DepthView, DepthView]
 
 
@@ -144,7 +135,7 @@ class _Samples:
         self.errors: list[Tensor] = [torch.zeros(0, 3, dtype=torch.float64)]
         self.ratio_errors: list[Tensor] = [torch.zeros(0, 3, dtype=torch.float64)]
 
-    def compare(self, maps: _Maps, views: _Views, mean: Float[Tensor, " embed"]) -> int:
+    def compare(self, maps: Maps, views: _Views, mean: Float[Tensor, " embed"]) -> int:
         """Compares the first view's tokens with what the second shows of their places; returns how many it shows."""
         points, other_points = self._find_covisible(views, (maps[0].shape[0], maps[0].shape[1]))
         if len(points) > 0:
@@ -159,21 +150,21 @@ class _Samples:
             self.agreements.append(torch.stack([column.double() for column in columns], dim=1).cpu())
         return len(points)
 
-    def match(self, maps: _Maps, views: _Views, pair: tuple[int, int]) -> None:
+    def match(self, maps: Maps, views: _Views, pair: tuple[int, int]) -> None:
         """Matches points of the first view in the second; the numbers of the `pair` seed which points those are."""
         seen = self._find_covisible(views, self._choose_grid(maps[0], views[0]))
         drawn = draw_some(len(seen[0]), self.config.max_points, self.config.seed, "covisible points", *pair)
         if len(drawn) > 0:
             points, other_points = (both[drawn] for both in seen)
-            matched = find_matches(maps, views, points, self._choose_grid(maps[1], views[1]))
+            matched = correspondence.find_matches(maps, views, points, self._choose_grid(maps[1], views[1]))
             _, distances = measure_match_errors(*views, points, matched)
             pixels = (matched - other_points).norm(dim=1)
             self.errors.append(self._stack(views, pixels, distances))
 
-    def match_by_ratio(self, maps: _Maps, views: _Views) -> None:
+    def match_by_ratio(self, maps: Maps, views: _Views) -> None:
         """Adds the most distinct matches of the first view in the second."""
         grids = self._choose_grid(maps[0], views[0]), self._choose_grid(maps[1], views[1])
-        points, matched, _ = find_ratio_matches(maps, views, grids, self.config.ratio_matches)
+        points, matched, _ = correspondence.find_ratio_matches(maps, views, grids, self.config.ratio_matches)
         if len(points) > 0:
             self.ratio_errors.append(self._stack(views, *measure_match_errors(*views, points, matched)))
 
@@ -210,9 +201,8 @@ class _Samples:
 
     def _stack(self, views: _Views, pixels: Tensor, distances: Tensor) -> Tensor:
         scale = float("nan") if self.units_per_metre is None else 100.0 / self.units_per_metre
-        return torch.stack(
-            [_expand_angle(views, pixels).double(), pixels.double(), distances.double() * scale], dim=1
-        ).cpu()
+        columns = _expand_angle(views, pixels).double(), pixels.double(), distances.double() * scale
+        return torch.stack(columns, dim=1).cpu()
 
     def _choose_grid(self, tokens: Float[Tensor, "h w embed"], view: DepthView) -> tuple[int, int]:
         """(h, w) of the points that are matched in an image."""
@@ -222,13 +212,13 @@ class _Samples:
         return height, width
 
     def _find_covisible(self, views: _Views, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        points = create_grid_points(*views[0].size, grid).to(views[0].depth)
-        return find_covisible(*views, points, self.config.depth_tolerance)
+        points = correspondence.create_grid_points(*views[0].size, grid).to(views[0].depth)
+        return correspondence.find_covisible(*views, points, self.config.depth_tolerance)
 
 
 def _expand_angle(views: _Views, rows: Tensor) -> Float[Tensor, " points"]:
     """The degrees between two cameras for each row."""
-    return measure_rotation(views[0].camera_to_world, views[1].camera_to_world).expand(rows.shape[0])
+    return correspondence.measure_rotation(views[0].camera_to_world, views[1].camera_to_world).expand(rows.shape[0])
 
 
 def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

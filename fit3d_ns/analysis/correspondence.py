@@ -31,6 +31,10 @@ SMALLEST_DISTANCE = 1e-9
 """Distances of features below it count as this much (probe3d), so that equal features have the ratio 1."""
 ROWS_AT_ONCE = 2048
 """Rows of cosines that are in memory at a time."""
+Points = Float[Tensor, "points 2"]
+Values = Float[Tensor, " points"]
+Maps = tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]]
+"""Token maps of a first view and of a second, other one."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class DepthView:
         return torch.where(usable, self.depth, 0.0)
 
 
-def create_grid_points(width: int, height: int, grid: tuple[int, int]) -> Float[Tensor, "points 2"]:
+def create_grid_points(width: int, height: int, grid: tuple[int, int]) -> Points:
     """Centres (x, y) of the cells of a grid (h, w) over the image, rows first."""
     rows = (torch.arange(grid[0]) + 0.5) * (height / grid[0])
     columns = (torch.arange(grid[1]) + 0.5) * (width / grid[1])
@@ -69,7 +73,7 @@ def create_grid_points(width: int, height: int, grid: tuple[int, int]) -> Float[
 
 
 def find_covisible(
-    view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], depth_tolerance: float = 0.05
+    view: DepthView, other: DepthView, points: Points, depth_tolerance: float = 0.05
 ) -> tuple[Float[Tensor, "seen 2"], Float[Tensor, "seen 2"]]:
     """Which image points of `view` the `other` view sees, and where in its own image.
 
@@ -83,9 +87,7 @@ def find_covisible(
     return points[visible], other_points[visible]
 
 
-def observe(
-    xyz: Float[Tensor, "points 3"], view: DepthView
-) -> tuple[Float[Tensor, "points 2"], Float[Tensor, " points"], Float[Tensor, " points"]]:
+def observe(xyz: Float[Tensor, "points 3"], view: DepthView) -> tuple[Points, Values, Values]:
     """Where world points are in a view's image, their z-depth there, and the depth that the view has at that pixel: 0
     where it has none, and for points behind it or outside its image."""
     pixels, depth = project_points(xyz, viewmats_from_camera_to_worlds(view.camera_to_world), view.K)
@@ -103,7 +105,7 @@ def measure_rotation(camera_to_world: Float[Tensor, "3 4"], other: Float[Tensor,
 
 
 def sample_tokens(
-    tokens: Float[Tensor, "h w embed"], points: Float[Tensor, "points 2"], width: int, height: int
+    tokens: Float[Tensor, "h w embed"], points: Points, width: int, height: int
 ) -> Float[Tensor, "points embed"]:
     """Token map at image points (x, y): bilinear between token centres, constant beyond the outermost ones."""
     # grid_sample's -1 and 1 are the image's edges when align_corners is off.
@@ -123,12 +125,7 @@ def find_nearest(
     return torch.cat(nearest) if nearest else torch.zeros(0, dtype=torch.long, device=queries.device)
 
 
-def find_matches(
-    maps: tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]],
-    views: tuple[DepthView, DepthView],
-    points: Float[Tensor, "points 2"],
-    grid: tuple[int, int],
-) -> Float[Tensor, "points 2"]:
+def find_matches(maps: Maps, views: tuple[DepthView, DepthView], points: Points, grid: tuple[int, int]) -> Points:
     """Where features find each point (x, y) of the first image in the second, among a grid (h, w) of points there."""
     places = create_grid_points(*views[1].size, grid).to(maps[0])
     candidates = sample_tokens(maps[1], places, *views[1].size)
@@ -136,7 +133,7 @@ def find_matches(
 
 
 def find_ratio_matches(
-    maps: tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]],
+    maps: Maps,
     views: tuple[DepthView, DepthView],
     grids: tuple[tuple[int, int], tuple[int, int]],
     max_matches: int = 1000,
@@ -166,9 +163,7 @@ def find_ratio_matches(
     return points[chosen], places[torch.cat(nearest)[chosen]], ordered.values[:max_matches]
 
 
-def measure_match_errors(
-    view: DepthView, other: DepthView, points: Float[Tensor, "points 2"], matched: Float[Tensor, "points 2"]
-) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"]]:
+def measure_match_errors(view: DepthView, other: DepthView, points: Points, matched: Points) -> tuple[Values, Values]:
     """How far from the true places points (x, y) were matched in the second image, whether that sees them or not.
 
     In pixels of that image; and in space between the two surface points, in the unit of the poses. NaN, which no
@@ -183,7 +178,7 @@ def measure_match_errors(
     return pixels, distances
 
 
-def look_up(values: Float[Tensor, "height width"], points: Float[Tensor, "points 2"]) -> Float[Tensor, " points"]:
+def look_up(values: Float[Tensor, "height width"], points: Points) -> Values:
     """The value of the pixel that each point falls into; depth is never interpolated over edges."""
     height, width = values.shape
     columns = points[:, 0].floor().long().clamp(0, width - 1)
@@ -191,9 +186,7 @@ def look_up(values: Float[Tensor, "height width"], points: Float[Tensor, "points
     return values[rows, columns]
 
 
-def unproject(
-    points: Float[Tensor, "points 2"], depth: Float[Tensor, " points"], view: DepthView
-) -> Float[Tensor, "points 3"]:
+def unproject(points: Points, depth: Values, view: DepthView) -> Float[Tensor, "points 3"]:
     """World points that lie at `depth` behind image points, which need not be pixel centres."""
     x = (points[:, 0] - view.K[0, 2]) / view.K[0, 0]
     y = (points[:, 1] - view.K[1, 2]) / view.K[1, 1]
@@ -202,7 +195,7 @@ def unproject(
     return in_camera @ view.camera_to_world[:, :3].T + view.camera_to_world[:, 3]
 
 
-def _list_measured(view: DepthView, grid: tuple[int, int]) -> Float[Tensor, "points 2"]:
+def _list_measured(view: DepthView, grid: tuple[int, int]) -> Points:
     """Points of a grid whose pixel has usable depth."""
     points = create_grid_points(*view.size, grid).to(view.depth)
     return points[look_up(view.usable_depth, points) > 0]

@@ -16,15 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fit3d_ns.features.sources import (
-    RANDOM_PREFIX,
-    TOY_FOLDER,
-    WEIGHTS_NAME,
-    ModelArgs,
-    expand_architecture,
-    find_backbone_folder,
-    resolve_source,
-)
+from fit3d_ns.features import sources
+from fit3d_ns.features.sources import WEIGHTS_NAME, ModelArgs, find_backbone_folder
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import hash_bytes
 
@@ -93,7 +86,11 @@ class BackboneDescription:
         package's own, which every installation has."""
         folder = find_backbone_folder(self.backbone)
         found = self.weights if folder is None else folder
-        return None if found is None or self.weights in (None, TOY_FOLDER / WEIGHTS_NAME) else str(found.absolute())
+        return (
+            None
+            if found is None or self.weights in (None, sources.TOY_FOLDER / WEIGHTS_NAME)
+            else str(found.absolute())
+        )
 
     def with_weights(
         self, weights: Path | None, backbone: str | None = None, normalization: Normalization | None = None
@@ -140,7 +137,7 @@ def describe_backbone(
     `sources.py` lists the names, `weights.py` the kinds of files with weights; None: timm's download, or the folder's
     own. ValueError: unknown name (nearest ones are given), missing file, no vision transformer, no weights available.
     """
-    source = resolve_source(backbone, Path(weights) if weights is not None else None)
+    source = sources.resolve_source(backbone, Path(weights) if weights is not None else None)
     model = _create_meta_model(source.architecture, source.model_args)
     mean: Any = IMAGENET_MEAN
     std: Any = IMAGENET_STD
@@ -178,7 +175,7 @@ def create_timm_model(architecture: str, model_args: ModelArgs = (), **kwargs: A
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
-    name, shape = expand_architecture(architecture, model_args)
+    name, shape = sources.expand_architecture(architecture, model_args)
     arguments = {"num_classes": 0, "dynamic_img_size": True, **shape, **kwargs}
     try:
         model = timm.create_model(name, **arguments)
@@ -225,7 +222,7 @@ def download_timm_model(description: BackboneDescription) -> nn.Module:
     raise ValueError(
         f"The weights of {description.architecture} {place} ({problem}); "
         "give --backbone-weights FILE, or take the backbone toy_rooms_vit, which comes with this package, or "
-        f"{RANDOM_PREFIX}{description.backbone} with random weights."
+        f"{sources.RANDOM_PREFIX}{description.backbone} with random weights."
     ) from cause
 
 

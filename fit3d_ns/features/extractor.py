@@ -7,14 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fit3d_ns.features import backbones
 from fit3d_ns.features.adapters import attach_adapter
-from fit3d_ns.features.backbones import (
-    BackboneDescription,
-    Normalization,
-    create_timm_model,
-    describe_backbone,
-    download_timm_model,
-)
+from fit3d_ns.features.backbones import BackboneDescription, Normalization
 from fit3d_ns.features.sources import ADAPTER_NAME, RANDOM_SEED, find_backbone_folder
 from fit3d_ns.features.tokens import TokenModel, Tokens
 from fit3d_ns.features.weights import load_weights
@@ -92,14 +87,14 @@ def create_token_model(
         if description.with_weights(description.weights).identity != description.identity:
             raise ValueError(f"The weights of {description.backbone} changed while in use; start the command again.")
     else:
-        description = describe_backbone(backbone, weights, normalization, norm=norm)
+        description = backbones.describe_backbone(backbone, weights, normalization, norm=norm)
     # Building a model must not draw from the global generator.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(RANDOM_SEED, "weights", description.architecture))
         if description.weights is None and not description.is_random:
-            model = download_timm_model(description)
+            model = backbones.download_timm_model(description)
         else:
-            model = create_timm_model(description.architecture, description.model_args)
+            model = backbones.create_timm_model(description.architecture, description.model_args)
             if description.weights is not None:
                 load_weights(model, description.weights)
     token_model = TokenModel(model, description)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +15,8 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.lifting import surface_points
 from fit3d_ns.lifting.sources import LiftSource, PlyConfig, compare_with_photographs
-from fit3d_ns.lifting.surface_points import (
-    SurfaceFile,
-    find_depth_scale,
-    fuse_depth,
-    list_depth_views,
-    read_surface_file,
-    sample_surface,
-)
 from fit3d_ns.lifting.surfels import SurfacePoints, create_point_surfels, create_surfels, smooth_along_normals
 from fit3d_ns.lifting.worlds import PlyWorld, find_changes
 from fit3d_ns.rasterization import backproject_features, rasterize_features
@@ -74,17 +68,19 @@ def read_surface_source(
     capture = create_posed_capture(files, downscale_factor=world.choose_factor(files))
     path = None if surface == "depth" else _find_file(files, surface, config)
     if surface == "depth":
-        scale = find_depth_scale(capture, config.depth_scale)
+        scale = surface_points.find_depth_scale(capture, config.depth_scale)
         if scale != (config.depth_scale or 1000.0):
             notice(f"Views agree where depth maps have {scale:g} units per unit of the poses; else give --depth-scale.")
-        paths = [path for view in list_depth_views(capture) if (path := view.frame.depth_path)]
+        paths = [path for view in surface_points.list_depth_views(capture) if (path := view.frame.depth_path)]
         recipe = f"depth {scale} {hash_bytes(*(hash_file(path).encode() for path in paths))}"
-        source = _build(capture, lambda: fuse_depth(capture, scale, config.cell_pixels), recipe, config, device)
+        find_points = partial(surface_points.fuse_depth, capture, scale, config.cell_pixels)
+        source = _build(capture, find_points, recipe, config, device)
     elif path is None:
         assert capture.points is not None
         xyz, rgb = (part.double().numpy() for part in (capture.points.xyz, capture.points.rgb))
-        file, recipe = SurfaceFile(xyz, np.empty((0, 3), np.int64), rgb / 255.0), f"points {hash_bytes(xyz.tobytes())}"
-        source = _build(capture, lambda: sample_surface(file, capture, config.cell_pixels), recipe, config, device)
+        file = surface_points.SurfaceFile(xyz, np.empty((0, 3), np.int64), rgb / 255.0)
+        find_points = partial(surface_points.sample_surface, file, capture, config.cell_pixels)
+        source = _build(capture, find_points, f"points {hash_bytes(xyz.tobytes())}", config, device)
     else:
         source = _read_file_source(path, files, surface, config, world, device)
     fit = compare_with_photographs(source, device)
@@ -100,14 +96,15 @@ def _read_file_source(
     path: Path, files: CaptureFiles, surface: Surface, config: SurfaceConfig, world: PlyConfig, device: Any
 ) -> LiftSource:
     """From a mesh or cloud, in the world of the poses or of the capture's COLMAP model, whichever fits better."""
-    file, recipe = read_surface_file(path), f"{surface} {hash_file(path)}"
+    file, recipe = surface_points.read_surface_file(path), f"{surface} {hash_file(path)}"
     if surface == "mesh" and not len(file.faces):
         raise ValueError(f"{path} has no triangles; use --surface points for a cloud.")
 
     def create(name: PlyWorld, cell_pixels: float) -> LiftSource:
         change = find_changes(name, files, path)[0]
         capture = create_posed_capture(files, change.transform, change.scale, world.choose_factor(files))
-        return _build(capture, lambda: sample_surface(file, capture, cell_pixels), recipe, config, device)
+        find_points = partial(surface_points.sample_surface, file, capture, cell_pixels)
+        return _build(capture, find_points, recipe, config, device)
 
     # ScanNet++'s meshes lie in the world of its COLMAP model.
     names: list[PlyWorld] = ["dataset", "colmap"] if config.mesh is not None else ["colmap"]

@@ -6,7 +6,6 @@ small ones. Each remaining cell becomes one Gaussian along its points' spread.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -115,61 +114,29 @@ def create_surfels(points: SurfacePoints, cell: float, cell_pixels: float) -> Ga
 
 
 def _list_moments(points: SurfacePoints, cell: float) -> Float[np.ndarray, "points 19"]:
-    """Columns of `_Moments`, one row for each point."""
+    """The sums that `_Moments` reads, one row for each point."""
     squares = points.xyz[:, [0, 0, 0, 1, 1, 2]] * points.xyz[:, [0, 1, 2, 1, 2, 2]]
     columns = (np.ones(len(points)), points.xyz, squares, points.normals, points.rgb, (points.rgb**2).sum(axis=1))
     return np.column_stack([*columns, np.maximum(points.spacing, cell) ** 2 / 12.0, points.spacing])
 
 
-@dataclass(frozen=True)
 class _Moments:
-    """Sums over each cell's points, and what follows from them."""
+    """What follows from the sums over each cell's points."""
 
-    sums: Float[np.ndarray, "cells 19"]
-
-    @property
-    def count(self) -> np.ndarray:
-        return self.sums[:, :1]
-
-    @property
-    def mean(self) -> np.ndarray:
-        return self.sums[:, 1:4] / self.count
-
-    @property
-    def covariance(self) -> np.ndarray:
-        mean = self.mean
-        rows = self.sums[:, 4:10] / self.count - mean[:, [0, 0, 0, 1, 1, 2]] * mean[:, [0, 1, 2, 1, 2, 2]]
-        return rows[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
-
-    @property
-    def agreement(self) -> np.ndarray:
-        return np.linalg.norm(self.sums[:, 10:13], axis=1) / self.sums[:, 0]
-
-    @cached_property
-    def normal(self) -> np.ndarray:
-        sums = self.sums[:, 10:13]
+    def __init__(self, sums: Float[np.ndarray, "cells 19"]) -> None:
+        means = sums / sums[:, :1]
+        self.mean, self.rgb = means[:, 1:4], means[:, 13:16]
+        self.contrast = np.sqrt(np.maximum(means[:, 16] - (self.rgb**2).sum(axis=1), 0.0))
+        self.cell_variance, self.spacing = means[:, 17:18], means[:, 18]
+        rows = means[:, 4:10] - self.mean[:, [0, 0, 0, 1, 1, 2]] * self.mean[:, [0, 1, 2, 1, 2, 2]]
+        self.covariance = rows[:, [0, 1, 2, 1, 3, 4, 2, 4, 5]].reshape(-1, 3, 3)
+        lengths = np.linalg.norm(sums[:, 10:13], axis=1)
+        self.agreement = lengths / sums[:, 0]
+        self.normal = normal = sums[:, 10:13] / np.maximum(lengths, 1e-12)[:, None]
         # Where both sides of something thin share a cell, its points' spread tells more.
         unclear = self.agreement < 0.5
-        normal = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
         normal[unclear] = np.linalg.eigh(self.covariance[unclear])[1][..., 0]
-        return normal
-
-    @property
-    def rgb(self) -> np.ndarray:
-        return self.sums[:, 13:16] / self.count
-
-    @property
-    def contrast(self) -> np.ndarray:
-        return np.sqrt(np.maximum(self.sums[:, 16] / self.sums[:, 0] - (self.rgb**2).sum(axis=1), 0.0))
-
-    @property
-    def spacing(self) -> np.ndarray:
-        return self.sums[:, 18] / self.sums[:, 0]
-
-    @property
-    def residual(self) -> np.ndarray:
-        normal = self.normal
-        return np.sqrt(np.maximum(np.einsum("ni,nij,nj->n", normal, self.covariance, normal), 0.0))
+        self.residual = np.sqrt(np.maximum(np.einsum("ni,nij,nj->n", normal, self.covariance, normal), 0.0))
 
 
 def _create_gaussians(cells: _Moments) -> Gaussians:
@@ -183,7 +150,7 @@ def _create_gaussians(cells: _Moments) -> Gaussians:
     axes = np.stack([first, np.cross(normal, first)], axis=2)
     spread, turn = np.linalg.eigh(axes.transpose(0, 2, 1) @ covariance @ axes)
     axes = axes @ turn
-    along = _SPREAD * np.sqrt(np.maximum(spread, 0.0) + cells.sums[:, 17:18] / cells.count)
+    along = _SPREAD * np.sqrt(np.maximum(spread, 0.0) + cells.cell_variance)
     across = np.sqrt(cells.residual**2 + (_THINNESS * along[:, 0]) ** 2)
     rotation = np.concatenate([axes, np.cross(axes[..., 0], axes[..., 1])[..., None]], axis=2)
     scales = np.column_stack([along, across])

@@ -25,13 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fit3d_ns.features.sources import find_backbone_folder
-from fit3d_ns.plugin.checkpoints import (
-    load_checkpoint_file,
-    load_latest_checkpoint,
-    make_plain,
-    remove_other_checkpoints,
-    save_checkpoint_file,
-)
+from fit3d_ns.plugin import checkpoints
 from fit3d_ns.rasterization import prepare_rasterizer
 from fit3d_ns.utils.errors import check_writable, install_error_sentences
 from fit3d_ns.utils.files import lock_folder, write_atomically
@@ -188,7 +182,7 @@ class FeatureTrainer(Trainer):
             if not path.is_file():
                 self.save_checkpoint(self.step)
             elif self.config.save_only_latest_checkpoint and self.local_rank == 0:
-                remove_other_checkpoints(path)
+                checkpoints.remove_other_checkpoints(path)
         if record is None:
             with self.train_lock, self.timer.phase("evaluation"):
                 metrics = self.pipeline.get_average_eval_image_metrics(get_std=True)
@@ -226,13 +220,15 @@ class FeatureTrainer(Trainer):
                 "seconds": dict(self.timer.seconds),
             },
         }
-        save_checkpoint_file(make_plain(state), path, keep_older=not self.config.save_only_latest_checkpoint)
+        keep_older = not self.config.save_only_latest_checkpoint
+        checkpoints.save_checkpoint_file(checkpoints.make_plain(state), path, keep_older)
 
     def _load_checkpoint(self) -> None:
         if self.config.load_checkpoint is not None:
-            state, path = load_checkpoint_file(self.config.load_checkpoint), self.config.load_checkpoint
+            path = self.config.load_checkpoint
+            state = checkpoints.load_checkpoint_file(path)
         elif self.config.load_dir is not None:
-            state, path = load_latest_checkpoint(self.config.load_dir, self.config.load_step)
+            state, path = checkpoints.load_latest_checkpoint(self.config.load_dir, self.config.load_step)
         else:
             return
         self._start_step = state["step"] + 1

@@ -12,18 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fit3d_ns.data.images import save_image
+from fit3d_ns.probing import samples
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledTask, split_validation
 from fit3d_ns.probing.frozen_features import Assembly, FrozenBackbones
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, TrainedHead, train_head
-from fit3d_ns.probing.samples import (
-    Batch,
-    FeatureMemory,
-    Inputs,
-    create_numpy_generator,
-    iterate_augmented,
-    iterate_draws,
-    stack_features,
-)
+from fit3d_ns.probing.samples import Batch, FeatureMemory, Inputs
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import derive_seed, select_evenly
@@ -191,18 +184,18 @@ class HeadProbe(ABC, Generic[Config]):
     def _iterate_batches(self, seed: int, batch_size: int) -> Generator[Batch, None, None]:
         """This process's share of each batch: of fixed pictures, through the memory, or of new ones."""
         number, process, frames = self.accelerator.num_processes, self.accelerator.process_index, self.sets.train.frames
-        draws = iterate_draws(len(frames), batch_size, self.num_iterations, seed, process, number)
+        draws = samples.iterate_draws(len(frames), batch_size, self.num_iterations, seed, process, number)
         if not self.is_cached:
             share, threads = batch_size // number, self.run.num_threads
-            yield from iterate_augmented(draws, frames, self.inputs, self.backbones, seed, threads, share)
+            yield from samples.iterate_augmented(draws, frames, self.inputs, self.backbones, seed, threads, share)
             return
         for batch in draws:
             chosen = [frames[index] for _, index in batch]
             keys = [
-                self.inputs.choose_key(frame, create_numpy_generator(seed, position))
+                self.inputs.choose_key(frame, samples.create_numpy_generator(seed, position))
                 for frame, (position, _) in zip(chosen, batch, strict=True)
             ]
-            yield stack_features(self.memory.fetch(keys, chosen, self.inputs), self.fill)
+            yield samples.stack_features(self.memory.fetch(keys, chosen, self.inputs), self.fill)
 
 
 def create_sets(train: LabelledSet, test: LabelledSet, config: RunConfig) -> ProbeSets:

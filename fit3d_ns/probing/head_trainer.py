@@ -88,17 +88,10 @@ class TrainedHead:
     choices: dict[str, Any] = field(default_factory=dict)
     """What else was chosen on the selection data, for the record."""
 
-    @property
-    def loss_first(self) -> float:
-        """Mean loss of the first tenth of the iterations."""
+    def summarise_losses(self) -> tuple[float, float]:
+        """Mean loss of the first and of the last tenth of the iterations."""
         tenth = max(len(self.losses) // 10, 1)
-        return sum(self.losses[:tenth]) / tenth
-
-    @property
-    def loss_last(self) -> float:
-        """Mean loss of the last tenth of the iterations."""
-        tenth = max(len(self.losses) // 10, 1)
-        return sum(self.losses[-tenth:]) / tenth
+        return sum(self.losses[:tenth]) / tenth, sum(self.losses[-tenth:]) / tenth
 
 
 def train_head(

@@ -120,10 +120,11 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         start = time.perf_counter()
         trained = probe.run_seed(seed)
         done[seed] = trained.metrics
+        loss_first, loss_last = trained.summarise_losses()
         said = {
             "iteration": trained.iteration,
-            "loss_first": trained.loss_first,
-            "loss_last": trained.loss_last,
+            "loss_first": loss_first,
+            "loss_last": loss_last,
             "scores": {str(iteration): score for iteration, score in trained.scores.items()},
             "seconds": time.perf_counter() - start,
             **trained.choices,

@@ -23,17 +23,10 @@ from jaxtyping import UInt8
 from fit3d_ns.analysis.pictures import compose_panel, save_picture
 from fit3d_ns.analysis.temporal_consistency import TemporalMetrics, compute_temporal_consistency
 from fit3d_ns.data.images import VIDEO_SUFFIXES, list_images
+from fit3d_ns.report import token_columns
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.token_colours import TokenColours, fit_cluster_colours, fit_pca_colours
-from fit3d_ns.report.token_columns import (
-    FigureImage,
-    SceneIndex,
-    TokenColumn,
-    extract_columns,
-    list_column_labels,
-    load_figure_image,
-    resize,
-)
+from fit3d_ns.report.token_columns import FigureImage, SceneIndex, TokenColumn
 from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.results import collect_versions
@@ -76,8 +69,8 @@ def save_feature_figure(
     config = config or FeatureFigureConfig()
     if not images or not groups:
         raise ValueError(f"{len(images)} pictures and {len(groups)} backbones; a feature figure needs one of each.")
-    labels = list_column_labels(groups, has_scenes)
-    columns = [extract_columns(group, images, labels, device) for group in groups]
+    labels = token_columns.list_column_labels(groups, has_scenes)
+    columns = [token_columns.extract_columns(group, images, labels, device) for group in groups]
     shared = [fit_colours_of(group, config) for group in columns] if config.sharing == "backbone" else None
     pictures, row_labels, rows = [], [], []
     for index, image in enumerate(images):
@@ -179,9 +172,9 @@ def load_clip_images(clip: Clip, scene_index: SceneIndex, longest_side: int | No
     images: list[FigureImage] = []
     for frame in clip.frames:
         if isinstance(frame, Path):
-            images.append(load_figure_image(frame, scene_index, longest_side))
+            images.append(token_columns.load_figure_image(frame, scene_index, longest_side))
         else:
-            images.append(replace(frame, pixels=resize(frame.pixels, longest_side)))
+            images.append(replace(frame, pixels=token_columns.resize(frame.pixels, longest_side)))
         if images[-1].size != images[0].size:
             sizes = [f"{image.size[1]}x{image.size[0]}" for image in (images[-1], images[0])]
             raise ValueError(f"{clip.name}: {frame.name} is {sizes[0]}, the first frame {sizes[1]}; give one size.")
@@ -206,9 +199,9 @@ def save_feature_video(
     frames, more clusters than tokens, or no codec.
     """
     config = config or FeatureFigureConfig()
-    labels = list_column_labels(groups, has_scenes)
+    labels = token_columns.list_column_labels(groups, has_scenes)
     # Half precision: a clip's tokens are kept until its colours are known.
-    columns = [extract_columns(group, images, labels, device, torch.float16) for group in groups]
+    columns = [token_columns.extract_columns(group, images, labels, device, torch.float16) for group in groups]
     colours = [fit_colours_of(group, config) for group in columns]
     measured = measure_columns(columns, images)
     row_labels = [

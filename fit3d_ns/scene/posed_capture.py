@@ -19,17 +19,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from fit3d_ns.data import images
 from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud, Split
-from fit3d_ns.data.images import (
-    composite_on_black,
-    find_opaque,
-    has_aspect,
-    load_depth,
-    load_image,
-    load_mask,
-    load_rgba,
-    read_image_header,
-)
 from fit3d_ns.geometry.cameras import MAX_PIXELS, Camera, Lens, transform_camera_to_worlds
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.utils.progress import notice_once
@@ -103,7 +94,7 @@ class PosedCapture:
 
         A file that is missing, damaged or of another size than its camera says is a ValueError, as in the next two.
         """
-        image = _fit(load_image(view.frame.image_path), view, view.frame.image_path, cv2.INTER_AREA)
+        image = _fit(images.load_image(view.frame.image_path), view, view.frame.image_path, cv2.INTER_AREA)
         return self.compute_undistortion(view).apply_to_image(image)
 
     def load_valid_mask(self, view: View) -> Bool[Tensor, "height width"]:
@@ -116,14 +107,14 @@ class PosedCapture:
         """True inside the photograph where no mask file says otherwise; transparent pixels too."""
         if view.frame.mask_path is None:
             return self.compute_undistortion(view).inside
-        return self._move_mask(load_mask(view.frame.mask_path), view, view.frame.mask_path)
+        return self._move_mask(images.load_mask(view.frame.mask_path), view, view.frame.mask_path)
 
     def load_opaque_mask(self, view: View) -> Bool[Tensor, "height width"] | None:
         """True where the photograph is not transparent; None where it has no alpha channel, or is gone."""
         path = view.frame.image_path
-        if not path.is_file() or not read_image_header(path).has_alpha:
+        if not path.is_file() or not images.read_image_header(path).has_alpha:
             return None
-        opaque = find_opaque(load_rgba(path))
+        opaque = images.find_opaque(images.load_rgba(path))
         if not bool(opaque.all()):
             notice_once("transparency", f"What is transparent in photographs such as {path} is taken as background.")
         return self._move_mask(opaque, view, path)
@@ -131,12 +122,13 @@ class PosedCapture:
     def load_rgba(self, view: View) -> UInt8[Tensor, "height width channels"]:
         """The picture of `load_image`, where it has an alpha channel with its own colours and alpha."""
         path = view.frame.image_path
-        rgba = load_rgba(path)
+        rgba = images.load_rgba(path)
         if rgba.shape[-1] == 3:
             return self.load_image(view)
         undistortion = self.compute_undistortion(view)
         # OpenCV weights all channels alike: colours times alpha are moved, then divided by it again.
-        fitted = _fit(torch.cat([composite_on_black(rgba), rgba[..., 3:]], dim=-1), view, path, cv2.INTER_AREA)
+        premultiplied = torch.cat([images.composite_on_black(rgba), rgba[..., 3:]], dim=-1)
+        fitted = _fit(premultiplied, view, path, cv2.INTER_AREA)
         alpha = fitted[..., 3:].expand(-1, -1, 3).contiguous()
         premultiplied, alpha = (
             undistortion.apply_to_image(part.contiguous()).float() for part in (fitted[..., :3], alpha)
@@ -156,7 +148,8 @@ class PosedCapture:
         """
         if view.frame.depth_path is None:
             return None
-        depth = _fit(load_depth(view.frame.depth_path), view, view.frame.depth_path, cv2.INTER_NEAREST_EXACT, False)
+        depth = images.load_depth(view.frame.depth_path)
+        depth = _fit(depth, view, view.frame.depth_path, cv2.INTER_NEAREST_EXACT, is_exact=False)
         return self.compute_undistortion(view).apply_to_depth(depth)
 
     def compute_undistortion(self, view: View) -> Undistortion:
@@ -297,7 +290,7 @@ def _fit(picture: Tensor, view: View, path: Path, interpolation: int, is_exact: 
     height, width = picture.shape[:2]
     lens = view.frame.lens
     sizes = (width, height), (lens.width, lens.height)
-    if sizes[0] != sizes[1] and (is_exact or not has_aspect(*sizes)):
+    if sizes[0] != sizes[1] and (is_exact or not images.has_aspect(*sizes)):
         raise ValueError(
             f"{path} is {width}x{height}, its camera says {lens.width}x{lens.height}; "
             "correct the camera file or restore the file."

@@ -42,10 +42,15 @@ def train(num_processes: int, process: int, folder: str) -> None:
     classification = create_classification_probe().run_seed(0)
     if process == 0:
         assert outcome.head is not None and depth.head is not None and classification.head is not None
-        result = {"head": outcome.head.state_dict(), "metrics": outcome.metrics, "odd": odd, "loss": outcome.loss_last}
+        result = {
+            "head": outcome.head.state_dict(),
+            "metrics": outcome.metrics,
+            "odd": odd,
+            "loss": outcome.summarise_losses()[1],
+        }
         result |= {"depth_head": depth.head.state_dict(), "depth": depth.metrics, "depth_scores": depth.scores}
         result |= {"class_head": classification.head.state_dict(), "classification": classification.metrics}
-        result |= {"class_scores": classification.scores, "class_loss": classification.loss_last}
+        result |= {"class_scores": classification.scores, "class_loss": classification.summarise_losses()[1]}
         torch.save(result, Path(folder) / f"{num_processes}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -123,7 +123,8 @@ def test_depth_probe__trains_on_images_of_several_sizes(cache: str) -> None:
     )
     assert probe.inputs.crop_size == (16, 24), "no larger than the smallest image"
     outcome = probe.run_seed(0)
-    assert outcome.loss_last < 0.5 * outcome.loss_first and outcome.metrics["num_images"] == 6
+    loss_first, loss_last = outcome.summarise_losses()
+    assert loss_last < 0.5 * loss_first and outcome.metrics["num_images"] == 6
 
 
 def create_classification_probe(frames: list[LabelledFrame], crop_side: int) -> ClassificationProbe:
