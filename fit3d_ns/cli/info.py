@@ -25,25 +25,9 @@ from fit3d_ns.scene.scene_file import HEADER_KEY
 from fit3d_ns.utils.files import read_json, write_json
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.results import collect_versions
+from fit3d_ns.utils.tables import read_table
 from fit3d_ns.utils.tensor_files import open_tensors
 
-_PROGRAMS = (
-    ("ffmpeg", "ns-render", "Debian package ffmpeg"),
-    ("colmap", "ns-process-data", "Debian package colmap"),
-    ("c++", "compiling gsplat's CUDA kernels", "Debian package g++"),
-    ("nvcc", "compiling gsplat's CUDA kernels", "the CUDA toolkit"),
-)
-"""Name, what needs it, and where it comes from; likewise below."""
-_MODULES = (
-    ("peft", "fit3d-finetune --train lora", "pip install '.[lora]'"),
-    ("gradio", "fit3d-demo", "pip install '.[demo]'"),
-    ("viser", "fit3d-view", "pip install viser"),
-    ("h5py", "the labelled NYUv2 file", "pip install '.[nyu]'"),
-)
-_LIBRARIES = (
-    ("libGL.so.1", "opencv-python, if that replaced the headless build", "Debian package libgl1"),
-    ("libusb-1.0.so.0", "open3d (ns-export, nerfstudio-data with a ply)", "Debian package libusb-1.0-0"),
-)
 _VERIFIED_SUFFIXES = (".safetensors", ".lift-state", ".decoder-sums", ".json")
 _WHOLE = "whole"
 
@@ -167,15 +151,21 @@ def _describe_weight_folders() -> dict[str, str]:
 
 
 def _find_missing() -> list[str]:
-    """What is absent, what needs it, and where it comes from."""
-    absent = [part for part in _PROGRAMS if shutil.which(part[0]) is None]
-    absent += [part for part in _MODULES if importlib.util.find_spec(part[0]) is None]
-    for library in _LIBRARIES:
-        try:
-            ctypes.CDLL(library[0])
-        except OSError:
-            absent.append(library)
-    return [f"{name}: needed by {user}; {source}" for name, user, source in absent]
+    """What of `system_parts.csv` is absent, what needs it, and where it comes from."""
+    parts = read_table(Path(__file__).with_name("system_parts.csv"))
+    return [f"{part['name']}: needed by {part['user']}; {part['source']}" for part in parts if not _is_there(**part)]
+
+
+def _is_there(kind: str, name: str, **_: str) -> bool:
+    if kind == "program":
+        return shutil.which(name) is not None
+    if kind == "module":
+        return importlib.util.find_spec(name) is not None
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 main = create_main(

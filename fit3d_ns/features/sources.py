@@ -41,15 +41,7 @@ _LOCAL_PREFIX = "local-dir:"
 _HUB_PREFIX = "hf-hub:"
 ModelArgs = tuple[tuple[str, Any], ...]
 _MODULES_WITH_VITS = ("vision_transformer", "eva", "deit")
-MODEL_ARGS = frozenset(
-    "img_size patch_size in_chans embed_dim depth num_heads num_kv_heads mlp_ratio qkv_bias qkv_fused qk_norm "
-    "proj_bias init_values class_token reg_tokens num_reg_tokens no_embed_class pos_embed pre_norm final_norm fc_norm "
-    "use_fc_norm global_pool pool_include_prefix attn_type attn_pool_num_heads attn_pool_mlp_ratio "
-    "attn_only_layer_scale dynamic_img_pad scale_attn_norm scale_attn_inner scale_mlp_norm scale_mlp swiglu_mlp "
-    "swiglu_align_to "
-    "use_abs_pos_emb use_rot_pos_emb use_post_norm use_pre_transformer_norm use_post_transformer_norm ref_feat_shape "
-    "rope_type rope_temperature rope_grid_offset rope_grid_indexing rope_rotate_half".split()
-)
+MODEL_ARGS = frozenset(Path(__file__).with_name("model_args.txt").read_text(encoding="utf-8").split())
 """Arguments of timm's vision transformers that only shape the network; `checkpoint_path`, for one, loads a file."""
 LARGEST_ARGUMENT = 100_000
 LARGEST_DEPTH = 256

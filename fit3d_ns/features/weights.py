@@ -13,7 +13,6 @@ keeps apart, become one matrix; where only some have a bias, that of the others 
 """
 
 import argparse
-import csv
 import pickle
 import re
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import refuse_lfs_pointer
+from fit3d_ns.utils.tables import read_table
 from fit3d_ns.utils.tensor_files import load_torch_file, open_tensors
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
@@ -193,9 +193,8 @@ _ATTENTION = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_p
 def _read_names() -> dict[str, dict[str, str]]:
     """Keys of `transformers` and of the original files, without suffix: around the blocks, in them, in gated ones."""
     names: dict[str, dict[str, str]] = {}
-    with open(Path(__file__).with_name("transformers_keys.csv"), encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            names.setdefault(row["part"], {})[row["transformers"]] = row["original"]
+    for row in read_table(Path(__file__).with_name("transformers_keys.csv")):
+        names.setdefault(row["part"], {})[row["transformers"]] = row["original"]
     return names
 
 

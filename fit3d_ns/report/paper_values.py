@@ -6,11 +6,12 @@ two tables is kept once, with the more precise of its values. In the text of Tab
 are interleaved; they separate in one way only.
 """
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from fit3d_ns.utils.tables import read_table
 
 PRETTY_BACKBONES = {
     "vit_small_patch14_dinov2.lvd142m": "DINOv2-S",
@@ -54,23 +55,16 @@ def name_backbone(backbone: Mapping[str, Any]) -> str:
 
 
 def find_paper_data(task: str, train: Mapping[str, Any], test: Mapping[str, Any]) -> str | None:
-    """Which of the paper's data sets a record's training and test data are, or None.
+    """Which of the paper's data sets (`paper_data.csv`) a record's training and test data are, or None.
 
     Name, number of classes and, where the official split fixes it, the number of frames have to agree.
     """
-    if task == "classification":
-        is_imagenet = (test.get("num_classes"), test.get("num_frames")) == (1000, 50_000)
-        return "imagenet" if is_imagenet and train.get("num_classes") == 1000 else None
-    name = test.get("name")
-    known = _DATA.get((task, str(name)))
-    if known is None or train.get("name") != name:
+    name, same = ("imagenet", "num_classes") if task == "classification" else (test.get("name"), "name")
+    row = next((row for row in _DATA if (row["task"], row["data"]) == (task, name)), None)
+    if row is None or train.get(same) != test.get(same):
         return None
-    num_classes, num_train, num_test = known
-    if num_classes is not None and test.get("num_classes") != num_classes:
-        return None
-    if num_train is not None and (train.get("num_frames"), test.get("num_frames")) != (num_train, num_test):
-        return None
-    return str(name)
+    sizes = {"classes": test.get("num_classes"), "train": train.get("num_frames"), "test": test.get("num_frames")}
+    return row["data"] if all(row[key] in ("", str(size)) for key, size in sizes.items()) else None
 
 
 def find_paper_row(
@@ -101,23 +95,11 @@ def _agree(ours: Any, papers: Any) -> bool:
     return ours is None or ours == papers
 
 
-_DATA: dict[tuple[str, str], tuple[int | None, int | None, int | None]] = {
-    ("segmentation", "scannetpp"): (100, None, None),
-    ("segmentation", "nyu13"): (13, 795, 654),
-    ("segmentation", "scannet"): (40, None, None),
-    ("segmentation", "ade20k"): (150, 20_210, 2000),
-    ("segmentation", "voc2012"): (21, 1464, 1449),
-    ("depth", "scannetpp"): (None, None, None),
-    ("depth", "nyu"): (None, None, None),
-    ("depth", "scannet"): (None, None, None),
-    ("depth", "kitti"): (None, None, None),
-}
+_DATA = read_table(Path(__file__).with_name("paper_data.csv"))
 """Number of classes, and of train and test frames, where official lists fix them."""
 
 
 def _read_rows() -> tuple[PaperRow, ...]:
-    with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
     readers: dict[str, Any] = {"tables": lambda text: tuple(map(int, text.split())), "feature_dim": int, "epochs": int}
     names = [field.name for field in fields(PaperRow) if field.name != "values"]
     return tuple(
@@ -125,7 +107,7 @@ def _read_rows() -> tuple[PaperRow, ...]:
             values={name: float(text) for name, text in line.items() if name not in names and text},
             **{name: readers.get(name, str)(line[name]) for name in names},
         )
-        for line in lines
+        for line in read_table(Path(__file__).with_suffix(".csv"))
     )
 
 

@@ -1,12 +1,13 @@
 """Tables, and their Markdown, LaTeX and HTML: columns say how metrics look, rows hold texts with marks."""
 
-import csv
 import html
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fit3d_ns.utils.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,9 @@ class Column:
 
 def _read_columns() -> dict[str, tuple[Column, ...]]:
     columns: dict[str, tuple[Column, ...]] = {}
-    with open(Path(__file__).with_name("columns.csv"), encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            column = Column(row["name"], row["title"], row["direction"], float(row["scale"]), int(row["digits"]))
-            columns[row["group"]] = (*columns.get(row["group"], ()), column)
+    for row in read_table(Path(__file__).with_name("columns.csv")):
+        column = Column(row["name"], row["title"], row["direction"], float(row["scale"]), int(row["digits"]))
+        columns[row["group"]] = (*columns.get(row["group"], ()), column)
     return columns
 
 

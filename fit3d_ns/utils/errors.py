@@ -16,41 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-AGAIN = "then run the same command again"
+from fit3d_ns.utils.tables import read_table
 
-_SENTENCES = {
-    errno.ENOSPC: f"the disk is full; free some space or choose another folder, {AGAIN}",
-    errno.EDQUOT: f"the disk quota of your account is used up; delete something or choose another folder, {AGAIN}",
-    errno.EFBIG: "the file would be larger than is allowed here; see `ulimit -f`, or choose another folder",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.EACCES: "no permission; check the owner or choose another place",
-    errno.EPERM: "not permitted; check the owner or choose another place",
-    errno.EIO: f"the device reports an input/output error; check the disk, {AGAIN}",
-    errno.ELOOP: "the symbolic links there lead in a circle; remove one of them",
-    errno.EMFILE: "too many files are open; raise the limit with `ulimit -n 4096`",
-    errno.ENFILE: "too many files are open on this machine; close some programs",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
-    errno.EEXIST: "something else stands there already; choose another path",
-    errno.EISDIR: "a folder stands where a file is needed; choose another path",
-    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
-    errno.ENOENT: "no such file or folder",
-    errno.ENOMEM: "there is not enough memory",
-    errno.EADDRINUSE: "the address is in use; choose another port",
-    errno.ESTALE: f"the network file system lost the file; {AGAIN.removeprefix('then ')}",
-}
+_ERRORS = {getattr(errno, row["errno"]): row for row in read_table(Path(__file__).with_suffix(".csv"))}
+"""Of each number, a sentence for the user, and a pattern for texts of libraries that lose the number (torch's writer
+compares positions and does not say why they differ); the first pattern that is found counts."""
 _RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENOMEM)
 """What counts also where it is only the context of another exception: the other one is a consequence."""
-
-_TEXTS = (
-    (re.compile(r"No space left on device"), errno.ENOSPC),
-    (re.compile(r"[Qq]uota exceeded"), errno.EDQUOT),
-    (re.compile(r"File too large"), errno.EFBIG),
-    (re.compile(r"Read-only file system"), errno.EROFS),
-    (re.compile(r"Symlink loop"), errno.ELOOP),
-    # torch's writer compares positions and does not say why they differ.
-    (re.compile(r"enforce fail at inline_container.*unexpected pos|PytorchStreamWriter failed writing"), errno.ENOSPC),
-    (re.compile(r"can't allocate memory|out of memory|Cannot allocate memory|failed to map segment"), errno.ENOMEM),
-)
 
 
 def explain(error: BaseException) -> str | None:
@@ -67,8 +39,8 @@ def explain(error: BaseException) -> str | None:
             f"there is not enough memory ({first_line(error)}); close other programs, use smaller images or fewer "
             "Gaussians, or a machine with more."
         )
-    if number in _SENTENCES:
-        sentence = _SENTENCES[number]
+    if number in _ERRORS:
+        sentence = _ERRORS[number]["sentence"]
         return f"{path}: {sentence}." if path else f"{sentence}."
     if isinstance(error, OSError):
         return _as_sentence(str(error) or type(error).__name__)
@@ -194,7 +166,8 @@ def _guess_errno(error: BaseException) -> tuple[int | None, str]:
     # Rust's standard library, for example in safetensors: "Disk quota exceeded (os error 122)".
     if match := re.search(r"\(os error (\d+)\)", text):
         return int(match.group(1)), path
-    return next((number for pattern, number in _TEXTS if pattern.search(text)), None), path
+    known = (number for number, row in _ERRORS.items() if row["texts"] and re.search(row["texts"], text))
+    return next(known, None), path
 
 
 def _as_sentence(text: str) -> str:
