@@ -23,9 +23,9 @@ from fit3d_ns.rasterization.kernels import find_kernels
 from fit3d_ns.scene import load_scene
 from fit3d_ns.scene.scene_file import HEADER_KEY
 from fit3d_ns.utils.files import read_json, write_json
+from fit3d_ns.utils.package_files import read_table
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.results import collect_versions
-from fit3d_ns.utils.tables import read_table
 from fit3d_ns.utils.tensor_files import open_tensors
 
 _VERIFIED_SUFFIXES = (".safetensors", ".lift-state", ".decoder-sums", ".json")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import refuse_lfs_pointer
-from fit3d_ns.utils.tables import read_table
+from fit3d_ns.utils.package_files import read_table
 from fit3d_ns.utils.tensor_files import load_torch_file, open_tensors
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")

@@ -23,6 +23,7 @@ from fit3d_ns.features.adapters import ADAPTER_KEY, ADAPTER_NAME, AdaptedTokenMo
 from fit3d_ns.features.sources import TOY_BACKBONE, TOY_FOLDER, WEIGHTS_NAME, expand_architecture, find_backbone_folder
 from fit3d_ns.finetuning.validation import format_consistency
 from fit3d_ns.utils.files import read_json, write_atomically, write_json
+from fit3d_ns.utils.package_files import fill_template
 from fit3d_ns.utils.results import flatten
 from fit3d_ns.utils.tensor_files import save_tensors
 
@@ -119,56 +120,30 @@ def write_card(
     mixture with the original ones.
     """
     settings, consistency = flatten(report["settings"]), report.get("consistency")
-    base_model = warning = mixture = metrics = worse = ""
-    if description.weights is None and not description.is_random:
-        # Only timm's own download is what the hub has under this name.
-        base_model = f"base_model: timm/{description.architecture}\nbase_model_relation: finetune\n"
-    if description.is_random:
-        warning = "**The original weights are random: this backbone is for tests and its features mean nothing.**\n\n"
-    if share < 1.0:
-        mixture = f"Weights: {share:g} of the fine-tuned and {1.0 - share:g} of the original ones (WiSE-FT).\n\n"
-    elif settings["anchors.wise_ft"]:
-        folders = ", ".join(f"`wise-ft-{mixed:g}`" for mixed in settings["anchors.wise_ft"])
-        mixture = f"Mixtures with the original weights (WiSE-FT), by the share of these: {folders}.\n\n"
+    metrics = None
     if consistency:
-        original, finetuned = consistency["original"], consistency["finetuned"]
-        metrics = (
-            f"## Metrics\n\nOriginal → fine-tuned{'' if share == 1.0 else ' (share 1)'}, on {consistency['views']}:\n\n"
-            f"{format_consistency(original, finetuned)}\n\n"
-            "Cosine also rises when all tokens become alike; the centred one does not. Effective rank of the tokens: "
-            f"{original['effective_rank']:.1f} → {finetuned['effective_rank']:.1f}.\n\n"
-        )
+        pair = consistency["original"], consistency["finetuned"]
         keys = ("centred_cosine", "recall_10px", "effective_rank")
-        fell = [key.replace("_", " ") for key in keys if (finetuned[key] or 0.0) < (original[key] or 0.0)]
-        worse = f" On the views below, lower than the original's: {', '.join(fell) or 'nothing that was compared'}."
-    licence = find_strictest(licences)
-    front_licence = f"license: {licence}\n"
-    if licence != UNKNOWN and _LICENCES.get(licence) != "":
-        front_licence = f"license: other\nlicense_name: {licence}\nlicense_link: {_LICENCES.get(licence, 'LICENSE')}\n"
-    rights = [f"[{name}]({_LICENCES[name]})" if _LICENCES.get(name) else name for name in licences]
-    num_more = len(scenes) - _MAX_NAMES
-    losses = {part: report[part] for part in ("loss_first", "loss_last")}
-    losses = {part: "unknown" if loss is None else f"{loss:.4f}" for part, loss in losses.items()}
-    template, *usages = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8").split("%%\n")
-    return template.format(
+        fell = [key.replace("_", " ") for key in keys if (pair[1][key] or 0.0) < (pair[0][key] or 0.0)]
+        metrics = {"views": consistency["views"], "table": format_consistency(*pair)}
+        metrics["fell"] = ", ".join(fell) or "nothing that was compared"
+        metrics["ranks"] = " → ".join(f"{part['effective_rank']:.1f}" for part in pair)
+    losses = [report[part] for part in ("loss_first", "loss_last")]
+    return fill_template(
+        Path(__file__).with_name("model_card.md"),
         description=description,
         report=report,
-        base_model=base_model,
-        front_licence=front_licence,
-        datasets="datasets:\n- scannetpp\n" if "scannetpp-terms-of-use" in licences[1:] else "",
-        warning=warning,
-        mixture=mixture,
-        usage=usages[settings["trainable.train"] == "adapter"],
-        mean=list(description.mean),
-        std=list(description.std),
-        rights=f"Original weights: {rights[0]}. Training captures: {' and '.join(rights[1:])}.",
-        worse=worse,
-        num_scenes=len(scenes),
-        scenes=", ".join(scenes[:_MAX_NAMES]) + (f" and {num_more} more" if num_more > 0 else ""),
-        settings="\n".join(f"| {key} | {value} |" for key, value in settings.items()),
+        licence=find_strictest(licences),
+        licences=licences,
+        links=_LICENCES,
+        rights=[f"[{name}]({_LICENCES[name]})" if _LICENCES.get(name) else name for name in licences],
+        share=share,
+        mixtures=[f"`wise-ft-{mixed:g}`" for mixed in settings["anchors.wise_ft"]],
+        settings=settings,
         metrics=metrics,
-        versions=", ".join(f"{key} {value}" for key, value in report["versions"].items()),
-        **losses,
+        scenes=scenes,
+        max_names=_MAX_NAMES,
+        losses=["unknown" if loss is None else f"{loss:.4f}" for loss in losses],
     )
 
 

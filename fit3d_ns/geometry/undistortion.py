@@ -136,16 +136,8 @@ def find_rays(lens: Lens, pixels: Float[np.ndarray, "points 2"]) -> Float[np.nda
 
 def resize_lens(lens: Lens, width: int, height: int) -> Lens:
     """The lens after its photograph was resized to `width` x `height`; distortion does not depend on size."""
-    scale_x, scale_y = width / lens.width, height / lens.height
-    return replace(
-        lens,
-        fx=lens.fx * scale_x,
-        fy=lens.fy * scale_y,
-        cx=lens.cx * scale_x,
-        cy=lens.cy * scale_y,
-        width=width,
-        height=height,
-    )
+    x, y = width / lens.width, height / lens.height
+    return Lens(lens.fx * x, lens.fy * y, lens.cx * x, lens.cy * y, width, height, lens.model, lens.distortion)
 
 
 def _choose_pinhole(lens: Lens) -> Lens:
@@ -160,14 +152,8 @@ def _choose_pinhole(lens: Lens) -> Lens:
     ratios = K[0, 0] / lens.fx, K[1, 1] / lens.fy
     if not np.isfinite(K).all() or not all(0.05 < ratio < 20.0 for ratio in ratios):
         raise ValueError(_describe_failure(lens))
-    return Lens(
-        fx=float(K[0, 0]),
-        fy=float(K[1, 1]),
-        cx=float(K[0, 2]) + 0.5,
-        cy=float(K[1, 2]) + 0.5,
-        width=lens.width,
-        height=lens.height,
-    )
+    # Pixel centres of OpenCV are integers.
+    return Lens(*map(float, (K[0, 0], K[1, 1], K[0, 2] + 0.5, K[1, 2] + 0.5)), lens.width, lens.height)
 
 
 def _refuse_views_behind(lens: Lens) -> None:

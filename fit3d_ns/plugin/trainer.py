@@ -277,21 +277,15 @@ class FeatureTrainer(Trainer):
                 self.save_checkpoint(step)
         writer.write_out_storage()
 
-    def _log(
-        self, step: int, duration: Any, loss: Any, loss_dict: dict[str, Any], metrics_dict: dict[str, Any]
-    ) -> None:
+    def _log(self, step: int, duration: Any, loss: Any, losses: dict[str, Any], metrics: dict[str, Any]) -> None:
         if step > self._start_step + 1:
             pixels = self.pipeline.datamanager.get_train_rays_per_batch()
-            writer.put_time(
-                name=EventName.TRAIN_RAYS_PER_SEC,
-                duration=pixels / max(1e-3, duration.duration),
-                step=step,
-                avg_over_steps=True,
-            )
+            rate = pixels / max(1e-3, duration.duration)
+            writer.put_time(name=EventName.TRAIN_RAYS_PER_SEC, duration=rate, step=step, avg_over_steps=True)
         if step_check(step, self.config.logging.steps_per_log, run_at_zero=True):
             writer.put_scalar(name="Train Loss", scalar=loss, step=step)
-            writer.put_dict(name="Train Loss Dict", scalar_dict=loss_dict, step=step)
-            writer.put_dict(name="Train Metrics Dict", scalar_dict=metrics_dict, step=step)
+            writer.put_dict(name="Train Loss Dict", scalar_dict=losses, step=step)
+            writer.put_dict(name="Train Metrics Dict", scalar_dict=metrics, step=step)
 
     def _run_callbacks(self, step: int, location: TrainingCallbackLocation) -> None:
         for callback in self.callbacks:

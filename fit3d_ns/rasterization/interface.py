@@ -88,7 +88,7 @@ def rasterization(
         arguments.check_colors(colors, backgrounds, sh_degree, means, len(viewmats))
     antialiased = rasterize_mode == "antialiased"
     settings = ProjectionSettings(width, height, near_plane, far_plane, radius_clip, eps2d, antialiased)
-    info = _project(means, quats, scales, opacities, viewmats, Ks, settings, backend)
+    info = _project((means, quats, scales, opacities), viewmats, Ks, settings, backend)
     engine = load_backend(info["backend"])
 
     channels = []
@@ -134,7 +134,7 @@ def project(
     """
     arguments.check_modes("RGB", rasterize_mode)
     settings = ProjectionSettings(width, height, eps2d=eps2d, antialiased=rasterize_mode == "antialiased")
-    return _project(means, quats, scales, opacities, viewmats, Ks, settings, backend)
+    return _project((means, quats, scales, opacities), viewmats, Ks, settings, backend)
 
 
 def rasterize_features(
@@ -275,16 +275,10 @@ def load_backend(name: str) -> Any:
 
 
 def _project(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    viewmats: Tensor,
-    Ks: Tensor,
-    settings: ProjectionSettings,
-    backend: str,
+    gaussians: tuple[Tensor, ...], viewmats: Tensor, Ks: Tensor, settings: ProjectionSettings, backend: str
 ) -> dict[str, Any]:
-    arguments.check_geometry(means, quats, scales, opacities, viewmats, Ks)
+    arguments.check_geometry(*gaussians, viewmats, Ks)
+    means, quats, scales, opacities = gaussians
     name = resolve_backend(backend, means)
     engine = load_backend(name)
     projected = engine.project_gaussians(means, quats, scales, viewmats, Ks, settings)

@@ -27,9 +27,9 @@ from fit3d_ns.report import token_columns
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.token_colours import TokenColours, fit_cluster_colours, fit_pca_colours
 from fit3d_ns.report.token_columns import FigureImage, SceneIndex, TokenColumn
-from fit3d_ns.utils.files import write_atomically, write_json
+from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice, track
-from fit3d_ns.utils.results import collect_versions
+from fit3d_ns.utils.results import write_facts
 
 ColourSharing = Literal["row", "backbone"]
 CODECS = ("vp09", "mp4v")
@@ -88,16 +88,9 @@ def save_feature_figure(
                         **colours.describe(),
                     }
                 )
-    content = {
-        "kind": "report/features",
-        "backbones": [describe_group(group) for group in groups],
-        "rows": rows,
-        "is_random": any(group.is_random for group in groups),
-        "versions": collect_versions(),
-    }
     save_picture(compose_panel(pictures, ["input", *labels], row_labels), path)
-    write_json(path.with_suffix(".json"), content)
-    return content
+    described, is_random = [describe_group(group) for group in groups], any(group.is_random for group in groups)
+    return write_facts(path, "report/features", is_random, backbones=described, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -220,26 +213,17 @@ def save_feature_video(
             ]
             yield np.asarray(compose_panel(rows, ["input", *labels], row_labels))
 
-    codec = write_video(draw(), path, fps)
-    content = {
-        "kind": "report/feature_video",
-        "clip": clip_name,
-        "num_frames": len(images),
-        "fps": fps,
-        "codec": codec,
-        "backbones": [
-            {
-                **describe_group(group),
-                "temporal_consistency": {name: asdict(value) for name, value in of.items()},
-                "colours": {fitted.title: fitted.describe() for fitted in fits},
-            }
-            for group, of, fits in zip(groups, measured, colours, strict=True)
-        ],
-        "is_random": any(group.is_random for group in groups),
-        "versions": collect_versions(),
-    }
-    write_json(path.with_suffix(".json"), content)
-    return content
+    facts = {"clip": clip_name, "num_frames": len(images), "fps": fps, "codec": write_video(draw(), path, fps)}
+    described = [
+        {
+            **describe_group(group),
+            "temporal_consistency": {name: asdict(value) for name, value in of.items()},
+            "colours": {fitted.title: fitted.describe() for fitted in fits},
+        }
+        for group, of, fits in zip(groups, measured, colours, strict=True)
+    ]
+    is_random = any(group.is_random for group in groups)
+    return write_facts(path, "report/feature_video", is_random, **facts, backbones=described)
 
 
 def measure_columns(
@@ -269,9 +253,7 @@ def fit_colours_of(columns: Sequence[TokenColumn], config: FeatureFigureConfig) 
     return colours
 
 
-def paint_row(
-    columns: Sequence[TokenColumn], index: int, colours: TokenColours, size: tuple[int, int]
-) -> list[Any | None]:
+def paint_row(columns: Sequence[TokenColumn], index: int, colours: TokenColours, size: tuple[int, int]) -> list[Any]:
     """Pictures of one frame in all columns; None where a column has none."""
     frames = [column.frames[index] for column in columns]
     return [None if frame is None else colours.paint(number, frame, size) for number, frame in enumerate(frames)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.utils.tables import read_table
+from fit3d_ns.utils.package_files import read_table
 
 PRETTY_BACKBONES = {
     "vit_small_patch14_dinov2.lvd142m": "DINOv2-S",

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from fit3d_ns.analysis.pictures import LegendEntry, append_legend, compose_panel, save_picture
 from fit3d_ns.data.images import load_depth, load_image, read_image_header
-from fit3d_ns.utils.files import read_json, write_json
-from fit3d_ns.utils.results import collect_versions
+from fit3d_ns.utils.files import read_json
+from fit3d_ns.utils.results import write_facts
 from fit3d_ns.utils.selection import select_evenly
 
 LISTING_NAME = "predictions.json"
@@ -116,17 +116,9 @@ def save_prediction_figure(
     chosen = select_evenly(range(len(folders[0].frames)), max_frames)
     draw = _draw_segmentation if folders[0].task == "segmentation" else _draw_depth
     panel, metrics = draw(folders, chosen, column_width)
-    content = {
-        "kind": "report/predictions",
-        "task": folders[0].task,
-        "columns": label_predictions(folders),
-        "frames": metrics,
-        "is_random": folders[0].is_random,
-        "versions": collect_versions(),
-    }
     save_picture(panel, path)
-    write_json(path.with_suffix(".json"), content)
-    return content
+    facts = {"task": folders[0].task, "columns": label_predictions(folders), "frames": metrics}
+    return write_facts(path, "report/predictions", folders[0].is_random, **facts)
 
 
 def colour_classes(num_classes: int) -> Float[Tensor, "classes 3"]:

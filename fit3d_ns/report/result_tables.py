@@ -12,6 +12,7 @@ from fit3d_ns.report.table import (
     FINETUNE_COLUMNS,
     NOTHING,
     RANDOM_TITLE,
+    SUFFIXES,
     TASK_COLUMNS,
     Cell,
     Column,
@@ -20,9 +21,7 @@ from fit3d_ns.report.table import (
     describe_versions,
     find_differences,
     mark_best,
-    write_html,
-    write_latex,
-    write_markdown,
+    write_tables,
 )
 from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import write_atomically, write_json
@@ -62,11 +61,10 @@ def write_report(
             create_finetune_tables([finetuning])
     tables = create_probe_tables(probes) + create_finetune_tables(finetunings)
     tables.sort(key=lambda table: table.is_random)
-    writers = {".md": write_markdown, ".tex": write_latex, ".html": write_html}
-    files = [folder / f"{STEM}{suffix}" for suffix in writers]
-    for path, write in zip(files, writers.values(), strict=True):
+    files = [folder / f"{STEM}{suffix}" for suffix in SUFFIXES]
+    for path in files:
         with write_atomically(path) as temporary:
-            temporary.write_text(write(tables, title), encoding="utf-8")
+            temporary.write_text(write_tables(tables, title, path.suffix), encoding="utf-8")
     files.append(folder / f"{STEM}.json")
     sources = [*(str(probe.path) for probe in probes), *(str(finetuning.path) for finetuning in finetunings)]
     write_json(files[-1], {"title": title, "tables": [asdict(table) for table in tables], "sources": sources})

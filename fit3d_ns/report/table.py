@@ -2,12 +2,12 @@
 
 import html
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.utils.tables import read_table
+from fit3d_ns.utils.package_files import fill_template, read_table
 
 
 @dataclass(frozen=True)
@@ -138,65 +138,21 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 }
 
 
-def write_markdown(tables: Sequence[Table], title: str) -> str:
-    """A page of pipe tables with their notes below."""
-    lines = [f"# {_escape_markdown(title)}", ""]
-    for table in tables:
-        lines += [f"## {_escape_markdown(table.title)}", ""]
-        lines.append(_join(map(_escape_markdown, table.header)))
-        lines.append("|" + " --- |" * len(table.header))
-        lines += [_join(_mark(cell, _escape_markdown, "**", "**") for cell in row) for row in table.rows]
-        lines += ["", *(f"- {_escape_markdown(note)}" for note in table.notes), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def write_latex(tables: Sequence[Table], title: str) -> str:
-    """`table` environments to input; they need booktabs and graphicx."""
-    lines = [f"% {title}", r"% \usepackage{booktabs,graphicx}", ""]
-    for table in tables:
-        notes = " ".join(table.notes)
-        lines += [r"\begin{table}", r"\centering", rf"\caption{{{_escape_latex(table.title)}.}}"]
-        # Wide tables shrink to the page, narrow ones keep their size.
-        lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
-        lines += [rf"\begin{{tabular}}{{{'l' * len(table.header)}}}", r"\toprule"]
-        lines += [" & ".join(map(_escape_latex, table.header)) + r" \\", r"\midrule"]
-        lines += [
-            " & ".join(_mark(cell, _escape_latex, r"\textbf{", "}") for cell in row) + r" \\" for row in table.rows
-        ]
-        lines += [r"\bottomrule", r"\end{tabular}}", r"\par\smallskip", rf"{{\footnotesize {_escape_latex(notes)}}}"]
-        lines += [r"\end{table}", ""]
-    return "\n".join(lines)
-
-
-def write_html(tables: Sequence[Table], title: str) -> str:
-    """A page that needs no other file."""
-    style = Path(__file__).with_name("tables.css").read_text(encoding="utf-8")
-    parts = ["<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">']
-    parts += [f"<title>{html.escape(title)}</title>", f"<style>\n{style}</style>", "</head>", "<body>"]
-    parts.append(f"<h1>{html.escape(title)}</h1>")
-    for table in tables:
-        names = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
-        parts += ['<div class="wide">', '<table class="random">' if table.is_random else "<table>"]
-        parts += [f"<caption>{html.escape(table.title)}</caption>", f"<thead><tr>{names}</tr></thead>", "<tbody>"]
-        for row in table.rows:
-            cells = [_mark(cell, html.escape, "<strong>", "</strong>") for cell in row]
-            parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        parts += ["</tbody>", "</table>", "</div>", '<ul class="notes">']
-        parts += [*(f"<li>{html.escape(note)}</li>" for note in table.notes), "</ul>"]
-    return "\n".join([*parts, "</body>", "</html>"]) + "\n"
-
-
-def _join(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
-
-
-def _mark(cell: Cell, escape: Callable[[str], str], start: str, end: str) -> str:
-    return f"{start}{escape(cell.text)}{end}" if cell.is_best else escape(cell.text)
-
-
 def _escape_markdown(text: str) -> str:
     return re.sub(r"([\\|*_`<\[])", r"\\\1", text)
 
 
 def _escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
+
+
+_ESCAPES = {".md": _escape_markdown, ".tex": _escape_latex, ".html": html.escape}
+SUFFIXES = tuple(_ESCAPES)
+"""Formats of a page: pipe tables, `table` environments to input (with booktabs and graphicx), a page of its own."""
+
+
+def write_tables(tables: Sequence[Table], title: str, suffix: str) -> str:
+    """A page in one of the formats, with the notes of each table below it."""
+    return fill_template(
+        Path(__file__).with_name(f"tables{suffix}.jinja"), _ESCAPES[suffix], tables=tables, title=title
+    )

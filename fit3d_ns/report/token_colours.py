@@ -92,44 +92,37 @@ def fit_cluster_colours(columns: Sequence[TokenColumn], num_clusters: int, seed:
 
     ValueError where more clusters than tokens are asked for.
     """
-    clusters: list[Clusters | None] = []
-    renamed: list[Tensor | None] = []
-    agreement: list[float | None] = []
-    reference: TokenColumn | None = None
-    reference_labels: list[Tensor | None] = []
+    fitted: list[tuple[Any, Any, Any]] = []
+    reference: list[_Labelled | None] | None = None
     for column in columns:
         frames = [frame for frame in column.frames if frame is not None]
         if not any(len(frame.rows) for frame in frames):
-            clusters, renamed, agreement = [*clusters, None], [*renamed, None], [*agreement, None]
+            fitted.append((None, None, None))
             continue
-        fitted = fit_kmeans(_sample(frames), num_clusters, seed)
-        labels = [None if frame is None else apply_kmeans(frame.tokens.float(), fitted) for frame in column.frames]
-        if reference is None:
-            reference, reference_labels = column, labels
-        pairs = _pair(column, labels, reference, reference_labels)
-        names = match_clusters(pairs[0], pairs[1], num_clusters)
-        clusters.append(fitted)
-        renamed.append(names)
-        agreement.append(float((names[pairs[0]] == pairs[1]).double().mean()))
-    return ClusterColours(clusters, renamed, agreement, num_clusters)
+        clusters = fit_kmeans(_sample(frames), num_clusters, seed)
+        labelled = [frame and (frame, apply_kmeans(frame.tokens.float(), clusters)) for frame in column.frames]
+        reference = labelled if reference is None else reference
+        ours, theirs = _pair(labelled, reference)
+        renamed = match_clusters(ours, theirs, num_clusters)
+        fitted.append((clusters, renamed, float((renamed[ours] == theirs).double().mean())))
+    return ClusterColours(*map(list, zip(*fitted, strict=True)), num_clusters)
+
+
+_Labelled = tuple[FrameTokens, Int[Tensor, "h w"]]
+"""A frame with the clusters of its tokens."""
 
 
 def _pair(
-    column: TokenColumn,
-    labels: Sequence[Tensor | None],
-    reference: TokenColumn,
-    reference_labels: Sequence[Tensor | None],
+    column: Sequence[_Labelled | None], reference: Sequence[_Labelled | None]
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Labels of the tokens that count in both columns."""
-    ours, theirs = [], []
-    for frame, own, other_frame, other in zip(column.frames, labels, reference.frames, reference_labels, strict=True):
-        if frame is None or other_frame is None or own is None or other is None:
-            continue
-        both = frame.is_covered & other_frame.is_covered
-        ours.append(own[both])
-        theirs.append(other[both])
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return torch.cat([nothing, *ours]), torch.cat([nothing, *theirs])
+    """Clusters of the tokens that count in both columns."""
+    pairs = [torch.zeros(2, 0, dtype=torch.int64)]
+    for own, other in zip(column, reference, strict=True):
+        if own is not None and other is not None:
+            both = own[0].is_covered & other[0].is_covered
+            pairs.append(torch.stack([own[1][both], other[1][both]]))
+    ours, theirs = torch.cat(pairs, dim=1)
+    return ours, theirs
 
 
 def _sample(frames: Sequence[FrameTokens]) -> Float[Tensor, "n embed"]:

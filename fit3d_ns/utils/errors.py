@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from fit3d_ns.utils.tables import read_table
+from fit3d_ns.utils.package_files import read_table
 
 _ERRORS = {getattr(errno, row["errno"]): row for row in read_table(Path(__file__).with_suffix(".csv"))}
 """Of each number, a sentence for the user, and a pattern for texts of libraries that lose the number (torch's writer

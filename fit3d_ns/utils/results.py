@@ -62,6 +62,13 @@ def check_report(report: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path} describes other weights than those next to it; run fit3d-finetune to its end again.")
 
 
+def write_facts(picture: Path, kind: str, is_random: bool, **content: Any) -> dict[str, Any]:
+    """Writes what a picture or video shows into a JSON file next to it, and returns that file's content."""
+    content = {"kind": kind, **content, "is_random": is_random, "versions": collect_versions()}
+    write_json(picture.with_suffix(".json"), content)
+    return content
+
+
 def average_scene_costs(scenes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Costs of scenes (`read_scene_costs`) by the names of the report's columns; what is not known of all is left out.
 
