@@ -152,8 +152,8 @@ def _choose_pinhole(lens: Lens) -> Lens:
     ratios = K[0, 0] / lens.fx, K[1, 1] / lens.fy
     if not np.isfinite(K).all() or not all(0.05 < ratio < 20.0 for ratio in ratios):
         raise ValueError(_describe_failure(lens))
-    # Pixel centres of OpenCV are integers.
-    return Lens(*map(float, (K[0, 0], K[1, 1], K[0, 2] + 0.5, K[1, 2] + 0.5)), lens.width, lens.height)
+    fx, fy, cx, cy = map(float, (K[0, 0], K[1, 1], K[0, 2] + 0.5, K[1, 2] + 0.5))
+    return Lens(fx, fy, cx, cy, lens.width, lens.height)
 
 
 def _refuse_views_behind(lens: Lens) -> None:

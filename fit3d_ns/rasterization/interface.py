@@ -277,8 +277,8 @@ def load_backend(name: str) -> Any:
 def _project(
     gaussians: tuple[Tensor, ...], viewmats: Tensor, Ks: Tensor, settings: ProjectionSettings, backend: str
 ) -> dict[str, Any]:
-    arguments.check_geometry(*gaussians, viewmats, Ks)
     means, quats, scales, opacities = gaussians
+    arguments.check_geometry(means, quats, scales, opacities, viewmats, Ks)
     name = resolve_backend(backend, means)
     engine = load_backend(name)
     projected = engine.project_gaussians(means, quats, scales, viewmats, Ks, settings)

@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def _escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-_ESCAPES = {".md": _escape_markdown, ".tex": _escape_latex, ".html": html.escape}
+_ESCAPES: dict[str, Callable[[str], str]] = {".md": _escape_markdown, ".tex": _escape_latex, ".html": html.escape}
 SUFFIXES = tuple(_ESCAPES)
 """Formats of a page: pipe tables, `table` environments to input (with booktabs and graphicx), a page of its own."""
 

@@ -92,20 +92,23 @@ def fit_cluster_colours(columns: Sequence[TokenColumn], num_clusters: int, seed:
 
     ValueError where more clusters than tokens are asked for.
     """
-    fitted: list[tuple[Any, Any, Any]] = []
-    reference: list[_Labelled | None] | None = None
+    fitted: list[tuple[Any, ...]] = []
+    reference: list[_Labelled | None] = []
     for column in columns:
         frames = [frame for frame in column.frames if frame is not None]
         if not any(len(frame.rows) for frame in frames):
             fitted.append((None, None, None))
             continue
         clusters = fit_kmeans(_sample(frames), num_clusters, seed)
-        labelled = [frame and (frame, apply_kmeans(frame.tokens.float(), clusters)) for frame in column.frames]
-        reference = labelled if reference is None else reference
+        labelled: list[Any] = [
+            frame and (frame, apply_kmeans(frame.tokens.float(), clusters)) for frame in column.frames
+        ]
+        reference = reference or labelled
         ours, theirs = _pair(labelled, reference)
         renamed = match_clusters(ours, theirs, num_clusters)
         fitted.append((clusters, renamed, float((renamed[ours] == theirs).double().mean())))
-    return ClusterColours(*map(list, zip(*fitted, strict=True)), num_clusters)
+    of_clusters, numbers, agreement = map(list, zip(*fitted, strict=True))
+    return ClusterColours(of_clusters, numbers, agreement, num_clusters)
 
 
 _Labelled = tuple[FrameTokens, Int[Tensor, "h w"]]

@@ -19,11 +19,9 @@ def fill_template(path: Path, escape: Callable[[str], str] = str, **values: Any)
     """
     import jinja2
 
-    environment = jinja2.Environment(
-        **{"variable_start_string": "[[", "variable_end_string": "]]", "block_start_string": "[%"},
-        **{"block_end_string": "%]", "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True},
-        loader=jinja2.FileSystemLoader(path.parent),
-        undefined=jinja2.StrictUndefined,
-    )
+    marks = {"variable_start_string": "[[", "variable_end_string": "]]", "block_start_string": "[%"}
+    lines = {"block_end_string": "%]", "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    options: dict[str, Any] = {**marks, **lines, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(path.parent), **options)
     environment.filters["escape"] = escape
     return environment.get_template(path.name).render(values).rstrip() + "\n"
