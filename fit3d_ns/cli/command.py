@@ -8,6 +8,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from configparser import ConfigParser
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -108,14 +109,24 @@ def parse(config_class: type[Config], args: Sequence[str], *, prog: str = "", de
 
 
 def create_main(
-    prog: str, config_class: type[Config], function: Callable[[Config], None], description: str, *examples: str
+    prog: str, config_class: type[Config], function: Callable[[Config], None], description: str = "", *examples: str
 ) -> Callable[..., None]:
-    """The entry point of a command: `run_command`, on the command line where it is not given other arguments."""
+    """The entry point of a command: `run_command`, on the command line where it is not given other arguments.
+
+    Description and examples that are not given stand in `commands.ini`.
+    """
 
     def main(args: Sequence[str] | None = None) -> None:
-        run_command(config_class, function, prog=prog, description=description, examples=examples, args=args)
+        texts = (description, examples) if description else _read_texts(prog)
+        run_command(config_class, function, prog=prog, description=texts[0], examples=texts[1], args=args)
 
     return main
+
+
+def _read_texts(prog: str) -> tuple[str, Sequence[str]]:
+    texts = ConfigParser(interpolation=None)
+    texts.read(Path(__file__).with_name("commands.ini"), encoding="utf-8")
+    return texts[prog]["description"], texts[prog].get("examples", "").split("\n")[1:]
 
 
 def spell(config: Any) -> list[str]:

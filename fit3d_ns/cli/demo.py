@@ -56,14 +56,7 @@ def demo(command: DemoCommand) -> None:
             wait_for_interrupt()
 
 
-main = create_main(
-    "fit3d-demo",
-    DemoCommand,
-    demo,
-    "Serves a page on this machine: drop an image, compare the features of original and fine-tuned.",
-    "--backbone dinov2_small --finetuned my_vit",
-    "--backbone vit_tiny_patch16_224 --backbone-weights vit_tiny.safetensors",
-)
+main = create_main("fit3d-demo", DemoCommand, demo)
 
 
 if __name__ == "__main__":

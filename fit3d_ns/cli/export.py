@@ -101,14 +101,7 @@ def describe_scene(scene: FeatureScene, path: Path) -> dict[str, object]:
     }
 
 
-main = create_main(
-    "fit3d-export",
-    ExportConfig,
-    export,
-    "Writes a finished fit3d-features run as one file without nerfstudio inside.",
-    "--load-config outputs/kitchen --output-path kitchen.safetensors",
-    "--load-config outputs/kitchen --format ply --output-path kitchen.ply",
-)
+main = create_main("fit3d-export", ExportConfig, export)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fit3d_ns.cli.command import Heading, run_command
+from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.report import feature_figure
 from fit3d_ns.report.compared_backbones import read_models
@@ -73,15 +73,9 @@ def main(args: Sequence[str] | None = None) -> None:
     kind, *arguments = sys.argv[1:] if args is None else args
     command: type[Any] = PredictionsCommand
     draw: Callable[[Any], None] = draw_predictions
-    description = "Draws segmentation or depth predictions of several probes next to the truth."
-    examples: tuple[str, ...] = ("predictions/original predictions/finetuned --output-path depth.png",)
     if kind == "features":
         command, draw = FeaturesCommand, draw_features
-        description = "Draws feature maps of original and fine-tuned backbones and of lifted scenes side by side."
-        seen = "--models dinov2_small my_vit --output-path"
-        examples = (f"photo.jpg {seen} features.png --scenes scene.safetensors", f"walk.mp4 {seen} walk.mp4")
-    prog = f"fit3d-report {kind}"
-    run_command(command, draw, prog=prog, description=description, examples=examples, args=arguments)
+    create_main(f"fit3d-report {kind}", command, draw)(arguments)
 
 
 def draw_features(command: FeaturesCommand) -> None:

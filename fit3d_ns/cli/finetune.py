@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fit3d_ns.cli.command import Heading, run_command
+from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
 from fit3d_ns.finetuning.scene_bank import find_scenes, prepare_scene_files
@@ -97,17 +97,8 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     # The flag chooses the defaults, so explicit flags win wherever they stand.
     command: type[Any] = PaperFinetuneCommand if _PAPER_FLAG in arguments else FinetuneCommand
-    run_command(
-        command,
-        run_finetune,
-        prog="fit3d-finetune",
-        description="Fine-tunes a vision transformer on lifted scenes. Several cards: accelerate launch or torchrun.",
-        examples=(
-            "--ckpts scenes/*.safetensors --output-dir my_vit",
-            "--ckpts outputs --train lora --learning-rate 3e-4 --max-steps 800 --output-dir my_vit",
-        ),
-        args=[argument for argument in arguments if argument != _PAPER_FLAG],
-    )
+    run_main = create_main("fit3d-finetune", command, run_finetune)
+    run_main([argument for argument in arguments if argument != _PAPER_FLAG])
 
 
 def _load_run(config: Path, trust_config: bool) -> FeatureScene:

@@ -168,12 +168,7 @@ def _is_there(kind: str, name: str, **_: str) -> bool:
     return True
 
 
-main = create_main(
-    "fit3d-info",
-    InfoConfig,
-    info,
-    "Prints what this machine offers and what is missing, or whether files are whole.",
-)
+main = create_main("fit3d-info", InfoConfig, info)
 
 
 if __name__ == "__main__":

@@ -134,14 +134,7 @@ def describe_metrics(record: ResultRecord) -> str:
     return f"{record.kind} {record.settings.get('assembly')}: {', '.join(parts)}{random}"
 
 
-main = create_main(
-    "fit3d-probe",
-    ProbeCommand,
-    probe,
-    "Measures features: segmentation, depth, classification, multi-view consistency, correspondence.",
-    "depth --train ROOM_A ROOM_B --test ROOM_C --output-path results/original.json",
-    "consistency --test ROOM_C --assembly finetuned --finetuned my_vit --output-path results/finetuned.json",
-)
+main = create_main("fit3d-probe", ProbeCommand, probe)
 
 
 if __name__ == "__main__":

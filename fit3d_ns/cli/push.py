@@ -82,11 +82,4 @@ def send(folder: Path, files: Sequence[Path], name: str, private: bool, overwrit
     return str(url)
 
 
-main = create_main(
-    "fit3d-push",
-    PushCommand,
-    push,
-    "Shares a fine-tuned backbone on Hugging Face's hub; first it says what would be sent.",
-    "my_vit USER/my_vit",
-    "my_vit USER/my_vit --private --yes",
-)
+main = create_main("fit3d-push", PushCommand, push)

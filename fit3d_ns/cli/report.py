@@ -8,21 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import create_main
 from fit3d_ns.report.result_files import read_results
 from fit3d_ns.report.result_tables import write_report
-
-DESCRIPTION = """Makes Markdown, LaTeX and HTML tables of what fit3d-probe and fit3d-finetune measured.
-
-Two first words do something else, see their own --help: `fit3d-report features ...` draws feature maps of photographs,
-frame folders and videos, `fit3d-report predictions ...` sets predicted segmentation or depth side by side. (Results in
-a folder of such a name: `./features`.)"""
-
-
-EXAMPLES = (
-    "results/ my_vit/report.json --output-dir report",
-    "features photo.jpg --models dinov2_small my_vit --output-path features.png",
-)
 
 
 @dataclass(frozen=True)
@@ -45,9 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         figures.main(arguments)
     else:
-        run_command(
-            ReportCommand, report, prog="fit3d-report", description=DESCRIPTION, examples=EXAMPLES, args=arguments
-        )
+        create_main("fit3d-report", ReportCommand, report)(arguments)
 
 
 def report(command: ReportCommand) -> None:

@@ -14,14 +14,7 @@ def synthesize(config: SynthesisConfig) -> None:
     print(f"Metrics: {config.output_dir / METRICS_NAME}")
 
 
-main = create_main(
-    "fit3d-synthesize",
-    SynthesisConfig,
-    synthesize,
-    "Makes procedural indoor scenes with exact colour, depth, labels, masks and points.",
-    "--output-dir rooms",
-    "--output-dir rooms --num-scenes 4 --width 320 --height 240 --seed 1",
-)
+main = create_main("fit3d-synthesize", SynthesisConfig, synthesize)
 
 
 if __name__ == "__main__":

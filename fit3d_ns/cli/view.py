@@ -46,11 +46,4 @@ def view(command: ViewCommand) -> None:
     wait_for_interrupt()
 
 
-main = create_main(
-    "fit3d-view",
-    ViewCommand,
-    view,
-    "Shows a lifted scene in the browser: splats in colours of their features, cameras, photographs.",
-    "scene.safetensors --finetuned vit",
-    "scene.safetensors --output-path turntable.mp4",
-)
+main = create_main("fit3d-view", ViewCommand, view)
