@@ -14,15 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fit3d_ns.utils.files import hash_bytes, hash_file, read_json
+from fit3d_ns.utils.package_files import read_table
 
-PAPER_BACKBONES = {
-    "dinov2_small": "vit_small_patch14_dinov2.lvd142m",
-    "dinov2_base": "vit_base_patch14_dinov2.lvd142m",
-    "dinov2_reg_small": "vit_small_patch14_reg4_dinov2.lvd142m",
-    "clip_base": "vit_base_patch16_clip_384.laion2b_ft_in12k_in1k",
-    "mae_base": "vit_base_patch16_224.mae",
-    "deit3_base": "deit3_base_patch16_224.fb_in1k",
-}
+PAPER_BACKBONES = {row["name"]: row["model"] for row in read_table(Path(__file__).with_name("paper_backbones.csv"))}
 """The names of the paper's code and the timm checkpoints they stand for."""
 
 TOY_BACKBONE = "toy_rooms_vit"

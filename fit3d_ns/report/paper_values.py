@@ -13,14 +13,8 @@ from typing import Any
 
 from fit3d_ns.utils.package_files import read_table
 
-PRETTY_BACKBONES = {
-    "vit_small_patch14_dinov2.lvd142m": "DINOv2-S",
-    "vit_base_patch14_dinov2.lvd142m": "DINOv2-B",
-    "vit_small_patch14_reg4_dinov2.lvd142m": "DINOv2-reg-S",
-    "vit_base_patch16_clip_384.laion2b_ft_in12k_in1k": "CLIP-B",
-    "vit_base_patch16_224.mae": "MAE-B",
-    "deit3_base_patch16_224.fb_in1k": "DeiT-III-B",
-}
+_BACKBONES = Path(__file__).parents[1] / "features" / "paper_backbones.csv"
+PRETTY_BACKBONES = {row["model"]: row["short"] for row in read_table(_BACKBONES)}
 """The paper's backbones by timm's names."""
 
 

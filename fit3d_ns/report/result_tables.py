@@ -25,20 +25,14 @@ from fit3d_ns.report.table import (
 )
 from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import write_atomically, write_json
+from fit3d_ns.utils.package_files import read_table
 from fit3d_ns.utils.progress import SECONDS_PER_HOUR
 from fit3d_ns.utils.results import ResultRecord, average_scene_costs, flatten
 
 STEM = "tables"
 """Name of the report's files without suffix."""
 
-ASSEMBLY_NAMES = {
-    "original": "original",
-    "finetuned": "fine-tuned alone",
-    "concat": "original + fine-tuned, concatenated",
-    "duplicate": "original twice",
-    "add": "original + fine-tuned, added",
-    "linear": "original + fine-tuned, linear fusion",
-}
+ASSEMBLY_NAMES = {row["assembly"]: row["name"] for row in read_table(Path(__file__).with_name("assemblies.csv"))}
 """Assemblies in the order of rows."""
 
 _PARTS = {"original": "original", "finetuned": "fine-tuned"}

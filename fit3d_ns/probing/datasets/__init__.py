@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fit3d_ns.probing.datasets import ade20k_voc, folders, nyu_kitti, scannet
+from fit3d_ns.probing.datasets import folders, official_sets, scannet
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, LabelledTask
 
 LabelledLayout = Literal["scannetpp", "scannet", "nyu", "kitti", "ade20k", "voc", "folder", "imagefolder"]
@@ -38,10 +38,10 @@ def find_labelled_layout(path: Path, task: LabelledTask) -> LabelledLayout:
         return "imagefolder"
     layouts: dict[LabelledLayout, object] = {
         "scannetpp": scannet.is_scannetpp_scene(path) or scannet.find_scannetpp_scenes(path),
-        "nyu": any((path / name).is_file() for name in (nyu_kitti.LABELLED_FILE, "nyu_train.txt", "nyu_test.txt")),
+        "nyu": any((path / name).is_file() for name in (official_sets.LABELLED_FILE, "nyu_train.txt", "nyu_test.txt")),
         "kitti": any((path / f"kitti_eigen_{split}.txt").is_file() for split in ("train", "test")),
-        "ade20k": ade20k_voc.find_ade20k(path),
-        "voc": ade20k_voc.find_voc(path),
+        "ade20k": official_sets.find_ade20k(path),
+        "voc": official_sets.find_voc(path),
         "scannet": scannet.find_scannet(path),
         "folder": (path / "images").is_dir(),
     }
@@ -100,13 +100,13 @@ def read_labelled_set(
     if layout == "folder":
         return folders.read_folder(path, part, task, options.depth_scale, options.max_depth)
     if layout == "nyu":
-        return nyu_kitti.read_nyu(path, part, task, options.nyu_classes or 13)
+        return official_sets.read_nyu(path, part, task, options.nyu_classes or 13)
     if layout == "scannet":
         return scannet.read_scannet(path, part, task)
     readers = {
-        "kitti": nyu_kitti.read_kitti,
-        "ade20k": ade20k_voc.read_ade20k,
-        "voc": ade20k_voc.read_voc,
+        "kitti": official_sets.read_kitti,
+        "ade20k": official_sets.read_ade20k,
+        "voc": official_sets.read_voc,
         "imagefolder": folders.read_image_folder,
     }
     return readers[layout](path, part)

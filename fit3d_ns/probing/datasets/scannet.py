@@ -22,6 +22,7 @@ from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.probing.datasets.folders import read_class_names
 from fit3d_ns.probing.datasets.frames import (
+    CLASS_NAMES,
     IGNORE_INDEX,
     DepthConvention,
     LabelledFrame,
@@ -34,13 +35,8 @@ from fit3d_ns.probing.datasets.frames import (
     read_lines,
 )
 
-NYU40_NAMES = tuple(
-    "wall,floor,cabinet,bed,chair,sofa,table,door,window,bookshelf,picture,counter,blinds,desk,shelves,curtain,"
-    "dresser,pillow,mirror,floor mat,clothes,ceiling,books,refrigerator,television,paper,towel,shower curtain,box,"
-    "whiteboard,person,night stand,toilet,sink,lamp,bathtub,bag,otherstructure,otherfurniture,otherprop".split(",")
-)
-"""The 40 classes of NYUv2 in the order of their ids, which ScanNet uses too."""
-
+NYU40_NAMES = CLASS_NAMES["nyu40"]
+"""ScanNet's too."""
 CONVENTION = DepthConvention(max_depth=10.0, evaluation_window="eigen")
 """The public configuration evaluates ScanNet inside NYU's window."""
 MAX_DEPTH = 20.0

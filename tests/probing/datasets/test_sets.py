@@ -11,6 +11,7 @@ from PIL import Image
 
 from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
 from fit3d_ns.probing.datasets.frames import (
+    CLASS_NAMES,
     DepthConvention,
     LabelledFrame,
     LabelledSet,
@@ -20,8 +21,6 @@ from fit3d_ns.probing.datasets.frames import (
     split_validation,
     warn_about_depth_unit,
 )
-from fit3d_ns.probing.datasets.nyu_kitti import NYU13_NAMES
-from fit3d_ns.probing.datasets.scannet import NYU40_NAMES
 from tests.data.miniature_captures import edit_json
 
 SIZE = (12, 8)
@@ -210,7 +209,7 @@ def scannet(tmp_path: Path) -> Path:
 def test_scannet__nyu40_labels_and_reduced_photographs(scannet: Path) -> None:
     train = read_labelled_set(scannet, "train", "segmentation")
     assert [frame.name for frame in train.frames] == ["scene0000_00/000100"]
-    assert train.class_names == NYU40_NAMES and len(set(NYU40_NAMES)) == 40
+    assert train.class_names == CLASS_NAMES["nyu40"] and len(set(CLASS_NAMES["nyu40"])) == 40
     assert labels_of(train.frames[0]) == [0, 39, 255]
     test = read_labelled_set(scannet, "test", "depth")
     assert test.frames[0].group == "scene0001_00" and test.depth.evaluation_window == "eigen"
@@ -269,7 +268,7 @@ def nyu(tmp_path: Path) -> Path:
 
 def test_nyu__labelled_file_is_transposed_and_mapped(nyu: Path) -> None:
     test = read_labelled_set(nyu, "test", "segmentation")
-    assert [frame.name for frame in test.frames] == ["0002"] and test.class_names == NYU13_NAMES
+    assert [frame.name for frame in test.frames] == ["0002"] and test.class_names == CLASS_NAMES["nyu13"]
     frame = test.frames[0]
     assert frame.load_image().shape == (4, 6, 3) and int(frame.load_image()[0, 0, 0]) == 200
     # Raw 4 is class 2 of 40, which is 1 of 13; raw 6 is 3, which is 13; raw 894 is 40, which is 1; raw 0 is ignored.

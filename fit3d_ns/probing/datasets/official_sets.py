@@ -1,4 +1,5 @@
-"""Reads the two depth benchmarks: NYUv2, which has labels as well, and KITTI with Eigen's split; see docs/datasets.md.
+"""Reads NYUv2 (labels and depth), KITTI with Eigen's split (depth), and two outdoor label sets: ADE20K as the scene
+parsing challenge hands it out, and Pascal VOC 2012. docs/datasets.md draws them.
 
 NYU's depth is trained inside rows 45-471, columns 43-607 and evaluated inside Eigen's window. KITTI's images and depth
 are seen in the lower 352x1216 pixels; Garg's window counts.
@@ -13,7 +14,9 @@ import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
+from fit3d_ns.data.images import list_images
 from fit3d_ns.probing.datasets.frames import (
+    CLASS_NAMES,
     IGNORE_INDEX,
     DepthConvention,
     LabelledFrame,
@@ -22,14 +25,13 @@ from fit3d_ns.probing.datasets.frames import (
     LabelledTask,
     LabelTable,
     create_frame,
+    create_zero_ignoring_table,
     read_lines,
 )
-from fit3d_ns.probing.datasets.scannet import NYU40_NAMES
 from fit3d_ns.utils.errors import reading
 
+NUM_ADE20K_CLASSES = 150
 LABELLED_FILE = "nyu_depth_v2_labeled.mat"
-NYU13_NAMES = tuple("bed,books,ceiling,chair,floor,furniture,objects,painting,sofa,table,tv,wall,window".split(","))
-"""The 13 classes of the paper's NYUv2 results, in the order of their ids."""
 NYU_CONVENTION = DepthConvention(max_depth=10.0, evaluation_window="eigen", train_crop=(45, 472, 43, 608))
 KITTI_CONVENTION = DepthConvention(
     max_depth=80.0, evaluation_window="garg", bottom_crop=(352, 1216), brightness_range=(0.9, 1.1)
@@ -81,6 +83,57 @@ def read_kitti(root: Path, split: LabelledSplit) -> LabelledSet:
     if not frames:
         raise ValueError(f"{listing} lists no image with depth; get the list again.")
     return LabelledSet("kitti", frames, depth=KITTI_CONVENTION, is_sequence=True)
+
+
+def find_ade20k(root: Path) -> Path | None:
+    """The challenge folder at or below `root`, or None."""
+    folders = (root, root / "ADEChallengeData2016")
+    return next((at for at in folders if (at / "annotations").is_dir() and (at / "objectInfo150.txt").is_file()), None)
+
+
+def read_ade20k(root: Path, split: LabelledSplit) -> LabelledSet:
+    """Reads `training` or `validation`; label 0 does not count."""
+    folder = find_ade20k(root)
+    if folder is None:
+        raise ValueError(
+            f"{root} is not an ADE20K challenge folder: annotations/ or objectInfo150.txt is missing; "
+            "unpack ADEChallengeData2016.zip."
+        )
+    lines = read_lines(folder / "objectInfo150.txt", "it comes with ADEChallengeData2016.zip")
+    names = tuple(line.split("\t")[-1].strip() for line in lines if line.split("\t")[0].strip().isdigit())
+    if len(names) != NUM_ADE20K_CLASSES:
+        raise ValueError(f"{folder / 'objectInfo150.txt'} names {len(names)} classes, expected {NUM_ADE20K_CLASSES}.")
+    part = "training" if split == "train" else "validation"
+    images = list_images(folder / "images" / part)
+    if not images:
+        raise ValueError(f"{folder / 'images' / part} holds no images; unpack ADEChallengeData2016.zip again.")
+    table = create_zero_ignoring_table(NUM_ADE20K_CLASSES)
+    return LabelledSet("ade20k", _create_frames(images, folder / "annotations" / part, table), names)
+
+
+def find_voc(root: Path) -> Path | None:
+    """The VOC2012 folder at or below `root`, or None."""
+    folders = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    return next((folder for folder in folders if (folder / "JPEGImages").is_dir()), None)
+
+
+def read_voc(root: Path, split: LabelledSplit) -> LabelledSet:
+    """Reads `train` or, for testing, `val`; background is a class."""
+    folder = find_voc(root)
+    if folder is None or not (folder / "SegmentationClass").is_dir():
+        raise ValueError(
+            f"{root} is not a Pascal VOC folder: JPEGImages/ or SegmentationClass/ is missing; "
+            "unpack VOCtrainval_11-May-2012.tar."
+        )
+    listing = folder / "ImageSets" / "Segmentation" / ("train.txt" if split == "train" else "val.txt")
+    stems = read_lines(listing, "it comes with VOCtrainval_11-May-2012.tar")
+    images = [folder / "JPEGImages" / f"{stem}.jpg" for stem in stems]
+    names = CLASS_NAMES["voc2012"]
+    return LabelledSet("voc2012", _create_frames(images, folder / "SegmentationClass", LabelTable(len(names))), names)
+
+
+def _create_frames(images: list[Path], labels: Path, table: LabelTable) -> list[LabelledFrame]:
+    return [create_frame(path, name=path.stem, label_path=labels / f"{path.stem}.png", table=table) for path in images]
 
 
 def _read_nyu_list(root: Path, split: LabelledSplit) -> LabelledSet:
@@ -147,7 +200,7 @@ def _read_table(root: Path, num_classes: int) -> tuple[LabelTable, tuple[str, ..
         with reading(f"The class tables in {root}"):
             targets = [to_13[target] for target in targets]
     mapping = {number: target - 1 if target > 0 else IGNORE_INDEX for number, target in enumerate([0, *targets])}
-    return LabelTable(num_classes, mapping), NYU13_NAMES if num_classes == 13 else NYU40_NAMES
+    return LabelTable(num_classes, mapping), CLASS_NAMES[f"nyu{num_classes}"]
 
 
 def _read_numbers(path: Path, key: str) -> np.ndarray:
