@@ -139,9 +139,8 @@ def _move_to_origin(files: CaptureFiles) -> tuple[CaptureFiles, str]:
         spread = float((centres.amax(dim=0) - centres.amin(dim=0)).max())
         if float(centres.abs().max()) > _FAR * max(spread, 1.0):
             offset = centres.mean(dim=0).round()
-            said = (
-                f"Its world begins at ({', '.join(f'{value:.0f}' for value in offset.tolist())}), far from its origin."
-            )
+            place = ", ".join(f"{value:.0f}" for value in offset.tolist())
+            said = f"Its world begins at ({place}), far from its origin."
     frames = [replace(frame, camera_to_world=_shift(frame.camera_to_world, offset)) for frame in files.frames]
     points = files.points
     if points is not None:

@@ -226,7 +226,6 @@ def _read_deep(image: Image.Image, path: Path) -> np.ndarray | None:
     values = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16:
         raise ValueError(f"Image {path} has pixel format {image.mode}; convert it to 8 bits a channel.")
-    # OpenCV's order is blue, green, red, alpha.
-    return (
-        values[..., [2, 1, 0, 3][: values.shape[-1]]] if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2)
-    )
+    if values.ndim == 2:
+        return np.repeat(values[..., None], 3, axis=2)
+    return values[..., [2, 1, 0, 3][: values.shape[-1]]]  # OpenCV's order is blue, green, red, alpha.

@@ -66,9 +66,8 @@ def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], s
     image_path = resolve_inside(root, entry["file_path"], source)
     if entry.get("is_bad", False):
         return create_bad_frame(image_path, split)
-    optional = {
-        key: resolve_inside(root, entry[key], source) for key in ("mask_path", "depth_file_path") if entry.get(key)
-    }
+    keys = [key for key in ("mask_path", "depth_file_path") if entry.get(key)]
+    optional = {key: resolve_inside(root, entry[key], source) for key in keys}
     return Frame(
         image_path=image_path,
         lens=parse_lens({**meta, **entry}, source),

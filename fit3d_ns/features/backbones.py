@@ -263,13 +263,12 @@ def _find_network_problem() -> str:
     url = urllib.parse.urlparse(constants.ENDPOINT)
     if urllib.request.getproxies():
         return ""
+    port = url.port or (443 if url.scheme == "https" else 80)
     found = [f"{url.hostname} does not answer"]
 
     def connect() -> None:
         try:
-            with socket.create_connection(
-                (url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10
-            ):
+            with socket.create_connection((url.hostname, port), timeout=10):
                 found[0] = ""
         except OSError as error:
             found[0] = f"no connection to {url.hostname}: {error}"

@@ -30,7 +30,7 @@ from fit3d_ns.utils.tensor_files import load_torch_file, open_tensors
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
 """Where checkpoints keep the weights, best first: averaged weights are what their authors evaluate."""
-_UNUSED = ("head.", "head_dist.", "fc_norm.", "lm_head.", "mask_token", "decoder_", "projectors.", "pre_logits.")
+_UNREAD = ("head.", "head_dist.", "fc_norm.", "lm_head.", "mask_token", "decoder_", "projectors.", "pre_logits.")
 """Parts of published checkpoints that no token passes through: classifiers and what pretraining alone needs."""
 _EMBEDDING = "patch_embed.proj.weight"
 _MAX_NAMED = 3
@@ -137,7 +137,7 @@ def _convert(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         converted = state_dict
     targets = model.state_dict()
     _refuse_lost_biases(state_dict, targets)
-    return {key: tensor for key, tensor in converted.items() if key in targets or not key.startswith(_UNUSED)}
+    return {key: tensor for key, tensor in converted.items() if key in targets or not key.startswith(_UNREAD)}
 
 
 def _refuse_lost_biases(state_dict: dict[str, Tensor], targets: Mapping[str, Tensor]) -> None:

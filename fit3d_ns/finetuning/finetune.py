@@ -96,9 +96,8 @@ def finetune(
         # With a photograph less, every later draw would be another one.
         "views": views.views_hash,
     }
-    trainer = FinetuneTrainer(
-        token_model, targets, config, processes, output_folder, decisive_inputs, validation.validate_step
-    )
+    validate = validation.validate_step
+    trainer = FinetuneTrainer(token_model, targets, config, processes, output_folder, decisive_inputs, validate)
     if description.is_random and processes.is_main:
         notice("The backbone has random weights: the result is for tests, its features mean nothing.")
     run_hash = _compute_run_hash(trainer, validation)
@@ -173,9 +172,8 @@ def _summarise(
     loss_first, loss_last = history.summarise()
     num_shown = trainer.step * trainer.images_per_step
     lifted = [{view.name for view in find_lifted(scene)} for scene in bank.on_disk]
-    novel = [
-        view for names, own in zip(lifted, trainer.views.views, strict=True) for view in own if view.name not in names
-    ]
+    shown = zip(lifted, trainer.views.views, strict=True)
+    novel = [view for names, own in shown for view in own if view.name not in names]
     num_rendered = targets.num_rendered + validation.targets.num_rendered
     width = max(-(-len(history.losses) // MAX_REPORTED_LOSSES), 1)
     pieces = [history.losses[start : start + width] for start in range(0, len(history.losses), width)]

@@ -90,9 +90,8 @@ class FinetuneTrainer:
         device = self.accelerator.device
         original = (targets.original or copy_original(token_model)).to(device) if anchors.needs_original else None
         geometry_weight = config.targets.geometry_weight
-        self.backbone = TrainedBackbone(
-            token_model.to(device), original, config.trainable, anchors, optimization, geometry_weight > 0
-        )
+        token_model, has_geometry = token_model.to(device), geometry_weight > 0
+        self.backbone = TrainedBackbone(token_model, original, config.trainable, anchors, optimization, has_geometry)
         self.bare = self.backbone.bare
         self.checkpoints = CheckpointFolder(output_folder / "checkpoints", config.run.keep_checkpoints)
         scaler_state = self._resume()
@@ -202,12 +201,10 @@ class FinetuneTrainer:
 
     def _draw(self) -> Iterator[Draw]:
         """This process's draws from the present step on; scenes are announced before they are read."""
-        optimization, processes = self.config.optimization, self.processes
-        announced = -1
+        optimization, announced = self.config.optimization, -1
+        size, share = optimization.batch_size, (self.processes.rank, self.processes.number)
         for step in range(self.step, self.num_steps):
-            for position in list_positions(
-                step, optimization.batch_size, processes.rank, processes.number, optimization.accumulation_steps
-            ):
+            for position in list_positions(step, size, *share, optimization.accumulation_steps):
                 draw = self.sequence[position]
                 if draw.scene != announced:
                     self.bank.announce(draw.scene)
@@ -258,9 +255,8 @@ class FinetuneTrainer:
     def _validate(self, validate: Validate) -> None:
         self.backbone.swap_averages()
         self.bare.eval()
-        self.processes.run_on_main(
-            lambda: self.accelerator.log(validate(self.bare.token_model, self.step), step=self.step)
-        )
+        model, step = self.bare.token_model, self.step
+        self.processes.run_on_main(lambda: self.accelerator.log(validate(model, step), step=step))
         self.bare.train()
         self.backbone.swap_averages()
 

@@ -90,14 +90,9 @@ def compute_undistortion(lens: Lens) -> Undistortion:
         _refuse_views_behind(lens)
     pinhole = _grow_focal_lengths(lens, _choose_pinhole(lens))
     distortion = _opencv_coefficients(lens)
-    matrices = _opencv_K(lens), _opencv_K(pinhole)
     size = (lens.width, lens.height)
-    if lens.model == "fisheye":
-        columns, rows = cv2.fisheye.initUndistortRectifyMap(
-            matrices[0], distortion, np.eye(3), matrices[1], size, cv2.CV_32FC1
-        )
-    else:
-        columns, rows = cv2.initUndistortRectifyMap(matrices[0], distortion, np.eye(3), matrices[1], size, cv2.CV_32FC1)
+    create_maps = (cv2.fisheye if lens.model == "fisheye" else cv2).initUndistortRectifyMap
+    columns, rows = create_maps(_opencv_K(lens), distortion, np.eye(3), _opencv_K(pinhole), size, cv2.CV_32FC1)
     # Where the maps' Jacobian is not positive, the photograph would be shown twice or mirrored.
     to_right = np.diff(columns, axis=1)[:-1], np.diff(rows, axis=1)[:-1]
     to_below = np.diff(columns, axis=0)[:, :-1], np.diff(rows, axis=0)[:, :-1]
@@ -125,13 +120,10 @@ def find_rays(lens: Lens, pixels: Float[np.ndarray, "points 2"]) -> Float[np.nda
         return (pixels - [lens.cx, lens.cy]) / [lens.fx, lens.fy]
     criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 100, 1e-10)
     at_integers = np.ascontiguousarray(pixels[:, None] - 0.5, dtype=np.float64)
+    K, coefficients = _opencv_K(lens), _opencv_coefficients(lens)
     if lens.model == "fisheye":
-        rays = cv2.fisheye.undistortPoints(at_integers, _opencv_K(lens), _opencv_coefficients(lens), criteria=criteria)
-    else:
-        rays = cv2.undistortPointsIter(
-            at_integers, _opencv_K(lens), _opencv_coefficients(lens), np.eye(3), np.eye(3), criteria
-        )
-    return rays[:, 0]
+        return cv2.fisheye.undistortPoints(at_integers, K, coefficients, criteria=criteria)[:, 0]
+    return cv2.undistortPointsIter(at_integers, K, coefficients, np.eye(3), np.eye(3), criteria)[:, 0]
 
 
 def resize_lens(lens: Lens, width: int, height: int) -> Lens:
@@ -141,13 +133,11 @@ def resize_lens(lens: Lens, width: int, height: int) -> Lens:
 
 
 def _choose_pinhole(lens: Lens) -> Lens:
-    distortion, size = _opencv_coefficients(lens), (lens.width, lens.height)
+    given = _opencv_K(lens), _opencv_coefficients(lens), (lens.width, lens.height)
     if lens.model == "fisheye":
-        K = cv2.fisheye.estimateNewCameraMatrixForUndistortRectify(
-            _opencv_K(lens), distortion, size, np.eye(3), balance=0.0
-        )
+        K = cv2.fisheye.estimateNewCameraMatrixForUndistortRectify(*given, np.eye(3), balance=0.0)
     else:
-        K, _ = cv2.getOptimalNewCameraMatrix(_opencv_K(lens), distortion, size, 0)
+        K, _ = cv2.getOptimalNewCameraMatrix(*given, 0)
     K = np.asarray(K, dtype=np.float64)
     ratios = K[0, 0] / lens.fx, K[1, 1] / lens.fy
     if not np.isfinite(K).all() or not all(0.05 < ratio < 20.0 for ratio in ratios):

@@ -166,9 +166,8 @@ def _build(
         gaussians, _ = fit_colours(gaussians, capture, config.refine_steps, device)
     decisive = {"cell_pixels": config.cell_pixels, "refine_steps": config.refine_steps, "version": 1}
     description = f"surface of {kind}, cells of {cell:.3g}"
-    return LiftSource(
-        gaussians, capture, description, training_seconds=timer.seconds, recipe=json.dumps([recipe, decisive])
-    )
+    recipe = json.dumps([recipe, decisive])
+    return LiftSource(gaussians, capture, description, training_seconds=timer.seconds, recipe=recipe)
 
 
 def _find_file(files: CaptureFiles, surface: Surface, config: SurfaceConfig) -> Path | None:

@@ -100,9 +100,8 @@ class MultiviewProbe:
             pairs = create_pairs(len(views.token_maps), self.config.max_pairs, seed)
             config = self.config.create_consistency(self.task, seed)
             name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
-            per_scene[name] = compute_consistency(
-                views.token_maps, views.depth_views, pairs, config, views.units_per_metre
-            )
+            seen = views.token_maps, views.depth_views
+            per_scene[name] = compute_consistency(*seen, pairs, config, views.units_per_metre)
         if not any(report["num_points"] for report in per_scene.values()):
             raise ValueError("No two views see a common point; check depth and poses, or take more views.")
         pooled = pool_consistency(list(per_scene.values()))

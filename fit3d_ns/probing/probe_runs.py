@@ -108,9 +108,8 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         return load_result(file.path)
     accelerator = create_accelerator(request.device, request.precision)
     num_layers = 4 if isinstance(config, DepthConfig) and config.head == "dpt" else 1
-    backbones = create_frozen_backbones(
-        request.backbones, norm=kind.has_norm, num_layers=num_layers, device=accelerator.device
-    )
+    device = accelerator.device
+    backbones = create_frozen_backbones(request.backbones, norm=kind.has_norm, num_layers=num_layers, device=device)
     sets = create_sets(train, test, request.run)
     probe = kind(config, request.run, sets, backbones, request.backbones.assembly, accelerator)
     earlier = load_result(file.path).settings if file.path.is_file() else {}
@@ -157,10 +156,9 @@ def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
     check_options([*request.train, *request.test], labels, request.options)
 
     def read(paths: Sequence[Path], split: LabelledSplit, others: Sequence[Path]) -> LabelledSet:
-        options = request.options
-        return join_sets(
-            [read_labelled_set(path, resolve_scene_split(path, split, others), labels, options) for path in paths]
-        )
+        parts = [resolve_scene_split(path, split, others) for path in paths]
+        pairs = zip(paths, parts, strict=True)
+        return join_sets([read_labelled_set(path, part, labels, request.options) for path, part in pairs])
 
     first, second = read(request.train, "train", request.test), read(request.test, "test", request.train)
     check_same_kind(first, second)

@@ -24,9 +24,7 @@ from fit3d_ns.utils.results import ResultRecord, average_scene_costs, check_repo
 
 UNCOUNTED = ("per_scene",)
 """Metrics that are kept per seed but not averaged."""
-REPORTED_COSTS = "steps,epochs,seconds,loss_first,loss_last,num_images,num_trained_parameters,settings,versions".split(
-    ","
-)
+_COSTS = "steps epochs seconds loss_first loss_last num_images num_trained_parameters settings versions".split()
 """Entries of fit3d-finetune's report that records repeat."""
 
 
@@ -102,7 +100,7 @@ def read_costs(config: BackboneConfig) -> dict[str, Any]:
     report = _read_report(config)
     if report is None:
         return {}
-    costs: dict[str, Any] = {name: report[name] for name in REPORTED_COSTS if name in report}
+    costs: dict[str, Any] = {name: report[name] for name in _COSTS if name in report}
     if isinstance(report.get("seconds"), (int, float)):
         costs["hours"] = report["seconds"] / SECONDS_PER_HOUR
     scenes = [Path(name) for name in report.get("scenes", []) if isinstance(name, str)]

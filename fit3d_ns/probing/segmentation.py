@@ -77,9 +77,8 @@ class SegmentationProbe(HeadProbe[SegmentationConfig]):
         short_side = config.short_side or choose_short_side(self.sets.train, self.backbones.description.patch_size)
         crop_side = config.crop_side or min(short_side, PUBLISHED_SHORT_SIDE)
         stride = config.stride or max(crop_side * 2 // 3, 1)
-        self.inputs: SegmentationInputs = SegmentationInputs(
-            self.backbones, short_side, crop_side, stride, config.max_class_share
-        )
+        sides = short_side, crop_side, stride
+        self.inputs: SegmentationInputs = SegmentationInputs(self.backbones, *sides, config.max_class_share)
         width = self._create_assembler().width
         self.learning_rate = config.learning_rate or resolve_learning_rate(PUBLISHED, self.num_iterations, width)
         num_pictures = 2 * len(frames) * len(self.inputs.list_keys(frames[0]))

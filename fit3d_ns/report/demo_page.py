@@ -1,6 +1,5 @@
 """The demo page: PCA, clusters and similarity maps of a picture, in Gradio; `demo_server.py` serves it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pictures import to_pixels, upscale
 from fit3d_ns.analysis.similarity import compute_similarity, map_similarity_to_colours, pick_token
-from fit3d_ns.features import FeatureExtractor, create_extractor
+from fit3d_ns.features import create_extractor
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.demo_server import read_upload
 from fit3d_ns.report.token_colours import TokenColours, fit_cluster_colours, fit_pca_colours
@@ -88,9 +87,8 @@ class ImageAnalyser:
         if group.is_random:
             self.labels = [f"{label} (random weights)" for label in self.labels]
         self.device = device
-        self.extractors: Sequence[FeatureExtractor] = [
-            create_extractor(member.description, device=device) for member in group.members
-        ]
+        members = group.members
+        self.extractors = [create_extractor(member.description, device=device) for member in members]
 
     @torch.no_grad()
     def analyse(self, pixels: UInt8[Tensor, "height width 3"], longest_side: int | None = None) -> AnalysedImage:

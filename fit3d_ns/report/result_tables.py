@@ -167,9 +167,8 @@ def _write_verdicts(
         verdict = f"{abs(gain):.0%} {'better' if gain > 0 else 'worse'}"
         if abs(after - before) <= spread:
             verdict += ", no more than the seeds differ"
-        notes.append(
-            f"{backbone}, {column.title}: {column.show(before)} → {column.show(after)} by fine-tuning ({verdict})."
-        )
+        change = f"{column.show(before)} → {column.show(after)}"
+        notes.append(f"{backbone}, {column.title}: {change} by fine-tuning ({verdict}).")
     return notes
 
 

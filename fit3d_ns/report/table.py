@@ -153,6 +153,5 @@ SUFFIXES = tuple(_ESCAPES)
 
 def write_tables(tables: Sequence[Table], title: str, suffix: str) -> str:
     """A page in one of the formats, with the notes of each table below it."""
-    return fill_template(
-        Path(__file__).with_name(f"tables{suffix}.jinja"), _ESCAPES[suffix], tables=tables, title=title
-    )
+    template = Path(__file__).with_name(f"tables{suffix}.jinja")
+    return fill_template(template, _ESCAPES[suffix], tables=tables, title=title)

@@ -129,10 +129,8 @@ class PosedCapture:
         # OpenCV weights all channels alike: colours times alpha are moved, then divided by it again.
         premultiplied = torch.cat([images.composite_on_black(rgba), rgba[..., 3:]], dim=-1)
         fitted = _fit(premultiplied, view, path, cv2.INTER_AREA)
-        alpha = fitted[..., 3:].expand(-1, -1, 3).contiguous()
-        premultiplied, alpha = (
-            undistortion.apply_to_image(part.contiguous()).float() for part in (fitted[..., :3], alpha)
-        )
+        parts = (fitted[..., :3].contiguous(), fitted[..., 3:].expand(-1, -1, 3).contiguous())
+        premultiplied, alpha = (undistortion.apply_to_image(part).float() for part in parts)
         colours = (premultiplied * 255.0 / alpha.clamp(min=1.0)).round().clamp(0.0, 255.0)
         return torch.cat([colours, alpha[..., :1]], dim=-1).to(torch.uint8)
 

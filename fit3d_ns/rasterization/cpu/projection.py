@@ -147,16 +147,12 @@ def _quat_gradient(quats, g, v, v_quats):
     scale = np.float32(1.0) / math.sqrt(w * w + x * x + y * y + z * z)
     w, x, y, z = w * scale, x * scale, y * scale, z * scale
     two = np.float32(2.0)
-    v_w = two * (x * (v[2, 1] - v[1, 2]) + y * (v[0, 2] - v[2, 0]) + z * (v[1, 0] - v[0, 1]))
-    v_x = two * (
-        w * (v[2, 1] - v[1, 2]) - two * x * (v[1, 1] + v[2, 2]) + y * (v[0, 1] + v[1, 0]) + z * (v[0, 2] + v[2, 0])
-    )
-    v_y = two * (
-        w * (v[0, 2] - v[2, 0]) + x * (v[0, 1] + v[1, 0]) - two * y * (v[0, 0] + v[2, 2]) + z * (v[1, 2] + v[2, 1])
-    )
-    v_z = two * (
-        w * (v[1, 0] - v[0, 1]) + x * (v[0, 2] + v[2, 0]) + y * (v[1, 2] + v[2, 1]) - two * z * (v[0, 0] + v[1, 1])
-    )
+    d_x, d_y, d_z = v[2, 1] - v[1, 2], v[0, 2] - v[2, 0], v[1, 0] - v[0, 1]
+    s_yz, s_zx, s_xy = v[1, 2] + v[2, 1], v[0, 2] + v[2, 0], v[0, 1] + v[1, 0]
+    v_w = two * (x * d_x + y * d_y + z * d_z)
+    v_x = two * (w * d_x - two * x * (v[1, 1] + v[2, 2]) + y * s_xy + z * s_zx)
+    v_y = two * (w * d_y + x * s_xy - two * y * (v[0, 0] + v[2, 2]) + z * s_yz)
+    v_z = two * (w * d_z + x * s_zx + y * s_yz - two * z * (v[0, 0] + v[1, 1]))
     along = v_w * w + v_x * x + v_y * y + v_z * z
     v_quats[g, 0] = (v_w - along * w) * scale
     v_quats[g, 1] = (v_x - along * x) * scale
