@@ -8,6 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+Features = Float[Tensor, "*batch embed"]
+Labels = Int[Tensor, "*batch"]
+Token = Float[Tensor, " embed"]
+
 
 @dataclass(frozen=True)
 class Clusters:
@@ -15,13 +19,11 @@ class Clusters:
 
     centres: Float[Tensor, "clusters embed"]
     """Unit vectors, the largest cluster first."""
-    mean: Float[Tensor, " embed"]
+    mean: Token
     """Subtracted before directions are compared; zero if features were not centred."""
 
 
-def fit_kmeans(
-    features: Float[Tensor, "*batch embed"], num_clusters: int, seed: int = 0, centre: bool = True
-) -> Clusters:
+def fit_kmeans(features: Features, num_clusters: int, seed: int = 0, centre: bool = True) -> Clusters:
     """Groups features by direction with scikit-learn's k-means (k-means++ start) on unit vectors.
 
     On the unit sphere squared distance is 2 - 2 cosine, so assignments go by cosine. With `centre` the mean is
@@ -42,21 +44,19 @@ def fit_kmeans(
     return Clusters(centres[sizes.argsort(descending=True, stable=True).to(centres.device)], mean)
 
 
-def apply_kmeans(features: Float[Tensor, "*batch embed"], clusters: Clusters) -> Int[Tensor, "*batch"]:
+def apply_kmeans(features: Features, clusters: Clusters) -> Labels:
     """The cluster with the largest cosine to each feature."""
     return ((features - clusters.mean.to(features)) @ clusters.centres.to(features).T).argmax(dim=-1)
 
 
-def map_clusters_to_colours(labels: Int[Tensor, "*batch"], num_clusters: int) -> Float[Tensor, "*batch 3"]:
+def map_clusters_to_colours(labels: Labels, num_clusters: int) -> Float[Tensor, "*batch 3"]:
     """A colour in [0, 1] for each cluster, hues apart by the golden ratio."""
     golden_ratio = 0.618034
     palette = [colorsys.hsv_to_rgb(index * golden_ratio % 1.0, 0.65, 0.95) for index in range(num_clusters)]
     return torch.tensor(palette, device=labels.device)[labels]
 
 
-def match_clusters(
-    labels: Int[Tensor, "*batch"], reference: Int[Tensor, "*batch"], num_clusters: int
-) -> Int[Tensor, " clusters"]:
+def match_clusters(labels: Labels, reference: Labels, num_clusters: int) -> Int[Tensor, " clusters"]:
     """Renames clusters so that as many tokens as possible carry the number they have in `reference`.
 
     The one-to-one renaming with the largest overlap (Hungarian algorithm): `match_clusters(...)[labels]` is comparable
@@ -70,18 +70,14 @@ def match_clusters(
     return torch.from_numpy(renamed).to(labels.device)
 
 
-def compute_similarity(
-    tokens: Float[Tensor, "*batch embed"], query: Float[Tensor, " embed"], mean: Float[Tensor, " embed"] | None = None
-) -> Float[Tensor, "*batch"]:
+def compute_similarity(tokens: Features, query: Token, mean: Token | None = None) -> Float[Tensor, "*batch"]:
     """Cosine in [-1, 1] of every token to `query`; with `mean` both are taken relative to it."""
     if mean is not None:
         tokens, query = tokens - mean, query - mean
     return F.cosine_similarity(tokens, query.expand_as(tokens), dim=-1)
 
 
-def pick_token(
-    tokens: Float[Tensor, "h w embed"], point: tuple[float, float], width: int, height: int
-) -> Float[Tensor, " embed"]:
+def pick_token(tokens: Float[Tensor, "h w embed"], point: tuple[float, float], width: int, height: int) -> Token:
     """The token whose patch holds the image point (x, y) in pixels; ValueError where that lies outside the image."""
     x, y = point
     if not (0 <= x < width and 0 <= y < height):

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.lifting.blending import ViewBlender
-from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.passes import ViewPasses
+
+Features = Float[Tensor, "num_gaussians dim"]
 
 
 class ConjugateGradients:
@@ -26,24 +27,23 @@ class ConjugateGradients:
         self,
         blender: ViewBlender,
         passes: ViewPasses,
-        config: LiftConfig,
-        weighted_sum: Float[Tensor, "num_gaussians dim"],
+        weighted_sum: Features,
         sums: tuple[str, str] = ("numerator", "denominator"),
     ):
         """Takes f0, and b and d from the passes' state by their names `sums`."""
         self.blender = blender
         self.passes = passes
-        self.config = config
+        self.config = blender.config
         self._tensors = passes.state.tensors
         self._numbers = passes.state.numbers
         numerator, denominator = (self._tensors[name] for name in sums)
         # The Tikhonov weight L is in proportion to the mean weight of the Gaussians that have any.
         seen = denominator[denominator > 0]
-        self._penalty = config.regularization * float(seen.mean()) if len(seen) else 0.0
+        self._penalty = self.config.regularization * float(seen.mean()) if len(seen) else 0.0
         self._diagonal = (denominator + self._penalty)[:, None]
         self._right_side = numerator + self._penalty * weighted_sum
 
-    def solve(self) -> Float[Tensor, "num_gaussians dim"]:
+    def solve(self) -> Features:
         """Runs from zero until the true residual is small or passes are used up."""
         config = self.config
         if "solution" not in self._tensors:
@@ -120,14 +120,12 @@ class ConjugateGradients:
         self._numbers["passes"] += 1
         self.passes.state.residuals.append(relative)
 
-    def _precondition(self, vector: Float[Tensor, "num_gaussians dim"]) -> Float[Tensor, "num_gaussians dim"]:
+    def _precondition(self, vector: Features) -> Features:
         # A Gaussian without any weight has a zero residual, whatever it is divided by.
         return vector / self._diagonal.clamp(min=1e-12)
 
 
-def compute_weighted_sum(
-    numerator: Float[Tensor, "num_gaussians dim"], denominator: Float[Tensor, " num_gaussians"]
-) -> Float[Tensor, "num_gaussians dim"]:
+def compute_weighted_sum(numerator: Features, denominator: Float[Tensor, " num_gaussians"]) -> Features:
     """The normalised weighted sum; zero for Gaussians without weight."""
     return torch.where(denominator[:, None] > 0, numerator / denominator[:, None].clamp(min=1e-12), 0.0)
 

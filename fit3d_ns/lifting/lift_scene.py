@@ -138,7 +138,7 @@ def lift_scene(
     metrics |= {
         "photograph_psnr": fit.psnr,
         "num_gaussians": scene.gaussians.num_gaussians,
-        "num_invalid_gaussians": source.num_dropped + result.num_invalid,
+        "num_invalid_gaussians": source.num_dropped + int((~result.is_valid).sum()),
         "num_unseen_gaussians": int(result.is_unseen.sum()),
         "num_dropped_unseen_gaussians": int((~keep).sum()),
         "num_train_views": len(lifted),

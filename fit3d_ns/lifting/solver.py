@@ -18,7 +18,7 @@ from torch import Tensor
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
 from fit3d_ns.lifting.blending import ViewBlender, backproject_targets, compute_stride, compute_weights
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, compute_weighted_sum
+from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, Features, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit_decoder, fit_token_basis
 from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig
 from fit3d_ns.lifting.passes import LiftState, Progress, ViewPasses, compute_identity, load_state
@@ -67,11 +67,6 @@ class LiftResult:
         """Gaussians that no lifted view ever weighted."""
         return self.blend_weight <= 0
 
-    @property
-    def num_invalid(self) -> int:
-        """Gaussians with NaN or infinite geometry."""
-        return int((~self.is_valid).sum())
-
 
 def solve_features(
     gaussians: ActivatedGaussians,
@@ -111,7 +106,7 @@ def solve_features(
     keeps_samples = is_sampled and config.max_passes > 0 and config.polish_steps == 0
     blender = ViewBlender(gaussians, views, config, memory_mb=0.0 if keeps_samples else None)
     with torch.no_grad():
-        result = _Lift(blender, passes, config, embed_dim, is_sampled).run(basis, is_valid)
+        result = _Lift(blender, passes, embed_dim, is_sampled).run(basis, is_valid)
     if state_path is not None:
         Path(state_path).unlink(missing_ok=True)
     return result
@@ -120,12 +115,12 @@ def solve_features(
 class _Lift:
     """The phases of one lift, in order; each leaves its sums in the passes' state."""
 
-    def __init__(self, blender: ViewBlender, passes: ViewPasses, config: LiftConfig, embed_dim: int, is_sampled: bool):
+    def __init__(self, blender: ViewBlender, passes: ViewPasses, embed_dim: int, is_sampled: bool):
         """With `is_sampled` the solve looks at fewer pixels than the weighted sum and the decoder."""
         self.blender = blender
         self.is_sampled = is_sampled
         self.passes = passes
-        self.config = config
+        self.config = blender.config
         self.embed_dim = embed_dim
         self.timer = PhaseTimer()
         self.device = blender.gaussians.means.device
@@ -196,9 +191,7 @@ class _Lift:
                 "check that cameras and Gaussians share one world, and the masks."
             )
 
-    def _solve(
-        self, weighted_sum: Float[Tensor, "num_gaussians dim"], basis: PcaBasis
-    ) -> Float[Tensor, "num_gaussians dim"]:
+    def _solve(self, weighted_sum: Features, basis: PcaBasis) -> Features:
         blender, sums, config = self.blender, ("numerator", "denominator"), self.config
         if self.is_sampled:
             blender = ViewBlender(blender.gaussians, blender.views, config, samples_per_patch=config.samples_per_patch)
@@ -214,11 +207,11 @@ class _Lift:
             self.passes.run("sampled weighted sum", new, add)
             # The conjugate gradients need the room.
             del memory
-        solution = ConjugateGradients(blender, self.passes, config, weighted_sum, sums).solve()
+        solution = ConjugateGradients(blender, self.passes, weighted_sum, sums).solve()
         # What no sample hits, the solve knows nothing of (and without a Tikhonov term leaves at zero).
         return torch.where(self._tensors[sums[1]][:, None] > 0, solution, weighted_sum)
 
-    def _accumulate_decoder(self, features: Float[Tensor, "num_gaussians dim"]) -> DecoderStatistics:
+    def _accumulate_decoder(self, features: Features) -> DecoderStatistics:
         tensors, blender = self._tensors, self.blender
         num_views = len(blender.views)
         chosen = set(select_evenly(range(num_views), math.ceil(self.config.decoder_share * num_views)))
@@ -242,9 +235,7 @@ class _Lift:
         return DecoderStatistics(tensors["regressors"], tensors["products"])
 
     @torch.enable_grad()
-    def _polish(
-        self, features: Float[Tensor, "num_gaussians dim"], decoder: FeatureDecoder
-    ) -> Float[Tensor, "num_gaussians dim"]:
+    def _polish(self, features: Features, decoder: FeatureDecoder) -> Features:
         """Steps of Adam on the L1 loss at the tokens, one view each in shuffled rounds; `decoder` changes in place."""
         config, blender = self.config, self.blender
         features = features.clone().requires_grad_(True)
@@ -278,7 +269,7 @@ class _Lift:
 
     def _assemble(
         self,
-        features: Float[Tensor, "num_gaussians dim"],
+        features: Features,
         decoder: FeatureDecoder,
         basis: PcaBasis,
         statistics: DecoderStatistics,

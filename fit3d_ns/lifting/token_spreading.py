@@ -12,12 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+PixelMap = Float[Tensor, "height width channels"]
 TokenSpreadingRule = Literal["bilinear", "nearest", "area"]
 
 
-def spread_tokens(
-    tokens: Float[Tensor, "h w channels"], width: int, height: int, rule: TokenSpreadingRule
-) -> Float[Tensor, "height width channels"]:
+def spread_tokens(tokens: Float[Tensor, "h w channels"], width: int, height: int, rule: TokenSpreadingRule) -> PixelMap:
     """The value each pixel is compared with.
 
     `bilinear` interpolates between token centres (paper section 3.1, `align_corners=False`); `nearest` and `area` give
@@ -33,9 +32,7 @@ def spread_tokens(
     return tokens[rows][:, columns]
 
 
-def sum_over_cells(
-    maps: Float[Tensor, "height width channels"], patch_grid: tuple[int, int]
-) -> Float[Tensor, "h w channels"]:
+def sum_over_cells(maps: PixelMap, patch_grid: tuple[int, int]) -> Float[Tensor, "h w channels"]:
     """Sums a pixel map over each token's cell; the adjoint of `spread_tokens` with `nearest`.
 
     Written as two matrix products, which repeat to the bit where scattered additions on a GPU do not.
@@ -48,9 +45,7 @@ def sum_over_cells(
     return columns.T @ by_row
 
 
-def average_over_cells(
-    maps: Float[Tensor, "height width channels"], weights: Float[Tensor, "height width"], patch_grid: tuple[int, int]
-) -> Float[Tensor, "height width channels"]:
+def average_over_cells(maps: PixelMap, weights: Float[Tensor, "height width"], patch_grid: tuple[int, int]) -> PixelMap:
     """Replaces each pixel by the weighted mean over its token's cell; cells without weight become zero.
 
     Multiplied by `weights` this is symmetric and positive semidefinite, so conjugate gradients may use it.

@@ -22,6 +22,7 @@ from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.utils.selection import create_generator
 
+Features = Float[Tensor, "num_gaussians dim"]
 FEATURE_SEED = 0
 """Seed of the feature branch's own random numbers."""
 
@@ -72,7 +73,7 @@ class FeatureBranch(nn.Module):
         self.register_buffer("pca_components", torch.zeros(3, embed_dim))
 
     @staticmethod
-    def create_features(config: FeatureSplatfactoModelConfig, num_gaussians: int) -> Float[Tensor, "num_gaussians dim"]:
+    def create_features(config: FeatureSplatfactoModelConfig, num_gaussians: int) -> Features:
         """Initial features; never drawn from the global generator."""
         if config.feature_init == "zeros":
             return torch.zeros(num_gaussians, config.feature_dim)
@@ -90,11 +91,7 @@ class FeatureBranch(nn.Module):
         return self.is_on and self.config.feature_schedule == "joint"
 
     def compute_loss(
-        self,
-        features: Float[Tensor, "num_gaussians dim"],
-        info: dict[str, Any],
-        alpha: Float[Tensor, "height width"],
-        batch: dict[str, Any],
+        self, features: Features, info: dict[str, Any], alpha: Float[Tensor, "height width"], batch: dict[str, Any]
     ) -> Float[Tensor, ""]:
         """L1 between decoded features and the backbone's tokens (paper, equation 3, L_f), for a render of this step.
 
@@ -115,9 +112,7 @@ class FeatureBranch(nn.Module):
         return loss.compute(features_low, alpha, self.decoder, tokens, mask)
 
     @torch.no_grad()
-    def compute_metrics(
-        self, features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], batch: dict[str, Any]
-    ) -> dict[str, float]:
+    def compute_metrics(self, features: Features, info: dict[str, Any], batch: dict[str, Any]) -> dict[str, float]:
         """Errors over covered tokens, and the share of tokens that are covered; NaN errors where none is."""
         if not self.is_on:
             return {}
@@ -137,7 +132,7 @@ class FeatureBranch(nn.Module):
 
     @torch.no_grad()
     def render_picture(
-        self, features: Float[Tensor, "num_gaussians dim"], info: dict[str, Any], alpha: Float[Tensor, "height width 1"]
+        self, features: Features, info: dict[str, Any], alpha: Float[Tensor, "height width 1"]
     ) -> Float[Tensor, "height width 3"]:
         """PCA colours of the features; words before they are solved, black without a backbone."""
         basis = self.picture_basis if self.is_on else None

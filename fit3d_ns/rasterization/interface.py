@@ -23,6 +23,7 @@ from fit3d_ns.rasterization.projection import TILE_SIZE, ProjectionSettings
 from fit3d_ns.rasterization.reference import BlendGeometry
 
 BackendName = Literal["auto", "reference", "cpu", "gsplat"]
+GaussianFeatures = Float[Tensor, "num_gaussians channels"]
 
 ALPHA_FLOOR_OF_EXPECTED_DEPTH = 1e-10
 """Expected depth is divided by at least this alpha, as in gsplat."""
@@ -138,9 +139,7 @@ def project(
 
 
 def rasterize_features(
-    features: Float[Tensor, "num_gaussians channels"],
-    info: dict[str, Any],
-    pixels: Int[Tensor, "num_pixels 2"] | None = None,
+    features: GaussianFeatures, info: dict[str, Any], pixels: Int[Tensor, "num_pixels 2"] | None = None
 ) -> Float[Tensor, "num_cameras *pixels channels"]:
     """Blends per-Gaussian features through the projection of an earlier call, with the weights that colour had.
 
@@ -166,8 +165,8 @@ def rasterize_features(
 def backproject_features(
     feature_maps: Float[Tensor, "num_cameras height width channels"],
     info: dict[str, Any],
-    add_to: Float[Tensor, "num_gaussians channels"] | None = None,
-) -> tuple[Float[Tensor, "num_gaussians channels"], Float[Tensor, " num_gaussians"]]:
+    add_to: GaussianFeatures | None = None,
+) -> tuple[GaussianFeatures, Float[Tensor, " num_gaussians"]]:
     """The adjoint of `rasterize_features`: sums the maps' pixels into the Gaussians, by blend weight.
 
     ValueError where maps or sums do not fit `info`.
@@ -196,10 +195,7 @@ def backproject_features(
 
 @torch.no_grad()
 def add_normal(
-    features: Float[Tensor, "num_gaussians channels"],
-    info: dict[str, Any],
-    weigh: Callable[[Tensor], Tensor],
-    add_to: Float[Tensor, "num_gaussians channels"],
+    features: GaussianFeatures, info: dict[str, Any], weigh: Callable[[Tensor], Tensor], add_to: GaussianFeatures
 ) -> None:
     """Adds R^T weigh(R f) to `add_to`, in place: `rasterize_features` and `backproject_features` at less than both.
 

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from fit3d_ns.rasterization import rasterize_features
 
+PixelValues = Float[Tensor, "*batch pixels channels"]
+TokenVector = Float[Tensor, " embed"]
 TokenReadingRule = Literal["bilinear", "area"]
 NUM_TAPS = 9
 """Pixels under the 3x3 kernel."""
@@ -63,27 +65,23 @@ class TokenReader:
             return rasterize_features(features, info).flatten(1, 2)
         return rasterize_features(features, info, pixels=self.pixels.to(features.device))
 
-    def gather(self, maps: Float[Tensor, "*batch height width channels"]) -> Float[Tensor, "*batch pixels channels"]:
+    def gather(self, maps: Float[Tensor, "*batch height width channels"]) -> PixelValues:
         """The values of full maps at `pixels`."""
         picked = maps.index_select(-3, self.rows.read.to(maps.device))
         return picked.index_select(-2, self.columns.read.to(maps.device)).flatten(-3, -2)
 
-    def read(self, values: Float[Tensor, "*batch pixels channels"]) -> Float[Tensor, "*batch h w channels"]:
+    def read(self, values: PixelValues) -> Float[Tensor, "*batch h w channels"]:
         """The token values of a map that is known at `pixels`."""
         return self._combine(values, slice(1, 2))[..., 0, :]
 
-    def read_neighbourhoods(
-        self, values: Float[Tensor, "*batch pixels channels"]
-    ) -> Float[Tensor, "*batch h w 9 channels"]:
+    def read_neighbourhoods(self, values: PixelValues) -> Float[Tensor, "*batch h w 9 channels"]:
         """The token values of the nine maps shifted by a 3x3 convolution's taps, zero outside the image.
 
         Tap `3 * ky + kx` is what the weight [ky, kx] multiplies. Needs a reader made with `neighbourhood=True`.
         """
         return self._combine(values, slice(0, 3))
 
-    def _combine(
-        self, values: Float[Tensor, "*batch pixels channels"], taps: slice
-    ) -> Float[Tensor, "*batch h w taps channels"]:
+    def _combine(self, values: PixelValues, taps: slice) -> Float[Tensor, "*batch h w taps channels"]:
         row_weights = self.rows.weights[:, taps].to(values)
         column_weights = self.columns.weights[:, taps].to(values)
         batch, channels = values.shape[:-2], values.shape[-1]
@@ -150,9 +148,7 @@ class FeatureDecoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(embed_dim)) if bias else None
 
     @classmethod
-    def from_weights(
-        cls, weight: Float[Tensor, "embed dim 3 3"], bias: Float[Tensor, " embed"] | None = None
-    ) -> "FeatureDecoder":
+    def from_weights(cls, weight: Float[Tensor, "embed dim 3 3"], bias: TokenVector | None = None) -> "FeatureDecoder":
         """A decoder with given weights (copied), on their device and in their dtype."""
         decoder = cls.__new__(cls)
         nn.Module.__init__(decoder)
@@ -161,16 +157,14 @@ class FeatureDecoder(nn.Module):
         return decoder
 
     @classmethod
-    def from_matrix(
-        cls, matrix: Float[Tensor, "taps_dim embed"], bias: Float[Tensor, " embed"] | None = None
-    ) -> "FeatureDecoder":
+    def from_matrix(cls, matrix: Float[Tensor, "taps_dim embed"], bias: TokenVector | None = None) -> "FeatureDecoder":
         """A decoder from the solution of a regression on `read_neighbourhoods` (its last two axes flattened)."""
         # (9*d, e) -> (3, 3, d, e) -> (e, d, 3, 3)
         weight = matrix.reshape(3, 3, -1, matrix.shape[1]).permute(3, 2, 0, 1)
         return cls.from_weights(weight.contiguous(), bias)
 
     @classmethod
-    def from_pca(cls, components: Float[Tensor, "dim embed"], mean: Float[Tensor, " embed"]) -> "FeatureDecoder":
+    def from_pca(cls, components: Float[Tensor, "dim embed"], mean: TokenVector) -> "FeatureDecoder":
         """Decodes PCA coefficients: centre tap = components, bias = mean, all other taps zero."""
         weight = components.new_zeros(components.shape[1], components.shape[0], 3, 3)
         weight[:, :, 1, 1] = components.T
@@ -223,7 +217,7 @@ class FeatureDecoder(nn.Module):
             decoded = decoded + reader.read(alphas[..., None]) * self.bias
         return decoded
 
-    def project(self, components: Float[Tensor, "components embed"], mean: Float[Tensor, " embed"]) -> "FeatureDecoder":
+    def project(self, components: Float[Tensor, "components embed"], mean: TokenVector) -> "FeatureDecoder":
         """The decoder of `(F_high - alpha * mean) @ components.T`: a few channels, without ever decoding all E.
 
         Projection after a convolution is a convolution. The mean is weighted by alpha, so an empty pixel stays zero;
