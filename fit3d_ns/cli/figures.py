@@ -40,7 +40,7 @@ class FeaturesCommand:
     scenes: Annotated[Paths, Heading("input")] = ()
     """Scene files; where one holds a picture as a photograph, its rendered features are the last column."""
     data_root: Path | None = None
-    """Where the photographs of scene files lie now, if they were moved."""
+    """Where the photographs of scene files are now, if they were moved: a capture's folder or one above several."""
     longest_side: int | None = None
     """Longer side in pixels that backbones are shown; by default pictures stay as they are up to 640."""
     max_frames: int = 240

@@ -68,6 +68,8 @@ class LiftCommand:
     """Scene files to lift again with another backbone or other settings: cameras and Gaussians are read from them."""
     data: tuple[Path, ...] = ()
     """The captured folder: of a PLY, of a run or scene whose data was moved, or with --surface of all scenes."""
+    data_root: Path | None = None
+    """Where the photographs of scene files are now, if they were moved: a capture's folder or one above several."""
     trust_config: bool = False
     """Also read runs of other packages' methods, whose config.yml names code that is run: only of people you trust."""
     shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("output")] = False
@@ -191,7 +193,8 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
     elif command.ply is not None:
         assert data is not None
         readers.append((command.ply.stem, partial(read_ply_source, command.ply, data, command.from_ply, device)))
-    readers += [(path.stem, partial(read_scene_source, path, data)) for path in command.scene]
+    root = command.data_root or data
+    readers += [(path.stem, partial(read_scene_source, path, root)) for path in command.scene]
     readers += [(name_run(path), partial(_read_run, path, data, trust)) for path in command.load_config]
     names = [name for name, _ in readers]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -264,7 +267,7 @@ def _check(command: LiftCommand) -> None:
     if command.surface is not None and command.num_scenes > 1 and command.from_surface.mesh is not None:
         raise ValueError("--mesh is the file of one scene; lift scenes with own files by commands of their own.")
     if command.surface is None and len(command.data) > (1 if command.num_scenes == 1 else 0):
-        raise ValueError("--data is the folder of one scene; lift moved scenes with commands of their own.")
+        raise ValueError("--data is the folder of one scene; where several were moved, give the folder above them: --data-root.")
     if command.cluster != ClusterConfig() and command.shared_decoder:
         raise ValueError("--shared-decoder fits one decoder to all scenes in one process; leave out --shard and --on.")
     if command.is_folder:

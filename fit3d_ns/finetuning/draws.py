@@ -276,7 +276,7 @@ class TrainingViews:
         self.views: list[list[View]] = []
         self.num_missing = 0
         for scene, own in zip(scenes, splits, strict=True):
-            capture = locate_capture(scene, data_root) if own else scene.posed_capture
+            capture = scene.capture(data_root) if own else scene.posed_capture
             chosen = capture.select(*own) if own else []
             missing = [view for view in chosen if not view.frame.image_path.is_file()]
             if missing and is_strict:
@@ -322,22 +322,3 @@ class TrainingViews:
             image=augmentation.apply_to_image(image),
             mask=read_at_tokens(mask[..., None], patch_grid, rule)[..., 0],
         )
-
-
-def locate_capture(scene: FeatureScene, data_root: Path | None) -> PosedCapture:
-    """The scene's capture where its photographs are; ValueError where none is found.
-
-    `data_root` is the capture's folder or one above it: the recorded path's tail is looked for below it.
-    """
-    if data_root is None:
-        return scene.capture()
-    recorded = scene.posed_capture
-    tails = [Path(*recorded.root.parts[-length:]) for length in range(1, len(recorded.root.parts))]
-    for root in [data_root, *(data_root / tail for tail in tails), data_root / scene.scene_id]:
-        if any((root / view.name).is_file() for view in recorded.views):
-            return scene.capture(root)
-    first = recorded.views[0].name if recorded.views else ""
-    raise ValueError(
-        f"The photographs of scene {scene.scene_id} are not below --data-root {data_root} (looked for {first} there "
-        f"and in its folder {recorded.root.name}); give the folder that holds them."
-    )

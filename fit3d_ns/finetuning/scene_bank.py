@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, TokenModel
-from fit3d_ns.finetuning.draws import locate_capture
 from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views, find_lifted, find_usable
 from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureScene, PosedCapture, View, load_scene, save_scene
@@ -60,7 +59,7 @@ def average_lifted_views(
     The capture with its masks lies in `data_root` if it was moved. At most `max_views` of the views are taken; None
     takes all, so that any of them can be left out of the average.
     """
-    capture = locate_capture(scene, data_root)
+    capture = scene.capture(data_root)
     usable, num_lifted = find_usable(scene, capture), len(find_lifted(scene))
     if len(usable) < num_lifted:
         notice(
@@ -92,7 +91,7 @@ def compute_average_hash(
 ) -> str:
     """Hashes everything that `average_lifted_views` reads: the scene, and the cameras and masks it averages over."""
     parts: list[object] = [AVERAGING_SAMPLES, scene.backbone.patch_size]
-    for view in select_evenly(find_usable(scene, locate_capture(scene, data_root)), max_views):
+    for view in select_evenly(find_usable(scene, scene.capture(data_root)), max_views):
         mask = None if view.frame.mask_path is None else hash_file(view.frame.mask_path)
         parts += [view.name, view.width, view.height, view.K.tolist(), view.camera_to_world.tolist(), view.lens, mask]
     views_hash = hash_bytes(*(repr(part).encode() for part in parts))

@@ -44,7 +44,7 @@ class MultiviewConfig:
     ratio_matches: int = 0
     """Most distinct matches per pair that recall is measured on as well (`ratio_recall_*`, probe3d: 1000); 0: none."""
     data_root: Path | None = None
-    """Where the photographs of scene files lie now, if they were moved."""
+    """Where the photographs of scene files are now, if they were moved: a capture's folder or one above several."""
 
     def __post_init__(self) -> None:
         if self.max_views < 2 or self.max_pairs < 1:

@@ -61,7 +61,7 @@ class ViewerConfig:
     backbone_weights: Path | None = None
     """File with the original's weights, if it is no longer where the scene says; for --finetuned."""
     data_root: Path | None = None
-    """Where the photographs are now, if they were moved."""
+    """Where the photographs are now, if they were moved: a capture's folder or one above several."""
 
 
 def select_splats(scene: FeatureScene, max_splats: int) -> tuple[FeatureScene, float]:

@@ -179,23 +179,28 @@ class FeatureScene:
         return self.decoder.project(components.to(low), mean.to(low))(low, alphas).detach(), alphas
 
     def capture(self, data_root: Path | None = None) -> PosedCapture:
-        """The captured views with paths that exist; a capture that was moved since is in `data_root`.
+        """The captured views with paths that exist; a capture that was moved since is `data_root`, or in a folder below
+        it that is called as before.
 
         Without `data_root`, a scene file's own word counts only within its folder and within confirmed roots
         (`photograph_roots.py`). ValueError where none of the photographs is there, or nobody confirmed the folder that
         the file names.
         """
+        recorded = self.posed_capture
         if data_root is None and self.source is not None:
-            check_root(self.posed_capture.root, self.source)
-        capture = self.posed_capture if data_root is None else self.posed_capture.move(Path(data_root))
-        missing = [view.frame.image_path for view in capture.views if not view.frame.image_path.is_file()]
-        # Single photographs that are gone are the caller's to skip or refuse.
-        if len(missing) == len(capture.views) > 0:
-            raise ValueError(
-                f"The photographs of scene {self.scene_id} are not in {capture.root} (looked for {missing[0]}); "
-                "say where they are now with --data-root."
-            )
-        return capture
+            check_root(recorded.root, self.source)
+        roots = [recorded.root]
+        if data_root is not None:
+            tails = [Path(*recorded.root.parts[-length:]) for length in range(1, len(recorded.root.parts))]
+            roots = [data_root, *(data_root / tail for tail in tails), data_root / self.scene_id]
+        for root in roots:
+            # Single photographs that are gone are the caller's to skip or refuse.
+            if not recorded.views or any((root / view.name).is_file() for view in recorded.views):
+                return recorded if data_root is None else recorded.move(root)
+        raise ValueError(
+            f"The photographs of scene {self.scene_id} are not in {roots[0]} or a folder below it that is called "
+            f"{recorded.root.name} (looked for {recorded.views[0].name}); say where they are now with --data-root."
+        )
 
 
 def create_depth_view(capture: PosedCapture, view: View, get_scene: Callable[[], FeatureScene] | None) -> DepthView:

@@ -86,6 +86,22 @@ def test_lift__reads_a_moved_scene_again(run, capture, tmp_path):
     assert again.gaussians.feature_dim == 6 and again.posed_capture.root == moved
 
 
+def test_lift__finds_the_photographs_of_several_moved_scenes_below_one_folder(run, capture, tmp_path):
+    root, _, _ = capture
+    for name in ("a", "b"):
+        assert run("--feature-dim", 4, name=f"{name}.safetensors")[0] == 0
+    (tmp_path / "disk").mkdir()
+    root.rename(tmp_path / "disk" / root.name)
+    try:
+        scenes = ("--scene", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+        assert "--data-root" in run(name="lost", source=scenes)[2]
+        assert run(name="all", source=(*scenes, "--data-root", tmp_path / "disk"))[0] == 0
+    finally:
+        (tmp_path / "disk" / root.name).rename(root)
+    again = load_scene(tmp_path / "all" / "b.safetensors")
+    assert again.posed_capture.root == tmp_path / "disk" / root.name
+
+
 @pytest.mark.parametrize("shared", [(), ("--shared-decoder",)])
 def test_lift__several_scenes_go_into_a_folder(run, tmp_path, shared):
     for name in ("a", "b"):

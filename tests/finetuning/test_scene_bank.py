@@ -220,7 +220,7 @@ def test_views__photographs_that_moved_are_found_below_the_data_root(tmp_path):
         views = TrainingViews([scene], [("train",)], data_root=root)
         assert views.views_per_scene == [5]
         assert views.views[0][0].frame.image_path == tmp_path / "new" / "room" / "images" / "0.png"
-    with pytest.raises(ValueError, match="not below --data-root"):
+    with pytest.raises(ValueError, match="called room .*--data-root"):
         TrainingViews([scene], [("train",)], data_root=tmp_path)
 
 
