@@ -267,7 +267,9 @@ def _check(command: LiftCommand) -> None:
     if command.surface is not None and command.num_scenes > 1 and command.from_surface.mesh is not None:
         raise ValueError("--mesh is the file of one scene; lift scenes with own files by commands of their own.")
     if command.surface is None and len(command.data) > (1 if command.num_scenes == 1 else 0):
-        raise ValueError("--data is the folder of one scene; where several were moved, give the folder above them: --data-root.")
+        raise ValueError(
+            "--data is the folder of one scene; where several moved, --data-root takes the one above them."
+        )
     if command.cluster != ClusterConfig() and command.shared_decoder:
         raise ValueError("--shared-decoder fits one decoder to all scenes in one process; leave out --shard and --on.")
     if command.is_folder:

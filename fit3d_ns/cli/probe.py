@@ -75,8 +75,8 @@ class ProbeCommand:
     splits: tuple[Literal["train", "val", "test"], ...] | None = None
     """Which frames of a capture take part (consistency, correspondence); all by default."""
     data_root: Path | None = None
-    """Where the photographs of scene files are now, if they were moved (consistency, correspondence): a capture's folder
-    or one above several."""
+    """Where the photographs of scene files are now, if they were moved (consistency, correspondence): a capture's
+    folder or one above several."""
     data: Annotated[LabelledOptions, Heading("input")] = LabelledOptions()
     predictions: Annotated[Path | None, Heading("output")] = None
     """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth)."""
