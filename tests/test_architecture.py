@@ -50,7 +50,6 @@ PUBLIC_API = {
     "rasterize_features",
     "backproject_features",
     "available_backends",
-    "read_fit3d",
 }
 """What the README and `docs/design.md` offer to users of the library; nothing of ours has to call it."""
 

@@ -94,6 +94,9 @@ COMMANDS = {
             "fit3d_ns.plugin.run_reader.read_backbone": ("m", None, "timm"),
             "fit3d_ns.cli.lift.describe_forecast": "",
             "fit3d_ns.cli.lift.lift_scene": (FakeLiftedScene({}), None),
+            "fit3d_ns.cli.lift.keep_features": None,
+            "fit3d_ns.cli.lift.has_features": False,
+            "fit3d_ns.cli.lift.list_splats": lambda path, data, keep: [("a", data, None)],
         },
     ),
     "fit3d-finetune": Command(

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.report.scene_viewer import ColouredSplats
 from fit3d_ns.scene import FeatureScene, save_scene
-from fit3d_ns.scene.ply import write_fit3d
+from fit3d_ns.scene.splat_files import write_fit3d
 from fit3d_ns.utils.files import write_json
 
 

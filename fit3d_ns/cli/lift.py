@@ -26,6 +26,7 @@ from fit3d_ns.lifting.lift_scene import (
     compute_lift_hash,
     find_finished,
     forecast_lift,
+    keep_features,
     lift_scene,
 )
 from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
@@ -41,6 +42,7 @@ from fit3d_ns.lifting.surfaces import Surface, SurfaceConfig, read_surface_sourc
 from fit3d_ns.rasterization import prepare_rasterizer
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
 from fit3d_ns.scene.scene_file import find_geometry_seconds
+from fit3d_ns.scene.splat_files import has_features, list_splats, read_model_name
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import write_json
 from fit3d_ns.utils.progress import notice
@@ -63,7 +65,9 @@ class LiftCommand:
     load_config: tuple[Path, ...] = ()
     """Splatfacto runs of all variants, ours or nerfstudio's: their config.yml or folder."""
     ply: Path | None = None
-    """Gaussians as Inria's code, gsplat (also ckpts/*.pt), nerfstudio or SuperSplat write them; needs --data."""
+    """Gaussians as Inria's code, gsplat (all GPUs' ckpts/*.pt), nerfstudio or SuperSplat write them, or a run's folder;
+    needs --data. A run of FiT3D's authors, or their pretrained_feat_gaussians_*.pth with the folder of its scenes as
+    --data, keeps its features, unless --backbone names others or there is --shared-decoder."""
     scene: tuple[Path, ...] = ()
     """Scene files to lift again with another backbone or other settings: cameras and Gaussians are read from them."""
     data: tuple[Path, ...] = ()
@@ -99,8 +103,13 @@ class LiftCommand:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     @property
+    def keeps_features(self) -> bool:
+        return self.ply is not None and not self.shared_decoder and has_features(self.ply, self.backbone)
+
+    @property
     def is_folder(self) -> bool:
-        if self.surface is not None and self.output_path.suffix != ".safetensors":
+        is_packed = self.ply is not None and self.ply.suffix == ".pth"
+        if is_packed or (self.surface is not None and self.output_path.suffix != ".safetensors"):
             return True
         return self.shared_decoder or self.num_scenes > 1 or self.cluster != ClusterConfig()
 
@@ -129,7 +138,7 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
     cache = FeatureCache(command.feature_cache, backbone)
     setup = LiftSetup(cache, command.lift, command.options, device, command.include_sh)
     check_dimensions(setup)
-    if not cache.folder.exists():
+    if not cache.folder.exists() and not command.keeps_features:
         create_extractor(backbone)  # Weights that cannot be had are said before scenes are read.
     tasks = cluster.choose(create_tasks(command, device))
     finish = partial(_write_metrics, backbone=backbone, device=device)
@@ -138,10 +147,11 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
         for task in tasks:
             source = task.read()
             warn_of_poor_fit(source, compare_with_photographs(source, device))
-            forecasts.append(forecast_lift(source, setup))
-        print("\n".join(map(describe_forecast, forecasts)))
-        if len(tasks) > 1:
-            print(f"{len(tasks)} scenes: about {sum(forecast.seconds for forecast in forecasts):.0f} s together")
+            if source.decoder is None:
+                forecasts.append(forecast_lift(source, setup))
+        print("\n".join(map(describe_forecast, forecasts)) or "The features are kept as they are: nothing is lifted.")
+        if len(forecasts) > 1:
+            print(f"{len(forecasts)} scenes: about {sum(forecast.seconds for forecast in forecasts):.0f} s together")
         return {}
 
     def lift_one(index: int) -> None:
@@ -150,7 +160,7 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
         lift_hash = compute_lift_hash(source, setup)
         scene = None if command.overwrite else find_finished(task.output_path, lift_hash)
         if scene is None:
-            lifted, _ = lift_scene(source, setup, state_path=task.state_path)
+            lifted = keep_features(source, setup) or lift_scene(source, setup, task.state_path)[0]
             scene = dataclasses.replace(lifted, metrics={**lifted.metrics, LIFT_HASH: lift_hash})
             save_scene(scene, task.output_path, include_sh=setup.include_sh)
         finish(scene, task.output_path)
@@ -178,9 +188,12 @@ def choose_backbone(command: LiftCommand) -> BackboneDescription:
         if own is not None:
             notice(f"Features of {own.label}, as the source has them; another with --backbone.")
             return own
+        if command.keeps_features:
+            raise ValueError(f"{command.ply} does not say whose features it holds; name the ViT with --backbone.")
         name = DEFAULT_BACKBONE
         notice(f"Features of {name}; another with --backbone.")
-    return describe_backbone(name, command.backbone_weights, command.normalization or "timm")
+    usual: Normalization = "imagenet" if command.keeps_features else "timm"  # FiT3D's authors use ImageNet's.
+    return describe_backbone(name, command.backbone_weights, command.normalization or usual)
 
 
 def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
@@ -192,7 +205,8 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
         readers += [(name_capture(path), partial(read_surface_source, path, *options)) for path in command.data]
     elif command.ply is not None:
         assert data is not None
-        readers.append((command.ply.stem, partial(read_ply_source, command.ply, data, command.from_ply, device)))
+        for name, folder, read in list_splats(command.ply, data, command.keeps_features):
+            readers.append((name, partial(read_ply_source, command.ply, folder, command.from_ply, device, read)))
     root = command.data_root or data
     readers += [(path.stem, partial(read_scene_source, path, root)) for path in command.scene]
     readers += [(name_run(path), partial(_read_run, path, data, trust)) for path in command.load_config]
@@ -305,6 +319,8 @@ def _find_own_backbone(command: LiftCommand) -> BackboneDescription | None:
     weights, normalization = command.backbone_weights, command.normalization
     if command.scene:
         return load_scene(command.scene[0]).backbone.with_weights(weights, normalization=normalization)
+    if command.ply is not None and command.keeps_features and (model := read_model_name(command.ply)):
+        return describe_backbone(model, weights, normalization or "imagenet")
     if not command.load_config:
         return None
     try:
@@ -366,7 +382,9 @@ def _write_metrics(scene: FeatureScene, path: Path, backbone: BackboneDescriptio
     # The record holds the scene's metrics already.
     del description["run"]
     write_json(metrics_path, {**dataclasses.asdict(record), **description})
-    summary = f"{metrics['num_train_views']} views lifted in {sum(metrics['seconds'].values()):.1f} s"
+    summary = "Features and decoder as they were"
+    if "seconds" in metrics:
+        summary = f"{metrics['num_train_views']} views lifted in {sum(metrics['seconds'].values()):.1f} s"
     if "feature_cosine" in metrics:
         cosine, l1 = (
             f"{metrics[f'feature_{name}']:.4f} (mean token {metrics[f'feature_{name}_mean_token']:.4f})"

@@ -191,12 +191,13 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
         raise ValueError(f"{what} {path} is empty; copy the file again.")
     refuse_lfs_pointer(path)
     with open(path, "rb") as file:
-        is_heif = file.read(12)[4:].startswith(_HEIF_BRANDS)
-    if is_heif:
+        lacks_reader = file.read(12)[4:].startswith(_HEIF_BRANDS)
+    if lacks_reader:
         with suppress(ImportError):
             import pillow_heif
 
             pillow_heif.register_heif_opener()
+            lacks_reader = False
     try:
         with warnings.catch_warnings():
             # Large photographs are not decompression bombs here: the user named them.
@@ -206,7 +207,7 @@ def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{what} {path} has more than {MAX_PIXELS} pixels; make it smaller.") from error
     except _DAMAGED as error:
-        if is_heif:
+        if lacks_reader:
             raise ValueError(
                 f"{what} {path} is in HEIC or AVIF format; install what reads it (`pip install pillow-heif`), or "
                 "convert the photographs to JPEG."

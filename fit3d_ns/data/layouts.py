@@ -9,7 +9,7 @@ from fit3d_ns.data.capture_checks import check_capture
 from fit3d_ns.data.colmap import find_colmap_models, read_colmap
 from fit3d_ns.data.frames import CaptureFiles, Layout
 from fit3d_ns.data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_visible
-from fit3d_ns.data.scannetpp import read_scannetpp
+from fit3d_ns.data.scannetpp import PREPARED_CAMERAS, read_scannetpp
 from fit3d_ns.data.transforms import read_transforms
 from fit3d_ns.utils.errors import reading
 
@@ -25,8 +25,8 @@ def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto", is_stric
 
     Args:
         path: The scene folder, the `dslr` folder of a ScanNet++ scene, or a camera file (`*.json`).
-        layout: `auto` looks in this order: `dslr/` is ScanNet++, `transforms.json` nerfstudio's layout,
-            `sparse/` or `colmap/` COLMAP.
+        layout: `auto` looks in this order: `dslr/` is ScanNet++, `transforms.json` nerfstudio's layout, `sparse/` or
+            `colmap/` COLMAP, `transforms_train.json` with `images/` ScanNet++ as FiT3D's authors prepare it.
         is_strict: Refuse a missing photograph; otherwise its frame is left out where most are there.
     """
     path = Path(path)
@@ -68,6 +68,8 @@ def _find_layout(path: Path) -> Layout:
         return "nerfstudio"
     if find_colmap_models(path):
         return "colmap"
+    if (path / PREPARED_CAMERAS).is_file() and (path / "images").is_dir():
+        return "scannetpp"
     scenes = sorted(child.name for child in path.iterdir() if (child / "dslr").is_dir())
     if scenes:
         raise ValueError(

@@ -189,26 +189,38 @@ def unpack_splats(elements: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
     colours = red_to_alpha[:, :3]
     if "min_r" in (chunks.dtype.names or ()):
         colours = spread(colours, ("r", "g", "b"))
+    others = (_split(rotation, (2, 10, 10, 10))[:, 1:] - 0.5) * np.sqrt(2.0)
     with np.errstate(divide="ignore"):
         logits = np.log(red_to_alpha[:, 3]) - np.log1p(-red_to_alpha[:, 3])
-    columns = {
-        **_name(("x", "y", "z"), spread(_split(position, (11, 10, 11)), ("x", "y", "z"))),
-        **_name(("f_dc_0", "f_dc_1", "f_dc_2"), (colours - 0.5) / SH_CONSTANT),
-        "opacity": logits,
-        **_name(
-            ("scale_0", "scale_1", "scale_2"), spread(_split(scale, (11, 10, 11)), ("scale_x", "scale_y", "scale_z"))
-        ),
-        **_name(("rot_0", "rot_1", "rot_2", "rot_3"), _unpack_rotations(rotation)),
+    tables = {
+        ("x", "y", "z"): spread(_split(position, (11, 10, 11)), ("x", "y", "z")),
+        ("f_dc_0", "f_dc_1", "f_dc_2"): (colours - 0.5) / SH_CONSTANT,
+        ("opacity",): logits[:, None],
+        ("scale_0", "scale_1", "scale_2"): spread(_split(scale, (11, 10, 11)), ("scale_x", "scale_y", "scale_z")),
+        ("rot_0", "rot_1", "rot_2", "rot_3"): insert_largest(others, rotation >> np.uint32(30)),
     }
     for name in harmonics.dtype.names or ():
         # Bytes name the middles of 256 equal parts; the outermost two the ends.
         values = harmonics[name]
         shares = np.where(values == 0, 0.0, np.where(values == 255, 1.0, (values + 0.5) / 256.0))
-        columns[name] = (shares - 0.5) * _SH_RANGE
-    unpacked = np.empty(len(vertices), [(name, "<f4") for name in columns])
-    for name, values in columns.items():
-        unpacked[name] = values
-    return unpacked
+        tables[(name,)] = (shares[:, None] - 0.5) * _SH_RANGE
+    return create_vertices(tables)
+
+
+def create_vertices(tables: Mapping[tuple[str, ...], np.ndarray]) -> np.ndarray:
+    """A structured array of float32 properties, of tables [n, names]."""
+    kinds = [(name, "<f4") for names in tables for name in names]
+    return np.concatenate([*tables.values()], axis=1).astype("<f4").view(kinds)[:, 0]
+
+
+def insert_largest(others: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Unit quaternions from three of their numbers and the place of the fourth, the largest, which is positive."""
+    largest = np.sqrt(np.clip(1.0 - np.square(others).sum(axis=1), 0.0, None))
+    quats = np.empty((len(others), 4))
+    for place in range(4):
+        rows = which == place
+        quats[rows] = np.insert(others[rows], place, largest[rows], axis=1)
+    return quats
 
 
 def _split(packed: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
@@ -219,18 +231,3 @@ def _split(packed: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
         largest = 2**size - 1
         columns.append(((packed >> np.uint32(shift)) & np.uint32(largest)) / largest)
     return np.stack(columns, axis=1)
-
-
-def _unpack_rotations(packed: np.ndarray) -> np.ndarray:
-    others = (_split(packed, (2, 10, 10, 10))[:, 1:] - 0.5) * np.sqrt(2.0)
-    largest = np.sqrt(np.clip(1.0 - np.square(others).sum(axis=1), 0.0, None))
-    which = packed >> np.uint32(30)
-    quats = np.empty((len(packed), 4))
-    for place in range(4):
-        rows = which == place
-        quats[rows] = np.insert(others[rows], place, largest[rows], axis=1)
-    return quats
-
-
-def _name(names: tuple[str, ...], columns: np.ndarray) -> dict[str, np.ndarray]:
-    return dict(zip(names, columns.T, strict=True))

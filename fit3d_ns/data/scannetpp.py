@@ -30,11 +30,14 @@ from fit3d_ns.data.images import IGNORE_INDEX, save_depth, save_image, save_inde
 from fit3d_ns.geometry.cameras import Lens, transform_camera_to_worlds
 from fit3d_ns.utils.files import read_json, write_json
 
-Variant = Literal["undistorted", "fisheye"]
+Variant = Literal["undistorted", "fisheye", "prepared"]
 
+PREPARED_CAMERAS = "transforms_train.json"
+"""Camera file of a scene as FiT3D's authors prepare it, with `images/`, `masks/` and `points3D.txt` beside it."""
 _VARIANTS: dict[Variant, tuple[str, str, str]] = {
-    "undistorted": ("transforms_undistorted.json", "undistorted_images", "undistorted_anon_masks"),
-    "fisheye": ("transforms.json", "resized_images", "resized_anon_masks"),
+    "undistorted": ("nerfstudio/transforms_undistorted.json", "undistorted_images", "undistorted_anon_masks"),
+    "fisheye": ("nerfstudio/transforms.json", "resized_images", "resized_anon_masks"),
+    "prepared": (PREPARED_CAMERAS, "images", "masks"),
 }
 """Camera file, and folders of images and masks."""
 
@@ -53,13 +56,16 @@ class SceneFrame:
 
 
 def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> CaptureFiles:
-    """Reads a ScanNet++ scene folder, or its `dslr` folder; a piece that is missing or wrong is a ValueError.
+    """Reads a ScanNet++ scene folder, its `dslr` folder, or what FiT3D's authors make of it; a piece that is missing or
+    wrong is a ValueError.
 
     `auto` takes the undistorted images if all of them are there.
     """
     path = Path(path)
     dslr = path / "dslr" if (path / "dslr").is_dir() else path
-    if not (dslr / "nerfstudio").is_dir():
+    if variant == "auto" and dslr == path and (path / PREPARED_CAMERAS).is_file():
+        variant = "prepared"
+    elif not (dslr / "nerfstudio").is_dir():
         raise ValueError(f"{path} is not a ScanNet++ scene: there is no dslr/nerfstudio folder with the camera files.")
     reason = ""
     if variant == "auto":
@@ -67,17 +73,17 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
         variant = "fisheye" if missing else "undistorted"
         reason = f" because {missing} is missing" if missing else ""
     camera_file, images, _ = _VARIANTS[variant]
-    transforms = dslr / "nerfstudio" / camera_file
+    transforms = dslr / camera_file
     if not transforms.is_file():
         raise ValueError(f"No camera file {transforms}; download the scene's dslr/nerfstudio folder.")
     frames, num_without_camera = _read_frames(dslr, variant, read_json(transforms))
-    points = read_colmap_points(dslr / "colmap")
+    points = read_colmap_points(dslr if variant == "prepared" else dslr / "colmap")
     skipped = f"; {num_without_camera} listed train frames have no camera" if num_without_camera else ""
     return CaptureFiles(
         root=path,
         layout="scannetpp",
         description=(
-            f"ScanNet++ scene {path}: {camera_file} with {images}{reason}, "
+            f"ScanNet++ scene {path}: {transforms.name} with {images}{reason}, "
             f"{count_splits(frames)}, {len(points.xyz) if points else 'no'} COLMAP points{skipped}."
         ),
         frames=frames,
@@ -96,7 +102,8 @@ def write_scannetpp(
     A pinhole lens gives both variants, the same pictures twice, a fisheye lens its own. Points are in COLMAP's world.
     """
     dslr = folder / "dslr"
-    variants = [*_VARIANTS.values()] if lens.model == "pinhole" else [_VARIANTS["fisheye"]]
+    variants = [_VARIANTS["undistorted"]] if lens.model == "pinhole" else []
+    variants += [_VARIANTS["fisheye"]]
     pictures = [name for _, *names in variants for name in names]
     for name in ("render_depth", "labels", "nerfstudio", "colmap", *pictures):
         (dslr / name).mkdir(parents=True)
@@ -119,7 +126,7 @@ def write_scannetpp(
         **{"frames": entries[False], "test_frames": entries[True]},
     }
     for camera_file, *_ in variants:
-        write_json(dslr / "nerfstudio" / camera_file, transforms)
+        write_json(dslr / camera_file, transforms)
     train, test = ([entry["file_path"] for entry in part] for part in entries)
     write_json(dslr / "train_test_lists.json", {"train": train, "test": test, "has_masks": True})
     write_json(dslr / "classes.json", {"classes": list(classes), "ignore_index": IGNORE_INDEX})
@@ -134,7 +141,7 @@ def colmap_to_world() -> Float[Tensor, "3 4"]:
 def _find_missing_piece(dslr: Path, variant: Variant) -> str | None:
     """The first thing that keeps a variant from being complete, or None."""
     camera_file, images, masks = _VARIANTS[variant]
-    transforms = dslr / "nerfstudio" / camera_file
+    transforms = dslr / camera_file
     if not transforms.is_file():
         return str(transforms.relative_to(dslr))
     meta = read_json(transforms)
@@ -154,7 +161,7 @@ def _find_missing_piece(dslr: Path, variant: Variant) -> str | None:
 def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple[list[Frame], int]:
     """All frames, and how many names of the train list have no camera."""
     camera_file, images, masks = _VARIANTS[variant]
-    transforms = dslr / "nerfstudio" / camera_file
+    transforms = dslr / camera_file
     entries = list_entries(meta, transforms, "frames", "test_frames")
     names = [entry["file_path"] for entry in entries]
     listed, num_without_camera = _read_split_lists(dslr, set(names))
@@ -203,6 +210,10 @@ def _read_split_lists(dslr: Path, names: set[str]) -> tuple[dict[str, Split], in
 
 
 def _find_mask(dslr: Path, masks: str, meta: Mapping[str, Any], entry: Mapping[str, Any]) -> Path | None:
+    if masks == _VARIANTS["prepared"][2]:
+        # Found by the photograph's name, as FiT3D does.
+        path = dslr / masks / f"{Path(entry['file_path']).stem}.png"
+        return path if path.is_file() else None
     if not meta.get("has_mask", True) or not entry.get("mask_path"):
         return None
     return resolve_inside(dslr / masks, entry["mask_path"], f"Frame {entry.get('file_path')} in {dslr}")
@@ -210,7 +221,7 @@ def _find_mask(dslr: Path, masks: str, meta: Mapping[str, Any], entry: Mapping[s
 
 def _read_depth_lens(dslr: Path) -> Lens | None:
     """The lens that render_depth was made with, that of `transforms.json`; None if it cannot be known."""
-    transforms = dslr / "nerfstudio" / _VARIANTS["fisheye"][0]
+    transforms = dslr / _VARIANTS["fisheye"][0]
     if not transforms.is_file() or not (dslr / "render_depth").is_dir():
         return None
     return parse_lens(read_json(transforms), str(transforms))

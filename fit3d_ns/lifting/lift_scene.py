@@ -90,8 +90,8 @@ class LiftForecast:
 def lift_scene(
     source: LiftSource,
     setup: LiftSetup,
-    *,
     state_path: Path | None = None,
+    *,
     progress: Progress | None = None,
     basis: PcaBasis | None = None,
     pca: PcaBasis | None = None,
@@ -156,6 +156,20 @@ def lift_scene(
     return replace(scene, metrics=metrics, lifted_views=tuple(view.name for view in taught)), result
 
 
+def keep_features(source: LiftSource, setup: LiftSetup) -> FeatureScene | None:
+    """The scene of a source with features of `setup`'s backbone and a decoder; None for one that is to be lifted."""
+    if source.decoder is None:
+        return None
+    metrics = {
+        "photograph_psnr": compare_with_photographs(source, setup.device).psnr,
+        "num_gaussians": source.gaussians.num_gaussians,
+        "num_invalid_gaussians": source.num_dropped,
+        "source": source.description,
+    }
+    scene = FeatureScene(source.gaussians, source.decoder, source.capture, setup.backbone, metrics=metrics)
+    return replace(scene, rasterize_mode=source.rasterize_mode, eps2d=source.eps2d)
+
+
 def measure_held_out(
     scene: FeatureScene, held_out: Sequence[LiftView], mean_token: Float[Tensor, " embed"], device: str
 ) -> dict[str, Any]:
@@ -203,7 +217,8 @@ def compute_lift_hash(source: LiftSource, setup: LiftSetup) -> str:
         "options": [setup.options.views, setup.options.drop_unseen, setup.include_sh],
     }
     # What the lift itself finds is no part of what it starts from: a scene file may be lifted onto itself.
-    found = {"features", *LIFT_PRODUCTS, *(() if setup.include_sh else ("sh_rest",))}
+    lifted = ("features", *LIFT_PRODUCTS) if source.decoder is None else ()
+    found = {*lifted, *(() if setup.include_sh else ("sh_rest",))}
     tensors = [tensor for name, tensor in source.gaussians.tensors().items() if name not in found and not source.recipe]
     return hash_bytes(json.dumps(content).encode(), *(part.cpu().contiguous().numpy().tobytes() for part in tensors))
 

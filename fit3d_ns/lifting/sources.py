@@ -5,6 +5,7 @@ quaternions are written: renderings are compared with photographs, so that no mi
 """
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,19 +15,14 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.data.scannetpp import colmap_to_world
 from fit3d_ns.lifting.worlds import TRANSFORMS_NAME, WORLDS, PlyWorld, WorldChange, find_changes, read_similarity
 from fit3d_ns.rasterization import RasterizeMode
-from fit3d_ns.scene import (
-    ActivatedGaussians,
-    Gaussians,
-    PosedCapture,
-    View,
-    create_posed_capture,
-    load_scene,
-    read_splats,
-)
+from fit3d_ns.scene import ActivatedGaussians, Gaussians, PosedCapture, View, create_posed_capture, load_scene
+from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.posed_capture import MAX_SIDE, choose_downscale_factor, parse_capture, record_capture
 from fit3d_ns.scene.scene_file import find_geometry_seconds
+from fit3d_ns.scene.splat_files import Splats, list_splats
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly
 
@@ -48,13 +44,15 @@ WRONG_SCALE, SCALE_DB = 1.2, 0.25
 OTHER_ORDER_DB = 1.0
 """Quaternions are taken as xyzw where they fit better by this much."""
 
+_HALF_TURN = WorldChange(torch.diag(torch.tensor([1.0, -1.0, -1.0, 0.0]))[:3], 1.0)
+
 
 @dataclass(frozen=True)
 class LiftSource:
     """Fixed geometry and its capture."""
 
     gaussians: Gaussians
-    """As they will be stored, half precision included; features are not used."""
+    """As they will be stored, half precision included; features are used only where there is a `decoder`."""
     capture: PosedCapture
     """Views in the Gaussians' frame; `train` views are lifted, the others held out."""
     description: str
@@ -67,6 +65,8 @@ class LiftSource:
     """Gaussians left out because a number was NaN, infinite or too large."""
     training_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase of what made the Gaussians; empty where they are not known."""
+    decoder: FeatureDecoder | None = None
+    """What decodes the Gaussians' features, where they come with some that are to be kept."""
     recipe: str = ""
     """What the Gaussians were made from, where that tells them apart better than their numbers do."""
 
@@ -164,17 +164,26 @@ def read_scene_source(path: Path, data_root: Path | None = None) -> LiftSource:
     )
 
 
-def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.device | str = "cpu") -> LiftSource:
+def read_ply_source(
+    ply: Path,
+    data: Path,
+    config: PlyConfig,
+    device: torch.device | str = "cpu",
+    read: Callable[[], Splats] | None = None,
+) -> LiftSource:
     """Reads a PLY and its capture, and compares renderings with photographs before anything else is done.
 
-    ValueError where one of them cannot be read, the world is not known for this capture, or it is the wrong one: then
-    the message says which one fits.
+    Another `read` may keep features. Gaussians that have some lie, if nothing else is said, in the world that FiT3D's
+    code makes of ScanNet++'s. ValueError where something cannot be read, the world is not known for this capture, or it
+    is the wrong one: then the message says which one fits.
     """
-    gaussians, num_dropped = read_splats(Path(ply))
+    gaussians, dropped, decoder = (read or list_splats(ply, data, keep_features=False)[0][2])()
     files = read_capture(data, is_strict=config.strict)
     notice(files.description)
-    gaussians = gaussians.with_features(gaussians.features[:, :0])
-    description = f"PLY {Path(ply).name} in the {config.ply_world} world"
+    if decoder is not None and config.ply_world == "dataset":
+        config = replace(config, ply_world="colmap")
+        files = files if files.colmap_to_world is not None else replace(files, colmap_to_world=colmap_to_world())
+    description = f"PLY {ply.name} in the {config.ply_world} world"
     factor = config.choose_factor(files)
     longer = max(max(frame.lens.width, frame.lens.height) for frame in files.frames)
     checked_factor = max(math.ceil(longer / CHECKED_SIDE), factor)
@@ -182,7 +191,7 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
 
     def create(change: WorldChange, factor: int = checked_factor) -> LiftSource:
         capture = create_posed_capture(files, change.transform, change.scale, factor)
-        return LiftSource(gaussians, capture, description, config.rasterize_mode, num_dropped=num_dropped)
+        return LiftSource(gaussians, capture, description, config.rasterize_mode, num_dropped=dropped, decoder=decoder)
 
     def measure(source: LiftSource) -> PhotoFit:
         return compare_with_photographs(source, device, photographs)
@@ -193,7 +202,13 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
         return changes[best], fits[best]
 
     transforms = _find_transforms(ply, config)
-    changes = find_changes(config.ply_world, files, transforms)
+
+    def find(world: PlyWorld) -> list[WorldChange]:
+        changes = find_changes(world, files, transforms)
+        # y of SPZ points up, z backwards: some tools turn a PLY's world around for it, some do not.
+        return changes + [_HALF_TURN.after(change) for change in changes if ply.suffix.lower() == ".spz"]
+
+    changes = find(config.ply_world)
     if config.ply_transform is not None:
         changes = [own.after(change) for own in read_similarity(config.ply_transform) for change in changes]
         description = f"PLY {Path(ply).name} moved by {config.ply_transform.name}"
@@ -208,7 +223,7 @@ def read_ply_source(ply: Path, data: Path, config: PlyConfig, device: torch.devi
         for world in WORLDS:
             if world != config.ply_world or config.ply_transform is not None:
                 with suppress(ValueError):
-                    others[world] = find_best(find_changes(world, files, transforms))[1]
+                    others[world] = find_best(find(world))[1]
         what = f"{ply} in the {config.ply_world} world" if config.ply_transform is None else description
         _check_fit(what, data, fit, others, config)
         scaled = [(other, measure(create(other))) for other in _rescale(change, files)]
@@ -257,7 +272,7 @@ def warn_of_poor_fit(source: LiftSource, fit: PhotoFit) -> None:
 
 def _find_transforms(ply: Path, config: PlyConfig) -> Path:
     """Where the run's transforms are or would be; ValueError where they are named and are not there."""
-    path = config.dataparser_transforms or Path(ply).parent
+    path = config.dataparser_transforms or (ply if ply.is_dir() else ply.parent)
     path = path / TRANSFORMS_NAME if path.is_dir() else path
     if config.ply_world == "training" and not path.is_file():
         if config.dataparser_transforms is not None:

@@ -5,28 +5,21 @@ Properties: `x y z`, `nx ny nz` (unused), `f_dc_0..2`, `f_rest_*` (all coefficie
 order, further properties and missing normals do not matter.
 """
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.data.ply import read_ply_elements, unpack_splats, write_ply_vertices
-from fit3d_ns.features import BackboneDescription
-from fit3d_ns.scene.feature_decoder import FeatureDecoder
-from fit3d_ns.scene.feature_scene import FeatureScene
+from fit3d_ns.data.ply import create_vertices, read_ply_elements, unpack_splats, write_ply_vertices
+from fit3d_ns.data.spz import read_spz
 from fit3d_ns.scene.gaussians import Gaussians
-from fit3d_ns.scene.posed_capture import PosedCapture
-from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice
-from fit3d_ns.utils.tensor_files import load_torch_file
 
 _NUM_REST = (0, 9, 24, 45, 72)
-_OTHER_FORMATS = (".spz", ".splat", ".ksplat", ".sog")
-_MAX_OPACITY_LOGIT = 15.0
+_OTHER_FORMATS = (".splat", ".ksplat", ".sog")
+MAX_OPACITY_LOGIT = 15.0
 """Logit of a Gaussian that nothing shines through: an opacity of 1 - 3e-7."""
 _FEWEST_TO_JUDGE = 16
 """With fewer Gaussians, nothing follows from the range of their numbers."""
@@ -55,21 +48,12 @@ def write_ply(gaussians: Gaussians, path: Path, sh_degree: int | None = None) ->
         _numbered("rot", 4): gaussians.quats,
         _numbered("sem", gaussians.feature_dim): gaussians.features,
     }
-    names = [name for group in columns for name in group]
-    values = torch.cat([tensor.detach().float().cpu() for tensor in columns.values()], dim=1).numpy()
-    write_ply_vertices(values.astype("<f4").view([(name, "<f4") for name in names])[:, 0], path)
-
-
-def read_splats(path: Path) -> tuple[Gaussians, int]:
-    """Reads Gaussians of a PLY file or of a checkpoint of gsplat's example trainer; the number is of those left out.
-
-    ValueError as in `read_ply`, and for a checkpoint that is damaged, holds code, or lacks gsplat's `splats`.
-    """
-    return _read_gsplat_checkpoint(path) if path.suffix == ".pt" else read_ply(path)
+    tables = {names: tensor.detach().float().cpu().numpy() for names, tensor in columns.items()}
+    write_ply_vertices(create_vertices(tables), path)
 
 
 def read_ply(path: Path) -> tuple[Gaussians, int]:
-    """Reads Gaussians that Inria's code, gsplat, nerfstudio, SuperSplat (compressed too) or FiT3D wrote.
+    """Reads Gaussians that Inria's code, gsplat, nerfstudio, SuperSplat (compressed too) or FiT3D wrote, or of SPZ.
 
     Features have 0 channels where the file has no `sem_*`. The number is that of Gaussians left out because a value was
     NaN, infinite or too large. ValueError where the file is missing, cut short, not a PLY, or lacks what a Gaussian
@@ -79,7 +63,7 @@ def read_ply(path: Path) -> tuple[Gaussians, int]:
         raise ValueError(
             f"{path} is not a PLY file; make one with `npx @playcanvas/splat-transform {path.name} splat.ply`."
         )
-    elements = read_ply_elements(path)
+    elements = {"vertex": read_spz(path)} if path.suffix.lower() == ".spz" else read_ply_elements(path)
     vertices = elements["vertex"]
     if "packed_position" in (vertices.dtype.names or ()):
         vertices = unpack_splats(elements, path)
@@ -131,7 +115,7 @@ def _read_opacity_logits(values: Float[Tensor, "n 1"], path: Path) -> Float[Tens
     if len(finite) >= _FEWEST_TO_JUDGE and -1e-6 <= float(finite.min()) and float(finite.max()) <= 1.0 + 1e-6:
         notice(f"Opacities of {path} lie between 0 and 1: they are taken as opacities, not as logits.")
         values = values.clamp(0.0, 1.0).logit()
-    return values.clamp(max=_MAX_OPACITY_LOGIT)
+    return values.clamp(max=MAX_OPACITY_LOGIT)
 
 
 def _apply_filter(
@@ -142,83 +126,7 @@ def _apply_filter(
     filtered = variances + width.double().square()
     lost = (variances / filtered).prod(dim=1, keepdim=True).sqrt()
     opacities = opacity_logits.double().sigmoid() * lost
-    return (0.5 * filtered.log()).float(), opacities.logit().float().clamp(max=_MAX_OPACITY_LOGIT)
-
-
-def _read_gsplat_checkpoint(path: Path) -> tuple[Gaussians, int]:
-    """Reads the Gaussians of a checkpoint of gsplat's example trainer (`ckpts/*.pt`), and how many were left out.
-
-    ValueError where the file is damaged, holds code, or other things than gsplat's `splats`.
-    """
-    content = _load_tensors(path)
-    splats = content.get("splats") if isinstance(content, dict) else None
-    needed = ("means", "quats", "scales", "opacities", "sh0")
-    lacking = [name for name in needed if not isinstance(splats, dict) or not isinstance(splats.get(name), Tensor)]
-    if lacking or not isinstance(splats, dict):
-        raise ValueError(f"{path} is no checkpoint of gsplat: its `splats` lack {', '.join(lacking)}; export a PLY.")
-    gaussians = Gaussians.from_raw(
-        means=splats["means"],
-        quats=splats["quats"],
-        log_scales=splats["scales"],
-        opacity_logits=splats["opacities"].clamp(max=_MAX_OPACITY_LOGIT),
-        sh_dc=splats["sh0"].reshape(-1, 3),
-        sh_rest=splats.get("shN"),
-        drop_invalid=True,
-    )
-    if gaussians.num_gaussians == 0:
-        raise ValueError(f"{path} holds no usable Gaussian ({len(splats['means'])} in the file, all NaN or infinite).")
-    return gaussians, len(splats["means"]) - gaussians.num_gaussians
-
-
-def write_fit3d(scene: FeatureScene, ply_path: Path, decoder_path: Path) -> None:
-    """Writes a scene as FiT3D does: Gaussians with `sem_*` and a checkpoint with the convolution as `0.weight`.
-
-    A bias becomes one more channel that is 1 for every Gaussian: it blends to alpha, so the centre tap `bias` gives
-    `bias * alpha`, exactly. (FiT3D's own kernels are compiled for 64 channels; lift without a bias for those.)
-    """
-    gaussians, weight = scene.gaussians, scene.decoder.weight.detach().float().cpu()
-    if scene.decoder.bias is not None:
-        extra = torch.zeros_like(weight[:, :1])
-        extra[:, 0, 1, 1] = scene.decoder.bias.detach().float().cpu()
-        weight = torch.cat([weight, extra], dim=1)
-        gaussians = replace(gaussians, features=torch.nn.functional.pad(gaussians.features, (0, 1), value=1.0))
-    write_ply(gaussians, ply_path, sh_degree=3)
-    with write_atomically(Path(decoder_path)) as temporary:
-        torch.save({"0.weight": weight.contiguous()}, temporary)
-
-
-def read_fit3d(
-    ply_path: Path, decoder_path: Path, capture: PosedCapture, backbone: BackboneDescription
-) -> tuple[FeatureScene, int]:
-    """Reads a scene that FiT3D published or `write_fit3d` wrote, and how many Gaussians were dropped.
-
-    ValueError where one of the files is not what it should be, or they do not belong together.
-
-    Args:
-        decoder_path: Checkpoint of the convolution, a state dict with `0.weight` and no bias.
-        capture: The captured views in the PLY's world. FiT3D's is COLMAP's: make the capture with the inverse of
-            `CaptureFiles.colmap_to_world` as `dataparser_transform` (ScanNet++: (x, y, z) to (y, x, -z)).
-        backbone: The ViT whose tokens were lifted; the files do not say.
-    """
-    gaussians, num_dropped = read_ply(ply_path)
-    state = _load_tensors(Path(decoder_path))
-    weight = state.get("0.weight", state.get("weight")) if isinstance(state, dict) else None
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(f"{decoder_path} has no 3x3 convolution `0.weight`; give FiT3D's feat_decoder checkpoint.")
-    if weight.shape[1] != gaussians.feature_dim:
-        raise ValueError(
-            f"{ply_path} has {gaussians.feature_dim} sem_* properties, {decoder_path} takes {weight.shape[1]} "
-            "channels; give the checkpoint that was saved with the PLY."
-        )
-    return FeatureScene(gaussians, FeatureDecoder.from_weights(weight.float()), capture, backbone), num_dropped
-
-
-def _load_tensors(path: Path) -> Any:
-    """What a checkpoint holds, without running code from it."""
-    try:
-        return load_torch_file(path)
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); copy it again.") from error
+    return (0.5 * filtered.log()).float(), opacities.logit().float().clamp(max=MAX_OPACITY_LOGIT)
 
 
 def _numbered(prefix: str, count: int) -> tuple[str, ...]:

@@ -125,8 +125,8 @@ def _sort_metadata(path: Path) -> None:
             file.write(packed.ljust(length))
 
 
-def load_torch_file(path: Path) -> Any:
-    """Reads what `torch.save` wrote, without running code from it.
+def load_torch_file(path: Path, mmap: bool = False) -> Any:
+    """Reads what `torch.save` wrote, without running code from it; with `mmap` tensors stay on disk until used.
 
     ValueError where a part is not what was written: torch itself ignores the checksums in its files. Those that torch
     wrote before 1.6 have none. What torch's reader raises is of any type.
@@ -136,7 +136,7 @@ def load_torch_file(path: Path) -> Any:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} in it is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
 
 
 def compute_checksum(tensor: Tensor) -> str:

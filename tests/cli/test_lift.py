@@ -5,17 +5,20 @@ from importlib import metadata
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
 from fit3d_ns.cli import lift as module
 from fit3d_ns.cli.command import create_main
+from fit3d_ns.features import describe_backbone
 from fit3d_ns.lifting.config import LiftConfig
-from fit3d_ns.scene import load_scene
+from fit3d_ns.scene import Gaussians, load_scene
+from fit3d_ns.scene.ply import write_ply
 from fit3d_ns.scene.scene_file import compute_stage1_hours
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from fit3d_ns.utils.results import load_result
-from tests.lift_capture import BACKBONE, write_capture, write_gaussians
+from tests.lift_capture import BACKBONE, move_gaussians, write_capture, write_gaussians
 
 
 def run_main(capsys, words):
@@ -355,3 +358,72 @@ def test_surface__lifts_several_scenes_without_training_and_goes_on(tmp_path, ca
     ]:
         code, err = call(*arguments)
         assert code == 1 and message in " ".join(err.split())
+
+
+@pytest.fixture(scope="module")
+def fit3d(tmp_path_factory):
+    """A scene as FiT3D's authors prepare it, a run of their code on it, and the scene among two in a packed file."""
+    root = tmp_path_factory.mktemp("fit3d")
+    raw, scene = write_capture(root / "ring"), root / "scenes" / "0a5c013435"
+    scene.mkdir(parents=True)
+    (root / "ring" / "images").rename(scene / "images")
+    meta = json.loads((root / "ring" / "transforms.json").read_text())
+    frames = [{**frame, "file_path": frame["file_path"].removeprefix("images/")} for frame in meta["frames"]]
+    camera = {key: meta[key] for key in ("camera_model", "fl_x", "fl_y", "cx", "cy", "w", "h")}
+    content = {**camera, "frames": frames[:9], "test_frames": frames[9:]}
+    (scene / "transforms_train.json").write_text(json.dumps(content))
+    # Their code exchanges the first two axes and turns the third around.
+    flip = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+    raw = move_gaussians(raw, flip, np.zeros(3), 1.0)
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(len(raw["means"]), 6, generator=generator)
+    weight = torch.randn(describe_backbone(BACKBONE).embed_dim, 6, 3, 3, generator=generator)
+    run = root / "output" / "example_gaussian_0a5c013435"
+    write_ply(Gaussians.from_raw(**raw, features=features), run / "point_cloud/iteration_30000/point_cloud.ply", 3)
+    torch.save({"0.weight": weight}, run / "chkpnt30000.pth")
+    (run / "cfg_args").write_text(f"Namespace(model_name='{BACKBONE}', sh_degree=3)")
+    packed = {
+        **{"feat_cnn": {"0.weight": weight}, "means3D": raw["means"], "sem": features},
+        **{"shs": torch.nn.functional.pad(raw["sh_dc"][:, None], (0, 0, 0, 15))},
+        **{"opacity": raw["opacity_logits"].sigmoid()[:, None], "scales": raw["log_scales"].exp()},
+        **{"rotations": torch.nn.functional.normalize(raw["quats"])},
+    }
+    torch.save({scene.name: packed, "7b6477cb95": packed}, root / "pretrained_feat_gaussians_train.pth")
+    return root, scene, run, features, weight
+
+
+def test_fit3d__a_run_becomes_a_scene_file_without_lifting(fit3d, tmp_path, capsys, monkeypatch):
+    _, data, run, features, weight = fit3d
+    monkeypatch.setattr(module, "create_extractor", lambda *_: pytest.fail("the ViT is not needed"))
+    path = tmp_path / "scene.safetensors"
+    words = ["--ply", run, "--data", data, "--output-path", path, "--device", "cpu", "--feature-cache", tmp_path / "no"]
+    code, out, err = run_main(capsys, words)
+    assert code == 0, err
+    assert "Features and decoder as they were" in out and f"Features of {BACKBONE}, as the source has them" in err
+    scene = load_scene(path)
+    torch.testing.assert_close(scene.gaussians.features.float(), features, rtol=1e-3, atol=1e-3)
+    assert torch.equal(scene.decoder.weight, weight)
+    # ImageNet's mean, as their code gives it to every backbone; and the photographs are seen where they were taken.
+    assert scene.backbone.backbone == BACKBONE and scene.backbone.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert scene.metrics["photograph_psnr"] > 30 and scene.lifted_views is None
+    assert [view.split for view in scene.posed_capture.views] == ["train"] * 9 + ["test"] * 3
+    code, out, err = run_main(capsys, words)
+    assert code == 0 and "is lifted already" in err
+    code, out, err = run_main(capsys, [*words, "--dry-run"])
+    assert code == 0 and "nothing is lifted" in out
+
+
+def test_fit3d__a_packed_file_becomes_a_folder_of_scenes(fit3d, tmp_path, capsys):
+    root, data, _, features, _ = fit3d
+    words = ["--ply", root / "pretrained_feat_gaussians_train.pth", "--data", data.parent, "--device", "cpu"]
+    words += ["--output-path", tmp_path / "out", "--feature-cache", tmp_path / "no"]
+    code, _, err = run_main(capsys, words)
+    assert code == 1 and "does not say whose features it holds; name the ViT with --backbone" in err
+    code, _, err = run_main(capsys, [*words, "--backbone", BACKBONE])
+    assert code == 0 and "1 of the 2 scenes" in err, err
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["0a5c013435.safetensors"]
+    scene = load_scene(tmp_path / "out" / "0a5c013435.safetensors")
+    torch.testing.assert_close(scene.gaussians.features.float(), features, rtol=1e-3, atol=1e-3)
+    assert scene.metrics["photograph_psnr"] > 30
+    code, _, err = run_main(capsys, [*words, "--backbone", "dinov2_base"])
+    assert code == 1 and "the decoder belongs to another backbone" in err

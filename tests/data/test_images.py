@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -170,4 +171,8 @@ def test_load_image__heic_names_its_package(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 40)
     with pytest.raises(ValueError, match="a.HEIC is in HEIC or AVIF format; install .*pip install pillow-heif"):
+        load_image(tmp_path / "a.HEIC")
+    # Where the package is there, a file that it cannot read is a damaged one.
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=lambda: None))
+    with pytest.raises(ValueError, match="a.HEIC is truncated or damaged"):
         load_image(tmp_path / "a.HEIC")

@@ -123,3 +123,29 @@ def test_read_capture__refuses_a_scene_without_usable_train_frames(scannetpp_sce
     edit_json(scannetpp_scene / "dslr" / "train_test_lists.json", test=names)
     with pytest.raises(ValueError, match="no usable train frame"):
         read_capture(scannetpp_scene)
+
+
+def test_read_scannetpp__a_scene_as_fit3ds_authors_prepare_it(scannetpp_scene: Path, tmp_path: Path) -> None:
+    """The pieces that their `reorganize_data.py` moves; a mask counts where there is one of the photograph's name."""
+    dslr, scene = scannetpp_scene / "dslr", tmp_path / "scenes" / "0a5c013435"
+    scene.mkdir(parents=True)
+    (dslr / "undistorted_images").rename(scene / "images")
+    (dslr / "undistorted_anon_masks").rename(scene / "masks")
+    (dslr / "colmap" / "points3D.txt").rename(scene / "points3D.txt")
+    (dslr / "nerfstudio" / "transforms_undistorted.json").rename(scene / "transforms_train.json")
+    (scene / "masks" / "DSC00002.png").unlink()
+    capture = read_capture(scene)
+    assert (capture.layout, capture.scene_id, capture.is_metric) == ("scannetpp", "0a5c013435", True)
+    assert "transforms_train.json with images" in capture.description
+    assert [frame.split for frame in capture.frames] == ["train"] * 4 + ["test"] * 2
+    first, third = capture.frames[0], capture.frames[2]
+    assert (first.image_path, first.mask_path) == (scene / "images/DSC00000.JPG", scene / "masks/DSC00000.png")
+    assert third.mask_path is None and capture.frames[3].is_bad
+    torch.testing.assert_close(first.camera_to_world, torch.tensor(make_pose(0))[:3], rtol=0, atol=1e-6)
+    assert capture.points is not None and capture.points.xyz.tolist() == [[2.0, 1.0, -3.0], [5.0, 4.0, -6.0]]
+    assert capture.colmap_to_world is not None
+    (scene / "points3D.txt").unlink()
+    assert read_capture(scene).points is None
+    (scene / "transforms_train.json").write_text("{}")
+    with pytest.raises(ValueError, match="transforms_train.json lists no frames"):
+        read_capture(scene)

@@ -11,6 +11,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from fit3d_ns.data.capture_checks import check_capture
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.data.ply import read_ply_elements
 from fit3d_ns.lifting.sources import PlyConfig, compare_with_photographs, read_ply_source
 from fit3d_ns.lifting.worlds import WorldChange, find_changes, invert_similarity, read_similarity
 from tests.lift_capture import move_gaussians, write_capture, write_gaussians
@@ -197,3 +198,14 @@ def test_gsplat_world__does_without_axes_where_there_are_too_few_points(capture,
     cloud = PointCloud(torch.ones(num_points, 3), torch.zeros(num_points, 3, dtype=torch.uint8))
     files = type(files)(**{**vars(files), "points": cloud if num_points else None})
     assert len(find_changes("gsplat", files, root / "absent.json")) == 1
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_spz__is_found_with_either_direction_of_its_axes(capture, tmp_path, monkeypatch, is_turned):
+    root, raw = capture
+    # As Niantic's tools make it of a PLY (y down, z forward), and as others do.
+    half_turn = np.diag([1.0, -1.0, -1.0]) if is_turned else np.eye(3)
+    ply = write_gaussians(tmp_path / "a.ply", move_gaussians(raw, half_turn, np.zeros(3), 1.0))
+    vertices = read_ply_elements(ply)["vertex"]
+    monkeypatch.setattr("fit3d_ns.scene.ply.read_spz", lambda path: vertices)
+    assert compare_with_photographs(read_ply_source(tmp_path / "a.spz", root, PlyConfig())).psnr > 30

@@ -1,13 +1,13 @@
 """PLY files written by hand with `struct`, as other tools lay them out, and what is refused."""
 
 import struct
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.scene.ply import read_fit3d, read_ply, read_splats, write_fit3d, write_ply
+from fit3d_ns.scene.ply import read_ply, write_ply
+from fit3d_ns.scene.splat_files import read_splats
 
 NAMES = ["x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", "scale_0", "scale_1", "scale_2"]
 NAMES += ["rot_0", "rot_1", "rot_2", "rot_3"]
@@ -108,25 +108,6 @@ def test_write_ply__fills_up_or_cuts_the_degree(make_scene, tmp_path):
     assert read_ply(tmp_path / "scene.ply")[0].sh_rest is None
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_fit3d__files_render_as_the_scene_did(make_scene, tmp_path, bias):
-    scene = make_scene(bias=bias)
-    write_fit3d(scene, tmp_path / "point_cloud.ply", tmp_path / "feat_decoder.pth")
-    state = torch.load(tmp_path / "feat_decoder.pth", weights_only=True)
-    assert list(state) == ["0.weight"] and state["0.weight"].shape == (7, 6 if bias else 5, 3, 3)
-    read, num_dropped = read_fit3d(
-        tmp_path / "point_cloud.ply", tmp_path / "feat_decoder.pth", scene.posed_capture, scene.backbone
-    )
-    # The quaternions' last bits are the only difference; see above.
-    read = replace(read, gaussians=replace(read.gaussians, quats=scene.gaussians.quats))
-    view = scene.posed_capture.views[0]
-    arguments = (view.camera_to_world, view.K, view.width, view.height, (3, 4))
-    torch.testing.assert_close(
-        read.render_features(*arguments), scene.render_features(*arguments), rtol=1e-4, atol=1e-4
-    )
-    assert num_dropped == 0
-
-
 def test_errors__say_what_the_file_is(tmp_path, make_scene):
     path = tmp_path / "scene.ply"
     with pytest.raises(ValueError, match="scene.ply is missing"):
@@ -155,28 +136,6 @@ def test_errors__say_what_the_file_is(tmp_path, make_scene):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="cut short: fewer than 2 vertices"):
         read_ply(path)
-
-
-def test_errors__files_that_do_not_belong_together(tmp_path, make_scene):
-    scene = make_scene()
-    ply, decoder = tmp_path / "scene.ply", tmp_path / "decoder.pth"
-    write_by_hand(ply, [make_row(0, sem_0=1.0, sem_1=2.0)])
-    others = (scene.posed_capture, scene.backbone)
-    with pytest.raises(ValueError, match="not a readable checkpoint .FileNotFoundError"):
-        read_fit3d(ply, decoder, *others)
-    torch.save({"0.weight": torch.zeros(7, 3, 3, 3)}, decoder)
-    with pytest.raises(ValueError, match=r"has 2 sem_\* properties, .*decoder.pth takes 3 channels"):
-        read_fit3d(ply, decoder, *others)
-    torch.save({"blocks.0.weight": torch.zeros(3)}, decoder)
-    with pytest.raises(ValueError, match="no 3x3 convolution `0.weight`"):
-        read_fit3d(ply, decoder, *others)
-    decoder.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        read_fit3d(ply, decoder, *others)
-    torch.save({"0.weight": torch.zeros(7, 3, 3, 3)}, decoder)
-    write_by_hand(ply, [make_row(0)])
-    with pytest.raises(ValueError, match="has 0 sem_. properties"):
-        read_fit3d(ply, decoder, *others)
 
 
 def write_many(path, num=20, **columns):
@@ -284,37 +243,3 @@ def test_read_ply__compressed(tmp_path, with_colour_bounds):
     # All of red first.
     rest = splats["harmonics"].reshape(300, 3, 3).transpose(0, 2, 1)
     np.testing.assert_allclose(gaussians.sh_rest.float(), rest, atol=0.017)
-
-
-def test_read_splats__checkpoints_of_gsplats_trainer(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        "means": (5, 3),
-        "quats": (5, 4),
-        "scales": (5, 3),
-        "opacities": (5,),
-        "sh0": (5, 1, 3),
-        "shN": (5, 15, 3),
-    }
-    splats = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
-    splats["opacities"][2] = float("inf")
-    torch.save({"step": 6999, "splats": splats}, tmp_path / "ckpt_6999_rank0.pt")
-    gaussians, num_dropped = read_splats(tmp_path / "ckpt_6999_rank0.pt")
-    assert num_dropped == 0 and gaussians.sh_degree == 3
-    assert torch.equal(gaussians.means, splats["means"])
-    torch.testing.assert_close(gaussians.sh_dc.float(), splats["sh0"][:, 0], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(gaussians.sh_rest.float(), splats["shN"], rtol=1e-3, atol=1e-3)
-    del splats["scales"]
-    torch.save({"splats": splats}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt is no checkpoint of gsplat: its `splats` lack scales"):
-        read_splats(tmp_path / "other.pt")
-    (tmp_path / "code.pt").write_bytes(b"\x80\x04cos\nsystem\n.")
-    with pytest.raises(ValueError, match="code.pt is not a readable checkpoint"):
-        read_splats(tmp_path / "code.pt")
-
-
-@pytest.mark.parametrize("name", ["a.spz", "a.splat", "a.KSPLAT", "a.sog", "meta.json"])
-def test_read_splats__names_a_converter_for_other_formats(tmp_path, name):
-    (tmp_path / name).write_bytes(b"\0")
-    with pytest.raises(ValueError, match=f"splat-transform {name} splat.ply"):
-        read_splats(tmp_path / name)
