@@ -147,7 +147,4 @@ def _read_sums(task: LiftTask, identity: str, device: str) -> DecoderStatistics 
 
 def _describe(identity: str, scene: FeatureScene) -> dict[str, str]:
     """What statistics belong to: a lift, and the features it found; another command may have replaced its file."""
-    return {
-        "identity": identity,
-        "features": hash_bytes(scene.gaussians.features.contiguous().numpy().tobytes()),
-    }
+    return {"identity": identity, "features": hash_bytes(scene.gaussians.features.contiguous().numpy().tobytes())}

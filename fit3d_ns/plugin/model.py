@@ -145,9 +145,8 @@ class FeatureSplatfactoModel(SplatfactoModel):
         assert step == self.step
         is_mcmc = self.config.strategy == "mcmc"
         rate = {"lr": float(self.optimizers["means"].param_groups[0]["lr"])} if is_mcmc else {}
-        self.strategy.step_post_backward(
-            self.gauss_params, self.optimizers, self.strategy_state, step, self.info, **rate
-        )
+        parts = self.gauss_params, self.optimizers, self.strategy_state
+        self.strategy.step_post_backward(*parts, step, self.info, **rate)
 
     def get_outputs(self, camera: Cameras) -> Mapping[str, Any]:  # type: ignore[override]
         """Renders `rgb` [H, W, 3], `depth` [H, W, 1] (None in training unless asked for), `accumulation` [H, W, 1] and
@@ -193,9 +192,8 @@ class FeatureSplatfactoModel(SplatfactoModel):
         self.info = info
         if self.training:
             if self.config.strategy == "default":
-                self.strategy.step_pre_backward(
-                    self.gauss_params, self.optimizers, self.strategy_state, self.step, info
-                )
+                parts = self.gauss_params, self.optimizers, self.strategy_state
+                self.strategy.step_pre_backward(*parts, self.step, info)
             self.last_alpha = alpha[0, ..., 0].detach()
         background = self._get_background_color()
         rgb = torch.clamp(render[0, ..., :3] + (1 - alpha[0]) * background, 0.0, 1.0)

@@ -228,10 +228,8 @@ class FeaturePipeline(VanillaPipeline):
     def restore_run_state(self, state: dict[str, Any]) -> None:
         """Puts back what `capture_run_state` took."""
         self.datamanager.restore_order(state["datamanager"])
-        device = self.model.device
-        self.model.strategy_state = {
-            key: value.to(device) if isinstance(value, Tensor) else value for key, value in state["strategy"].items()
-        }
+        device, kept = self.model.device, state["strategy"].items()
+        self.model.strategy_state = {key: item.to(device) if isinstance(item, Tensor) else item for key, item in kept}
         self.passes_spent = int(state["passes_spent"])
         self.early_cost_spent = float(state.get("early_cost_spent", 0.0))
         self.lift_state = state["lift"]

@@ -107,9 +107,8 @@ class LinearDepthHead(nn.Module):
         self.bins = bins
         self.token_layer = nn.Linear(assembler.out_dim, len(bins.centers))
         # The class token is the same for all tokens: its share of the linear layer is computed once per image.
-        self.class_layer = (
-            nn.Linear(assembler.class_dim, len(bins.centers), bias=False) if assembler.class_dim else None
-        )
+        dim, num_bins = assembler.class_dim, len(bins.centers)
+        self.class_layer = nn.Linear(dim, num_bins, bias=False) if dim else None
         initialise(self.token_layer)
         if self.class_layer is not None:
             initialise(self.class_layer)
@@ -142,9 +141,8 @@ class DPTDepthHead(nn.Module):
         self.bins = bins
         widths = [max(fused_dim // 4, 1), max(fused_dim // 2, 1), fused_dim, fused_dim]
         in_dim = assembler.out_dim
-        self.readouts = nn.ModuleList(
-            nn.Sequential(nn.Linear(in_dim + assembler.class_dim, in_dim), nn.GELU()) for _ in widths
-        )
+        read_dim = in_dim + assembler.class_dim
+        self.readouts = nn.ModuleList(nn.Sequential(nn.Linear(read_dim, in_dim), nn.GELU()) for _ in widths)
         self.projections = nn.ModuleList(nn.Conv2d(in_dim, width, kernel_size=1) for width in widths)
         # To four times, twice, once and half the token grid.
         self.rescalings = nn.ModuleList(

@@ -14,18 +14,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from fit3d_ns.probing import pictures
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, DepthConvention, LabelledFrame, LabelledSet
 from fit3d_ns.probing.frozen_features import FrozenBackbones
-from fit3d_ns.probing.pictures import (
-    Picture,
-    PictureKey,
-    Window,
-    compute_size,
-    create_padded_picture,
-    create_whole_picture,
-    draw_window,
-    sample_nearest,
-)
+from fit3d_ns.probing.pictures import Picture, PictureKey, Window, compute_size
 from fit3d_ns.probing.samples import Inputs
 from fit3d_ns.utils.selection import select_evenly
 
@@ -78,7 +70,7 @@ class SegmentationInputs(Inputs):
         if key.is_flipped:
             image, labels = image[:, ::-1], labels[:, ::-1]
         fit = self.backbones.create_fit(window.height, window.width)
-        return create_whole_picture(image, labels, fit, LABELS_PER_TOKEN, IGNORE_INDEX)
+        return pictures.create_whole_picture(image, labels, fit, LABELS_PER_TOKEN, IGNORE_INDEX)
 
     def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
         """The published augmentation: scale, crop without a dominating class, mirror, colours; padded to the crop."""
@@ -92,7 +84,7 @@ class SegmentationInputs(Inputs):
             image, labels = image[:, ::-1], labels[:, ::-1]
         image = distort_colours(np.ascontiguousarray(image), generator)
         fit = self.backbones.create_fit(self.crop_side, self.crop_side)
-        return create_padded_picture(image, labels, fit, self.backbones.description.mean, IGNORE_INDEX)
+        return pictures.create_padded_picture(image, labels, fit, self.backbones.description.mean, IGNORE_INDEX)
 
     @property
     def sides(self) -> tuple[float, float]:
@@ -158,7 +150,7 @@ def draw_varied_window(
     mmsegmentation's `RandomCrop` with `cat_max_ratio`: windows of a single class are drawn again, too.
     """
     for _ in range(num_tries + 1):
-        window = draw_window(labels.shape[0], labels.shape[1], (side, side), generator)
+        window = pictures.draw_window(labels.shape[0], labels.shape[1], (side, side), generator)
         counts = np.bincount(labels[window.slices].reshape(-1), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
         if np.count_nonzero(counts) > 1 and counts.max() < max_share * counts.sum():
             break
@@ -222,7 +214,9 @@ class DepthInputs(Inputs):
         image, depth = self._load_pair(frame, key.part)
         if key.is_flipped:
             image, depth = image[:, ::-1], depth[:, ::-1]
-        return create_whole_picture(image, depth, self.backbones.create_fit(*depth.shape), DEPTHS_PER_TOKEN, 0.0)
+        return pictures.create_whole_picture(
+            image, depth, self.backbones.create_fit(*depth.shape), DEPTHS_PER_TOKEN, 0.0
+        )
 
     def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
         """The published augmentation: training part, rotation, mirror, crop, colours; padded to the crop."""
@@ -231,11 +225,11 @@ class DepthInputs(Inputs):
             image, depth = rotate(image, depth, float(generator.uniform(-MAX_ROTATION, MAX_ROTATION)))
         if generator.random() < 0.5:
             image, depth = image[:, ::-1], depth[:, ::-1]
-        window = draw_window(depth.shape[0], depth.shape[1], self.crop_size, generator)
+        window = pictures.draw_window(depth.shape[0], depth.shape[1], self.crop_size, generator)
         image, depth = image[window.slices], depth[window.slices]
         image = shift_colours(np.ascontiguousarray(image), self.convention.brightness_range, generator)
         fit = self.backbones.create_fit(*self.crop_size)
-        return create_padded_picture(image, depth, fit, self.backbones.description.mean, 0.0)
+        return pictures.create_padded_picture(image, depth, fit, self.backbones.description.mean, 0.0)
 
     def _load_pair(self, frame: LabelledFrame, part: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and depth of one size, as they are shown."""
@@ -243,7 +237,7 @@ class DepthInputs(Inputs):
         pair = frame.load_image().numpy(), frame.load_depth().numpy()
         image, depth = (_crop(picture, self.convention, part) for picture in pair)
         size = _compute_size(image, self.short_side)
-        depth = sample_nearest(torch.from_numpy(depth.copy()), size).numpy()
+        depth = pictures.sample_nearest(torch.from_numpy(depth.copy()), size).numpy()
         return _resize(image, size, cv2.INTER_LINEAR), depth
 
 

@@ -9,13 +9,7 @@ from typing import Any, Literal
 from fit3d_ns.probing.classification import PAPER_CLASSIFICATION, ClassificationConfig, ClassificationProbe
 from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
 from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
-from fit3d_ns.probing.datasets.frames import (
-    LabelledSet,
-    LabelledSplit,
-    check_same_kind,
-    compute_data_hash,
-    join_sets,
-)
+from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, check_same_kind, compute_data_hash, join_sets
 from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
 from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones

@@ -32,14 +32,7 @@ MIN_ALPHA = 1.0 / 255.0
 MIN_TRANSMITTANCE = 1e-4
 """A pixel is finished before the Gaussian that would bring its transmittance down to this."""
 
-__all__ = [
-    "backproject",
-    "blend",
-    "blend_features",
-    "build_geometry",
-    "evaluate_harmonics",
-    "project_gaussians",
-]
+__all__ = ["backproject", "blend", "blend_features", "build_geometry", "evaluate_harmonics", "project_gaussians"]
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,6 @@ def read_image_folder(root: Path, split: LabelledSplit) -> LabelledSet:
             raise ValueError(f"Class folder {top / name} holds no pictures; remove it or fill it.")
         for path in paths:
             relative = path.relative_to(top).as_posix()
-            frames.append(
-                LabelledFrame(relative, partial(load_image, path, upright=True), class_index=index, files=(path,))
-            )
+            load = partial(load_image, path, upright=True)
+            frames.append(LabelledFrame(relative, load, class_index=index, files=(path,)))
     return LabelledSet(root.name, frames, tuple(classes))

@@ -14,26 +14,15 @@ import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
-from fit3d_ns.data.images import list_images
-from fit3d_ns.probing.datasets.frames import (
-    CLASS_NAMES,
-    IGNORE_INDEX,
-    DepthConvention,
-    LabelledFrame,
-    LabelledSet,
-    LabelledSplit,
-    LabelledTask,
-    LabelTable,
-    create_frame,
-    create_zero_ignoring_table,
-    read_lines,
-)
+from fit3d_ns.data.images import IGNORE_INDEX, list_images
+from fit3d_ns.probing.datasets import frames as labelled
+from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, LabelledTask, create_frame
 from fit3d_ns.utils.errors import reading
 
 NUM_ADE20K_CLASSES = 150
 LABELLED_FILE = "nyu_depth_v2_labeled.mat"
-NYU_CONVENTION = DepthConvention(max_depth=10.0, evaluation_window="eigen", train_crop=(45, 472, 43, 608))
-KITTI_CONVENTION = DepthConvention(
+NYU_CONVENTION = labelled.DepthConvention(max_depth=10.0, evaluation_window="eigen", train_crop=(45, 472, 43, 608))
+KITTI_CONVENTION = labelled.DepthConvention(
     max_depth=80.0, evaluation_window="garg", bottom_crop=(352, 1216), brightness_range=(0.9, 1.1)
 )
 KITTI_DEPTH_SCALE = 256.0
@@ -99,7 +88,7 @@ def read_ade20k(root: Path, split: LabelledSplit) -> LabelledSet:
             f"{root} is not an ADE20K challenge folder: annotations/ or objectInfo150.txt is missing; "
             "unpack ADEChallengeData2016.zip."
         )
-    lines = read_lines(folder / "objectInfo150.txt", "it comes with ADEChallengeData2016.zip")
+    lines = labelled.read_lines(folder / "objectInfo150.txt", "it comes with ADEChallengeData2016.zip")
     names = tuple(line.split("\t")[-1].strip() for line in lines if line.split("\t")[0].strip().isdigit())
     if len(names) != NUM_ADE20K_CLASSES:
         raise ValueError(f"{folder / 'objectInfo150.txt'} names {len(names)} classes, expected {NUM_ADE20K_CLASSES}.")
@@ -107,7 +96,7 @@ def read_ade20k(root: Path, split: LabelledSplit) -> LabelledSet:
     images = list_images(folder / "images" / part)
     if not images:
         raise ValueError(f"{folder / 'images' / part} holds no images; unpack ADEChallengeData2016.zip again.")
-    table = create_zero_ignoring_table(NUM_ADE20K_CLASSES)
+    table = labelled.create_zero_ignoring_table(NUM_ADE20K_CLASSES)
     return LabelledSet("ade20k", _create_frames(images, folder / "annotations" / part, table), names)
 
 
@@ -126,13 +115,15 @@ def read_voc(root: Path, split: LabelledSplit) -> LabelledSet:
             "unpack VOCtrainval_11-May-2012.tar."
         )
     listing = folder / "ImageSets" / "Segmentation" / ("train.txt" if split == "train" else "val.txt")
-    stems = read_lines(listing, "it comes with VOCtrainval_11-May-2012.tar")
+    stems = labelled.read_lines(listing, "it comes with VOCtrainval_11-May-2012.tar")
     images = [folder / "JPEGImages" / f"{stem}.jpg" for stem in stems]
-    names = CLASS_NAMES["voc2012"]
-    return LabelledSet("voc2012", _create_frames(images, folder / "SegmentationClass", LabelTable(len(names))), names)
+    names = labelled.CLASS_NAMES["voc2012"]
+    return LabelledSet(
+        "voc2012", _create_frames(images, folder / "SegmentationClass", labelled.LabelTable(len(names))), names
+    )
 
 
-def _create_frames(images: list[Path], labels: Path, table: LabelTable) -> list[LabelledFrame]:
+def _create_frames(images: list[Path], labels: Path, table: labelled.LabelTable) -> list[LabelledFrame]:
     return [create_frame(path, name=path.stem, label_path=labels / f"{path.stem}.png", table=table) for path in images]
 
 
@@ -147,7 +138,7 @@ def _read_nyu_list(root: Path, split: LabelledSplit) -> LabelledSet:
 
 def _read_depth_list(listing: Path) -> list[tuple[str, str]]:
     """Names of images and of their depth maps."""
-    lines = read_lines(listing, "it names an image, its depth map and the focal length on each line")
+    lines = labelled.read_lines(listing, "it names an image, its depth map and the focal length on each line")
     for line in lines:
         if len(line.split()) < 2:
             raise ValueError(f"{listing} has the line {line!r}, expected IMAGE DEPTH FOCAL.")
@@ -168,7 +159,7 @@ def _find(root: Path, folders: tuple[str, ...], name: str, listing: Path, what: 
     )
 
 
-def _load_labels(path: Path, index: int, table: LabelTable) -> UInt8[Tensor, "height width"]:
+def _load_labels(path: Path, index: int, table: labelled.LabelTable) -> UInt8[Tensor, "height width"]:
     return table.apply(_load_entry(path, "labels", index, np.int64), f"{path} (frame {index + 1})")
 
 
@@ -192,7 +183,7 @@ def _open_hdf5(path: Path, key: str) -> Any:
     return file
 
 
-def _read_table(root: Path, num_classes: int) -> tuple[LabelTable, tuple[str, ...]]:
+def _read_table(root: Path, num_classes: int) -> tuple[labelled.LabelTable, tuple[str, ...]]:
     # From raw ids, which count from 1, to classes that count from 1; 0 is no class.
     targets = _read_numbers(root / "classMapping40.mat", "mapClass").tolist()
     if num_classes == 13:
@@ -200,7 +191,7 @@ def _read_table(root: Path, num_classes: int) -> tuple[LabelTable, tuple[str, ..
         with reading(f"The class tables in {root}"):
             targets = [to_13[target] for target in targets]
     mapping = {number: target - 1 if target > 0 else IGNORE_INDEX for number, target in enumerate([0, *targets])}
-    return LabelTable(num_classes, mapping), CLASS_NAMES[f"nyu{num_classes}"]
+    return labelled.LabelTable(num_classes, mapping), labelled.CLASS_NAMES[f"nyu{num_classes}"]
 
 
 def _read_numbers(path: Path, key: str) -> np.ndarray:

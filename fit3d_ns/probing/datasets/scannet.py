@@ -17,27 +17,16 @@ from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from fit3d_ns.data.frames import Frame
-from fit3d_ns.data.images import load_image, load_mask
+from fit3d_ns.data.images import IGNORE_INDEX, load_image, load_mask
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
+from fit3d_ns.probing.datasets import frames as labelled
 from fit3d_ns.probing.datasets.folders import read_class_names
-from fit3d_ns.probing.datasets.frames import (
-    CLASS_NAMES,
-    IGNORE_INDEX,
-    DepthConvention,
-    LabelledFrame,
-    LabelledSet,
-    LabelledSplit,
-    LabelledTask,
-    LabelTable,
-    create_frame,
-    create_zero_ignoring_table,
-    read_lines,
-)
+from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, LabelledTask, create_frame
 
-NYU40_NAMES = CLASS_NAMES["nyu40"]
+NYU40_NAMES = labelled.CLASS_NAMES["nyu40"]
 """ScanNet's too."""
-CONVENTION = DepthConvention(max_depth=10.0, evaluation_window="eigen")
+CONVENTION = labelled.DepthConvention(max_depth=10.0, evaluation_window="eigen")
 """The public configuration evaluates ScanNet inside NYU's window."""
 MAX_DEPTH = 20.0
 """Metres; the paper's range for ScanNet++."""
@@ -60,13 +49,14 @@ def read_scannet(root: Path, split: LabelledSplit, task: LabelledTask) -> Labell
         raise ValueError(f"{root} holds no scene*_*/color/ folders; unpack scannet_frames_25k.zip.")
     listing = f"scannetv2_{'train' if split == 'train' else 'val'}.txt"
     path = next((place / listing for place in (root, folder, folder.parent) if (place / listing).is_file()), None)
-    scenes = read_lines(path or root / listing, "it is in Tasks/Benchmark of the ScanNet repository")
+    scenes = labelled.read_lines(path or root / listing, "it is in Tasks/Benchmark of the ScanNet repository")
     frames: list[LabelledFrame] = []
-    raw_ids: LabelTable | None = None
+    nyu40 = labelled.create_zero_ignoring_table(len(NYU40_NAMES))
+    raw_ids: labelled.LabelTable | None = None
     for scene in scenes:
         if not (folder / scene / "color").is_dir():
             raise ValueError(f"{path} names {scene}, which has no color/ below {folder}; download the scene.")
-        kind, table = ("depth", None) if task == "depth" else ("label", create_zero_ignoring_table(len(NYU40_NAMES)))
+        kind, table = ("depth", None) if task == "depth" else ("label", nyu40)
         if task == "segmentation" and not (folder / scene / "label").is_dir():
             kind, table = "label-filt", raw_ids or _read_table(root)
             raw_ids = table
@@ -99,7 +89,7 @@ def read_scannetpp_labelled(
     The split of a scene is its own train or test frames, or all for None; that of a root is `nvs_sem_train` or
     `nvs_sem_val`, whole scenes. From `max_depth` metres on (None: 20) depth does not count.
     """
-    convention = DepthConvention(max_depth=max_depth or MAX_DEPTH)
+    convention = labelled.DepthConvention(max_depth=max_depth or MAX_DEPTH)
     if is_scannetpp_scene(path):
         frames, names = _read_scene(path, split, task, path)
         return LabelledSet(path.resolve().name, frames, names, depth=convention, is_sequence=True)
@@ -107,7 +97,7 @@ def read_scannetpp_labelled(
     if folder is None:
         raise ValueError(f"{path} holds no ScanNet++ scenes: no data/<scene>/dslr/ and no <scene>/dslr/.")
     listing = path / "splits" / f"nvs_sem_{'train' if split != 'test' else 'val'}.txt"
-    scenes = read_lines(listing, "download the splits folder of ScanNet++")
+    scenes = labelled.read_lines(listing, "download the splits folder of ScanNet++")
     frames, names = [], ()
     for scene in scenes:
         if not (folder / scene / "dslr").is_dir():
@@ -119,7 +109,7 @@ def read_scannetpp_labelled(
     return LabelledSet("scannetpp", frames, names, depth=convention, is_sequence=True)
 
 
-def _read_table(root: Path) -> LabelTable:
+def _read_table(root: Path) -> labelled.LabelTable:
     """From raw ids to NYU40 classes, by the table that comes with ScanNet."""
     path = root / "scannetv2-labels.combined.tsv"
     if not path.is_file():
@@ -130,7 +120,7 @@ def _read_table(root: Path) -> LabelTable:
             if not (row.get("id") or "").isdigit() or not (row.get("nyu40id") or "").isdigit():
                 raise ValueError(f"{path} has a row without the numbers `id` and `nyu40id`; download it again.")
             mapping[int(row["id"])] = int(row["nyu40id"]) - 1 if int(row["nyu40id"]) > 0 else IGNORE_INDEX
-    return LabelTable(len(NYU40_NAMES), mapping)
+    return labelled.LabelTable(len(NYU40_NAMES), mapping)
 
 
 def _read_scene(
@@ -155,18 +145,18 @@ def _read_scene(
             name=f"{capture.scene_id}/{frame.image_path.stem}",
             group=capture.scene_id,
             label_path=find_label and find_label(frame.image_path),
-            table=LabelTable(len(class_names)),
+            table=labelled.LabelTable(len(class_names)),
             depth_path=None if find_label else frame.depth_path,
         )
         masks = (frame.mask_path,) if frame.mask_path else ()
-        labelled = replace(
+        read = replace(
             plain,
             files=(*plain.files, *masks),
             load_image=partial(_load_image, frame),
             load_labels=plain.load_labels and partial(_load_map, frame, plain.load_labels, IGNORE_INDEX),
             load_depth=plain.load_depth and partial(_load_map, frame, plain.load_depth, 0),
         )
-        frames.append(labelled)
+        frames.append(read)
     if not frames:
         raise ValueError(f"{path} has no {split or 'usable'} frames; see dslr/train_test_lists.json.")
     return frames, class_names
@@ -188,7 +178,7 @@ def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[
             "write them with the ScanNet++ toolkit (semantics_2d) first."
         )
     listing = root / "metadata" / "semantic_benchmark" / "top100.txt"
-    names = tuple(read_lines(listing, "download the metadata folder of ScanNet++"))
+    names = tuple(labelled.read_lines(listing, "download the metadata folder of ScanNet++"))
     # The toolkit appends to the whole name: DSC00001.JPG.png.
     return lambda image: folder / f"{image.name}.png", names
 
