@@ -58,10 +58,8 @@ def compute_temporal_consistency(
     `clips` holds for each backbone its token maps [h, w, E] of all frames.
     """
     if len(images) < 2 or any(len(maps) != len(images) for maps in clips):
-        raise ValueError(
-            f"{[len(maps) for maps in clips]} token maps for {len(images)} frames; "
-            "temporal consistency needs one each, of two frames or more."
-        )
+        problem = f"{[len(maps) for maps in clips]} token maps for {len(images)} frames"
+        raise ValueError(f"{problem}; temporal consistency needs one each, of two frames or more.")
     means = [_compute_mean(maps) for maps in clips]
     grey = [cv2.cvtColor(image.cpu().numpy(), cv2.COLOR_RGB2GRAY) for image in images]
     agreements: list[list[Tensor]] = [[] for _ in clips]

@@ -106,10 +106,8 @@ def _load_run(config: Path, trust_config: bool) -> FeatureScene:
     try:
         from fit3d_ns.plugin.run_reader import load_run_scene
     except ImportError as error:
-        raise ValueError(
-            f"{config} is a nerfstudio run, and nerfstudio cannot be imported ({error}); export the run with "
-            "fit3d-export on a machine that has it."
-        ) from error
+        problem = f"{config} is a nerfstudio run, and nerfstudio cannot be imported ({error})"
+        raise ValueError(f"{problem}; export the run with fit3d-export on a machine that has it.") from error
     return load_run_scene(config, trust_config=trust_config)
 
 

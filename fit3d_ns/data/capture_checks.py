@@ -66,10 +66,8 @@ def _leave_out_missing(files: CaptureFiles, is_strict: bool) -> tuple[CaptureFil
     usable = sum(not frame.is_bad for frame in frames)
     first = frames[min(missing)].image_path
     if is_strict or 2 * len(missing) >= usable:
-        raise ValueError(
-            f"Image {first} is missing, as {len(missing)} of {usable} photographs of {files.root} are; "
-            "restore them or take their frames out of the camera file."
-        )
+        problem = f"Image {first} is missing, as {len(missing)} of {usable} photographs of {files.root} are"
+        raise ValueError(f"{problem}; restore them or take their frames out of the camera file.")
     kept = [frame for index, frame in enumerate(frames) if index not in missing]
     return replace(files, frames=kept), (
         f"{len(missing)} of {usable} photographs are missing, such as {first.name}: their frames are left out."
@@ -121,10 +119,8 @@ def _fit_lens(frame: Frame) -> Frame:
             continue
         header = read_image_header(path, what)
         if (header.width, header.height) not in (size, (lens.width, lens.height)):
-            raise ValueError(
-                f"{what} {path} is {header.width}x{header.height}, its image {size[0]}x{size[1]}; "
-                "make it again at the image's size or remove it."
-            )
+            problem = f"{what} {path} is {header.width}x{header.height}, its image {size[0]}x{size[1]}"
+            raise ValueError(f"{problem}; make it again at the image's size or remove it.")
         if what == "Depth map":
             check_depth_mode(path, header.mode)
     return frame

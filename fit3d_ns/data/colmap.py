@@ -162,10 +162,8 @@ def _load_model(model: Path) -> Any:
 def _read_lens(camera: Any, source: str) -> Lens:
     model = getattr(camera.model, "name", str(camera.model))
     if model not in _NUM_FOCAL_LENGTHS:
-        raise ValueError(
-            f"{source} has the camera model {model}; known are {', '.join(_NUM_FOCAL_LENGTHS)}. "
-            "Undistort the images with COLMAP first."
-        )
+        problem = f"{source} has the camera model {model}; known are {', '.join(_NUM_FOCAL_LENGTHS)}"
+        raise ValueError(f"{problem}. Undistort the images with COLMAP first.")
     num_focal = _NUM_FOCAL_LENGTHS[model]
     cx, cy, *distortion = camera.params[num_focal:]
     intrinsics = camera.params[0], camera.params[num_focal - 1], cx, cy

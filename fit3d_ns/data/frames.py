@@ -186,15 +186,11 @@ def create_lens(
     if not all(math.isfinite(value) for value in (*intrinsics, *size, *distortion)):
         raise ValueError(f"{source} has intrinsics that are not finite; correct the camera file.")
     if fx <= 0 or fy <= 0 or width < 1 or height < 1 or width != int(width) or height != int(height):
-        raise ValueError(
-            f"{source} has focal lengths {fx:g}, {fy:g} and size {width:g}x{height:g}; "
-            "they must be positive, sizes whole numbers."
-        )
+        problem = f"{source} has focal lengths {fx:g}, {fy:g} and size {width:g}x{height:g}"
+        raise ValueError(f"{problem}; they must be positive, sizes whole numbers.")
     if max(fx, fy) < _LARGEST_RELATIVE_FOCAL and 0 <= cx <= 1 and 0 <= cy <= 1 and min(width, height) > 2:
-        raise ValueError(
-            f"{source} has intrinsics in shares of the image (focal length {fx:g}, centre {cx:g}, {cy:g}); multiply "
-            "fl_x and cx by w, fl_y and cy by h."
-        )
+        problem = f"{source} has intrinsics in shares of the image (focal length {fx:g}, centre {cx:g}, {cy:g})"
+        raise ValueError(f"{problem}; multiply fl_x and cx by w, fl_y and cy by h.")
     if not is_fisheye and not any(distortion):
         return Lens(fx, fy, cx, cy, int(width), int(height))
     model: LensModel = "fisheye" if is_fisheye else "opencv"

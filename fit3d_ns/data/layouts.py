@@ -72,10 +72,8 @@ def _find_layout(path: Path) -> Layout:
         return "scannetpp"
     scenes = sorted(child.name for child in path.iterdir() if (child / "dslr").is_dir())
     if scenes:
-        raise ValueError(
-            f"{path} holds {len(scenes)} ScanNet++ scenes ({', '.join(scenes[:5])}); "
-            f"give one, such as {path / scenes[0]}."
-        )
+        problem = f"{path} holds {len(scenes)} ScanNet++ scenes ({', '.join(scenes[:5])})"
+        raise ValueError(f"{problem}; give one, such as {path / scenes[0]}.")
     found = sorted([*path.iterdir(), *(path / "images").glob("*")])
     _refuse_without_cameras(found, (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
     raise ValueError(

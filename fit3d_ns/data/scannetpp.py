@@ -200,10 +200,8 @@ def _read_split_lists(dslr: Path, names: set[str]) -> tuple[dict[str, Split], in
     test = lists.get("test") or []
     absent = [name for name in test if name not in names]
     if absent:
-        raise ValueError(
-            f"{path} names {len(absent)} test frames without a camera ({', '.join(map(str, absent[:3]))}); "
-            "remove them from the list or restore the camera file."
-        )
+        problem = f"{path} names {len(absent)} test frames without a camera ({', '.join(map(str, absent[:3]))})"
+        raise ValueError(f"{problem}; remove them from the list or restore the camera file.")
     splits: dict[str, Split] = {name: "train" for name in lists["train"] if name in names}
     splits.update({name: "test" for name in test})
     return splits, sum(name not in names for name in lists["train"])

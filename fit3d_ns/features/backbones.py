@@ -102,10 +102,8 @@ class BackboneDescription:
         if weights is None and self.weights is not None and backbone in (None, self.backbone):
             weights = self.weights
             if not weights.is_file():
-                raise ValueError(
-                    f"The features are of {self.backbone} with weights from {weights}, which is gone; say with "
-                    "--backbone or --backbone-weights where they are now."
-                )
+                problem = f"The features are of {self.backbone} with weights from {weights}, which is gone"
+                raise ValueError(f"{problem}; say with --backbone or --backbone-weights where they are now.")
         backbone, normalization = backbone or self.backbone, normalization or self.normalization
         return describe_backbone(backbone, weights, normalization, norm=self.norm)
 
@@ -190,10 +188,8 @@ def create_timm_model(architecture: str, model_args: ModelArgs = (), **kwargs: A
             "choose a `VisionTransformer` or `Eva` id of timm."
         ) from error
     if not isinstance(model, (VisionTransformer, Eva)):
-        raise ValueError(
-            f"Backbone {architecture} is a {type(model).__name__}, not a plain vision transformer; "
-            "choose a `VisionTransformer` or `Eva` id of timm, for example dinov2_small."
-        )
+        problem = f"Backbone {architecture} is a {type(model).__name__}, not a plain vision transformer"
+        raise ValueError(f"{problem}; choose a `VisionTransformer` or `Eva` id of timm, for example dinov2_small.")
     return model
 
 

@@ -84,10 +84,8 @@ class FeatureCache:
         for name, tensor in tensors.items():
             tensors[name] = tensor = tensor.detach().to("cpu", torch.float16).contiguous()
             if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"Some {name} of {self.description.label} are NaN or too large for half precision; check the "
-                    "weights."
-                )
+                problem = f"Some {name} of {self.description.label} are NaN or too large for half precision"
+                raise ValueError(f"{problem}; check the weights.")
         try:
             save_tensors(path, tensors, {"schema": _SCHEMA, "backbone": json.dumps(self.description.to_metadata())})
         except ValueError as error:

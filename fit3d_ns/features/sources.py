@@ -176,10 +176,8 @@ def _read_model_args(found: Any, path: Path, num_bytes: int) -> dict[str, Any]:
     depth, width = (model_args.get(key) or 1 for key in ("depth", "embed_dim"))
     # Attention alone has 4 width^2 weights a block, each of at least one byte.
     if isinstance(depth, (int, float)) and isinstance(width, (int, float)) and 4 * depth * width**2 > num_bytes:
-        raise ValueError(
-            f"{path} has depth {depth} and embed_dim {width}, more than its weights file of {num_bytes} bytes holds; "
-            "copy the folder again."
-        )
+        problem = f"{path} has depth {depth} and embed_dim {width}"
+        raise ValueError(f"{problem}, more than its weights file of {num_bytes} bytes holds; copy the folder again.")
     return model_args
 
 
@@ -212,10 +210,8 @@ def _hash_published_name(architecture: str) -> str:
 
     config = get_pretrained_cfg(architecture)
     if config is None or not config.has_weights:
-        raise ValueError(
-            f"timm publishes no weights for {architecture}; "
-            f"give --backbone-weights FILE, or {RANDOM_PREFIX}{architecture} for random ones."
-        )
+        problem = f"timm publishes no weights for {architecture}"
+        raise ValueError(f"{problem}; give --backbone-weights FILE, or {RANDOM_PREFIX}{architecture} for random ones.")
     return hash_bytes(b"timm", architecture.encode(), str(config.hf_hub_id or config.url).encode())
 
 

@@ -97,10 +97,8 @@ class TokenModel(nn.Module):
 def compute_patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Number of patch rows and columns of an image; ValueError where it is smaller than one patch."""
     if height < patch_size or width < patch_size:
-        raise ValueError(
-            f"Image of {width}x{height} pixels is smaller than one patch of {patch_size}x{patch_size}; "
-            "give a larger image or a backbone with smaller patches."
-        )
+        problem = f"Image of {width}x{height} pixels is smaller than one patch of {patch_size}x{patch_size}"
+        raise ValueError(f"{problem}; give a larger image or a backbone with smaller patches.")
     return height // patch_size, width // patch_size
 
 

@@ -101,10 +101,8 @@ def load_finetuned(folder: Path | str) -> nn.Module:
     """
     token_model = create_token_model(f"local-dir:{folder}")
     if isinstance(token_model, AdaptedTokenModel):
-        raise ValueError(
-            f"{folder} holds a backbone with an adapter, which is not a timm model; "
-            "use fit3d_ns.features.create_extractor with this folder."
-        )
+        problem = f"{folder} holds a backbone with an adapter, which is not a timm model"
+        raise ValueError(f"{problem}; use fit3d_ns.features.create_extractor with this folder.")
     model, description = token_model.model, token_model.description
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": description.mean, "std": description.std}
     return model.eval()

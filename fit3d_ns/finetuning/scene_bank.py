@@ -62,10 +62,8 @@ def average_lifted_views(
     capture = scene.capture(data_root)
     usable, num_lifted = find_usable(scene, capture), len(find_lifted(scene))
     if len(usable) < num_lifted:
-        notice(
-            f"Features of scene {scene.scene_id} are averaged over {len(usable)} of its {num_lifted} lifted views; the "
-            "masks of the others are gone."
-        )
+        said = f"Features of scene {scene.scene_id} are averaged over {len(usable)} of its {num_lifted} lifted views"
+        notice(f"{said}; the masks of the others are gone.")
     return average_over_views(scene, capture, select_evenly(usable, max_views))
 
 
@@ -252,10 +250,8 @@ class SceneBank:
         self._averaged: set[int] = set()
         for path, scene in zip(self.paths, self.on_disk, strict=True):
             if scene.num_bytes > self.max_bytes:
-                raise ValueError(
-                    f"{path} takes {scene.num_bytes / 1e9:.2f} GB when it is ready, the budget is "
-                    f"{self.max_bytes / 1e9:.2f} GB; raise --scene-memory-gb."
-                )
+                problem = f"{path} takes {scene.num_bytes / 1e9:.2f} GB when it is ready"
+                raise ValueError(f"{problem}, the budget is {self.max_bytes / 1e9:.2f} GB; raise --scene-memory-gb.")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -229,10 +229,8 @@ class FinetuneTrainer:
         path = self.checkpoints.get_path(progress.step)
         check_resumable(progress, self.describe_progress(), path)
         if progress.step > self.num_steps:
-            raise ValueError(
-                f"Checkpoint {path} has {progress.step} steps, this run ends at {self.num_steps}; raise --max-steps "
-                "or start over with --resume never."
-            )
+            problem = f"Checkpoint {path} has {progress.step} steps, this run ends at {self.num_steps}"
+            raise ValueError(f"{problem}; raise --max-steps or start over with --resume never.")
         self.backbone.load_state_dict(state)
         self.step = progress.step
         self.history = TrainingHistory(state["losses"].tolist(), progress.seconds)

@@ -66,10 +66,8 @@ class Undistortion:
     def _remap(self, picture: Tensor, interpolation: int, border: int) -> Tensor:
         height, width = picture.shape[:2]
         if (width, height) != (self.lens.width, self.lens.height):
-            raise ValueError(
-                f"The picture is {width}x{height}, its camera says {self.lens.width}x{self.lens.height}; "
-                "correct the camera file or resize the pictures."
-            )
+            problem = f"The picture is {width}x{height}, its camera says {self.lens.width}x{self.lens.height}"
+            raise ValueError(f"{problem}; correct the camera file or resize the pictures.")
         if self.columns is None or self.rows is None:
             return picture
         columns, rows = self.columns.numpy() - 0.5, self.rows.numpy() - 0.5

@@ -56,10 +56,8 @@ class SolveConfig:
         if not 0 < self.decoder_share <= 1:
             raise ValueError(f"decoder_share is {self.decoder_share}; it must be above 0 and at most 1.")
         if not self.regularization >= 0 or not self.decoder_ridge >= 0:
-            raise ValueError(
-                f"regularization is {self.regularization} and decoder_ridge {self.decoder_ridge}; "
-                "both must be 0 or above."
-            )
+            problem = f"regularization is {self.regularization} and decoder_ridge {self.decoder_ridge}"
+            raise ValueError(f"{problem}; both must be 0 or above.")
 
 
 @dataclass(frozen=True)

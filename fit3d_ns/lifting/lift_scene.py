@@ -57,10 +57,8 @@ def check_dimensions(setup: LiftSetup) -> None:
     """ValueError where the features have more dimensions than a token; known before anything is computed."""
     backbone, feature_dim = setup.backbone, setup.config.feature_dim
     if feature_dim > backbone.embed_dim:
-        raise ValueError(
-            f"feature_dim {feature_dim} exceeds the width {backbone.embed_dim} of {backbone.label}'s tokens; "
-            f"choose --feature-dim {backbone.embed_dim} or less."
-        )
+        problem = f"feature_dim {feature_dim} exceeds the width {backbone.embed_dim} of {backbone.label}'s tokens"
+        raise ValueError(f"{problem}; choose --feature-dim {backbone.embed_dim} or less.")
 
 
 @dataclass(frozen=True)

@@ -186,10 +186,8 @@ class _Lift:
         new["num_views"] = zeros.to(torch.int32)
         self.passes.run("weighted sum", new, add)
         if not bool((tensors["denominator"] > 0).any()):
-            raise ValueError(
-                f"None of the {len(self.blender.views)} views sees a Gaussian under its mask; "
-                "check that cameras and Gaussians share one world, and the masks."
-            )
+            problem = f"None of the {len(self.blender.views)} views sees a Gaussian under its mask"
+            raise ValueError(f"{problem}; check that cameras and Gaussians share one world, and the masks.")
 
     def _solve(self, weighted_sum: Features, basis: PcaBasis) -> Features:
         blender, sums, config = self.blender, ("numerator", "denominator"), self.config
@@ -304,10 +302,8 @@ class _Lift:
 
     def _check_width(self, tokens: Float[Tensor, "h w embed"], index: int) -> None:
         if tokens.shape[-1] != self.embed_dim:
-            raise ValueError(
-                f"View {self.blender.views[index].name!r} has tokens of width {tokens.shape[-1]}, the first view "
-                f"{self.embed_dim}; lift the tokens of one backbone at a time."
-            )
+            problem = f"View {self.blender.views[index].name!r} has tokens of width {tokens.shape[-1]}"
+            raise ValueError(f"{problem}, the first view {self.embed_dim}; lift the tokens of one backbone at a time.")
 
 
 def _check_sizes(

@@ -58,10 +58,8 @@ class LiftView:
         if mask is None:
             return torch.ones(self.camera.height, self.camera.width, device=device)
         if mask.shape != (self.camera.height, self.camera.width):
-            raise ValueError(
-                f"The mask of view {self.name!r} is {mask.shape[-1]}x{mask.shape[0]} pixels, "
-                f"its camera {self.camera.width}x{self.camera.height}; resize one of them."
-            )
+            problem = f"The mask of view {self.name!r} is {mask.shape[-1]}x{mask.shape[0]} pixels"
+            raise ValueError(f"{problem}, its camera {self.camera.width}x{self.camera.height}; resize one of them.")
         return mask.detach().to(device=device, dtype=torch.float32)
 
 

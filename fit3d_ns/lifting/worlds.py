@@ -65,10 +65,8 @@ def find_changes(world: PlyWorld, files: CaptureFiles, run: Path) -> list[WorldC
         to_colmap = invert_similarity(files.colmap_to_world, f"The applied_transform of {files.root}")
     if world == "colmap":
         if to_colmap is None:
-            raise ValueError(
-                f"{files.root} does not say where COLMAP's world lies (no applied_transform, no colmap/sparse/0); "
-                "use --ply-world dataset or training."
-            )
+            problem = f"{files.root} does not say where COLMAP's world lies (no applied_transform, no colmap/sparse/0)"
+            raise ValueError(f"{problem}; use --ply-world dataset or training.")
         return [to_colmap]
     if world == "gsplat":
         return _normalise_as_gsplat(files, to_colmap or unchanged)

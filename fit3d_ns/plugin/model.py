@@ -133,10 +133,8 @@ class FeatureSplatfactoModel(SplatfactoModel):
             shape = (num_gaussians, *parameter.shape[1:])
             stored = state[f"gauss_params.{name}"]
             if tuple(stored.shape) != shape:
-                raise ValueError(
-                    f"The checkpoint's {name} are {tuple(stored.shape)}, the config asks for {shape}; "
-                    "use the config.yml next to the checkpoint."
-                )
+                problem = f"The checkpoint's {name} are {tuple(stored.shape)}, the config asks for {shape}"
+                raise ValueError(f"{problem}; use the config.yml next to the checkpoint.")
             self.gauss_params[name] = Parameter(torch.zeros(shape, device=parameter.device))
         return Model.load_state_dict(self, state, strict=strict, **kwargs)
 

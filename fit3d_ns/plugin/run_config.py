@@ -68,10 +68,8 @@ def load_config(path: Path, trust: bool = False) -> Any:
             notice(f"Running what {path} says, because --trust-config is given.")
         config: Any = yaml.load(text, Loader=yaml.Loader if trust else _ConfigLoader)
     except UntrustedConfig as error:
-        raise ValueError(
-            f"{path} names {error}, which is neither nerfstudio's nor ours, so that reading it could run anything; "
-            "add --trust-config if you trust whoever made this run."
-        ) from error
+        problem = f"{path} names {error}, which is neither nerfstudio's nor ours, so that reading it could run anything"
+        raise ValueError(f"{problem}; add --trust-config if you trust whoever made this run.") from error
     except (OSError, MemoryError):
         raise
     except Exception as error:

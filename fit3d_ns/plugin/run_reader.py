@@ -118,10 +118,8 @@ def load_run_scene(
     """
     run = read_run(path, data, trust_config)
     if "features" not in run.gauss_params or "feature_branch.decoder.weight" not in run.state:
-        raise ValueError(
-            f"{run.config_path} is a run of {run.config.method_name} without features; lift it with "
-            f"`fit3d-lift --load-config {run.config_path}`."
-        )
+        problem = f"{run.config_path} is a run of {run.config.method_name} without features"
+        raise ValueError(f"{problem}; lift it with `fit3d-lift --load-config {run.config_path}`.")
     model = run.config.pipeline.model
     if model.feature_loss_weight == 0:
         raise ValueError(f"{run.config_path} was trained with feature loss weight 0: it has no features to export.")

@@ -174,10 +174,8 @@ class FeatureTrainer(Trainer):
             self._run_callbacks(self.step, TrainingCallbackLocation.AFTER_TRAIN)
         else:
             rest = "metrics are measured now" if record is None else f"metrics are in {self.base_dir / SUMMARY_NAME}"
-            notice(
-                f"The checkpoint is at step {self._start_step} of {self.config.max_num_iterations}: nothing to train; "
-                f"{rest}."
-            )
+            said = f"The checkpoint is at step {self._start_step} of {self.config.max_num_iterations}: nothing to train"
+            notice(f"{said}; {rest}.")
             path = self.checkpoint_dir / f"step-{self.step:09d}.ckpt"
             if not path.is_file():
                 self.save_checkpoint(self.step)

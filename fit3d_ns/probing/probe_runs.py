@@ -186,10 +186,8 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     taught = {str(name) for name in costs.get("finetuning", {}).get("scenes", [])}
     known = sorted(path.name for path in request.test if taught & {path.name, path.stem})
     if known and chosen.assembly != "original" and "train" in config.splits:
-        notice(
-            f"The fine-tuned backbone was trained on views of {', '.join(known)}: the metrics flatter; --splits val "
-            "test measures on held-out views."
-        )
+        said = f"The fine-tuned backbone was trained on views of {', '.join(known)}: the metrics flatter"
+        notice(f"{said}; --splits val test measures on held-out views.")
     device = choose_device(request.device)
     backbones = create_frozen_backbones(chosen, norm=True, device=device)
     probe = MultiviewProbe(request.task, config, request.test, backbones, chosen.assembly, device)

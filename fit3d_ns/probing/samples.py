@@ -66,10 +66,8 @@ def check_batch(batch_size: int, num_processes: int, images_per_group: int = 1) 
     """Raises ValueError unless a batch splits evenly over the processes, in whole loss groups."""
     if batch_size < 1 or batch_size % (num_processes * images_per_group):
         groups = f" in groups of {images_per_group} images" if images_per_group > 1 else ""
-        raise ValueError(
-            f"A batch of {batch_size} cannot be split over {num_processes} processes{groups}; "
-            f"give --batch-size a multiple of {num_processes * images_per_group}."
-        )
+        problem = f"A batch of {batch_size} cannot be split over {num_processes} processes{groups}"
+        raise ValueError(f"{problem}; give --batch-size a multiple of {num_processes * images_per_group}.")
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,8 @@ def check_colors(
     trailing = 1 if sh_degree is None else 2
     if tuple(colors.shape[:-trailing]) not in (shared, per_camera) or (sh_degree is not None and colors.shape[-1] != 3):
         layout = "[N, D] or [C, N, D]" if sh_degree is None else "[N, K, 3] or [C, N, K, 3]"
-        raise ValueError(
-            f"`colors` has shape {list(colors.shape)}, expected {layout} with N={num_gaussians}, C={num_cameras}"
-            f" for sh_degree={sh_degree}."
-        )
+        problem = f"`colors` has shape {list(colors.shape)}, expected {layout} with N={num_gaussians}"
+        raise ValueError(f"{problem}, C={num_cameras} for sh_degree={sh_degree}.")
     if colors.shape[-1] == 0:
         raise ValueError("`colors` has no channels; to render features alone, call `project` instead.")
     if sh_degree is not None and not 0 <= sh_degree <= MAX_SH_DEGREE:
@@ -111,19 +109,15 @@ def check_pixels(pixels: Tensor, width: int, height: int) -> None:
     # One transfer, not two: on a GPU each of them waits for everything before it.
     lowest, highest = torch.stack([pixels.amin(dim=0), pixels.amax(dim=0)]).tolist()
     if min(lowest) < 0 or highest[0] >= height or highest[1] >= width:
-        raise ValueError(
-            f"`pixels` spans rows {lowest[0]}..{highest[0]} and columns {lowest[1]}..{highest[1]}, outside the image of"
-            f" {height} rows and {width} columns."
-        )
+        problem = f"`pixels` spans rows {lowest[0]}..{highest[0]} and columns {lowest[1]}..{highest[1]}"
+        raise ValueError(f"{problem}, outside the image of {height} rows and {width} columns.")
 
 
 def check_feature_maps(feature_maps: Tensor, num_cameras: int, width: int, height: int, like: Tensor) -> None:
     """Checks per-pixel maps against the images of an `info`."""
     if feature_maps.ndim != 4 or tuple(feature_maps.shape[:3]) != (num_cameras, height, width):
-        raise ValueError(
-            f"`feature_maps` has shape {list(feature_maps.shape)}, expected [{num_cameras}, {height}, {width}, D];"
-            " resize the maps to the rendered image first."
-        )
+        problem = f"`feature_maps` has shape {list(feature_maps.shape)}, expected [{num_cameras}, {height}, {width}, D]"
+        raise ValueError(f"{problem}; resize the maps to the rendered image first.")
     _check_like("feature_maps", feature_maps, "the rendered Gaussians", like)
 
 
@@ -142,7 +136,5 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.dtype != other.dtype or tensor.device != other.device:
-        raise ValueError(
-            f"`{name}` is {tensor.dtype} on {tensor.device}, but {other_name} is {other.dtype} on {other.device};"
-            " convert one of them."
-        )
+        problem = f"`{name}` is {tensor.dtype} on {tensor.device}, but {other_name} is {other.dtype} on {other.device}"
+        raise ValueError(f"{problem}; convert one of them.")

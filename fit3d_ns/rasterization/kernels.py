@@ -93,10 +93,8 @@ def prepare_kernels() -> None:
         with write_atomically(log) as temporary:
             temporary.write_text(str(error), "utf8")
         reasons = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
-        raise ValueError(
-            f"gsplat's CUDA kernels could not be compiled with {state.compiler or 'what is there'}: "
-            f"{reasons[-1].strip()[:300]} (all of it in {log}); {_ADVICE}."
-        ) from error
+        problem = f"gsplat's CUDA kernels could not be compiled with {state.compiler or 'what is there'}"
+        raise ValueError(f"{problem}: {reasons[-1].strip()[:300]} (all of it in {log}); {_ADVICE}.") from error
     if backend._C is None:
         raise ValueError(f"gsplat {metadata.version('gsplat')} found no way to compile its CUDA kernels; {_ADVICE}.")
     if not state.is_compiled:
@@ -165,10 +163,8 @@ def _show_compilation(state: KernelState):  # type: ignore[no-untyped-def]
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     jobs = os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, int(memory / _GB_PER_JOB)))))
-    notice(
-        f"Compiling gsplat's CUDA kernels with {state.compiler}, {jobs} at a time: once per machine and version, three "
-        "minutes on 16 cores."
-    )
+    said = f"Compiling gsplat's CUDA kernels with {state.compiler}, {jobs} at a time"
+    notice(f"{said}: once per machine and version, three minutes on 16 cores.")
     spec = util.find_spec("gsplat")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     sources = [path for folder in folders for path in Path(folder, "cuda", "csrc").glob("*.c*")]

@@ -279,10 +279,8 @@ def _open_writer(path: Path, fps: float, size: tuple[int, int]) -> tuple[cv2.Vid
         writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), fps, size)
         if writer.isOpened():
             return writer, codec
-    raise ValueError(
-        f"This OpenCV ({cv2.__version__}) can write neither VP9 nor MPEG-4 video; "
-        "install opencv-python-headless from the package index."
-    )
+    problem = f"This OpenCV ({cv2.__version__}) can write neither VP9 nor MPEG-4 video"
+    raise ValueError(f"{problem}; install opencv-python-headless from the package index.")
 
 
 def _read_video(path: Path, max_frames: int, frame_stride: int) -> tuple[list[Path | FigureImage], float]:

@@ -78,19 +78,15 @@ def read_predictions(folders: Sequence[Path]) -> list[PredictionFolder]:
     for other in read[1:]:
         for what, name in (("tasks", "task"), ("frames", "frames"), ("classes", "class_names")):
             if getattr(first, name) != getattr(other, name):
-                raise ValueError(
-                    f"{first.folder} and {other.folder} have different {what}; compare probes of one task that were "
-                    "tested on the same frames."
-                )
+                problem = f"{first.folder} and {other.folder} have different {what}"
+                raise ValueError(f"{problem}; compare probes of one task that were tested on the same frames.")
         if first.is_random != other.is_random:
             random = first if first.is_random else other
             raise ValueError(f"{random.folder} is of random weights; it is not shown next to trained ones.")
         for index in range(len(first.frames)):
             if first.get_path(index, "truth").read_bytes() != other.get_path(index, "truth").read_bytes():
-                raise ValueError(
-                    f"{first.folder} and {other.folder} have another truth for {first.frames[index]}; "
-                    "run both probes on the same version of the data."
-                )
+                problem = f"{first.folder} and {other.folder} have another truth for {first.frames[index]}"
+                raise ValueError(f"{problem}; run both probes on the same version of the data.")
     return read
 
 

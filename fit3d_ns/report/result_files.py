@@ -108,8 +108,6 @@ def _check_duplicates(probes: Sequence[ProbeResult]) -> None:
         if key is None:
             continue
         if key in seen:
-            raise ValueError(
-                f"{seen[key]} and {probe.path} hold metrics of the same settings (key {key}); leave one of them out, "
-                "or run all seeds into one file."
-            )
+            problem = f"{seen[key]} and {probe.path} hold metrics of the same settings (key {key})"
+            raise ValueError(f"{problem}; leave one of them out, or run all seeds into one file.")
         seen[key] = probe.path

@@ -245,8 +245,6 @@ def _is_lifted_from(group: ComparedBackbones, scene: FeatureScene) -> bool:
         return True
     differences = description.find_differences(lifted)
     if differences:
-        notice(
-            f"Scene {scene.scene_id} holds features of another {lifted.backbone} "
-            f"({'; '.join(differences)}); it is not shown next to {group.members[0].label}."
-        )
+        said = f"Scene {scene.scene_id} holds features of another {lifted.backbone} ({'; '.join(differences)})"
+        notice(f"{said}; it is not shown next to {group.members[0].label}.")
     return not differences

@@ -289,10 +289,8 @@ def _fit(picture: Tensor, view: View, path: Path, interpolation: int, is_exact: 
     lens = view.frame.lens
     sizes = (width, height), (lens.width, lens.height)
     if sizes[0] != sizes[1] and (is_exact or not images.has_aspect(*sizes)):
-        raise ValueError(
-            f"{path} is {width}x{height}, its camera says {lens.width}x{lens.height}; "
-            "correct the camera file or restore the file."
-        )
+        problem = f"{path} is {width}x{height}, its camera says {lens.width}x{lens.height}"
+        raise ValueError(f"{problem}; correct the camera file or restore the file.")
     if (width, height) == (view.width, view.height):
         return picture
     return torch.from_numpy(cv2.resize(picture.numpy(), (view.width, view.height), interpolation=interpolation))

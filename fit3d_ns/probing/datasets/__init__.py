@@ -76,10 +76,8 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
         layout = None if options.layout == "auto" else options.layout
         found = {layout or find_labelled_layout(path, only_task) for path in paths}
         if found.isdisjoint(layouts):
-            raise ValueError(
-                f"{flag} sets {meaning}, but {paths[0]} is in the layout {', '.join(sorted(found))}, "
-                "which has its own; leave it out."
-            )
+            problem = f"{flag} sets {meaning}, but {paths[0]} is in the layout {', '.join(sorted(found))}"
+            raise ValueError(f"{problem}, which has its own; leave it out.")
 
 
 def read_labelled_set(

@@ -120,10 +120,8 @@ class LabelTable:
         wrong = (labels != IGNORE_INDEX) & ((labels >= self.num_classes) | (labels < 0))
         if wrong.any():
             value = int(labels[wrong][0])
-            raise ValueError(
-                f"{source} has label {value} at {int(wrong.sum())} pixels, outside the {self.num_classes} classes; "
-                f"correct the class list, or write {IGNORE_INDEX} where pixels must not count."
-            )
+            problem = f"{source} has label {value} at {int(wrong.sum())} pixels, outside the {self.num_classes} classes"
+            raise ValueError(f"{problem}; correct the class list, or write {IGNORE_INDEX} where pixels must not count.")
         return labels.to(torch.uint8)
 
 
@@ -136,10 +134,8 @@ def load_label_map(path: Path, table: LabelTable) -> UInt8[Tensor, "height width
     """Reads an index map: 8-bit grey, palette (its indices count) or 16-bit grey."""
     header = read_image_header(path, "Label map")
     if header.mode not in ("L", "P", "1", "F") and not header.mode.startswith("I"):
-        raise ValueError(
-            f"Label map {path} is a colour picture ({header.mode}), expected one index per pixel; "
-            "convert colours to class indices first."
-        )
+        problem = f"Label map {path} is a colour picture ({header.mode}), expected one index per pixel"
+        raise ValueError(f"{problem}; convert colours to class indices first.")
     try:
         with Image.open(path) as image:
             return table.apply(torch.from_numpy(np.array(image).astype(np.int64)), path)
@@ -220,10 +216,8 @@ def check_same_kind(first: LabelledSet, other: LabelledSet) -> None:
         differing = next(f"class {index} is {a!r} and {b!r}" for index, (a, b) in pairs if a != b)
         raise ValueError(f"{first.name} and {other.name} have other classes ({differing}); use sets of one class list.")
     if not first.class_names and first.depth.max_depth != other.depth.max_depth:
-        raise ValueError(
-            f"{first.name} reads depth up to {first.depth.max_depth} m, {other.name} up to {other.depth.max_depth} m; "
-            "give --max-depth."
-        )
+        problem = f"{first.name} reads depth up to {first.depth.max_depth} m"
+        raise ValueError(f"{problem}, {other.name} up to {other.depth.max_depth} m; give --max-depth.")
 
 
 def split_validation(labelled_set: LabelledSet, fraction: float) -> tuple[LabelledSet, LabelledSet]:

@@ -84,10 +84,8 @@ def read_ade20k(root: Path, split: LabelledSplit) -> LabelledSet:
     """Reads `training` or `validation`; label 0 does not count."""
     folder = find_ade20k(root)
     if folder is None:
-        raise ValueError(
-            f"{root} is not an ADE20K challenge folder: annotations/ or objectInfo150.txt is missing; "
-            "unpack ADEChallengeData2016.zip."
-        )
+        problem = f"{root} is not an ADE20K challenge folder: annotations/ or objectInfo150.txt is missing"
+        raise ValueError(f"{problem}; unpack ADEChallengeData2016.zip.")
     lines = labelled.read_lines(folder / "objectInfo150.txt", "it comes with ADEChallengeData2016.zip")
     names = tuple(line.split("\t")[-1].strip() for line in lines if line.split("\t")[0].strip().isdigit())
     if len(names) != NUM_ADE20K_CLASSES:
@@ -110,10 +108,8 @@ def read_voc(root: Path, split: LabelledSplit) -> LabelledSet:
     """Reads `train` or, for testing, `val`; background is a class."""
     folder = find_voc(root)
     if folder is None or not (folder / "SegmentationClass").is_dir():
-        raise ValueError(
-            f"{root} is not a Pascal VOC folder: JPEGImages/ or SegmentationClass/ is missing; "
-            "unpack VOCtrainval_11-May-2012.tar."
-        )
+        problem = f"{root} is not a Pascal VOC folder: JPEGImages/ or SegmentationClass/ is missing"
+        raise ValueError(f"{problem}; unpack VOCtrainval_11-May-2012.tar.")
     listing = folder / "ImageSets" / "Segmentation" / ("train.txt" if split == "train" else "val.txt")
     stems = labelled.read_lines(listing, "it comes with VOCtrainval_11-May-2012.tar")
     images = [folder / "JPEGImages" / f"{stem}.jpg" for stem in stems]

@@ -173,10 +173,8 @@ def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[
         return lambda image: dslr / "labels" / f"{image.stem}.png", read_class_names(listing)
     folder = root / "semantics" / scene.name
     if not folder.is_dir():
-        raise ValueError(
-            f"Scene {scene} has no labels: neither dslr/labels/ nor {folder} exists; "
-            "write them with the ScanNet++ toolkit (semantics_2d) first."
-        )
+        problem = f"Scene {scene} has no labels: neither dslr/labels/ nor {folder} exists"
+        raise ValueError(f"{problem}; write them with the ScanNet++ toolkit (semantics_2d) first.")
     listing = root / "metadata" / "semantic_benchmark" / "top100.txt"
     names = tuple(labelled.read_lines(listing, "download the metadata folder of ScanNet++"))
     # The toolkit appends to the whole name: DSC00001.JPG.png.
