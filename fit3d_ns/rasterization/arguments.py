@@ -79,10 +79,8 @@ def check_colors(
     if sh_degree is not None and not 0 <= sh_degree <= MAX_SH_DEGREE:
         raise ValueError(f"`sh_degree` is {sh_degree}; choose 0 to {MAX_SH_DEGREE}.")
     if sh_degree is not None and (sh_degree + 1) ** 2 > colors.shape[-2]:
-        raise ValueError(
-            f"`sh_degree` {sh_degree} needs {(sh_degree + 1) ** 2} coefficients, but `colors` holds"
-            f" {colors.shape[-2]}; lower the degree."
-        )
+        problem = f"`sh_degree` {sh_degree} needs {(sh_degree + 1) ** 2} coefficients"
+        raise ValueError(f"{problem}, but `colors` holds {colors.shape[-2]}; lower the degree.")
     if backgrounds is not None:
         _check_shape("backgrounds", backgrounds, (num_cameras, colors.shape[-1]))
         _check_like("backgrounds", backgrounds, "means", means)

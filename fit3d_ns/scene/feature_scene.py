@@ -216,8 +216,6 @@ def create_depth_view(capture: PosedCapture, view: View, get_scene: Callable[[],
         rendered, alphas = get_scene().render_depth(view.camera)
         depth = torch.where(alphas >= MIN_DEPTH_ALPHA, rendered, 0.0).cpu()
     else:
-        raise ValueError(
-            f"{capture.root} has no depth map for {view.name}; give a capture with depth (dslr/render_depth) or a "
-            "scene file."
-        )
+        problem = f"{capture.root} has no depth map for {view.name}"
+        raise ValueError(f"{problem}; give a capture with depth (dslr/render_depth) or a scene file.")
     return DepthView(depth, view.K, view.camera_to_world, capture.load_valid_mask(view))
