@@ -164,12 +164,8 @@ def _create_form(config_class: type) -> type:
     for title in sorted(groups, key=lambda title: (title == "machine") - (title == "input")):
         text, options = groups[title]
         group = make_dataclass("Group", options, kw_only=True, namespace={"__doc__": text})
-        form.append(
-            (
-                title.lower() or "command",
-                Annotated[group, tyro.conf.arg(name=title, help=text), tyro.conf.OmitArgPrefixes],
-            )
-        )
+        named: Any = Annotated[group, tyro.conf.arg(name=title, help=text), tyro.conf.OmitArgPrefixes]
+        form.append((title.lower() or "command", named))
     return make_dataclass("Form", form)
 
 

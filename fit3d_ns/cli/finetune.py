@@ -67,19 +67,16 @@ def run_finetune(command: FinetuneCommand) -> None:
         raise ValueError(f"{both[0]} is given to --ckpts and to --val-ckpts; take it out of one of them.")
     accelerator = create_accelerator(command.device, config.optimization.precision, config.run.trackers, folder)
     processes = Processes(accelerator)
-    load_run = partial(_load_run, trust_config=command.trust_config)
+    groups, load_run = (scenes, validation), partial(_load_run, trust_config=command.trust_config)
     with ExitStack() as locks:
 
         def prepare() -> None:
             locks.enter_context(lock_folder(folder))
-            for group in (scenes, validation):
+            for group in groups:
                 prepare_scene_files(group, folder / EXPORT_FOLDER, load_run)
 
         processes.run_on_main(prepare)
-        files = [
-            prepare_scene_files(group, folder / EXPORT_FOLDER, load_run, may_export=False)
-            for group in (scenes, validation)
-        ]
+        files = [prepare_scene_files(group, folder / EXPORT_FOLDER, load_run, may_export=False) for group in groups]
         inputs = FinetuneInputs(files[0], files[1], command.backbone, command.backbone_weights)
         try:
             finetune(inputs, config, folder, command.device, accelerator)

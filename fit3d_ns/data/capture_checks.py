@@ -182,10 +182,8 @@ def _check_conventions(files: CaptureFiles) -> None:
     worlds = {f"its points (x, y, z) are {name} in the world of the poses; move them": m for name, m in _MOVES.items()}
     if files.colmap_to_world is not None:
         worlds["its points are in COLMAP's world; move them by applied_transform"] = files.colmap_to_world.tolist()
-    views = {
-        reason: _view(points, rgb, [_reinterpret(frame, fault) for frame in frames], pictures)
-        for reason, fault in _POSE_FAULTS.items()
-    }
+    read = {reason: [_reinterpret(frame, fault) for frame in frames] for reason, fault in _POSE_FAULTS.items()}
+    views = {reason: _view(points, rgb, others, pictures) for reason, others in read.items()}
     for reason, matrix in worlds.items():
         moved = transform_points(points, torch.tensor(matrix, dtype=torch.float64), 1.0)
         views[reason] = _view(moved, rgb, frames, pictures)

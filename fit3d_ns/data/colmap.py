@@ -57,10 +57,8 @@ def read_colmap(path: Path) -> CaptureFiles:
     images.sort(key=lambda image: image.name)
     if not images:
         raise ValueError(f"The COLMAP model {model} has no registered images; reconstruct the capture again.")
-    lenses = {
-        camera_id: _read_lens(camera, f"Camera {camera_id} of {model}")
-        for camera_id, camera in reconstruction.cameras.items()
-    }
+    cameras = reconstruction.cameras.items()
+    lenses = {number: _read_lens(camera, f"Camera {number} of {model}") for number, camera in cameras}
     frames = []
     for image, split in zip(images, choose_splits([image.name for image in images]), strict=True):
         source = f"Image {image.name} of {model}"

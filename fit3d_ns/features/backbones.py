@@ -86,11 +86,8 @@ class BackboneDescription:
         package's own, which every installation has."""
         folder = find_backbone_folder(self.backbone)
         found = self.weights if folder is None else folder
-        return (
-            None
-            if found is None or self.weights in (None, sources.TOY_FOLDER / WEIGHTS_NAME)
-            else str(found.absolute())
-        )
+        is_everywhere = self.weights in (None, sources.TOY_FOLDER / WEIGHTS_NAME)
+        return None if found is None or is_everywhere else str(found.absolute())
 
     def with_weights(
         self, weights: Path | None, backbone: str | None = None, normalization: Normalization | None = None
@@ -109,11 +106,8 @@ class BackboneDescription:
 
     def find_differences(self, other: "BackboneDescription") -> list[str]:
         """What would give other tokens for the same image, as "patch_size 14 against 16"; empty if nothing."""
-        return [
-            f"{name} {getattr(self, name)} against {getattr(other, name)}"
-            for name in _DECISIVE
-            if getattr(self, name) != getattr(other, name)
-        ]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in _DECISIVE]
+        return [f"{name} {own} against {others}" for name, own, others in pairs if own != others]
 
     @property
     def label(self) -> str:

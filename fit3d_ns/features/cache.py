@@ -108,11 +108,8 @@ class FeatureCache:
             return f"{path} has {'no checksum' if schema == _SCHEMA else f'schema {schema} instead of {_SCHEMA}'}"
         description = self.description
         rows, columns = compute_patch_grid(key.height, key.width, description.patch_size)
-        expected = {
-            "patch_tokens": (rows, columns, description.embed_dim),
-            "prefix_tokens": (description.num_prefix_tokens, description.embed_dim),
-        }
-        for name, shape in expected.items():
+        prefix = (description.num_prefix_tokens, description.embed_dim)
+        for name, shape in (("patch_tokens", (rows, columns, description.embed_dim)), ("prefix_tokens", prefix)):
             if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != torch.float16:
                 return f"{path}: {name} is not {list(shape)} of float16"
         return tensors["patch_tokens"]

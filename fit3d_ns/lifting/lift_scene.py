@@ -336,11 +336,8 @@ def _measure_dropping(scene: FeatureScene, source: LiftSource, lifted: Sequence[
     if scene.gaussians.num_gaussians == source.gaussians.num_gaussians:
         return {}
     kept = replace(source, gaussians=scene.gaussians)
-    changes = [
-        float((source.render(view, device)[0] - kept.render(view, device)[0]).abs().max())
-        for view in select_evenly(lifted, 3)
-    ]
-    return {"largest_change_by_dropping": max(changes)}
+    pictures = [(source.render(view, device)[0], kept.render(view, device)[0]) for view in select_evenly(lifted, 3)]
+    return {"largest_change_by_dropping": max(float((before - after).abs().max()) for before, after in pictures)}
 
 
 def _measure_memory_mb(device: str) -> float:

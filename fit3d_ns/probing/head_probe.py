@@ -191,10 +191,8 @@ class HeadProbe(ABC, Generic[Config]):
             return
         for batch in draws:
             chosen = [frames[index] for _, index in batch]
-            keys = [
-                self.inputs.choose_key(frame, samples.create_numpy_generator(seed, position))
-                for frame, (position, _) in zip(chosen, batch, strict=True)
-            ]
+            generators = [samples.create_numpy_generator(seed, position) for position, _ in batch]
+            keys = [self.inputs.choose_key(*pair) for pair in zip(chosen, generators, strict=True)]
             yield samples.stack_features(self.memory.fetch(keys, chosen, self.inputs), self.fill)
 
 

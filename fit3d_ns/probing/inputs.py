@@ -214,9 +214,8 @@ class DepthInputs(Inputs):
         image, depth = self._load_pair(frame, key.part)
         if key.is_flipped:
             image, depth = image[:, ::-1], depth[:, ::-1]
-        return pictures.create_whole_picture(
-            image, depth, self.backbones.create_fit(*depth.shape), DEPTHS_PER_TOKEN, 0.0
-        )
+        fit = self.backbones.create_fit(*depth.shape)
+        return pictures.create_whole_picture(image, depth, fit, DEPTHS_PER_TOKEN, 0.0)
 
     def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
         """The published augmentation: training part, rotation, mirror, crop, colours; padded to the crop."""

@@ -96,10 +96,8 @@ class ImageAnalyser:
         image = FigureImage("picture", resize(pixels, longest_side))
         # (h, w, 3) -> (1, 3, h, w)
         batch = image.image.permute(2, 0, 1)[None].to(self.device)
-        columns = [
-            TokenColumn(label, [FrameTokens(extractor(batch).maps[0].cpu())])
-            for label, extractor in zip(self.labels, self.extractors, strict=True)
-        ]
+        maps = [extractor(batch).maps[0].cpu() for extractor in self.extractors]
+        columns = [TokenColumn(label, [FrameTokens(own)]) for label, own in zip(self.labels, maps, strict=True)]
         return AnalysedImage(image, columns)
 
 

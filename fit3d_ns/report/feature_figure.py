@@ -197,20 +197,15 @@ def save_feature_video(
     columns = [token_columns.extract_columns(group, images, labels, device, torch.float16) for group in groups]
     colours = [fit_colours_of(group, config) for group in columns]
     measured = measure_columns(columns, images)
-    row_labels = [
-        f"{group.label}: {fitted.title}; temporal consistency "
-        + ", ".join(f"{label} {value.centred_cosine:.3f}" for label, value in of.items())
-        for group, of, fits in zip(groups, measured, colours, strict=True)
-        for fitted in fits
-    ]
+    row_labels, row_parts = [], []
+    for group, own, of, fits in zip(groups, columns, measured, colours, strict=True):
+        found = ", ".join(f"{label} {value.centred_cosine:.3f}" for label, value in of.items())
+        row_labels += [f"{group.label}: {fitted.title}; temporal consistency {found}" for fitted in fits]
+        row_parts += [(own, fitted) for fitted in fits]
 
     def draw() -> Iterator[np.ndarray]:
         for index, image in enumerate(track(images, "Drawing the clip")):
-            rows = [
-                [image.image, *paint_row(own, index, fitted, image.size)]
-                for own, fits in zip(columns, colours, strict=True)
-                for fitted in fits
-            ]
+            rows = [[image.image, *paint_row(own, index, fitted, image.size)] for own, fitted in row_parts]
             yield np.asarray(compose_panel(rows, ["input", *labels], row_labels))
 
     facts = {"clip": clip_name, "num_frames": len(images), "fps": fps, "codec": write_video(draw(), path, fps)}

@@ -119,11 +119,8 @@ def save_prediction_figure(
 
 def colour_classes(num_classes: int) -> Float[Tensor, "classes 3"]:
     """A colour per class: hues apart by the golden ratio, in turn light, dark and pale, so that many stay apart."""
-    palette = [
-        colorsys.hsv_to_rgb(index * 0.618034 % 1.0, (0.75, 0.85, 0.45)[index % 3], (0.95, 0.6, 0.85)[index % 3])
-        for index in range(num_classes)
-    ]
-    return torch.tensor(palette)
+    looks = ((0.75, 0.95), (0.85, 0.6), (0.45, 0.85))
+    return torch.tensor([colorsys.hsv_to_rgb(i * 0.618034 % 1.0, *looks[i % 3]) for i in range(num_classes)])
 
 
 def colour_values(values: Float[Tensor, "*shape"], low: float, high: float, name: str) -> Float[Tensor, "*shape 3"]:
@@ -217,10 +214,8 @@ def _draw_depth(
         low, high = _find_rank(measured, 0.02, otherwise=0.0), _find_rank(measured, 0.98, otherwise=1.0)
         depths = [colour_values(depth, low, high, _DEPTH_MAP) for depth in (*predictions[index], truth)]
         depths[-1] = depths[-1] * (truth > 0)[..., None]
-        maps = [
-            torch.where(where[..., None], colour_values(error, 0.0, largest, _ERROR_MAP), _UNMEASURED)
-            for error, where in errors[index]
-        ]
+        painted = [(colour_values(error, 0.0, largest, _ERROR_MAP), where[..., None]) for error, where in errors[index]]
+        maps = [torch.where(where, colours, _UNMEASURED) for colours, where in painted]
         rmse = [float(error[where].square().mean().sqrt()) for error, where in errors[index]]
         image = _fit(folders[0].load_image(index), width, "area")
         rows.append([image, *(_fit(picture, width) for picture in (*depths, *maps))])

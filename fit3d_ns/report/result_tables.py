@@ -153,10 +153,8 @@ def _write_verdicts(
     notes = []
     rows = list(zip(backbones, assemblies, records, strict=True))
     for backbone in dict.fromkeys(backbones):
-        pair = [
-            [record.metrics for name, assembly, record in rows if (name, assembly) == (backbone, part)]
-            for part in ("original", "finetuned")
-        ]
+        own = [(assembly, record.metrics) for name, assembly, record in rows if name == backbone]
+        pair = [[metrics for assembly, metrics in own if assembly == part] for part in ("original", "finetuned")]
         if any(len(found) != 1 for found in pair):
             continue
         before, after = (column.find(metrics) for (metrics,) in pair)

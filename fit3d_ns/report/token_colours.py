@@ -100,11 +100,9 @@ def fit_cluster_colours(columns: Sequence[TokenColumn], num_clusters: int, seed:
             fitted.append((None, None, None))
             continue
         clusters = fit_kmeans(_sample(frames), num_clusters, seed)
-        labelled: list[Any] = [
-            frame and (frame, apply_kmeans(frame.tokens.float(), clusters)) for frame in column.frames
-        ]
-        reference = reference or labelled
-        ours, theirs = _pair(labelled, reference)
+        own: list[Any] = [frame and (frame, apply_kmeans(frame.tokens.float(), clusters)) for frame in column.frames]
+        reference = reference or own
+        ours, theirs = _pair(own, reference)
         renamed = match_clusters(ours, theirs, num_clusters)
         fitted.append((clusters, renamed, float((renamed[ours] == theirs).double().mean())))
     of_clusters, numbers, agreement = map(list, zip(*fitted, strict=True))

@@ -90,11 +90,8 @@ def read_image_folder(root: Path, split: LabelledSplit) -> LabelledSet:
     top = next((root / part for part in parts if (root / part).is_dir()), root)
     if top == root and any((root / part).is_dir() for part in ("train", "val", "test")):
         raise ValueError(f"{root} has no {' or '.join(part + '/' for part in parts)} next to its other part; add it.")
-    classes = (
-        sorted(child.name for child in top.iterdir() if child.is_dir() and not is_hidden(child.name))
-        if top.is_dir()
-        else []
-    )
+    children = top.iterdir() if top.is_dir() else ()
+    classes = sorted(child.name for child in children if child.is_dir() and not is_hidden(child.name))
     if not classes:
         raise ValueError(f"{top} has no folders; expected one folder of pictures per class.")
     frames: list[LabelledFrame] = []

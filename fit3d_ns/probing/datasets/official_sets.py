@@ -114,9 +114,8 @@ def read_voc(root: Path, split: LabelledSplit) -> LabelledSet:
     stems = labelled.read_lines(listing, "it comes with VOCtrainval_11-May-2012.tar")
     images = [folder / "JPEGImages" / f"{stem}.jpg" for stem in stems]
     names = labelled.CLASS_NAMES["voc2012"]
-    return LabelledSet(
-        "voc2012", _create_frames(images, folder / "SegmentationClass", labelled.LabelTable(len(names))), names
-    )
+    table = labelled.LabelTable(len(names))
+    return LabelledSet("voc2012", _create_frames(images, folder / "SegmentationClass", table), names)
 
 
 def _create_frames(images: list[Path], labels: Path, table: labelled.LabelTable) -> list[LabelledFrame]:

@@ -48,9 +48,8 @@ def build_geometry(projected: ProjectedGaussians, opacities: Tensor, settings: P
     flat_means2d, flat_conics, flat_opacities = _flats(means2d, conics, opacities)
     layout = cpu_tiles.create_layout(settings)
     num_cameras, num_gaussians = opacities.shape
-    tile_spans, tiles_per_gauss, slot_starts, tile_ends = cpu_tiles.count_entries(
-        projected.radii.numpy(), means2d.numpy(), layout
-    )
+    radii = projected.radii.numpy()
+    tile_spans, tiles_per_gauss, slot_starts, tile_ends = cpu_tiles.count_entries(radii, means2d.numpy(), layout)
     depth_bits = _flat(projected.depths).view(np.uint32)
     # Nearest first, and by index where depths are equal; the bits of positive numbers are ordered as they are.
     reaching = torch.from_numpy(np.flatnonzero(tiles_per_gauss))
