@@ -1,4 +1,4 @@
-"""`fit3d-probe`: measures what features are worth: linear probes, multi-view consistency, correspondence."""
+"""`fit3d-probe`: measures what features are worth: linear probes, normals, multi-view consistency, correspondence."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ class ProbeCommand:
     """JSON record; seeds it already holds for the same settings are not run again."""
     test: Annotated[Paths, Heading("input")]
     """Folders that are measured: a ScanNet++ scene, a plain folder (images/, labels/ or depths/), or the root of an
-    official set; for consistency and correspondence captures or scene files."""
+    official set; for consistency, correspondence and normals captures with depth, or scene files."""
     train: Paths = ()
     """Folders that heads are trained on. A single scene takes part whole, unless it is in --test as well."""
     backbones: Annotated[BackboneConfig, Heading("backbone")] = BackboneConfig()
@@ -64,7 +64,7 @@ class ProbeCommand:
     cache_gb: float = 4.0
     """Most memory that kept features may take, in 1e9 bytes."""
     max_views: Annotated[int | None, Heading("view")] = None
-    """Views per scene (consistency, correspondence); 32 by default."""
+    """Views per scene (consistency, correspondence, normals); 32 by default."""
     max_pairs: int | None = None
     """Pairs of views per scene (consistency, correspondence); 100 by default."""
     ratio_matches: int | None = None
@@ -73,10 +73,10 @@ class ProbeCommand:
     angle_edges: tuple[float, ...] | None = None
     """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 by default."""
     splits: tuple[Literal["train", "val", "test"], ...] | None = None
-    """Which frames of a capture take part (consistency, correspondence); all by default."""
+    """Which frames of a capture take part (consistency, correspondence, normals); all by default."""
     data_root: Path | None = None
-    """Where the photographs of scene files are now, if they were moved (consistency, correspondence): a capture's
-    folder or one above several."""
+    """Where the photographs of scene files are now, if they were moved (consistency, correspondence, normals): a
+    capture's folder or one above several."""
     data: Annotated[LabelledOptions, Heading("input")] = LabelledOptions()
     predictions: Annotated[Path | None, Heading("output")] = None
     """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth)."""

@@ -7,7 +7,7 @@ centimetres are there where the capture's unit is known.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
 from fit3d_ns.analysis.correspondence import DepthView
+from fit3d_ns.data.frames import Split
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.probing.frozen_features import Assembler, Assembly, FrozenBackbones
 from fit3d_ns.probing.pictures import to_image
@@ -64,11 +65,17 @@ class MultiviewConfig:
 
 
 @dataclass(frozen=True)
-class _Views:
+class SceneViews:
+    """Views of a scene with what is compared: assembled tokens [h, w, channels] that cover the image, and depth."""
+
     scene_id: str
     token_maps: list[Tensor]
     depth_views: list[DepthView]
     units_per_metre: float | None
+
+    def take(self, part: slice) -> "SceneViews":
+        """Some of the views."""
+        return replace(self, token_maps=self.token_maps[part], depth_views=self.depth_views[part])
 
 
 class MultiviewProbe:
@@ -83,15 +90,11 @@ class MultiviewProbe:
         assembly: Assembly,
         device: torch.device | str = "cpu",
     ) -> None:
-        if assembly == "linear":
-            raise ValueError("Linear fusion has to be trained and consistency trains nothing; choose another assembly.")
-        # Tokens of a padded image would lie next to the pixels they are compared at.
-        assert backbones.patch_fit == "resize"
         if not paths:
             raise ValueError("No scene is given; name captures or scene files with --test.")
         self.task, self.config, self.device = task, config, device
-        assembler = Assembler(assembly, backbones.embed_dim, "none")
-        self.scenes = [self._load(Path(path), backbones, assembler) for path in paths]
+        chosen = config.splits, config.max_views, config.data_root
+        self.scenes = [load_views(Path(path), *chosen, backbones, assembly, device) for path in paths]
 
     def compute(self, seed: int) -> dict[str, Any]:
         """Metrics pooled over scenes, with those of each scene below `per_scene`."""
@@ -109,24 +112,39 @@ class MultiviewProbe:
             pooled, per_scene = _keep_recalls(pooled), {name: _keep_recalls(item) for name, item in per_scene.items()}
         return {**pooled, "per_scene": per_scene}
 
-    def _load(self, path: Path, backbones: FrozenBackbones, assembler: Assembler) -> _Views:
-        scene: FeatureScene | None = None
-        if path.suffix == ".safetensors":
-            scene = load_scene(path, device=self.device)
-            capture = scene.capture(self.config.data_root)
-        else:
-            capture = create_posed_capture(read_capture(path))
-        chosen = select_evenly(capture.select(*self.config.splits), self.config.max_views)
-        if len(chosen) < 2:
-            raise ValueError(f"{path} has {len(chosen)} views of {', '.join(self.config.splits)}; two are needed.")
-        get_scene = None if scene is None else lambda: scene
-        token_maps, depth_views = [], []
-        for view in track(chosen, f"Features of {capture.scene_id}"):
-            depth_views.append(create_depth_view(capture, view, get_scene))
-            # Tokens cover exactly the image: (1, c, h, w) -> (h, w, c)
-            features = backbones(to_image(capture.load_image(view).numpy())[None])
-            token_maps.append(assembler(features.to("cpu"))[0].permute(1, 2, 0))
-        return _Views(capture.scene_id, token_maps, depth_views, capture.metric_scale)
+
+def load_views(
+    path: Path,
+    splits: Sequence[Split],
+    max_views: int,
+    data_root: Path | None,
+    backbones: FrozenBackbones,
+    assembly: Assembly,
+    device: torch.device | str,
+) -> SceneViews:
+    """At most `max_views` views of a capture or scene file; ValueError where there are fewer than two."""
+    if assembly == "linear":
+        raise ValueError("Linear fusion is trained with a head, and this probe has none; choose another assembly.")
+    # Tokens of a padded image would lie next to the pixels they are compared at.
+    assert backbones.patch_fit == "resize"
+    assembler = Assembler(assembly, backbones.embed_dim, "none")
+    scene: FeatureScene | None = None
+    if path.suffix == ".safetensors":
+        scene = load_scene(path, device=device)
+        capture = scene.capture(data_root)
+    else:
+        capture = create_posed_capture(read_capture(path))
+    chosen = select_evenly(capture.select(*splits), max_views)
+    if len(chosen) < 2:
+        raise ValueError(f"{path} has {len(chosen)} views of {', '.join(splits)}; two are needed.")
+    get_scene = None if scene is None else lambda: scene
+    token_maps, depth_views = [], []
+    for view in track(chosen, f"Features of {capture.scene_id}"):
+        depth_views.append(create_depth_view(capture, view, get_scene))
+        # Tokens cover exactly the image: (1, c, h, w) -> (h, w, c)
+        features = backbones(to_image(capture.load_image(view).numpy())[None])
+        token_maps.append(assembler(features.to("cpu"))[0].permute(1, 2, 0))
+    return SceneViews(capture.scene_id, token_maps, depth_views, capture.metric_scale)
 
 
 def _keep_recalls(metrics: dict[str, Any]) -> dict[str, Any]:

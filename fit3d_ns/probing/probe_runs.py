@@ -15,6 +15,7 @@ from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.head_probe import HeadProbe, RunConfig, create_sets
 from fit3d_ns.probing.multiview import MultiviewConfig, MultiviewProbe
+from fit3d_ns.probing.normals import NormalsConfig, NormalsProbe
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
 from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
@@ -23,8 +24,8 @@ from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
 
-Task = Literal["segmentation", "depth", "classification", "consistency", "correspondence"]
-TaskConfig = SegmentationConfig | DepthConfig | ClassificationConfig | MultiviewConfig
+Task = Literal["segmentation", "depth", "classification", "consistency", "correspondence", "normals"]
+TaskConfig = SegmentationConfig | DepthConfig | ClassificationConfig | MultiviewConfig | NormalsConfig
 
 PAPER_RUNS = {
     # The last checkpoint of 40,000 iterations.
@@ -45,6 +46,7 @@ DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     "classification": ClassificationConfig(),
     "consistency": MultiviewConfig(),
     "correspondence": MultiviewConfig(),
+    "normals": NormalsConfig(),
 }
 PROBES: dict[str, type[HeadProbe]] = {kind.task: kind for kind in (SegmentationProbe, DepthProbe, ClassificationProbe)}
 
@@ -79,7 +81,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         raise ValueError("No seed is given; name at least one with --seeds.")
     if request.predictions is not None and request.task not in ("segmentation", "depth"):
         raise ValueError(f"--predictions means nothing to the {request.task} probe; leave it out.")
-    if request.task in ("consistency", "correspondence"):
+    if request.task not in PROBES:
         return _run_multiview(request)
     kind = PROBES[request.task]
     described = describe_backbones(request.backbones, norm=kind.has_norm)
@@ -168,16 +170,20 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     chosen = replace(request.backbones, patch_fit="resize")
     described = describe_backbones(chosen, norm=True)
     config = request.config or DEFAULT_CONFIGS[request.task]
-    assert isinstance(config, MultiviewConfig) and request.task in ("consistency", "correspondence")
-    for path in request.test:
+    assert isinstance(config, (MultiviewConfig, NormalsConfig))
+    for path in (*request.train, *request.test):
         if not path.exists():
-            raise ValueError(f"No such capture or scene file: {path}; check --test.")
+            raise ValueError(f"No such capture or scene file: {path}; check --train and --test.")
     check_options(request.test, request.task, request.options)
-    settings = {
-        "test": {"scenes": [path.name for path in request.test], "sizes": [_measure(path) for path in request.test]},
-        # The first two were options once; records hold them.
-        "config": {"gaps": (), "angle_kind": "rotation"}
-        | {name: value for name, value in asdict(config).items() if name != "data_root"},
+    is_paired = isinstance(config, MultiviewConfig)
+    given = {"test": request.test} if is_paired else {"train": request.train, "test": request.test}
+    settings: dict[str, Any] = {
+        part: {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]}
+        for part, paths in given.items()
+    }
+    # The first two were options once; records hold them.
+    settings["config"] = ({"gaps": (), "angle_kind": "rotation"} if is_paired else {}) | {
+        name: value for name, value in asdict(config).items() if name != "data_root"
     }
     file, missing, done = _open_record(request, settings, described)
     if not missing:
@@ -190,9 +196,12 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         notice(f"{said}; --splits val test measures on held-out views.")
     device = choose_device(request.device)
     backbones = create_frozen_backbones(chosen, norm=True, device=device)
-    probe = MultiviewProbe(request.task, config, request.test, backbones, chosen.assembly, device)
-    for seed in missing:
-        done[seed] = probe.compute(seed)
+    if isinstance(config, NormalsConfig):
+        normals = NormalsProbe(config, request.train, request.test, backbones, chosen.assembly, device).compute()
+        done |= dict.fromkeys(missing, normals)
+    else:
+        probe = MultiviewProbe(request.task, config, request.test, backbones, chosen.assembly, device)
+        done |= {seed: probe.compute(seed) for seed in missing}
     return file.save(done, costs)
 
 
