@@ -223,9 +223,8 @@ def _create_meta_model(architecture: str, model_args: ModelArgs) -> Any:
         model: Any = create_timm_model(architecture, model_args)
     patch_height, patch_width = model.patch_embed.patch_size
     if patch_height != patch_width:
-        raise ValueError(
-            f"Backbone {architecture} has patches of {patch_width}x{patch_height} pixels; choose one with square ones."
-        )
+        problem = f"Backbone {architecture} has patches of {patch_width}x{patch_height} pixels"
+        raise ValueError(f"{problem}; choose one with square ones.")
     return model
 
 

@@ -94,9 +94,8 @@ def select_backbone(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tens
     if not prefixes or "" in prefixes:
         return state_dict
     if len(prefixes) > 1:
-        raise ValueError(
-            f"Weights file {path} holds several backbones ({', '.join(sorted(prefixes))}); save the one you mean alone."
-        )
+        problem = f"Weights file {path} holds several backbones ({', '.join(sorted(prefixes))})"
+        raise ValueError(f"{problem}; save the one you mean alone.")
     [prefix] = prefixes
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 

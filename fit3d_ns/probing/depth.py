@@ -295,9 +295,8 @@ class DepthMetrics:
     def compute(self) -> dict[str, Any]:
         """Means of per-image values under their names, over all pixels below `pooled`; ValueError without any."""
         if self.per_image[-1] == 0:
-            raise ValueError(
-                f"No test pixel has depth between {self.min_depth} and {self.max_depth} m; check unit and --max-depth."
-            )
+            problem = f"No test pixel has depth between {self.min_depth} and {self.max_depth} m"
+            raise ValueError(f"{problem}; check unit and --max-depth.")
         means = dict(zip(METRIC_NAMES, (self.per_image[:-1] / self.per_image[-1]).tolist(), strict=True))
         pooled = dict(zip(METRIC_NAMES, _finish(self.sums).tolist(), strict=True))
         return {**means, "pooled": pooled, "num_images": int(self.per_image[-1])}

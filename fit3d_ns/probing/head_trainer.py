@@ -129,9 +129,8 @@ def train_head(
             loss = compute_loss(predictions, targets.to(accelerator.device), iteration)
             total = sum_over_processes(torch.stack([loss.total.detach(), loss.count.detach()]), accelerator)
             if not torch.isfinite(total).all():
-                raise ValueError(
-                    f"The loss is not finite at iteration {iteration + 1}; lower --learning-rate, or check the labels."
-                )
+                problem = f"The loss is not finite at iteration {iteration + 1}"
+                raise ValueError(f"{problem}; lower --learning-rate, or check the labels.")
             # Gradients are averaged over processes; the factor turns the mean of sums into the sum.
             accelerator.backward(loss.total * num_processes / total[1].clamp_min(1e-12))
             if config.max_gradient_norm is not None:

@@ -99,9 +99,8 @@ def check_features(features: Tensor, num_gaussians: int, like: Tensor) -> None:
 def check_pixels(pixels: Tensor, width: int, height: int) -> None:
     """Checks that `pixels` are integers [P, 2], (row, column) positions within the image."""
     if pixels.ndim != 2 or pixels.shape[1] != 2 or pixels.is_floating_point() or pixels.dtype == torch.bool:
-        raise ValueError(
-            f"`pixels` is a {pixels.dtype} tensor of shape {list(pixels.shape)}; pass integers [P, 2] as (row, column)."
-        )
+        problem = f"`pixels` is a {pixels.dtype} tensor of shape {list(pixels.shape)}"
+        raise ValueError(f"{problem}; pass integers [P, 2] as (row, column).")
     if len(pixels) == 0:
         return
     # One transfer, not two: on a GPU each of them waits for everything before it.
