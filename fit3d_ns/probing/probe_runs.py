@@ -199,7 +199,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     if isinstance(config, NormalsConfig):
         normals = NormalsProbe(config, request.train, request.test, backbones, chosen.assembly, device).compute()
         done |= dict.fromkeys(missing, normals)
-    else:
+    elif request.task in ("consistency", "correspondence"):
         probe = MultiviewProbe(request.task, config, request.test, backbones, chosen.assembly, device)
         done |= {seed: probe.compute(seed) for seed in missing}
     return file.save(done, costs)
