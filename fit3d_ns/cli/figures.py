@@ -10,15 +10,9 @@ import tyro
 
 from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.features.backbones import Normalization
+from fit3d_ns.report import feature_figure
 from fit3d_ns.report.compared_backbones import read_models
-from fit3d_ns.report.feature_figure import (
-    FeatureFigureConfig,
-    is_clip,
-    load_clip_images,
-    read_clip,
-    save_feature_figure,
-    save_feature_video,
-)
+from fit3d_ns.report.feature_figure import FeatureFigureConfig, is_clip
 from fit3d_ns.report.prediction_figure import read_predictions, save_prediction_figure
 from fit3d_ns.report.token_columns import load_figure_images, open_scenes
 from fit3d_ns.utils.device import DeviceChoice, choose_device
@@ -102,7 +96,7 @@ def draw_features(command: FeaturesCommand) -> None:
         images = load_figure_images(photographs, scene_index, command.longest_side)
         path = command.output_path.with_suffix(".png")
         _check_is_no_input(path, photographs)
-        save_feature_figure(images, groups, path, command.figure, has_scenes=has_scenes, device=device)
+        feature_figure.save_feature_figure(images, groups, path, command.figure, has_scenes=has_scenes, device=device)
         print(f"Figure: {path}\nWhat it shows: {path.with_suffix('.json')}")
     for source in clips:
         # The clip's JSON must not take the name of the figure's.
@@ -110,9 +104,9 @@ def draw_features(command: FeaturesCommand) -> None:
         stem = command.output_path.stem if is_alone else f"{command.output_path.stem}-{source.stem}"
         path = command.output_path.with_name(f"{stem}.mp4")
         _check_is_no_input(path, clips)
-        clip = read_clip(source, command.max_frames, command.frame_stride)
-        images = load_clip_images(clip, scene_index, command.longest_side)
-        content = save_feature_video(
+        clip = feature_figure.read_clip(source, command.max_frames, command.frame_stride)
+        images = feature_figure.load_clip_images(clip, scene_index, command.longest_side)
+        content = feature_figure.save_feature_video(
             clip.name, images, groups, path, command.figure,
             fps=command.fps or clip.fps, has_scenes=has_scenes, device=device,
         )  # fmt: skip
