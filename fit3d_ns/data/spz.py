@@ -59,7 +59,7 @@ def read_spz(path: Path) -> np.ndarray:
         logits = np.log(tables[1] / 255.0) - np.log(1.0 - tables[1] / 255.0)
     positions, colours = (words.view("<i4")[..., 0] >> 8) / 2.0**places, (tables[2] / 255.0 - 0.5) / 0.15
     # Coefficient by coefficient -> all of red first.
-    rest = (tables[5].reshape(num, -1, 3).transpose(0, 2, 1).reshape(num, sizes[5]) - 128.0) / 128.0
+    rest = (tables[5].reshape(num, sizes[5] // 3, 3).transpose(0, 2, 1).reshape(num, sizes[5]) - 128.0) / 128.0
     values = (positions, logits, colours, tables[3] / 16.0 - 10.0, _unpack_rotations(tables[4]))
     return create_vertices(
         {_NAMES: np.concatenate(values, axis=1), tuple(f"f_rest_{index}" for index in range(sizes[5])): rest}

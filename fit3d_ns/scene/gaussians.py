@@ -120,7 +120,7 @@ class Gaussians:
         }
         stored = {name: value.detach().to(dtypes[name]).contiguous() for name, value in values.items()}
         invalid = {
-            name: ~value.isfinite().reshape(value.shape[0], -1).all(dim=1)
+            name: ~value.isfinite().reshape(len(value), value.shape[1:].numel()).all(dim=1)
             for name, value in stored.items()
             if value.is_floating_point()
         }

@@ -1,5 +1,8 @@
 """Splats in the files and folders of other tools, written here as those tools write them, and what is refused."""
 
+import gzip
+import struct
+
 import pytest
 import torch
 
@@ -113,3 +116,12 @@ def test_read_splats__names_a_converter_for_other_formats(tmp_path, name):
     (tmp_path / name).write_bytes(b"\0")
     with pytest.raises(ValueError, match=f"splat-transform {name} splat.ply"):
         read_splats(tmp_path / name)
+
+
+def test_read_splats__says_that_a_file_is_empty(tmp_path):
+    torch.save({"splats": make_rank(0, num=0)}, tmp_path / "ckpt_9_rank0.pt")
+    with pytest.raises(ValueError, match="holds no usable Gaussian .0 in the file"):
+        read_splats(tmp_path / "ckpt_9_rank0.pt")
+    (tmp_path / "a.spz").write_bytes(gzip.compress(struct.pack("<4s2I4B", b"NGSP", 3, 0, 2, 12, 0, 0)))
+    with pytest.raises(ValueError, match="a.spz holds no Gaussians"):
+        read_splats(tmp_path / "a.spz")
