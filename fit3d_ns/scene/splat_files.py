@@ -53,7 +53,6 @@ def read_splats(path: Path) -> tuple[Gaussians, int]:
     ValueError as in `read_ply`, and for a checkpoint that is damaged, holds code, lacks gsplat's `splats`, or whose
     other GPUs' are missing.
     """
-    path = Path(path)
     if ranks := _find_checkpoints(path):
         if path not in ranks or len(ranks) > 1:
             notice(f"Of {path}, the Gaussians in {', '.join(rank.name for rank in ranks)} are taken.")
@@ -111,7 +110,8 @@ def list_splats(path: Path, data: Path, keep_features: bool) -> list[tuple[str, 
     if not isinstance(scenes, dict) or not scenes:
         raise ValueError(f"{path} holds no scenes by their id; give FiT3D's pretrained_feat_gaussians_*.pth.")
     for name, scene in scenes.items():
-        if not isinstance(scene, dict) or needed - set(scene) or Path(str(name)).name != name:
+        is_name = Path(str(name)).name == name and str(name).strip(".")
+        if not isinstance(scene, dict) or needed - set(scene) or not is_name:
             raise ValueError(f"`{name}` in {path} is no scene with {', '.join(sorted(needed))}; export a PLY.")
     found = [name for name in scenes if (data / name).is_dir()]
     if not found:
@@ -271,7 +271,7 @@ def _unpack(scene: Mapping[str, Any], source: str, keep_features: bool) -> Splat
 
 def _create_decoder(state: Any, source: Path | str) -> FeatureDecoder:
     weight = state.get("0.weight") if isinstance(state, dict) else None
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3):
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.is_sparse:
         raise ValueError(f"{source} has no 3x3 convolution `0.weight`; give FiT3D's feat_decoder checkpoint.")
     if not bool(weight.float().isfinite().all()):
         raise ValueError(f"{source} has weights that are NaN or infinite; train the scene again.")

@@ -127,6 +127,7 @@ def test_packed__holds_the_scenes_that_have_a_folder(make_scene, tmp_path, capsy
         ({"shs": torch.zeros(30, 7, 3)}, "has `shs` of"),
         ({"opacity": torch.full((30, 1), 1.5)}, "opacities outside of 0 to 1"),
         ({"feat_cnn": {}}, "no 3x3 convolution"),
+        ({"feat_cnn": {"0.weight": torch.zeros(7, 5, 3, 3).to_sparse()}}, "no 3x3 convolution"),
     ],
 )
 def test_packed__refuses_tensors_of_other_shapes(make_scene, tmp_path, change, sentence):
@@ -138,7 +139,7 @@ def test_packed__refuses_tensors_of_other_shapes(make_scene, tmp_path, change, s
 
 def test_packed__refuses_other_files(make_scene, tmp_path):
     path, packed = tmp_path / "p.pth", pack(make_scene(bias=False))
-    for content in ({"model": {"blocks": torch.zeros(3)}}, {"../a": packed}, {"model": 3}):
+    for content in ({"model": {"blocks": torch.zeros(3)}}, {"../a": packed}, {"..": packed}, {"model": 3}):
         torch.save(content, path)
         with pytest.raises(ValueError, match="is no scene with feat_cnn, means3D"):
             list_splats(path, tmp_path, True)
