@@ -5,17 +5,20 @@ quaternions are written: renderings are compared with photographs, so that no mi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.scannetpp import colmap_to_world
+from fit3d_ns.geometry.cameras import transform_points
+from fit3d_ns.lifting.alignment import list_likely, refine_world
 from fit3d_ns.lifting.worlds import TRANSFORMS_NAME, WORLDS, PlyWorld, WorldChange, find_changes, read_similarity
 from fit3d_ns.rasterization import RasterizeMode
 from fit3d_ns.scene import ActivatedGaussians, Gaussians, PosedCapture, View, create_posed_capture, load_scene
@@ -38,8 +41,13 @@ CLEARLY_BETTER_DB = 3.0
 CHECKED_SIDE = 480
 """Photographs of the check are reduced to about this longer side, in pixels."""
 
-WRONG_SCALE, SCALE_DB = 1.2, 0.25
-"""A world is refused where another scale, by this factor, fits better by this many dB."""
+NUM_ALIGNED_VIEWS, ALIGNED_SIDE = 8, 80
+"""Views, and their longer side in pixels, by which a world is moved."""
+
+ALIGNED_DB, ALIGNED_SHARE = 0.5, 0.03
+"""A world is refused that fits better by so much when what is seen moves by more than this share of its distance."""
+
+_LEVELS = ((8, 20), (4, 10), (2, 10))
 
 OTHER_ORDER_DB = 1.0
 """Quaternions are taken as xyzw where they fit better by this much."""
@@ -124,6 +132,9 @@ class PlyConfig:
     ply_transform: Path | None = None
     """With --ply: a file (.txt, .npy, .json) with the 4x4 matrix, a rotation with one scale and a translation, between
     --ply-world and the PLY's own world, in either direction."""
+    align: bool = False
+    """With --ply: find by itself where the PLY lies: of all worlds, also with other axes or of another size, the one
+    that fits best is moved, turned and scaled until renderings look like the photographs. What was found is said."""
     dataparser_transforms: Path | None = None
     """With --ply-world training: the run's dataparser_transforms.json or the run's folder; by default it is looked for
     next to the PLY, and where there is none, nerfstudio's defaults are taken."""
@@ -189,7 +200,7 @@ def read_ply_source(
     checked_factor = max(math.ceil(longer / CHECKED_SIDE), factor)
     photographs: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def create(change: WorldChange, factor: int = checked_factor) -> LiftSource:
+    def create(change: WorldChange, factor: int = checked_factor, files: CaptureFiles = files) -> LiftSource:
         capture = create_posed_capture(files, change.transform, change.scale, factor)
         return LiftSource(gaussians, capture, description, config.rasterize_mode, num_dropped=dropped, decoder=decoder)
 
@@ -212,28 +223,54 @@ def read_ply_source(
     if config.ply_transform is not None:
         changes = [own.after(change) for own in read_similarity(config.ply_transform) for change in changes]
         description = f"PLY {Path(ply).name} moved by {config.ply_transform.name}"
+    worlds: dict[PlyWorld, list[WorldChange]] = {}
+    for world in WORLDS if config.smallest_psnr > 0 or config.align else ():
+        if world != config.ply_world or config.ply_transform is not None:
+            with suppress(ValueError):
+                worlds[world] = find(world)
+    if config.align:
+        points = None if files.points is None else files.points.xyz
+        changes = changes + sum(worlds.values(), list_likely(changes[0], points, gaussians.means))
     change, fit = find_best(changes)
     turned = replace(gaussians, quats=gaussians.quats[:, [3, 0, 1, 2]])
     other_order = measure(replace(create(change), gaussians=turned))
     if other_order.psnr > fit.psnr + OTHER_ORDER_DB:
         notice(f"The quaternions of {ply} are in the order xyzw, which is {other_order.psnr - fit.psnr:.1f} dB better.")
         gaussians, fit = turned, other_order
-    if config.smallest_psnr > 0:
-        others: dict[PlyWorld, PhotoFit] = {}
-        for world in WORLDS:
-            if world != config.ply_world or config.ply_transform is not None:
-                with suppress(ValueError):
-                    others[world] = find_best(find(world))[1]
-        what = f"{ply} in the {config.ply_world} world" if config.ply_transform is None else description
-        _check_fit(what, data, fit, others, config)
-        scaled = [(other, measure(create(other))) for other in _rescale(change, files)]
-        best, best_fit = max(scaled, key=lambda pair: pair[1].psnr)
-        if best_fit.psnr > fit.psnr + SCALE_DB:
-            raise ValueError(
-                f"{what} is of another scale than the cameras of {data}: scaled to {best.scale:g} it fits by "
-                f"{best_fit.psnr - fit.psnr:.1f} dB better; correct --ply-world or --ply-transform "
-                "(--smallest-psnr 0 lifts nevertheless)."
-            )
+    if config.smallest_psnr <= 0 and not config.align:
+        return create(change, factor)
+    what = f"{ply} in the {config.ply_world} world" if config.ply_transform is None else description
+    if not config.align:
+        _check_fit(what, data, fit, {world: find_best(worlds[world])[1] for world in worlds}, config)
+    frames = [frame for frame in files.frames if frame.split == "train" and not frame.is_bad]
+    few = replace(files, frames=select_evenly(frames, NUM_ALIGNED_VIEWS), points=None)
+    small, pictures = math.ceil(longer / ALIGNED_SIDE), dict[str, tuple[Tensor, Tensor]]()
+
+    def compute_residuals(change: WorldChange, side: int) -> Tensor:
+        views = _compare_views(create(change, small, few), NUM_ALIGNED_VIEWS, device, pictures)
+        squares = [F.avg_pool2d((error * mask[..., None]).permute(2, 0, 1), side) for error, mask, _ in views]
+        return torch.cat([square.flatten() for square in squares]).double().cpu()
+
+    pivot = torch.stack([view.camera_to_world[:, 3] for view in create(change).capture.views]).mean(dim=0)
+    depth = float((gaussians.means - pivot).norm(dim=1).median())
+    refined = refine_world(change, compute_residuals, pivot, depth, _LEVELS if config.align else ((2, 3),))
+    better = measure(create(refined))
+    if config.align:
+        if better.psnr < fit.psnr:
+            refined, better = change, fit
+        matrix = (refined.transform * refined.scale).double().numpy().round(4).tolist()
+        notice(f"{ply} is aligned, {fit.psnr:.1f} -> {better.psnr:.1f} dB: scale {refined.scale:.4g}, in all {matrix}.")
+        _check_fit(f"{ply}, aligned,", data, better, {}, config)
+        return create(refined, factor)
+    here = (gaussians.means / change.scale - change.transform[:, 3]) @ change.transform[:, :3]
+    moved = transform_points(here, refined.transform, refined.scale)
+    share = float((moved - gaussians.means).norm(dim=1).median()) / depth
+    if better.psnr > fit.psnr + ALIGNED_DB and share > ALIGNED_SHARE:
+        raise ValueError(
+            f"{what} is not where the cameras of {data} are: moved or turned by {share:.0%} of the depth it fits "
+            f"by {better.psnr - fit.psnr:.1f} dB better; add --align, or correct --ply-world or --ply-transform "
+            "(--smallest-psnr 0 lifts nevertheless)."
+        )
     return create(change, factor)
 
 
@@ -246,18 +283,25 @@ def compare_with_photographs(
     `loaded` keeps photographs and masks by name, for comparisons of several sources of one capture.
     """
     psnrs, coverages = [], []
-    loaded = {} if loaded is None else loaded
-    for view in select_evenly(source.capture.select("train"), NUM_CHECKED_VIEWS):
+    for error, mask, alphas in _compare_views(source, NUM_CHECKED_VIEWS, device, {} if loaded is None else loaded):
+        psnrs.append(-10.0 * float(error.square()[mask].mean().clamp(min=1e-10).log10()))
+        coverages.append(float(alphas[mask].mean()))
+    return PhotoFit(psnr=sum(psnrs) / len(psnrs), coverage=sum(coverages) / len(coverages))
+
+
+@torch.no_grad()
+def _compare_views(
+    source: LiftSource, num_views: int, device: torch.device | str, loaded: dict[str, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of some train views: rendering less photograph [H, W, 3], valid mask and rendered opacity [H, W]."""
+    for view in select_evenly(source.capture.select("train"), num_views):
         rendered, alphas = source.render(view, device)
         if view.name not in loaded:
             photograph = source.capture.load_image(view).to(rendered.device).float() / 255.0
             mask = source.capture.load_valid_mask(view).to(rendered.device)
             loaded[view.name] = photograph, mask if bool(mask.any()) else torch.ones_like(mask)
         photograph, mask = loaded[view.name]
-        error = (rendered - photograph).square()[mask].mean().clamp(min=1e-10)
-        psnrs.append(-10.0 * float(error.log10()))
-        coverages.append(float(alphas[mask].mean()))
-    return PhotoFit(psnr=sum(psnrs) / len(psnrs), coverage=sum(coverages) / len(coverages))
+        yield rendered - photograph, mask, alphas
 
 
 def warn_of_poor_fit(source: LiftSource, fit: PhotoFit) -> None:
@@ -282,20 +326,6 @@ def _find_transforms(ply: Path, config: PlyConfig) -> Path:
             "nerfstudio's defaults place the cameras."
         )
     return path
-
-
-def _rescale(change: WorldChange, files: CaptureFiles) -> list[WorldChange]:
-    """The world too large and too small, about its own origin, that of the dataset's, and the middle of the cameras."""
-    middle = torch.stack([frame.camera_to_world[:, 3] for frame in files.frames if not frame.is_bad]).mean(dim=0)
-    rotation, translation = change.transform[:, :3], change.transform[:, 3]
-    fixed = [torch.zeros(3), translation, rotation @ middle + translation]
-    rescaled = []
-    for factor in (WRONG_SCALE, 1.0 / WRONG_SCALE):
-        # x -> (x - fixed) factor + fixed, of x before the scale.
-        for moved in [translation + point * (1.0 / factor - 1.0) for point in fixed]:
-            transform = torch.cat([rotation, moved[:, None]], dim=1)
-            rescaled.append(WorldChange(transform, change.scale * factor))
-    return rescaled
 
 
 def _check_fit(what: str, data: Path, fit: PhotoFit, others: dict[PlyWorld, PhotoFit], config: PlyConfig) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from scipy.spatial.transform import Rotation
 
 from fit3d_ns.data.capture_checks import check_capture
 from fit3d_ns.data.frames import PointCloud
@@ -73,16 +74,56 @@ def test_ply_transform__takes_the_splat_to_its_photographs(capture, tmp_path, na
     assert compare_with_photographs(source).psnr > 30
 
 
-@pytest.mark.parametrize("factor", [1.2, 0.8])
-def test_ply_transform__a_scale_that_is_off_by_a_fifth_is_refused(capture, tmp_path, factor):
+@pytest.mark.parametrize(
+    ("factor", "shift"), [(1.2, 0.0), (0.8, 0.0), (1.1, 0.0), (1.0, 0.1), (1.0, -0.1)], ids=lambda value: f"{value:g}"
+)
+def test_ply_transform__a_scale_or_a_place_that_is_off_a_little_is_refused(capture, tmp_path, factor, shift):
     root, raw = capture
     ply = write_gaussians(tmp_path / "moved.ply", move_gaussians(raw, ROTATION, SHIFT, SCALE))
     wrong = MATRIX.copy()
     wrong[:3, :3] *= factor
+    # The room is 6 m across.
+    wrong[:3, 3] += SCALE * shift * np.array([1.0, 0.0, 1.0])
     path = write_matrix(tmp_path / "wrong.txt", wrong)
-    with pytest.raises(ValueError, match="moved by wrong.txt (is of another scale than|does not show what)"):
+    with pytest.raises(ValueError, match="moved by wrong.txt (is not where the cameras|does not show what)"):
         read_ply_source(ply, root, PlyConfig(ply_transform=path))
     read_ply_source(ply, root, PlyConfig(ply_transform=path, smallest_psnr=0.0))
+
+
+@pytest.mark.parametrize(
+    ("rotvec", "shift", "scale", "with_points"),
+    [
+        ((0.05, -0.08, 0.06), (0.2, -0.1, 0.1), 1.15, False),
+        ((math.pi / 2, 0.0, 0.05), (0.0, 0.1, 0.0), 0.9, False),
+        # Any size and place, by the seed points.
+        ((0.0, 0.0, math.pi / 2), (5.0, -3.0, 2.0), 7.0, True),
+    ],
+)
+def test_align__finds_where_a_splat_lies(tmp_path, capsys, rotvec, shift, scale, with_points):
+    root = tmp_path / "room"
+    raw = write_capture(root)
+    if with_points:
+        write_gaussians(root / "points.ply", raw)
+        content = json.loads((root / "transforms.json").read_text())
+        (root / "transforms.json").write_text(json.dumps({**content, "ply_file_path": "points.ply"}))
+    rotation = Rotation.from_rotvec(rotvec).as_matrix()
+    ply = write_gaussians(tmp_path / "moved.ply", move_gaussians(raw, rotation, np.array(shift), scale))
+    with pytest.raises(ValueError, match=r"moved.ply .* (does not show|is not where the cameras)"):
+        read_ply_source(ply, root, PlyConfig())
+    source = read_ply_source(ply, root, PlyConfig(align=True))
+    assert f"{ply} is aligned" in capsys.readouterr().err
+    assert compare_with_photographs(source).psnr > 30
+    capture = source.capture
+    assert capture.dataparser_scale == pytest.approx(scale, rel=1e-2)
+    np.testing.assert_allclose(capture.dataparser_transform[:, :3], rotation, atol=1e-2)
+    np.testing.assert_allclose(capture.dataparser_transform[:, 3], shift, atol=2e-2)
+
+
+def test_align__says_where_nothing_fits(capture, tmp_path):
+    root, raw = capture
+    ply = write_gaussians(tmp_path / "other.ply", {**raw, "sh_dc": raw["sh_dc"].roll(7, dims=0) * -1.5})
+    with pytest.raises(ValueError, match="other.ply, aligned, does not show what the photographs of"):
+        read_ply_source(ply, root, PlyConfig(align=True, smallest_psnr=20.0))
 
 
 @pytest.mark.parametrize(
