@@ -108,17 +108,15 @@ def parse(config_class: type[Config], args: Sequence[str], *, prog: str = "", de
     return _build(config_class, {name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
-def create_main(
-    prog: str, config_class: type[Config], function: Callable[[Config], None], description: str = "", *examples: str
-) -> Callable[..., None]:
+def create_main(prog: str, config_class: type[Config], function: Callable[[Config], None]) -> Callable[..., None]:
     """The entry point of a command: `run_command`, on the command line where it is not given other arguments.
 
-    Description and examples that are not given stand in `commands.ini`.
+    Description and examples stand in `commands.ini`.
     """
 
     def main(args: Sequence[str] | None = None) -> None:
-        texts = (description, examples) if description else _read_texts(prog)
-        run_command(config_class, function, prog=prog, description=texts[0], examples=texts[1], args=args)
+        description, examples = _read_texts(prog)
+        run_command(config_class, function, prog=prog, description=description, examples=examples, args=args)
 
     return main
 

@@ -253,14 +253,7 @@ def describe_forecast(forecast: LiftForecast) -> str:
     )
 
 
-main = create_main(
-    "fit3d-lift",
-    LiftCommand,
-    lift,
-    "Lifts a vision transformer's features onto Gaussians that already exist, in closed form.",
-    "--load-config outputs/kitchen/fit3d-features/2026-01-31_120000 --output-path kitchen.safetensors",
-    "--ply point_cloud.ply --data KITCHEN --backbone dinov2_base --output-path kitchen.safetensors",
-)
+main = create_main("fit3d-lift", LiftCommand, lift)
 
 
 def _check(command: LiftCommand) -> None:

@@ -214,7 +214,7 @@ def test_lift__a_finished_one_is_lifted_again_only_for_another_lift(run, capture
 
 def test_lift__flags_are_the_fields_of_the_lift():
     parsed = []
-    main = create_main("fit3d-lift", module.LiftCommand, parsed.append, "Lifts.")
+    main = create_main("fit3d-lift", module.LiftCommand, parsed.append)
     main(["--ply", "a.ply", "--output-path", "b.safetensors"])
     assert parsed[0].lift == LiftConfig()
     main(["--ply", "a.ply", "--output-path", "b.safetensors", "--feature-dim", "32", "--ply-world", "colmap"])
