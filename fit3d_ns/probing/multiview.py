@@ -29,27 +29,38 @@ PROBE3D_GRID_SCALE = 0.25
 
 
 @dataclass(frozen=True)
-class MultiviewConfig:
-    """Which views are compared, and how."""
+class ViewsConfig:
+    """Which views take part."""
 
     max_views: int = 32
     """Views per scene, evenly spread over the capture."""
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    """Which frames of a capture take part."""
+    data_root: Path | None = None
+    """Where the photographs of scene files are now, if they were moved: a capture's folder or one above several."""
+
+    def __post_init__(self) -> None:
+        if self.max_views < 2:
+            raise ValueError(f"{self.max_views} views; give at least 2.")
+
+
+@dataclass(frozen=True)
+class MultiviewConfig(ViewsConfig):
+    """Which views are compared, and how."""
+
     max_pairs: int = 100
     """Pairs per scene, drawn at random; every seed draws them again."""
-    splits: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
-    """Which frames of a capture take part."""
     depth_tolerance: float = 0.05
     """Largest relative difference of depth for two views to see the same point."""
     angle_edges: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0, 180.0)
     """Edges of the bins of angles between cameras, degrees, ascending: probe3d's for ScanNet (NAVI: 0 30 60 90 120)."""
     ratio_matches: int = 0
     """Most distinct matches per pair that recall is measured on as well (`ratio_recall_*`, probe3d: 1000); 0: none."""
-    data_root: Path | None = None
-    """Where the photographs of scene files are now, if they were moved: a capture's folder or one above several."""
 
     def __post_init__(self) -> None:
-        if self.max_views < 2 or self.max_pairs < 1:
-            raise ValueError(f"{self.max_views} views and {self.max_pairs} pairs; give at least 2 views and 1 pair.")
+        super().__post_init__()
+        if self.max_pairs < 1:
+            raise ValueError(f"{self.max_pairs} pairs; give at least 1.")
         # Refuses edges and numbers of matches before features are computed.
         self.create_consistency("consistency", 0)
 
@@ -93,8 +104,7 @@ class MultiviewProbe:
         if not paths:
             raise ValueError("No scene is given; name captures or scene files with --test.")
         self.task, self.config, self.device = task, config, device
-        chosen = config.splits, config.max_views, config.data_root
-        self.scenes = [load_views(Path(path), *chosen, backbones, assembly, device) for path in paths]
+        self.scenes = [load_views(Path(path), config, backbones, assembly, device) for path in paths]
 
     def compute(self, seed: int) -> dict[str, Any]:
         """Metrics pooled over scenes, with those of each scene below `per_scene`."""
@@ -114,29 +124,23 @@ class MultiviewProbe:
 
 
 def load_views(
-    path: Path,
-    splits: Sequence[Split],
-    max_views: int,
-    data_root: Path | None,
-    backbones: FrozenBackbones,
-    assembly: Assembly,
-    device: torch.device | str,
+    path: Path, config: ViewsConfig, backbones: FrozenBackbones, assembly: Assembly, device: torch.device | str
 ) -> SceneViews:
-    """At most `max_views` views of a capture or scene file; ValueError where there are fewer than two."""
+    """The chosen views of a capture or scene file; ValueError where there are fewer than two."""
     if assembly == "linear":
-        raise ValueError("Linear fusion is trained with a head, and this probe has none; choose another assembly.")
+        raise ValueError("Linear fusion is trained with a head, which this probe has not; choose another assembly.")
     # Tokens of a padded image would lie next to the pixels they are compared at.
     assert backbones.patch_fit == "resize"
     assembler = Assembler(assembly, backbones.embed_dim, "none")
     scene: FeatureScene | None = None
     if path.suffix == ".safetensors":
         scene = load_scene(path, device=device)
-        capture = scene.capture(data_root)
+        capture = scene.capture(config.data_root)
     else:
         capture = create_posed_capture(read_capture(path))
-    chosen = select_evenly(capture.select(*splits), max_views)
+    chosen = select_evenly(capture.select(*config.splits), config.max_views)
     if len(chosen) < 2:
-        raise ValueError(f"{path} has {len(chosen)} views of {', '.join(splits)}; two are needed.")
+        raise ValueError(f"{path} has {len(chosen)} views of {', '.join(config.splits)}; two are needed.")
     get_scene = None if scene is None else lambda: scene
     token_maps, depth_views = [], []
     for view in track(chosen, f"Features of {capture.scene_id}"):

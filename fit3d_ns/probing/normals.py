@@ -9,7 +9,7 @@ a normal counts. Nothing is drawn at random, so that all seeds give the same.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.analysis.normals import compute_normals, measure_angles, summarise_angles
 from fit3d_ns.probing.frozen_features import Assembly, FrozenBackbones
-from fit3d_ns.probing.multiview import SceneViews, load_views
+from fit3d_ns.probing.multiview import SceneViews, ViewsConfig, load_views
 from fit3d_ns.probing.pictures import resize_map
 from fit3d_ns.utils.progress import notice
 
@@ -28,22 +28,6 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths that are tried, as multiples of the mean square of the centred tokens' channels."""
 VALIDATION_SHARE = 0.2
 """Share of a training scene's views, the last ones, that choose the strength."""
-
-
-@dataclass(frozen=True)
-class NormalsConfig:
-    """Which views take part."""
-
-    max_views: int = 32
-    """Views per scene, evenly spread over the capture."""
-    splits: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
-    """Which frames of a capture take part."""
-    data_root: Path | None = None
-    """Where the photographs of scene files are now, if they were moved: a capture's folder or one above several."""
-
-    def __post_init__(self) -> None:
-        if self.max_views < 2:
-            raise ValueError(f"{self.max_views} views; give at least 2.")
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class NormalsProbe:
 
     def __init__(
         self,
-        config: NormalsConfig,
+        config: ViewsConfig,
         train: Sequence[Path],
         test: Sequence[Path],
         backbones: FrozenBackbones,
@@ -71,8 +55,7 @@ class NormalsProbe:
             if not paths:
                 raise ValueError(f"A normals probe needs captures with depth, or scene files; name some with {flag}.")
         scenes = {
-            path: load_views(path, config.splits, config.max_views, config.data_root, backbones, assembly, device)
-            for path in dict.fromkeys([*train, *test])
+            path: load_views(path, config, backbones, assembly, device) for path in dict.fromkeys([*train, *test])
         }
         common = [path.name for path in test if path in train]
         if common:

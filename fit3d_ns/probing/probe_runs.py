@@ -14,8 +14,8 @@ from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
 from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.head_probe import HeadProbe, RunConfig, create_sets
-from fit3d_ns.probing.multiview import MultiviewConfig, MultiviewProbe
-from fit3d_ns.probing.normals import NormalsConfig, NormalsProbe
+from fit3d_ns.probing.multiview import MultiviewConfig, MultiviewProbe, ViewsConfig
+from fit3d_ns.probing.normals import NormalsProbe
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
 from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
@@ -25,7 +25,7 @@ from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
 
 Task = Literal["segmentation", "depth", "classification", "consistency", "correspondence", "normals"]
-TaskConfig = SegmentationConfig | DepthConfig | ClassificationConfig | MultiviewConfig | NormalsConfig
+TaskConfig = SegmentationConfig | DepthConfig | ClassificationConfig | ViewsConfig
 
 PAPER_RUNS = {
     # The last checkpoint of 40,000 iterations.
@@ -46,7 +46,7 @@ DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     "classification": ClassificationConfig(),
     "consistency": MultiviewConfig(),
     "correspondence": MultiviewConfig(),
-    "normals": NormalsConfig(),
+    "normals": ViewsConfig(),
 }
 PROBES: dict[str, type[HeadProbe]] = {kind.task: kind for kind in (SegmentationProbe, DepthProbe, ClassificationProbe)}
 
@@ -170,7 +170,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     chosen = replace(request.backbones, patch_fit="resize")
     described = describe_backbones(chosen, norm=True)
     config = request.config or DEFAULT_CONFIGS[request.task]
-    assert isinstance(config, (MultiviewConfig, NormalsConfig))
+    assert isinstance(config, ViewsConfig)
     for path in (*request.train, *request.test):
         if not path.exists():
             raise ValueError(f"No such capture or scene file: {path}; check --train and --test.")
@@ -196,7 +196,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         notice(f"{said}; --splits val test measures on held-out views.")
     device = choose_device(request.device)
     backbones = create_frozen_backbones(chosen, norm=True, device=device)
-    if isinstance(config, NormalsConfig):
+    if not isinstance(config, MultiviewConfig):
         normals = NormalsProbe(config, request.train, request.test, backbones, chosen.assembly, device).compute()
         done |= dict.fromkeys(missing, normals)
     elif request.task in ("consistency", "correspondence"):

@@ -322,7 +322,7 @@ def test_probe__classification_record(tmp_path: Path) -> None:
         (("depth", "--assembly", "concat", "--finetuned", "nowhere"), "No such fine-tuned backbone: nowhere"),
         (("depth", "--max-views", "3"), "--max-views means nothing to the depth probe"),
         (("segmentation", "--train", "nowhere"), "No such data folder: nowhere"),
-        (("consistency", "--assembly", "linear", "--finetuned", "FINETUNED"), "consistency trains nothing"),
+        (("consistency", "--assembly", "linear", "--finetuned", "FINETUNED"), "trained with a head"),
         (("depth", "--class-token", "finetuned"), "only original runs"),
         (("depth", "--depth-scale", "500"), "in the layout scannetpp, which has its own; leave it out"),
         (("consistency", "--predictions", "p"), "--predictions means nothing to the consistency probe"),

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from fit3d_ns.analysis.normals import compute_normals
 from fit3d_ns.cli.probe import main
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones
-from fit3d_ns.probing.normals import NormalsConfig, NormalsProbe
+from fit3d_ns.probing.multiview import ViewsConfig
+from fit3d_ns.probing.normals import NormalsProbe
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from fit3d_ns.utils.results import load_result
 
@@ -24,7 +25,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def create_probe(rooms: list[Path], backbone: str = "toy_rooms_vit", assembly: str = "original") -> NormalsProbe:
     backbones = create_frozen_backbones(BackboneConfig(assembly, backbone, patch_fit="resize"), norm=True)
-    return NormalsProbe(NormalsConfig(max_views=6), rooms[:1], rooms[1:], backbones, assembly)  # type: ignore[arg-type]
+    return NormalsProbe(ViewsConfig(max_views=6), rooms[:1], rooms[1:], backbones, assembly)  # type: ignore[arg-type]
 
 
 def test_normals__are_those_of_weighted_ridge_regression(rooms: list[Path]) -> None:
