@@ -31,8 +31,8 @@ STEP_LINE = re.compile(r"^(\d+) \([\d.]+%\)")
 """How nerfstudio's log says which step it is at."""
 NUM_ROOMS = 3
 """The last one is in no training."""
-LEARNING_RATE = 3e-5
-"""Of stage II: a few steps should show."""
+LEARNING_RATE, GEOMETRY_WEIGHT = 1e-4, 2
+"""Of stage II: a few steps should show, in depth as well."""
 CELL_PIXELS = 3
 """Size of the smallest Gaussians: their pictures should be sharp."""
 LIFT_PASSES = 4
@@ -138,6 +138,7 @@ class Quickstart:
         folder = self.output / "finetuned"
         with self.stage(f"Stage II: what was lifted teaches the backbone, {self.finetune_steps} steps"):
             steps = ["--max-steps", self.finetune_steps, "--learning-rate", LEARNING_RATE, "--resume", "never"]
+            steps += ["--geometry-weight", GEOMETRY_WEIGHT]
             self.run(finetune.main, "fit3d-finetune", "--ckpts", *scenes, "--output-dir", folder, *steps)
         return folder
 
