@@ -33,22 +33,15 @@ def compute_normals(view: DepthView) -> tuple[Float[Tensor, "height width 3"], B
     if min(height, width) <= 2 * step:
         return normals.float(), known
     rows, columns = slice(step, height - step), slice(step, width - step)
-    upper, lower, first, last = (
-        slice(None, -2 * step),
-        slice(2 * step, None),
-        slice(None, -2 * step),
-        slice(2 * step, None),
-    )
-    across = points[rows, last] - points[rows, first]
-    down = points[lower, columns] - points[upper, columns]
+    before, after = slice(None, -2 * step), slice(2 * step, None)
+    across = points[rows, after] - points[rows, before]
+    down = points[after, columns] - points[before, columns]
     inverse = torch.where(depth > 0, 1.0 / depth.clamp(min=1e-12), torch.inf)
     middle = inverse[rows, columns]
-    bends = [
-        (inverse[rows, first] + inverse[rows, last] - 2.0 * middle).abs(),
-        (inverse[upper, columns] + inverse[lower, columns] - 2.0 * middle).abs(),
-    ]
+    bend = (inverse[rows, before] + inverse[rows, after] - 2.0 * middle).abs()
+    bend = torch.maximum(bend, (inverse[before, columns] + inverse[after, columns] - 2.0 * middle).abs())
     # inf - inf is NaN, which is not smaller either.
-    known[rows, columns] = (bends[0] <= LARGEST_BEND * middle) & (bends[1] <= LARGEST_BEND * middle) & middle.isfinite()
+    known[rows, columns] = (bend <= LARGEST_BEND * middle) & middle.isfinite()
     normals[rows, columns] = F.normalize(torch.linalg.cross(down, across), dim=-1)
     normals *= -torch.sign((normals * rays).sum(dim=-1, keepdim=True)) * known[..., None]
     return normals.float(), known

@@ -119,10 +119,15 @@ def _print_table(content: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for name, value in content.items():
-        text = value if isinstance(value, str) else json.dumps(value, indent=1)
         # Without this, rich reads the `[demo]` of `pip install '.[demo]'` as markup.
-        table.add_row(escape(name if os.sep in name else name.replace("_", " ")), escape(text))
+        table.add_row(escape(name if os.sep in name else name.replace("_", " ")), escape(_spell(value)))
     Console(soft_wrap=True).print(table)
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{name}: {_spell(item)}" for name, item in value.items()]
+    return "\n".join(map(_spell, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _list_registered(group: str) -> list[str]:

@@ -252,6 +252,7 @@ def read_ply_source(
         squares = [F.avg_pool2d((error * mask[..., None]).permute(2, 0, 1), side) for error, mask, _ in views]
         return torch.cat([square.flatten() for square in squares]).double().cpu()
 
+    notice(f"Comparing renderings of {ply.name} with photographs, here and nearby.")
     pivot = torch.stack([view.camera_to_world[:, 3] for view in create(change).capture.views]).mean(dim=0)
     depth = float((gaussians.means - pivot).norm(dim=1).median())
     refined = refine_world(change, compute_residuals, pivot, depth, _LEVELS if config.align else ((2, 3),))
