@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fit3d_ns.data.images import save_depth
 from fit3d_ns.probing.datasets.frames import EvaluationWindow, LabelledFrame, LabelledSet, warn_about_depth_unit
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource
-from fit3d_ns.probing.head_probe import HeadProbe, PublishedTraining, resolve_cache, resolve_learning_rate
+from fit3d_ns.probing.head_probe import MapProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
 from fit3d_ns.probing.heads import UPSAMPLING, BinNormalization, DepthBins, DPTDepthHead, LinearDepthHead
 from fit3d_ns.probing.inputs import DEPTHS_PER_TOKEN, EVALUATION, DepthInputs, choose_crop_size
@@ -94,7 +94,7 @@ PAPER_DEPTH = DepthConfig(
 """The public code's values. Its gradient term is zero at two images per device, so it is left out."""
 
 
-class DepthProbe(HeadProbe[DepthConfig]):
+class DepthProbe(MapProbe[DepthConfig]):
     """Depth of each pixel."""
 
     task = labels = "depth"

@@ -125,10 +125,6 @@ class HeadProbe(ABC, Generic[Config]):
     def compute_loss(self, predictions: Tensor, targets: Tensor, iteration: int) -> LossSum:
         """Loss on this process's share of a batch."""
 
-    def save_prediction(self, head: nn.Module, frame: LabelledFrame, prefix: Path, units: float) -> Tensor:
-        """Writes truth and prediction of a frame and returns its photograph; see `save_predictions`."""
-        raise NotImplementedError
-
     def train(self, seed: int, head: nn.Module, optimization: OptimizationConfig, note: str = "") -> TrainedHead:
         """Trains a head, scored on the selection data; `note` ends its title."""
         selection = self.sets.selection
@@ -151,6 +147,28 @@ class HeadProbe(ABC, Generic[Config]):
     def share(self, labelled_set: LabelledSet) -> list[LabelledFrame]:
         """The frames that this process measures."""
         return labelled_set.frames[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _iterate_batches(self, seed: int, batch_size: int) -> Generator[Batch, None, None]:
+        """This process's share of each batch: of fixed pictures, through the memory, or of new ones."""
+        number, process, frames = self.accelerator.num_processes, self.accelerator.process_index, self.sets.train.frames
+        draws = samples.iterate_draws(len(frames), batch_size, self.num_iterations, seed, process, number)
+        if not self.is_cached:
+            share, threads = batch_size // number, self.run.num_threads
+            yield from samples.iterate_augmented(draws, frames, self.inputs, self.backbones, seed, threads, share)
+            return
+        for batch in draws:
+            chosen = [frames[index] for _, index in batch]
+            generators = [samples.create_numpy_generator(seed, position) for position, _ in batch]
+            keys = [self.inputs.choose_key(*pair) for pair in zip(chosen, generators, strict=True)]
+            yield samples.stack_features(self.memory.fetch(keys, chosen, self.inputs), self.fill)
+
+
+class MapProbe(HeadProbe[Config]):
+    """A probe that predicts something for each pixel, which can be looked at."""
+
+    @abstractmethod
+    def save_prediction(self, head: nn.Module, frame: LabelledFrame, prefix: Path, units: float) -> Tensor:
+        """Writes truth and prediction of a frame and returns its photograph; see `save_predictions`."""
 
     def save_predictions(self, trained: TrainedHead, seed: int, folder: Path, num_frames: int = 8) -> None:
         """Writes what a head predicts for some test frames, evenly spread, as pictures for comparisons.
@@ -180,20 +198,6 @@ class HeadProbe(ABC, Generic[Config]):
             "frames": [frame.name for frame in frames],
         }
         write_json(folder / "predictions.json", content)
-
-    def _iterate_batches(self, seed: int, batch_size: int) -> Generator[Batch, None, None]:
-        """This process's share of each batch: of fixed pictures, through the memory, or of new ones."""
-        number, process, frames = self.accelerator.num_processes, self.accelerator.process_index, self.sets.train.frames
-        draws = samples.iterate_draws(len(frames), batch_size, self.num_iterations, seed, process, number)
-        if not self.is_cached:
-            share, threads = batch_size // number, self.run.num_threads
-            yield from samples.iterate_augmented(draws, frames, self.inputs, self.backbones, seed, threads, share)
-            return
-        for batch in draws:
-            chosen = [frames[index] for _, index in batch]
-            generators = [samples.create_numpy_generator(seed, position) for position, _ in batch]
-            keys = [self.inputs.choose_key(*pair) for pair in zip(chosen, generators, strict=True)]
-            yield samples.stack_features(self.memory.fetch(keys, chosen, self.inputs), self.fill)
 
 
 def create_sets(train: LabelledSet, test: LabelledSet, config: RunConfig) -> ProbeSets:

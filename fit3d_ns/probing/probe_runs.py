@@ -13,7 +13,7 @@ from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, check_s
 from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
 from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
-from fit3d_ns.probing.head_probe import HeadProbe, RunConfig, create_sets
+from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, RunConfig, create_sets
 from fit3d_ns.probing.multiview import MultiviewConfig, MultiviewProbe, ViewsConfig
 from fit3d_ns.probing.normals import NormalsProbe
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
@@ -79,7 +79,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     """Runs the seeds that are not in the result file yet; ValueError names folders or settings that do not fit."""
     if not request.seeds:
         raise ValueError("No seed is given; name at least one with --seeds.")
-    if request.predictions is not None and request.task not in ("segmentation", "depth"):
+    if request.predictions is not None and not issubclass(PROBES.get(request.task, object), MapProbe):
         raise ValueError(f"--predictions means nothing to the {request.task} probe; leave it out.")
     if request.task not in PROBES:
         return _run_multiview(request)
@@ -127,7 +127,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         training["training"] = {**training.get("training", {}), str(seed): said}
         if accelerator.is_main_process:
             file.save(done, training)
-            if seed == missing[0] and request.predictions is not None:
+            if seed == missing[0] and request.predictions is not None and isinstance(probe, MapProbe):
                 probe.save_predictions(trained, seed, request.predictions)
     if accelerator.is_main_process:
         return file.save(done, training)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fit3d_ns.data.images import save_index_map
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledFrame, LabelledSet
 from fit3d_ns.probing.frozen_features import Assembler
-from fit3d_ns.probing.head_probe import HeadProbe, PublishedTraining, resolve_cache, resolve_learning_rate
+from fit3d_ns.probing.head_probe import MapProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
 from fit3d_ns.probing.heads import SegmentationHead
 from fit3d_ns.probing.inputs import PUBLISHED_SHORT_SIDE, SegmentationInputs, average_windows, choose_short_side
@@ -64,7 +64,7 @@ PAPER_SEGMENTATION = SegmentationConfig(
 """The public code's values."""
 
 
-class SegmentationProbe(HeadProbe[SegmentationConfig]):
+class SegmentationProbe(MapProbe[SegmentationConfig]):
     """Class of each pixel."""
 
     task = labels = "segmentation"

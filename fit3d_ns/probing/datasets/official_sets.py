@@ -198,7 +198,7 @@ def _read_numbers(path: Path, key: str) -> np.ndarray:
     try:
         content = loadmat(str(path))
     except Exception as error:
-        # Of any type: NotImplementedError for MATLAB 7.3, zlib's own and others for what is cut short or damaged.
+        # Of any type: scipy refuses MATLAB 7.3 by one, damage by others, zlib's own among them.
         raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
     if key not in content:
         raise ValueError(f"{path} has no `{key}`; download it again.")
