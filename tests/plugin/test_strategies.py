@@ -7,7 +7,7 @@ import torch
 from gsplat.strategy import DefaultStrategy
 
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
-from fit3d_ns.plugin.strategies import InriaStrategy, compute_relocation, create_strategy
+from fit3d_ns.plugin.strategies import InriaStrategy, compute_covariances, compute_relocation, create_strategy
 
 
 def _binomials(n_max):
@@ -49,6 +49,12 @@ def test_compute_relocation__takes_ratios_as_gsplat_does_between_one_and_the_tab
         torch.tensor([0.5, 0.5]), torch.ones(2, 3), torch.tensor([0, 99]), _binomials(10)
     )
     torch.testing.assert_close(new_opacities, torch.tensor([0.5, 1 - 0.5**0.1]))
+
+
+def test_compute_covariances__are_those_of_turned_axes():
+    # A quarter turn about z, by a quaternion of any length, exchanges the variances along x and y.
+    covariances, _ = compute_covariances(torch.tensor([[3.0, 0.0, 0.0, 3.0]]), torch.tensor([[1.0, 2.0, 3.0]]))
+    torch.testing.assert_close(covariances, torch.diag(torch.tensor([4.0, 1.0, 9.0]))[None])
 
 
 def test_create_strategy__of_the_public_code_neither_resets_at_the_start_nor_pauses(monkeypatch):
