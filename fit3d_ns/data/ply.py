@@ -1,7 +1,6 @@
 """PLY files: the vertices as a structured numpy array, and point clouds made of them.
 
-Text and both binary byte orders are read, little-endian binary is written. Elements after the vertices are ignored;
-those before them must consist of plain numbers. Works without open3d, which fails to import where libusb is missing.
+Text and both binary byte orders are read, by plyfile; little-endian binary is written.
 
 Compressed PLY, as SuperSplat, splat-transform and gsplat (`ply_compressed`) write it, has 16 bytes a Gaussian.
 
@@ -14,23 +13,16 @@ Positions, logarithms of scales and colours lie between the bounds of their chun
 quaternion wxyz, the largest number is left out and the first two bits say which; the others are within 1/sqrt(2).
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from plyfile import PlyData, PlyElement
 
 from fit3d_ns.data.frames import PointCloud, create_points
+from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import refuse_lfs_pointer, write_atomically
 
-_TYPES = {
-    **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
-    **{"float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
-    **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
-}
-_ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": "="}
-_MAX_HEADER_BYTES = 2**20
-_PLURALS = {"vertex": "vertices"}
 _GREY = 128
 _COLOURS = (
     ("red", "green", "blue"),
@@ -42,48 +34,33 @@ _COLOURS = (
 SH_CONSTANT = 0.28209479177387814
 """Value of the first spherical harmonic: colour = 0.5 + SH_CONSTANT * f_dc."""
 _MAX_16_BITS = 65535
-_MAX_DIGITS = 19
-"""Longest count in a header; more vertices have no place in any file."""
 
 
 def read_ply_elements(path: Path) -> dict[str, np.ndarray]:
-    """Reads the elements, up to the first after the vertices (`vertex`) that has lists, by name.
+    """Reads the elements by name, each as a 1-D structured array with one field per property.
 
-    Each is a 1-D structured array with one field per property; binary files are memory-mapped. ValueError where the
-    file is missing, cut short, not a PLY, or has lists among the vertices or before them.
+    Elements of plain numbers in binary files are memory-mapped. ValueError where the file is missing, cut short, not a
+    PLY, or has no vertices (`vertex`) of plain numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"PLY file {path} is missing; restore it or name another one.")
     refuse_lfs_pointer(path)
-    with open(path, "rb") as file:
-        start = file.read(_MAX_HEADER_BYTES)
-    end = re.search(rb"^end_header[ \r]*\n", start, re.MULTILINE)
-    if not start.startswith(b"ply") or end is None:
-        raise ValueError(f"{path} is not a PLY file: it has no PLY header; restore the file or make it again.")
-    order, elements = _parse_header(start[: end.start()].decode("ascii", errors="replace"), path)
-    read, offset, num_before = {}, end.end(), 0
-    body = path.read_bytes()[end.end() :] if order == "=" else b""
-    for name, count, dtype in elements:
-        if order == "=":
-            read[name] = _parse_text(body, num_before, count, dtype, path)
-        elif path.stat().st_size < offset + count * dtype.itemsize:
-            raise ValueError(f"{path} is cut short: fewer than {count} {_PLURALS.get(name, name)}; copy it again.")
-        else:
-            read[name] = np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
-        offset, num_before = offset + count * dtype.itemsize, num_before + count
-    return read
+    try:
+        elements = {element.name: element.data for element in PlyData.read(str(path))}
+    except Exception as error:  # Of any type: a damaged header asks numpy for arrays that cannot be.
+        raise ValueError(
+            f"{path} is not a PLY file, damaged or cut short ({first_line(error)}); copy it again."
+        ) from error
+    if "vertex" not in elements or elements["vertex"].dtype.hasobject:
+        raise ValueError(f"{path} has no element `vertex` of plain numbers; make the file again.")
+    return elements
 
 
 def write_ply_vertices(vertices: np.ndarray, path: Path) -> None:
     """Writes a structured array as little-endian binary PLY, atomically."""
-    names = {kind: name for name, kind in reversed(_TYPES.items())}
-    fields = {name: vertices.dtype[name].str[1:] for name in vertices.dtype.names or ()}
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}"]
-    header += [f"property {names[kind]} {name}" for name, kind in fields.items()] + ["end_header", ""]
-    with write_atomically(Path(path)) as temporary, open(temporary, "wb") as file:
-        file.write("\n".join(header).encode("ascii"))
-        file.write(vertices.astype(vertices.dtype.newbyteorder("<"), copy=False).tobytes())
+    with write_atomically(Path(path)) as temporary:
+        PlyData([PlyElement.describe(vertices, "vertex")], byte_order="<").write(str(temporary))
 
 
 def read_ply_points(path: Path) -> PointCloud | None:
@@ -105,47 +82,6 @@ def read_ply_points(path: Path) -> PointCloud | None:
     else:
         rgb = np.full(xyz.shape, _GREY, dtype=np.uint8)
     return create_points(xyz, rgb, path)
-
-
-def _parse_header(header: str, path: Path) -> tuple[str, list[tuple[str, int, np.dtype]]]:
-    """The byte order, and name, number and layout of each element before the first that comes after the vertices and
-    has lists."""
-    order, element = None, ""
-    elements: list[tuple[str, int, list[tuple[str, str]]]] = []
-    for line in header.splitlines():
-        match line.split():
-            case ["format", layout, *_]:
-                order = _ORDERS.get(layout)
-            case ["element", element, count] if count.isdecimal() and len(count) < _MAX_DIGITS:
-                elements.append((element, int(count), []))
-            case ["property", kind, name] if kind in _TYPES and elements:
-                elements[-1][2].append((name, (order or "=") + _TYPES[kind]))
-            case ["element" | "property", *_]:
-                if any(name == "vertex" for name, *_ in elements[:-1]):
-                    elements.pop()
-                    break
-                raise ValueError(f"{path} has `{line.strip()}` in its header, which is not a plain number per vertex.")
-    if order is None or not any(name == "vertex" and properties for name, _, properties in elements):
-        raise ValueError(f"{path} has an incomplete PLY header: no known format or no vertices; make the file again.")
-    try:
-        return order, [(name, count, np.dtype(properties)) for name, count, properties in elements]
-    except ValueError as error:
-        raise ValueError(f"{path} has a damaged PLY header ({error}); make the file again.") from error
-
-
-def _parse_text(body: bytes, num_before: int, count: int, dtype: np.dtype, path: Path) -> np.ndarray:
-    names = dtype.names or ()
-    rows = [line.split() for line in body.splitlines() if line.strip()][num_before : num_before + count]
-    if len(rows) < count or any(len(row) != len(names) for row in rows):
-        raise ValueError(f"{path} is cut short: fewer than {count} vertices of {len(names)} numbers; copy it again.")
-    try:
-        values = np.array(rows, dtype=np.float64).reshape(count, len(names))
-    except ValueError as error:
-        raise ValueError(f"{path} holds something that is not a number ({error}); make the file again.") from error
-    vertices = np.empty(count, dtype)
-    for index, name in enumerate(names):
-        vertices[name] = values[:, index]
-    return vertices
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:

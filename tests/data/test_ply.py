@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fit3d_ns.data.ply import read_ply_elements, read_ply_points, write_ply_vertices
 
@@ -60,21 +59,16 @@ def test_read_ply__binary_with_doubles_and_float_colours(tmp_path: Path, name: s
     cloud = read_ply_points(tmp_path / "a.ply")
     assert cloud is not None and cloud.xyz.tolist() == XYZ and cloud.rgb.tolist() == RGB
     (tmp_path / "a.ply").write_bytes(header.encode() + body[:-4])
-    with pytest.raises(ValueError, match="cut short: fewer than 2 vertices"):
+    with pytest.raises(ValueError, match="a.ply is not a PLY file, damaged or cut short"):
         read_ply_elements(tmp_path / "a.ply")["vertex"]
 
 
-def test_write_ply__agrees_with_another_reader(tmp_path: Path) -> None:
-    plyfile = pytest.importorskip("plyfile")
+def test_write_ply__is_laid_out_as_the_format_says(tmp_path: Path) -> None:
     write_ply_vertices(make_vertices(), tmp_path / "out" / "a.ply")
-    vertices = plyfile.PlyData.read(str(tmp_path / "out" / "a.ply"))["vertex"]
-    assert np.stack([vertices[axis] for axis in "xyz"], -1).tolist() == XYZ
-    assert np.stack([vertices[colour] for colour in COLOURS], -1).tolist() == RGB
-    plyfile.PlyData([plyfile.PlyElement.describe(np.array(vertices.data), "vertex")], text=True).write(
-        str(tmp_path / "b.ply")
-    )
-    cloud = read_ply_points(tmp_path / "b.ply")
-    assert cloud is not None and torch.equal(cloud.xyz, torch.tensor(XYZ))
+    header, body = (tmp_path / "out" / "a.ply").read_bytes().split(b"end_header\n")
+    assert header.startswith(b"ply\nformat binary_little_endian 1.0\nelement vertex 2\nproperty float x\n")
+    assert header.endswith(b"property uchar blue\n")
+    assert body == b"".join(struct.pack("<3f3B", *xyz, *rgb) for xyz, rgb in zip(XYZ, RGB, strict=True))
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -100,14 +94,15 @@ def test_read_ply_points__without_colours_is_grey(tmp_path: Path) -> None:
     [
         ("solid stl", "is not a PLY file"),
         (ASCII.replace("end_header", "end"), "is not a PLY file"),
-        (ASCII.replace("ascii", "runes"), "incomplete PLY header"),
-        (ASCII[:-35], "cut short: fewer than 2 vertices"),
-        (ASCII.replace("-2.0", "two"), "something that is not a number"),
+        (ASCII.replace("ascii", "runes"), "damaged"),
+        (ASCII[:-35], "cut short .*row 0.*early end-of-line"),
+        (ASCII.replace("-2.0", "two"), "damaged or cut short .*malformed input"),
         (ASCII.replace("float y", "float w"), "no vertex properties x, y, z but x, w"),
-        (ASCII.replace("vertex 2", "edge 2"), "`property list uchar int vertex_indices`"),
-        (ASCII.replace("vertex 2", "vertex -2"), "`element vertex -2`"),
-        (ASCII.replace("float nx", "list uchar int nx"), "`property list uchar int nx`"),
-        (ASCII.replace("float nx", "float x"), "damaged PLY header"),
+        (ASCII.replace("vertex 2", "edge 2"), "no element `vertex` of plain numbers"),
+        (ASCII.replace("vertex 2", "vertex -2"), "damaged"),
+        (ASCII.replace("vertex 2", "vertex 99999999999999999999"), "damaged"),
+        (ASCII.replace("float nx", "list uchar int nx"), "no element `vertex` of plain numbers|damaged"),
+        (ASCII.replace("float nx", "float x"), "damaged"),
     ],
 )
 def test_read_ply__refuses_what_is_wrong(tmp_path: Path, content: str, message: str) -> None:
