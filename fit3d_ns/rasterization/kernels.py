@@ -7,6 +7,7 @@ wrong then is a traceback far from its cause. `prepare_kernels` finds it out bef
 import contextlib
 import importlib
 import io
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -103,23 +105,20 @@ def prepare_kernels() -> None:
 
 def _find_build_folder() -> Path:
     """Where torch puts what gsplat compiles."""
-    from torch.utils.cpp_extension import get_default_build_root
-
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is None:
-        python = f"py{sys.version_info.major}{sys.version_info.minor}"
-        root = os.path.join(get_default_build_root(), f"{python}_cu{(torch.version.cuda or '').replace('.', '')}")
+        python = f"py{sys.version_info.major}{sys.version_info.minor}_cu{(torch.version.cuda or '').replace('.', '')}"
+        root = os.path.join(_import_cpp_extension().get_default_build_root(), python)
     return Path(root) / _EXTENSION
 
 
 def _find_compilers() -> KernelState:
     """Whether the kernels can be compiled; puts the toolkit's programs where gsplat 1.4 looks for them."""
-    from torch.utils import cpp_extension
-
     built_for = torch.version.cuda
     if built_for is None:
         return KernelState(False, "this torch was built without CUDA")
     major = built_for.split(".")[0]
+    cpp_extension = _import_cpp_extension()
     home = cpp_extension.CUDA_HOME
     nvcc = None if home is None else shutil.which("nvcc", path=os.path.join(home, "bin"))
     nvcc = nvcc or shutil.which("nvcc")
@@ -144,6 +143,14 @@ def _find_compilers() -> KernelState:
         return KernelState(False, f"{compiler} does not know {standard.upper()}, which torch's headers need")
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(nvcc)])
     return KernelState(False, "", f"nvcc {version} ({nvcc})")
+
+
+def _import_cpp_extension() -> Any:
+    """torch's module that compiles, without its complaint where there is nvcc and no card."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with contextlib.redirect_stderr(io.StringIO()):  # Where torch 2.6 prints it.
+        from torch.utils import cpp_extension
+    return cpp_extension
 
 
 def _run(*command: str, failed: str = "") -> str:

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TextIO, TypeVar
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
@@ -20,9 +21,10 @@ LOGS: list[TextIO] = []
 _said: set[str] = set()
 
 
-def notice(message: str) -> None:
-    """Prints one line to standard error, so that standard output stays free for results."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+def notice(message: str, is_markdown: bool = False) -> None:
+    """Prints one line, or Markdown as it looks, to standard error: standard output stays free for results."""
+    shown = Markdown(message) if is_markdown else message
+    Console(stderr=True, soft_wrap=not is_markdown, highlight=False).print(shown, markup=False)
     for log in LOGS:
         print(datetime.now().isoformat(" ", "seconds"), message, file=log, flush=True)
 

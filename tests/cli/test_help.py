@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import re
+import runpy
 import shlex
 import sys
 import warnings
@@ -100,11 +101,24 @@ def test_help__fits_a_narrow_terminal_and_fills_its_lines(capsys, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("name", (*COMMANDS, "info"))
+def test_module__is_a_command_for_python_as_well(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, "--version"])
+    runpy.run_module(f"fit3d_ns.cli.{name}", run_name="__main__", alter_sys=False)
+    assert capsys.readouterr().out == f"fit3d-{name} {metadata.version('fit3d-ns')}\n"
+
+
 def test_version__needs_no_other_argument(capsys):
     from fit3d_ns.cli import lift
 
     lift.main(["--version"])
     assert capsys.readouterr().out == f"fit3d-lift {metadata.version('fit3d-ns')}\n"
+
+
+def test_notice__shows_markdown_as_it_looks(capsys):
+    notice("| angle | recall |\n|---|---|\n| all | 0.1 → 0.2 |", is_markdown=True)
+    shown = capsys.readouterr().err
+    assert re.search(r"angle +recall", shown) and "0.1 → 0.2" in shown and "|" not in shown
 
 
 def test_output__that_the_terminal_has_no_letters_for_is_escaped(monkeypatch):

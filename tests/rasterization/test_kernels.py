@@ -140,3 +140,15 @@ def test_prepare_kernels__compiles_once_with_as_many_jobs_as_memory_allows(machi
     said = capsys.readouterr().err
     assert "at a time" in said and "Compiled gsplat's CUDA kernels in" in said
     assert int(kernels.os.environ["MAX_JOBS"]) >= 1
+
+
+def test_find_kernels__torch_says_nothing_of_a_toolkit_without_a_card(machine, tmp_path, monkeypatch, capfd, caplog):
+    machine("nvcc", NVCC.format("13.1"))
+    machine("c++")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # It says so while it is imported, as `fit3d-info` does first.
+    monkeypatch.delattr(torch.utils, "cpp_extension")
+    monkeypatch.delitem(sys.modules, "torch.utils.cpp_extension")
+    assert kernels.find_kernels().describe().startswith("will be compiled at first use")
+    assert "No CUDA runtime" not in capfd.readouterr().err + caplog.text
