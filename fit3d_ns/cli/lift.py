@@ -29,12 +29,12 @@ from fit3d_ns.lifting.lift_scene import (
     keep_features,
     lift_scene,
 )
+from fit3d_ns.lifting.ply_sources import read_ply_source
 from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
 from fit3d_ns.lifting.sources import (
     LiftSource,
     PlyConfig,
     compare_with_photographs,
-    read_ply_source,
     read_scene_source,
     warn_of_poor_fit,
 )

@@ -189,17 +189,14 @@ def _create_change(rotation: Tensor, translation: Tensor, scale: float) -> World
 
 
 def _turn(start: Float[Tensor, " 3"], end: Float[Tensor, " 3"]) -> Float[Tensor, "3 3"]:
-    """The smallest rotation that turns one direction into another."""
-    start = start / start.norm()
-    cosine = float(start @ end)
-    if cosine < -1.0 + 1e-9:
-        # Half a turn about any axis across.
-        across = torch.linalg.cross(start, torch.eye(3, dtype=start.dtype)[int(start.abs().argmin())])
-        across = across / across.norm()
-        return 2.0 * torch.outer(across, across) - torch.eye(3, dtype=start.dtype)
-    x, y, z = torch.linalg.cross(start, end).tolist()
-    skew = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]], dtype=start.dtype)
-    return torch.eye(3, dtype=start.dtype) + skew + skew @ skew / (1.0 + cosine)
+    """The smallest rotation that turns one direction into another: half a turn about each of two lines between them."""
+    identity, start = torch.eye(3, dtype=start.dtype), start / start.norm()
+    middle = start + end
+    if float(middle.norm()) < 1e-9:
+        # Opposite directions: any line across is in the middle.
+        middle = torch.linalg.cross(start, identity[int(start.abs().argmin())])
+    middle = middle / middle.norm()
+    return (2.0 * torch.outer(middle, middle) - identity) @ (2.0 * torch.outer(start, start) - identity)
 
 
 def _median(values: Float[Tensor, "rows columns"]) -> Float[Tensor, " columns"]:

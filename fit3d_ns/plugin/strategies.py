@@ -69,7 +69,7 @@ class PortableMCMCStrategy(MCMCStrategy):
         if params["means"].is_cuda:
             super().step_post_backward(params, optimizers, state, step, info, lr)
             return
-        portable = {"compute_relocation": compute_relocation, "quat_scale_to_covar_preci": compute_covariances}
+        portable: Any = {"compute_relocation": compute_relocation, "quat_scale_to_covar_preci": compute_covariances}
         with mock.patch.multiple(ops, **portable):
             super().step_post_backward(params, optimizers, state, step, info, lr)
 

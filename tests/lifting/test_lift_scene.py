@@ -13,12 +13,8 @@ from fit3d_ns.features import FeatureCache, compute_feature_key, describe_backbo
 from fit3d_ns.lifting import lift_scene as lift_scene_module
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.lift_scene import LiftSetup, forecast_lift, lift_scene
-from fit3d_ns.lifting.sources import (
-    PlyConfig,
-    compare_with_photographs,
-    read_ply_source,
-    read_scene_source,
-)
+from fit3d_ns.lifting.ply_sources import read_ply_source
+from fit3d_ns.lifting.sources import PlyConfig, compare_with_photographs, read_scene_source
 from fit3d_ns.lifting.views import choose_views
 from fit3d_ns.scene import Gaussians, load_scene, save_scene
 from fit3d_ns.scene.ply import write_ply

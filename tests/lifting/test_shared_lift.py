@@ -11,9 +11,10 @@ from fit3d_ns.lifting import shared_lift as module
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.decoder_fit import fit_decoder, fit_token_basis
 from fit3d_ns.lifting.lift_scene import LiftSetup, lift_scene
+from fit3d_ns.lifting.ply_sources import read_ply_source
 from fit3d_ns.lifting.shared_lift import LiftTask, fit_shared_space, lift_together
 from fit3d_ns.lifting.solver import solve_features
-from fit3d_ns.lifting.sources import PlyConfig, read_ply_source
+from fit3d_ns.lifting.sources import PlyConfig
 from fit3d_ns.lifting.views import choose_views, load_views
 from fit3d_ns.scene import load_scene, save_scene
 from tests.lift_capture import BACKBONE, write_capture, write_gaussians

@@ -13,7 +13,8 @@ from fit3d_ns.data.capture_checks import check_capture
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.ply import read_ply_elements
-from fit3d_ns.lifting.sources import PlyConfig, compare_with_photographs, read_ply_source
+from fit3d_ns.lifting.ply_sources import read_ply_source
+from fit3d_ns.lifting.sources import PlyConfig, compare_with_photographs
 from fit3d_ns.lifting.worlds import WorldChange, find_changes, invert_similarity, read_similarity
 from tests.lift_capture import move_gaussians, write_capture, write_gaussians
 
