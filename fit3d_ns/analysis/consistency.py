@@ -18,7 +18,7 @@ that view shows the same point. All means are over points, pooled over all pairs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -28,13 +28,14 @@ from torch.nn import functional as F
 from fit3d_ns.analysis import correspondence
 from fit3d_ns.analysis.correspondence import DepthView, Maps, measure_match_errors, sample_tokens
 from fit3d_ns.analysis.pca import compute_effective_rank
+from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.selection import draw_some
 
 _Views = tuple[DepthView, DepthView]
 
 
 @dataclass(frozen=True)
-class ConsistencyConfig:
+class ConsistencyConfig(Limited):
     """What is compared, and how metrics are binned."""
 
     depth_tolerance: float = 0.05
@@ -50,7 +51,7 @@ class ConsistencyConfig:
     """Matching reads features at this share of the image's resolution (probe3d: 0.25); 0 reads them at the tokens."""
     max_points: int = 1000
     """Points matched per pair (probe3d: 1000), drawn at random from those that both views see."""
-    ratio_matches: int = 0
+    ratio_matches: Annotated[int, Limits(at_least=0)] = 0
     """Most distinct matches per pair that recall is measured on as well (probe3d: 1000); 0 leaves them out. Every grid
     point is matched to find them, which takes some ten times as long as the rest."""
     ratio_pixels: tuple[float, ...] = (5.0, 10.0, 20.0, 40.0, 80.0)
@@ -60,8 +61,7 @@ class ConsistencyConfig:
     """Seed of those draws."""
 
     def __post_init__(self) -> None:
-        if self.ratio_matches < 0:
-            raise ValueError(f"{self.ratio_matches} ratio matches are asked for, expected 0 or more.")
+        super().__post_init__()
         if len(self.angle_edges) < 2 or list(self.angle_edges) != sorted(set(self.angle_edges)):
             raise ValueError(f"Angle edges {self.angle_edges} must be at least two ascending numbers of degrees.")
 

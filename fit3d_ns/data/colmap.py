@@ -149,7 +149,7 @@ def _load_model(model: Path) -> Any:
         refuse_lfs_pointer(path)
     for name in ("cameras", "images", "rigs", "frames") if suffix == ".bin" else ():
         if (model / f"{name}.bin").is_file():
-            _check_records(model / f"{name}.bin")
+            _find_records(model / f"{name}.bin")
     try:
         return pycolmap.Reconstruction(str(model))
     except Exception as error:
@@ -194,20 +194,23 @@ def _parse_text_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return values[:, :3], values[:, 3:].clip(0, 255).astype(np.uint8)
 
 
-def _check_records(path: Path) -> None:
-    """Holds all counts of a binary file against its size, because pycolmap takes memory for whatever they say.
+def _find_records(path: Path) -> tuple[bytes, list[int]]:
+    """The content of a binary file and where each of its records begins.
 
-    ValueError where the file is cut short, or a count is damaged.
+    Counts are held against the file's size, because pycolmap takes memory for whatever they say: ValueError where the
+    file is cut short, or a count is damaged.
     """
     content = path.read_bytes()
-    num_records, offset = int.from_bytes(content[:8], "little"), 8
+    num_records, offset, starts = int.from_bytes(content[:8], "little"), 8, []
     try:
         for _ in range(num_records):
+            starts.append(offset)
             offset = _RECORD_ENDS[path.stem](content, offset)
         if offset > len(content):
             raise IndexError
     except (struct.error, IndexError, ValueError) as error:
         raise ValueError(f"{path} is cut short or damaged: fewer than {num_records} records; copy it again.") from error
+    return content, starts
 
 
 def _find_image_end(content: bytes, offset: int) -> int:
@@ -232,26 +235,13 @@ _RECORD_ENDS: dict[str, Callable[[bytes, int], int]] = {
     "images": _find_image_end,
     "rigs": _find_rig_end,
     "frames": lambda content, at: at + 68 + 16 * struct.unpack_from("<II7dI", content, at)[-1],
+    "points3D": lambda content, at: at + 51 + 8 * struct.unpack_from("<Q", content, at + 43)[0],
 }
 
 
 def _parse_binary_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    content, starts = _find_records(path)
     # One point: id u64, xyz 3 f64, rgb 3 u8, error f64, track length u64, then 8 bytes for each of its elements.
-    record = struct.Struct("<Q3d3BdQ")
-    content = path.read_bytes()
-    num_points = int.from_bytes(content[:8], "little")
-    cut_short = ValueError(f"Point cloud {path} is cut short: fewer than {num_points} points; copy it again.")
-    if len(content) < 8 + num_points * record.size:
-        raise cut_short
-    xyz = np.empty((num_points, 3), np.float64)
-    rgb = np.empty((num_points, 3), np.uint8)
-    offset = 8
-    for index in range(num_points):
-        if offset + record.size > len(content):
-            raise cut_short
-        values = record.unpack_from(content, offset)
-        xyz[index], rgb[index] = values[1:4], values[4:7]
-        offset += record.size + 8 * values[8]
-    if offset > len(content):
-        raise cut_short
-    return xyz, rgb
+    packed = b"".join(content[start + 8 : start + 35] for start in starts)
+    points = np.frombuffer(packed, [("xyz", "<f8", 3), ("rgb", "u1", 3)])
+    return points["xyz"].copy(), points["rgb"].copy()

@@ -4,17 +4,3 @@ from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.features.cache import FeatureCache, FeatureKey, compute_feature_key, extract_features
 from fit3d_ns.features.extractor import FeatureExtractor, create_extractor, create_token_model
 from fit3d_ns.features.tokens import TokenModel, compute_patch_grid
-
-__all__ = [
-    "BackboneDescription",
-    "FeatureCache",
-    "FeatureExtractor",
-    "FeatureKey",
-    "TokenModel",
-    "compute_feature_key",
-    "compute_patch_grid",
-    "create_extractor",
-    "create_token_model",
-    "describe_backbone",
-    "extract_features",
-]

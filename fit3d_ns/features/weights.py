@@ -16,7 +16,6 @@ import argparse
 import pickle
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -175,17 +174,9 @@ def _describe_mismatch(path: Path, model: Any, mismatches: list[str]) -> str:
 _PATCHES = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")
 _UNUSED = re.compile(r"pooler\.|classifier\.|cls_classifier\.|distillation_classifier\.|decoder\.|rope_embeddings\.")
 """Parts that no token passes through, or that timm computes."""
-_BLOCK = re.compile(r"(?:encoder\.|model\.)*layers?\.(\d+)\.(.+)")
+_KEY = re.compile(r"(?:(?:encoder\.|model\.)*layers?\.(\d+)\.)?(.+?)(\.weight|\.bias)?")
+"""Number of a block, if it is in one; name in the block; suffix."""
 _ATTENTION = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)")
-
-
-@lru_cache(maxsize=1)
-def _read_names() -> dict[str, dict[str, str]]:
-    """Keys of `transformers` and of the original files, without suffix: around the blocks, in them, in gated ones."""
-    names: dict[str, dict[str, str]] = {}
-    for row in read_table(Path(__file__).with_name("transformers_keys.csv")):
-        names.setdefault(row["part"], {})[row["transformers"]] = row["original"]
-    return names
 
 
 def _find_transformers_prefix(state_dict: Mapping[str, Tensor]) -> str | None:
@@ -203,32 +194,25 @@ def _translate_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> di
     # DINOv3 keeps positions in its rotations and calls its register tokens storage tokens.
     is_dinov3 = "embeddings.position_embeddings" not in inner
     is_gated = any(".mlp.gate_proj." in key for key in inner)
-    names = _read_names()
-    block_names = {**names["block"], **(names["gated block"] if is_gated else {})}
+    parts = ("around", "block", "gated block") if is_gated else ("around", "block")
+    table = read_table(Path(__file__).with_name("transformers_keys.csv"))
+    names = {row["transformers"]: row["original"] for row in table if row["part"] in parts}
+    if is_dinov3:
+        names["embeddings.register_tokens"] = "storage_tokens"
     translated: dict[str, Tensor] = {}
     attention: dict[str, dict[str, Tensor]] = {}
     for key, value in inner.items():
         if _UNUSED.match(key):
             continue
-        suffix = next((suffix for suffix in (".weight", ".bias") if key.endswith(suffix)), "")
-        name = key.removesuffix(suffix)
-        block = _BLOCK.fullmatch(name)
-        if block is None:
-            found = names["around"].get(name)
-            if found == "register_tokens" and is_dinov3:
-                found = "storage_tokens"
-            translated[key if found is None else found + suffix] = value
-            continue
-        number, inside = block.groups()
-        part = _ATTENTION.fullmatch(inside)
-        if part is not None:
-            attention.setdefault(f"blocks.{number}.attn.qkv{suffix}", {})[part.group(1)[0]] = value
+        number, inside, suffix = _KEY.fullmatch(key).groups("")  # type: ignore[union-attr]
+        block = f"blocks.{number}." if number else ""
+        if part := _ATTENTION.fullmatch(inside):
+            attention.setdefault(f"{block}attn.qkv{suffix}", {})[part.group(1)[0]] = value
         else:
-            found = block_names.get(inside)
-            translated[key if found is None else f"blocks.{number}.{found}{suffix}"] = value
-    for key, parts in attention.items():
-        like = next(iter(parts.values()))
-        translated[key] = torch.cat([parts.get(letter, torch.zeros_like(like)) for letter in "qkv"])
-    if is_dinov3 and "mask_token" in translated:
-        del translated["mask_token"]
+            translated[block + names[inside] + suffix if inside in names else key] = value
+    for key, found in attention.items():
+        like = next(iter(found.values()))
+        translated[key] = torch.cat([found.get(letter, torch.zeros_like(like)) for letter in "qkv"])
+    if is_dinov3:
+        translated.pop("mask_token", None)
     return translated

@@ -3,16 +3,17 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fit3d_ns.data.frames import Split
 from fit3d_ns.finetuning.draws import AugmentationConfig, SamplingConfig
 from fit3d_ns.finetuning.optimization import AnchorConfig, OptimizationConfig, TrainableConfig
 from fit3d_ns.finetuning.targets import TargetConfig
+from fit3d_ns.utils.limits import Limited, Limits
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Limited):
     """How the run works, saves and reports; apart from `splits`, nothing here changes the weights that come out."""
 
     splits: tuple[Split, ...] = ("train",)
@@ -23,17 +24,17 @@ class RunConfig:
     """Refuse scenes of which a photograph is gone, instead of skipping the view."""
     scene_memory_gb: float | None = None
     """Memory for scenes on the device, 1e9 bytes; by default 8, or half of what a CUDA card has free."""
-    num_workers: int | None = None
+    num_workers: Annotated[int | None, Limits(at_least=0)] = None
     """Threads that load photographs ahead; 0 loads them in turn. By default 2, or up to 8 for a CUDA card."""
-    steps_per_checkpoint: int = 500
+    steps_per_checkpoint: Annotated[int, Limits(at_least=1)] = 500
     """Optimizer steps between two checkpoints, 1 and above."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Limits(at_least=1)] = 2
     """Number of newest checkpoints that stay, 1 and above."""
     resume: Literal["auto", "never", "require"] = "auto"
     """Go on from the newest checkpoint: `auto` if there is one, `require` fails without one, `never` removes them."""
-    steps_per_validation: int = 1000
+    steps_per_validation: Annotated[int, Limits(at_least=0)] = 1000
     """Optimizer steps between two validations, besides the one at the end; 0 validates at the end only."""
-    max_validation_views: int = 24
+    max_validation_views: Annotated[int, Limits(at_least=1)] = 24
     """Views per scene that are validated, evenly spread."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where curves are logged: in files below the output folder (`tensorboard`), by wandb (`pip install wandb`; with
@@ -45,10 +46,7 @@ class RunConfig:
     ScanNet++'s terms. The model card names the strictest of it and the original weights'."""
 
     def __post_init__(self) -> None:
-        if self.steps_per_checkpoint < 1 or self.keep_checkpoints < 1 or self.max_validation_views < 1:
-            raise ValueError("steps_per_checkpoint, keep_checkpoints and max_validation_views must be at least 1.")
-        if (self.num_workers or 0) < 0 or self.steps_per_validation < 0:
-            raise ValueError("num_workers and steps_per_validation must be 0 or above.")
+        super().__post_init__()
         if not self.splits:
             raise ValueError("--splits names no split; give train, val or test.")
 

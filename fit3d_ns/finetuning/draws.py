@@ -14,7 +14,7 @@ that worker threads do; rendering belongs to the main thread.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -27,56 +27,45 @@ from fit3d_ns.features import compute_patch_grid
 from fit3d_ns.geometry.cameras import Camera, crop_Ks, resize_Ks
 from fit3d_ns.scene import FeatureScene, PosedCapture, TokenReadingRule, View, read_at_tokens
 from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import EpochSequence, create_generator, derive_seed
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Limited):
     """In which order images are drawn."""
 
     sampling: Literal["epoch", "uniform", "scenes"] = "epoch"
     """`epoch`: every image once an epoch (public code); `uniform`: each draw is any image, independently (paper,
     Algorithm 1); `scenes`: any scene, then any image of it, so that long scenes do not dominate."""
-    images_per_visit: int = 16
+    images_per_visit: Annotated[int, Limits(at_least=0)] = 16
     """About this many images of a scene are drawn before it may leave; 0 draws without grouping (public code)."""
-    scenes_at_once: int = 4
+    scenes_at_once: Annotated[int, Limits(at_least=1)] = 4
     """Images of this many such groups are mixed, so that a batch sees several scenes; 1 and above."""
-    seed: int = 42
+    seed: Annotated[int, Limits(at_least=0)] = 42
     """Seed of order, augmentation and everything else that is random; 0 and above."""
-
-    def __post_init__(self) -> None:
-        if self.images_per_visit < 0 or self.scenes_at_once < 1 or self.seed < 0:
-            raise ValueError(
-                f"images_per_visit {self.images_per_visit} must be 0 or above, scenes_at_once {self.scenes_at_once} "
-                f"1 or above, seed {self.seed} 0 or above."
-            )
 
 
 @dataclass(frozen=True)
-class AugmentationConfig:
+class AugmentationConfig(Limited):
     """How images are varied; only the flip is the paper's."""
 
-    flip_probability: float = 0.5
+    flip_probability: Annotated[float, Limits(at_least=0, at_most=1)] = 0.5
     """Chance of mirroring image, mask and target left to right (public code: 0.5), 0 to 1."""
-    min_crop: float = 1.0
+    min_crop: Annotated[float, Limits(above=0, at_most=1)] = 1.0
     """Smallest side of a random crop as a fraction of the image's side, above 0; 1 does not crop."""
-    min_scale: float = 1.0
+    min_scale: Annotated[float, Limits(above=0)] = 1.0
     """Smallest factor by which the (cropped) image is resized, above 0."""
-    max_scale: float = 1.0
+    max_scale: Annotated[float, Limits(at_most=16)] = 1.0
     """Largest such factor, up to 16; both 1 keep the size."""
-    jitter: float = 0.0
+    jitter: Annotated[float, Limits(at_least=0, below=1)] = 0.0
     """Brightness, contrast and saturation change by up to this fraction, the hue by a tenth of it; 0 to below 1."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.flip_probability <= 1.0 or not 0.0 < self.min_crop <= 1.0 or not 0.0 <= self.jitter < 1.0:
-            raise ValueError(
-                f"flip_probability {self.flip_probability} must be in [0, 1], min_crop {self.min_crop} in (0, 1] and "
-                f"jitter {self.jitter} in [0, 1)."
-            )
-        if not 0.0 < self.min_scale <= self.max_scale <= 16.0:
-            scales = f"Scales from {self.min_scale} to {self.max_scale}"
-            raise ValueError(f"{scales}: expected 0 < min_scale <= max_scale <= 16.")
+        super().__post_init__()
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale is {self.min_scale} and max_scale {self.max_scale}; exchange them.")
 
     @property
     def moves_cameras(self) -> bool:

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,28 +14,25 @@ from fit3d_ns.features import TokenModel
 from fit3d_ns.features.adapters import add_adapter, add_lora
 from fit3d_ns.finetuning.geometry import HEAD_RATE, NUM_CHANNELS
 from fit3d_ns.training.processes import Precision
+from fit3d_ns.utils.limits import Limited, Limits
 
 
 @dataclass(frozen=True)
-class TrainableConfig:
+class TrainableConfig(Limited):
     """What is trained."""
 
     train: Literal["all", "last-blocks", "lora", "adapter"] = "all"
     """What is trained: `all` (paper), `last-blocks`, `lora` (matrices next to the attention's projections, merged when
     saved; needs the extra `lora`), or `adapter` (one Swin block behind the frozen backbone; paper, Table 6)."""
-    num_blocks: int = 4
+    num_blocks: Annotated[int, Limits(at_least=1)] = 4
     """With `--train last-blocks`: number of last blocks that are trained, and the final norm with them; 1 to the
     backbone's number of blocks."""
-    lora_rank: int = 8
+    lora_rank: Annotated[int, Limits(at_least=1)] = 8
     """With `--train lora`: rank of the matrices, 1 and above."""
-    lora_alpha: float = 8.0
+    lora_alpha: Annotated[float, Limits(above=0)] = 8.0
     """With `--train lora`: the matrices' product is multiplied by this over the rank; above 0."""
-    adapter_window: int = 7
+    adapter_window: Annotated[int, Limits(at_least=1)] = 7
     """With `--train adapter`: side of the Swin block's windows in tokens, 1 and above."""
-
-    def __post_init__(self) -> None:
-        if self.num_blocks < 1 or self.lora_rank < 1 or self.adapter_window < 1 or not self.lora_alpha > 0:
-            raise ValueError("num_blocks, lora_rank, adapter_window must be at least 1 and lora_alpha above 0.")
 
 
 AFTER_FIRST_EPOCH = 0.1
@@ -43,31 +40,31 @@ AFTER_FIRST_EPOCH = 0.1
 
 
 @dataclass(frozen=True)
-class OptimizationConfig:
+class OptimizationConfig(Limited):
     """How long and how fast to train."""
 
-    learning_rate: float = 1e-5
+    learning_rate: Annotated[float, Limits(above=0)] = 1e-5
     """Step size of AdamW, above 0 (public code: 1e-5)."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Limits(at_least=0)] = 1e-4
     """Decoupled weight decay on all trained parameters, 0 and above (public code: 1e-4)."""
-    clip_norm: float = 0.1
+    clip_norm: Annotated[float, Limits(above=0)] = 0.1
     """Gradients are scaled down to this norm, above 0 (public code: 0.1)."""
-    batch_size: int = 2
+    batch_size: Annotated[int, Limits(at_least=1)] = 2
     """Images per process and batch, 1 and above (public code: 2)."""
-    accumulation_steps: int = 1
+    accumulation_steps: Annotated[int, Limits(at_least=1)] = 1
     """Batches per optimizer step, 1 and above."""
-    epochs: float | None = None
+    epochs: Annotated[float | None, Limits(above=0)] = None
     """Passes over all images, above 0 (public code: 1); by default one, or as many as make `min_steps`."""
-    min_steps: int = 400
+    min_steps: Annotated[int, Limits(at_least=1)] = 400
     """Without `epochs` and `max_steps`, few images are shown repeatedly for at least this many optimizer steps."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, Limits(at_least=1)] = None
     """Exact number of optimizer steps, 1 and above; wins over `epochs`."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
     """Learning rate after the warm-up: constant, falling to 0 like half a cosine, or (`step`) a tenth after the first
     epoch, as in the public code, where only more than one epoch shows it (Table 8)."""
-    warmup_fraction: float = 0.0
+    warmup_fraction: Annotated[float, Limits(at_least=0, below=1)] = 0.0
     """Share of all steps in which the learning rate rises linearly from 0; 0 to below 1."""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, Limits(at_least=0, below=1)] = 0.0
     """Above 0, the result is the moving average of weights with this decay per step; below 1."""
     precision: Precision = "fp32"
     """Arithmetic of the backbone; targets, loss and weights are always float32. fp16 needs CUDA."""
@@ -75,16 +72,6 @@ class OptimizationConfig:
     """On CUDA, float32 products take TF32 (10 bits of mantissa): several times as fast; the public code does not."""
     compile: bool = False
     """Compile the backbone with torch.compile."""
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0 or not self.clip_norm > 0 or self.weight_decay < 0:
-            raise ValueError("learning_rate and clip_norm must be above 0, weight_decay 0 or above.")
-        if self.batch_size < 1 or self.accumulation_steps < 1 or self.min_steps < 1:
-            raise ValueError("batch_size, accumulation_steps and min_steps must be at least 1.")
-        if (self.max_steps is not None and self.max_steps < 1) or (self.epochs is not None and not self.epochs > 0):
-            raise ValueError("max_steps must be at least 1 and epochs above 0.")
-        if not 0.0 <= self.warmup_fraction < 1.0 or not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError("warmup_fraction and ema_decay must be in [0, 1).")
 
     def count_steps(self, num_images: int, num_processes: int) -> int:
         """Optimizer steps of a whole run; the last images that fill no step are left out (public code: drop_last).
@@ -119,29 +106,23 @@ class OptimizationConfig:
 
 
 @dataclass(frozen=True)
-class AnchorConfig:
+class AnchorConfig(Limited):
     """Strengths relative to the feature loss; 0 switches a term off."""
 
-    l2_sp: float = 0.0
+    l2_sp: Annotated[float, Limits(at_least=0)] = 0.0
     """L2-SP: adds half this times the squared distance of the trained weights from where they began to the loss; 0
     (off) and above."""
-    feature_anchor: float = 0.0
+    feature_anchor: Annotated[float, Limits(at_least=0)] = 0.0
     """Feature anchor: weight of the L1 between patch tokens and the original's of the same image; 0 (off) and above."""
-    prefix_anchor: float = 0.0
+    prefix_anchor: Annotated[float, Limits(at_least=0)] = 0.0
     """Prefix anchor: weight of the L1 between class token and registers and the original's, before and after the final
     norm; 0 (off) and above."""
-    pre_norm: float = 0.0
+    pre_norm: Annotated[float, Limits(at_least=0)] = 0.0
     """Weight of the L1 between patch tokens before the final norm, which depth probes read, and the target moved there;
     0 (off) and above."""
-    wise_ft: tuple[float, ...] = ()
+    wise_ft: Annotated[tuple[float, ...], Limits(at_least=0, at_most=1)] = ()
     """WiSE-FT: also saves mixtures of original and fine-tuned weights, in a folder `wise-ft-SHARE` for each of these
     shares of the fine-tuned ones; each 0 to 1, none by default."""
-
-    def __post_init__(self) -> None:
-        if min(self.l2_sp, self.feature_anchor, self.prefix_anchor, self.pre_norm) < 0:
-            raise ValueError("l2_sp, feature_anchor, prefix_anchor and pre_norm must be 0 or above.")
-        if any(not 0.0 <= share <= 1.0 for share in self.wise_ft):
-            raise ValueError(f"wise_ft {self.wise_ft}: shares of the fine-tuned weights must be in [0, 1].")
 
     @property
     def needs_original(self) -> bool:

@@ -11,7 +11,7 @@ token grid, how tokens are read. So a folder that was filled on one machine serv
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from fit3d_ns.finetuning.scene_bank import (
 )
 from fit3d_ns.scene import FeatureScene, TokenReadingRule
 from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.tensor_files import TensorStore
 
 TARGET_FOLDER = "targets"
@@ -36,7 +37,7 @@ TARGET_FOLDER = "targets"
 
 
 @dataclass(frozen=True)
-class TargetConfig:
+class TargetConfig(Limited):
     """How targets are rendered, weighted and kept."""
 
     token_reading: Literal["scene", "bilinear", "area"] = "scene"
@@ -45,14 +46,14 @@ class TargetConfig:
     """Average each scene's features over the lifted views and the patches that show them, masked pixels excepted,
     before targets are rendered: a solved lift also fits what each view alone said, which is the noise that fine-tuning
     should remove. The public code does not, nor does a weighted-sum lift (`fit3d-lift --max-passes 0`) need it."""
-    average_gb: float = 4.0
+    average_gb: Annotated[float, Limits(at_least=0)] = 4.0
     """Averaged features in memory take at most this many 1e9 bytes, 0 and above (0.13 for a million Gaussians of 64
     channels); others lie on disk in the output folder, or with a `cache` of `none` or `memory` are averaged again."""
     weight_by_opacity: bool = True
     """Weight each token by its rendered alpha, so that holes teach nothing; the public code weighs all alike."""
-    variance_weight: float = 0.0
+    variance_weight: Annotated[float, Limits(at_least=0)] = 0.0
     """0 ignores it; k weights a token of the scene's mean feature variance by 1 / (1 + k), others accordingly."""
-    geometry_weight: float = 0.0
+    geometry_weight: Annotated[float, Limits(at_least=0)] = 0.0
     """Weight of a second loss: a linear head, which is not saved, reads depth and normals of the scene's Gaussians from
     the tokens (`geometry.py`), so that tokens keep what views do not agree on: how far away things are. 0 (off, public
     code) and above."""
@@ -60,15 +61,10 @@ class TargetConfig:
     """Render each target from features without the image's own part in the lift."""
     cache: Literal["auto", "none", "memory", "disk"] = "auto"
     """Keep rendered targets for later epochs: in memory, or in memory and then on disk; `auto` does so on CPUs."""
-    cache_gb: float = 2.0
+    cache_gb: Annotated[float, Limits(at_least=0)] = 2.0
     """Targets in memory take at most this many 1e9 bytes, 0 and above."""
     cache_folder: Path | None = None
     """Where targets are kept on disk for other runs and machines; by default in the output folder while it trains."""
-
-    def __post_init__(self) -> None:
-        for name in ("variance_weight", "geometry_weight", "average_gb", "cache_gb"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be 0 or above.")
 
 
 @dataclass(frozen=True)

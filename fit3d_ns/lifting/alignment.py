@@ -1,9 +1,9 @@
 """Where a splat lies by its looks: worlds that are likely, and one of them moved until renderings fit photographs.
 
 A motion has seven numbers: rotation (3, radians), translation (3, in shares of the depth) and logarithm of the scale,
-all about the middle of the cameras. Damped least squares (Levenberg) on differences between renderings and photographs,
-averaged over squares of pixels: coarse ones first, from which a scale that is a fifth off still finds back.
-Derivatives are differences too, so that any rasterizer serves.
+all about the middle of the cameras. Least squares (scipy's) of differences between renderings and photographs, averaged
+over squares of pixels: coarse ones first, from which a scale that is a fifth off still finds back. Derivatives are
+differences too, so that any rasterizer serves.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,9 +20,8 @@ from torch.nn import functional as F
 from fit3d_ns.geometry.cameras import transform_points
 from fit3d_ns.lifting.worlds import WorldChange
 
-_NUDGES = torch.tensor([0.01] * 6 + [0.02], dtype=torch.float64)
+_NUDGES = np.array([0.01] * 6 + [0.02])
 """Differences for derivatives on squares of 4 pixels; on others in proportion."""
-_SMALLEST_STEP, _MOST_DAMPING = 5e-4, 10.0
 
 
 def refine_world(
@@ -37,23 +37,15 @@ def refine_world(
     `levels` are sides of squares with the most steps for each.
     """
     for side, num_steps in levels:
-        damping, current = 1e-2, compute_residuals(change, side)
+
+        def compare(places: np.ndarray, side: int = side, start: WorldChange = change) -> np.ndarray:
+            # scipy's steps are shares of the variables, which therefore begin at 1.
+            motion = torch.from_numpy(places - 1.0)
+            return compute_residuals(_move(motion, pivot, depth).after(start), side).numpy()
+
         nudges = _NUDGES * side / 4
-        for _ in range(num_steps):
-            moved = [compute_residuals(_move(nudge, pivot, depth).after(change), side) for nudge in torch.diag(nudges)]
-            jacobian = (torch.stack(moved, dim=1) - current[:, None]) / nudges
-            normal, gradient = jacobian.T @ jacobian, jacobian.T @ current
-            while damping < _MOST_DAMPING:
-                damped = normal + torch.diag(damping * normal.diagonal() + 1e-9)
-                step = -torch.linalg.solve(damped, gradient)
-                candidate = _move(step, pivot, depth).after(change)
-                residuals = compute_residuals(candidate, side)
-                if residuals.square().sum() < current.square().sum():
-                    change, current, damping = candidate, residuals, damping / 4
-                    break
-                damping *= 6
-            if damping >= _MOST_DAMPING or float(step.abs().max()) < _SMALLEST_STEP:
-                break
+        found = least_squares(compare, np.ones(7), diff_step=nudges, x_scale=nudges, xtol=1e-4, max_nfev=num_steps + 1)
+        change = _move(torch.from_numpy(found.x - 1.0), pivot, depth).after(change)
     return change
 
 

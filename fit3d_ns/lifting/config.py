@@ -5,41 +5,43 @@ for the size of the features, the decoder and the weighting.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from fit3d_ns.lifting.token_spreading import TokenSpreadingRule
 from fit3d_ns.scene.feature_decoder import TokenReadingRule
+from fit3d_ns.utils.limits import Limited, Limits
 
 
 @dataclass(frozen=True)
-class SolveConfig:
+class SolveConfig(Limited):
     """How features are solved, whatever their size and whatever decodes them."""
 
     token_to_pixel: TokenSpreadingRule = "area"
     """How a token is compared with pixels: `bilinear` upsamples the tokens (paper section 3.1), `nearest` holds each
     constant over its patch, `area` compares it with the mean of the rendered features over its patch, which the
     backbone saw as a whole. Held-out error falls in this order."""
-    within_patch_weight: float = 0.3
+    within_patch_weight: Annotated[float, Limits(at_least=0, at_most=1)] = 0.3
     """For `area` alone: weight of the rendered features' spread within each patch, 0 to 1. At 0 only the patch's mean
     counts and detail below the patch is noise; at 1 the rule equals `nearest`."""
     token_reading: TokenReadingRule = "area"
     """How tokens are read off a rendered map, by the decoder's fit and by all later stages: `area` averages it over
     each patch, `bilinear` samples it at the token centres (paper's stage II)."""
-    max_passes: int = 16
+    max_passes: Annotated[int, Limits(at_least=0)] = 16
     """Most passes after the weighted sum, each of which renders all views and projects them back; 0 keeps the sum."""
-    samples_per_patch: int = 4
+    samples_per_patch: Annotated[int, Limits(at_least=0)] = 4
     """The solve looks at about this many pixels along a patch's side instead of all: a token describes its patch as
     a whole, so passes become several times cheaper at the same held-out error. 0 takes every pixel."""
     tolerance: float = 1e-3
     """Conjugate gradients stop when the true residual falls below this fraction of the right-hand side's norm."""
-    steps_per_true_residual: int = 8
+    steps_per_true_residual: Annotated[int, Limits(at_least=0)] = 8
     """The residual is computed again, at the cost of one pass, after this many passes; 0 only once it seems small."""
-    regularization: float = 0.001
+    regularization: Annotated[float, Limits(at_least=0)] = 0.001
     """Pull towards the weighted sum, as a fraction of the mean blend weight of a seen Gaussian; 0 or above."""
-    decoder_ridge: float = field(default=0.003, metadata={"may_be_infinite": True})
+    decoder_ridge: Annotated[float, Limits(at_least=0)] = field(default=0.003, metadata={"may_be_infinite": True})
     """Pull towards the PCA decoder, as a fraction of the mean squared regressor, 0 or above; infinity keeps it."""
-    decoder_share: float = 1.0
+    decoder_share: Annotated[float, Limits(above=0, at_most=1)] = 1.0
     """Share of the views that the decoder is fitted to, above 0 and up to 1. Half costs .002 of cosine (109 views)."""
-    polish_steps: int = 0
+    polish_steps: Annotated[int, Limits(at_least=0)] = 0
     """Gradient steps on the L1 loss after the solve, one view each; 0 for none."""
     polish_learning_rate: float = 1e-2
     """Adam's step for the features during the polish, as a fraction of their root mean square."""
@@ -47,24 +49,12 @@ class SolveConfig:
     """Projections of views are kept between passes up to this many 1e6 bytes; the others are made again each time. By
     default 1024, or half of what a CUDA card has free."""
 
-    def __post_init__(self) -> None:
-        counts = (self.max_passes, self.samples_per_patch, self.polish_steps, self.steps_per_true_residual)
-        if min(counts) < 0:
-            raise ValueError("max_passes, samples_per_patch, polish_steps, steps_per_true_residual must be 0 or above.")
-        if not 0 <= self.within_patch_weight <= 1:
-            raise ValueError(f"within_patch_weight is {self.within_patch_weight}; it must lie between 0 and 1.")
-        if not 0 < self.decoder_share <= 1:
-            raise ValueError(f"decoder_share is {self.decoder_share}; it must be above 0 and at most 1.")
-        if not self.regularization >= 0 or not self.decoder_ridge >= 0:
-            problem = f"regularization is {self.regularization} and decoder_ridge {self.decoder_ridge}"
-            raise ValueError(f"{problem}; both must be 0 or above.")
-
 
 @dataclass(frozen=True)
 class LiftConfig(SolveConfig):
     """How patch tokens are lifted onto fixed Gaussians."""
 
-    feature_dim: int = 64
+    feature_dim: Annotated[int, Limits(at_least=1)] = 64
     """Numbers per Gaussian (paper section 3.1: 64); at least 1 and at most the backbone's embedding size."""
     accumulation_aware: bool = True
     """Weight each pixel by its rendered alpha, so that empty pixels teach nothing."""
@@ -73,23 +63,14 @@ class LiftConfig(SolveConfig):
     seconds_per_checkpoint: float = 60.0
     """Time between two writes of the state file, in seconds, where one is asked for."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.feature_dim < 1:
-            raise ValueError(f"feature_dim is {self.feature_dim}; it must be at least 1.")
-
 
 @dataclass(frozen=True)
-class LiftSceneConfig:
+class LiftSceneConfig(Limited):
     """Which views are lifted and what is kept."""
 
-    views: int | None = None
+    views: Annotated[int | None, Limits(at_least=1)] = None
     """How many training views to lift, at even distances in file order; all by default."""
     drop_unseen: bool = False
     """Leave out Gaussians that no lifted view ever weighted; lifted views stay as they are."""
     feature_batch_size: int = 4
     """Photographs per pass of the backbone, at least 1."""
-
-    def __post_init__(self) -> None:
-        if self.views is not None and self.views < 1:
-            raise ValueError(f"views is {self.views}; at least 1 view must be lifted.")

@@ -9,7 +9,7 @@ read as the features are read, exceed one half.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,16 +21,17 @@ from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import rasterize_features
 from fit3d_ns.scene.feature_decoder import FeatureDecoder, TokenReader, TokenReadingRule, create_token_reader
 from fit3d_ns.scene.gaussians import ActivatedGaussians
+from fit3d_ns.utils.limits import Limited, Limits
 
 COVERED = 0.5
 """Tokens with no more rendered alpha, or no more valid area, than this are not compared."""
 
 
 @dataclass(frozen=True)
-class FeatureLossConfig:
+class FeatureLossConfig(Limited):
     """Where and how rendered features are compared with tokens."""
 
-    multiple: int = 2
+    multiple: Annotated[int, Limits(at_least=0)] = 2
     """The loss grid is this many times as fine as the token grid, 1 and above; 0 takes the loss at every pixel of the
     image (paper section 3.1)."""
     token_to_pixel: TokenSpreadingRule = "bilinear"
@@ -40,10 +41,6 @@ class FeatureLossConfig:
     """How rendered features are read at the grid's points: sampled there (paper), or the mean of each cell."""
     alpha_weighting: bool = True
     """Weight each point by its rendered alpha; the paper weighs all alike."""
-
-    def __post_init__(self) -> None:
-        if self.multiple < 0:
-            raise ValueError(f"The loss multiple is {self.multiple}; choose 1 or above, or 0 for image size.")
 
 
 class FeatureLoss:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fit3d_ns.lifting.worlds import PlyWorld, find_changes
 from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import Gaussians, PosedCapture, create_posed_capture
 from fit3d_ns.utils.files import hash_bytes, hash_file
+from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import PhaseTimer, notice, track
 from fit3d_ns.utils.selection import select_evenly
 
@@ -35,25 +36,21 @@ _SH = 2.0 * np.sqrt(np.pi)
 
 
 @dataclass(frozen=True)
-class SurfaceConfig:
+class SurfaceConfig(Limited):
     """How Gaussians are made of a surface."""
 
     mesh: Path | None = None
     """With --surface mesh or points: the file of the mesh or cloud (PLY, OBJ, GLB, STL, OFF), in the world of the poses
     or of the capture's COLMAP model. Without it, ScanNet++'s `scans/mesh_aligned_0.05.ply` or the capture's own
     points."""
-    depth_scale: float | None = None
+    depth_scale: Annotated[float | None, Limits(above=0)] = None
     """With --surface depth: units of the depth maps per unit of the capture's world, 1000 where depth is in millimetres
     and poses are in metres. By default the usual unit at which views agree."""
-    cell_pixels: float = 5.0
+    cell_pixels: Annotated[float, Limits(above=0)] = 5.0
     """With --surface: side of the smallest Gaussians' cells in pixels of a near photograph, above 0. Smaller cells
     follow edges better and cost time and memory."""
-    refine_steps: int = 3
+    refine_steps: Annotated[int, Limits(at_least=0)] = 3
     """With --surface: rounds over the photographs that fit colours to them, 0 or more."""
-
-    def __post_init__(self) -> None:
-        if not self.cell_pixels > 0 or self.refine_steps < 0 or not (self.depth_scale is None or self.depth_scale > 0):
-            raise ValueError("cell_pixels and depth_scale must be above 0 and refine_steps 0 or more.")
 
 
 def read_surface_source(

@@ -9,7 +9,7 @@ import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.plugins.registry import discover_methods
 from nerfstudio.plugins.types import MethodSpecification
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 
 from fit3d_ns.plugin.datamanager import FeatureDatamanagerConfig
 from fit3d_ns.plugin.dataparser import FeatureDataParserConfig
@@ -35,27 +35,24 @@ DENSIFY_THRESHOLD = 0.0008 if HAS_CUDA else 0.002
 PAPER_FEATURE_LR = 0.0025 / 40
 """Learning rate of features and decoder in the paper's code."""
 
-SUPPORTED = {"nerfstudio": ("1.1.5", "1.2"), "gsplat": kernels.SUPPORTED, "timm": ("1.0.26", "2")}
-"""Package to the first supported version and the first that is not, `[from, to)`."""
+SUPPORTED = {"nerfstudio": ">=1.1.5,<1.2", "gsplat": kernels.SUPPORTED, "timm": ">=1.0.26,<2"}
+"""The versions of each package that the plugin is tried with."""
 
 
 def check_versions() -> None:
     """Warns of each package that is too old or too new; a wrong guess must not stop `ns-train`."""
-    for package, (first, beyond) in SUPPORTED.items():
-        if problem := describe_problem(package, first, beyond):
+    for package, versions in SUPPORTED.items():
+        if problem := describe_problem(package, versions):
             warnings.warn(problem, stacklevel=2)
 
 
-def describe_problem(package: str, first: str, beyond: str) -> str | None:
-    """What is wrong with the installed version of a package, or None; it works from `first` up to below `beyond`."""
+def describe_problem(package: str, versions: str) -> str | None:
+    """What is wrong with the installed version of a package, or None."""
     installed = kernels.find_version(package)
-    if installed is None:
-        return f"fit3d_ns needs {package} >= {first}, which is not installed; see the README's install section."
-    if installed < Version(first):
-        return f"fit3d_ns needs {package} >= {first}, found {installed}, too old; see the README's install section."
-    if installed >= Version(beyond):
-        return f"fit3d_ns is tried with {package} < {beyond}, found {installed}, which is newer; expect differences."
-    return None
+    if installed is not None and installed in SpecifierSet(versions):
+        return None
+    found = "which is not installed" if installed is None else f"found {installed}; expect differences"
+    return f"fit3d_ns is tried with {package}{versions}, {found}; see the README's install section."
 
 
 def is_listed_by_ns_train() -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fit3d_ns.probing.frozen_features import Assembly, FrozenBackbones
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, TrainedHead, train_head
 from fit3d_ns.probing.samples import Batch, FeatureMemory, Inputs
 from fit3d_ns.utils.files import write_json
+from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import derive_seed, select_evenly
 
@@ -48,25 +49,19 @@ class PublishedTraining:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Limited):
     """Choices that every probe has."""
 
     cache: CacheRule = "auto"
     cache_gb: float = 4.0
     """Largest memory for kept features, 1e9 bytes."""
     selection: Selection = "validation"
-    validation_fraction: float = 0.1
+    validation_fraction: Annotated[float, Limits(above=0, at_most=0.5)] = 0.1
     """Share of the training frames that selects the checkpoint, in (0, 0.5]."""
-    num_evaluations: int = 5
+    num_evaluations: Annotated[int, Limits(at_least=1)] = 5
     """How often a checkpoint is scored during training."""
-    num_threads: int = 4
+    num_threads: Annotated[int, Limits(at_least=1)] = 4
     """Threads that load pictures ahead."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction <= 0.5:
-            raise ValueError(f"Validation fraction {self.validation_fraction} is outside (0, 0.5].")
-        if self.num_evaluations < 1 or self.num_threads < 1:
-            raise ValueError("Evaluations and threads must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ centimetres are there where the capture's unit is known.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.probing.frozen_features import Assembler, Assembly, FrozenBackbones
 from fit3d_ns.probing.pictures import to_image
 from fit3d_ns.scene import FeatureScene, create_depth_view, create_posed_capture, load_scene
+from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.selection import select_evenly
 
@@ -29,26 +30,22 @@ PROBE3D_GRID_SCALE = 0.25
 
 
 @dataclass(frozen=True)
-class ViewsConfig:
+class ViewsConfig(Limited):
     """Which views take part."""
 
-    max_views: int = 32
+    max_views: Annotated[int, Limits(at_least=2)] = 32
     """Views per scene, evenly spread over the capture."""
     splits: tuple[Split, ...] = ("train", "val", "test")
     """Which frames of a capture take part."""
     data_root: Path | None = None
     """Where the photographs of scene files are now, if they were moved: a capture's folder or one above several."""
 
-    def __post_init__(self) -> None:
-        if self.max_views < 2:
-            raise ValueError(f"{self.max_views} views; give at least 2.")
-
 
 @dataclass(frozen=True)
 class MultiviewConfig(ViewsConfig):
     """Which views are compared, and how."""
 
-    max_pairs: int = 100
+    max_pairs: Annotated[int, Limits(at_least=1)] = 100
     """Pairs per scene, drawn at random; every seed draws them again."""
     depth_tolerance: float = 0.05
     """Largest relative difference of depth for two views to see the same point."""
@@ -59,8 +56,6 @@ class MultiviewConfig(ViewsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_pairs < 1:
-            raise ValueError(f"{self.max_pairs} pairs; give at least 1.")
         # Refuses edges and numbers of matches before features are computed.
         self.create_consistency("consistency", 0)
 

@@ -10,14 +10,3 @@ from fit3d_ns.rasterization.interface import (
     rasterization,
     rasterize_features,
 )
-
-__all__ = [
-    "RasterizeMode",
-    "add_normal",
-    "available_backends",
-    "backproject_features",
-    "prepare_rasterizer",
-    "project",
-    "rasterization",
-    "rasterize_features",
-]

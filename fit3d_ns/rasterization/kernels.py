@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import create_progress, notice
 
-SUPPORTED = ("1.4.0", "1.6")
-"""gsplat from the first version to below the second; the plugin's requirement says the same."""
+SUPPORTED = ">=1.4.0,<1.6"
+"""Versions of gsplat; the plugin's requirement says the same."""
 _EXTENSION = "gsplat_cuda"
 _GB_PER_JOB = 3.0
 """Memory that one compiler takes at most."""
@@ -56,9 +57,9 @@ def find_kernels() -> KernelState:
     """Looks, without compiling anything."""
     found = find_version("gsplat")
     if found is None:
-        return KernelState(False, f"gsplat is not installed (needed is gsplat>={SUPPORTED[0]},<{SUPPORTED[1]})")
-    if not Version(SUPPORTED[0]) <= found < Version(SUPPORTED[1]):
-        return KernelState(False, f"gsplat {found} is installed, needed is gsplat>={SUPPORTED[0]},<{SUPPORTED[1]}")
+        return KernelState(False, f"gsplat is not installed (needed is gsplat{SUPPORTED})")
+    if found not in SpecifierSet(SUPPORTED):
+        return KernelState(False, f"gsplat {found} is installed, needed is gsplat{SUPPORTED}")
     if getattr(sys.modules.get("gsplat.cuda._backend"), "_C", None) is not None:
         return KernelState(True, "")
     if "gsplat.csrc" in sys.modules or util.find_spec("gsplat.csrc") is not None:

@@ -5,19 +5,3 @@ from fit3d_ns.scene.feature_scene import FeatureScene, create_depth_view
 from fit3d_ns.scene.gaussians import ActivatedGaussians, Gaussians
 from fit3d_ns.scene.posed_capture import PosedCapture, View, create_posed_capture
 from fit3d_ns.scene.scene_file import load_scene, save_scene
-
-__all__ = [
-    "ActivatedGaussians",
-    "FeatureDecoder",
-    "FeatureScene",
-    "Gaussians",
-    "PosedCapture",
-    "TokenReadingRule",
-    "View",
-    "create_depth_view",
-    "create_posed_capture",
-    "create_token_reader",
-    "load_scene",
-    "read_at_tokens",
-    "save_scene",
-]

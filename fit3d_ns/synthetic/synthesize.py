@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from fit3d_ns.data.scannetpp import SceneFrame, write_scannetpp
 from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.synthetic.rooms import CLASSES, build_room, render_room, walk_through
 from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, write_atomically, write_json
+from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.selection import derive_seed
 
@@ -27,33 +28,28 @@ _RECORDED = ("seed", "num_frames", "width", "height", "lens", "num_points")
 
 
 @dataclass(frozen=True)
-class SynthesisConfig:
+class SynthesisConfig(Limited):
     """Which rooms to make, and how to photograph them."""
 
     output_dir: Path
     """Folder for the scenes; new, empty, or with what the same settings made."""
-    num_scenes: int = 2
+    num_scenes: Annotated[int, Limits(at_least=1)] = 2
     """Number of rooms, at least 1. Room k is the same whatever the number."""
-    num_frames: int = 24
+    num_frames: Annotated[int, Limits(at_least=2)] = 24
     """Photographs of each room, at least 2; every 8th is held out as test."""
-    width: int = 160
+    width: Annotated[int, Limits(at_least=16)] = 160
     """Image width in pixels, at least 16."""
-    height: int = 120
+    height: Annotated[int, Limits(at_least=16)] = 120
     """Image height in pixels, at least 16."""
     seed: int = 0
     """Chooses the rooms; the same seed gives the same files."""
-    num_points: int = 20_000
+    num_points: Annotated[int, Limits(at_least=1)] = 20_000
     """Seed points of each room, drawn from the surfaces that train frames see."""
     lens: Literal["pinhole", "fisheye"] = "pinhole"
     """`pinhole` writes the undistorted variant and a copy as the resized one; `fisheye` writes the resized variant
     alone, photographed through a fisheye lens as ScanNet++'s camera has."""
     overwrite: bool = False
     """Replace a folder that an earlier run of this command made."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_scenes", 1), ("num_frames", 2), ("width", 16), ("height", 16), ("num_points", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
 
 
 def synthesize_scenes(config: SynthesisConfig) -> dict[str, Any]:

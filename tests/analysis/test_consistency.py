@@ -179,7 +179,7 @@ def test_consistency__turns_beyond_the_last_edge_are_in_no_bin():
     assert compute_consistency([tokens, turned], views)["by_angle"]["60-180"]["num_points"] == 128
     with pytest.raises(ValueError, match="two ascending numbers of degrees"):
         ConsistencyConfig(angle_edges=(0.0, 60.0, 30.0))
-    with pytest.raises(ValueError, match="-1 ratio matches"):
+    with pytest.raises(ValueError, match="ratio_matches is -1; it must be at least 0"):
         ConsistencyConfig(ratio_matches=-1)
 
 

@@ -150,7 +150,7 @@ def test_read_colmap_points__binary_skips_tracks(tmp_path: Path) -> None:
     cloud = read_colmap_points(tmp_path)
     assert cloud is not None and cloud.xyz.tolist() == XYZ and cloud.rgb.tolist() == RGB
     (tmp_path / "points3D.bin").write_bytes(pack_colmap_points()[:-9])
-    with pytest.raises(ValueError, match="cut short: fewer than 2 points"):
+    with pytest.raises(ValueError, match="cut short or damaged: fewer than 2 records"):
         read_colmap_points(tmp_path)
 
 
