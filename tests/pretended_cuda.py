@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
 CUDA = torch.device("cuda", 0)
 PACKAGE = str(Path(__file__).parents[1] / "fit3d_ns")
@@ -46,10 +47,20 @@ class Card:
     """`operation @ place`: one for each time that the host needs a value of the card."""
     uploads: Counter[str] = field(default_factory=Counter)
     """Copies to the card, by place."""
+    work: Counter[str] = field(default_factory=Counter)
+    """`launches` of kernels, and the `bytes` and `flops` of these: all that goes in and comes out, products and sums of
+    matrix products and convolutions. What gsplat's own kernels do in between is not seen."""
 
     def clear(self) -> None:
         self.waits.clear()
         self.uploads.clear()
+        self.work.clear()
+
+    def count_work(self, given: list[Tensor], made: Any, flops: int = 0) -> None:
+        """Adds one launch."""
+        tensors = {id(leaf): leaf for leaf in [*given, *tree_leaves(made)] if isinstance(leaf, Tensor)}
+        moved = sum(leaf.numel() * leaf.element_size() for leaf in tensors.values())
+        self.work.update(launches=1, bytes=moved, flops=flops)
 
 
 _card = Card()
@@ -70,6 +81,10 @@ class PretendedTensor(torch.Tensor):
         _count_waits(func, args)
         with no_dispatch(), torch._C.DisableTorchFunction():
             result = func(*args, **(kwargs or {}))
+            if not func.is_view:
+                count = flop_registry.get(func._overloadpacket)
+                flops = count(*args, **(kwargs or {}), out_val=result) if count else 0
+                _card.count_work(given, result, flops)
         known = {id(tensor) for tensor in given}
         return tree_map(lambda leaf: leaf if id(leaf) in known else place(leaf, True), result)
 

@@ -68,6 +68,17 @@ def run(main: Callable[[list[str]], None], *words: Any) -> None:
         assert not stop.code
 
 
+def watch(function: Callable[[], None], calls: KernelCalls, seen: list[Counter[str]]) -> Callable[[], None]:
+    """The function, which also notes its calls of gsplat's kernels."""
+
+    def run_watched() -> None:
+        before = calls.counts.copy()
+        function()
+        seen.append(calls.counts - before)
+
+    return run_watched
+
+
 def count_waits(card: Card, runs: list[Callable[[], None]], steps: int) -> tuple[float, str]:
     """How often the host waits for the card in one step, and for what: the second run has `steps` more of them."""
     counts = []
@@ -105,9 +116,12 @@ def test_lift__is_the_cpus_and_waits_once_a_pass(card, captures, tmp_path):
         path = tmp_path / f"passes_{passes}.safetensors"
         return lambda: run(lift.main, *captures[0], *options, "--max-passes", passes, "--output-path", path)
 
-    waits, places = count_waits(card[0], [lift_in(2), lift_in(4)], steps=2 * 6)
+    calls = []
+    waits, places = count_waits(card[0], [watch(lift_in(passes), card[1], calls) for passes in (2, 4)], steps=2)
     # The views stay on the card, so a pass waits once, for how far it came.
-    assert waits <= 1 / 6, places
+    assert waits <= 1, places
+    # Six small views are blended together, forwards and backwards once a pass.
+    assert calls[1] - calls[0] == Counter(rasterize_to_pixels_fwd=2, rasterize_to_pixels_bwd=2)
 
 
 def test_lift__of_two_scenes_together(card, captures, tmp_path):

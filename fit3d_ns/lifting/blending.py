@@ -5,6 +5,7 @@ over each token's cell, `u` the within-patch weight (1 for the rules `bilinear` 
 over views of u W |t - R f|^2 + (1 - u) W |t - P R f|^2, so its operator is R^T W Q R with Q = u + (1 - u) P.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.token_spreading import average_over_cells, spread_tokens
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import add_normal, backproject_features, rasterize_features
+from fit3d_ns.rasterization.projection import TILE_SIZE
 from fit3d_ns.scene import FeatureScene, PosedCapture, View
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.utils.device import choose_budget_gb
@@ -31,6 +33,8 @@ CPU_CACHE_GB = 1.024
 """Projections kept on a CPU by default, in 1e9 bytes."""
 AVERAGING_SAMPLES = 4
 """Samples along a patch's side when features are averaged over views; more change nothing but the time."""
+_TILES_PER_CALL, _MOST_VIEWS, _COPIED_BYTES = 264, 16, 2**28
+"""What fills a card: two tiles for each of an H100's 132 multiprocessors. gsplat wants features once per view."""
 
 
 def compute_stride(camera: Camera, patch_grid: tuple[int, int], samples_per_patch: int) -> int:
@@ -60,10 +64,12 @@ def sample_camera(
 
 @dataclass(frozen=True)
 class PreparedView:
-    """One view, projected: everything about it that does not depend on the features."""
+    """A view, projected: everything about it that does not depend on the features. Or several of one size, as one tall
+    picture: view under view, and so are their token grids."""
 
     info: dict[str, Any]
     """The rasterizer's projection and tile lists, for `rasterize_features` and `backproject_features`."""
+    num_views: int
     alphas: Float[Tensor, "height width"]
     """Rendered opacity, 0 to 1."""
     mask: Float[Tensor, "height width"]
@@ -94,38 +100,42 @@ class ViewBlender:
         config: LiftConfig,
         *,
         samples_per_patch: int = 0,
+        views_per_call: int = 1,
         memory_mb: float | None = None,
     ):
         """Keeps projections up to `memory_mb` times 1e6 bytes; `samples_per_patch` is that of `prepare_view`.
 
-        By default the memory is the configuration's, or chosen by the device.
+        By default the memory is the configuration's, or chosen by the device. Up to `views_per_call` views in a row
+        that have one size are prepared and blended together.
         """
         self.gaussians = gaussians
         self.views = views
         self.config = config
         self.samples_per_patch = samples_per_patch
+        self.groups = _group_views(views, views_per_call)
         memory_mb = choose_cache_mb(config, gaussians.means.device) if memory_mb is None else memory_mb
         self._kept: BoundedMemory[PreparedView] = BoundedMemory(int(memory_mb * 1e6))
 
     def prepare(self, index: int) -> PreparedView:
-        """Projects a view and reads its tokens, or takes it from the kept ones."""
+        """Projects a group of views and reads its tokens, or takes it from the kept ones."""
         prepared = self._kept.get(index)
         if prepared is None:
-            prepared = prepare_view(self.gaussians, self.views[index], self.samples_per_patch)
+            prepared = prepare_views(self.gaussians, self.groups[index], self.samples_per_patch)
             self._kept.keep(index, prepared, prepared.num_bytes)
         return prepared
 
     def add_normal(
         self, index: int, features: Float[Tensor, "num_gaussians dim"], image: Float[Tensor, "num_gaussians dim"]
     ) -> None:
-        """Adds one view's R^T W Q R f to `image`, in place."""
+        """Adds R^T W Q R f of one group of views to `image`, in place."""
         view = self.prepare(index)
         weights, within = compute_weights(view, self.config), self.config.within_patch_weight
 
-        def weigh(maps: Float[Tensor, "1 height width channels"]) -> Float[Tensor, "1 height width channels"]:
+        def weigh(maps: Float[Tensor, "views height width channels"]) -> Float[Tensor, "views height width channels"]:
+            tall = maps.flatten(0, 1)
             if self.config.token_to_pixel == "area":
-                maps = torch.lerp(average_over_cells(maps[0], weights, view.patch_grid), maps[0], within)[None]
-            return maps * weights[..., None]
+                tall = torch.lerp(average_over_cells(tall, weights, view.patch_grid), tall, within)
+            return (tall * weights[..., None]).view_as(maps)
 
         add_normal(features, view.info, weigh, add_to=image)
 
@@ -135,23 +145,52 @@ def choose_cache_mb(config: LiftConfig, device: torch.device) -> float:
     return 1e3 * choose_budget_gb(device, CPU_CACHE_GB) if config.cache_memory_mb is None else config.cache_memory_mb
 
 
-@torch.no_grad()
+def choose_views_per_call(gaussians: ActivatedGaussians, view: LiftView, config: LiftConfig) -> int:
+    """How many sampled views a card blends at once: small pictures leave most of it idle. 1 on a CPU."""
+    if gaussians.means.device.type != "cuda" or config.token_to_pixel == "bilinear":
+        return 1
+    tokens = view.read_tokens(gaussians.means.device)
+    camera, _ = sample_camera(view.camera, 0.0, (tokens.shape[0], tokens.shape[1]), config.samples_per_patch)
+    num_tiles = math.ceil(camera.width / TILE_SIZE) * math.ceil(camera.height / TILE_SIZE)
+    copied = _COPIED_BYTES // (4 * (config.feature_dim + 1) * max(len(gaussians), 1))
+    return max(min(math.ceil(_TILES_PER_CALL / num_tiles), copied, _MOST_VIEWS), 1)
+
+
+def _group_views(views: Sequence[LiftView], most: int) -> list[list[LiftView]]:
+    groups: list[list[LiftView]] = []
+    for view in views:
+        size = (view.camera.width, view.camera.height)
+        if groups and len(groups[-1]) < most and size == (groups[-1][0].camera.width, groups[-1][0].camera.height):
+            groups[-1].append(view)
+        else:
+            groups.append([view])
+    return groups
+
+
 def prepare_view(gaussians: ActivatedGaussians, view: LiftView, samples_per_patch: int = 0) -> PreparedView:
-    """Projects the Gaussians into a view; its tokens and mask are read, with the errors of `LiftView`.
+    """`prepare_views` of one."""
+    return prepare_views(gaussians, [view], samples_per_patch)
+
+
+@torch.no_grad()
+def prepare_views(gaussians: ActivatedGaussians, views: Sequence[LiftView], samples_per_patch: int = 0) -> PreparedView:
+    """Projects the Gaussians into views of one size; tokens and masks are read, with the errors of `LiftView`.
 
     About `samples_per_patch` pixels along a patch's side are looked at, 0 for all. The picture is then sampled at the
     centres of square blocks, each with the mean of its mask.
     """
     device = gaussians.means.device
-    tokens, mask = view.read_tokens(device), view.read_mask(device)
-    grid = (tokens.shape[0], tokens.shape[1])
-    camera, eps2d = sample_camera(view.camera, gaussians.eps2d, grid, samples_per_patch)
-    if mask.shape != (camera.height, camera.width):
-        mask = F.adaptive_avg_pool2d(mask[None, None], (camera.height, camera.width))[0, 0]
-    info = gaussians.project(camera, eps2d)
+    tokens = [view.read_tokens(device) for view in views]
+    mask = torch.stack([view.read_mask(device) for view in views])
+    grid = (tokens[0].shape[0], tokens[0].shape[1])
+    sampled = [sample_camera(view.camera, gaussians.eps2d, grid, samples_per_patch) for view in views]
+    cameras, eps2d = [camera for camera, _ in sampled], sampled[0][1]
+    if mask.shape[1:] != (cameras[0].height, cameras[0].width):
+        mask = F.adaptive_avg_pool2d(mask[:, None], (cameras[0].height, cameras[0].width))[:, 0]
+    info = gaussians.project(*cameras, eps2d=eps2d)
     # Blending ones gives alpha.
-    alphas = rasterize_features(gaussians.means.new_ones(len(gaussians), 1), info)[0, ..., 0]
-    return PreparedView(info=info, alphas=alphas, mask=mask, tokens=tokens)
+    alphas = rasterize_features(gaussians.means.new_ones(len(gaussians), 1), info)[..., 0]
+    return PreparedView(info, len(views), alphas.flatten(0, 1), mask.flatten(0, 1), torch.cat(tokens))
 
 
 def compute_weights(view: PreparedView, config: LiftConfig) -> Float[Tensor, "height width"]:
@@ -166,7 +205,7 @@ def backproject_targets(
     config: LiftConfig,
     zeros: Float[Tensor, "num_gaussians channels"] | None = None,
 ) -> tuple[Float[Tensor, "num_gaussians dim"], Float[Tensor, " num_gaussians"], Float[Tensor, " num_gaussians"]]:
-    """One view's part of the weighted sum, R^T W t and R^T W 1, by a single adjoint pass with weights as one more
+    """Prepared views' part of the weighted sum, R^T W t and R^T W 1, by a single adjoint pass with weights as one more
     channel; and R^T 1: how much of the picture each Gaussian makes up, in pixels, masked pixels included.
 
     `zeros` is memory for the result, [N, D + 1]; new by default.
@@ -177,7 +216,7 @@ def backproject_targets(
     with_ones = torch.cat([coordinates, torch.ones_like(coordinates[..., :1])], dim=-1)
     targets = spread_tokens(with_ones, width, height, config.token_to_pixel)
     targets = targets.mul_(compute_weights(view, config)[..., None])
-    sums, blend_weight = backproject_features(targets[None], view.info, add_to=zeros)
+    sums, blend_weight = backproject_features(targets.unflatten(0, (view.num_views, -1)), view.info, add_to=zeros)
     return sums[:, :-1], sums[:, -1], blend_weight
 
 
@@ -201,7 +240,7 @@ def average_over_views(scene: FeatureScene, capture: PosedCapture, views: Sequen
         patch_grid = compute_patch_grid(view.height, view.width, scene.backbone.patch_size)
         camera, eps2d = sample_camera(view.camera, scene.eps2d, patch_grid, AVERAGING_SAMPLES)
         mask = sample_mask(capture.load_valid_mask(view).to(sums.device), camera.width, camera.height)
-        info = scene.activated.project(camera, eps2d)
+        info = scene.activated.project(camera, eps2d=eps2d)
         low, alphas = rasterize_features(features_and_one, info)[0].tensor_split([-1], dim=-1)
         weights = alphas * mask[..., None]
         averaged = average_over_cells(low, weights[..., 0], patch_grid)

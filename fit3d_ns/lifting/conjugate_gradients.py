@@ -108,7 +108,7 @@ class ConjugateGradients:
         def add(index: int) -> None:
             self.blender.add_normal(index, tensors[vector], tensors["image"])
 
-        self.passes.run(name, {"image": torch.zeros_like(tensors[vector])}, add)
+        self.passes.run(name, {"image": torch.zeros_like(tensors[vector])}, add, len(self.blender.groups))
 
     def _finish_pass(self, steps_since_truth: int) -> None:
         del self._tensors["image"]

@@ -45,7 +45,7 @@ class LiftState:
     current_pass: str = ""
     """Name of the pass under way."""
     next_view: int = 0
-    """How many views of the current pass are in the sums."""
+    """How many views, or groups of views, of the current pass are in the sums."""
     finished: list[str] = field(default_factory=list)
     """Names of the passes that are done."""
 
@@ -85,13 +85,16 @@ class ViewPasses:
             self._save()
 
     @torch.no_grad()
-    def run(self, name: str, sums: dict[str, Tensor], add: Callable[[int], None]) -> None:
+    def run(
+        self, name: str, sums: dict[str, Tensor], add: Callable[[int], None], num_groups: int | None = None
+    ) -> None:
         """Adds every view to the sums, unless the state says that this has been done.
 
         Args:
             name: Unique among the passes of the lift.
             sums: New sums by name, zeros; they are put into the state where `add` finds them.
             add: Adds view number `index` to `state.tensors`, in place.
+            num_groups: How many groups of views `add` takes instead, where several are added at once.
 
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM came. Where a state is kept, it is written first, after the view under
@@ -103,25 +106,26 @@ class ViewPasses:
         if state.current_pass != name:
             state.current_pass, state.next_view = name, 0
             state.tensors.update(sums)
-        self._report(name)
+        number = self.num_views if num_groups is None else num_groups
+        self._report(name, number)
         if self.state_path is not None:
             with StopRequest() as stop:
-                self._add_views(name, add, stop)
+                self._add_views(name, add, number, stop)
             # Only here no signal is lost: one that came while the last view's state was written is granted too.
             if stop.is_requested:
                 self._save()
                 stop.grant()
         else:
-            self._add_views(name, add, None)
+            self._add_views(name, add, number, None)
         state.finished.append(name)
         state.current_pass = ""
 
-    def _add_views(self, name: str, add: Callable[[int], None], stop: StopRequest | None) -> None:
+    def _add_views(self, name: str, add: Callable[[int], None], number: int, stop: StopRequest | None) -> None:
         state = self.state
-        while state.next_view < self.num_views:
+        while state.next_view < number:
             add(state.next_view)
             state.next_view += 1
-            self._report(name)
+            self._report(name, number)
             if stop is not None and stop.is_requested:
                 return
             self.save_if_due()
@@ -133,9 +137,9 @@ class ViewPasses:
         self._last_save = time.perf_counter()
         self._seconds_per_save = self._last_save - start
 
-    def _report(self, name: str) -> None:
+    def _report(self, name: str, number: int) -> None:
         if self.progress is not None:
-            self.progress(name, self.state.next_view, self.num_views)
+            self.progress(name, self.num_views * self.state.next_view // number, self.num_views)
 
 
 def load_state(path: Path, identity: dict[str, str], device: torch.device) -> LiftState:

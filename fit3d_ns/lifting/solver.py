@@ -16,7 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
-from fit3d_ns.lifting.blending import ViewBlender, backproject_targets, compute_stride, compute_weights
+from fit3d_ns.lifting.blending import (
+    ViewBlender,
+    backproject_targets,
+    choose_views_per_call,
+    compute_stride,
+    compute_weights,
+)
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, Features, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit_decoder, fit_token_basis
@@ -28,6 +34,7 @@ from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.utils.progress import PhaseTimer, notice
 from fit3d_ns.utils.selection import create_generator, select_evenly
 
+_SAMPLED_SUM = "sampled weighted sum"
 LIFT_PRODUCTS = ("blend_weight", "num_views", "feature_variance")
 """What a lift finds of each Gaussian besides its features: fields of `LiftResult` and of `Gaussians`."""
 
@@ -192,7 +199,9 @@ class _Lift:
     def _solve(self, weighted_sum: Features, basis: PcaBasis) -> Features:
         blender, sums, config = self.blender, ("numerator", "denominator"), self.config
         if self.is_sampled:
-            blender = ViewBlender(blender.gaussians, blender.views, config, samples_per_patch=config.samples_per_patch)
+            views_per_call = self._choose_views_per_call()
+            samples = {"samples_per_patch": config.samples_per_patch, "views_per_call": views_per_call}
+            blender = ViewBlender(blender.gaussians, blender.views, config, **samples)
             sums = ("sampled_numerator", "sampled_denominator")
             memory = weighted_sum.new_empty(len(weighted_sum), config.feature_dim + 1)
 
@@ -202,12 +211,21 @@ class _Lift:
                     self._tensors[name] += part
 
             new = {sums[0]: torch.zeros_like(weighted_sum), sums[1]: weighted_sum.new_zeros(len(weighted_sum))}
-            self.passes.run("sampled weighted sum", new, add)
+            self.passes.run(_SAMPLED_SUM, new, add, len(blender.groups))
             # The conjugate gradients need the room.
             del memory
         solution = ConjugateGradients(blender, self.passes, weighted_sum, sums).solve()
         # What no sample hits, the solve knows nothing of (and without a Tikhonov term leaves at zero).
         return torch.where(self._tensors[sums[1]][:, None] > 0, solution, weighted_sum)
+
+    def _choose_views_per_call(self) -> int:
+        """As the state says: its sums are of whole groups. States of earlier versions are of single views."""
+        state, blender = self.passes.state, self.blender
+        if "views_per_call" not in state.numbers:
+            is_begun = state.current_pass == _SAMPLED_SUM or _SAMPLED_SUM in state.finished
+            chosen = choose_views_per_call(blender.gaussians, blender.views[0], self.config)
+            state.numbers["views_per_call"] = 1 if is_begun else chosen
+        return int(state.numbers["views_per_call"])
 
     def _accumulate_decoder(self, features: Features) -> DecoderStatistics:
         tensors, blender = self._tensors, self.blender

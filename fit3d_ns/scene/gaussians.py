@@ -229,14 +229,14 @@ class ActivatedGaussians:
         means, quats, scales, opacities = (tensor[keep] for tensor in self.geometry)
         return replace(self, means=means, quats=quats, scales=scales, opacities=opacities)
 
-    def project(self, camera: Camera, eps2d: float | None = None) -> dict[str, Any]:
-        """The Gaussians as a camera sees them, for `rasterize_features` and `backproject_features`.
+    def project(self, *cameras: Camera, eps2d: float | None = None) -> dict[str, Any]:
+        """The Gaussians as cameras of one picture size see them, for `rasterize_features` and `backproject_features`.
 
         `eps2d` is another blur than the Gaussians' own.
         """
         return project(
             *self.geometry,
-            *self._batch(camera),
+            *self._batch(*cameras),
             rasterize_mode=self.rasterize_mode,
             eps2d=self.eps2d if eps2d is None else eps2d,
         )
@@ -264,7 +264,8 @@ class ActivatedGaussians:
         )
         return renders[0], alphas[0, ..., 0]
 
-    def _batch(self, camera: Camera) -> tuple[Tensor, Tensor, int, int]:
-        """A batch of one camera as the rasterizer takes it: world-to-camera in OpenCV axes."""
-        viewmat = viewmats_from_camera_to_worlds(camera.camera_to_world.to(self.means))
-        return viewmat[None], camera.K[None].to(self.means), camera.width, camera.height
+    def _batch(self, *cameras: Camera) -> tuple[Tensor, Tensor, int, int]:
+        """A batch of cameras as the rasterizer takes it: world-to-camera in OpenCV axes."""
+        poses = torch.stack([camera.camera_to_world for camera in cameras]).to(self.means)
+        Ks = torch.stack([camera.K for camera in cameras]).to(self.means)
+        return viewmats_from_camera_to_worlds(poses), Ks, cameras[0].width, cameras[0].height

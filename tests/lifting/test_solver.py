@@ -1,3 +1,4 @@
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 
 from fit3d_ns.analysis.pca import fit_pca
 from fit3d_ns.lifting import blending
-from fit3d_ns.lifting.blending import prepare_view
+from fit3d_ns.lifting.blending import prepare_view, prepare_views
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig
 from fit3d_ns.lifting.solver import solve_features
@@ -263,12 +264,37 @@ def test_solve_features__projects_no_view_twice_in_a_pass(gaussians, views, monk
     calls = []
 
     def count(*arguments):
-        calls.append(arguments[1].name)
-        return prepare_view(*arguments)
+        calls.extend(view.name for view in arguments[1])
+        return prepare_views(*arguments)
 
-    monkeypatch.setattr(blending, "prepare_view", count)
+    monkeypatch.setattr(blending, "prepare_views", count)
     solve_features(gaussians, views, replace(EXACT, **{"samples_per_patch": 2, "max_passes": 3, **settings}))
     assert sorted(calls) == sorted(view.name for view in views for _ in range(expected))
+
+
+@pytest.mark.parametrize("rule", ["area", "nearest"])
+def test_solve_features__several_views_a_call_are_the_same(gaussians, monkeypatch, tmp_path, rule):
+    """Groups of three and two; also where the lift is interrupted after a group and goes on."""
+    views, config = create_views(5), replace(EXACT, samples_per_patch=2, token_to_pixel=rule)
+    expected = solve_features(gaussians, views, config)
+    monkeypatch.setattr("fit3d_ns.lifting.solver.choose_views_per_call", lambda *_: 3)
+
+    def stop_in(name: str, done: int, _: int) -> None:
+        if name == "solve 2" and 0 < done < 5:
+            signal.raise_signal(signal.SIGINT)
+
+    state = tmp_path / "lift.state"
+    with pytest.raises(KeyboardInterrupt):
+        solve_features(gaussians, views, config, state_path=state, progress=stop_in)
+    # What was begun so goes on so, whatever would be chosen now.
+    monkeypatch.setattr("fit3d_ns.lifting.solver.choose_views_per_call", lambda *_: 1)
+    sizes = []
+    prepare = blending.prepare_views
+    monkeypatch.setattr(blending, "prepare_views", lambda *words: sizes.append(len(words[1])) or prepare(*words))
+    found = solve_features(gaussians, views, config, state_path=state)
+    assert {3, 2} <= set(sizes)
+    torch.testing.assert_close(found.features, expected.features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.decoder.weight, expected.decoder.weight, rtol=1e-3, atol=1e-3)
 
 
 def test_solve_features__without_a_pull_gaussians_between_samples_keep_the_weighted_sum(views):
