@@ -60,7 +60,8 @@ def compute_temporal_consistency(
     if len(images) < 2 or any(len(maps) != len(images) for maps in clips):
         problem = f"{[len(maps) for maps in clips]} token maps for {len(images)} frames"
         raise ValueError(f"{problem}; temporal consistency needs one each, of two frames or more.")
-    means = [_compute_mean(maps) for maps in clips]
+    # Each backbone's mean token of the clip.
+    means = [torch.stack([tokens.double().mean(dim=(0, 1)) for tokens in maps]).mean(dim=0).float() for maps in clips]
     grey = [cv2.cvtColor(image.cpu().numpy(), cv2.COLOR_RGB2GRAY) for image in images]
     agreements: list[list[Tensor]] = [[] for _ in clips]
     for index in track(range(len(images) - 1), "Following tokens by optical flow"):
@@ -68,7 +69,13 @@ def compute_temporal_consistency(
         flows = _compute_flow(*pair), _compute_flow(*pair[::-1])
         for maps, mean, rows in zip(clips, means, agreements, strict=True):
             rows.append(_compare(maps[index].float(), maps[index + 1].float(), mean, flows, pair))
-    return [_summarise(maps, rows) for maps, rows in zip(clips, agreements, strict=True)]
+    metrics = []
+    for maps, rows in zip(clips, agreements, strict=True):
+        followed = torch.cat(rows)
+        total = sum(tokens.shape[0] * tokens.shape[1] for tokens in maps[:-1])
+        cosines = followed.mean(dim=0).tolist()
+        metrics.append(TemporalMetrics(*cosines, len(followed), len(followed) / total, len(rows)))
+    return metrics
 
 
 def _compute_flow(grey: np.ndarray, next_grey: np.ndarray) -> Float[Tensor, "height width 2"]:
@@ -101,15 +108,3 @@ def _compare(
     seen = sample_tokens(next_tokens, targets[is_followed], width, height)
     cosines = [F.cosine_similarity(own - shift, seen - shift, dim=1) for shift in (torch.zeros_like(mean), mean)]
     return torch.stack(cosines, dim=1).double().cpu()
-
-
-def _compute_mean(maps: Sequence[Tensor]) -> Float[Tensor, " embed"]:
-    rows = sum(tokens.shape[0] * tokens.shape[1] for tokens in maps)
-    return (torch.stack([tokens.double().sum(dim=(0, 1)) for tokens in maps]).sum(dim=0) / rows).float()
-
-
-def _summarise(maps: Sequence[Tensor], rows: list[Tensor]) -> TemporalMetrics:
-    agreements = torch.cat(rows)
-    total = sum(tokens.shape[0] * tokens.shape[1] for tokens in maps[:-1])
-    mean_cosine, centred_cosine = agreements.mean(dim=0).tolist()
-    return TemporalMetrics(mean_cosine, centred_cosine, len(agreements), len(agreements) / total, len(rows))

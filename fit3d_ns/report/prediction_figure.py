@@ -31,7 +31,7 @@ _DEPTH_MAP = "viridis"
 _ERROR_MAP = "magma"
 _UNMEASURED = 0.6
 """Grey of error maps where nothing is measured."""
-Cell = Float[Tensor, "height width 3"] | None
+_METRICS = {"segmentation": "accuracy", "depth": "rmse"}
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,21 @@ def save_prediction_figure(
     """
     if max_frames < 1 or column_width < 16:
         raise ValueError(f"{max_frames} frames of {column_width} pixels; take at least one frame of 16 pixels.")
-    chosen = select_evenly(range(len(folders[0].frames)), max_frames)
-    draw = _draw_segmentation if folders[0].task == "segmentation" else _draw_depth
-    panel, metrics = draw(folders, chosen, column_width)
-    save_picture(panel, path)
-    facts = {"task": folders[0].task, "columns": label_predictions(folders), "frames": metrics}
-    return write_facts(path, "report/predictions", folders[0].is_random, **facts)
+    first, labels = folders[0], label_predictions(folders)
+    chosen = select_evenly(range(len(first.frames)), max_frames)
+    drawn = (_draw_segmentation if first.task == "segmentation" else _draw_depth)(folders, chosen)
+    rows, row_labels, metrics = [], [], []
+    for index, pictures, values, note in zip(chosen, drawn.pictures, drawn.values, drawn.notes, strict=True):
+        image = _fit(first.load_image(index), column_width, "area")
+        rows.append([image, *(_fit(picture, column_width) for picture in pictures)])
+        named = dict(zip(labels, values, strict=True))
+        said = ", ".join(f"{label} {value:.3f}" for label, value in named.items())
+        row_labels.append(f"{first.frames[index]}{note}: {drawn.metric} {said}")
+        metrics.append({"frame": first.frames[index], _METRICS[first.task]: named})
+    errors = [f"error of {label}" for label in labels] if first.task == "depth" else []
+    panel = compose_panel(rows, ["input", *labels, "ground truth", *errors], row_labels)
+    save_picture(append_legend(panel, drawn.legend), path)
+    return write_facts(path, "report/predictions", first.is_random, task=first.task, columns=labels, frames=metrics)
 
 
 def colour_classes(num_classes: int) -> Float[Tensor, "classes 3"]:
@@ -172,63 +181,55 @@ def _read_folder(folder: Path) -> PredictionFolder:
     return read
 
 
-def _draw_segmentation(
-    folders: Sequence[PredictionFolder], chosen: Sequence[int], width: int
-) -> tuple[Image.Image, list[dict[str, Any]]]:
-    labels = label_predictions(folders)
+@dataclass(frozen=True)
+class _Drawn:
+    """What a task shows of each frame: the pictures after the photograph, a number for each head, and a note."""
+
+    pictures: list[list[Float[Tensor, "height width 3"]]]
+    values: list[list[float]]
+    notes: list[str]
+    metric: str
+    """What the numbers are called."""
+    legend: list[LegendEntry]
+
+
+def _draw_segmentation(folders: Sequence[PredictionFolder], chosen: Sequence[int]) -> _Drawn:
     names = folders[0].class_names
     # The last colour, black, is for what does not count.
     palette = torch.cat([colour_classes(len(names)), torch.zeros(1, 3)])
-    rows: list[list[Cell]] = []
-    row_labels, metrics, seen = [], [], set()
-    for index in chosen:
-        truth = folders[0].load_labels(index, "truth")
-        predictions = [folder.load_labels(index, "prediction") for folder in folders]
-        accuracy = [compute_accuracy(prediction, truth) for prediction in predictions]
-        pictures = [palette[labelled.long().clamp(max=len(names))] for labelled in (*predictions, truth)]
-        image = _fit(folders[0].load_image(index), width, "area")
-        rows.append([image, *(_fit(picture, width) for picture in pictures)])
-        row_labels.append(_say(folders[0].frames[index], "right pixels", labels, accuracy))
-        metrics.append({"frame": folders[0].frames[index], "accuracy": dict(zip(labels, accuracy, strict=True))})
-        seen |= {int(value) for labelled in (*predictions, truth) for value in labelled.unique()}
-    entries = [LegendEntry(palette[[index]], names[index]) for index in sorted(seen - {IGNORED})]
+    truths = [folders[0].load_labels(index, "truth") for index in chosen]
+    predictions = [[folder.load_labels(index, "prediction") for folder in folders] for index in chosen]
+    maps = [[*own, truth] for own, truth in zip(predictions, truths, strict=True)]
+    pictures = [[palette[labelled.long().clamp(max=len(names))] for labelled in row] for row in maps]
+    accuracy = [[compute_accuracy(one, truth) for one in own] for own, truth in zip(predictions, truths, strict=True)]
+    seen = {int(value) for row in maps for labelled in row for value in labelled.unique()}
+    legend = [LegendEntry(palette[[index]], names[index]) for index in sorted(seen - {IGNORED})]
     if IGNORED in seen:
-        entries.append(LegendEntry(palette[[-1]], "does not count"))
-    return append_legend(compose_panel(rows, ["input", *labels, "ground truth"], row_labels), entries), metrics
+        legend.append(LegendEntry(palette[[-1]], "does not count"))
+    return _Drawn(pictures, accuracy, [""] * len(chosen), "right pixels", legend)
 
 
-def _draw_depth(
-    folders: Sequence[PredictionFolder], chosen: Sequence[int], width: int
-) -> tuple[Image.Image, list[dict[str, Any]]]:
-    labels = label_predictions(folders)
-    truths = {index: folders[0].load_depth(index, "truth") for index in chosen}
-    predictions = {index: [folder.load_depth(index, "prediction") for folder in folders] for index in chosen}
-    errors = {index: [compute_errors(depth, truths[index]) for depth in predictions[index]] for index in chosen}
-    all_errors = torch.cat([error[where] for pairs in errors.values() for error, where in pairs])
-    largest = _find_rank(all_errors, 0.95, otherwise=1.0)
-    rows: list[list[Cell]] = []
-    row_labels, metrics = [], []
-    for index in chosen:
-        truth = truths[index]
+def _draw_depth(folders: Sequence[PredictionFolder], chosen: Sequence[int]) -> _Drawn:
+    truths = [folders[0].load_depth(index, "truth") for index in chosen]
+    predictions = [[folder.load_depth(index, "prediction") for folder in folders] for index in chosen]
+    errors = [[compute_errors(one, truth) for one in own] for own, truth in zip(predictions, truths, strict=True)]
+    largest = _find_rank(torch.cat([error[where] for row in errors for error, where in row]), 0.95, otherwise=1.0)
+    pictures, notes = [], []
+    for truth, own, row in zip(truths, predictions, errors, strict=True):
         measured = truth[truth > 0]
         low, high = _find_rank(measured, 0.02, otherwise=0.0), _find_rank(measured, 0.98, otherwise=1.0)
-        depths = [colour_values(depth, low, high, _DEPTH_MAP) for depth in (*predictions[index], truth)]
+        depths = [colour_values(depth, low, high, _DEPTH_MAP) for depth in (*own, truth)]
         depths[-1] = depths[-1] * (truth > 0)[..., None]
-        painted = [(colour_values(error, 0.0, largest, _ERROR_MAP), where[..., None]) for error, where in errors[index]]
-        maps = [torch.where(where, colours, _UNMEASURED) for colours, where in painted]
-        rmse = [float(error[where].square().mean().sqrt()) for error, where in errors[index]]
-        image = _fit(folders[0].load_image(index), width, "area")
-        rows.append([image, *(_fit(picture, width) for picture in (*depths, *maps))])
-        name = f"{folders[0].frames[index]}, {low:.2f} to {high:.2f} m"
-        row_labels.append(_say(name, "RMSE in m", labels, rmse))
-        metrics.append({"frame": folders[0].frames[index], "rmse": dict(zip(labels, rmse, strict=True))})
-    columns = ["input", *labels, "ground truth", *(f"error of {label}" for label in labels)]
+        painted = [(colour_values(error, 0.0, largest, _ERROR_MAP), where[..., None]) for error, where in row]
+        pictures.append([*depths, *(torch.where(where, colours, _UNMEASURED) for colours, where in painted)])
+        notes.append(f", {low:.2f} to {high:.2f} m")
+    rmse = [[float(error[where].square().mean().sqrt()) for error, where in row] for row in errors]
     steps = torch.linspace(0.0, 1.0, 160)
-    entries = [
+    legend = [
         LegendEntry(colour_values(steps, 0.0, 1.0, _DEPTH_MAP), "depth, near to far of each row; black: not measured"),
         LegendEntry(colour_values(steps, 0.0, 1.0, _ERROR_MAP), f"error, 0 to {largest:.2f} m; grey: not measured"),
     ]
-    return append_legend(compose_panel(rows, columns, row_labels), entries), metrics
+    return _Drawn(pictures, rmse, notes, "RMSE in m", legend)
 
 
 def _find_rank(values: Float[Tensor, " n"], share: float, otherwise: float) -> float:
@@ -242,7 +243,3 @@ def _fit(
     """Resizes to a width; labels and depth are never mixed."""
     height = max(round(picture.shape[0] * width / picture.shape[1]), 1)
     return F.interpolate(picture.permute(2, 0, 1)[None], size=(height, width), mode=mode)[0].permute(1, 2, 0)
-
-
-def _say(name: str, metric: str, labels: Sequence[str], values: Sequence[float]) -> str:
-    return f"{name}: {metric} " + ", ".join(f"{label} {value:.3f}" for label, value in zip(labels, values, strict=True))
