@@ -175,15 +175,14 @@ class _Harmonics(torch.autograd.Function):
 class _Blending(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, means2d, conics, opacities, colors, backgrounds, geometry: BlendGeometry, absgrad: bool):
-        tiles: CpuTiles = geometry.extra
         colors = colors.detach().contiguous()
-        size = (geometry.num_cameras, tiles.layout.height, tiles.layout.width)
-        images, alphas = colors.new_empty(*size, colors.shape[-1]), colors.new_empty(*size, 1)
-        flat_backgrounds = np.empty(0, np.float32) if backgrounds is None else _flat(backgrounds)
-        run_tasks(
-            cpu_blending.blend, _count_bands(geometry), tiles, _flat(colors), colors.shape[-1], flat_backgrounds,
-            *_flats(images, alphas),
-        )  # fmt: skip
+        # Opacity is the blend of ones.
+        blended = _blend_rows(torch.nn.functional.pad(colors, (0, 1), value=1.0), geometry, None)
+        settings = geometry.settings
+        images, alphas = blended.unflatten(1, (settings.height, settings.width)).split((colors.shape[-1], 1), dim=-1)
+        if backgrounds is not None:
+            images = images + (1.0 - alphas) * backgrounds[:, None, None]
+        images, alphas = images.contiguous(), alphas.contiguous()
         # `means2d` is saved for its identity: backward attaches `absgrad` to it.
         ctx.save_for_backward(means2d, colors, backgrounds, alphas)
         ctx.geometry, ctx.absgrad = geometry, absgrad
@@ -198,10 +197,10 @@ class _Blending(torch.autograd.Function):
         channels = colors.shape[-1]
         stride = cpu_blending.MOMENTS + -(-channels // cpu_blending.GROUP) * cpu_blending.GROUP
         partials = take_zeros("partials", int(tiles.slot_starts[-1]) * stride)
-        flat_backgrounds = np.empty(0, np.float32) if backgrounds is None else _flat(backgrounds)
+        behind = -v_alphas if backgrounds is None else v_images @ backgrounds[:, None, :, None] - v_alphas
         run_tasks(
-            cpu_blending.blend_backward, _count_bands(geometry), tiles, _flat(colors), channels, flat_backgrounds,
-            *_flats(v_images, v_alphas), ctx.absgrad, partials,
+            cpu_blending.blend_backward, _count_bands(geometry), tiles, _flat(colors), channels,
+            *_flats(v_images, behind), ctx.absgrad, partials,
         )  # fmt: skip
         v_means2d, v_conics = torch.empty_like(geometry.means2d), torch.empty_like(geometry.conics)
         v_opacities, v_colors = torch.empty_like(geometry.opacities), torch.empty_like(colors)
@@ -221,13 +220,7 @@ class _FeatureBlending(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features, geometry: BlendGeometry, indices: Tensor | None):
-        padded = _pad_channels(features)
-        pixel_rows, num_rows = _pixel_rows(geometry.settings, indices)
-        output = features.new_empty(geometry.num_cameras, num_rows, features.shape[1])
-        run_tasks(
-            cpu_features.blend_features, _count_bands(geometry), geometry.extra, _flat(padded), len(features),
-            padded.shape[1], features.shape[1], pixel_rows, num_rows, _flat(output),
-        )  # fmt: skip
+        output = _blend_rows(features, geometry, indices)
         ctx.geometry, ctx.indices = geometry, indices
         return output
 
@@ -237,6 +230,18 @@ class _FeatureBlending(torch.autograd.Function):
         sums = v_output.new_zeros(ctx.geometry.num_gaussians, v_output.shape[-1])
         _backproject_rows(v_output, ctx.geometry, ctx.indices, sums, sums.new_zeros(len(sums)))
         return sums, None, None
+
+
+def _blend_rows(features: Tensor, geometry: BlendGeometry, indices: Tensor | None) -> Tensor:
+    """Features [N, D], or of each camera [C, N, D], at all pixels or at `indices`, as [C, P, D]."""
+    padded, channels = _pad_channels(features), features.shape[-1]
+    pixel_rows, num_rows = _pixel_rows(geometry.settings, indices)
+    output = features.new_empty(geometry.num_cameras, num_rows, channels)
+    run_tasks(
+        cpu_features.blend_features, _count_bands(geometry), geometry.extra, _flat(padded), features.ndim == 3,
+        padded.shape[-1], channels, pixel_rows, num_rows, _flat(output),
+    )  # fmt: skip
+    return output
 
 
 def _backproject_rows(

@@ -1,7 +1,8 @@
-"""Blending of colours on the CPU, forward and backward; `reference.py` is the definition.
+"""The gradients of blended colours on the CPU; `reference.py` is the definition.
 
-Backward walks each block's list back to front. With w = alpha T, q = color . v_image at a pixel, and B the sum of w q
-over everything behind plus T_final (background . v_image - v_alpha):
+Colours are blended by `features.py`, as features are. Backward walks each block's list back to front. With
+w = alpha T, q = color . v_image at a pixel, and B the sum of w q over everything behind plus T_final b, where
+b = background . v_image - v_alpha:
 
     v_alpha_i = T_i q_i - B / (1 - alpha_i),    h = alpha_i v_alpha_i (zero where alpha was cut at 0.999)
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
 from fit3d_ns.rasterization.cpu.tiles import BLOCKS_PER_TILE
-from fit3d_ns.rasterization.cpu.vectors import NUM_LANES, add_sums, broadcast, load, select, spread, store
+from fit3d_ns.rasterization.cpu.vectors import NUM_LANES, add_sums, broadcast, load, select, spread
 from fit3d_ns.rasterization.cpu.weights import (
     PARAMS,
     block_centres,
@@ -35,50 +36,8 @@ _MAX_ALPHA = np.float32(MAX_ALPHA)
 
 
 @compiled
-def blend(task, tiles, colors, channels, backgrounds, images, image_alphas):
-    """Fills `images` [C*H*W*channels] and `image_alphas` [C*H*W] of one band; empty `backgrounds` are black."""
-    layout = tiles.layout
-    num_pixels = layout.width * layout.height
-    first, end, scratch = open_band(task, tiles, False)
-    params, entries, lists, counts, open_lanes, hits, weights, alphas, befores, final = scratch
-    padded = -(-channels // GROUP) * GROUP
-    tile_colors, sums = np.zeros(entries.size * padded, np.float32), np.empty(padded * NUM_LANES, np.float32)
-    for tile in range(first, end):
-        camera, left, top = tile_corner(tile, layout)
-        n = gather_tile(tile, left, top, tiles, scratch)
-        _gather_colors(n, entries, tiles.flatten_ids, colors, channels, padded, tile_colors)
-        for block in range(BLOCKS_PER_TILE):
-            if not open_block(block, left, top, layout, open_lanes):
-                continue
-            num_hits = weigh_block(block, params, lists, counts, open_lanes, hits, weights, alphas, befores, final)
-            for channel in range(0, padded, GROUP):
-                zero = broadcast(np.float32(0.0))
-                red, green, blue, more = zero, zero, zero, zero
-                for j in range(num_hits):
-                    c, weight = hits[j] * padded + channel, load(weights, j * NUM_LANES)
-                    red = red + weight * spread(tile_colors, c)
-                    green = green + weight * spread(tile_colors, c + 1)
-                    blue = blue + weight * spread(tile_colors, c + 2)
-                    more = more + weight * spread(tile_colors, c + 3)
-                store(sums, channel * NUM_LANES, red)
-                store(sums, (channel + 1) * NUM_LANES, green)
-                store(sums, (channel + 2) * NUM_LANES, blue)
-                store(sums, (channel + 3) * NUM_LANES, more)
-            for lane in range(NUM_LANES):
-                if open_lanes[lane] == 0.0:
-                    continue
-                pixel = camera * num_pixels + pixel_index(block, lane, left, top, layout)
-                image_alphas[pixel] = np.float32(1.0) - final[lane]
-                for channel in range(channels):
-                    value = sums[channel * NUM_LANES + lane]
-                    if backgrounds.size > 0:
-                        value += final[lane] * backgrounds[camera * channels + channel]
-                    images[pixel * channels + channel] = value
-
-
-@compiled
-def blend_backward(task, tiles, colors, channels, backgrounds, v_images, v_image_alphas, absgrad, partials):
-    """Adds the sums of one band to its rows of `partials` [slots, MOMENTS + padded channels], flat."""
+def blend_backward(task, tiles, colors, channels, v_images, behind, absgrad, partials):
+    """Adds the sums of one band to its rows of `partials` [slots, MOMENTS + padded channels], flat; `behind` is b."""
     layout, slots = tiles.layout, tiles.slots
     num_pixels = layout.width * layout.height
     first, end, scratch = open_band(task, tiles, True)
@@ -104,13 +63,10 @@ def blend_backward(task, tiles, colors, channels, backgrounds, v_images, v_image
                         gradients[channel * NUM_LANES + lane] = 0.0
                     continue
                 pixel = camera * num_pixels + pixel_index(block, lane, left, top, layout)
-                # In the last row: what is behind everything, the background less the alpha.
-                behind = -v_image_alphas[pixel]
                 for channel in range(channels):
                     gradients[channel * NUM_LANES + lane] = v_images[pixel * channels + channel]
-                    if backgrounds.size > 0:
-                        behind += v_images[pixel * channels + channel] * backgrounds[camera * channels + channel]
-                gradients[padded * NUM_LANES + lane] = behind * final[lane]
+                # In the last row: what is behind everything.
+                gradients[padded * NUM_LANES + lane] = behind[pixel] * final[lane]
             _add_block(
                 block, num_hits, hits, params, weights, alphas, befores, tile_colors, padded, gradients, absgrad,
                 tile_sums,

@@ -17,9 +17,13 @@ from fit3d_ns.rasterization.cpu.weights import UNROLL, gather_tile, open_band, p
 
 
 @compiled
-def blend_features(task, tiles, features, num_gaussians, stride, channels, pixel_rows, num_rows, output):
-    """Fills the rows of `output` [C*num_rows*channels] that lie in one band, from `features` [N*stride]."""
+def blend_features(task, tiles, features, is_per_camera, stride, channels, pixel_rows, num_rows, output):
+    """Fills the rows of `output` [C*num_rows*channels] that lie in one band.
+
+    `features` are [N*stride], or [C*N*stride] if each camera has its own.
+    """
     layout, flatten_ids = tiles.layout, tiles.flatten_ids
+    num_gaussians = 0 if is_per_camera else features.size // stride
     first, end, scratch = open_band(task, tiles, False)
     params, entries, lists, counts, open_lanes, hits, weights, alphas, befores, final = scratch
     lanes, rows = np.empty(NUM_LANES, np.int64), np.empty(NUM_LANES, np.int64)
