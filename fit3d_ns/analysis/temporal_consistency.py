@@ -73,8 +73,8 @@ def compute_temporal_consistency(
     for maps, rows in zip(clips, agreements, strict=True):
         followed = torch.cat(rows)
         total = sum(tokens.shape[0] * tokens.shape[1] for tokens in maps[:-1])
-        cosines = followed.mean(dim=0).tolist()
-        metrics.append(TemporalMetrics(*cosines, len(followed), len(followed) / total, len(rows)))
+        cosine, centred = followed.mean(dim=0).tolist()
+        metrics.append(TemporalMetrics(cosine, centred, len(followed), len(followed) / total, len(rows)))
     return metrics
 
 

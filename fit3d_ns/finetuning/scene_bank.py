@@ -22,7 +22,7 @@ import glob
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -96,6 +96,7 @@ def compute_average_hash(
     return hash_bytes(compute_scene_hash(scene).encode(), views_hash.encode())
 
 
+@dataclass
 class SceneAverages:
     """Averaged features of the scenes of one bank; `average_lifted_views` describes data root and number of views.
 
@@ -104,17 +105,12 @@ class SceneAverages:
     Kept or computed they are the same half-precision numbers.
     """
 
-    def __init__(
-        self,
-        scenes: Sequence[FeatureScene],
-        store: TensorStore,
-        data_root: Path | None = None,
-        max_views: int | None = MAX_AVERAGED_VIEWS,
-    ):
-        self.scenes, self.store = scenes, store
-        self.num_averaged = 0
-        self._data_root, self._max_views = data_root, max_views
-        self._hashes: dict[int, str] = {}
+    scenes: Sequence[FeatureScene]
+    store: TensorStore
+    data_root: Path | None = None
+    max_views: int | None = MAX_AVERAGED_VIEWS
+    num_averaged: int = 0
+    _hashes: dict[int, str] = field(default_factory=dict)
 
     def apply(self, index: int, scene: FeatureScene) -> FeatureScene:
         """The scene with averaged features, from its index and itself, ready on any device with its file's features.
@@ -125,7 +121,7 @@ class SceneAverages:
         if kept is not None:
             features = kept["features"].to(scene.gaussians.features.device)
             return replace(scene, gaussians=scene.gaussians.with_features(features))
-        averaged = average_lifted_views(scene, self._data_root, self._max_views)
+        averaged = average_lifted_views(scene, self.data_root, self.max_views)
         self.num_averaged += 1
         self.store.save(self.compute_hash(index), {"features": averaged.gaussians.features.cpu()})
         return averaged
@@ -133,7 +129,7 @@ class SceneAverages:
     def compute_hash(self, index: int) -> str:
         """Hashes everything that the averaged features of a scene depend on."""
         if index not in self._hashes:
-            self._hashes[index] = compute_average_hash(self.scenes[index], self._data_root, self._max_views)
+            self._hashes[index] = compute_average_hash(self.scenes[index], self.data_root, self.max_views)
         return self._hashes[index]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,22 +73,21 @@ class StepResult:
     gradient_norm: float
 
 
+@dataclass
 class TrainStep:
     """Does one step at a time, with gradients scaled down to `clip_norm`; evidence of a failure goes to `folder`."""
 
-    def __init__(
-        self,
-        backbone: TrainedBackbone,
-        anchors: AnchorConfig,
-        geometry_weight: float,
-        clip_norm: float,
-        processes: Processes,
-        timer: PhaseTimer,
-        folder: Path,
-    ):
-        self.backbone, self.anchors, self.clip_norm, self.folder = backbone, anchors, clip_norm, folder
-        self.geometry_weight = geometry_weight
-        self.processes, self.accelerator, self.timer = processes, processes.accelerator, timer
+    backbone: TrainedBackbone
+    anchors: AnchorConfig
+    geometry_weight: float
+    clip_norm: float
+    processes: Processes
+    timer: PhaseTimer
+    folder: Path
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.processes.accelerator
 
     def run(self, batches: Sequence[Batch], totals: StepTotals, step: int) -> StepResult:
         """Forward, backward and update for this process's batches.

@@ -54,26 +54,19 @@ class LiftState:
         save_tensors(path, self.tensors, {"state": json.dumps(content)})
 
 
+@dataclass
 class ViewPasses:
     """Runs the passes of one lift on one `LiftState`."""
 
-    def __init__(
-        self,
-        state: LiftState,
-        num_views: int,
-        *,
-        state_path: Path | None = None,
-        seconds_per_checkpoint: float = 60.0,
-        progress: Progress | None = None,
-    ):
-        """Without a `state_path` the state is in memory only; `progress` is called before the first and after each."""
-        self.state = state
-        self.num_views = num_views
-        self.state_path = state_path
-        self.seconds_per_checkpoint = seconds_per_checkpoint
-        self.progress = progress
-        self._last_save = time.perf_counter()
-        self._seconds_per_save = 0.0
+    state: LiftState
+    num_views: int
+    state_path: Path | None = None
+    """Without one, the state is in memory only."""
+    seconds_per_checkpoint: float = 60.0
+    progress: Progress | None = None
+    """Called before the first view of a pass and after each."""
+    _last_save: float = field(default_factory=time.perf_counter)
+    _seconds_per_save: float = 0.0
 
     def save_if_due(self) -> None:
         """Writes the state if the last write is long enough ago."""

@@ -7,7 +7,7 @@ compared with photographs, so that no mistake passes unnoticed.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -83,26 +83,24 @@ def read_ply_source(
     return placement.create(change, config.choose_factor(files))
 
 
+@dataclass
 class PlyPlacement:
     """Gaussians among the cameras of a capture, in any world that is tried."""
 
-    def __init__(
-        self, ply: Path, data: Path, splats: Splats, files: CaptureFiles, config: PlyConfig, device: torch.device | str
-    ) -> None:
-        self.ply, self.data, self.splats, self.files, self.config, self.device = (
-            ply,
-            data,
-            splats,
-            files,
-            config,
-            device,
-        )
-        self.description = f"PLY {ply.name} in the {config.ply_world} world"
-        if config.ply_transform is not None:
-            self.description = f"PLY {ply.name} moved by {config.ply_transform.name}"
-        self._longer = max(max(frame.lens.width, frame.lens.height) for frame in files.frames)
-        self._checked_factor = max(math.ceil(self._longer / CHECKED_SIDE), config.choose_factor(files))
-        self._transforms = _find_transforms(ply, config)
+    ply: Path
+    data: Path
+    splats: Splats
+    files: CaptureFiles
+    config: PlyConfig
+    device: torch.device | str
+
+    def __post_init__(self) -> None:
+        named = self.config.ply_transform
+        where = f"in the {self.config.ply_world} world" if named is None else f"moved by {named.name}"
+        self.description = f"PLY {self.ply.name} {where}"
+        self._longer = max(max(frame.lens.width, frame.lens.height) for frame in self.files.frames)
+        self._checked_factor = max(math.ceil(self._longer / CHECKED_SIDE), self.config.choose_factor(self.files))
+        self._transforms = _find_transforms(self.ply, self.config)
         self._loaded: dict[str, tuple[Tensor, Tensor]] = {}
 
     def list_changes(self) -> list[WorldChange]:

@@ -260,7 +260,7 @@ def test_averages__go_where_targets_go(tmp_path):
     bank.device = torch.device("cuda")
     # Targets are rendered anew there, but averages are not made anew at every visit of a scene.
     assert find_store().folder is not None and find_store(cache="none").folder is None
-    with pytest.raises(ValueError, match=r"average_gb -1"):
+    with pytest.raises(ValueError, match=r"average_gb is -1"):
         TargetConfig(average_gb=-1.0)
 
 

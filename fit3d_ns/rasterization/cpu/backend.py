@@ -195,22 +195,28 @@ class _Blending(torch.autograd.Function):
         geometry: BlendGeometry = ctx.geometry
         tiles: CpuTiles = geometry.extra
         channels = colors.shape[-1]
-        stride = cpu_blending.MOMENTS + -(-channels // cpu_blending.GROUP) * cpu_blending.GROUP
-        partials = take_zeros("partials", int(tiles.slot_starts[-1]) * stride)
+        colors, padded = (_pad_channels(rows, cpu_blending.GROUP) for rows in (colors, v_images))
+        stride, num_slots = cpu_blending.MOMENTS + colors.shape[-1], int(tiles.slot_starts[-1])
+        partials = take_zeros("partials", num_slots * stride)
         behind = -v_alphas if backgrounds is None else v_images @ backgrounds[:, None, :, None] - v_alphas
         run_tasks(
-            cpu_blending.blend_backward, _count_bands(geometry), tiles, _flat(colors), channels,
-            *_flats(v_images, behind), ctx.absgrad, partials,
+            cpu_blending.blend_backward, _count_bands(geometry), tiles, _flat(colors), colors.shape[-1],
+            _pixel_rows(geometry.settings, None)[0], *_flats(padded, behind), ctx.absgrad, partials,
         )  # fmt: skip
-        v_means2d, v_conics = torch.empty_like(geometry.means2d), torch.empty_like(geometry.conics)
-        v_opacities, v_colors = torch.empty_like(geometry.opacities), torch.empty_like(colors)
-        absolute = torch.empty_like(v_means2d if ctx.absgrad else v_means2d[:0])
-        run_tasks(
-            cpu_blending.collect_gradients, count_chunks(geometry.opacities.numel()), tiles, partials, channels,
-            *_flats(v_means2d, v_conics, v_opacities, v_colors, absolute),
-        )  # fmt: skip
+        # One row for each Gaussian in each camera.
+        sums = means2d.new_zeros(geometry.opacities.numel(), stride)
+        _collect(tiles, 1, partials, take_zeros("weight_partials", num_slots), sums, sums.new_zeros(len(sums)))
+        moments, v_colors, _ = sums.view(*geometry.opacities.shape, stride).tensor_split(
+            [cpu_blending.MOMENTS, cpu_blending.MOMENTS + channels], dim=-1
+        )
+        h, h_dx, h_dy, h_dxx, h_dxy, h_dyy, *absolute = moments.unbind(dim=-1)
+        xx, xy, yy = geometry.conics.unbind(dim=-1)
+        # sigma falls where alpha rises: v_sigma = -h.
+        v_means2d = -torch.stack([xx * h_dx + xy * h_dy, xy * h_dx + yy * h_dy], dim=-1)
+        v_conics = -torch.stack([0.5 * h_dxx, h_dxy, 0.5 * h_dyy], dim=-1)
+        v_opacities = torch.where(geometry.opacities > 0.0, h / geometry.opacities, 0.0)
         if ctx.absgrad:
-            means2d.absgrad = absolute
+            means2d.absgrad = torch.stack(absolute, dim=-1)
         v_backgrounds = (v_images * (1.0 - alphas)).sum(dim=(1, 2)) if ctx.needs_input_grad[4] else None
         return v_means2d, v_conics, v_opacities, v_colors, v_backgrounds, None, None
 
@@ -256,9 +262,17 @@ def _backproject_rows(
         cpu_features.backproject, _count_bands(geometry), tiles, _flat(padded), stride,
         *_pixel_rows(geometry.settings, indices), partials, weight_partials,
     )  # fmt: skip
+    _collect(tiles, geometry.num_cameras, partials, weight_partials, sums, totals)
+
+
+def _collect(
+    tiles: CpuTiles, num_cameras: int, partials: np.ndarray, weight_partials: np.ndarray, sums: Tensor, totals: Tensor
+) -> None:
+    """Adds slots, flat, to the rows that they belong to; the slots of several cameras may share the rows."""
+    stride = len(partials) // max(len(weight_partials), 1)
     run_tasks(
-        cpu_features.collect_sums, count_chunks(geometry.num_gaussians), geometry.num_cameras, tiles.slot_starts,
-        partials, weight_partials, stride, rows.shape[-1], *_flats(sums, totals),
+        cpu_features.collect_sums, count_chunks(len(sums)), num_cameras, tiles.slot_starts, partials, weight_partials,
+        stride, sums.shape[-1], *_flats(sums, totals),
     )  # fmt: skip
 
 
@@ -272,9 +286,9 @@ def _pixel_rows(settings: ProjectionSettings, indices: Tensor | None) -> tuple[n
     return pixel_rows, len(indices)
 
 
-def _pad_channels(rows: Tensor) -> Tensor:
-    """Rows whose last axis is filled up with zeros to a multiple of `NUM_LANES`."""
-    missing = -rows.shape[-1] % NUM_LANES
+def _pad_channels(rows: Tensor, multiple: int = NUM_LANES) -> Tensor:
+    """Rows whose last axis is filled up with zeros to a multiple."""
+    missing = -rows.shape[-1] % multiple
     return torch.nn.functional.pad(rows.detach(), (0, missing)) if missing else rows
 
 

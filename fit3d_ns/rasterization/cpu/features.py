@@ -13,7 +13,7 @@ import numpy as np
 from fit3d_ns.rasterization.cpu.runtime import CHUNK, compiled
 from fit3d_ns.rasterization.cpu.tiles import BLOCKS_PER_TILE
 from fit3d_ns.rasterization.cpu.vectors import NUM_LANES, broadcast, load, spread, store
-from fit3d_ns.rasterization.cpu.weights import UNROLL, gather_tile, open_band, pixel_index, tile_corner, weigh_block
+from fit3d_ns.rasterization.cpu.weights import UNROLL, gather_tile, open_band, read_lanes, tile_corner, weigh_block
 
 
 @compiled
@@ -32,7 +32,7 @@ def blend_features(task, tiles, features, is_per_camera, stride, channels, pixel
         camera, left, top = tile_corner(tile, layout)
         n = -1
         for block in range(BLOCKS_PER_TILE):
-            num_lanes = _read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows)
+            num_lanes = read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows)
             if num_lanes == 0:
                 continue
             if n < 0:
@@ -94,7 +94,7 @@ def backproject(task, tiles, maps, stride, pixel_rows, num_rows, partials, weigh
         camera, left, top = tile_corner(tile, layout)
         n = -1
         for block in range(BLOCKS_PER_TILE):
-            num_lanes = _read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows)
+            num_lanes = read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows)
             if num_lanes == 0:
                 continue
             if n < 0:
@@ -182,17 +182,3 @@ def collect_sums(task, num_cameras, slot_starts, partials, weight_partials, stri
         totals[g] += total
         for channel in range(channels):
             sums[g * channels + channel] += row[channel]
-
-
-@compiled
-def _read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows):
-    """Lists the pixels of a block that somebody reads, and closes the others; returns their number."""
-    count = 0
-    for lane in range(NUM_LANES):
-        pixel = pixel_index(block, lane, left, top, layout)
-        row = pixel_rows[pixel] if pixel >= 0 else -1
-        open_lanes[lane] = np.float32(1.0) if row >= 0 else np.float32(0.0)
-        if row >= 0:
-            lanes[count], rows[count] = lane, row
-            count += 1
-    return count

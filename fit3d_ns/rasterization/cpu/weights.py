@@ -156,14 +156,17 @@ def block_centres(block):
 
 
 @compiled
-def open_block(block, left, top, layout, open_lanes):
-    """Marks the pixels of a block that lie on the image; returns whether there are any."""
-    found = False
+def read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows):
+    """Lists the pixels of a block that somebody reads, and closes the others; returns their number."""
+    count = 0
     for lane in range(NUM_LANES):
-        is_open = pixel_index(block, lane, left, top, layout) >= 0
-        open_lanes[lane] = np.float32(1.0) if is_open else np.float32(0.0)
-        found = found or is_open
-    return found
+        pixel = pixel_index(block, lane, left, top, layout)
+        row = pixel_rows[pixel] if pixel >= 0 else -1
+        open_lanes[lane] = np.float32(1.0) if row >= 0 else np.float32(0.0)
+        if row >= 0:
+            lanes[count], rows[count] = lane, row
+            count += 1
+    return count
 
 
 @compiled
