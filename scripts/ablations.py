@@ -1,7 +1,8 @@
 """Runs the ablations; `reproduce_paper.sh` and `reproduce_small.sh` call it with `paper` and `small`.
 
-Every command of every stage is a cell (`ablation_cells.py`). Finished cells are not run again, interrupted ones go on
-where they stopped, and those that need a failed one are left out. The tables come from fit3d-report in the end.
+Every command of every stage is a cell (`ablation_cells.py`), run here or by Slurm (`ablation_jobs.py`). Finished cells
+are not run again, interrupted ones go on where they stopped, and those that need a failed one are left out. The tables
+come from fit3d-report in the end.
 """
 
 import os
@@ -13,13 +14,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from ablation_cells import Cell, Plan, ProbeData, find_missing
+from ablation_jobs import REPORT, create_arrays, describe_jobs, submit
 from ablation_tables import MAIN, TABLES, AblationTable, choose_tables
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli.command import run_command, spell
 from fit3d_ns.probing.datasets.frames import read_lines
 from fit3d_ns.probing.datasets.scannet import find_scannetpp_scenes
 from fit3d_ns.utils.progress import notice
@@ -46,6 +48,12 @@ class CommonFlags:
     """Of the probes."""
     show: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False
     """Print the cells and which are done; run nothing."""
+    on: Literal["here", "slurm"] = "here"
+    """One command after the other in this process, or jobs of Slurm that wait for each other."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print how many jobs there are, and how many hours of a card and how much disk they take; run nothing."""
+    cell: str | None = None
+    """Run this cell only, as a job of Slurm does."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ def run_paper(flags: PaperFlags) -> None:
         for missing in (item for item in table.data if item not in data):
             notice(f"Table {name} goes without {missing}: give its root with --{missing.split(':')[1]}.")
         cells[name] = replace(plan, data=present).create_cells(table)
-    run_tables(tables, cells, plan.output, flags.show)
+    run_tables(tables, cells, plan.output, flags, len(scenes))
 
 
 def run_small(flags: SmallFlags) -> None:
@@ -176,14 +184,15 @@ def run_small(flags: SmallFlags) -> None:
             why = "--more-backbones" if not table.backbones else f"data to probe {table.only_task} on"
             notice(f"Table {name} is left out: it needs {why}.")
             del cells[name]
-    run_tables(tables, cells, output, flags.show)
+    run_tables(tables, cells, output, flags, len(train))
 
 
 def run_tables(
     tables: dict[str, AblationTable],
     cells: dict[str, list[Cell]],
     output: Path,
-    show: bool = False,
+    flags: CommonFlags,
+    num_scenes: int,
     execute: Execute | None = None,
 ) -> None:
     """Lists or runs the cells of all tables, then makes the report of what is finished.
@@ -191,17 +200,30 @@ def run_tables(
     Raises:
         ValueError: Cells have failed.
     """
-    if show:
+    if flags.show:
         print(describe_cells(tables, cells))
         return
+    execute = execute or execute_cell
     probes = [cell for group in cells.values() for cell in group]
-    failed = run_cells(find_missing(probes), output / "logs", execute or execute_cell)
+    missing = find_missing(probes)
+    if flags.dry_run or flags.on == "slurm":
+        arrays = create_arrays(missing)
+        print(describe_jobs(arrays, num_scenes))
+        if not flags.dry_run:
+            mode = "paper" if isinstance(flags, PaperFlags) else "small"
+            same = replace(flags, output=output, on="here")
+            numbers = submit(arrays, output, num_scenes, lambda name: (mode, *spell(replace(same, cell=name))))
+            print(f"Submitted: {' '.join(numbers)}. The same command submits again what has failed.")
+        return
+    if flags.cell is not None:
+        missing = [cell for cell in missing if cell.name == flags.cell]
+    failed = run_cells(missing, output / "logs", execute)
     finished = {cell.result for probe in probes for cell in (probe, *probe.needs) if cell.is_done()}
-    if finished:
+    if finished and flags.cell in (None, REPORT):
         folder = output / "report"
         arguments = (*map(str, sorted(finished)), "--output-dir", str(folder))
         cell = Cell("report", (sys.executable, "-m", "fit3d_ns.cli.report", *arguments), folder / "tables.json")
-        if (execute or execute_cell)(cell, output / "logs" / "report.log"):
+        if execute(cell, output / "logs" / "report.log"):
             print(f"Report: {folder / 'tables.html'}")
         else:
             failed.append("report")

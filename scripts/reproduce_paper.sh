@@ -15,12 +15,14 @@
 #   scripts/reproduce_paper.sh --tables correspondence concatenation anchors keeping targets leave-one-out --scannetpp DIR --nyu DIR --nyu-depth DIR
 #
 # Without --tables: all. --paper takes every value of the public code. --list shows what is done and what is missing.
+# --on slurm makes all of it jobs of Slurm that wait for each other (SBATCH_PARTITION=gpu SBATCH_GPUS_PER_NODE=1 ... choose
+# where); --dry-run prints how many, and the hours and the disk they take.
 # Finished commands are never run again, interrupted ones go on. Further: --output DIR (ablations)  --seeds 0 1 2
 # --weights dinov2_small=FILE ... (machines without network). Roots may also come from the environment:
 # SCANNETPP NYU NYU_DEPTH SCANNET ADE20K VOC KITTI IMAGENET.
 set -euo pipefail
 
-case "${1:-}" in -h|--help) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case "${1:-}" in -h|--help) sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python="$scripts/../.venv/bin/python"
 [ -x "$python" ] || python=python

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A campaign on a real Slurm of one node, without root: `scripts/test_slurm.sh [SCENES [KILLS [TASKS_AT_A_TIME]]]`.
+# Campaigns on a real Slurm of two nodes on this machine, without root: `scripts/test_slurm.sh [SCENES [KILLS [TASKS_AT_A_TIME]]]`.
 # Slurm comes from the machine if it is installed, else from Debian's or Ubuntu's packages, unpacked into a temporary
 # folder. Tiny scenes are lifted as one array while tasks are killed and requeued at random (tests/slurm_campaign.py).
 set -euo pipefail
@@ -7,6 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-$PWD/.venv/bin/python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 work=$(mktemp -d)
+# Hundreds of processes start: each reads what the first has compiled.
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX=$work/bytecode
 
 stop() {
     scancel --user="$(id -un)" 2>/dev/null || true
@@ -14,7 +17,7 @@ stop() {
         [ -n "$(squeue --noheader 2>/dev/null)" ] || break
         sleep 1
     done
-    for name in slurmd slurmctld; do
+    for name in slurmd.node1 slurmd.node2 slurmctld; do
         [ ! -s "$work/$name.pid" ] || kill "$(cat "$work/$name.pid")" 2>/dev/null || true
     done
     sleep 2
@@ -36,11 +39,12 @@ else
     daemon=("$work/root/usr/sbin/slurmd-wlm" -d "$work/root/usr/sbin/slurmstepd-wlm")
 fi
 
-mkdir "$work/state" "$work/spool"
-read -r controller_port daemon_port < <("$python" -c "
+mkdir -p "$work/state" "$work/spool/node1" "$work/spool/node2"
+read -r controller_port port1 port2 < <("$python" -c "
 import socket
-sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]
+sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(3)]
 print(*(one.getsockname()[1] for one in sockets))")
+cores=$((($(nproc --all) + 1) / 2))
 export SLURM_CONF=$work/slurm.conf
 # Nobody is authenticated, no accounts are kept, and a requeued task waits 5 s instead of two minutes.
 cat >"$SLURM_CONF" <<END
@@ -49,7 +53,6 @@ SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 SlurmctldPort=$controller_port
-SlurmdPort=$daemon_port
 AuthType=auth/none
 CredType=cred/none
 AuthInfo=cred_expire=5
@@ -62,21 +65,22 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,bf_interval=1
 StateSaveLocation=$work/state
-SlurmdSpoolDir=$work/spool
+SlurmdSpoolDir=$work/spool/%n
 SlurmctldPidFile=$work/slurmctld.pid
-SlurmdPidFile=$work/slurmd.pid
+SlurmdPidFile=$work/slurmd.%n.pid
 SlurmctldLogFile=$work/slurmctld.log
-SlurmdLogFile=$work/slurmd.log
+SlurmdLogFile=$work/slurmd.%n.log
 MpiDefault=none
 KillWait=2
 JobRequeue=1
-NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=$(nproc --all) State=UNKNOWN
+NodeName=node1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$port1 CPUs=$cores State=UNKNOWN
+NodeName=node2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$port2 CPUs=$cores State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
 "$controller" -f "$SLURM_CONF"
-"${daemon[@]}" -f "$SLURM_CONF"
+for node in node1 node2; do "${daemon[@]}" -f "$SLURM_CONF" -N "$node"; done
 for _ in $(seq 30); do
-    [ "$(sinfo --noheader --format=%t 2>/dev/null)" != idle ] || break
+    [ "$(sinfo --noheader --format=%D:%t 2>/dev/null)" != 2:idle ] || break
     sleep 1
 done
 sinfo

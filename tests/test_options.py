@@ -86,11 +86,11 @@ COMMANDS = {
             "--load-config run --output-path out.safetensors",
             "--ply a.ply --data scene --output-path out.safetensors",
             "--surface depth --data scene --output-path out.safetensors",
+            "--train 9 --data scene --output-path out",
             "--scene a.safetensors b.safetensors --backbone m --output-path out --on slurm",
         ),
         {
             "fit3d_ns.cli.lift._write_metrics": None,
-            "fit3d_ns.cli.lift._read_run": AUTO,
             "fit3d_ns.plugin.run_reader.read_backbone": ("m", None, "timm"),
             "fit3d_ns.cli.lift.describe_forecast": "",
             "fit3d_ns.cli.lift.lift_scene": (FakeLiftedScene({}), None),

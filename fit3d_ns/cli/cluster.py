@@ -7,7 +7,10 @@ finished is passed over, what was begun goes on from its state. What is done wit
 import errno
 import os
 import re
+import shlex
+import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +26,12 @@ from fit3d_ns.utils.progress import LOGS, create_progress, notice
 _MAX_REQUEUES = 100
 """How often a task may run out of time; each time it goes on from its state."""
 _SECONDS_PER_CHECK = 5
+_HOLD_USR2 = (
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+HOLDING_PYTHON = shlex.join([sys.executable, "-ISc", _HOLD_USR2])
+"""Starts Python with USR2 held back, of which it would die while it imports; `Share` lets it through."""
 _USED = {"here": {"shard", "on"}, "local": {"shard", "on", "time", "gpus", "array_parallelism"}}
 """The options that mean something where work is done; on Slurm all do."""
 
@@ -107,6 +116,7 @@ class Share:
     names: list[str]
 
     def __call__(self) -> dict[str, str]:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])  # submitit listens by now.
         try:
             return self.work(self.cluster)
         except Exception as error:
@@ -119,9 +129,10 @@ class Share:
         return DelayedSubmission(self)
 
 
-def run_tasks(cluster: ClusterConfig, names: Sequence[str], folder: Path, work: Work) -> dict[str, str]:
+def run_tasks(cluster: ClusterConfig, names: Sequence[str], folder: Path, work: Work, rounds: int) -> dict[str, str]:
     """Has scenes made by tasks of submitit, whose files are in `folder` meanwhile; returns what was wrong with those
-    that failed. `work`, as in `Share`, makes those of a shard that `choose` takes of `names`."""
+    that failed. `work`, as in `Share`, makes those of a shard that `choose` takes of `names`; where there are several
+    shards it is done that many times, once all have ended."""
     chosen = cluster.choose(names)
     if not chosen:
         return {}
@@ -129,9 +140,13 @@ def run_tasks(cluster: ClusterConfig, names: Sequence[str], folder: Path, work: 
     # More tasks in an array Slurm refuses unless its administrator allows them; a task may do several scenes.
     shards = cluster.split(min(len(chosen), 1000 if cluster.on == "slurm" else cluster.array_parallelism))
     shares = [Share(work, shard, shard.choose(names)) for shard in shards]
-    jobs = _submit(cluster, shares, folder)
-    number = jobs[0].job_id.split("_")[0]
-    notice(f"{len(jobs)} tasks, number {number}, for {len(chosen)} scenes; they go on without this. Files: {folder}")
+    jobs: list[Any] = []
+    for _ in range(rounds if len(shares) > 1 else 1):
+        jobs = _submit(cluster, shares, folder, jobs)
+        number = jobs[0].job_id.split("_")[0]
+        notice(f"{len(jobs)} tasks, number {number}, of {len(chosen)} scenes; they go on without this. Files: {folder}")
+        if cluster.on == "local":
+            _wait(cluster, jobs)
     _wait(cluster, jobs)
     failed: dict[str, str] = {}
     for job, share in zip(jobs, shares, strict=True):
@@ -144,14 +159,15 @@ def run_tasks(cluster: ClusterConfig, names: Sequence[str], folder: Path, work: 
     return failed
 
 
-def _submit(cluster: ClusterConfig, shares: Sequence[Share], folder: Path) -> list[Any]:
-    """One job of submitit for each share; ValueError where it or Slurm is missing or refuses."""
+def _submit(cluster: ClusterConfig, shares: Sequence[Share], folder: Path, after: Sequence[Any]) -> list[Any]:
+    """One job of submitit for each share, on Slurm when all of `after` have ended; ValueError where it or Slurm is
+    missing or refuses."""
     try:
         import submitit
     except ImportError as error:
         raise ValueError(f"--on {cluster.on} needs submitit: pip install 'fit3d-ns[cluster]' ({error}).") from error
     if cluster.on == "local":
-        local = submitit.LocalExecutor(folder, max_num_timeout=_MAX_REQUEUES)
+        local = submitit.LocalExecutor(folder, max_num_timeout=_MAX_REQUEUES, python=HOLDING_PYTHON)
         jobs = []
         for index, share in enumerate(shares):
             cards = range(index * cluster.gpus, (index + 1) * cluster.gpus)
@@ -159,12 +175,14 @@ def _submit(cluster: ClusterConfig, shares: Sequence[Share], folder: Path) -> li
             jobs.append(local.submit(share))
         return jobs
     try:
-        slurm = submitit.SlurmExecutor(folder, max_num_timeout=_MAX_REQUEUES)
+        slurm = submitit.SlurmExecutor(folder, max_num_timeout=_MAX_REQUEUES, python=HOLDING_PYTHON)
         # Job steps do not take the number over from the job.
         steps = [] if cluster.cpus is None else [f"--cpus-per-task={cluster.cpus}"]
         slurm.update_parameters(job_name="fit3d", partition=cluster.partition, time=cluster.time, srun_args=steps)
         slurm.update_parameters(cpus_per_task=cluster.cpus, gpus_per_node=cluster.gpus or None)
         slurm.update_parameters(array_parallelism=cluster.array_parallelism, additional_parameters={"requeue": True})
+        if after:
+            slurm.update_parameters(dependency=f"afterany:{after[0].job_id.split('_')[0]}")
         return slurm.submit_array(shares)
     except RuntimeError as error:
         raise ValueError(f"Slurm does not take the tasks: {first_line(error)}") from error

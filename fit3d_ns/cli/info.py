@@ -28,7 +28,7 @@ from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.results import collect_versions
 from fit3d_ns.utils.tensor_files import open_tensors
 
-_VERIFIED_SUFFIXES = (".safetensors", ".lift-state", ".decoder-sums", ".json")
+_VERIFIED_SUFFIXES = ".safetensors .lift-state .token-sums .decoder-sums .shared-basis .shared-decoder .json".split()
 _WHOLE = "whole"
 
 

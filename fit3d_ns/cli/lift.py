@@ -14,7 +14,7 @@ import tyro
 from fit3d_ns.cli.cluster import ClusterConfig, run_tasks, work_on_each
 from fit3d_ns.cli.command import Heading, create_main, spell
 from fit3d_ns.cli.export import describe_scene
-from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
+from fit3d_ns.cli.runs import name_run, read_run_source, train_splats
 from fit3d_ns.features import BackboneDescription, FeatureCache, create_extractor, describe_backbone
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
@@ -30,7 +30,7 @@ from fit3d_ns.lifting.lift_scene import (
     lift_scene,
 )
 from fit3d_ns.lifting.ply_sources import read_ply_source
-from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
+from fit3d_ns.lifting.shared_lift import NUM_SHARED_ROUNDS, LiftTask, lift_together
 from fit3d_ns.lifting.sources import (
     LiftSource,
     PlyConfig,
@@ -41,7 +41,6 @@ from fit3d_ns.lifting.sources import (
 from fit3d_ns.lifting.surfaces import Surface, SurfaceConfig, read_surface_source
 from fit3d_ns.rasterization import prepare_rasterizer
 from fit3d_ns.scene import FeatureScene, load_scene, save_scene
-from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.scene.splat_files import has_features, list_splats, read_model_name
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import write_json
@@ -54,7 +53,8 @@ DEFAULT_BACKBONE = "dinov2_small"
 
 @dataclass(frozen=True)
 class LiftCommand:
-    """What is lifted from, whose features, where scenes go. Give one of --surface, --load-config, --ply, --scene."""
+    """What is lifted from, whose features, where scenes go. Give one of --surface, --train, --load-config, --ply,
+    --scene."""
 
     output_path: Annotated[Path, tyro.conf.arg(aliases=["--output-dir"]), Heading("output")]
     """The scene file to write, `.safetensors`, or a folder for several scenes (with --surface also for one). Metrics go
@@ -62,6 +62,9 @@ class LiftCommand:
     surface: Annotated[Surface | None, Heading("input")] = None
     """Geometry without training, from what the scenes of --data come with: `depth` of a sensor (`render_depth/`,
     `depth_file_path`), a triangle `mesh`, or the `points` of a dense cloud or laser scan."""
+    train: int | None = None
+    """Train Gaussians for the scenes of --data first, for so many steps (as good as any: 30000): `ns-train
+    fit3d-features` in OUTPUT/splats, which goes on from its last checkpoint and is passed over once it is finished."""
     load_config: tuple[Path, ...] = ()
     """Splatfacto runs of all variants, ours or nerfstudio's: their config.yml or folder."""
     ply: Path | None = None
@@ -77,7 +80,8 @@ class LiftCommand:
     trust_config: bool = False
     """Also read runs of other packages' methods, whose config.yml names code that is run: only of people you trust."""
     shared_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("output")] = False
-    """Lift all scenes on one basis, with one decoder and one set of colours; each keeps a little less of its tokens."""
+    """Lift all scenes on one basis, with one decoder and one set of colours; each keeps a little less of its tokens.
+    With --shard all shards are run three times, each time once all have ended."""
     backbone: Annotated[str | None, Heading("backbone")] = None
     """One of `dinov2_small dinov2_base dinov2_reg_small clip_base mae_base deit3_base toy_rooms_vit`, a timm ViT id,
     or a fine-tuned folder. By default, with weights and normalization, that of the first run or scene, else
@@ -109,13 +113,17 @@ class LiftCommand:
     @property
     def is_folder(self) -> bool:
         is_packed = self.ply is not None and self.ply.suffix == ".pth"
-        if is_packed or (self.surface is not None and self.output_path.suffix != ".safetensors"):
+        if is_packed or self.train or (self.surface and self.output_path.suffix != ".safetensors"):
             return True
         return self.shared_decoder or self.num_scenes > 1 or self.cluster != ClusterConfig()
 
     @property
+    def is_captured(self) -> bool:
+        return bool(self.surface or self.train)
+
+    @property
     def num_scenes(self) -> int:
-        return len(self.data) if self.surface is not None else len(self.load_config) + len(self.scene) or 1
+        return len(self.data) if self.is_captured else len(self.load_config) + len(self.scene) or 1
 
 
 def lift(command: LiftCommand) -> None:
@@ -125,7 +133,8 @@ def lift(command: LiftCommand) -> None:
     else:
         choose_backbone(command)  # What is missing is said before anything waits in a queue.
         names = [task.output_path.stem for task in create_tasks(command, command.device)]
-        failed = run_tasks(command.cluster, names, command.output_path, partial(lift_here, command))
+        rounds = NUM_SHARED_ROUNDS if command.shared_decoder else 1
+        failed = run_tasks(command.cluster, names, command.output_path, partial(lift_here, command), rounds)
     if failed:
         _report(failed, command)
 
@@ -140,7 +149,8 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
     check_dimensions(setup)
     if not cache.folder.exists() and not command.keeps_features:
         create_extractor(backbone)  # Weights that cannot be had are said before scenes are read.
-    tasks = cluster.choose(create_tasks(command, device))
+    together = create_tasks(command, device)
+    tasks = cluster.choose(together)
     finish = partial(_write_metrics, backbone=backbone, device=device)
     if command.dry_run:
         forecasts = []
@@ -167,7 +177,15 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
 
     try:
         if command.shared_decoder:
-            lift_together(tasks, setup, overwrite=command.overwrite, on_scene=finish)
+            options: dict[str, Any] = {"overwrite": command.overwrite, "on_scene": finish}
+            failed, missing = lift_together(together, setup, tasks, work_on_each, **options)
+            waits = f"Waits for {len(missing)} files of other scenes ({missing[:1]}); run all shards once more."
+            # A shard by itself cannot know better; after the last task nobody else comes.
+            if missing and command.cluster.on == "here":
+                notice(waits)
+            elif missing:
+                failed = dict.fromkeys((task.output_path.stem for task in tasks), waits) | failed
+            return failed
         elif command.is_folder:
             return work_on_each([task.output_path for task in tasks], lift_one)
         else:
@@ -203,13 +221,16 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
     if command.surface is not None:
         options = command.surface, command.from_surface, command.from_ply, device
         readers += [(name_capture(path), partial(read_surface_source, path, *options)) for path in command.data]
+    elif command.train is not None:
+        splats = partial(train_splats, command.output_path / "splats", command.train, device)
+        readers += [(name_capture(path), partial(splats, path, name_capture(path))) for path in command.data]
     elif command.ply is not None:
         assert data is not None
         for name, folder, read in list_splats(command.ply, data, command.keeps_features):
             readers.append((name, partial(read_ply_source, command.ply, folder, command.from_ply, device, read)))
     root = command.data_root or data
     readers += [(path.stem, partial(read_scene_source, path, root)) for path in command.scene]
-    readers += [(name_run(path), partial(_read_run, path, data, trust)) for path in command.load_config]
+    readers += [(name_run(path), partial(read_run_source, path, data, trust)) for path in command.load_config]
     names = [name for name, _ in readers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice and command.is_folder:
@@ -220,20 +241,6 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
         # The same order on every machine, whatever its shell makes of a pattern.
         for name, read in sorted(readers, key=lambda reader: reader[0])
     ]
-
-
-def name_run(path: Path) -> str:
-    """A run's experiment: of nerfstudio's OUTPUT/EXPERIMENT/METHOD/TIMESTAMP/config.yml the second part.
-
-    Like `read_run` this takes the config.yml, its folder, or a folder above it that holds one run.
-    """
-    folder = path.absolute()
-    if not folder.is_dir():
-        folder = folder.parent
-    elif not (folder / RUN_CONFIG).is_file():
-        # None or several are refused where the run is read.
-        folder = next((config.parent for config in find_runs(folder)), folder)
-    return folder.parents[1].name if len(folder.parents) > 2 else folder.name
 
 
 def name_capture(path: Path) -> str:
@@ -258,27 +265,26 @@ main = create_main("fit3d-lift", LiftCommand, lift)
 
 def _check(command: LiftCommand) -> None:
     """Raises ValueError for flags that do not go together."""
-    given = [
-        f"--{name.replace('_', '-')}" for name in ("surface", "load_config", "ply", "scene") if getattr(command, name)
-    ]
+    names = ("surface", "train", "load_config", "ply", "scene")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(command, name)]
     if len(given) != 1:
         what = "none is given" if not given else " and ".join(given) + " are given"
-        raise ValueError(f"Give one of --surface, --load-config, --ply and --scene to lift from; {what}.")
+        raise ValueError(f"Give one of --surface, --train, --load-config, --ply and --scene to lift from; {what}.")
     if command.ply is not None and not command.data:
         raise ValueError(f"A PLY has no cameras: give the folder of the photographs of {command.ply} with --data.")
     for name in ("ply_world", "ply_transform", "dataparser_transforms"):
         if command.ply is None and getattr(command.from_ply, name) != getattr(PlyConfig(), name):
             raise ValueError(f"--{name.replace('_', '-')} belongs to --ply, which is not given.")
-    if command.surface is not None and not command.data:
-        raise ValueError("--surface needs the folders of the scenes with --data.")
+    if command.is_captured and not command.data:
+        raise ValueError(f"{given[0]} needs the folders of the scenes with --data.")
+    if command.train and command.dry_run:
+        raise ValueError("--dry-run needs Gaussians, and those of --train are trained when the scene is lifted.")
     if command.surface is not None and command.num_scenes > 1 and command.from_surface.mesh is not None:
         raise ValueError("--mesh is the file of one scene; lift scenes with own files by commands of their own.")
-    if command.surface is None and len(command.data) > (1 if command.num_scenes == 1 else 0):
+    if not command.is_captured and len(command.data) > (1 if command.num_scenes == 1 else 0):
         raise ValueError(
             "--data is the folder of one scene; where several moved, --data-root takes the one above them."
         )
-    if command.cluster != ClusterConfig() and command.shared_decoder:
-        raise ValueError("--shared-decoder fits one decoder to all scenes in one process; leave out --shard and --on.")
     if command.is_folder:
         if command.output_path.suffix == ".safetensors" or command.output_path.is_file():
             raise ValueError(f"--output-path {command.output_path} must be a folder: that is where several scenes go.")
@@ -294,12 +300,13 @@ def _report(failed: dict[str, str], command: LiftCommand) -> None:
     for name, sentence in failed.items():
         print(f"Failed: {name}: {sentence}")
     # With a shard also a single scene goes into the folder.
-    cluster = dataclasses.replace(command.cluster, shard=None if len(failed) > 1 else "1/1")
+    shard = command.cluster.shard if command.shared_decoder else None if len(failed) > 1 else "1/1"
+    cluster = dataclasses.replace(command.cluster, shard=shard)
     again = dataclasses.replace(command, cluster=cluster)
     # Without a backbone's name the first of the sources says it; what is finished is passed over in any case.
-    if command.surface is not None:
+    if command.is_captured and not command.shared_decoder:
         again = dataclasses.replace(again, data=tuple(path for path in command.data if name_capture(path) in failed))
-    elif command.backbone is not None and command.ply is None:
+    elif command.backbone is not None and command.ply is None and not command.shared_decoder:
         scenes = tuple(path for path in command.scene if path.stem in failed)
         runs = tuple(path for path in command.load_config if name_run(path) in failed)
         again = dataclasses.replace(again, scene=scenes, load_config=runs)
@@ -337,28 +344,6 @@ def _read(read: Callable[[], LiftSource]) -> LiftSource:
     if source.num_dropped:
         notice(f"Left out {source.num_dropped} Gaussians with NaN, infinite or oversized numbers.")
     return source
-
-
-def _read_run(path: Path, data: Path | None, trust_config: bool) -> LiftSource:
-    """A nerfstudio run; imported here so that PLYs are lifted where nerfstudio is not installed."""
-    try:
-        from fit3d_ns.plugin.run_reader import read_run, read_run_figures
-    except ImportError as error:
-        raise ValueError(
-            f"{path} is a nerfstudio run, and nerfstudio cannot be imported ({error}); install it, or export the run "
-            "as a PLY and lift that."
-        ) from error
-    run = read_run(path, data, trust_config)
-    gaussians = run.create_gaussians()
-    description = f"{run.config.method_name} run {run.config_path.parent.name}, step {run.step}"
-    return LiftSource(
-        gaussians,
-        run.capture,
-        description,
-        run.rasterize_mode,
-        num_dropped=len(run.gauss_params["means"]) - gaussians.num_gaussians,
-        training_seconds=find_geometry_seconds(read_run_figures(run.config_path)),
-    )
 
 
 def _write_metrics(scene: FeatureScene, path: Path, backbone: BackboneDescription, device: str) -> None:

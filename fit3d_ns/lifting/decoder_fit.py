@@ -7,7 +7,7 @@ that a fit needs, so those of several scenes add up to one decoder for all of th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
 
@@ -86,14 +86,15 @@ class DecoderStatistics:
         self.products += weighted.T @ tokens.flatten(0, 1)
 
 
-def fit_decoder(statistics: Sequence[DecoderStatistics], basis: PcaBasis, ridge: float) -> FeatureDecoder:
+def fit_decoder(statistics: Iterable[DecoderStatistics], basis: PcaBasis, ridge: float) -> FeatureDecoder:
     """The decoder of least squared error for all scenes that were lifted on `basis`, pulled towards the PCA decoder.
 
     `ridge` is the pull as a fraction of the mean squared regressor, 0 or above; below 1e-6 it acts as 1e-6, and
     infinity gives the PCA decoder. ValueError where the statistics do not belong to this basis.
     """
-    total = statistics[0]
-    for other in statistics[1:]:
+    remaining = iter(statistics)
+    total = next(remaining)
+    for other in remaining:
         if other.products.shape != total.products.shape:
             raise ValueError("The scenes' decoder statistics differ in size; lift them on one shared basis.")
         total = DecoderStatistics(total.regressors + other.regressors, total.products + other.products)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fit3d_ns.cli.cluster import ClusterConfig, run_tasks, work_on_each
 from fit3d_ns.cli.command import parse, spell
 from fit3d_ns.cli.finetune import FinetuneCommand
 from fit3d_ns.lifting.passes import LiftState, ViewPasses, load_state
+from fit3d_ns.lifting.shared_lift import NUM_SHARED_ROUNDS
 from tests.cli.test_lift import run_main
 from tests.cluster_tasks import NAMES, fail_or_die
 from tests.faults.world import collect_results, find_differences
@@ -125,10 +127,19 @@ def test_lift__shards_together_are_the_whole(scenes, tmp_path, capsys):
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"a", "b", "c"}
     # More shards than scenes: some have nothing to do.
     assert run_main(capsys, [*words[:-1], "9/9"])[0] == 0
-    code, _, err = run_main(capsys, [*words, "--shared-decoder"])
-    assert code == 1 and "--shared-decoder fits one decoder" in err
     code, out, _ = run_main(capsys, [*words[:-1], "1/2", "--on", "local", "--dry-run"])
     assert code == 0 and "2 scenes: about" in out
+
+
+def test_lift__shards_share_a_decoder(scenes, tmp_path, capsys, monkeypatch):
+    sources, options = scenes
+    words = ["--scene", *sources, *options, "--shared-decoder", "--output-path"]
+    assert run_main(capsys, [*words, tmp_path / "serial"])[0] == 0
+    for number in range(NUM_SHARED_ROUNDS):
+        for name in ("1/2", "2/2"):
+            code, out, err = run_main(capsys, [*words, tmp_path / "shards", "--shard", name])
+            assert code == 0 and ("run all shards once more" in err) == (number == 0), err
+    assert find_differences(*(collect_results(tmp_path / name) for name in ("serial", "shards"))) == []
 
 
 def test_lift__tasks_of_this_machine_make_what_one_process_makes(scenes, tmp_path, capsys, monkeypatch):
@@ -149,20 +160,54 @@ def test_run_tasks__says_what_became_of_each_and_leaves_nothing(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(module, "_SECONDS_PER_CHECK", 1)
-    failed = run_tasks(ClusterConfig(on="local"), NAMES, tmp_path, fail_or_die)
+    failed = run_tasks(ClusterConfig(on="local"), NAMES, tmp_path, fail_or_die, 1)
     assert failed.keys() == {"failing", "dying"} and failed["failing"] == "It cannot be done."
     assert "was killed" in failed["dying"]
     # The preempted task was started again, and found what it had left.
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"preempted": "twice", "well": "once"}
 
 
+def test_run_tasks__starts_a_round_when_the_one_before_has_ended(tmp_path, monkeypatch):
+    class Job:
+        def __init__(self, number: int):
+            self.job_id, self.paths = f"{number}_0", MagicMock()
+
+        def exception(self) -> None:
+            return None
+
+        def result(self) -> dict[str, str]:
+            return {"a": f"in round {self.job_id}"}
+
+    after = []
+    monkeypatch.setattr(module, "_submit", lambda *args: after.append(args[3]) or [Job(len(after)), Job(len(after))])
+    monkeypatch.setattr(module, "_wait", lambda *args: None)
+    found = run_tasks(ClusterConfig(on="slurm"), ["a", "b"], tmp_path, fail_or_die, 3)
+    assert [[job.job_id for job in jobs] for jobs in after] == [[], ["1_0"] * 2, ["2_0"] * 2]
+    assert found == {"a": "in round 3_0"}
+
+
+def test_share__usr2_waits_while_python_imports():
+    """Before submitit listens, that signal would end the task instead of requeueing it."""
+    code = """
+import os, signal
+os.kill(os.getpid(), signal.SIGUSR2)
+from fit3d_ns.cli.cluster import ClusterConfig, Share
+signal.signal(signal.SIGUSR2, lambda *_: print("heard"))
+print("imported")
+Share(lambda cluster: print("working") or {}, ClusterConfig(), [])()
+"""
+    start = shlex.split(module.HOLDING_PYTHON)
+    done = subprocess.run([*start, "-u", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["imported", "heard", "working"], done.stderr
+
+
 def test_run_tasks__needs_what_it_runs_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="Slurm does not take the tasks: Could not detect"):
-        run_tasks(ClusterConfig(on="slurm"), ["a"], tmp_path, fail_or_die)
+        run_tasks(ClusterConfig(on="slurm"), ["a"], tmp_path, fail_or_die, 1)
     monkeypatch.setitem(__import__("sys").modules, "submitit", None)
     with pytest.raises(ValueError, match="needs submitit: pip install"):
-        run_tasks(ClusterConfig(on="local"), ["a"], tmp_path, fail_or_die)
+        run_tasks(ClusterConfig(on="local"), ["a"], tmp_path, fail_or_die, 1)
 
 
 def test_work_on_each__keeps_a_scene_from_a_second_process(tmp_path):

@@ -119,8 +119,7 @@ def test_lift__several_scenes_go_into_a_folder(run, tmp_path, shared):
         assert figures.metrics["feature_l1"] == scene.metrics["feature_l1"]
         assert ("num_scenes_sharing_decoder" in figures.metrics) == bool(shared)
         assert f"Scene: {tmp_path / 'all' / name}.safetensors" in out
-    kinds = {".json", ".safetensors"} if shared else {".json", ".safetensors", ".log"}
-    names = {f"{name}{kind}" for name in ("a", "b") for kind in kinds}
+    names = {f"{name}{kind}" for name in ("a", "b") for kind in (".json", ".safetensors", ".log")}
     assert {path.name for path in (tmp_path / "all").iterdir()} == names
     code, out, _ = run("--feature-dim", 6, *shared, "--dry-run", name="all", source=first)
     assert code == 0 and "2 scenes: about" in out

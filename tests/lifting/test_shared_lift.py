@@ -1,5 +1,6 @@
 """Scenes lifted together: one basis, one decoder, one set of colours; and going on after an interruption."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.decoder_fit import fit_decoder, fit_token_basis
 from fit3d_ns.lifting.lift_scene import LiftSetup, lift_scene
 from fit3d_ns.lifting.ply_sources import read_ply_source
-from fit3d_ns.lifting.shared_lift import LiftTask, fit_shared_space, lift_together
+from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.sources import PlyConfig
 from fit3d_ns.lifting.views import choose_views, load_views
@@ -45,8 +46,15 @@ def tasks(readers, tmp_path):
     ]
 
 
-def lift(tasks, cache, **kwargs):
-    lift_together(tasks, LiftSetup(cache, CONFIG, OPTIONS), **kwargs)
+def work_on_each(paths, work):
+    for index in range(len(paths)):
+        work(index)
+    return {}
+
+
+def lift(tasks, cache, config=CONFIG, mine=None, **kwargs):
+    setup = LiftSetup(cache, config, OPTIONS)
+    assert lift_together(tasks, setup, mine or tasks, work_on_each, **kwargs) == ({}, [])
     return [load_scene(task.output_path) for task in tasks]
 
 
@@ -106,7 +114,7 @@ def test_lift_together__interrupted_goes_on_without_lifting_again(tasks, cache, 
     monkeypatch.setattr(module, "lift_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lift(tasks, cache)
-    assert tasks[0].sums_path.is_file() and not tasks[1].sums_path.exists()
+    assert tasks[0].get_path("decoder-sums").is_file() and not tasks[1].get_path("decoder-sums").exists()
     resumed = lift(tasks, cache)
     assert calls == ["left", "right", "right"]
     for scene, expected in zip(resumed, whole, strict=True):
@@ -121,15 +129,14 @@ def test_lift_together__other_settings_lift_again(tasks, cache, monkeypatch):
     monkeypatch.undo()
     found, solve = [], module.lift_scene
     monkeypatch.setattr(module, "lift_scene", lambda *args, **kwargs: found.append(1) or solve(*args, **kwargs))
-    other = LiftConfig(feature_dim=5, max_passes=2)
-    lift_together(tasks, LiftSetup(cache, other, OPTIONS))
+    lift(tasks, cache, LiftConfig(feature_dim=5, max_passes=2))
     assert len(found) == 2 and load_scene(tasks[0].output_path).gaussians.feature_dim == 5
 
 
 def test_lift_together__finished_scenes_are_not_lifted_again(tasks, cache, monkeypatch):
     lift(tasks, cache)
     before = [(task.output_path.read_bytes(), task.output_path.stat().st_mtime_ns) for task in tasks]
-    monkeypatch.setattr(module, "fit_shared_space", lambda *args: pytest.fail("lifted again"))
+    monkeypatch.setattr(module, "fit_token_basis", lambda *args: pytest.fail("lifted again"))
     lift(tasks, cache)
     assert before == [(task.output_path.read_bytes(), task.output_path.stat().st_mtime_ns) for task in tasks]
     monkeypatch.undo()
@@ -157,6 +164,48 @@ def test_lift_together__a_file_that_is_no_longer_its_own_is_lifted_again(tasks, 
         assert scene.metrics["feature_l1"] == expected.metrics["feature_l1"]
 
 
-def test_fit_shared_space__refuses_nothing(cache):
+def test_lift_together__processes_that_share_out_scenes_make_what_one_makes(tasks, cache, monkeypatch):
+    """Whoever comes to find the last sums adds them up, in the same order."""
+    whole = lift(tasks, cache)
+    for task in tasks:
+        task.output_path.unlink()
+    setup, calls, solve = LiftSetup(cache, CONFIG, OPTIONS), [], module.lift_scene
+    monkeypatch.setattr(module, "lift_scene", lambda source, *a, **k: calls.append(1) or solve(source, *a, **k))
+    left, right = tasks
+
+    def do(task):
+        return lift_together(tasks, setup, [task], work_on_each)
+
+    assert do(left) == ({}, ["right.safetensors.token-sums"])
+    # The second finds all sums, and lifts its scene.
+    assert do(right) == ({}, ["left.safetensors.decoder-sums"]) and len(calls) == 1
+    assert do(right) == ({}, ["left.safetensors.decoder-sums"]) and len(calls) == 1
+    assert do(left) == ({}, [])
+    assert left.get_path("decoder-sums").is_file(), "the other scene still needs what they share"
+    # Once more each changes nothing.
+    assert do(left) == do(right) == do(left) == ({}, []) and len(calls) == 2
+    for task, expected in zip(tasks, whole, strict=True):
+        scene = load_scene(task.output_path)
+        for name, tensor in expected.gaussians.tensors().items():
+            assert torch.equal(scene.gaussians.tensors()[name], tensor), name
+        assert torch.equal(scene.decoder.weight, expected.decoder.weight)
+        assert torch.equal(scene.pca.components, expected.pca.components)
+        assert scene.metrics["feature_l1"] == expected.metrics["feature_l1"]
+        assert scene.metrics["lift_hash"] == expected.metrics["lift_hash"]
+    assert {path.suffix for path in left.output_path.parent.iterdir()} == {".safetensors"}
+
+
+def test_lift_together__one_changed_scene_lifts_all_again(tasks, cache, readers):
+    lift(tasks, cache)
+    decoder = load_scene(tasks[0].output_path).decoder.weight
+    other = [
+        tasks[0],
+        LiftTask(lambda: dataclasses.replace(readers[1](), rasterize_mode="antialiased"), tasks[1].output_path),
+    ]
+    first, second = lift(other, cache)
+    assert torch.equal(first.decoder.weight, second.decoder.weight) and not torch.equal(first.decoder.weight, decoder)
+
+
+def test_lift_together__refuses_nothing(cache):
     with pytest.raises(ValueError, match="no scene"):
-        fit_shared_space([], LiftSetup(cache, CONFIG, OPTIONS))
+        lift([], cache)

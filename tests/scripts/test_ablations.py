@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import ablations
 import pytest
 from ablation_cells import Cell, Plan, ProbeData, find_missing
 from ablation_tables import TABLES, choose_tables
-from ablations import PaperFlags, SmallFlags, run_cells, run_paper, run_small, run_tables
+from ablations import CommonFlags, PaperFlags, SmallFlags, run_cells, run_paper, run_small, run_tables
 
 from fit3d_ns.utils.files import write_json
 
@@ -61,7 +63,7 @@ def run(plan: Plan, runner: Runner, *names: str) -> list[str]:
     tables = choose_tables(names)
     cells = {name: plan.create_cells(table) for name, table in tables.items()}
     before = len(runner.names)
-    run_tables(tables, cells, plan.output, execute=runner)
+    run_tables(tables, cells, plan.output, CommonFlags(), len(plan.scenes), execute=runner)
     return runner.names[before:]
 
 
@@ -323,3 +325,35 @@ def test_plan__a_mixture_is_probed_where_stage_two_writes_it(plan: Plan) -> None
     folder = Path(finetuning[finetuning.index("--output-dir") + 1])
     share = finetuning[finetuning.index("--wise-ft") + 1]
     assert command[command.index("--finetuned") + 1] == str(folder / f"wise-ft-{share}")
+
+
+def test_slurm__arrays_wait_for_what_they_need_and_run_the_same_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for sbatch; `scripts/test_slurm.sh` hands the real one a graph of jobs."""
+    train, test = (make_scene(tmp_path / name, "render_depth", "labels") for name in ("a", "b"))
+    flags = SmallFlags(output=tmp_path / "out", train=(train,), test=(test,), tables=("5", "8"), on="slurm")
+    run_small(replace(flags, dry_run=True))
+    printed = capsys.readouterr().out
+    # One colour run, three dimensions, three epochs of which one is a dimension too, two probes with each.
+    assert re.search(r"colour +1 +1 ", printed) and re.search(r"scene +3 +3 ", printed), printed
+    assert re.search(r"finetune +5 +3 ", printed) and not (tmp_path / "out").exists(), printed
+    scripts: list[Path] = []
+    monkeypatch.setattr("ablation_jobs._sbatch", lambda script: scripts.append(script) or str(100 + len(scripts)))
+    run_small(flags)
+    numbers = {script.stem: str(101 + place) for place, script in enumerate(scripts)}
+    text = {script.stem: script.read_text() for script in scripts}
+    for name, script in text.items():
+        after = re.findall(r"--dependency=(\w+):([\d:]+)", script)
+        kinds = {other.split("-")[0] for other, number in numbers.items() if after and number in after[0][1].split(":")}
+        needed = {"colour": set(), "scene": {"colour"}, "finetune": {"scene"}, "probe": {"finetune"}}
+        assert kinds == needed.get(name.split("-")[0], {"colour", "scene", "finetune", "probe"})
+        assert not after or after[0][0] == ("afterany" if name == "report" else "afterok")
+    subprocess.run(["bash", "-n", *map(str, scripts[:1])], check=True)
+    # A task runs its own cell and no other.
+    first = (tmp_path / "out" / "jobs" / "colour-0.txt").read_text().strip()
+    words = shlex.split(re.search(r"^(.*ablations.py.*) &$", text["colour-0"], re.MULTILINE).group(1))
+    ran: list[str] = []
+    monkeypatch.setattr(ablations, "execute_cell", lambda cell, log: ran.append(cell.name) or pretend(cell) or True)
+    ablations.main([first if word == "$cell" else word for word in words[2:]])
+    assert ran == [first]
