@@ -1,7 +1,8 @@
-"""Tiny scenes as one array on the Slurm of `scripts/test_slurm.sh`, with tasks killed and requeued at random.
+"""What `scripts/test_slurm.sh` has its Slurm do; PARTS chooses of `array decoder nodes tables`.
 
-Asserted: after the command, and its own repetitions where tasks were killed for good, every scene is there, lifted to
-its end once, equal to the bit to what one process makes of it, and nothing else is left.
+Tiny scenes as one array, with tasks killed and requeued at random. Asserted: after the command, and its own repetitions
+where tasks were killed for good, every scene is there, lifted to its end once, equal to the bit to what one process
+makes of it, and nothing else is left. Then scenes that share a decoder, stage II on two nodes, and a graph of jobs.
 """
 
 import atexit
@@ -32,8 +33,7 @@ KINDS = ("requeue", "USR2", "KILL")
 """Slurm requeues the task (TERM, then KILL); the notice before preemption or the end of the time; a sudden death."""
 
 
-def main(folder: Path, num_scenes: int, num_kills: int, at_a_time: int) -> None:
-    os.chdir(folder)
+def make_scenes(num_scenes: int) -> None:
     print(f"Making {num_scenes} scenes", flush=True)
     with open("serial.log", "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
         for number in range(num_scenes):
@@ -41,6 +41,11 @@ def main(folder: Path, num_scenes: int, num_kills: int, at_a_time: int) -> None:
             ply = write_gaussians(Path(f"{name}.ply"), write_capture(Path("captures") / name, seed=number))
             made = ["--output-path", f"scenes/{name}.safetensors", "--max-passes", "1"]
             lift.main(["--ply", str(ply), "--data", f"captures/{name}", *made, *OPTIONS])
+
+
+def lift_array(num_scenes: int, num_kills: int, at_a_time: int) -> None:
+    """All scenes as one array, with kills, against one process."""
+    with open("serial.log", "a") as quiet:
         sources = ["--scene", *sorted(map(str, Path("scenes").glob("*.safetensors"))), *OPTIONS, *OFTEN]
         start = time.perf_counter()
         command = [sys.executable, "-m", "fit3d_ns.cli.lift", *sources, "--output-path", "serial"]
@@ -63,12 +68,18 @@ def main(folder: Path, num_scenes: int, num_kills: int, at_a_time: int) -> None:
         f"process {serial_seconds:.0f} s. Load {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores. A task beyond its "
         f"scene: {(seconds * at_a_time - serial_seconds) / num_tasks:.1f} s of its slot, waiting and other load "
         f"included, {(sum(task_cpu.values()) - serial_cpu) / num_tasks:.1f} s of a core. The command that waits: "
-        f"{waiting / num_scenes:.2f} s of a core a scene."
+        f"{waiting / num_scenes:.2f} s of a core a scene.",
+        flush=True,
     )
 
 
 def run(
-    words: Sequence[str], random_: random.Random, num_kills: int, killed: Counter[str], seconds: dict[int, float]
+    words: Sequence[str],
+    random_: random.Random,
+    num_kills: int,
+    killed: Counter[str],
+    seconds: dict[int, float],
+    folder: Path = Path("array"),
 ) -> tuple[list[str], float]:
     """Runs the command and kills some of its tasks; returns the words of the command that repeats failed scenes, and
     the seconds of a core that this one took. Notes those of each task, but for its last second, in `seconds`."""
@@ -86,7 +97,7 @@ def run(
             if killed.total() < num_kills and time.monotonic() > next_kill and (tasks := find_tasks()):
                 # Every other one while a scene is solved, the others while Python imports.
                 task, kind = random_.choice(sorted(tasks.items())), KINDS[killed.total() % 3]
-                is_solving, is_importing = any(Path("array").glob("*.lift-state")), has_bit(task[1], "SigBlk")
+                is_solving, is_importing = any(folder.glob("*.lift-state")), has_bit(task[1], "SigBlk")
                 if (is_solving if killed.total() % 2 else is_importing) and kill(task, kind):
                     killed[f"{kind} while importing" if is_importing else kind] += 1
                     next_kill = time.monotonic() + random_.uniform(1, 20)
@@ -174,7 +185,8 @@ def fine_tune() -> None:
         time.sleep(0.1)
         # The first comes at the first steps, the second after checkpoints of the second start.
         *before, text = (log.read_text() if log.is_file() else "").split("the same command goes on")
-        if blows and re.search(r"Fine-tuning: step [3-5]\d of" if before else r"Fine-tuning: step", text):
+        is_due = re.search(r"Fine-tuning: step [3-5]\d of" if before else r"Fine-tuning: step", text)
+        if is_due and len(blows) == (1 if before else 2):
             subprocess.run(blows.pop(0), check=True)
             if not blows:
                 time.sleep(3)
@@ -183,10 +195,65 @@ def fine_tune() -> None:
     assert not blows and Path("job/report.json").is_file(), text
     expected, found_ = (collect_results(Path(name)) for name in ("undisturbed", "job"))
     assert expected["model.safetensors"] == found_["model.safetensors"], text
-    begun = re.findall(r"[^\n]*checkpoint[^\n]*", text)
-    print(f"Stage II on two nodes: {begun}; then as if undisturbed")
+    stops = re.findall(r"stopped at step \d+|Node failure on \w+|Resuming from step \d+", text)
+    print(f"Stage II on two nodes: {', '.join(stops)}; then as if undisturbed", flush=True)
+
+
+def share_decoder(num_scenes: int) -> None:
+    """Three scenes on one basis with one decoder, as three arrays whose tasks are killed, equal one process."""
+    scenes = sorted(map(str, Path("scenes").glob("*.safetensors")))[:num_scenes]
+    words = ["--scene", *scenes, *OPTIONS, *OFTEN, "--shared-decoder", "--output-path"]
+    with open("serial.log", "a") as quiet:
+        command = [sys.executable, "-m", "fit3d_ns.cli.lift", *words, "shared_serial"]
+        subprocess.run(command, check=True, stdout=quiet, stderr=quiet)
+    words, killed, num_commands = [*words, "shared", "--on", "slurm", "--array-parallelism", "2"], Counter[str](), 0
+    while words:
+        words, _ = run(words, random.Random(0), 3, killed, {}, Path("shared"))
+        num_commands += 1
+    differences = find_differences(*(collect_results(Path(name)) for name in ("shared_serial", "shared")))
+    assert differences == [], differences
+    for log in Path("shared").glob("*.log"):
+        # A lift begins with this pass, and is done once.
+        assert log.read_text().count("Lifting, decoder") == 1, log.read_text()
+    print(
+        f"A decoder of {num_scenes} scenes by tasks, {dict(killed)}, {num_commands} commands: as one process",
+        flush=True,
+    )
+
+
+def make_tables() -> None:
+    """Table 1 of two rooms by `reproduce_small.sh --on slurm`: a graph of jobs, down to the report."""
+    make = [sys.executable, "-m", "fit3d_ns.cli.synthesize", "--output-dir", "rooms", "--num-scenes", "2"]
+    subprocess.run([*make, "--num-frames", "6", "--width", "64", "--height", "48"], check=True, capture_output=True)
+    words = ["small", "--train", "rooms/room_00", "--test", "rooms/room_01", "--backbone", BACKBONE, "--steps", "2"]
+    words += ["--colour-steps", "6", "--probe-iterations", "2", "--tables", "1", "--output", "tables"]
+    program = [sys.executable, str(ROOT / "scripts" / "ablations.py"), *words]
+    asked = subprocess.run([*program, "--dry-run"], check=True, capture_output=True, text=True).stdout
+    start = time.perf_counter()
+    subprocess.run([*program, "--on", "slurm"], check=True, capture_output=True)
+    while subprocess.run(["squeue", "--noheader"], capture_output=True, text=True).stdout:
+        time.sleep(1)
+    logs = "".join(path.read_text() for path in Path("tables").rglob("*.log"))
+    assert Path("tables/report/tables.html").is_file(), logs
+    left = subprocess.run([*program, "--dry-run"], check=True, capture_output=True, text=True).stdout
+    jobs = [re.search(r"(\d+) jobs in (\d+) arrays", text).groups() for text in (asked, left)]
+    assert jobs[1] == ("1", "0"), left
+    print(
+        f"Tables of two rooms: {jobs[0][0]} jobs in {jobs[0][1]} arrays, {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
-    fine_tune()
+    os.chdir(sys.argv[1])
+    scenes, kills, tasks = map(int, sys.argv[2:5])
+    parts = os.environ.get("PARTS", "array decoder nodes tables").split()
+    make_scenes(scenes)
+    if "array" in parts:
+        lift_array(scenes, kills, tasks)
+    if "decoder" in parts:
+        share_decoder(3)
+    if "nodes" in parts:
+        fine_tune()
+    if "tables" in parts:
+        make_tables()

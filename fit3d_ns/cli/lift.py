@@ -170,7 +170,7 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
         lift_hash = compute_lift_hash(source, setup)
         scene = None if command.overwrite else find_finished(task.output_path, lift_hash)
         if scene is None:
-            lifted = keep_features(source, setup) or lift_scene(source, setup, task.state_path)[0]
+            lifted = keep_features(source, setup) or lift_scene(source, setup, task.get_path("lift-state"))[0]
             scene = dataclasses.replace(lifted, metrics={**lifted.metrics, LIFT_HASH: lift_hash})
             save_scene(scene, task.output_path, include_sh=setup.include_sh)
         finish(scene, task.output_path)
@@ -180,11 +180,10 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
             options: dict[str, Any] = {"overwrite": command.overwrite, "on_scene": finish}
             failed, missing = lift_together(together, setup, tasks, work_on_each, **options)
             waits = f"Waits for {len(missing)} files of other scenes ({missing[:1]}); run all shards once more."
-            # A shard by itself cannot know better; after the last task nobody else comes.
-            if missing and command.cluster.on == "here":
+            if missing and command.cluster.on != "here":  # After the last task nobody else comes.
+                return dict.fromkeys((task.output_path.stem for task in tasks), waits) | failed
+            if missing:
                 notice(waits)
-            elif missing:
-                failed = dict.fromkeys((task.output_path.stem for task in tasks), waits) | failed
             return failed
         elif command.is_folder:
             return work_on_each([task.output_path for task in tasks], lift_one)
@@ -193,8 +192,10 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
         return {}
     except KeyboardInterrupt:
         for task in tasks:
-            if task.state_path.is_file():
-                notice(f"The lift so far is kept in {task.state_path}; the same command goes on from there.")
+            if task.get_path("lift-state").is_file():
+                notice(
+                    f"The lift so far is kept in {task.get_path('lift-state')}; the same command goes on from there."
+                )
         raise
 
 

@@ -39,6 +39,8 @@ _OWN_HASH = "own_lift_hash"
 """Metric of a scene that shares a decoder: `LIFT_HASH` without what the other scenes come from."""
 
 Tensors: TypeAlias = dict[str, Tensor]
+Described: TypeAlias = dict[str, str]
+AddUp: TypeAlias = Callable[[Iterable[Tensors]], Tensors]
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,9 @@ class LiftTask:
     output_path: Path
     """Where the scene file goes."""
 
-    @property
-    def state_path(self) -> Path:
-        """What an interrupted lift of this scene goes on from."""
-        return self.get_path("lift-state")
-
     def get_path(self, kind: str) -> Path:
-        """Beside the scene file: its `token-sums` and `decoder-sums`, until all scenes are finished."""
+        """Beside the scene file: `lift-state`, of an interrupted lift, and what all wait for, its `token-sums` and
+        `decoder-sums`."""
         return self.output_path.with_name(f"{self.output_path.name}.{kind}")
 
 
@@ -157,14 +155,14 @@ class _SharedLift:
 
     def lift(self, task: LiftTask) -> None:
         """Round 2: writes the scene with a decoder of its own, unless that has been done."""
-        setup, path = self.setup, task.get_path("decoder-sums")
+        setup, path, state = self.setup, task.get_path("decoder-sums"), task.get_path("lift-state")
         with suppress(ValueError):  # What is damaged, or was replaced by another command, is made again.
             found = load_scene(task.output_path)
             found.check()
             if _read(path, self._describe_lift(task) | _describe_features(found)):
                 notice(f"{task.output_path.name} is lifted already.")
                 return
-        scene, result = lift_scene(task.read(), setup, state_path=task.state_path, basis=self.basis, pca=self.pca)
+        scene, result = lift_scene(task.read(), setup, state_path=state, basis=self.basis, pca=self.pca)
         save_scene(scene, task.output_path, include_sh=setup.include_sh)
         save_tensors(path, vars(result.decoder_statistics), self._describe_lift(task) | _describe_features(scene))
 
@@ -191,13 +189,7 @@ class _SharedLift:
         metrics |= {LIFT_HASH: self._mix(task), _OWN_HASH: self.known[task]}
         save_scene(replace(scene, metrics={**scene.metrics, **metrics}), task.output_path, include_sh=setup.include_sh)
 
-    def _share(
-        self,
-        path: Path,
-        metadata: dict[str, str],
-        parts: dict[Path, dict[str, str]],
-        add_up: Callable[[Iterable[Tensors]], Tensors],
-    ) -> Tensors:
+    def _share(self, path: Path, metadata: Described, parts: dict[Path, Described], add_up: AddUp) -> Tensors:
         """What a process has made of all parts, or is made now; nothing where some are missing."""
         self.missing: list[str] = []
         found = _read(path, metadata)
@@ -216,7 +208,9 @@ class _SharedLift:
                 getattr(sums, name).add_(tensor)
         basis = fit_token_basis(sums, config.feature_dim, centred=config.decoder_bias)
         tokens = torch.cat(rows)
-        return _pack_basis(basis, "basis.") | _pack_basis(fit_pca(tokens, min(3, tokens.shape[1])), "pca.")
+        both = {"basis": basis, "pca": fit_pca(tokens, min(3, tokens.shape[1]))}
+        named = ((f"{kind}.{name}", value) for kind, part in both.items() for name, value in vars(part).items())
+        return {name: torch.as_tensor(value) for name, value in named}
 
     def _fit_decoder(self, parts: Iterable[Tensors]) -> Tensors:
         statistics = (DecoderStatistics(**part) for part in parts)
@@ -226,10 +220,10 @@ class _SharedLift:
         """What a scene, or what they share, comes from."""
         return hash_bytes(str(self.known[task] if task else "all").encode(), self.all_known.encode())
 
-    def _describe_tokens(self, own: str | None) -> dict[str, str]:
+    def _describe_tokens(self, own: str | None) -> Described:
         return {"own": str(own), "num_scenes": str(len(self.tasks))}
 
-    def _describe_lift(self, task: LiftTask | None = None) -> dict[str, str]:
+    def _describe_lift(self, task: LiftTask | None = None) -> Described:
         numbers = (part.contiguous().numpy().tobytes() for part in (self.basis.mean, self.basis.components))
         return {"identity": hash_bytes(self._mix(task).encode(), *numbers)}
 
@@ -242,7 +236,7 @@ def _read_own_hash(task: LiftTask) -> str | None:
     return None
 
 
-def _read(path: Path, metadata: dict[str, str], whole: bool = True) -> Tensors:
+def _read(path: Path, metadata: Described, whole: bool = True) -> Tensors:
     """The tensors of a file that has this metadata among its own; nothing of others, or where `whole` is damaged."""
     with suppress(ValueError):
         file = open_tensors(path)
@@ -253,15 +247,10 @@ def _read(path: Path, metadata: dict[str, str], whole: bool = True) -> Tensors:
     return {}
 
 
-def _pack_basis(basis: PcaBasis, prefix: str) -> Tensors:
-    total = torch.tensor(basis.total_variance, dtype=torch.float64)
-    return {prefix + name: value for name, value in {**vars(basis), "total_variance": total}.items()}
-
-
 def _unpack_basis(tensors: Tensors, prefix: str) -> PcaBasis:
     found: dict[str, Any] = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     return PcaBasis(**{**found, "total_variance": float(found["total_variance"])})
 
 
-def _describe_features(scene: FeatureScene) -> dict[str, str]:
+def _describe_features(scene: FeatureScene) -> Described:
     return {"features": hash_bytes(scene.gaussians.features.contiguous().numpy().tobytes())}
