@@ -1,7 +1,6 @@
 """nerfstudio runs that features are lifted onto: those that exist, and those that are trained first."""
 
 import shlex
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -65,13 +64,12 @@ def train_splats(folder: Path, num_steps: int, device: str, data: Path, name: st
     command = [*shlex.split(HOLDING_PYTHON), "-m", "nerfstudio.scripts.train", "fit3d-features", *map(str, words)]
     folder.mkdir(parents=True, exist_ok=True)
     notice(f"Training the Gaussians of {name}, {num_steps} steps; what ns-train says is in {log}")
-    with open(log, "a+", encoding="utf-8") as file, StopRequest() as stop:
+    with open(log, "a", encoding="utf-8") as file, StopRequest() as stop:
         training = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-        while training.poll() is None and not stop.is_requested:
+        while (code := training.poll()) is None:
             time.sleep(0.2)
-        if stop.is_requested and stop.signal != signal.SIGINT:  # Ctrl-C comes to both.
-            training.terminate()
-        code = training.wait()
+            if stop.is_requested:
+                training.terminate()  # It saves; further ones say nothing new.
     if stop.is_requested:
         stop.grant()
     if code:

@@ -132,22 +132,23 @@ class _SharedLift:
     def count_tokens(self, task: LiftTask) -> None:
         """Round 1, unless its sums are there or all scenes are finished."""
         setup, source = self.setup, task.read()
-        own, device = compute_lift_hash(source, setup), torch.device(setup.device)
+        # How many tokens are kept for pictures depends on how many scenes there are.
+        own = hash_bytes(compute_lift_hash(source, setup).encode(), str(len(self.tasks)).encode())
         if self.is_finished and own == self.known[task]:
             return
-        if _read(task.get_path("token-sums"), self._describe_tokens(own)):
+        if _read(task.get_path("token-sums"), {"own": own}):
             return
-        taught = choose_views(source.capture, setup.options.views)[0]
+        taught, device = choose_views(source.capture, setup.options.views)[0], torch.device(setup.device)
         views = load_views(source.capture, taught, setup.cache, setup.options, device)
         sums = PcaAccumulator(setup.backbone.embed_dim, device)
         for view in views:
             add_view_tokens(sums, view.read_tokens(device), view.read_mask(device))
         rows = sample_tokens(views, MAX_PICTURE_TOKENS // len(self.tasks))
-        save_tensors(task.get_path("token-sums"), {**vars(sums), "rows": rows}, self._describe_tokens(own))
+        save_tensors(task.get_path("token-sums"), {**vars(sums), "rows": rows}, {"own": own})
 
     def find_basis(self) -> list[str]:
         """Adds up what round 1 found, unless a process has done that; names files that are missing for it."""
-        parts = {task.get_path("token-sums"): self._describe_tokens(own) for task, own in self.known.items()}
+        parts = {task.get_path("token-sums"): {"own": str(own)} for task, own in self.known.items()}
         found = self._share(self.basis_path, {"identity": self.all_known}, parts, self._fit_basis)
         if found:
             self.basis, self.pca = _unpack_basis(found, "basis."), _unpack_basis(found, "pca.")
@@ -219,9 +220,6 @@ class _SharedLift:
     def _mix(self, task: LiftTask | None = None) -> str:
         """What a scene, or what they share, comes from."""
         return hash_bytes(str(self.known[task] if task else "all").encode(), self.all_known.encode())
-
-    def _describe_tokens(self, own: str | None) -> Described:
-        return {"own": str(own), "num_scenes": str(len(self.tasks))}
 
     def _describe_lift(self, task: LiftTask | None = None) -> Described:
         numbers = (part.contiguous().numpy().tobytes() for part in (self.basis.mean, self.basis.components))
