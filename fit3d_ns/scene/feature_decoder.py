@@ -8,11 +8,10 @@ the token grid and multiplying each token's 9 D numbers with one E x 9 D matrix.
 
 A patch grid (h, w) divides the image into h x w equal cells. `bilinear` reads what `F.interpolate(mode="bilinear",
 align_corners=False, antialias=False)` computes: the two nearest pixel rows and columns of each cell centre. `area` is
-the average over the cell, pixels on its border counted by the part inside. Both are separable, so a reading is one
-short run of pixel rows per token row, one run of columns per token column, and their weights.
+the average over the cell, pixels on its border counted by the part inside. Both are separable, so a reading is a matrix
+for the pixel rows that some token row needs, and one for the columns.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -37,9 +36,7 @@ class TokenAxis:
 
     read: Int[Tensor, " read"]
     """Image rows that are read, ascending."""
-    index: Int[Tensor, "tokens run"]
-    """For each token row, which of the read rows it needs; an index into `read`, not into the image."""
-    weights: Float[Tensor, "tokens 3 run"]
+    weights: Float[Tensor, "3 tokens read"]
     """Their weights, float64, for the map shifted by one row down (tap 0), not at all, and one row up (tap 2)."""
 
 
@@ -55,7 +52,7 @@ class TokenReader:
     @property
     def size(self) -> tuple[int, int]:
         """Token grid (h, w)."""
-        return self.rows.index.shape[0], self.columns.index.shape[0]
+        return self.rows.weights.shape[1], self.columns.weights.shape[1]
 
     def blend(
         self, features: Float[Tensor, "num_gaussians channels"], info: dict[str, Any]
@@ -82,22 +79,11 @@ class TokenReader:
         return self._combine(values, slice(0, 3))
 
     def _combine(self, values: PixelValues, taps: slice) -> Float[Tensor, "*batch h w taps channels"]:
-        row_weights = self.rows.weights[:, taps].to(values)
-        column_weights = self.columns.weights[:, taps].to(values)
-        batch, channels = values.shape[:-2], values.shape[-1]
-        (h, num_taps, run_h), (w, _, run_w) = row_weights.shape, column_weights.shape
-        num_columns = self.columns.read.shape[0]
-        values = values.reshape(-1, self.rows.read.shape[0], num_columns, channels)
-        # (b, h*run_h, columns, c) -> (b, h, run_h, columns*c) -> (b, h, ky, columns, c)
-        values = values.index_select(1, self.rows.index.flatten().to(values.device))
-        values = row_weights @ values.reshape(-1, h, run_h, num_columns * channels)
-        values = values.reshape(-1, h, num_taps, num_columns, channels)
-        # (b, h, ky, w*run_w, c) -> (b, h, w, run_w, ky*c) -> (b, h, w, kx, ky, c)
-        values = values.index_select(3, self.columns.index.flatten().to(values.device))
-        values = values.reshape(-1, h, num_taps, w, run_w, channels).permute(0, 1, 3, 4, 2, 5)
-        values = column_weights @ values.reshape(-1, h, w, run_w, num_taps * channels)
-        values = values.reshape(-1, h, w, num_taps, num_taps, channels).transpose(3, 4)
-        return values.reshape(*batch, h, w, num_taps * num_taps, channels)
+        rows, columns = (axis.weights[taps].to(values) for axis in (self.rows, self.columns))
+        grid = values.unflatten(-2, (rows.shape[-1], columns.shape[-1]))
+        # y, x: taps; h, w: tokens; r, k: pixel rows and columns
+        read = torch.einsum("...rkc,yhr,xwk->...hwyxc", grid, rows, columns)
+        return read.flatten(-3, -2)
 
 
 @lru_cache(maxsize=64)
@@ -251,44 +237,22 @@ class FeatureDecoder(nn.Module):
 def _create_axis(
     length: int, num_tokens: int, rule: TokenReadingRule, neighbourhood: bool, device: torch.device | str
 ) -> TokenAxis:
-    first, weights = _weigh_bilinear(length, num_tokens) if rule == "bilinear" else _weigh_area(length, num_tokens)
-    run = weights.shape[1]
-    reach = 1 if neighbourhood else 0
-    # A run has a place for each pixel of the reading and, if wanted, for one neighbour on either side.
-    positions = first[:, None] + torch.arange(-reach, run + reach)
-    shifted = weights.new_zeros(num_tokens, 3, run + 2 * reach)
-    for tap in range(1 - reach, 2 + reach):
-        # Kernel tap 0 multiplies the pixel before, tap 2 the pixel after.
-        start = reach + tap - 1
-        shifted[:, tap, start : start + run] = weights
-    inside = (positions >= 0) & (positions < length)
-    # The convolution pads with zeros: what lies outside the image adds nothing.
-    shifted = shifted * inside[:, None]
-    needed = (shifted != 0).any(dim=1)
-    read = positions[needed].unique()
-    index = torch.searchsorted(read, positions).clamp(max=read.shape[0] - 1)
-    return TokenAxis(*(table.to(device) for table in (read, torch.where(needed, index, 0), shifted)))
+    # [tokens, length]; beyond the outermost pixels' centres, both neighbours of a token are that pixel.
+    weights = F.interpolate(torch.eye(length, dtype=torch.float64)[None], num_tokens, mode="linear")[0].T
+    if rule == "area":
+        weights = _weigh_area(length, num_tokens)
+    # Kernel tap 0 multiplies the pixel before, tap 2 the pixel after; the convolution pads with zeros.
+    taps = torch.stack([F.pad(weights[:, 1:], (0, 1)), weights, F.pad(weights[:, :-1], (1, 0))])
+    needed = taps if neighbourhood else weights
+    read = (needed.reshape(-1, length) != 0).any(dim=0).nonzero()[:, 0]
+    return TokenAxis(read.to(device), taps[:, :, read].to(device))
 
 
-def _weigh_bilinear(length: int, num_tokens: int) -> tuple[Int[Tensor, " tokens"], Float[Tensor, "tokens 2"]]:
-    """First pixel and two weights of each token, PyTorch's rule: positions left of the first centre clamp to it."""
-    centres = (torch.arange(num_tokens, dtype=torch.float64) + 0.5) * (length / num_tokens) - 0.5
-    # Beyond the last pixel's centre both neighbours are that pixel: the same as standing on it.
-    centres = centres.clamp(0.0, length - 1.0)
-    first = centres.floor().long()
-    second_weight = centres - first
-    return first, torch.stack([1.0 - second_weight, second_weight], dim=1)
-
-
-def _weigh_area(length: int, num_tokens: int) -> tuple[Int[Tensor, " tokens"], Float[Tensor, "tokens run"]]:
-    """First pixel of each cell and the share of the cell that each pixel covers."""
+def _weigh_area(length: int, num_tokens: int) -> Float[Tensor, "tokens length"]:
+    """The share of each token's cell that each pixel covers."""
     cell = length / num_tokens
-    starts = torch.arange(num_tokens, dtype=torch.float64) * cell
-    first = (starts + 1e-9).floor().long()
-    run = math.ceil(cell - 1e-9) + 1
-    edges = first[:, None] + torch.arange(run + 1, dtype=torch.float64)
-    clipped = edges.clamp(starts[:, None], starts[:, None] + cell).clamp(max=float(length))
-    shares = clipped.diff(dim=1)
+    starts = torch.arange(num_tokens, dtype=torch.float64)[:, None] * cell
+    shares = torch.arange(length + 1, dtype=torch.float64).clamp(starts, starts + cell).diff(dim=1)
     # Rounding leaves slivers of a pixel that must not be read.
     shares = torch.where(shares > 1e-9, shares, 0.0)
-    return first, shares / shares.sum(dim=1, keepdim=True)
+    return shares / shares.sum(dim=1, keepdim=True)
