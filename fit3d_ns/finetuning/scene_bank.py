@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from torch.nn import functional as F
 
+from fit3d_ns.analysis.pictures import upscale
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, TokenModel
 from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views, find_lifted, find_usable
@@ -158,9 +158,9 @@ def leave_view_out(
     centred = tokens if decoder.bias is None else tokens - decoder.bias.float()
     own = centred @ torch.linalg.pinv(decoder.weight.sum(dim=(2, 3)).float()).T
     # (h, w, d) -> (H, W, d), each pixel its own token's value.
-    spread = F.interpolate(own.permute(2, 0, 1)[None], size=(view.height, view.width), mode="nearest-exact")[0]
+    spread = upscale(own, (view.height, view.width))
     weights = capture.load_valid_mask(view).to(device)[..., None] * blended[..., -1:]
-    residual = (spread.permute(1, 2, 0) - blended[..., :-1]) * weights
+    residual = (spread - blended[..., :-1]) * weights
     sums, own_weight = backproject_features(residual[None], info)
     total = scene.gaussians.blend_weight.float()
     rest = total - own_weight

@@ -13,8 +13,8 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.pca import PcaBasis, apply_pca, fit_pca, map_to_colours
-from fit3d_ns.analysis.pictures import draw_words
+from fit3d_ns.analysis.pca import PcaBasis, fit_pca, map_to_colours
+from fit3d_ns.analysis.pictures import draw_pca, draw_words
 from fit3d_ns.lifting.feature_error import COVERED, FeatureLoss, FeatureLossConfig, FeatureMetrics, sum_view_errors
 from fit3d_ns.plugin.dataset import get_feature_mask
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
@@ -156,9 +156,7 @@ class FeatureBranch(nn.Module):
         tokens = None if self.load_tokens is None or basis is None else self.load_tokens(camera)
         if tokens is None or basis is None:
             return torch.zeros(height, width, 3, device=device)
-        colors = map_to_colours(apply_pca(tokens.to(device).float(), basis), basis)
-        upsampled = F.interpolate(colors.permute(2, 0, 1)[None], size=(height, width), mode="nearest")
-        return upsampled[0].permute(1, 2, 0)
+        return draw_pca(tokens.to(device).float(), basis, (height, width))
 
     def set_decoder(self, decoder: FeatureDecoder) -> None:
         """Copies a solved decoder in place, so that the optimizer keeps its parameters; no bias leaves a zero bias."""
