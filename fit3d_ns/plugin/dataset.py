@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float, Shaped, UInt8
 from nerfstudio.cameras.camera_optimizers import CameraOptimizer
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs, transform_poses_to_original_space
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from torch import Tensor
 
 from fit3d_ns.data.frames import Frame, Split
-from fit3d_ns.geometry.cameras import transform_camera_to_worlds
 from fit3d_ns.geometry.undistortion import compute_undistortion, resize_lens
 from fit3d_ns.plugin.dataparser import create_cameras, read_lens
 from fit3d_ns.scene.posed_capture import PosedCapture, View, choose_downscale_factor
@@ -97,16 +96,17 @@ def _create_capture(
     outputs: DataparserOutputs, scale_factor: float, root: Path, split: Split, max_side: int
 ) -> PosedCapture:
     masks, depths = _collect_paths(outputs, "mask"), _collect_paths(outputs, "depth")
-    transform, scale = outputs.dataparser_transform, float(outputs.dataparser_scale)
+    transform, scale = outputs.dataparser_transform[:3, :4], float(outputs.dataparser_scale)
+    poses = outputs.cameras.camera_to_worlds
+    original_poses = transform_poses_to_original_space(poses, transform, scale, "opengl")
     views = []
     for index, path in enumerate(map(Path, outputs.image_filenames)):
         # Ours say lenses that nerfstudio's cameras have no place for.
         lens = outputs.metadata["lenses"][index] if "lenses" in outputs.metadata else read_lens(outputs.cameras, index)
-        pose = outputs.cameras.camera_to_worlds[index]
         frame = Frame(
             image_path=path,
             lens=lens,
-            camera_to_world=_undo_transform(pose, transform, scale),
+            camera_to_world=original_poses[index],
             split=split,
             mask_path=masks[index],
             depth_path=depths[index],
@@ -117,24 +117,15 @@ def _create_capture(
         width, height = (max(round(side * factor), 1) for side in (lens.width, lens.height))
         K = compute_undistortion(resize_lens(lens, width, height)).lens.K
         name = path.relative_to(root) if path.is_relative_to(root) else path
-        views.append(View(name.as_posix(), pose, K, width, height, split, frame))
+        views.append(View(name.as_posix(), poses[index], K, width, height, split, frame))
     return PosedCapture(
         root=root,
         views=views,
-        dataparser_transform=transform[:3, :4].float(),
+        dataparser_transform=transform.float(),
         dataparser_scale=scale,
         metric_scale=outputs.metadata.get("metric_scale"),
         scene_id=outputs.metadata.get("scene_id", root.name),
     )
-
-
-def _undo_transform(pose: Float[Tensor, "3 4"], transform: Float[Tensor, "3 4"], scale: float) -> Float[Tensor, "3 4"]:
-    """The pose in the dataset's own world: first the scale is taken back, then the rigid motion."""
-    unscaled = pose.clone()
-    unscaled[:, 3] /= scale
-    rotation = transform[:3, :3].T
-    inverse = torch.cat([rotation, (-rotation @ transform[:3, 3])[:, None]], dim=1)
-    return transform_camera_to_worlds(unscaled, inverse, 1.0)
 
 
 def _collect_paths(outputs: DataparserOutputs, kind: Literal["mask", "depth"]) -> list[Path | None]:

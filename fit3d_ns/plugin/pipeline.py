@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.viewer.viewer_elements import ViewerButton
@@ -250,10 +251,9 @@ def _average(rows: list[dict[str, float]], with_std: bool) -> dict[str, float]:
     """Means over frames, key by key, of the frames that have the figure; a figure that none has is left out."""
     averages: dict[str, float] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
-        values = torch.tensor([row[key] for row in rows if key in row], dtype=torch.float64)
-        values = values[~values.isnan()]
-        if len(values):
-            averages[key] = float(values.mean())
+        values = [row.get(key, np.nan) for row in rows]
+        if not np.isnan(values).all():
+            averages[key] = float(np.nanmean(values))
             if with_std:
-                averages[f"{key}_std"] = float(values.std(correction=0))
+                averages[f"{key}_std"] = float(np.nanstd(values))
     return averages
