@@ -107,6 +107,7 @@ def run(
         return [], cpu
     again = re.findall(r"^fit3d-lift (.+)$", text, re.MULTILINE)
     assert command.returncode == 1 and again, text
+    print("\n".join(re.findall(r"^Failed: .+$", text, re.MULTILINE)), flush=True)
     return shlex.split(again[-1]), cpu
 
 
