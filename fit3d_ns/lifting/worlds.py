@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from fit3d_ns.data.frames import CaptureFiles
@@ -189,14 +190,8 @@ def _create_change(rotation: Tensor, translation: Tensor, scale: float) -> World
 
 
 def _turn(start: Float[Tensor, " 3"], end: Float[Tensor, " 3"]) -> Float[Tensor, "3 3"]:
-    """The smallest rotation that turns one direction into another: half a turn about each of two lines between them."""
-    identity, start = torch.eye(3, dtype=start.dtype), start / start.norm()
-    middle = start + end
-    if float(middle.norm()) < 1e-9:
-        # Opposite directions: any line across is in the middle.
-        middle = torch.linalg.cross(start, identity[int(start.abs().argmin())])
-    middle = middle / middle.norm()
-    return (2.0 * torch.outer(middle, middle) - identity) @ (2.0 * torch.outer(start, start) - identity)
+    """The smallest rotation that turns one direction into another."""
+    return torch.from_numpy(Rotation.align_vectors(end[None].numpy(), start[None].numpy())[0].as_matrix())
 
 
 def _median(values: Float[Tensor, "rows columns"]) -> Float[Tensor, " columns"]:

@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +137,11 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
 }
-
-
-def _escape_markdown(text: str) -> str:
-    return re.sub(r"([\\|*_`<\[])", r"\\\1", text)
-
-
-def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
-
-
-_ESCAPES: dict[str, Callable[[str], str]] = {".md": _escape_markdown, ".tex": _escape_latex, ".html": html.escape}
+_ESCAPES: dict[str, Callable[[str], str]] = {
+    ".md": partial(re.sub, r"([\\|*_`<\[])", r"\\\1"),
+    ".tex": lambda text: text.translate(str.maketrans(_LATEX)),
+    ".html": html.escape,
+}
 SUFFIXES = tuple(_ESCAPES)
 """Formats of a page: pipe tables, `table` environments to input (with booktabs and graphicx), a page of its own."""
 

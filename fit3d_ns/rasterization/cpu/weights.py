@@ -158,23 +158,17 @@ def block_centres(block):
 @compiled
 def read_lanes(block, left, top, layout, pixel_rows, open_lanes, lanes, rows):
     """Lists the pixels of a block that somebody reads, and closes the others; returns their number."""
+    top += block // BLOCKS_PER_SIDE * BLOCK_SIZE
+    left += block % BLOCKS_PER_SIDE * BLOCK_SIZE
     count = 0
     for lane in range(NUM_LANES):
-        pixel = pixel_index(block, lane, left, top, layout)
-        row = pixel_rows[pixel] if pixel >= 0 else -1
+        y, x = top + lane // BLOCK_SIZE, left + lane % BLOCK_SIZE
+        row = pixel_rows[y * layout.width + x] if y < layout.height and x < layout.width else -1
         open_lanes[lane] = np.float32(1.0) if row >= 0 else np.float32(0.0)
         if row >= 0:
             lanes[count], rows[count] = lane, row
             count += 1
     return count
-
-
-@compiled
-def pixel_index(block, lane, left, top, layout):
-    """Row-major index on the image of one pixel of a block; -1 if it lies outside."""
-    row = top + (block // BLOCKS_PER_SIDE) * BLOCK_SIZE + lane // BLOCK_SIZE
-    column = left + (block % BLOCKS_PER_SIDE) * BLOCK_SIZE + lane % BLOCK_SIZE
-    return row * layout.width + column if row < layout.height and column < layout.width else -1
 
 
 @compiled
