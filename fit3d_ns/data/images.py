@@ -169,7 +169,7 @@ def save_image(image: UInt8[Tensor, "height width 3"], path: Path, quality: int 
 
 def save_index_map(indices: UInt8[Tensor, "height width"], path: Path) -> None:
     """Writes an 8-bit grey PNG: a mask or a map of class indices."""
-    Image.fromarray(indices.numpy()).save(path)
+    Image.fromarray(indices.numpy()).save(path, "PNG")
 
 
 def save_depth(
@@ -178,7 +178,7 @@ def save_depth(
     """Writes z-depth in metres as 16-bit PNG; depths that do not fit (65.535 m in millimetres) become 0."""
     units = (depth.double() * units_per_metre).round()
     units = torch.where(units <= 65535, units, 0.0)
-    Image.fromarray(units.numpy().astype(np.uint16)).save(path)
+    Image.fromarray(units.numpy().astype(np.uint16)).save(path, "PNG")
 
 
 @contextmanager

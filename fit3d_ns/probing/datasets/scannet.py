@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -23,6 +24,7 @@ from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, r
 from fit3d_ns.probing.datasets import frames as labelled
 from fit3d_ns.probing.datasets.folders import read_class_names
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, LabelledTask, create_frame
+from fit3d_ns.utils.files import read_json
 
 NYU40_NAMES = labelled.CLASS_NAMES["nyu40"]
 """ScanNet's too."""
@@ -127,8 +129,8 @@ def _read_scene(
     path: Path, split: LabelledSplit | None, task: LabelledTask, root: Path
 ) -> tuple[list[LabelledFrame], tuple[str, ...]]:
     dslr = path / "dslr" if (path / "dslr").is_dir() else path
-    capture = read_scannetpp(path)
-    find_label, class_names = _find_labels(dslr, root) if task == "segmentation" else (None, ())
+    find_label, class_names, variant = _find_labels(dslr, root) if task == "segmentation" else (None, (), "auto")
+    capture = read_scannetpp(path, variant)
     if task == "depth" and not any(frame.depth_path for frame in capture.frames):
         if not (dslr / "render_depth").is_dir():
             raise ValueError(f"{path} has no dslr/render_depth/, which a depth probe needs; download or render it.")
@@ -162,15 +164,17 @@ def _read_scene(
     return frames, class_names
 
 
-def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[str, ...]]:
-    """From photographs to label maps, and the names of the classes."""
+def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[str, ...], Any]:
+    """From photographs to label maps, the names of the classes, and the variant whose photographs the maps lie on."""
     scene = dslr.resolve().parent
     if (dslr / "labels").is_dir():
         places = (scene, dslr, dslr / "labels", scene.parent)
         listing = next((place / "classes.json" for place in places if (place / "classes.json").is_file()), None)
         if listing is None:
             raise ValueError(f"{dslr / 'labels'} comes without classes.json; write it into {scene}.")
-        return lambda image: dslr / "labels" / f"{image.stem}.png", read_class_names(listing)
+        names, content = read_class_names(listing), read_json(listing)
+        variant = content.get("variant", "auto") if isinstance(content, dict) else "auto"
+        return lambda image: dslr / "labels" / f"{image.stem}.png", names, variant
     folder = root / "semantics" / scene.name
     if not folder.is_dir():
         problem = f"Scene {scene} has no labels: neither dslr/labels/ nor {folder} exists"
@@ -178,7 +182,7 @@ def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[
     listing = root / "metadata" / "semantic_benchmark" / "top100.txt"
     names = tuple(labelled.read_lines(listing, "download the metadata folder of ScanNet++"))
     # The toolkit appends to the whole name: DSC00001.JPG.png.
-    return lambda image: folder / f"{image.name}.png", names
+    return lambda image: folder / f"{image.name}.png", names, "auto"
 
 
 def _load_image(frame: Frame) -> UInt8[Tensor, "height width 3"]:
