@@ -149,10 +149,10 @@ COMMANDS = {
     "fit3d-prepare": Command(
         "fit3d_ns.cli.prepare",
         "PrepareCommand",
-        ("scannetpp root", "scannetpp root --dry-run"),
+        ("scannetpp root",),
         {
-            "fit3d_ns.cli.prepare.find_scenes": lambda root, names: [Path(root, name) for name in (*names, "scene")],
-            "fit3d_ns.cli.prepare.forecast_seconds": 1.0,
+            "fit3d_ns.cli.prepare.plan_scenes": [Stub()],
+            "fit3d_ns.cli.prepare.prepare_scene": {"frames": 1, "frames_made": 1, "seconds": 1.0},
         },
     ),
     "fit3d-push": Command(

@@ -8,14 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fit3d_ns.cli.command import Heading, create_main
-from fit3d_ns.probing.datasets.scannetpp_maps import (
-    MapKind,
-    find_scenes,
-    forecast_seconds,
-    plan_scene,
-    prepare_scene,
-    read_class_list,
-)
+from fit3d_ns.probing.datasets.scannetpp_maps import MapKind, plan_scenes, prepare_scene
 from fit3d_ns.utils.progress import notice
 
 
@@ -36,32 +29,24 @@ class PrepareCommand:
     """What is made. Maps that are there are passed over, so an interrupted command is repeated as it was."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make all maps again, those that came with the download too."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Only say how many maps are missing and about how long they take."""
     jobs: Annotated[int | None, Heading("machine")] = None
     """Photographs at a time; as many as the machine has cores without this."""
 
 
 def prepare(command: PrepareCommand) -> None:
-    jobs = command.jobs or os.cpu_count() or 1
-    classes = read_class_list(command.root, command.classes) if "labels" in command.maps else None
-    scenes = [plan_scene(path, command.maps, classes) for path in find_scenes(command.root, command.scenes)]
-    if command.dry_run:
-        seconds = forecast_seconds(scenes, jobs)
-        print(f"{len(scenes)} scenes, {sum(len(scene.frames) for scene in scenes)} frames: about {seconds:.0f} s")
-        return
-    failed = {}
+    if command.classes is not None and "labels" not in command.maps:
+        raise ValueError("--classes changes nothing without --maps labels; leave it out.")
+    scenes = plan_scenes(command.root, command.scenes, command.maps, command.classes)
+    num_failed = 0
     for scene in scenes:
         try:
-            metrics = prepare_scene(scene, jobs, command.overwrite)
+            made = prepare_scene(scene, command.jobs or os.cpu_count() or 1, command.overwrite)
+            print(f"{scene.dslr}: {made['frames_made']} of {made['frames']} frames in {made['seconds']:.1f} s")
         except ValueError as error:
-            failed[scene.folder.name] = str(error)
-            notice(f"{scene.folder}: {error}")
-            continue
-        made = f"{metrics['frames_made']} of {metrics['frames']} frames"
-        print(f"{scene.folder / 'dslr'}: {made} in {metrics['seconds']:.1f} s")
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(scenes)} scenes failed: {', '.join(failed)}; the reasons stand above.")
+            num_failed += 1
+            notice(f"{scene.dslr}: {error}")
+    if num_failed:
+        raise ValueError(f"{num_failed} of {len(scenes)} scenes failed; the reasons stand above.")
 
 
 main = create_main("fit3d-prepare", PrepareCommand, prepare)

@@ -74,14 +74,19 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     names = content.get("classes") if isinstance(content, dict) else content
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} has no list `classes` of names; correct the file.")
+    check_class_names(names, path)
+    if isinstance(content, dict) and content.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
+        raise ValueError(f"{path} has ignore_index {content['ignore_index']}, expected {IGNORE_INDEX}.")
+    return tuple(names)
+
+
+def check_class_names(names: list[str], path: Path) -> None:
+    """Raises ValueError unless the names, which stand in a file, can be the classes of 8-bit label maps."""
     if len(names) > IGNORE_INDEX:
         raise ValueError(f"{path} lists {len(names)} classes; 8-bit label maps hold at most {IGNORE_INDEX}.")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{path} lists the class {twice!r} twice; correct the file.")
-    if isinstance(content, dict) and content.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
-        raise ValueError(f"{path} has ignore_index {content['ignore_index']}, expected {IGNORE_INDEX}.")
-    return tuple(names)
 
 
 def read_image_folder(root: Path, split: LabelledSplit) -> LabelledSet:

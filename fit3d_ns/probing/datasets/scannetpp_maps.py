@@ -23,11 +23,12 @@ from fit3d_ns.data.scannetpp import colmap_to_world, read_scannetpp
 from fit3d_ns.geometry.cameras import transform_points, viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.surface_points import read_surface_file
 from fit3d_ns.lifting.surfaces import SCANNETPP_MESH
+from fit3d_ns.probing.datasets.folders import check_class_names
 from fit3d_ns.probing.datasets.frames import read_lines
 from fit3d_ns.probing.datasets.scannet import find_scannetpp_scenes, is_scannetpp_scene
 from fit3d_ns.rasterization.cpu.triangles import LensPixels
 from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, remove, write_atomically, write_json
-from fit3d_ns.utils.progress import PhaseTimer, track
+from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.results import ResultRecord, load_result, save_result
 from fit3d_ns.utils.selection import load_ahead
 
@@ -51,16 +52,15 @@ class ClassList:
 class SceneMaps:
     """The maps that are wanted of a scene's frames, those that are not marked as bad."""
 
-    folder: Path
+    dslr: Path
     frames: list[Frame]
     inputs: dict[MapKind, list[Path]]
-    """What each kind of map is made from."""
+    """What each kind of map is made from: the mesh, and its annotation."""
     classes: ClassList | None
 
     def list_missing(self, frame: Frame) -> dict[MapKind, Path]:
         """Maps of a frame that are still to be made."""
-        name = f"{frame.image_path.stem}.png"
-        paths = {kind: self.folder / "dslr" / _FOLDERS[kind] / name for kind in self.inputs}
+        paths = {kind: self.dslr / _FOLDERS[kind] / f"{frame.image_path.stem}.png" for kind in self.inputs}
         return {kind: path for kind, path in paths.items() if not path.is_file()}
 
 
@@ -80,19 +80,29 @@ class AnnotatedMesh:
         return depth, np.where(faces >= 0, self.labels[faces], np.uint8(IGNORE_INDEX))
 
 
-def find_scenes(root: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Folders of scenes, by their names or by text files that list them, of all without names; or the scene itself."""
-    if is_scannetpp_scene(root):
-        return [root]
-    folder = find_scannetpp_scenes(root)
-    if folder is None:
+def plan_scenes(
+    root: Path, names: Sequence[str], kinds: Sequence[MapKind], class_list: Path | None = None
+) -> list[SceneMaps]:
+    """The scenes of a download by their names, or by text files that list them, all of them without names.
+
+    `root` may be a scene itself. ValueError where something that maps are made from is missing; no mesh is read yet.
+    """
+    classes = read_class_list(root, class_list) if "labels" in kinds else None
+    above, is_scene = find_scannetpp_scenes(root), is_scannetpp_scene(root)
+    if not is_scene and above is None:
         raise ValueError(f"{root} holds no ScanNet++ scenes: no data/<scene>/dslr/ and no <scene>/dslr/.")
     lists = [read_lines(Path(name), "check --scenes") if name.endswith(".txt") else [name] for name in names]
-    wanted = dict.fromkeys(sum(lists, [])) or sorted(path.name for path in folder.iterdir() if (path / "dslr").is_dir())
-    absent = [name for name in wanted if not (folder / name / "dslr").is_dir()]
-    if absent:
-        raise ValueError(f"{len(absent)} scenes have no dslr/ below {folder} ({', '.join(absent[:3])}); download them.")
-    return [folder / name for name in wanted]
+    folders = [(above or root.parent) / name for name in dict.fromkeys(sum(lists, []))]
+    scenes = []
+    for folder in folders or ([root] if is_scene else sorted(path.parent for path in (above or root).glob("*/dslr"))):
+        mesh, annotation = folder / SCANNETPP_MESH, ("segments.json", "segments_anno.json")
+        frames = [frame for frame in read_scannetpp(folder, "fisheye").frames if not frame.is_bad]
+        inputs = {kind: [mesh, *(mesh.with_name(name) for name in annotation if kind == "labels")] for kind in kinds}
+        missing = [path for paths in inputs.values() for path in paths if not path.is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing; download the scene's scans/ (of the mesh alone: --maps depth).")
+        scenes.append(SceneMaps(folder / "dslr", frames, inputs, classes))
+    return scenes
 
 
 def read_class_list(root: Path, given: Path | None = None) -> ClassList:
@@ -100,27 +110,14 @@ def read_class_list(root: Path, given: Path | None = None) -> ClassList:
     above = (root.absolute(), *root.absolute().parents[:3])
     places = [place / "metadata" / kind for place in above for kind in ("semantic_benchmark", "semantic_classes")]
     path = given or next((place for place in places if place.is_dir()), places[0]) / "top100.txt"
-    names = tuple(read_lines(path, "download ScanNet++'s metadata/, give --classes, or take --maps depth"))
-    if len(names) > IGNORE_INDEX or len(set(names)) < len(names):
-        raise ValueError(f"{path} lists {len(names)} names; a class list has at most {IGNORE_INDEX}, each once.")
+    names = read_lines(path, "download ScanNet++'s metadata/, give --classes, or take --maps depth")
+    check_class_names(names, path)
     indices, table = {name: index for index, name in enumerate(names)}, path.with_name("map_benchmark.csv")
     if table.is_file():
         with open(table, encoding="utf-8", newline="") as file:
             renamed = {row["class"]: row["semantic_map_to"] for row in csv.DictReader(file) if row["semantic_map_to"]}
         indices |= {word: indices.get(name, IGNORE_INDEX) for word, name in renamed.items()}
-    return ClassList(names, indices)
-
-
-def plan_scene(folder: Path, kinds: Sequence[MapKind], classes: ClassList | None) -> SceneMaps:
-    """Looks whether what maps are made from is there, a ValueError where it is not; meshes are not read."""
-    frames = [frame for frame in read_scannetpp(folder, "fisheye").frames if not frame.is_bad]
-    mesh, annotation = folder / SCANNETPP_MESH, ("segments.json", "segments_anno.json")
-    inputs = {kind: [mesh, *(mesh.with_name(name) for name in annotation if kind == "labels")] for kind in kinds}
-    missing = [path for paths in inputs.values() for path in paths if not path.is_file()]
-    if missing:
-        advice = "" if mesh in missing else ", or take --maps depth"
-        raise ValueError(f"{missing[0]} is missing; download the scene's scans/{advice}.")
-    return SceneMaps(folder, frames, inputs, classes)
+    return ClassList(tuple(names), indices)
 
 
 def prepare_scene(scene: SceneMaps, jobs: int, overwrite: bool = False) -> dict[str, Any]:
@@ -128,15 +125,13 @@ def prepare_scene(scene: SceneMaps, jobs: int, overwrite: bool = False) -> dict[
 
     ValueError where maps were made from other files or classes and may not be overwritten.
     """
-    start, dslr = time.perf_counter(), scene.folder / "dslr"
-    settings = {
-        kind: hash_bytes(*map(hash_file, paths), repr(scene.classes) if kind == "labels" else "")
-        for kind, paths in scene.inputs.items()
-    }
-    record_path = dslr / "prepare.json"
+    start, record_path = time.perf_counter(), scene.dslr / "prepare.json"
+    origins = {kind: hash_bytes(*map(hash_file, paths)) for kind, paths in scene.inputs.items()}
+    if scene.classes is not None:
+        origins["labels"] = hash_bytes(origins["labels"], repr(scene.classes))
     known = load_result(record_path).settings if record_path.is_file() else {}
-    for kind, origin in settings.items():
-        folder = dslr / _FOLDERS[kind]
+    for kind, origin in origins.items():
+        folder = scene.dslr / _FOLDERS[kind]
         if overwrite:
             remove(folder)
         # Depth maps that nothing is known about came with the download.
@@ -146,12 +141,12 @@ def prepare_scene(scene: SceneMaps, jobs: int, overwrite: bool = False) -> dict[
     metrics: dict[str, Any] = {"frames": len(scene.frames), "frames_made": len(frames), "seconds": 0.0}
     if not frames:
         return metrics
-    record = ResultRecord("prepare/scannetpp", metrics, known | settings)
+    record = ResultRecord("prepare/scannetpp", metrics, known | origins)
     save_result(record, record_path)
     if scene.classes is not None:
         content = {"classes": scene.classes.names, "ignore_index": IGNORE_INDEX, "variant": "fisheye"}
-        write_json(dslr / _FOLDERS["labels"] / "classes.json", content)
-    mesh = read_annotated_mesh(scene)
+        write_json(scene.dslr / _FOLDERS["labels"] / "classes.json", content)
+    mesh = _read_mesh(scene)
     _sort_pixels(frames[0].lens)  # Once, before several threads ask for it.
 
     def make(frame: Frame) -> tuple[float, float]:
@@ -165,27 +160,14 @@ def prepare_scene(scene: SceneMaps, jobs: int, overwrite: bool = False) -> dict[
         return float((depth > 0).mean()), float((labels != IGNORE_INDEX).mean())
 
     made = load_ahead(frames, make, jobs, depth=2 * jobs)
-    shares = list(track(made, f"Maps of {scene.folder.name}", total=len(frames)))
+    shares = list(track(made, f"Maps of {scene.dslr.absolute().parent.name}", total=len(frames)))
     metrics["covered"], metrics["labelled"] = np.mean(shares, axis=0).tolist()
     metrics |= {"triangles": len(mesh.faces), "seconds": time.perf_counter() - start}
     save_result(record, record_path)
     return metrics
 
 
-def forecast_seconds(scenes: Sequence[SceneMaps], jobs: int) -> float:
-    """About how long the missing maps of all scenes take, by a frame of the scene that lacks most."""
-    counts = [sum(bool(scene.list_missing(frame)) for frame in scene.frames) for scene in scenes]
-    scene, timer = scenes[counts.index(max(counts))], PhaseTimer()
-    with timer.phase("scene"):
-        mesh = read_annotated_mesh(scene)
-        mesh.render(scene.frames[0])
-    with timer.phase("frame"):
-        mesh.render(scene.frames[0])
-    return timer.seconds["scene"] * sum(map(bool, counts)) + timer.seconds["frame"] * sum(counts) / jobs
-
-
-def read_annotated_mesh(scene: SceneMaps) -> AnnotatedMesh:
-    """Reads the files that a plan names."""
+def _read_mesh(scene: SceneMaps) -> AnnotatedMesh:
     path, *annotation = max(scene.inputs.values(), key=len)
     file = read_surface_file(path)
     classes = np.full(len(file.xyz), IGNORE_INDEX, dtype=np.uint8)
@@ -199,21 +181,17 @@ def read_annotated_mesh(scene: SceneMaps) -> AnnotatedMesh:
 def _read_vertex_classes(
     segments_path: Path, annotation_path: Path, indices: dict[str, int], num_vertices: int
 ) -> UInt8[np.ndarray, " vertices"]:
+    """From the annotation, whose errors are ValueErrors, and the `indices` of annotators' words."""
     try:
-        segment_of_vertex = np.asarray(read_json(segments_path)["segIndices"], dtype=np.int64)
-        objects = [
-            (indices.get(entry["label"]), entry["segments"]) for entry in read_json(annotation_path)["segGroups"]
-        ]
+        vertices = np.asarray(read_json(segments_path)["segIndices"], dtype=np.int64)
+        groups = [(indices.get(group["label"]), group["segments"]) for group in read_json(annotation_path)["segGroups"]]
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{annotation_path} or {segments_path.name} is damaged ({error}); download both again."
-        ) from error
-    if len(segment_of_vertex) != num_vertices:
-        problem = f"{segments_path} has {len(segment_of_vertex)} vertices, the mesh {num_vertices}"
-        raise ValueError(f"{problem}; download both again.")
-    segments, place, sizes = np.unique(segment_of_vertex, return_inverse=True, return_counts=True)
+        raise ValueError(f"{segments_path} or {annotation_path.name} lacks {error}; download both again.") from error
+    if len(vertices) != num_vertices:
+        raise ValueError(f"{segments_path} has {len(vertices)} vertices, the mesh {num_vertices}; download both again.")
+    segments, place, sizes = np.unique(vertices, return_inverse=True, return_counts=True)
     classes = np.full(len(segments), IGNORE_INDEX, dtype=np.uint8)
-    members = [(index, np.isin(segments, own)) for index, own in objects if index not in (None, IGNORE_INDEX)]
+    members = [(index, np.isin(segments, own)) for index, own in groups if index not in (None, IGNORE_INDEX)]
     for index, own in sorted(members, key=lambda member: -sizes[member[1]].sum()):
         classes[own] = index
     return classes[place]
