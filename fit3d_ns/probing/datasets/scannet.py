@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import torch
@@ -129,8 +128,8 @@ def _read_scene(
     path: Path, split: LabelledSplit | None, task: LabelledTask, root: Path
 ) -> tuple[list[LabelledFrame], tuple[str, ...]]:
     dslr = path / "dslr" if (path / "dslr").is_dir() else path
-    find_label, class_names, variant = _find_labels(dslr, root) if task == "segmentation" else (None, (), "auto")
-    capture = read_scannetpp(path, variant)
+    find_label, class_names, on_fisheye = _find_labels(dslr, root) if task == "segmentation" else (None, (), False)
+    capture = read_scannetpp(path, "fisheye" if on_fisheye else "auto")
     if task == "depth" and not any(frame.depth_path for frame in capture.frames):
         if not (dslr / "render_depth").is_dir():
             raise ValueError(f"{path} has no dslr/render_depth/, which a depth probe needs; download or render it.")
@@ -164,8 +163,8 @@ def _read_scene(
     return frames, class_names
 
 
-def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[str, ...], Any]:
-    """From photographs to label maps, the names of the classes, and the variant whose photographs the maps lie on."""
+def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[str, ...], bool]:
+    """From photographs to label maps, the names of the classes, and whether maps belong to the distorted pictures."""
     scene = dslr.resolve().parent
     if (dslr / "labels").is_dir():
         places = (scene, dslr, dslr / "labels", scene.parent)
@@ -173,8 +172,8 @@ def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[
         if listing is None:
             raise ValueError(f"{dslr / 'labels'} comes without classes.json; write it into {scene}.")
         names, content = read_class_names(listing), read_json(listing)
-        variant = content.get("variant", "auto") if isinstance(content, dict) else "auto"
-        return lambda image: dslr / "labels" / f"{image.stem}.png", names, variant
+        on_fisheye = isinstance(content, dict) and content.get("variant") == "fisheye"
+        return lambda image: dslr / "labels" / f"{image.stem}.png", names, on_fisheye
     folder = root / "semantics" / scene.name
     if not folder.is_dir():
         problem = f"Scene {scene} has no labels: neither dslr/labels/ nor {folder} exists"
@@ -182,7 +181,7 @@ def _find_labels(dslr: Path, root: Path) -> tuple[Callable[[Path], Path], tuple[
     listing = root / "metadata" / "semantic_benchmark" / "top100.txt"
     names = tuple(labelled.read_lines(listing, "download the metadata folder of ScanNet++"))
     # The toolkit appends to the whole name: DSC00001.JPG.png.
-    return lambda image: folder / f"{image.name}.png", names, "auto"
+    return lambda image: folder / f"{image.name}.png", names, False
 
 
 def _load_image(frame: Frame) -> UInt8[Tensor, "height width 3"]:

@@ -172,14 +172,14 @@ def _read_mesh(scene: SceneMaps) -> AnnotatedMesh:
     file = read_surface_file(path)
     classes = np.full(len(file.xyz), IGNORE_INDEX, dtype=np.uint8)
     if annotation and scene.classes is not None:
-        classes = _read_vertex_classes(*annotation, scene.classes.indices, len(classes))
+        classes = _read_vertex_classes(scene.classes.indices, len(classes), *annotation)
     first, second, third = classes[file.faces].T
     xyz = transform_points(torch.from_numpy(file.xyz), colmap_to_world(), 1.0).numpy()
     return AnnotatedMesh(xyz, file.faces, np.where(second == third, second, first))
 
 
 def _read_vertex_classes(
-    segments_path: Path, annotation_path: Path, indices: dict[str, int], num_vertices: int
+    indices: dict[str, int], num_vertices: int, segments_path: Path, annotation_path: Path
 ) -> UInt8[np.ndarray, " vertices"]:
     """From the annotation, whose errors are ValueErrors, and the `indices` of annotators' words."""
     try:
