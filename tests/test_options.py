@@ -151,7 +151,7 @@ COMMANDS = {
         "PrepareCommand",
         ("scannetpp root",),
         {
-            "fit3d_ns.cli.prepare.plan_scenes": [Stub()],
+            "fit3d_ns.cli.prepare.find_scenes": lambda root, names: [Path(root, name) for name in (*names, "scene")],
             "fit3d_ns.cli.prepare.prepare_scene": {"frames": 1, "frames_made": 1, "seconds": 1.0},
         },
     ),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fit3d_ns.cli.command import Heading, create_main
-from fit3d_ns.probing.datasets.scannetpp_maps import MapKind, plan_scenes, prepare_scene
+from fit3d_ns.probing.datasets.scannetpp_maps import find_scenes, prepare_scene, read_class_list
 from fit3d_ns.utils.progress import notice
 
 
@@ -25,26 +25,27 @@ class PrepareCommand:
     classes: Path | None = None
     """Text file with the name of a class on each line; by default `metadata/semantic_benchmark/top100.txt`. Annotated
     words are renamed as a `map_benchmark.csv` beside it says."""
-    maps: Annotated[tuple[MapKind, ...], Heading("output")] = ("depth", "labels")
-    """What is made. Maps that are there are passed over, so an interrupted command is repeated as it was."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Make all maps again, those that came with the download too."""
+    depth_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make no labels, for which scenes without annotation have nothing."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("output")] = False
+    """Make all maps again, also those that came with the download. Without this, maps that are there are passed over,
+    so that the same command goes on after an interruption."""
     jobs: Annotated[int | None, Heading("machine")] = None
     """Photographs at a time; as many as the machine has cores without this."""
 
 
 def prepare(command: PrepareCommand) -> None:
-    if command.classes is not None and "labels" not in command.maps:
-        raise ValueError("--classes changes nothing without --maps labels; leave it out.")
-    scenes = plan_scenes(command.root, command.scenes, command.maps, command.classes)
-    num_failed = 0
+    if command.depth_only and command.classes is not None:
+        raise ValueError("--classes changes nothing with --depth-only; leave it out.")
+    scenes, num_failed = find_scenes(command.root, command.scenes), 0
+    classes = None if command.depth_only else read_class_list(command.root, command.classes)
     for scene in scenes:
         try:
-            made = prepare_scene(scene, command.jobs or os.cpu_count() or 1, command.overwrite)
-            print(f"{scene.dslr}: {made['frames_made']} of {made['frames']} frames in {made['seconds']:.1f} s")
+            made = prepare_scene(scene, classes, command.jobs or os.cpu_count() or 1, command.overwrite)
+            print(f"{scene}: {made['frames_made']} of {made['frames']} frames in {made['seconds']:.1f} s")
         except ValueError as error:
             num_failed += 1
-            notice(f"{scene.dslr}: {error}")
+            notice(f"{scene}: {error}")
     if num_failed:
         raise ValueError(f"{num_failed} of {len(scenes)} scenes failed; the reasons stand above.")
 

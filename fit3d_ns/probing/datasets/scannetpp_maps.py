@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,8 @@ from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.results import ResultRecord, load_result, save_result
 from fit3d_ns.utils.selection import load_ahead
 
-MapKind = Literal["depth", "labels"]
 NEAR = 0.05
 """Metres from which a surface is seen, as in the official toolkit's depth."""
-_FOLDERS: dict[MapKind, str] = {"depth": "render_depth", "labels": "labels"}
 _sort_pixels = lru_cache(maxsize=2)(LensPixels)
 
 
@@ -46,22 +44,6 @@ class ClassList:
     names: tuple[str, ...]
     indices: dict[str, int]
     """From annotators' words to indices of classes; other words have none."""
-
-
-@dataclass(frozen=True)
-class SceneMaps:
-    """The maps that are wanted of a scene's frames, those that are not marked as bad."""
-
-    dslr: Path
-    frames: list[Frame]
-    inputs: dict[MapKind, list[Path]]
-    """What each kind of map is made from: the mesh, and its annotation."""
-    classes: ClassList | None
-
-    def list_missing(self, frame: Frame) -> dict[MapKind, Path]:
-        """Maps of a frame that are still to be made."""
-        paths = {kind: self.dslr / _FOLDERS[kind] / f"{frame.image_path.stem}.png" for kind in self.inputs}
-        return {kind: path for kind, path in paths.items() if not path.is_file()}
 
 
 @dataclass(frozen=True)
@@ -80,29 +62,16 @@ class AnnotatedMesh:
         return depth, np.where(faces >= 0, self.labels[faces], np.uint8(IGNORE_INDEX))
 
 
-def plan_scenes(
-    root: Path, names: Sequence[str], kinds: Sequence[MapKind], class_list: Path | None = None
-) -> list[SceneMaps]:
-    """The scenes of a download by their names, or by text files that list them, all of them without names.
-
-    `root` may be a scene itself. ValueError where something that maps are made from is missing; no mesh is read yet.
-    """
-    classes = read_class_list(root, class_list) if "labels" in kinds else None
-    above, is_scene = find_scannetpp_scenes(root), is_scannetpp_scene(root)
-    if not is_scene and above is None:
+def find_scenes(root: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Scenes of a download by their names, or by text files that list them; without names all, or `root` itself."""
+    folder = find_scannetpp_scenes(root)
+    if folder is None and (names or not is_scannetpp_scene(root)):
         raise ValueError(f"{root} holds no ScanNet++ scenes: no data/<scene>/dslr/ and no <scene>/dslr/.")
+    if folder is None:
+        return [root]
     lists = [read_lines(Path(name), "check --scenes") if name.endswith(".txt") else [name] for name in names]
-    folders = [(above or root.parent) / name for name in dict.fromkeys(sum(lists, []))]
-    scenes = []
-    for folder in folders or ([root] if is_scene else sorted(path.parent for path in (above or root).glob("*/dslr"))):
-        mesh, annotation = folder / SCANNETPP_MESH, ("segments.json", "segments_anno.json")
-        frames = [frame for frame in read_scannetpp(folder, "fisheye").frames if not frame.is_bad]
-        inputs = {kind: [mesh, *(mesh.with_name(name) for name in annotation if kind == "labels")] for kind in kinds}
-        missing = [path for paths in inputs.values() for path in paths if not path.is_file()]
-        if missing:
-            raise ValueError(f"{missing[0]} is missing; download the scene's scans/ (of the mesh alone: --maps depth).")
-        scenes.append(SceneMaps(folder / "dslr", frames, inputs, classes))
-    return scenes
+    named = [folder / name for name in dict.fromkeys(sum(lists, []))]
+    return named or sorted(path.parent for path in folder.glob("*/dslr"))
 
 
 def read_class_list(root: Path, given: Path | None = None) -> ClassList:
@@ -110,7 +79,7 @@ def read_class_list(root: Path, given: Path | None = None) -> ClassList:
     above = (root.absolute(), *root.absolute().parents[:3])
     places = [place / "metadata" / kind for place in above for kind in ("semantic_benchmark", "semantic_classes")]
     path = given or next((place for place in places if place.is_dir()), places[0]) / "top100.txt"
-    names = read_lines(path, "download ScanNet++'s metadata/, give --classes, or take --maps depth")
+    names = read_lines(path, "download ScanNet++'s metadata/, give --classes, or take --depth-only")
     check_class_names(names, path)
     indices, table = {name: index for index, name in enumerate(names)}, path.with_name("map_benchmark.csv")
     if table.is_file():
@@ -120,60 +89,71 @@ def read_class_list(root: Path, given: Path | None = None) -> ClassList:
     return ClassList(tuple(names), indices)
 
 
-def prepare_scene(scene: SceneMaps, jobs: int, overwrite: bool = False) -> dict[str, Any]:
-    """Makes the maps that are missing, `jobs` at a time; returns metrics, which also go into `dslr/prepare.json`.
+def prepare_scene(folder: Path, classes: ClassList | None, jobs: int, overwrite: bool = False) -> dict[str, Any]:
+    """Makes the maps that a scene lacks, `jobs` at a time, only depth without `classes`; returns metrics.
 
-    ValueError where maps were made from other files or classes and may not be overwritten.
+    They also go into `dslr/prepare.json`. ValueError where a file is missing that maps are made from, or where maps
+    were made from other files or classes and may not be overwritten.
     """
-    start, record_path = time.perf_counter(), scene.dslr / "prepare.json"
-    origins = {kind: hash_bytes(*map(hash_file, paths)) for kind, paths in scene.inputs.items()}
-    if scene.classes is not None:
-        origins["labels"] = hash_bytes(origins["labels"], repr(scene.classes))
+    start, dslr = time.perf_counter(), folder / "dslr"
+    frames = [frame for frame in read_scannetpp(folder, "fisheye").frames if not frame.is_bad]
+    mesh_path, annotation = folder / SCANNETPP_MESH, []
+    if classes is not None:
+        annotation = [mesh_path.with_name(name) for name in ("segments.json", "segments_anno.json")]
+    for path in (mesh_path, *annotation):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; download the scene's scans/ (of the mesh alone: --depth-only).")
+    origins = {"render_depth": hash_file(mesh_path)}
+    if classes is not None:
+        origins["labels"] = hash_bytes(*map(hash_file, (mesh_path, *annotation)), repr(classes))
+    record_path = dslr / "prepare.json"
     known = load_result(record_path).settings if record_path.is_file() else {}
     for kind, origin in origins.items():
-        folder = scene.dslr / _FOLDERS[kind]
         if overwrite:
-            remove(folder)
+            remove(dslr / kind)
         # Depth maps that nothing is known about came with the download.
-        elif folder.is_dir() and known.get(kind, origin if kind == "depth" else None) != origin:
-            raise ValueError(f"{folder} was made from another mesh or class list; --overwrite makes it again.")
-    frames = [frame for frame in scene.frames if scene.list_missing(frame)]
-    metrics: dict[str, Any] = {"frames": len(scene.frames), "frames_made": len(frames), "seconds": 0.0}
-    if not frames:
+        elif (dslr / kind).is_dir() and known.get(kind, origin if kind == "render_depth" else None) != origin:
+            raise ValueError(f"{dslr / kind} was made from another mesh or class list; --overwrite makes it again.")
+
+    def list_missing(frame: Frame) -> list[Path]:
+        paths = [dslr / kind / f"{frame.image_path.stem}.png" for kind in origins]
+        return [path for path in paths if not path.is_file()]
+
+    missing = list(filter(list_missing, frames))
+    metrics: dict[str, Any] = {"frames": len(frames), "frames_made": len(missing), "seconds": 0.0}
+    if not missing:
         return metrics
     record = ResultRecord("prepare/scannetpp", metrics, known | origins)
     save_result(record, record_path)
-    if scene.classes is not None:
-        content = {"classes": scene.classes.names, "ignore_index": IGNORE_INDEX, "variant": "fisheye"}
-        write_json(scene.dslr / _FOLDERS["labels"] / "classes.json", content)
-    mesh = _read_mesh(scene)
-    _sort_pixels(frames[0].lens)  # Once, before several threads ask for it.
+    mesh = _read_mesh(mesh_path, classes, annotation)
+    if classes is not None:
+        content = {"classes": classes.names, "ignore_index": IGNORE_INDEX, "variant": "fisheye"}
+        write_json(dslr / "labels" / "classes.json", content)
+    _sort_pixels(missing[0].lens)  # Once, before several threads ask for it.
 
     def make(frame: Frame) -> tuple[float, float]:
         depth, labels = mesh.render(frame)
-        for kind, path in scene.list_missing(frame).items():
+        for path in list_missing(frame):
             with write_atomically(path) as temporary:
-                if kind == "depth":
-                    save_depth(torch.from_numpy(depth).float(), temporary)
-                else:
+                if path.parent.name == "labels":
                     save_index_map(torch.from_numpy(labels), temporary)
+                else:
+                    save_depth(torch.from_numpy(depth).float(), temporary)
         return float((depth > 0).mean()), float((labels != IGNORE_INDEX).mean())
 
-    made = load_ahead(frames, make, jobs, depth=2 * jobs)
-    shares = list(track(made, f"Maps of {scene.dslr.absolute().parent.name}", total=len(frames)))
-    metrics["covered"], metrics["labelled"] = np.mean(shares, axis=0).tolist()
+    made = track(load_ahead(missing, make, jobs, depth=2 * jobs), f"Maps of {folder.name}", total=len(missing))
+    metrics["covered"], metrics["labelled"] = np.mean(list(made), axis=0).tolist()
     metrics |= {"triangles": len(mesh.faces), "seconds": time.perf_counter() - start}
     save_result(record, record_path)
     return metrics
 
 
-def _read_mesh(scene: SceneMaps) -> AnnotatedMesh:
-    path, *annotation = max(scene.inputs.values(), key=len)
+def _read_mesh(path: Path, classes: ClassList | None, annotation: Sequence[Path]) -> AnnotatedMesh:
     file = read_surface_file(path)
-    classes = np.full(len(file.xyz), IGNORE_INDEX, dtype=np.uint8)
-    if annotation and scene.classes is not None:
-        classes = _read_vertex_classes(scene.classes.indices, len(classes), *annotation)
-    first, second, third = classes[file.faces].T
+    indices = np.full(len(file.xyz), IGNORE_INDEX, dtype=np.uint8)
+    if classes is not None:
+        indices = _read_vertex_classes(classes.indices, len(indices), *annotation)
+    first, second, third = indices[file.faces].T
     xyz = transform_points(torch.from_numpy(file.xyz), colmap_to_world(), 1.0).numpy()
     return AnnotatedMesh(xyz, file.faces, np.where(second == third, second, first))
 

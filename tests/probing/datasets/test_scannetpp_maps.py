@@ -196,7 +196,7 @@ def test_prepare__goes_on_where_it_was_stopped(download: Path, monkeypatch: pyte
     ("missing", "message"),
     [
         ("data/0a5c013435/scans/mesh_aligned_0.05.ply", "mesh_aligned_0.05.ply is missing"),
-        ("data/0a5c013435/scans/segments_anno.json", "of the mesh alone: --maps depth"),
+        ("data/0a5c013435/scans/segments_anno.json", "of the mesh alone: --depth-only"),
         ("metadata/semantic_benchmark/top100.txt", "give --classes"),
         ("data/0a5c013435/dslr/nerfstudio/transforms.json", "No camera file"),
     ],
@@ -211,7 +211,7 @@ def test_prepare__says_what_is_missing(download: Path, missing: str, message: st
 
 def test_prepare__other_classes_are_made_only_where_that_is_asked_for(download: Path, tmp_path: Path, capsys) -> None:
     scene, words = download / "data/0a5c013435", ["scannetpp", str(download)]
-    prepare.main([*words, "--maps", "depth"])
+    prepare.main([*words, "--depth-only"])
     assert not (scene / "dslr/labels").exists()
     prepare.main(words)
     (tmp_path / "few.txt").write_text("table\nfloor\n")
