@@ -129,7 +129,7 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+_LATEX: dict[str, Any] = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
