@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,8 @@ def compose_panel(
             f"{len(column_labels)} column and {len(row_labels)} row labels for {num_columns} columns and "
             f"{len(pictures)} rows; give one each or none."
         )
-    widths = [1] * num_columns
-    for row in pictures:
-        for column, picture in enumerate(row):
-            widths[column] = max(widths[column], 1 if picture is None else picture.shape[1])
+    columns = zip_longest(*pictures)
+    widths = [max((picture.shape[1] for picture in column if picture is not None), default=1) for column in columns]
     heights = [max((picture.shape[0] for picture in row if picture is not None), default=1) for row in pictures]
     row_strip = LABEL_HEIGHT if row_labels else 0
     lefts = [GAP + sum(width + GAP for width in widths[:column]) for column in range(num_columns)]

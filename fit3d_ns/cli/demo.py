@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Literal
 
 from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.demo_page import ImageAnalyser, create_page
-from fit3d_ns.report.demo_server import check_gradio, keep_uploads_private, serve, wait_for_interrupt
+from fit3d_ns.report.demo_server import check_gradio, keep_uploads_private, serve
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 
 
@@ -53,7 +54,7 @@ def demo(command: DemoCommand) -> None:
         page = create_page(analyser, command.num_clusters, command.longest_side)
         with serve(page, command.host, command.port) as address:
             print(f"Page: {address} (Ctrl-C ends it)", flush=True)
-            wait_for_interrupt()
+            Event().wait()
 
 
 main = create_main("fit3d-demo", DemoCommand, demo)

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 import tyro
 
 from fit3d_ns.cli.command import Heading, create_main
-from fit3d_ns.report.demo_server import wait_for_interrupt
 from fit3d_ns.report.scene_viewer import SceneViewer, ViewerConfig, open_server
 from fit3d_ns.scene import load_scene
 from fit3d_ns.utils.device import DeviceChoice, choose_device
@@ -43,7 +43,7 @@ def view(command: ViewCommand) -> None:
     server = open_server(command.host, command.port)
     viewer.show(server)
     print(f"Page: http://{command.host}:{server.get_port()} (Ctrl-C ends it)", flush=True)
-    wait_for_interrupt()
+    Event().wait()
 
 
 main = create_main("fit3d-view", ViewCommand, view)

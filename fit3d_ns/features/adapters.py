@@ -68,11 +68,6 @@ class AdaptedTokenModel(TokenModel):
         # (b, h, w, e) -> (b, h*w, e)
         return Tokens(self.adapter(normed.maps).flatten(1, 2), normed.prefix_tokens, normed.patch_grid)
 
-    @property
-    def config(self) -> dict[str, int]:
-        """What `config.json` keeps under `ADAPTER_KEY`."""
-        return {"window_size": self.adapter.window_size}
-
 
 def add_adapter(token_model: TokenModel, window_size: int = 7) -> AdaptedTokenModel:
     """The backbone, frozen, with a fresh adapter; attention is initialised from torch's global generator."""

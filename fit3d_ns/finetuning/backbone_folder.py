@@ -147,11 +147,11 @@ def write_card(
 
 def _describe_folder(token_model: TokenModel, licence: str) -> dict[str, Any]:
     """The content of `config.json`."""
-    description = token_model.description
+    description, adapter = token_model.description, getattr(token_model, "adapter", None)
     architecture, model_args = expand_architecture(description.architecture, description.model_args)
     published = {**token_model.model.pretrained_cfg, "license": None if licence == UNKNOWN else licence}
     return {
-        **({ADAPTER_KEY: token_model.config} if isinstance(token_model, AdaptedTokenModel) else {}),
+        **({ADAPTER_KEY: {"window_size": adapter.window_size}} if adapter else {}),
         "architecture": architecture.split(".")[0],
         "num_classes": 0,
         "num_features": description.embed_dim,

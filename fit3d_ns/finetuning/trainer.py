@@ -66,7 +66,6 @@ class FinetuneTrainer:
         output_folder: Path,
         inputs: dict[str, Any],
         validate: Validate | None = None,
-        timer: PhaseTimer | None = None,
     ):
         """Freezes what is not trained, wraps the backbone, and goes on from a checkpoint where there is one.
 
@@ -75,13 +74,12 @@ class FinetuneTrainer:
             inputs: Backbone, scenes and photographs by their hashes, as plain JSON values; a checkpoint of others is
                 refused with a ValueError.
             validate: Called by the main process every `steps_per_validation` steps.
-            timer: Gets the seconds of `load`, `target`, `forward_backward` and `optimizer`.
         """
         self.targets, self.config, self.processes = targets, config, processes
         self.bank, self.views, self.accelerator = targets.bank, targets.views, processes.accelerator
         self.output_folder, self.validate, self._inputs = output_folder, validate, inputs
         self.history = TrainingHistory()
-        self.timer = timer or PhaseTimer()
+        self.timer = PhaseTimer()
         self.step = 0
         optimization, anchors = config.optimization, config.anchors
         self.sequence = DrawSequence(self.views.views_per_scene, config.sampling)

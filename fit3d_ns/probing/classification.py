@@ -49,19 +49,6 @@ PAPER_CLASSIFICATION = ClassificationConfig(num_iterations=PUBLISHED_ITERATIONS)
 """The paper's iterations with DINOv2's values."""
 
 
-@dataclass(frozen=True)
-class RateMetrics:
-    """For each learning rate: share of images whose class is the first, or among the first five, guesses; mean loss."""
-
-    top1: list[float]
-    top5: list[float]
-    losses: list[float]
-
-    def choose(self) -> int:
-        """The rate with the best first guesses; of equals, which small sets have many, that with the lowest loss."""
-        return max(range(len(self.top1)), key=lambda index: (self.top1[index], -self.losses[index]))
-
-
 class PooledBackbones(FrozenBackbones):
     """The same backbones, whose maps are averaged to one token: a hundredth of the memory."""
 
@@ -148,11 +135,13 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
         heads = ClassificationHeads(assembler, self.sets.train.num_classes, self.config.learning_rates)
         trained = self.train(seed, heads, self.create_optimization())
         # Without selection data the learning rate is chosen by what was learned.
-        chosen = self.evaluate(heads, self.sets.selection or self.sets.train).choose()
-        metrics = self.evaluate(heads, self.sets.test)
+        top1, _, losses = self.evaluate(heads, self.sets.selection or self.sets.train)
+        # Of equals, which small sets have many, that with the lowest loss.
+        chosen = max(range(len(top1)), key=lambda index: (top1[index], -losses[index]))
+        accuracy, accuracy_top5, _ = self.evaluate(heads, self.sets.test)
         trained.metrics = {
-            "accuracy": metrics.top1[chosen],
-            "accuracy_top5": metrics.top5[chosen],
+            "accuracy": accuracy[chosen],
+            "accuracy_top5": accuracy_top5[chosen],
             "learning_rate": self.config.learning_rates[chosen],
             "num_images": len(self.sets.test.frames),
         }
@@ -170,11 +159,12 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
         return LossSum(total, total.new_tensor(float(len(targets))))
 
     def compute_score(self, head: nn.Module, labelled_set: LabelledSet) -> float:
-        return max(self.evaluate(head, labelled_set).top1)
+        return max(self.evaluate(head, labelled_set)[0])
 
     @torch.no_grad()
-    def evaluate(self, heads: nn.Module, labelled_set: LabelledSet) -> RateMetrics:
-        """Metrics on a set; every process takes its share of the images."""
+    def evaluate(self, heads: nn.Module, labelled_set: LabelledSet) -> list[list[float]]:
+        """Three rows with a value per learning rate: share of images whose class is the first guess, share where it is
+        among the first five, mean loss; every process takes its share of the images."""
         counts = torch.zeros(3, len(self.config.learning_rates), dtype=torch.float64)
         share = self.share(labelled_set)
         for start in range(0, len(share), self.config.batch_size):
@@ -187,7 +177,7 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
             counts[1] += ranks.any(dim=-1).double().sum(dim=0)
             chances = logits.double().log_softmax(dim=-1)
             counts[2] -= chances.gather(-1, classes[:, None, None].expand(-1, logits.shape[1], 1))[..., 0].sum(dim=0)
-        return RateMetrics(*(sum_over_processes(counts, self.accelerator) / len(labelled_set.frames)).tolist())
+        return (sum_over_processes(counts, self.accelerator) / len(labelled_set.frames)).tolist()
 
 
 def draw_resized_window(height: int, width: int, generator: np.random.Generator, num_tries: int = 10) -> Window:

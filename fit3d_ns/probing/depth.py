@@ -27,7 +27,7 @@ from fit3d_ns.probing.datasets.frames import EvaluationWindow, LabelledFrame, La
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource
 from fit3d_ns.probing.head_probe import MapProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
-from fit3d_ns.probing.heads import UPSAMPLING, BinNormalization, DepthBins, DPTDepthHead, LinearDepthHead
+from fit3d_ns.probing.heads import UPSAMPLING, DepthBins, DPTDepthHead, LinearDepthHead
 from fit3d_ns.probing.inputs import DEPTHS_PER_TOKEN, EVALUATION, DepthInputs, choose_crop_size
 from fit3d_ns.probing.pictures import PictureKey, resize_map
 from fit3d_ns.probing.samples import estimate_memory
@@ -80,7 +80,6 @@ class DepthConfig:
     """Published: the original's, which `auto` takes."""
     num_bins: int = 256
     """Paper section 3.3."""
-    bin_normalization: BinNormalization = "linear"
     is_flip_averaged: bool = True
     """Predictions of an image and its mirror image are averaged."""
     is_published: bool = False
@@ -142,7 +141,7 @@ class DepthProbe(MapProbe[DepthConfig]):
         """A new head that reads a class token, from torch's global generator."""
         config, convention = self.config, self.sets.train.depth
         assembler = Assembler(self.assembly, self.backbones.embed_dim, source)
-        bins = DepthBins(convention.min_depth, convention.max_depth, config.num_bins, config.bin_normalization)
+        bins = DepthBins(convention.min_depth, convention.max_depth, config.num_bins)
         if config.head == "dpt":
             return DPTDepthHead(assembler, bins)
         # Where features are kept, so are the targets, at fewer places: the same map is read there and nowhere else.
@@ -201,8 +200,8 @@ class DepthProbe(MapProbe[DepthConfig]):
         convention = self.sets.train.depth
         fit = self.backbones.create_fit(*self.inputs.compute_size(frame))
         maps = []
-        for key, entry in zip(keys, kept, strict=True):
-            depth = head(entry.features.to(self.accelerator.device)).float()
+        for key, (features, _) in zip(keys, kept, strict=True):
+            depth = head(features.to(self.accelerator.device)).float()
             restored = fit.restore(depth[:, None])[0, 0].clamp(convention.min_depth, convention.max_depth)
             maps.append(restored.flip(-1) if key.is_flipped else restored)
         return resize_map(torch.stack(maps).mean(dim=0)[None, None], size)[0, 0]
@@ -261,11 +260,9 @@ def compute_gradient_loss(
         for stride in GRADIENT_STRIDES:
             coarse, mask = group[:, ::stride, ::stride], is_valid[:, ::stride, ::stride]
             differences = predictions.new_zeros(())
-            for dim in (1, 2):
-                size = max(coarse.shape[dim] - GRADIENT_STEP, 0)
-                start = coarse.shape[dim] - size
-                both = mask.narrow(dim, 0, size) & mask.narrow(dim, start, size)
-                steps = coarse.narrow(dim, start, size) - coarse.narrow(dim, 0, size)
+            for values, known in ((coarse, mask), (coarse.mT, mask.mT)):
+                both = known[:, GRADIENT_STEP:] & known[:, :-GRADIENT_STEP]
+                steps = values[:, GRADIENT_STEP:] - values[:, :-GRADIENT_STEP]
                 differences = differences + torch.where(both, steps.abs(), 0.0).sum()
             total = total + differences / mask.sum().clamp_min(1)
         count += 1

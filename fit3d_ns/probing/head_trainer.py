@@ -162,13 +162,9 @@ def sum_over_processes(values: Tensor, accelerator: Any) -> Tensor:
 
 def compute_one_cycle_momentum(iteration: int, num_iterations: int) -> float:
     """Momentum (Adam's first beta) of mmcv's `OneCycle` policy: from 0.95 to 0.85 and back, by cosines."""
-    low, high = 0.85, 0.95
     turn, end = 0.3 * num_iterations - 1, num_iterations - 1
-    if iteration <= turn:
-        share = iteration / turn if turn > 0 else 1.0
-        return low + (high - low) * 0.5 * (1.0 + math.cos(math.pi * share))
-    share = (iteration - turn) / (end - turn) if end > turn else 1.0
-    return high + (low - high) * 0.5 * (1.0 + math.cos(math.pi * share))
+    phase = iteration / turn if iteration <= turn else 1.0 + (iteration - turn) / (end - turn)
+    return 0.9 + 0.05 * math.cos(math.pi * phase)
 
 
 def _create_optimizer(head: nn.Module, parameters: list[nn.Parameter], config: OptimizationConfig) -> Any:

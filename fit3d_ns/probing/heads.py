@@ -8,8 +8,6 @@ The DPT head (Ranftl et al. 2021) brings four layers of tokens to four scales an
 residual convolutions. Channels before the fusion are a quarter, a half, once and once the fused width.
 """
 
-from typing import Literal
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
@@ -25,8 +23,6 @@ SHARE_OF_EACH_BIN = 0.1
 """Added to each rectified logit before normalising, so that no bin is ever empty (DINOv2's evaluation)."""
 UPSAMPLING = 4
 """Pixels of the linear head's prediction per token and axis."""
-
-BinNormalization = Literal["linear", "softmax"]
 
 
 class SegmentationHead(nn.Module):
@@ -78,16 +74,11 @@ class DepthBins(nn.Module):
 
     centers: Tensor
 
-    def __init__(
-        self, min_depth: float, max_depth: float, num_bins: int = 256, normalization: BinNormalization = "linear"
-    ) -> None:
+    def __init__(self, min_depth: float, max_depth: float, num_bins: int = 256) -> None:
         super().__init__()
-        self.normalization: BinNormalization = normalization
         self.register_buffer("centers", torch.linspace(min_depth, max_depth, num_bins), persistent=False)
 
     def forward(self, logits: Float[Tensor, "batch bins height width"]) -> Float[Tensor, "batch height width"]:
-        if self.normalization == "softmax":
-            return torch.einsum("bkhw,k->bhw", logits.softmax(dim=1), self.centers)
         # Numerator and denominator are one product; the share of each bin adds a constant to both.
         both = torch.stack([self.centers, torch.ones_like(self.centers)])
         sums = torch.einsum("bkhw,jk->bjhw", logits.relu(), both) + SHARE_OF_EACH_BIN * both.sum(dim=1)[:, None, None]

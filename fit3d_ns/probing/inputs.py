@@ -98,7 +98,7 @@ class SegmentationInputs(Inputs):
         assert frame.load_labels is not None
         image, labels = frame.load_image().numpy(), frame.load_labels().numpy()
         sizes = [compute_size(picture.shape[0], picture.shape[1], short_side, long_side) for picture in (image, labels)]
-        return _resize(image, sizes[0], cv2.INTER_LINEAR), _resize(labels, sizes[1], nearest)
+        return cv2.resize(image, sizes[0][::-1]), cv2.resize(labels, sizes[1][::-1], interpolation=nearest)
 
 
 def choose_short_side(labelled_set: LabelledSet, patch_size: int) -> int:
@@ -237,7 +237,7 @@ class DepthInputs(Inputs):
         image, depth = (_crop(picture, self.convention, part) for picture in pair)
         size = _compute_size(image, self.short_side)
         depth = pictures.sample_nearest(torch.from_numpy(depth.copy()), size).numpy()
-        return _resize(image, size, cv2.INTER_LINEAR), depth
+        return cv2.resize(image, size[::-1]), depth
 
 
 def choose_crop_size(labelled_set: LabelledSet, short_side: int | None) -> tuple[int, int]:
@@ -293,12 +293,6 @@ def _compute_size(
     if short_side is None:
         return height, width
     return compute_size(height, width, short_side, short_side * long_side_ratio)
-
-
-def _resize(picture: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
-    if size == picture.shape[:2]:
-        return picture
-    return cv2.resize(picture, (size[1], size[0]), interpolation=interpolation)
 
 
 def _crop(picture: np.ndarray, convention: DepthConvention, part: int) -> np.ndarray:

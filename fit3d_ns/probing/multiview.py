@@ -7,7 +7,7 @@ centimetres are there where the capture's unit is known.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,43 +79,24 @@ class SceneViews:
     depth_views: list[DepthView]
     units_per_metre: float | None
 
-    def take(self, part: slice) -> "SceneViews":
-        """Some of the views."""
-        return replace(self, token_maps=self.token_maps[part], depth_views=self.depth_views[part])
 
-
-class MultiviewProbe:
-    """Metrics of one assembly over some scenes; seeds draw pairs and points."""
-
-    def __init__(
-        self,
-        task: MultiviewTask,
-        config: MultiviewConfig,
-        paths: Sequence[Path],
-        backbones: FrozenBackbones,
-        assembly: Assembly,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if not paths:
-            raise ValueError("No scene is given; name captures or scene files with --test.")
-        self.task, self.config, self.device = task, config, device
-        self.scenes = [load_views(Path(path), config, backbones, assembly, device) for path in paths]
-
-    def compute(self, seed: int) -> dict[str, Any]:
-        """Metrics pooled over scenes, with those of each scene below `per_scene`."""
-        per_scene: dict[str, dict[str, Any]] = {}
-        for number, views in enumerate(self.scenes):
-            pairs = create_pairs(len(views.token_maps), self.config.max_pairs, seed)
-            config = self.config.create_consistency(self.task, seed)
-            name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
-            seen = views.token_maps, views.depth_views
-            per_scene[name] = compute_consistency(*seen, pairs, config, views.units_per_metre)
-        if not any(report["num_points"] for report in per_scene.values()):
-            raise ValueError("No two views see a common point; check depth and poses, or take more views.")
-        pooled = pool_consistency(list(per_scene.values()))
-        if self.task == "correspondence":
-            pooled, per_scene = _keep_recalls(pooled), {name: _keep_recalls(item) for name, item in per_scene.items()}
-        return {**pooled, "per_scene": per_scene}
+def measure_views(
+    task: MultiviewTask, config: MultiviewConfig, scenes: Sequence[SceneViews], seed: int
+) -> dict[str, Any]:
+    """Metrics pooled over scenes, with those of each below `per_scene`; the seed draws pairs and points."""
+    per_scene: dict[str, dict[str, Any]] = {}
+    compared = config.create_consistency(task, seed)
+    for number, views in enumerate(scenes):
+        pairs = create_pairs(len(views.token_maps), config.max_pairs, seed)
+        name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
+        seen = views.token_maps, views.depth_views
+        per_scene[name] = compute_consistency(*seen, pairs, compared, views.units_per_metre)
+    if not any(report["num_points"] for report in per_scene.values()):
+        raise ValueError("No two views see a common point; check depth and poses, or take more views.")
+    pooled = pool_consistency(list(per_scene.values()))
+    if task == "correspondence":
+        pooled, per_scene = _keep_recalls(pooled), {name: _keep_recalls(item) for name, item in per_scene.items()}
+    return {**pooled, "per_scene": per_scene}
 
 
 def load_views(

@@ -7,8 +7,7 @@ a normal counts. Nothing is drawn at random, so that all seeds give the same.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,8 @@ from torch.nn import functional as F
 
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.analysis.normals import compute_normals, measure_angles, summarise_angles
-from fit3d_ns.probing.frozen_features import Assembly, FrozenBackbones
-from fit3d_ns.probing.multiview import SceneViews, ViewsConfig, load_views
+from fit3d_ns.probing.multiview import SceneViews
 from fit3d_ns.probing.pictures import resize_map
-from fit3d_ns.utils.progress import notice
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths that are tried, as multiples of the mean square of the centred tokens' channels."""
@@ -30,69 +27,43 @@ VALIDATION_SHARE = 0.2
 """Share of a training scene's views, the last ones, that choose the strength."""
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """Tokens, their mean normals, and the share of each token's pixels that have one."""
-
-    tokens: Float[np.ndarray, "samples channels"]
-    normals: Float[np.ndarray, "samples 3"]
-    weights: Float[np.ndarray, " samples"]
+_Samples = tuple[Float[np.ndarray, "samples channels"], Float[np.ndarray, "samples 3"], Float[np.ndarray, " samples"]]
+"""Tokens, their mean normals, and the share of each token's pixels that have one."""
 
 
-class NormalsProbe:
-    """Angular errors of one assembly, trained on some scenes and measured on others."""
+def measure_normals(train: Sequence[SceneViews], test: Sequence[SceneViews]) -> dict[str, Any]:
+    """Errors over the pixels of all test scenes, with those of each scene below `per_scene`."""
+    # Imported when it is needed: scikit-learn takes a second.
+    from sklearn.linear_model import Ridge
 
-    def __init__(
-        self,
-        config: ViewsConfig,
-        train: Sequence[Path],
-        test: Sequence[Path],
-        backbones: FrozenBackbones,
-        assembly: Assembly,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        for paths, flag in ((train, "--train"), (test, "--test")):
-            if not paths:
-                raise ValueError(f"A normals probe needs captures with depth, or scene files; name some with {flag}.")
-        scenes = {
-            path: load_views(path, config, backbones, assembly, device) for path in dict.fromkeys([*train, *test])
-        }
-        common = [path.name for path in test if path in train]
-        if common:
-            notice(f"{', '.join(common)}: trained on and measured alike; the metrics flatter.")
-        self.train, self.test = [scenes[path] for path in train], [scenes[path] for path in test]
+    def fit(samples: _Samples, strength: float) -> Any:
+        tokens, normals, weights = samples
+        alpha = strength * len(tokens) * float(np.mean((tokens - tokens.mean(axis=0)) ** 2))
+        return Ridge(alpha=alpha).fit(tokens, normals, sample_weight=weights)
 
-    def compute(self) -> dict[str, Any]:
-        """Metrics over the pixels of all test scenes, with those of each scene below `per_scene`."""
-        # Imported when it is needed: scikit-learn takes a second.
-        from sklearn.linear_model import Ridge
+    def score(layer: Any, samples: _Samples) -> float:
+        tokens, normals, weights = samples
+        angles = measure_angles(torch.from_numpy(layer.predict(tokens)), torch.from_numpy(normals))
+        return float(np.average(angles.numpy(), weights=weights))
 
-        def fit(samples: _Samples, strength: float) -> Any:
-            centred = samples.tokens - samples.tokens.mean(axis=0)
-            alpha = strength * len(centred) * float(np.mean(centred**2))
-            return Ridge(alpha=alpha).fit(samples.tokens, samples.normals, sample_weight=samples.weights)
-
-        def score(layer: Any, samples: _Samples) -> float:
-            angles = measure_angles(torch.from_numpy(layer.predict(samples.tokens)), torch.from_numpy(samples.normals))
-            return float(np.average(angles.numpy(), weights=samples.weights))
-
-        kept, held = (_join([_split(scene)[part] for scene in self.train]) for part in (0, 1))
-        errors = {strength: score(fit(kept, strength), held) for strength in STRENGTHS}
-        chosen = min(errors, key=lambda strength: errors[strength])
-        layer = fit(_join(self.train), chosen)
-        per_scene: dict[str, dict[str, Any]] = {}
-        angles = []
-        for number, scene in enumerate(self.test):
-            angles.append(_measure(scene, layer))
-            name = scene.scene_id if scene.scene_id not in per_scene else f"{scene.scene_id} ({number})"
-            per_scene[name] = summarise_angles(angles[-1])
-        return {**summarise_angles(torch.cat(angles)), "ridge_strength": chosen, "per_scene": per_scene}
+    kept, held = (_join([_split(scene)[part] for scene in train]) for part in (0, 1))
+    errors = {strength: score(fit(kept, strength), held) for strength in STRENGTHS}
+    chosen = min(errors, key=lambda strength: errors[strength])
+    layer = fit(_join(train), chosen)
+    per_scene: dict[str, dict[str, Any]] = {}
+    angles = []
+    for number, scene in enumerate(test):
+        angles.append(_measure(scene, layer))
+        name = scene.scene_id if scene.scene_id not in per_scene else f"{scene.scene_id} ({number})"
+        per_scene[name] = summarise_angles(angles[-1])
+    return {**summarise_angles(torch.cat(angles)), "ridge_strength": chosen, "per_scene": per_scene}
 
 
-def _split(scene: SceneViews) -> tuple[SceneViews, SceneViews]:
+def _split(scene: SceneViews) -> list[SceneViews]:
     """The first views of a scene, and at least one of the last."""
     first = len(scene.token_maps) - max(round(VALIDATION_SHARE * len(scene.token_maps)), 1)
-    return scene.take(slice(None, first)), scene.take(slice(first, None))
+    parts = slice(None, first), slice(first, None)
+    return [replace(scene, token_maps=scene.token_maps[part], depth_views=scene.depth_views[part]) for part in parts]
 
 
 def _join(scenes: Sequence[SceneViews]) -> _Samples:
@@ -105,10 +76,10 @@ def _join(scenes: Sequence[SceneViews]) -> _Samples:
             tokens.append(token_map[is_known])
             normals.append(F.normalize(mean[is_known], dim=-1))
             weights.append(share[is_known])
-    joined = [torch.cat(values).double().numpy() for values in (tokens, normals, weights)]
+    joined: Any = tuple(torch.cat(values).double().numpy() for values in (tokens, normals, weights))
     if not len(joined[0]):
         raise ValueError(f"No pixel of {', '.join(scene.scene_id for scene in scenes)} has a normal; check the depth.")
-    return _Samples(*joined)
+    return joined
 
 
 def _average_normals(view: DepthView, grid: tuple[int, int]) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w"]]:

@@ -14,8 +14,8 @@ from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
 from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, RunConfig, create_sets
-from fit3d_ns.probing.multiview import MultiviewConfig, MultiviewProbe, ViewsConfig
-from fit3d_ns.probing.normals import NormalsProbe
+from fit3d_ns.probing.multiview import MultiviewConfig, ViewsConfig, load_views, measure_views
+from fit3d_ns.probing.normals import measure_normals
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
 from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
@@ -96,6 +96,9 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         "run": {name: value for name, value in asdict(request.run).items() if name != "num_threads"},
         "precision": request.precision,
     }
+    if request.task == "depth":
+        # An option once; records hold it.
+        settings["config"]["bin_normalization"] = "linear"
     if request.options.depth_scale not in (None, DEFAULT_DEPTH_SCALE):
         # The hash of the data reads no pixel, so another unit has to be named here.
         settings["depth_scale"] = request.options.depth_scale
@@ -177,6 +180,9 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     check_options(request.test, request.task, request.options)
     is_paired = isinstance(config, MultiviewConfig)
     given = {"test": request.test} if is_paired else {"train": request.train, "test": request.test}
+    for part, paths in given.items():
+        if not paths:
+            raise ValueError(f"{request.task} needs captures with depth, or scene files; name some with --{part}.")
     settings: dict[str, Any] = {
         part: {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]}
         for part, paths in given.items()
@@ -196,12 +202,18 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         notice(f"{said}; --splits val test measures on held-out views.")
     device = choose_device(request.device)
     backbones = create_frozen_backbones(chosen, norm=True, device=device)
+    read = {
+        path: load_views(path, config, backbones, chosen.assembly, device)
+        for path in dict.fromkeys(path for paths in given.values() for path in paths)
+    }
+    scenes = {part: [read[path] for path in paths] for part, paths in given.items()}
     if not isinstance(config, MultiviewConfig):
-        normals = NormalsProbe(config, request.train, request.test, backbones, chosen.assembly, device).compute()
-        done |= dict.fromkeys(missing, normals)
+        common = [path.name for path in request.test if path in request.train]
+        if common:
+            notice(f"{', '.join(common)}: trained on and measured alike; the metrics flatter.")
+        done |= dict.fromkeys(missing, measure_normals(**scenes))
     elif request.task in ("consistency", "correspondence"):
-        probe = MultiviewProbe(request.task, config, request.test, backbones, chosen.assembly, device)
-        done |= {seed: probe.compute(seed) for seed in missing}
+        done |= {seed: measure_views(request.task, config, scenes["test"], seed) for seed in missing}
     return file.save(done, costs)
 
 

@@ -8,12 +8,10 @@ loads ahead in threads. Batches depend on nothing but (seed, position), whicheve
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +25,7 @@ BYTES_PER_GB = 1e9
 _FLOAT16_MAX = 6e4
 
 Batch = tuple[FrozenFeatures, Tensor]
-"""Features, and targets to train on."""
+"""Features, and targets to train on; of one picture, its own target has no batch axis."""
 Draw = tuple[int, int]
 """A position, counted from 0 over all iterations, which seeds augmentation; and the number of the sample seen there."""
 
@@ -70,23 +68,15 @@ def check_batch(batch_size: int, num_processes: int, images_per_group: int = 1) 
         raise ValueError(f"{problem}; give --batch-size a multiple of {num_processes * images_per_group}.")
 
 
-@dataclass(frozen=True)
-class KeptFeatures:
-    """Features of one picture, as a batch of one, with its target."""
-
-    features: FrozenFeatures
-    target: Shaped[Tensor, "*size"]
-
-
 class FeatureMemory:
     """Keeps what fits into `budget_gb` (1e9 bytes); the rest is computed again whenever it is asked for."""
 
     def __init__(self, backbones: FrozenBackbones, budget_gb: float) -> None:
         self.backbones = backbones
-        self._memory: BoundedMemory[KeptFeatures] = BoundedMemory(int(budget_gb * BYTES_PER_GB))
+        self._memory: BoundedMemory[Batch] = BoundedMemory(int(budget_gb * BYTES_PER_GB))
 
-    def fetch(self, keys: Sequence[PictureKey], frames: Sequence[LabelledFrame], inputs: Inputs) -> list[KeptFeatures]:
-        """Features of a picture of each frame; those that are not there are loaded and computed."""
+    def fetch(self, keys: Sequence[PictureKey], frames: Sequence[LabelledFrame], inputs: Inputs) -> list[Batch]:
+        """Features, as a batch of one, of a picture of each frame; those that are not there are loaded and computed."""
         asked = dict(zip(keys, frames, strict=True))
         found = {key: entry for key in asked if (entry := self._memory.get(key)) is not None}
         pictures = {key: inputs.load(frame, key) for key, frame in asked.items() if key not in found}
@@ -101,8 +91,8 @@ class FeatureMemory:
                 dtype = torch.float32 if maps.abs().max() > _FLOAT16_MAX else torch.float16
                 halved = FrozenFeatures(maps, class_tokens).to("cpu", dtype)
                 # What does not fit is returned as if it had been kept, so that metrics do not depend on the budget.
-                found[key] = KeptFeatures(halved, pictures[key].target.cpu())
-                self._memory.keep(key, found[key], count_bytes(halved.maps, halved.class_tokens, found[key].target))
+                found[key] = halved, pictures[key].target.cpu()
+                self._memory.keep(key, found[key], count_bytes(halved.maps, halved.class_tokens, found[key][1]))
         return [found[key] for key in keys]
 
 
@@ -136,17 +126,17 @@ def iterate_augmented(
         yield features, torch.stack([picture.target for picture in pictures])
 
 
-def stack_features(entries: Sequence[KeptFeatures], fill: int | float = 0) -> Batch:
+def stack_features(entries: Sequence[Batch], fill: int | float = 0) -> Batch:
     """A batch out of entries, whose pictures may have several sizes: smaller maps are continued right and below.
 
     Tokens at the edge are repeated, which is what bilinear upsampling reads beyond the edge anyway, so that a linear
     head predicts for each picture what it predicts for it alone. Targets there are `fill`, which does not count.
     """
-    sizes = [entry.features.maps.shape[3:5] for entry in entries]
+    sizes = [features.maps.shape[3:5] for features, _ in entries]
     height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
     all_maps, targets = [], []
-    for entry, (h, w) in zip(entries, sizes, strict=True):
-        maps, target = entry.features.maps, entry.target
+    for (features, target), (h, w) in zip(entries, sizes, strict=True):
+        maps = features.maps
         if (h, w) != (height, width):
             # (1, parts, layers, h, w, e): each row and column, then the last one again.
             rows, columns = torch.arange(height).clamp_max(h - 1), torch.arange(width).clamp_max(w - 1)
@@ -156,7 +146,7 @@ def stack_features(entries: Sequence[KeptFeatures], fill: int | float = 0) -> Ba
             target = F.pad(target, (0, right, 0, below), value=fill)
         all_maps.append(maps)
         targets.append(target)
-    class_tokens = torch.cat([entry.features.class_tokens for entry in entries])
+    class_tokens = torch.cat([features.class_tokens for features, _ in entries])
     return FrozenFeatures(torch.cat(all_maps), class_tokens), torch.stack(targets)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,14 +115,12 @@ class SegmentationProbe(MapProbe[SegmentationConfig]):
     @torch.no_grad()
     def evaluate(self, head: nn.Module, labelled_set: LabelledSet) -> dict[str, Any]:
         """Metrics of a head on a set; every process takes its share of the frames."""
-        metrics = SegmentationMetrics(labelled_set.num_classes)
+        num_classes = labelled_set.num_classes
+        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         for frame in self.share(labelled_set):
-            assert frame.load_labels is not None
-            labels = frame.load_labels()
-            logits = self.predict_logits(head, frame, (labels.shape[0], labels.shape[1]))
-            metrics.update(logits.argmax(dim=0).cpu(), labels)
-        metrics.confusion = sum_over_processes(metrics.confusion, self.accelerator)
-        occurs = metrics.confusion.sum(dim=1) > 0
+            confusion += count_pixels(*self._predict(head, frame), num_classes)
+        confusion = sum_over_processes(confusion, self.accelerator)
+        occurs = confusion.sum(dim=1) > 0
         absent = [name for name, found in zip(labelled_set.class_names, occurs.tolist(), strict=True) if not found]
         if absent and self.accelerator.is_main_process:
             named = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
@@ -131,7 +129,7 @@ class SegmentationProbe(MapProbe[SegmentationConfig]):
                 f"No label of {labelled_set.name} is {named}: such classes do not count in miou ({IGNORE_INDEX} in a "
                 "label map means that a pixel does not count).",
             )
-        return metrics.compute(labelled_set.class_names)
+        return summarise_pixels(confusion, labelled_set.class_names)
 
     @torch.no_grad()
     def predict_logits(
@@ -141,52 +139,49 @@ class SegmentationProbe(MapProbe[SegmentationConfig]):
         windows = self.inputs.list_windows(frame)
         kept = self.memory.fetch(self.inputs.list_keys(frame), [frame] * len(windows), self.inputs)
         maps = []
-        for window, entry in zip(windows, kept, strict=True):
-            logits = head(entry.features.to(self.accelerator.device))
+        for window, (features, _) in zip(windows, kept, strict=True):
+            logits = head(features.to(self.accelerator.device))
             maps.append(self.backbones.create_fit(window.height, window.width).restore(logits)[0])
         height, width = windows[-1].top + windows[-1].height, windows[-1].left + windows[-1].width
         return resize_map(average_windows(maps, windows, height, width)[None], size)[0]
 
     def save_prediction(self, head: nn.Module, frame: LabelledFrame, prefix: Path, units: float) -> Tensor:
+        predicted, labels = self._predict(head, frame)
+        save_index_map(labels, Path(f"{prefix}_truth.png"))
+        save_index_map(predicted, Path(f"{prefix}_prediction.png"))
+        return frame.load_image()
+
+    def _predict(self, head: nn.Module, frame: LabelledFrame) -> tuple[UInt8[Tensor, "h w"], UInt8[Tensor, "h w"]]:
+        """Predicted and true classes of a frame."""
         assert frame.load_labels is not None
         labels = frame.load_labels()
         logits = self.predict_logits(head, frame, (labels.shape[0], labels.shape[1]))
-        save_index_map(labels, Path(f"{prefix}_truth.png"))
-        save_index_map(logits.argmax(dim=0).to("cpu", torch.uint8), Path(f"{prefix}_prediction.png"))
-        return frame.load_image()
+        return logits.argmax(dim=0).to("cpu", torch.uint8), labels
 
     def _create_assembler(self) -> Assembler:
         return Assembler(self.assembly, self.backbones.embed_dim, "none")
 
 
-class SegmentationMetrics:
-    """Adds up images; `confusion` counts pixels by true class (rows) and predicted class, and may be summed."""
+def count_pixels(
+    predicted: Integer[Tensor, "height width"], labels: Integer[Tensor, "height width"], num_classes: int
+) -> Int[Tensor, "classes classes"]:
+    """Pixels by true class (rows) and predicted class; those labelled `IGNORE_INDEX` never count."""
+    counted = labels != IGNORE_INDEX
+    pairs = labels[counted].long() * num_classes + predicted[counted].long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
-    def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.confusion: Int[Tensor, "classes classes"] = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
-    def update(self, predicted: Integer[Tensor, "height width"], labels: Integer[Tensor, "height width"]) -> None:
-        """Adds one image; pixels labelled `IGNORE_INDEX` never count."""
-        counted = labels != IGNORE_INDEX
-        pairs = labels[counted].long() * self.num_classes + predicted[counted].long()
-        counts = torch.bincount(pairs, minlength=self.num_classes**2)
-        self.confusion += counts.view(self.num_classes, self.num_classes).cpu()
-
-    def compute(self, class_names: Sequence[str] = ()) -> dict[str, Any]:
-        """The metrics, in [0, 1], with IoU by class name; ValueError if no pixel was counted."""
-        total = int(self.confusion.sum())
-        if total == 0:
-            raise ValueError("No test pixel has a label that counts; check the label maps.")
-        right = self.confusion.diagonal().double()
-        rows, columns = self.confusion.sum(1).double(), self.confusion.sum(0).double()
-        # Classes that no label has become NaN and are left out.
-        iou = torch.where(rows > 0, right / (rows + columns - right), torch.nan)
-        accuracy = right / rows
-        names = class_names or [str(index) for index in range(self.num_classes)]
-        return {
-            "miou": float(iou.nanmean()),
-            "macc": float(accuracy.nanmean()),
-            "aacc": float(right.sum() / total),
-            "iou_by_class": dict(zip(names, iou.tolist(), strict=True)),
-        }
+def summarise_pixels(confusion: Int[Tensor, "classes classes"], class_names: Sequence[str]) -> dict[str, Any]:
+    """The metrics of what `count_pixels` counted, in [0, 1], with IoU by class name; ValueError without any pixel."""
+    total = int(confusion.sum())
+    if total == 0:
+        raise ValueError("No test pixel has a label that counts; check the label maps.")
+    right, rows, columns = confusion.diagonal().double(), confusion.sum(1).double(), confusion.sum(0).double()
+    # Classes that no label has become NaN and are left out.
+    iou = torch.where(rows > 0, right / (rows + columns - right), torch.nan)
+    return {
+        "miou": float(iou.nanmean()),
+        "macc": float((right / rows).nanmean()),
+        "aacc": float(right.sum() / total),
+        "iou_by_class": dict(zip(class_names, iou.tolist(), strict=True)),
+    }

@@ -6,7 +6,6 @@ Gradio's usage statistics, share links and web fonts are off, and the page forbi
 import ipaddress
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -179,9 +178,3 @@ class _Guard:
             elif not is_bounded or int(length) > MAX_BYTES + _BYTES_AROUND_FILE:
                 answer = PlainTextResponse(f"Files of at most {MAX_BYTES // 10**6} MB are taken.", 413)
         await answer(scope, receive, send_with_policy)
-
-
-def wait_for_interrupt() -> None:
-    """Lets the server work until Ctrl-C."""
-    while True:
-        time.sleep(1.0)

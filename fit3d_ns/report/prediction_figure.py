@@ -31,7 +31,8 @@ _DEPTH_MAP = "viridis"
 _ERROR_MAP = "magma"
 _UNMEASURED = 0.6
 """Grey of error maps where nothing is measured."""
-_METRICS = {"segmentation": "accuracy", "depth": "rmse"}
+_METRICS = {"segmentation": ("accuracy", "right pixels"), "depth": ("rmse", "RMSE in m")}
+"""What the numbers are called in JSON and in pictures."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +112,20 @@ def save_prediction_figure(
         raise ValueError(f"{max_frames} frames of {column_width} pixels; take at least one frame of 16 pixels.")
     first, labels = folders[0], label_predictions(folders)
     chosen = select_evenly(range(len(first.frames)), max_frames)
-    drawn = (_draw_segmentation if first.task == "segmentation" else _draw_depth)(folders, chosen)
+    draw = _draw_segmentation if first.task == "segmentation" else _draw_depth
+    pictures, values, notes, legend = draw(folders, chosen)
     rows, row_labels, metrics = [], [], []
-    for index, pictures, values, note in zip(chosen, drawn.pictures, drawn.values, drawn.notes, strict=True):
+    key, metric = _METRICS[first.task]
+    for index, drawn, numbers, note in zip(chosen, pictures, values, notes, strict=True):
         image = _fit(first.load_image(index), column_width, "area")
-        rows.append([image, *(_fit(picture, column_width) for picture in pictures)])
-        named = dict(zip(labels, values, strict=True))
+        rows.append([image, *(_fit(picture, column_width) for picture in drawn)])
+        named = dict(zip(labels, numbers, strict=True))
         said = ", ".join(f"{label} {value:.3f}" for label, value in named.items())
-        row_labels.append(f"{first.frames[index]}{note}: {drawn.metric} {said}")
-        metrics.append({"frame": first.frames[index], _METRICS[first.task]: named})
+        row_labels.append(f"{first.frames[index]}{note}: {metric} {said}")
+        metrics.append({"frame": first.frames[index], key: named})
     errors = [f"error of {label}" for label in labels] if first.task == "depth" else []
     panel = compose_panel(rows, ["input", *labels, "ground truth", *errors], row_labels)
-    save_picture(append_legend(panel, drawn.legend), path)
+    save_picture(append_legend(panel, legend), path)
     return write_facts(path, "report/predictions", first.is_random, task=first.task, columns=labels, frames=metrics)
 
 
@@ -181,16 +184,8 @@ def _read_folder(folder: Path) -> PredictionFolder:
     return read
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """What a task shows of each frame: the pictures after the photograph, a number for each head, and a note."""
-
-    pictures: list[list[Float[Tensor, "height width 3"]]]
-    values: list[list[float]]
-    notes: list[str]
-    metric: str
-    """What the numbers are called."""
-    legend: list[LegendEntry]
+_Drawn = tuple[list[list[Float[Tensor, "height width 3"]]], list[list[float]], list[str], list[LegendEntry]]
+"""What a task shows: of each frame the pictures after the photograph, a number for each head and a note; the legend."""
 
 
 def _draw_segmentation(folders: Sequence[PredictionFolder], chosen: Sequence[int]) -> _Drawn:
@@ -206,7 +201,7 @@ def _draw_segmentation(folders: Sequence[PredictionFolder], chosen: Sequence[int
     legend = [LegendEntry(palette[[index]], names[index]) for index in sorted(seen - {IGNORED})]
     if IGNORED in seen:
         legend.append(LegendEntry(palette[[-1]], "does not count"))
-    return _Drawn(pictures, accuracy, [""] * len(chosen), "right pixels", legend)
+    return pictures, accuracy, [""] * len(chosen), legend
 
 
 def _draw_depth(folders: Sequence[PredictionFolder], chosen: Sequence[int]) -> _Drawn:
@@ -229,7 +224,7 @@ def _draw_depth(folders: Sequence[PredictionFolder], chosen: Sequence[int]) -> _
         LegendEntry(colour_values(steps, 0.0, 1.0, _DEPTH_MAP), "depth, near to far of each row; black: not measured"),
         LegendEntry(colour_values(steps, 0.0, 1.0, _ERROR_MAP), f"error, 0 to {largest:.2f} m; grey: not measured"),
     ]
-    return _Drawn(pictures, rmse, notes, "RMSE in m", legend)
+    return pictures, rmse, notes, legend
 
 
 def _find_rank(values: Float[Tensor, " n"], share: float, otherwise: float) -> float:

@@ -77,7 +77,13 @@ def read_results(patterns: Sequence[str | Path]) -> tuple[list[ProbeResult], lis
     if not probes and not finetunings:
         named = ", ".join(map(str, patterns)) or "nothing"
         raise ValueError(f"No result of fit3d-probe or fit3d-finetune in {named}; give files or folders they wrote.")
-    _check_duplicates(probes)
+    seen: dict[str, Path] = {}
+    for probe in probes:
+        key = probe.record.settings.get("key", str(probe.path))
+        if key in seen:
+            problem = f"{seen[key]} and {probe.path} hold metrics of the same settings (key {key})"
+            raise ValueError(f"{problem}; leave one of them out, or run all seeds into one file.")
+        seen[key] = probe.path
     return probes, finetunings
 
 
@@ -99,15 +105,3 @@ def _find_files(patterns: Sequence[str | Path]) -> list[tuple[Path, bool]]:
                 if is_named or (file.suffix == ".json" and not is_skipped):
                     found.setdefault(file.resolve(), (file, is_named))
     return list(found.values())
-
-
-def _check_duplicates(probes: Sequence[ProbeResult]) -> None:
-    seen: dict[str, Path] = {}
-    for probe in probes:
-        key = probe.record.settings.get("key")
-        if key is None:
-            continue
-        if key in seen:
-            problem = f"{seen[key]} and {probe.path} hold metrics of the same settings (key {key})"
-            raise ValueError(f"{problem}; leave one of them out, or run all seeds into one file.")
-        seen[key] = probe.path

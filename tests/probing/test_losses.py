@@ -130,6 +130,4 @@ def test_depth_bins__linear_normalisation_by_hand() -> None:
     # Shares: 0.1, 0.1, 2.1, 0.1 over 2.4; bins at 1, 2, 3, 4 m.
     expected = (0.1 * 1 + 0.1 * 2 + 2.1 * 3 + 0.1 * 4) / 2.4
     assert float(bins(logits)) == pytest.approx(expected, rel=1e-6)
-    softmax = DepthBins(1.0, 4.0, num_bins=4, normalization="softmax")
-    assert float(softmax(torch.zeros(1, 4, 1, 1))) == pytest.approx(2.5)
     assert len(DepthBins(0.001, 10.0).centers) == 256

@@ -8,7 +8,7 @@ import torch
 
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX
 from fit3d_ns.probing.depth import DepthMetrics, create_window
-from fit3d_ns.probing.segmentation import SegmentationMetrics
+from fit3d_ns.probing.segmentation import count_pixels, summarise_pixels
 
 
 def draw_maps(seed: int, num_classes: int, size: tuple[int, int] = (7, 9)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,11 +21,9 @@ def draw_maps(seed: int, num_classes: int, size: tuple[int, int] = (7, 9)) -> tu
 
 def test_segmentation_metrics__equal_a_loop_over_pixels() -> None:
     # Class 4 occurs nowhere, class 3 only in the predictions of the second image.
-    metrics = SegmentationMetrics(5)
     images = [draw_maps(0, 3), draw_maps(1, 3)]
     images[1][0][0, :4] = 3
-    for predicted, labels in images:
-        metrics.update(predicted, labels)
+    confusion = sum((count_pixels(*pair, 5) for pair in images), torch.zeros(5, 5, dtype=torch.int64))
     hits, truths, guesses = [0] * 5, [0] * 5, [0] * 5
     for predicted, labels in images:
         for guess, truth in zip(predicted.flatten().tolist(), labels.flatten().tolist(), strict=True):
@@ -35,7 +33,7 @@ def test_segmentation_metrics__equal_a_loop_over_pixels() -> None:
                 guesses[guess] += 1
     unions = [truths[index] + guesses[index] - hits[index] for index in range(5)]
     ious = [hits[index] / unions[index] for index in range(5) if truths[index]]
-    figures = metrics.compute(["a", "b", "c", "d", "e"])
+    figures = summarise_pixels(confusion, "abcde")
     assert figures["miou"] == pytest.approx(sum(ious) / len(ious))
     accuracies = [hits[index] / truths[index] for index in range(5) if truths[index]]
     assert figures["macc"] == pytest.approx(sum(accuracies) / len(accuracies))
@@ -49,9 +47,7 @@ def test_segmentation_metrics__equal_torchmetrics_and_scikit_learn() -> None:
     from torchmetrics.classification import MulticlassJaccardIndex
 
     predicted, labels = draw_maps(2, 4, (40, 40))
-    metrics = SegmentationMetrics(4)
-    metrics.update(predicted, labels)
-    figures = metrics.compute()
+    figures = summarise_pixels(count_pixels(predicted, labels, 4), "abcd")
     other = MulticlassJaccardIndex(4, ignore_index=IGNORE_INDEX)(predicted, labels.long())
     assert figures["miou"] == pytest.approx(float(other), rel=1e-6)
     counted = labels != IGNORE_INDEX
@@ -62,14 +58,11 @@ def test_segmentation_metrics__equal_torchmetrics_and_scikit_learn() -> None:
 
 def test_segmentation_metrics__ignored_pixels_never_count() -> None:
     predicted, labels = draw_maps(3, 4)
-    metrics, other = SegmentationMetrics(4), SegmentationMetrics(4)
-    metrics.update(predicted, labels)
-    other.update(torch.where(labels == IGNORE_INDEX, 3 - predicted, predicted), labels)
-    assert torch.equal(metrics.confusion, other.confusion)
-    empty = SegmentationMetrics(4)
-    empty.update(predicted, torch.full_like(labels, IGNORE_INDEX))
+    other = count_pixels(torch.where(labels == IGNORE_INDEX, 3 - predicted, predicted), labels, 4)
+    assert torch.equal(count_pixels(predicted, labels, 4), other)
+    empty = count_pixels(predicted, torch.full_like(labels, IGNORE_INDEX), 4)
     with pytest.raises(ValueError, match="No test pixel has a label"):
-        empty.compute()
+        summarise_pixels(empty, "abcd")
 
 
 def loop_over_depth(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:

@@ -3,7 +3,9 @@
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor, describe_backbone
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones
-from fit3d_ns.probing.multiview import MultiviewConfig, MultiviewProbe
+from fit3d_ns.probing.multiview import MultiviewConfig, load_views, measure_views
 from fit3d_ns.scene import (
     FeatureDecoder,
     FeatureScene,
@@ -31,9 +33,11 @@ def room(tmp_path: Path) -> Path:
     return create_scene(tmp_path / "room", seed=3)
 
 
-def create_probe(task: str, *paths: Path, backbone: str = BACKBONE, **changes: object) -> MultiviewProbe:
+def create_probe(task: str, *paths: Path, backbone: str = BACKBONE, **changes: object) -> SimpleNamespace:
     backbones = create_frozen_backbones(BackboneConfig("duplicate", backbone, patch_fit="resize"), norm=True)
-    return MultiviewProbe(task, MultiviewConfig(**changes), paths, backbones, "duplicate")  # type: ignore[arg-type]
+    config = MultiviewConfig(**changes)  # type: ignore[arg-type]
+    scenes = [load_views(path, config, backbones, "duplicate", "cpu") for path in paths]
+    return SimpleNamespace(scenes=scenes, compute=partial(measure_views, task, config, scenes))
 
 
 def test_multiview__the_toy_finds_more_points_again_than_random_weights(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from fit3d_ns.analysis.normals import compute_normals
 from fit3d_ns.cli.probe import main
-from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones
-from fit3d_ns.probing.multiview import ViewsConfig
-from fit3d_ns.probing.normals import NormalsProbe
+from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig, create_frozen_backbones
+from fit3d_ns.probing.multiview import SceneViews, ViewsConfig, load_views
+from fit3d_ns.probing.normals import measure_normals
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from fit3d_ns.utils.results import load_result
 
@@ -23,16 +23,16 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "room_00", folder / "room_01"]
 
 
-def create_probe(rooms: list[Path], backbone: str = "toy_rooms_vit", assembly: str = "original") -> NormalsProbe:
+def load_rooms(rooms: list[Path], backbone: str = "toy_rooms_vit", assembly: Assembly = "original") -> list[SceneViews]:
     backbones = create_frozen_backbones(BackboneConfig(assembly, backbone, patch_fit="resize"), norm=True)
-    return NormalsProbe(ViewsConfig(max_views=6), rooms[:1], rooms[1:], backbones, assembly)  # type: ignore[arg-type]
+    return [load_views(path, ViewsConfig(max_views=6), backbones, assembly, "cpu") for path in rooms]
 
 
 def test_normals__are_those_of_weighted_ridge_regression(rooms: list[Path]) -> None:
-    probe = create_probe(rooms)
-    figures = probe.compute()
+    train, test = load_rooms(rooms)
+    figures = measure_normals([train], [test])
     tokens, normals, weights = [], [], []
-    for token_map, view in zip(probe.train[0].token_maps, probe.train[0].depth_views, strict=True):
+    for token_map, view in zip(train.token_maps, train.depth_views, strict=True):
         true, known = compute_normals(view)
         for row in range(15):
             for column in range(20):
@@ -47,7 +47,7 @@ def test_normals__are_those_of_weighted_ridge_regression(rooms: list[Path]) -> N
     gram = (x - mx).T @ (w * (x - mx)) + alpha * np.eye(x.shape[1])
     matrix = np.linalg.solve(gram, (x - mx).T @ (w * (y - my)))
     errors = []
-    for token_map, view in zip(probe.test[0].token_maps, probe.test[0].depth_views, strict=True):
+    for token_map, view in zip(test.token_maps, test.depth_views, strict=True):
         true, known = compute_normals(view)
         predicted = torch.from_numpy((token_map.double().numpy() - mx) @ matrix + my).permute(2, 0, 1)[None]
         full = F.interpolate(predicted, size=(120, 160), mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
@@ -60,10 +60,10 @@ def test_normals__are_those_of_weighted_ridge_regression(rooms: list[Path]) -> N
 
 
 def test_normals__the_toy_knows_more_of_them_than_random_weights(rooms: list[Path]) -> None:
-    toy, random = (create_probe(rooms, name).compute() for name in ("toy_rooms_vit", "random:toy_rooms_vit"))
+    pairs = [load_rooms(rooms), load_rooms(rooms, "random:toy_rooms_vit"), load_rooms(rooms, assembly="duplicate")]
+    toy, random, twice = (measure_normals([train], [test]) for train, test in pairs)
     assert toy["mean"] < 0.9 * random["mean"] and toy["within_22.5"] > random["within_22.5"]
     # A second copy of the same features tells nothing new.
-    twice = create_probe(rooms, assembly="duplicate").compute()
     assert twice["mean"] == pytest.approx(toy["mean"], rel=0.03)
 
 

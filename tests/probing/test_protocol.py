@@ -107,7 +107,7 @@ def test_paper__every_value_of_the_public_depth_and_classification_code() -> Non
         images_per_group=2,
     )
     assert probe.inputs.crop_size == (416, 544) and PAPER_DEPTH.loss_warmup_iterations == 100
-    assert PAPER_DEPTH.num_bins == 256 and PAPER_DEPTH.bin_normalization == "linear" and PAPER_DEPTH.is_flip_averaged
+    assert PAPER_DEPTH.num_bins == 256 and PAPER_DEPTH.is_flip_averaged
     head = probe.create_head("auto")
     assert isinstance(head, LinearDepthHead) and head.class_layer is not None
     inputs = head.token_layer.in_features + head.class_layer.in_features

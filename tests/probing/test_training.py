@@ -20,7 +20,6 @@ from fit3d_ns.probing.pictures import Picture, PictureKey
 from fit3d_ns.probing.samples import (
     Draw,
     FeatureMemory,
-    KeptFeatures,
     check_batch,
     iterate_augmented,
     iterate_draws,
@@ -197,18 +196,18 @@ def test_stack_features__a_linear_head_sees_no_difference_to_pictures_alone() ->
     for h, w in ((2, 3), (4, 2), (4, 3)):
         maps, tokens = torch.randn(1, 1, 1, h, w, 5, generator=generator), torch.randn(1, 1, 1, 5, generator=generator)
         target = torch.randint(0, 9, (2 * h, 2 * w), generator=generator).to(torch.uint8)
-        entries.append(KeptFeatures(FrozenFeatures(maps, tokens), target))
+        entries.append((FrozenFeatures(maps, tokens), target))
     features, targets = stack_features(entries, 255)
     torch.manual_seed(0)
     head = LinearDepthHead(Assembler("original", 5), DepthBins(0.5, 4.0, num_bins=8))
     nn.init.normal_(head.token_layer.weight)
     depth = F.interpolate(head(features)[:, None], scale_factor=0.5)[:, 0]
     assert targets.shape == (3, 8, 6)
-    for index, entry in enumerate(entries):
-        rows, columns = entry.target.shape
-        torch.testing.assert_close(targets[index, :rows, :columns], entry.target)
+    for index, (own, target) in enumerate(entries):
+        rows, columns = target.shape
+        torch.testing.assert_close(targets[index, :rows, :columns], target)
         assert int((targets[index] != 255).sum()) == rows * columns
-        alone = F.interpolate(head(entry.features)[:, None], scale_factor=0.5)[0, 0]
+        alone = F.interpolate(head(own)[:, None], scale_factor=0.5)[0, 0]
         torch.testing.assert_close(depth[index, :rows, :columns], alone)
 
 
@@ -307,5 +306,5 @@ def test_feature_memory__half_precision_unless_features_are_too_large() -> None:
     memory = FeatureMemory(backbones, 1.0)
     for value, dtype in ((0.5, torch.float16), (1e5, torch.float32)):
         frame = replace(create_striped_frame(0), name=str(value))
-        (entry,) = memory.fetch([PictureKey(value)], [frame], NoisyInputs(4, 4))
-        assert entry.features.maps.dtype == dtype and float(entry.features.maps.max()) == value
+        [(features, _)] = memory.fetch([PictureKey(value)], [frame], NoisyInputs(4, 4))
+        assert features.maps.dtype == dtype and float(features.maps.max()) == value

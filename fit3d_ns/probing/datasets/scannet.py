@@ -208,8 +208,6 @@ def _resize(
 ) -> Shaped[Tensor, "new_height new_width *channels"]:
     """Resizes a picture to the size that is probed."""
     size = (undistortion.lens.width, undistortion.lens.height)
-    if picture.shape[:2] == size[::-1]:
-        return picture
     return torch.from_numpy(cv2.resize(picture.numpy(), size, interpolation=interpolation))
 
 
