@@ -8,8 +8,8 @@ the token grid and multiplying each token's 9 D numbers with one E x 9 D matrix.
 
 A patch grid (h, w) divides the image into h x w equal cells. `bilinear` reads what `F.interpolate(mode="bilinear",
 align_corners=False, antialias=False)` computes: the two nearest pixel rows and columns of each cell centre. `area` is
-the average over the cell, pixels on its border counted by the part inside. Both are separable, so a reading is a matrix
-for the pixel rows that some token row needs, and one for the columns.
+the average over the cell, pixels on its border counted by the part inside. Both are separable, so a reading is one
+short run of pixel rows per token row, one run of columns per token column, and their weights.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,15 @@ class TokenAxis:
 
     read: Int[Tensor, " read"]
     """Image rows that are read, ascending."""
-    weights: Float[Tensor, "3 tokens read"]
+    index: Int[Tensor, "tokens run"]
+    """Which of the read rows each token row needs: a run of them; an index into `read`, not into the image."""
+    weights: Float[Tensor, "3 tokens run"]
     """Their weights, float64, for the map shifted by one row down (tap 0), not at all, and one row up (tap 2)."""
+
+    def gather(self, values: Tensor, dim: int) -> Tensor:
+        """The run of each token in the place of the read rows, which are along `dim`."""
+        runs = values.index_select(dim, self.index.flatten().to(values.device))
+        return runs.unflatten(dim, self.index.shape)
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class TokenReader:
     @property
     def size(self) -> tuple[int, int]:
         """Token grid (h, w)."""
-        return self.rows.weights.shape[1], self.columns.weights.shape[1]
+        return self.rows.index.shape[0], self.columns.index.shape[0]
 
     def blend(
         self, features: Float[Tensor, "num_gaussians channels"], info: dict[str, Any]
@@ -80,9 +87,10 @@ class TokenReader:
 
     def _combine(self, values: PixelValues, taps: slice) -> Float[Tensor, "*batch h w taps channels"]:
         rows, columns = (axis.weights[taps].to(values) for axis in (self.rows, self.columns))
-        grid = values.unflatten(-2, (rows.shape[-1], columns.shape[-1]))
-        # y, x: taps; h, w: tokens; r, k: pixel rows and columns
-        read = torch.einsum("...rkc,yhr,xwk->...hwyxc", grid, rows, columns)
+        grid = values.unflatten(-2, (len(self.rows.read), len(self.columns.read)))
+        # y, x: taps; h, w: tokens; r, k: pixel rows and columns of each
+        by_row = torch.einsum("...hrkc,yhr->...hykc", self.rows.gather(grid, -3), rows)
+        read = torch.einsum("...hywkc,xwk->...hwyxc", self.columns.gather(by_row, -2), columns)
         return read.flatten(-3, -2)
 
 
@@ -243,9 +251,13 @@ def _create_axis(
         weights = _weigh_area(length, num_tokens)
     # Kernel tap 0 multiplies the pixel before, tap 2 the pixel after; the convolution pads with zeros.
     taps = torch.stack([F.pad(weights[:, 1:], (0, 1)), weights, F.pad(weights[:, :-1], (1, 0))])
-    needed = taps if neighbourhood else weights
-    read = (needed.reshape(-1, length) != 0).any(dim=0).nonzero()[:, 0]
-    return TokenAxis(read.to(device), taps[:, :, read].to(device))
+    needed = ((taps if neighbourhood else weights[None]) != 0).any(dim=0)
+    read = needed.any(dim=0).nonzero()[:, 0]
+    run = int(needed.sum(dim=1).max())
+    # As long as the longest everywhere, moved inwards at the end.
+    first = needed[:, read].int().argmax(dim=1).clamp(max=len(read) - run)
+    index = first[:, None] + torch.arange(run)
+    return TokenAxis(read.to(device), index.to(device), taps[:, :, read].gather(2, index.expand(3, -1, -1)).to(device))
 
 
 def _weigh_area(length: int, num_tokens: int) -> Float[Tensor, "tokens length"]:
