@@ -33,7 +33,7 @@ _KITTI_DEPTH_ROOTS = ("data_depth_annotated/train", "data_depth_annotated/val", 
 def read_nyu(root: Path, split: LabelledSplit, task: LabelledTask, num_classes: int = 13) -> LabelledSet:
     """Reads one official split, with 13 classes (the paper's) or 40; for depth the published list, if any, wins."""
     if task == "depth" and (root / f"nyu_{split}.txt").is_file():
-        return _read_nyu_list(root, split)
+        return read_listed_depth(root, f"nyu_{split}.txt", "nyu", NYU_CONVENTION)
     path = root / LABELLED_FILE
     if not path.is_file():
         raise ValueError(f"{root} has no {LABELLED_FILE}; download the labelled NYUv2 set (2.8 GB).")
@@ -90,12 +90,33 @@ def read_ade20k(root: Path, split: LabelledSplit) -> LabelledSet:
     names = tuple(line.split("\t")[-1].strip() for line in lines if line.split("\t")[0].strip().isdigit())
     if len(names) != NUM_ADE20K_CLASSES:
         raise ValueError(f"{folder / 'objectInfo150.txt'} names {len(names)} classes, expected {NUM_ADE20K_CLASSES}.")
+    return read_annotations(folder, split, "ade20k", names)
+
+
+def read_annotations(root: Path, split: LabelledSplit, name: str, class_names: tuple[str, ...]) -> LabelledSet:
+    """Reads `images/` with labels in `annotations/`, both with `training` and `validation`; label 0 does not count."""
     part = "training" if split == "train" else "validation"
-    images = list_images(folder / "images" / part)
-    if not images:
-        raise ValueError(f"{folder / 'images' / part} holds no images; unpack ADEChallengeData2016.zip again.")
-    table = labelled.create_zero_ignoring_table(NUM_ADE20K_CLASSES)
-    return LabelledSet("ade20k", _create_frames(images, folder / "annotations" / part, table), names)
+    images, labels = root / "images" / part, root / "annotations" / part
+    table = labelled.create_zero_ignoring_table(len(class_names))
+    frames: list[LabelledFrame] = []
+    for path in list_images(images):
+        stem = path.relative_to(images).with_suffix("")
+        title, group = stem.as_posix(), "/".join(stem.parts[:-1])
+        frames.append(create_frame(path, name=title, group=group, label_path=labels / f"{stem}.png", table=table))
+    if not frames:
+        raise ValueError(f"{images} holds no images; unpack the archive again.")
+    return LabelledSet(name, frames, class_names)
+
+
+def read_listed_depth(root: Path, listing: str, name: str, convention: labelled.DepthConvention) -> LabelledSet:
+    """Reads the images and depth maps of a list, whose names are relative to `root`; `None` is no depth map."""
+    frames: list[LabelledFrame] = []
+    for names in _read_depth_list(root / listing):
+        image, depth = (Path(name.lstrip("/")) for name in names)
+        if depth.name != "None":
+            title, group = image.with_suffix("").as_posix(), image.parent.as_posix()
+            frames.append(create_frame(root / image, name=title, group=group, depth_path=root / depth))
+    return LabelledSet(name, frames, depth=convention, is_sequence=True)
 
 
 def find_voc(root: Path) -> Path | None:
@@ -115,20 +136,11 @@ def read_voc(root: Path, split: LabelledSplit) -> LabelledSet:
     images = [folder / "JPEGImages" / f"{stem}.jpg" for stem in stems]
     names = labelled.CLASS_NAMES["voc2012"]
     table = labelled.LabelTable(len(names))
-    return LabelledSet("voc2012", _create_frames(images, folder / "SegmentationClass", table), names)
-
-
-def _create_frames(images: list[Path], labels: Path, table: labelled.LabelTable) -> list[LabelledFrame]:
-    return [create_frame(path, name=path.stem, label_path=labels / f"{path.stem}.png", table=table) for path in images]
-
-
-def _read_nyu_list(root: Path, split: LabelledSplit) -> LabelledSet:
-    frames: list[LabelledFrame] = []
-    for names in _read_depth_list(root / f"nyu_{split}.txt"):
-        image, depth = (Path(name.lstrip("/")) for name in names)
-        name, group = image.with_suffix("").as_posix(), image.parent.as_posix()
-        frames.append(create_frame(root / image, name=name, group=group, depth_path=root / depth))
-    return LabelledSet("nyu", frames, depth=NYU_CONVENTION, is_sequence=True)
+    labels = folder / "SegmentationClass"
+    frames = [
+        create_frame(image, name=image.stem, label_path=labels / f"{image.stem}.png", table=table) for image in images
+    ]
+    return LabelledSet("voc2012", frames, names)
 
 
 def _read_depth_list(listing: Path) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, r
 from fit3d_ns.probing.datasets import frames as labelled
 from fit3d_ns.probing.datasets.folders import read_class_names
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, LabelledTask, create_frame
+from fit3d_ns.probing.datasets.official_sets import read_annotations, read_listed_depth
 from fit3d_ns.utils.files import read_json
 
 NYU40_NAMES = labelled.CLASS_NAMES["nyu40"]
@@ -74,6 +75,11 @@ def is_scannetpp_scene(path: Path) -> bool:
     return (path / "dslr" / "nerfstudio").is_dir() or (path / "nerfstudio").is_dir()
 
 
+def is_scannetpp_evaluation(path: Path) -> bool:
+    """True for what FiT3D's authors evaluate on: halved, undistorted pictures with lists and 100 classes."""
+    return any((path / f"scannetpp_{part}.txt").is_file() for part in ("train", "val"))
+
+
 def find_scannetpp_scenes(root: Path) -> Path | None:
     """The folder whose children are scenes, or None."""
     for folder in (root / "data", root):
@@ -88,9 +94,16 @@ def read_scannetpp_labelled(
     """Reads a scene, or the scenes of the official split list, with depth or labels, whichever the task needs.
 
     The split of a scene is its own train or test frames, or all for None; that of a root is `nvs_sem_train` or
-    `nvs_sem_val`, whole scenes. From `max_depth` metres on (None: 20) depth does not count.
+    `nvs_sem_val`, whole scenes, and of the authors' evaluation folder the list of that name. From `max_depth` metres on
+    (None: 20) depth does not count.
     """
     convention = labelled.DepthConvention(max_depth=max_depth or MAX_DEPTH)
+    if is_scannetpp_evaluation(path) and task == "depth":
+        name = f"scannetpp_{'train' if split != 'test' else 'val'}.txt"
+        return read_listed_depth(path, name, "scannetpp", convention)
+    if is_scannetpp_evaluation(path):
+        found = read_annotations(path, split or "train", "scannetpp", labelled.CLASS_NAMES["scannetpp"])
+        return replace(found, is_sequence=True)
     if is_scannetpp_scene(path):
         frames, names = _read_scene(path, split, task, path)
         return LabelledSet(path.resolve().name, frames, names, depth=convention, is_sequence=True)

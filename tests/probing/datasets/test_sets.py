@@ -161,6 +161,26 @@ def test_ade20k__counts_from_one_and_ignores_zero(tmp_path: Path) -> None:
         read_labelled_set(root, "train", "segmentation")
 
 
+def test_scannetpp__the_authors_evaluation_folder(tmp_path: Path) -> None:
+    """Lists of pairs, some without depth; labels count from 1, in folders of their own by scene."""
+    for part, scene in (("training", "a"), ("validation", "b")):
+        write_image(tmp_path / "images" / part / scene / "DSC1.JPG")
+        write_map(tmp_path / "annotations" / part / scene / "DSC1.png", label_map(0, 1, 100))
+        write_map(tmp_path / "depth" / scene / "DSC1.png", label_map(1500, dtype=np.uint16))
+    for listing, part, scene in (("train", "training", "a"), ("val", "validation", "b")):
+        pair = f"images/{part}/{scene}/DSC1.JPG"
+        write_text(
+            tmp_path / f"scannetpp_{listing}.txt", f"/{pair} /depth/{scene}/DSC1.png 518.8", f"{pair} None 518.8"
+        )
+    labels = read_labelled_set(tmp_path, "test", "segmentation")
+    assert labels.name == "scannetpp" and labels.class_names[::99] == ("wall", "marker")
+    assert [(frame.name, frame.group) for frame in labels.frames] == [("b/DSC1", "b")]
+    assert labels_of(labels.frames[0]) == [0, 99, 255]
+    depth = read_labelled_set(tmp_path, "train", "depth")
+    assert [frame.name for frame in depth.frames] == ["images/training/a/DSC1"] and depth.depth.max_depth == 20.0
+    assert depth.frames[0].load_depth is not None and float(depth.frames[0].load_depth().unique()) == 1.5
+
+
 def test_voc__background_is_a_class_and_lists_choose(tmp_path: Path) -> None:
     root = tmp_path / "VOCdevkit" / "VOC2012"
     for stem in ("2007_1", "2007_2", "2007_3"):
