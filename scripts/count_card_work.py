@@ -58,9 +58,6 @@ class Speed:
     flops: float
     launches: float = 250_000.0
     """Of PyTorch from one Python thread."""
-    blending: float = 0.00284 / 2
-    """Seconds of gsplat's 64 channels at 876x584, forward or backward in the mean, as measured on an H100
-    (docs/costs.md); the sampled pictures of a pass take about a third of it."""
 
 
 CARDS = {"H100": Speed(3.35e12, 495e12), "RTX 4090": Speed(1.01e12, 82.6e12)}
@@ -172,6 +169,8 @@ def count_lift(counts: Counts, folder: Path) -> dict[str, Work]:
                 "cuda",
             ]
             path = capture / f"{views}_{passes}.safetensors"
+            # A finished scene would be passed over.
+            path.unlink(missing_ok=True)
             return counts.count(lambda: lift.main([str(word) for word in [*words, "--output-path", path]]))
 
         lift_with(6, 1)
@@ -263,15 +262,15 @@ def count_backbone(counts: Counts, name: str) -> dict[str, Work]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     rows, columns = compute_patch_grid(HEIGHT, WIDTH, model.description.patch_size)
     target = torch.zeros(1, rows * columns, model.description.embed_dim).to("cuda")
-    both = counts.count(lambda: (model(image.to("cuda")).patches - target).abs().sum().backward())
+    both = counts.count(lambda: (model(image.to("cuda")).maps.flatten(1, 2) - target).abs().sum().backward())
     optimizer.step()
     update = counts.count(optimizer.step)
     return {f"{name}: an image forward": forward, f"{name}: forward and backward": both, f"{name}: AdamW": update}
 
 
-def compute_seconds(work: Work, speed: Speed, blending: float = 1.0) -> float:
+def compute_seconds(work: Work, speed: Speed, blending: float = 0.0) -> float:
     """At least: the slower of host and card, waits apart (a wait costs what is under way, not more)."""
-    on_card = work["bytes"] / speed.bytes + work["flops"] / speed.flops + work["blendings"] * blending * speed.blending
+    on_card = work["bytes"] / speed.bytes + work["flops"] / speed.flops + work["blendings"] * blending
     return max(on_card, work["launches"] / speed.launches)
 
 
@@ -291,15 +290,24 @@ STAGES: dict[str, list[tuple[float, str]]] = {
         (STEPS, "dinov2_base: AdamW"),
     ],
 }  # fmt: skip
-SAMPLED = {"lift: a view in a pass": 1 / 3}
-"""Blending of a sampled picture, as a share of a whole one's (measured, docs/costs.md)."""
+BLENDING = {
+    "lift: a view, once": 0.00284,
+    "lift: a view in a pass": 0.0009,
+    "colour: a step": 0.00284,
+    "stage II: an image's target": 0.00074,
+}
+"""Seconds that gsplat takes on an H100 to blend 64 channels of a million Gaussians, and back where the stage goes back:
+of whole pictures, and of the samples of a pass (measured, docs/costs.md). An RTX 4090 has as many multiprocessors."""
 
 
 def main(config: Config) -> None:
     works: dict[str, Work] = {}
     with tempfile.TemporaryDirectory() as folder, pretend_cuda() as card, replace_kernels() as calls:
         counts = Counts(card, calls)
-        works |= count_steps(counts, Path(folder)) | count_lift(counts, Path(folder))
+        works |= count_steps(counts, Path(folder))
+        # At the paper's size one view is blended at a time.
+        with mock.patch("fit3d_ns.lifting.solver.choose_views_per_call", lambda *_: 1):
+            works |= count_lift(counts, Path(folder))
         for name in ("dinov2_small", "dinov2_base"):
             works |= count_backbone(counts, name)
     config.output_path.write_text(json.dumps(works, indent=2))
@@ -314,7 +322,7 @@ def main(config: Config) -> None:
     print(f"\n| stage | {' | '.join(f'{name}, at least s' for name in CARDS)} |\n|---|{'---|' * len(CARDS)}")
     for stage, parts in STAGES.items():
         seconds = [
-            sum(factor * compute_seconds(works[name], speed, SAMPLED.get(name, 1.0)) for factor, name in parts)
+            sum(factor * compute_seconds(works[name], speed, BLENDING.get(name, 0.0)) for factor, name in parts)
             for speed in CARDS.values()
         ]
         print(f"| {stage} | {' | '.join(f'{value:.1f}' for value in seconds)} |")
