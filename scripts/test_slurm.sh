@@ -72,6 +72,7 @@ SlurmctldLogFile=$work/slurmctld.log
 SlurmdLogFile=$work/slurmd.%n.log
 MpiDefault=none
 KillWait=2
+MessageTimeout=60
 JobRequeue=1
 NodeName=node1 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$port1 CPUs=$cores State=UNKNOWN
 NodeName=node2 NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=$port2 CPUs=$cores State=UNKNOWN

@@ -62,7 +62,8 @@ def lift_array(num_scenes: int, num_kills: int, at_a_time: int) -> None:
         num_commands, waiting = num_commands + 1, waiting + cpu
     seconds, num_tasks = time.perf_counter() - start, num_scenes + killed.total()
     check(num_scenes)
-    assert killed.total() == num_kills, killed
+    # A short array may be over before.
+    assert killed.total() == num_kills or num_scenes < 10 * num_kills, killed
     print(
         f"{num_scenes} scenes, {at_a_time} at a time, {dict(killed)}, {num_commands} commands: {seconds:.0f} s; one "
         f"process {serial_seconds:.0f} s. Load {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores. A task beyond its "
@@ -94,11 +95,13 @@ def run(
                     with suppress(psutil.Error):
                         seconds[process] = sum(psutil.Process(process).cpu_times()[:2])
                 next_look = time.monotonic() + 1
-            if killed.total() < num_kills and time.monotonic() > next_kill and (tasks := find_tasks()):
-                # Every other one while a scene is solved, the others while Python imports.
+            # Every other one while a scene is solved, the others while Python imports.
+            is_solving, is_odd = any(folder.glob("*.lift-state")), killed.total() % 2 == 1
+            is_due = killed.total() < num_kills and time.monotonic() > next_kill
+            if is_due and (is_solving or not is_odd) and (tasks := find_tasks()):
                 task, kind = random_.choice(sorted(tasks.items())), KINDS[killed.total() % 3]
-                is_solving, is_importing = any(folder.glob("*.lift-state")), has_bit(task[1], "SigBlk")
-                if (is_solving if killed.total() % 2 else is_importing) and kill(task, kind):
+                is_importing = has_bit(task[1], "SigBlk")
+                if (is_odd or is_importing) and kill(task, kind):
                     killed[f"{kind} while importing" if is_importing else kind] += 1
                     next_kill = time.monotonic() + random_.uniform(1, 20)
     command.returncode, cpu = os.waitstatus_to_exitcode(ended[1]), ended[2].ru_utime + ended[2].ru_stime

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -262,4 +263,5 @@ if shutil.which("slurmctld"):
 
     @pytest.mark.slow
     def test_slurm__a_short_array():
-        subprocess.run(["bash", "scripts/test_slurm.sh", "4", "3"], check=True, cwd=ROOT)
+        environment = {**os.environ, "PARTS": "array decoder", "PYTHON": sys.executable}
+        subprocess.run(["bash", "scripts/test_slurm.sh", "4", "3"], check=True, cwd=ROOT, env=environment)
