@@ -1,8 +1,9 @@
-"""What `scripts/test_slurm.sh` has its Slurm do; PARTS chooses of `array decoder nodes tables`.
+"""What `scripts/test_slurm.sh` has its Slurm do; PARTS chooses of `array decoder train nodes tables`.
 
 Tiny scenes as one array, with tasks killed and requeued at random. Asserted: after the command, and its own repetitions
 where tasks were killed for good, every scene is there, lifted to its end once, equal to the bit to what one process
-makes of it, and nothing else is left. Then scenes that share a decoder, stage II on two nodes, and a graph of jobs.
+makes of it, and nothing else is left. Then scenes that share a decoder, one that is trained first, stage II on two
+nodes, and a graph of jobs.
 """
 
 import atexit
@@ -225,6 +226,27 @@ def share_decoder(num_scenes: int) -> None:
     )
 
 
+def train_splats() -> None:
+    """`fit3d-lift --train` told to leave in the middle of `ns-train`: it goes on, to the bits of an undisturbed one."""
+    words = [sys.executable, "-m", "fit3d_ns.cli.lift", "--train", "600", "--data", "captures/s000", *OPTIONS]
+    with open("train.log", "a") as log:
+        command = subprocess.Popen([*words, "--output-path", "trained", "--on", "slurm"], stdout=log, stderr=log)
+        run, left = Path("trained/splats/s000/fit3d-features/steps_600"), list[str]()
+        while command.poll() is None:
+            time.sleep(0.2)
+            said = Path("trained/splats/s000.log")
+            is_training = said.is_file() and re.search(r"^1\d0 \(", said.read_text(), re.MULTILINE)
+            if not left and is_training and (tasks := find_tasks()):
+                assert kill(next(iter(tasks.items())), "USR2")
+                while not (left := [path.name for path in run.rglob("*.ckpt")]):
+                    time.sleep(0.2)
+        subprocess.run([*words, "--output-path", "undisturbed_training/"], stdout=log, stderr=log, check=True)
+    assert command.returncode == 0 and left, Path("train.log").read_text()
+    found, expected = (collect_results(Path(name)) for name in ("trained", "undisturbed_training"))
+    assert found["s000.safetensors"] == expected["s000.safetensors"]
+    print(f"Gaussians trained in a task: left at {left[0]}, then as if undisturbed", flush=True)
+
+
 def make_tables() -> None:
     """Table 1 of two rooms by `reproduce_small.sh --on slurm`: a graph of jobs, down to the report."""
     make = [sys.executable, "-m", "fit3d_ns.cli.synthesize", "--output-dir", "rooms", "--num-scenes", "2"]
@@ -251,12 +273,14 @@ def make_tables() -> None:
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
     scenes, kills, tasks = map(int, sys.argv[2:5])
-    parts = os.environ.get("PARTS", "array decoder nodes tables").split()
+    parts = os.environ.get("PARTS", "array decoder train nodes tables").split()
     make_scenes(scenes)
     if "array" in parts:
         lift_array(scenes, kills, tasks)
     if "decoder" in parts:
         share_decoder(3)
+    if "train" in parts:
+        train_splats()
     if "nodes" in parts:
         fine_tune()
     if "tables" in parts:
