@@ -128,8 +128,7 @@ COMMANDS = {
         ("features a.png --models m --output-path out.png", "features a.mp4 --models m --output-path out.png"),
         {
             "fit3d_ns.cli.figures.read_models": [Stub()],
-            "fit3d_ns.report.feature_figure.load_clip_images": AUTO,
-            "fit3d_ns.report.feature_figure.read_clip": AUTO,
+            "fit3d_ns.report.feature_figure.load_clip": ([], 10.0),
             "fit3d_ns.report.feature_figure.save_feature_figure": AUTO,
             "fit3d_ns.report.feature_figure.save_feature_video": {"backbones": [{"temporal_consistency": {}}]},
             "fit3d_ns.cli.figures.is_clip": lambda path: path.suffix == ".mp4",

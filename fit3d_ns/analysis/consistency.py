@@ -41,8 +41,8 @@ class ConsistencyConfig(Limited):
     depth_tolerance: float = 0.05
     """Largest relative difference of depth for two views to see the same point."""
     angle_edges: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0, 180.0)
-    """Bin edges of the rotation between two cameras, degrees, ascending (probe3d's for ScanNet); the last bin includes
-    its upper edge."""
+    """Bin edges of the rotation between two cameras, degrees, ascending: probe3d's for ScanNet (NAVI: 0 30 60 90 120);
+    the last bin includes its upper edge."""
     recall_pixels: tuple[float, ...] = (5.0, 10.0, 20.0)
     """Distances in pixels of the full-size image within which a match counts as found."""
     recall_centimetres: tuple[float, ...] = (1.0, 2.0, 5.0)

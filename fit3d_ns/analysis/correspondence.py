@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -116,20 +116,12 @@ def sample_tokens(
     return sampled[0, :, 0].T
 
 
-def find_nearest(
-    queries: Float[Tensor, "queries embed"], candidates: Float[Tensor, "candidates embed"]
-) -> Int[Tensor, " queries"]:
-    """Number of the candidate with the largest cosine to each query."""
-    normalised = F.normalize(candidates, dim=1)
-    nearest = [(F.normalize(rows, dim=1) @ normalised.T).argmax(dim=1) for rows in queries.split(ROWS_AT_ONCE)]
-    return torch.cat(nearest) if nearest else torch.zeros(0, dtype=torch.long, device=queries.device)
-
-
 def find_matches(maps: Maps, views: tuple[DepthView, DepthView], points: Points, grid: tuple[int, int]) -> Points:
     """Where features find each point (x, y) of the first image in the second, among a grid (h, w) of points there."""
     places = create_grid_points(*views[1].size, grid).to(maps[0])
-    candidates = sample_tokens(maps[1], places, *views[1].size)
-    return places[find_nearest(sample_tokens(maps[0], points, *views[0].size), candidates)]
+    queries = F.normalize(sample_tokens(maps[0], points, *views[0].size), dim=1)
+    candidates = F.normalize(sample_tokens(maps[1], places, *views[1].size), dim=1)
+    return places[torch.cat([(rows @ candidates.T).argmax(dim=1) for rows in queries.split(ROWS_AT_ONCE)])]
 
 
 def find_ratio_matches(

@@ -77,14 +77,6 @@ def compute_similarity(tokens: Features, query: Token, mean: Token | None = None
     return F.cosine_similarity(tokens, query.expand_as(tokens), dim=-1)
 
 
-def pick_token(tokens: Float[Tensor, "h w embed"], point: tuple[float, float], width: int, height: int) -> Token:
-    """The token whose patch holds the image point (x, y) in pixels; ValueError where that lies outside the image."""
-    x, y = point
-    if not (0 <= x < width and 0 <= y < height):
-        raise ValueError(f"Point ({x}, {y}) lies outside the {width}x{height} image.")
-    return tokens[int(y * tokens.shape[0] / height), int(x * tokens.shape[1] / width)]
-
-
 def map_similarity_to_colours(similarity: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch 3"]:
     """Blue for -1, white for 0, red for 1: the same in every picture."""
     positive, negative = similarity.clamp(0.0, 1.0), (-similarity).clamp(0.0, 1.0)

@@ -104,11 +104,11 @@ def draw_features(command: FeaturesCommand) -> None:
         stem = command.output_path.stem if is_alone else f"{command.output_path.stem}-{source.stem}"
         path = command.output_path.with_name(f"{stem}.mp4")
         _check_is_no_input(path, clips)
-        clip = feature_figure.read_clip(source, command.max_frames, command.frame_stride)
-        images = feature_figure.load_clip_images(clip, scene_index, command.longest_side)
+        choices = command.max_frames, command.frame_stride, command.longest_side
+        images, fps = feature_figure.load_clip(source, scene_index, *choices)
         content = feature_figure.save_feature_video(
-            clip.name, images, groups, path, command.figure,
-            fps=command.fps or clip.fps, has_scenes=has_scenes, device=device,
+            source.name, images, groups, path, command.figure,
+            fps=command.fps or fps, has_scenes=has_scenes, device=device,
         )  # fmt: skip
         for group, described in zip(groups, content["backbones"], strict=True):
             for label, metrics in described["temporal_consistency"].items():

@@ -85,9 +85,9 @@ def select_backbone(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tens
     """
     if any(".lora_A." in key or ".lora_B." in key for key in state_dict):
         raise ValueError(f"Weights file {path} has unmerged LoRA matrices; merge them (peft: merge_and_unload) first.")
-    transformers_prefix = _find_transformers_prefix(state_dict)
-    if transformers_prefix is not None:
-        return _translate_transformers(state_dict, transformers_prefix)
+    found = next(filter(None, map(_PATCHES.fullmatch, state_dict)), None)
+    if found is not None:
+        return _translate_transformers(state_dict, found.group(1))
     prefixes = [key.removesuffix(_EMBEDDING) for key in state_dict if key.endswith(_EMBEDDING)]
     prefixes = [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
     if not prefixes or "" in prefixes:
@@ -171,21 +171,13 @@ def _describe_mismatch(path: Path, model: Any, mismatches: list[str]) -> str:
     return f"Weights file {path} does not fit backbone {name}: {named}{more}; give the backbone of these weights."
 
 
-_PATCHES = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embeddings.weight")
+_PATCHES = re.compile(r"((?:.*\.)?)embeddings\.patch_embeddings\.(?:projection\.)?weight")
+"""Every vision transformer of `transformers` has this key, behind a prefix (`vit.`, `dinov2.`) or none."""
 _UNUSED = re.compile(r"pooler\.|classifier\.|cls_classifier\.|distillation_classifier\.|decoder\.|rope_embeddings\.")
 """Parts that no token passes through, or that timm computes."""
 _KEY = re.compile(r"(?:(?:encoder\.|model\.)*layers?\.(\d+)\.)?(.+?)(\.weight|\.bias)?")
 """Number of a block, if it is in one; name in the block; suffix."""
 _ATTENTION = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)")
-
-
-def _find_transformers_prefix(state_dict: Mapping[str, Tensor]) -> str | None:
-    """The prefix (`vit.`, `dinov2.`, none) of a vision transformer of `transformers`; None where there is none."""
-    for key in state_dict:
-        for patches in _PATCHES:
-            if key.endswith(patches) and (key == patches or key.removesuffix(patches).endswith(".")):
-                return key.removesuffix(patches)
-    return None
 
 
 def _translate_transformers(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

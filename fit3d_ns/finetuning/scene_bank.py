@@ -249,9 +249,6 @@ class SceneBank:
                 problem = f"{path} takes {scene.num_bytes / 1e9:.2f} GB when it is ready"
                 raise ValueError(f"{problem}, the budget is {self.max_bytes / 1e9:.2f} GB; raise --scene-memory-gb.")
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, index: int) -> FeatureScene:
         scene = self.get_geometry(index)
         if self.averages is not None and index not in self._averaged:

@@ -9,7 +9,7 @@ everything it depends on: the scene's content, the views and masks its features 
 token grid, how tokens are read. So a folder that was filled on one machine serves others that have no rasterizer.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -77,31 +77,27 @@ class Target:
     """As `render_geometry` gives it, the logarithm about the scene's mean."""
 
 
+@dataclass
 class TargetRenderer:
     """Renders targets, or takes them from the store, if there is one.
 
     The views are the photographs of the bank's scenes; leave-one-out needs the backbone as it was before training.
     """
 
-    def __init__(
-        self,
-        bank: SceneBank,
-        views: TrainingViews,
-        config: TargetConfig,
-        store: TensorStore | None = None,
-        original: TokenModel | None = None,
-    ):
-        self.bank = bank
-        self.views = views
-        self.config = config
-        self.store = store
-        self.original = original
-        rule = config.token_reading
-        self.rules: list[TokenReadingRule] = [own.token_reading if rule == "scene" else rule for own in bank.on_disk]
-        self.num_rendered = 0
-        self._scene_hashes: dict[int, str] = {}
-        self._scene_distances: dict[int, float] = {}
-        assert original is not None or not config.leave_one_out
+    bank: SceneBank
+    views: TrainingViews
+    config: TargetConfig
+    store: TensorStore | None = None
+    original: TokenModel | None = None
+    num_rendered: int = 0
+    _scene_hashes: dict[int, str] = field(default_factory=dict)
+    _scene_distances: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rule = self.config.token_reading
+        on_disk = self.bank.on_disk
+        self.rules: list[TokenReadingRule] = [own.token_reading if rule == "scene" else rule for own in on_disk]
+        assert self.original is not None or not self.config.leave_one_out
 
     def render(self, sample: Sample) -> Target:
         """The target of a sample, flipped as its image is; ValueError where the rendering is not finite."""

@@ -9,7 +9,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,20 +33,11 @@ MAX_PAIRS_PER_SCENE = 60
 """Pairs of views that are compared in each scene, drawn at random but always the same ones."""
 MAX_ROWS = 4
 """Views in the comparison picture, from as many scenes as there are."""
+_DISTANCES = ("feature_l1", "feature_cosine")
 NO_AUGMENTATION = AugmentationConfig(flip_probability=0.0)
 
 ComputeTokens = Callable[[Tensor], Tensor]
 """Images [1, 3, H, W] in [0, 1] to patch tokens [1, h*w, E]."""
-
-
-@dataclass(frozen=True)
-class ValidationMetrics:
-    """Metrics of one backbone: means over all scenes' tokens, and the same of each scene."""
-
-    feature_l1: float
-    feature_cosine: float
-    consistency: dict[str, Any]
-    per_scene: dict[str, dict[str, Any]]
 
 
 class Validation:
@@ -56,8 +46,8 @@ class Validation:
     At most `max_views` of each scene's `targets.views` are taken, evenly spread; `kind` says what to call them.
     """
 
-    original: ValidationMetrics
-    """Set by `measure_original`."""
+    original: dict[str, Any]
+    """What `evaluate` found of it; set by `measure_original`."""
 
     def __init__(self, targets: TargetRenderer, patch_size: int, max_views: int, kind: str = "views"):
         self.targets = targets
@@ -76,8 +66,11 @@ class Validation:
         return self.targets.views.load_sample(draw, NO_AUGMENTATION, self.patch_size, 0, rule)
 
     @torch.no_grad()
-    def evaluate(self, compute_tokens: ComputeTokens) -> ValidationMetrics:
-        """Metrics of a backbone, given as the function from images to its tokens."""
+    def evaluate(self, compute_tokens: ComputeTokens) -> dict[str, Any]:
+        """Metrics of a backbone, given as the function from images to its tokens.
+
+        `feature_l1`, `feature_cosine` and `consistency` are over all scenes' tokens; `per_scene` has those of each.
+        """
         bank, captures = self.targets.bank, self.targets.views.captures
         per_scene: dict[str, dict[str, Any]] = {}
         reports: list[dict[str, Any]] = []
@@ -101,7 +94,7 @@ class Validation:
             name = captures[scene].scene_id
             name = name if name not in per_scene else f"{name} ({scene})"
             per_scene[name] = {**_divide(own), "num_views": len(draws), "consistency": report}
-        return ValidationMetrics(**_divide(sums), consistency=pool_consistency(reports), per_scene=per_scene)
+        return {**_divide(sums), "consistency": pool_consistency(reports), "per_scene": per_scene}
 
     def measure_original(self, original: TokenModel) -> None:
         """Measures what every later step is compared with."""
@@ -111,36 +104,29 @@ class Validation:
     def validate_step(self, token_model: TokenModel, step: int) -> dict[str, float]:
         """Measures the backbone between two steps, says what was found, and returns curves to log."""
         found, original = self.evaluate(read_tokens_of(token_model)), self.original
-        pairs = [("feature L1", original.feature_l1, found.feature_l1)]
-        pairs += [("feature cosine", original.feature_cosine, found.feature_cosine)]
+        pairs = [("feature L1", original["feature_l1"], found["feature_l1"])]
+        pairs += [("feature cosine", original["feature_cosine"], found["feature_cosine"])]
         for name, key in (("centred cosine", "centred_cosine"), ("recall within 10 px", "recall_10px")):
-            pairs.append((f"{name} between views", original.consistency[key], found.consistency[key]))
+            pairs.append((f"{name} between views", original["consistency"][key], found["consistency"][key]))
         words = ", ".join(f"{name} {before:.3f} → {after:.3f}" for name, before, after in pairs)
         notice(f"Step {step}, on {self.label}: {words} (original → now).")
         return self.collect_curves(found)
 
-    def collect_curves(self, found: ValidationMetrics) -> dict[str, float]:
+    def collect_curves(self, found: dict[str, Any]) -> dict[str, float]:
         """What is logged of a backbone's metrics."""
-        keys = ("mean_cosine", "centred_cosine", "recall_10px", "effective_rank")
-        curves = {
-            "validation/feature_l1": found.feature_l1,
-            "validation/feature_cosine": found.feature_cosine,
-            "validation/original_feature_l1": self.original.feature_l1,
-            "validation/original_feature_cosine": self.original.feature_cosine,
-            **{f"consistency/{key}": found.consistency[key] for key in keys},
-        }
+        both = {"validation/": found, "validation/original_": self.original}
+        curves = {f"{start}{key}": metrics[key] for start, metrics in both.items() for key in _DISTANCES}
+        for key in ("mean_cosine", "centred_cosine", "recall_10px", "effective_rank"):
+            curves[f"consistency/{key}"] = found["consistency"][key]
         return {key: value for key, value in curves.items() if math.isfinite(value)}
 
-    def compare(self, finetuned: ValidationMetrics) -> dict[str, Any]:
+    def compare(self, finetuned: dict[str, Any]) -> dict[str, Any]:
         """The part of the report that sets fine-tuned against original."""
         both = {"original": self.original, "finetuned": finetuned}
         return {
-            "consistency": {"views": self.label, **{name: metrics.consistency for name, metrics in both.items()}},
-            "validation": {
-                name: {"feature_l1": metrics.feature_l1, "feature_cosine": metrics.feature_cosine}
-                for name, metrics in both.items()
-            },
-            "validation_per_scene": {name: metrics.per_scene for name, metrics in both.items()},
+            "consistency": {"views": self.label, **{name: metrics["consistency"] for name, metrics in both.items()}},
+            "validation": {name: {key: metrics[key] for key in _DISTANCES} for name, metrics in both.items()},
+            "validation_per_scene": {name: metrics["per_scene"] for name, metrics in both.items()},
         }
 
 

@@ -66,7 +66,8 @@ class SegmentationInputs(Inputs):
 
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
         window = self.list_windows(frame)[key.part]
-        image, labels = (picture[window.slices] for picture in self._load_pair(frame, *self.sides))
+        pair = self._load_pair(frame, self.short_side, LONG_SIDE_RATIO * self.short_side)
+        image, labels = (picture[window.slices] for picture in pair)
         if key.is_flipped:
             image, labels = image[:, ::-1], labels[:, ::-1]
         fit = self.backbones.create_fit(window.height, window.width)
@@ -85,11 +86,6 @@ class SegmentationInputs(Inputs):
         image = distort_colours(np.ascontiguousarray(image), generator)
         fit = self.backbones.create_fit(self.crop_side, self.crop_side)
         return pictures.create_padded_picture(image, labels, fit, self.backbones.description.mean, IGNORE_INDEX)
-
-    @property
-    def sides(self) -> tuple[float, float]:
-        """Shorter and longer side that whole pictures are fitted into."""
-        return float(self.short_side), LONG_SIDE_RATIO * self.short_side
 
     def _load_pair(
         self, frame: LabelledFrame, short_side: float, long_side: float, nearest: int = cv2.INTER_NEAREST_EXACT

@@ -7,7 +7,7 @@ centimetres are there where the capture's unit is known.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,6 @@ from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.selection import select_evenly
 
 MultiviewTask = Literal["consistency", "correspondence"]
-PROBE3D_GRID_SCALE = 0.25
 
 
 @dataclass(frozen=True)
@@ -42,32 +41,11 @@ class ViewsConfig(Limited):
 
 
 @dataclass(frozen=True)
-class MultiviewConfig(ViewsConfig):
-    """Which views are compared, and how."""
+class MultiviewConfig(ViewsConfig, ConsistencyConfig):
+    """Which views are compared, and how; `measure_views` sets grid and seed."""
 
     max_pairs: Annotated[int, Limits(at_least=1)] = 100
     """Pairs per scene, drawn at random; every seed draws them again."""
-    depth_tolerance: float = 0.05
-    """Largest relative difference of depth for two views to see the same point."""
-    angle_edges: tuple[float, ...] = (0.0, 15.0, 30.0, 60.0, 180.0)
-    """Edges of the bins of angles between cameras, degrees, ascending: probe3d's for ScanNet (NAVI: 0 30 60 90 120)."""
-    ratio_matches: int = 0
-    """Most distinct matches per pair that recall is measured on as well (`ratio_recall_*`, probe3d: 1000); 0: none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # Refuses edges and numbers of matches before features are computed.
-        self.create_consistency("consistency", 0)
-
-    def create_consistency(self, task: MultiviewTask, seed: int) -> ConsistencyConfig:
-        """How two views are compared."""
-        return ConsistencyConfig(
-            depth_tolerance=self.depth_tolerance,
-            angle_edges=self.angle_edges,
-            grid_scale=PROBE3D_GRID_SCALE if task == "correspondence" else 0.0,
-            ratio_matches=self.ratio_matches,
-            seed=seed,
-        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +63,8 @@ def measure_views(
 ) -> dict[str, Any]:
     """Metrics pooled over scenes, with those of each below `per_scene`; the seed draws pairs and points."""
     per_scene: dict[str, dict[str, Any]] = {}
-    compared = config.create_consistency(task, seed)
+    grid_scale = ConsistencyConfig.grid_scale if task == "correspondence" else 0.0
+    compared = replace(config, grid_scale=grid_scale, seed=seed)
     for number, views in enumerate(scenes):
         pairs = create_pairs(len(views.token_maps), config.max_pairs, seed)
         name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"

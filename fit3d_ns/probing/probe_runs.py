@@ -48,6 +48,8 @@ DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     "correspondence": MultiviewConfig(),
     "normals": ViewsConfig(),
 }
+_UNRECORDED = "data_root recall_pixels recall_centimetres grid_scale max_points ratio_pixels seed".split()
+"""Values of the multi-view measures that are always the same, or given by task and seed."""
 PROBES: dict[str, type[HeadProbe]] = {kind.task: kind for kind in (SegmentationProbe, DepthProbe, ClassificationProbe)}
 
 
@@ -189,7 +191,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     }
     # The first two were options once; records hold them.
     settings["config"] = ({"gaps": (), "angle_kind": "rotation"} if is_paired else {}) | {
-        name: value for name, value in asdict(config).items() if name != "data_root"
+        name: value for name, value in asdict(config).items() if name not in _UNRECORDED
     }
     file, missing, done = _open_record(request, settings, described)
     if not missing:

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fit3d_ns.analysis.pictures import to_pixels, upscale
-from fit3d_ns.analysis.similarity import compute_similarity, map_similarity_to_colours, pick_token
+from fit3d_ns.analysis.similarity import compute_similarity, map_similarity_to_colours
 from fit3d_ns.features import create_extractor
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.demo_server import read_upload
@@ -27,25 +27,19 @@ class AnalysedImage:
     image: FigureImage
     columns: list[TokenColumn]
 
-    def draw_pca(self) -> list[Picture]:
-        """One basis for all backbones."""
-        return self._paint(fit_pca_colours(self.columns))
-
-    def draw_kmeans(self, num_clusters: int, seed: int = 0) -> list[Picture]:
-        """Clusters of each backbone in the first one's colours."""
-        return self._paint(fit_cluster_colours(self.columns, num_clusters, seed))
+    def paint(self, colours: TokenColours) -> list[Picture]:
+        """The tokens of each backbone in colours that were fitted to the columns."""
+        return [colours.paint(number, self._get(column), self.image.size) for number, column in enumerate(self.columns)]
 
     def draw_similarity(self, point: tuple[float, float]) -> list[Picture]:
         """How alike every token is to the one at a point (x, y), given in shares of width and height.
 
         Cosine relative to the picture's mean token: blue for -1, white for 0, red for 1.
         """
-        height, width = self.image.size
-        x, y = self._to_pixels(point)
         pictures = []
         for column in self.columns:
             tokens = self._get(column).tokens
-            query = pick_token(tokens, (x, y), width, height)
+            query = tokens[self._find_patch(point, tokens)]
             similarity = compute_similarity(tokens, query, tokens.mean(dim=(0, 1)))
             pictures.append(upscale(map_similarity_to_colours(similarity), self.image.size))
         return pictures
@@ -53,29 +47,28 @@ class AnalysedImage:
     def draw_point(self, point: tuple[float, float]) -> Picture:
         """The picture with the patch of a point framed."""
         height, width = self.image.size
-        x, y = self._to_pixels(point)
-        rows, columns = self._get(self.columns[0]).tokens.shape[:2]
-        top, bottom = (round((int(y * rows / height) + step) * height / rows) for step in (0, 1))
-        left, right = (round((int(x * columns / width) + step) * width / columns) for step in (0, 1))
+        tokens = self._get(self.columns[0]).tokens
+        (row, column), (rows, columns) = self._find_patch(point, tokens), tokens.shape[:2]
+        top, bottom = (round(edge * height / rows) for edge in (row, row + 1))
+        left, right = (round(edge * width / columns) for edge in (column, column + 1))
         marked = self.image.image
         inside = marked[top:bottom, left:right].clone()
         marked[max(top - 3, 0) : bottom + 3, max(left - 3, 0) : right + 3] = torch.tensor(_MARK)
         marked[top:bottom, left:right] = inside
         return marked
 
-    def _paint(self, colours: TokenColours) -> list[Picture]:
-        return [colours.paint(number, self._get(column), self.image.size) for number, column in enumerate(self.columns)]
-
     def _get(self, column: TokenColumn) -> FrameTokens:
         frame = column.frames[0]
         assert frame is not None
         return frame
 
-    def _to_pixels(self, point: tuple[float, float]) -> tuple[float, float]:
-        height, width = self.image.size
-        # A click on the very edge belongs to the last pixel.
-        x, y = (min(max(share, 0.0), 1.0) * side for share, side in zip(point, (width, height), strict=True))
-        return min(x, width - 0.5), min(y, height - 0.5)
+    def _find_patch(self, point: tuple[float, float], tokens: Tensor) -> tuple[int, int]:
+        """Row and column of the token at a point; what lies beyond an edge belongs to the last one."""
+        row, column = (
+            min(max(int(share * count), 0), count - 1)
+            for share, count in zip(point[::-1], tokens.shape[:2], strict=True)
+        )
+        return row, column
 
 
 class ImageAnalyser:
@@ -119,21 +112,19 @@ def create_page(analyser: ImageAnalyser, num_clusters: int = 8, longest_side: in
         """PCA and clusters of a new image; similarity maps are emptied."""
         if pixels is None:
             return [None] * (2 + 3 * len(analyser.labels))
-        try:
-            analysed = analyser.analyse(torch.from_numpy(np.ascontiguousarray(pixels)), int(side))
-            maps = [*analysed.draw_pca(), *analysed.draw_kmeans(int(clusters))]
-        except ValueError as error:
-            raise gr.Error(str(error)) from error
+        analysed = analyser.analyse(torch.from_numpy(np.ascontiguousarray(pixels)), int(side))
+        columns = analysed.columns
+        # One basis for all backbones, and clusters of each in the first one's colours.
+        colours: list[TokenColours] = [fit_pca_colours(columns), fit_cluster_colours(columns, int(clusters))]
+        maps = [picture for fitted in colours for picture in analysed.paint(fitted)]
         return [analysed, None, *(to_pixels(picture) for picture in maps), *([None] * len(analyser.labels))]
 
     def cluster(analysed: AnalysedImage | None, clusters: float) -> list[Any]:
         """Clusters again, with another number of them."""
         if analysed is None:
             return [None] * len(analyser.labels)
-        try:
-            return [to_pixels(picture) for picture in analysed.draw_kmeans(int(clusters))]
-        except ValueError as error:
-            raise gr.Error(str(error)) from error
+        colours = fit_cluster_colours(analysed.columns, int(clusters))
+        return [to_pixels(picture) for picture in analysed.paint(colours)]
 
     def compare(analysed: AnalysedImage | None, shown: np.ndarray | None, event: gr.SelectData) -> list[Any]:
         """Similarity to the clicked pixel of a picture of any size."""

@@ -93,41 +93,41 @@ def save_feature_figure(
     return write_facts(path, "report/features", is_random, backbones=described, rows=rows)
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A video."""
-
-    name: str
-    """Name of the file or folder."""
-    frames: list[Path | FigureImage]
-    """In the order of time: photographs to load, or frames of a video file at its own size."""
-    fps: float
-    """Frames per second of what was read, after frames were left out."""
-
-
 def is_clip(path: Path) -> bool:
     """True for video files and folders."""
     return path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def read_clip(path: Path, max_frames: int, frame_stride: int = 1) -> Clip:
-    """Reads a video file, or lists a folder of frames in the order of names.
+def load_clip(
+    path: Path, scene_index: SceneIndex, max_frames: int, frame_stride: int = 1, longest_side: int | None = None
+) -> tuple[list[FigureImage], float]:
+    """Frames of a video file, or of a folder in the order of names, and how many of them pass in a second.
 
-    Of every `frame_stride` frames one is taken, until there are `max_frames`. ValueError if the path is missing or
-    unreadable, has fewer than two frames, or a number is out of range.
+    Of every `frame_stride` frames one is taken, until there are `max_frames`; photographs are as scenes' views see them
+    where scenes hold them. ValueError if the path is missing or unreadable, a frame differs in size from the first,
+    there are fewer than two, or a number is out of range.
     """
     if max_frames < 2 or frame_stride < 1:
         raise ValueError(f"{max_frames} frames at a stride of {frame_stride}; take at least 2 frames, a stride of 1.")
-    frames: list[Path | FigureImage]
+    images: list[FigureImage] = []
+    found: Sequence[Path | FigureImage]
     if path.is_dir():
-        frames, fps = [*list_images(path)[::frame_stride]], DEFAULT_FPS
+        found, fps = list_images(path)[::frame_stride], DEFAULT_FPS
     else:
-        frames, fps = _read_video(path, max_frames, frame_stride)
-    if len(frames) < 2:
-        raise ValueError(f"{path} has {len(frames)} frames that can be read; a clip needs two or more.")
-    if len(frames) > max_frames:
+        found, fps = _read_video(path, max_frames, frame_stride)
+    if len(found) < 2:
+        raise ValueError(f"{path} has {len(found)} frames that can be read; a clip needs two or more.")
+    if len(found) > max_frames:
         notice(f"{path.name} is longer than {max_frames} frames; the rest is left out (--max-frames).")
-    return Clip(path.name, frames[:max_frames], fps)
+    for frame in found[:max_frames]:
+        if isinstance(frame, Path):
+            images.append(token_columns.load_figure_image(frame, scene_index, longest_side))
+        else:
+            images.append(replace(frame, pixels=token_columns.resize(frame.pixels, longest_side)))
+        if images[-1].size != images[0].size:
+            sizes = [f"{image.size[1]}x{image.size[0]}" for image in (images[-1], images[0])]
+            raise ValueError(f"{path.name}: {frame.name} is {sizes[0]}, the first frame {sizes[1]}; give one size.")
+    return images, fps
 
 
 def write_video(frames: Iterable[UInt8[np.ndarray, "height width 3"]], path: Path, fps: float) -> str:
@@ -155,23 +155,6 @@ def write_video(frames: Iterable[UInt8[np.ndarray, "height width 3"]], path: Pat
         finally:
             draft.unlink(missing_ok=True)
     return codec
-
-
-def load_clip_images(clip: Clip, scene_index: SceneIndex, longest_side: int | None = None) -> list[FigureImage]:
-    """The frames of a clip, as scenes' views see them where scenes hold them.
-
-    ValueError names a frame that cannot be read, or that differs in size from the first.
-    """
-    images: list[FigureImage] = []
-    for frame in clip.frames:
-        if isinstance(frame, Path):
-            images.append(token_columns.load_figure_image(frame, scene_index, longest_side))
-        else:
-            images.append(replace(frame, pixels=token_columns.resize(frame.pixels, longest_side)))
-        if images[-1].size != images[0].size:
-            sizes = [f"{image.size[1]}x{image.size[0]}" for image in (images[-1], images[0])]
-            raise ValueError(f"{clip.name}: {frame.name} is {sizes[0]}, the first frame {sizes[1]}; give one size.")
-    return images
 
 
 def save_feature_video(
@@ -278,14 +261,14 @@ def _open_writer(path: Path, fps: float, size: tuple[int, int]) -> tuple[cv2.Vid
     raise ValueError(f"{problem}; install opencv-python-headless from the package index.")
 
 
-def _read_video(path: Path, max_frames: int, frame_stride: int) -> tuple[list[Path | FigureImage], float]:
+def _read_video(path: Path, max_frames: int, frame_stride: int) -> tuple[list[FigureImage], float]:
     """Frames, one more than wanted to know whether something is left out, and how many of them pass in a second."""
     if not path.is_file():
         raise ValueError(f"No such video: {path}.")
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     if not capture.isOpened():
         raise ValueError(f"Video {path} cannot be read; OpenCV's FFmpeg does not know its format, or it is damaged.")
-    frames: list[Path | FigureImage] = []
+    frames: list[FigureImage] = []
     try:
         fps = capture.get(cv2.CAP_PROP_FPS)
         for number in count():

@@ -12,7 +12,6 @@ from fit3d_ns.analysis.correspondence import (
     create_grid_points,
     find_covisible,
     find_matches,
-    find_nearest,
     find_ratio_matches,
     measure_match_errors,
     measure_rotation,
@@ -115,17 +114,6 @@ def test_sample_tokens__returns_tokens_at_their_centres_and_means_between():
     torch.testing.assert_close(between[0], (tokens[0, 0] + tokens[0, 1]) / 2, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(between[1], (tokens[0, 0] + tokens[1, 0]) / 2, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(between[2], tokens[0, 0], rtol=1e-4, atol=1e-5)
-
-
-def test_find_nearest__equals_a_loop(monkeypatch):
-    generator = torch.Generator().manual_seed(2)
-    queries, candidates = torch.randn(7, 3, generator=generator), torch.randn(9, 3, generator=generator)
-    expected = []
-    for query in queries.numpy():
-        cosines = [query @ c / np.linalg.norm(query) / np.linalg.norm(c) for c in candidates.numpy()]
-        expected.append(int(np.argmax(cosines)))
-    monkeypatch.setattr(correspondence, "ROWS_AT_ONCE", 2)
-    assert find_nearest(queries, candidates).tolist() == expected
 
 
 def test_find_matches__one_hot_tokens_find_their_shifted_place():

@@ -13,7 +13,6 @@ from fit3d_ns.analysis.similarity import (
     map_clusters_to_colours,
     map_similarity_to_colours,
     match_clusters,
-    pick_token,
 )
 
 
@@ -41,16 +40,13 @@ def test_kmeans__centring_removes_what_all_share():
 
 def test_similarity__is_the_cosine_to_the_picked_token():
     tokens = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
-    query = pick_token(tokens, (29.9, 16.0), 30, 20)
-    assert torch.equal(query, tokens[1, 2])
+    query = tokens[1, 2]
     similarity = compute_similarity(tokens, query)
     assert similarity[1, 2] == pytest.approx(1.0)
     expected = np.dot(tokens[0, 1], query) / np.linalg.norm(tokens[0, 1]) / np.linalg.norm(query)
     assert similarity[0, 1].item() == pytest.approx(float(expected), rel=1e-5)
     shifted = compute_similarity(tokens + 5.0, query + 5.0, mean=torch.full((4,), 5.0))
     torch.testing.assert_close(shifted, similarity, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="lies outside the 30x20 image"):
-        pick_token(tokens, (30.0, 5.0), 30, 20)
     colours = map_similarity_to_colours(torch.tensor([-1.0, 0.0, 1.0]))
     assert colours.tolist() == [[0.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
 

@@ -25,7 +25,7 @@ RUN = RunConfig(trackers=(), num_workers=1, steps_per_checkpoint=10**6)
 def create_trainer(scenes: Sequence[Path], folder: Path, config: FinetuneConfig, **settings: Any) -> FinetuneTrainer:
     token_model = create_token_model(BACKBONE)
     bank = SceneBank(scenes)
-    views = TrainingViews(bank.on_disk, [config.run.splits] * len(bank))
+    views = TrainingViews(bank.on_disk, [config.run.splits] * len(bank.on_disk))
     cache = TensorStore(1.0, None)
     targets = TargetRenderer(bank, views, config.targets, cache, copy_original(token_model))
     accelerator = settings.pop("accelerator", None)

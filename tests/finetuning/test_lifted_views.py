@@ -313,7 +313,7 @@ def test_validation__depth_alone_averages_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(scene_bank, "average_lifted_views", None)
     again, after = validate(bank)
     assert bank.num_loads == 3 and bank.averages.num_averaged == 0
-    assert first.feature_l1 == again.feature_l1
+    assert first["feature_l1"] == again["feature_l1"]
     assert all(torch.equal(one, other) and float(one.max()) > 0 for one, other in zip(before, after, strict=True))
 
 

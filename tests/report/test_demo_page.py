@@ -22,6 +22,7 @@ from PIL import Image
 from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.demo_page import ImageAnalyser, create_page, find_share
 from fit3d_ns.report.demo_server import check_gradio
+from fit3d_ns.report.token_colours import fit_cluster_colours, fit_pca_colours
 from tests.report.figure_scenes import BACKBONE, write_finetuned, write_photographs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -42,7 +43,8 @@ def create_pixels() -> torch.Tensor:
 def test_analyser__maps_of_every_backbone_have_the_pictures_size(analyser: ImageAnalyser) -> None:
     assert analyser.labels == ["original: random:test_vit (random weights)", "fine-tuned: tuned (random weights)"]
     analysed = analyser.analyse(create_pixels(), longest_side=128)
-    for pictures in (analysed.draw_pca(), analysed.draw_kmeans(4), analysed.draw_similarity((0.5, 0.5))):
+    colours = fit_pca_colours(analysed.columns), fit_cluster_colours(analysed.columns, 4)
+    for pictures in (*map(analysed.paint, colours), analysed.draw_similarity((0.5, 0.5))):
         assert [picture.shape for picture in pictures] == [(96, 128, 3)] * 2
 
 

@@ -13,8 +13,7 @@ from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.feature_figure import (
     FeatureFigureConfig,
     is_clip,
-    load_clip_images,
-    read_clip,
+    load_clip,
     save_feature_figure,
     save_feature_video,
     write_video,
@@ -206,14 +205,14 @@ def test_write_video__is_read_back(tmp_path: Path) -> None:
     frames = [np.full((47, 63, 3), value, dtype=np.uint8) for value in (20, 120, 220)]
     path = tmp_path / "clip.mp4"
     assert write_video(iter(frames), path, 5.0) in ("vp09", "mp4v")
-    clip = read_clip(path, 10)
-    assert clip.fps == pytest.approx(5.0) and len(clip.frames) == 3
+    images, fps = load_clip(path, open_scenes([]), 10)
+    assert fps == pytest.approx(5.0) and len(images) == 3
     # Odd sides are padded by one, and video compression is lossy.
-    assert [frame.pixels.shape for frame in clip.frames] == [(48, 64, 3)] * 3
-    means = [float(frame.pixels[:40, :56].float().mean()) for frame in clip.frames]
+    assert [image.pixels.shape for image in images] == [(48, 64, 3)] * 3
+    means = [float(image.pixels[:40, :56].float().mean()) for image in images]
     assert means == pytest.approx([20, 120, 220], abs=6)
     assert list(tmp_path.iterdir()) == [path]
-    assert len(read_clip(path, 10, frame_stride=2).frames) == 2
+    assert len(load_clip(path, open_scenes([]), 10, frame_stride=2)[0]) == 2
 
 
 def test_write_video__without_codecs_says_so_and_leaves_nothing(
@@ -225,31 +224,30 @@ def test_write_video__without_codecs_says_so_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_read_clip__says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_clip__says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"nothing")
     assert is_clip(tmp_path) and is_clip(tmp_path / "broken.mp4") and not is_clip(tmp_path / "a.png")
     with pytest.raises(ValueError, match="broken.mp4 cannot be read"):
-        read_clip(tmp_path / "broken.mp4", 10)
+        load_clip(tmp_path / "broken.mp4", open_scenes([]), 10)
     with pytest.raises(ValueError, match="No such video"):
-        read_clip(tmp_path / "absent.mp4", 10)
+        load_clip(tmp_path / "absent.mp4", open_scenes([]), 10)
     with pytest.raises(ValueError, match="has 0 frames"):
-        read_clip(tmp_path, 10)
+        load_clip(tmp_path, open_scenes([]), 10)
     with pytest.raises(ValueError, match="at least 2 frames"):
-        read_clip(tmp_path, 1)
+        load_clip(tmp_path, open_scenes([]), 1)
     write_photographs(tmp_path / "photos", 3)
-    assert len(read_clip(tmp_path / "photos", 2).frames) == 2
+    assert len(load_clip(tmp_path / "photos", open_scenes([]), 2)[0]) == 2
     assert "longer than 2 frames" in capsys.readouterr().err
 
 
 def test_save_feature_video__folder_of_frames_gives_video_and_consistency(tmp_path: Path) -> None:
     photographs = write_photographs(tmp_path / "photos", 3)
     scene_index = open_scenes([write_scene(tmp_path / "room.safetensors", photographs)])
-    clip = read_clip(tmp_path / "photos", 10)
-    images = load_clip_images(clip, scene_index)
+    images, _ = load_clip(tmp_path / "photos", scene_index, 10)
     groups = read_models([BACKBONE, str(write_finetuned(tmp_path / "tuned"))])
     path = tmp_path / "clip.mp4"
     config = FeatureFigureConfig(kind="both", num_clusters=3)
-    content = save_feature_video(clip.name, images, groups, path, config, fps=4.0, has_scenes=True)
+    content = save_feature_video("photos", images, groups, path, config, fps=4.0, has_scenes=True)
     written = json.loads(path.with_suffix(".json").read_text())
     assert written["num_frames"] == 3 and written["codec"] == content["codec"]
     figures = written["backbones"][0]["temporal_consistency"]
@@ -260,8 +258,8 @@ def test_save_feature_video__folder_of_frames_gives_video_and_consistency(tmp_pa
     assert int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) == 3
 
 
-def test_load_clip_images__frames_of_two_sizes_are_refused(tmp_path: Path) -> None:
+def test_load_clip__frames_of_two_sizes_are_refused(tmp_path: Path) -> None:
     write_photographs(tmp_path / "photos", 2)
     Image.new("RGB", (32, 32)).save(tmp_path / "photos/zzz.png")
     with pytest.raises(ValueError, match="zzz.png is 32x32, the first frame 64x48"):
-        load_clip_images(read_clip(tmp_path / "photos", 10), open_scenes([]))
+        load_clip(tmp_path / "photos", open_scenes([]), 10)
