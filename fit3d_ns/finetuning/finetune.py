@@ -168,24 +168,24 @@ def _summarise(
     trainer: FinetuneTrainer, validation: Validation, inputs: FinetuneInputs, description: BackboneDescription
 ) -> dict[str, Any]:
     """The report without what is measured at the end."""
-    history, config, targets, bank = trainer.history, trainer.config, trainer.targets, trainer.bank
-    loss_first, loss_last = history.summarise()
+    config, targets, bank = trainer.config, trainer.targets, trainer.bank
+    loss_first, loss_last = trainer.summarise_losses()
     num_shown = trainer.step * trainer.images_per_step
     lifted = [{view.name for view in find_lifted(scene)} for scene in bank.on_disk]
     shown = zip(lifted, trainer.views.views, strict=True)
     novel = [view for names, own in shown for view in own if view.name not in names]
     num_rendered = targets.num_rendered + validation.targets.num_rendered
-    width = max(-(-len(history.losses) // MAX_REPORTED_LOSSES), 1)
-    pieces = [history.losses[start : start + width] for start in range(0, len(history.losses), width)]
+    width = max(-(-len(trainer.losses) // MAX_REPORTED_LOSSES), 1)
+    pieces = [trainer.losses[start : start + width] for start in range(0, len(trainer.losses), width)]
     return {
         "kind": "finetune",
         "is_random": description.is_random,
         "loss_first": loss_first,
         "loss_last": loss_last,
         "steps": trainer.step,
-        "seconds": history.seconds,
+        "seconds": trainer.seconds,
         "images_per_step": trainer.images_per_step,
-        "images_per_second": num_shown / max(history.seconds, 1e-9),
+        "images_per_second": num_shown / max(trainer.seconds, 1e-9),
         "phase_seconds": trainer.timer.seconds,
         "num_images": trainer.sequence.num_images,
         "num_novel_images": len(novel),

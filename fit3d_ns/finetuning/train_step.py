@@ -63,16 +63,6 @@ def create_batch(samples: Sequence[Sample], targets: Sequence[Target], device: t
     return groups
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one step found, over all processes: masked L1 per channel, weighted anchors and geometry, the norm before
-    clipping."""
-
-    loss: float
-    anchor_loss: float
-    gradient_norm: float
-
-
 @dataclass
 class TrainStep:
     """Does one step at a time, with gradients scaled down to `clip_norm`; evidence of a failure goes to `folder`."""
@@ -89,8 +79,10 @@ class TrainStep:
     def accelerator(self) -> Accelerator:
         return self.processes.accelerator
 
-    def run(self, batches: Sequence[Batch], totals: StepTotals, step: int) -> StepResult:
-        """Forward, backward and update for this process's batches.
+    def run(self, batches: Sequence[Batch], totals: StepTotals, step: int) -> dict[str, float]:
+        """Forward, backward and update for this process's batches; returns what was found, over all processes.
+
+        `loss` is the masked L1 per channel, `anchor_loss` weighted anchors and geometry; `gradient_norm` is unclipped.
 
         ValueError on every process where the loss or gradient of any is not finite; no weight has moved then.
         """
@@ -106,7 +98,7 @@ class TrainStep:
             if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
                 self._stop("gradient", step, batches[-1])
             self.backbone.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, anchor_loss, float(norm))
+        return {"loss": loss, "anchor_loss": anchor_loss, "gradient_norm": float(norm)}
 
     def _accumulate(self, batches: Sequence[Batch], totals: StepTotals, step: int) -> tuple[float, float]:
         """Forward and backward of all batches; returns feature loss and anchors, over all processes."""

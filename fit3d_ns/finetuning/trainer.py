@@ -9,7 +9,6 @@ import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.draws import Draw, DrawSequence, Sample
 from fit3d_ns.finetuning.optimization import TrainedBackbone, copy_original
 from fit3d_ns.finetuning.targets import TargetRenderer
-from fit3d_ns.finetuning.train_step import Batch, StepResult, TrainStep, create_batch, sum_totals
+from fit3d_ns.finetuning.train_step import Batch, TrainStep, create_batch, sum_totals
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.device import choose_num_workers, fast_matmul
@@ -37,21 +36,6 @@ NUM_NOTICES = 10
 
 class Interrupted(KeyboardInterrupt):
     """A signal ended the run at a step boundary, after a checkpoint."""
-
-
-@dataclass
-class TrainingHistory:
-    """Feature loss of each step so far, those before a resume included, and the time without validation."""
-
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def summarise(self) -> tuple[float | None, float | None]:
-        """Mean loss of the first and of the last quarter of the steps (1 to 100 steps); single steps are noisy."""
-        if not self.losses:
-            return None, None
-        number = min(max(len(self.losses) // 4, 1), 100)
-        return sum(self.losses[:number]) / number, sum(self.losses[-number:]) / number
 
 
 class FinetuneTrainer:
@@ -78,7 +62,9 @@ class FinetuneTrainer:
         self.targets, self.config, self.processes = targets, config, processes
         self.bank, self.views, self.accelerator = targets.bank, targets.views, processes.accelerator
         self.output_folder, self.validate, self._inputs = output_folder, validate, inputs
-        self.history = TrainingHistory()
+        # Feature loss of each step so far, those before a resume included, and the time without validation.
+        self.losses: list[float] = []
+        self.seconds = 0.0
         self.timer = PhaseTimer()
         self.step = 0
         optimization, anchors = config.optimization, config.anchors
@@ -107,6 +93,13 @@ class FinetuneTrainer:
         optimization = self.config.optimization
         return optimization.batch_size * optimization.accumulation_steps * self.processes.number
 
+    def summarise_losses(self) -> tuple[float | None, float | None]:
+        """Mean loss of the first and of the last quarter of the steps (1 to 100 steps); single steps are noisy."""
+        if not self.losses:
+            return None, None
+        number = min(max(len(self.losses) // 4, 1), 100)
+        return sum(self.losses[:number]) / number, sum(self.losses[-number:]) / number
+
     def run(self) -> None:
         """Trains to the last step, or to a checkpoint and `Interrupted` where a signal came.
 
@@ -119,8 +112,8 @@ class FinetuneTrainer:
             if not self.processes.is_main:
                 progress.stop()
             for result, wishes in self._iterate(stop):
-                speed = self.step * self.images_per_step / max(self.history.seconds, 1e-9)
-                note = f"loss {result.loss:.4f}  {speed:.1f} images/s"
+                speed = self.step * self.images_per_step / max(self.seconds, 1e-9)
+                note = f"loss {result['loss']:.4f}  {speed:.1f} images/s"
                 progress.update(task, completed=self.step, note=note)
                 is_last = self.step == self.num_steps
                 if progress.disable and self.processes.is_main and (self.step % steps_per_notice == 0 or is_last):
@@ -149,11 +142,11 @@ class FinetuneTrainer:
         state = {
             **self.backbone.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "losses": torch.tensor(self.history.losses, dtype=torch.float64),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
         }
         self.checkpoints.save(self.describe_progress(), state, self.processes)
 
-    def _iterate(self, stop: StopRequest) -> Iterator[tuple[StepResult, bool]]:
+    def _iterate(self, stop: StopRequest) -> Iterator[tuple[dict[str, float], bool]]:
         """Does the steps; yields each one's result, and whether any process wishes to stop."""
         optimization, run = self.config.optimization, self.config.run
         depth = max(2 * optimization.batch_size * optimization.accumulation_steps, 8)
@@ -170,8 +163,8 @@ class FinetuneTrainer:
                     result = self.train_step.run(batches, totals, self.step)
                 self.backbone.update_averages()
                 self.step += 1
-                self.history.losses.append(result.loss)
-                self.history.seconds += time.perf_counter() - start
+                self.losses.append(result["loss"])
+                self.seconds += time.perf_counter() - start
                 # Several processes learn of each other's wishes where the next step begins; one alone need not wait.
                 yield result, wishes or (self.processes.number == 1 and stop.is_requested)
         finally:
@@ -231,7 +224,7 @@ class FinetuneTrainer:
             raise ValueError(f"{problem}; raise --max-steps or start over with --resume never.")
         self.backbone.load_state_dict(state)
         self.step = progress.step
-        self.history = TrainingHistory(state["losses"].tolist(), progress.seconds)
+        self.losses, self.seconds = state["losses"].tolist(), progress.seconds
         if self.processes.is_main:
             notice(f"Resuming from step {self.step} of {self.num_steps} ({path}).")
         return state["scaler"]
@@ -244,7 +237,7 @@ class FinetuneTrainer:
             num_processes=self.processes.number,
             batch_size=optimization.batch_size,
             accumulation_steps=optimization.accumulation_steps,
-            seconds=self.history.seconds,
+            seconds=self.seconds,
             settings={**self.config.decisive, **self._inputs},
         )
 
@@ -256,10 +249,9 @@ class FinetuneTrainer:
         self.bare.train()
         self.backbone.swap_averages()
 
-    def _log(self, result: StepResult) -> None:
-        rate = self.backbone.optimizer.param_groups[0]["lr"]
-        values = {"loss": result.loss, "gradient_norm": result.gradient_norm, "learning_rate": rate}
+    def _log(self, result: dict[str, float]) -> None:
+        values = {**result, "learning_rate": self.backbone.optimizer.param_groups[0]["lr"]}
         anchors = self.config.anchors
-        if anchors.needs_original or anchors.l2_sp or self.config.targets.geometry_weight:
-            values["anchor_loss"] = result.anchor_loss
+        if not (anchors.needs_original or anchors.l2_sp or self.config.targets.geometry_weight):
+            del values["anchor_loss"]
         self.accelerator.log(values, step=self.step)

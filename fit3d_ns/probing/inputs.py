@@ -66,7 +66,7 @@ class SegmentationInputs(Inputs):
 
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
         window = self.list_windows(frame)[key.part]
-        pair = self._load_pair(frame, self.short_side, LONG_SIDE_RATIO * self.short_side)
+        pair = self._load_pair(frame, float(self.short_side), LONG_SIDE_RATIO * self.short_side)
         image, labels = (picture[window.slices] for picture in pair)
         if key.is_flipped:
             image, labels = image[:, ::-1], labels[:, ::-1]

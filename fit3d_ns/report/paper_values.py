@@ -7,7 +7,6 @@ are interleaved; they separate in one way only.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,15 @@ PRETTY_BACKBONES = {row["model"]: row["short"] for row in read_table(_BACKBONES)
 """The paper's backbones by timm's names."""
 
 
-@dataclass(frozen=True)
-class PaperRow:
-    """One row of one table, or the same row of several."""
-
-    tables: tuple[int, ...]
-    task: str
-    data: str
-    """The name that `find_paper_data` gives it."""
-    values: Mapping[str, float]
-    """Metrics by the names of our records."""
-    assembly: str = "concat"
-    """`+Ours` of the paper is `concat`."""
-    backbone: str = "vit_small_patch14_dinov2.lvd142m"
-    """timm's name of the architecture with its tag."""
-    feature_dim: int = 64
-    """Numbers per Gaussian."""
-    epochs: int = 1
-    """Epochs of stage II."""
-    train: str = "all"
-    """What stage II trained: `all` or `adapter`."""
-    head: str = "linear"
+PaperRow = Mapping[str, str]
+"""One row of one table, or the same row of several, as the file has it: numbers of the `tables`, `task`, `data` (named
+by `find_paper_data`), `backbone` (timm's name with its tag), `assembly` (`+Ours` of the paper is `concat`), `head`;
+numbers per Gaussian (`feature_dim`); `epochs` of stage II and what it trained (`train`: `all` or `adapter`); then
+metrics by the names of our records, empty where the paper has none."""
+PAPER_ROWS: list[PaperRow] = [*read_table(Path(__file__).with_suffix(".csv"))]
+"""Everything that Tables 1 to 13 say."""
+CHOICES = ("feature_dim", "epochs", "train")
+"""What of stage II a row is about."""
 
 
 def name_backbone(backbone: Mapping[str, Any]) -> str:
@@ -73,37 +60,18 @@ def find_paper_row(
         # The public code has no configuration of it: widths, layers and rates of Table 12 are not known.
         return None
     uses_finetuned = assembly not in ("original", "duplicate")
+    same = {"task": task, "data": data, "backbone": backbone, "assembly": assembly, "head": head}
+    choices = CHOICES if uses_finetuned else ()
     for row in PAPER_ROWS:
-        if (row.task, row.data, row.backbone, row.assembly, row.head) != (task, data, backbone, assembly, head):
-            continue
-        wanted = {"feature_dim": row.feature_dim, "epochs": row.epochs, "train": row.train}
-        if not uses_finetuned or all(_agree(finetuning.get(name), value) for name, value in wanted.items()):
+        if same.items() <= row.items() and all(_agree(finetuning.get(name), row[name]) for name in choices):
             return row
     return None
 
 
-def _agree(ours: Any, papers: Any) -> bool:
-    if isinstance(ours, float) and isinstance(papers, int):
-        # The last images of an epoch fill no batch, so a whole epoch may count a little less.
-        return abs(ours - papers) < 0.05
-    return ours is None or ours == papers
+def _agree(ours: Any, papers: str) -> bool:
+    # The last images of an epoch fill no batch, so a whole epoch may count a little less.
+    return ours is None or (abs(ours - int(papers)) < 0.05 if isinstance(ours, float) else str(ours) == papers)
 
 
 _DATA = read_table(Path(__file__).with_name("paper_data.csv"))
 """Number of classes, and of train and test frames, where official lists fix them."""
-
-
-def _read_rows() -> tuple[PaperRow, ...]:
-    readers: dict[str, Any] = {"tables": lambda text: tuple(map(int, text.split())), "feature_dim": int, "epochs": int}
-    names = [field.name for field in fields(PaperRow) if field.name != "values"]
-    return tuple(
-        PaperRow(
-            values={name: float(text) for name, text in line.items() if name not in names and text},
-            **{name: readers.get(name, str)(line[name]) for name in names},
-        )
-        for line in read_table(Path(__file__).with_suffix(".csv"))
-    )
-
-
-PAPER_ROWS = _read_rows()
-"""Everything that Tables 1 to 13 say."""

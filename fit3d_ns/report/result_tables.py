@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from fit3d_ns.report.paper_values import PaperRow, find_paper_data, find_paper_row, name_backbone
+from fit3d_ns.report.paper_values import CHOICES, PaperRow, find_paper_data, find_paper_row, name_backbone
 from fit3d_ns.report.result_files import FinetuneResult, ProbeResult
 from fit3d_ns.report.table import (
     COST_COLUMNS,
@@ -126,7 +126,8 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
     for column in (*TASK_COLUMNS[task], *COST_COLUMNS):
         sources = costs if column in COST_COLUMNS else [record.metrics for record in records]
         values = [column.find(source) for source in sources]
-        published = [None if row is None else row.values.get(column.name) for row in papers]
+        known = [{} if row is None or column.name in CHOICES else row for row in papers]
+        published = [float(row[column.name]) if row.get(column.name) else None for row in known]
         if any(value is not None for value in (*values, *published)):
             best = mark_best(column, values, backbones)
             columns[column.header] = [
@@ -138,7 +139,7 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
     counts = [len(record.metrics.get("per_seed") or {}) or 1 for record in records]
     columns["Seeds"] = [Cell(str(count), value=count) for count in counts]
     if any(papers):
-        columns["Paper's tables"] = [Cell() if row is None else Cell(", ".join(map(str, row.tables))) for row in papers]
+        columns["Paper's tables"] = [Cell(", ".join(row["tables"].split()) if row else NOTHING) for row in papers]
     shared = {name: value for name, value in protocols[0].items() if name not in differing}
     notes = _write_verdicts(TASK_COLUMNS[task][0], records, backbones, assemblies)
     notes += ["Bold: the best of each backbone."] if len(set(backbones)) > 1 else []

@@ -37,8 +37,8 @@ def test_bf16__keeps_targets_loss_and_weights_in_float32(scenes, tmp_path):
     half.run()
     assert all(value.dtype == torch.float32 for value in half.bare.parameters())
     # bfloat16 keeps 8 bits: losses differ, but by rounding alone.
-    assert half.history.losses != plain.history.losses
-    assert half.history.losses == pytest.approx(plain.history.losses, rel=0.02)
+    assert half.losses != plain.losses
+    assert half.losses == pytest.approx(plain.losses, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -90,7 +90,7 @@ def test_fp16__the_scaler_is_saved_and_goes_on_to_the_bit(scenes, tmp_path):
     resumed.run()
     assert resumed.accelerator.scaler.state_dict() == whole.accelerator.scaler.state_dict()
     assert whole.accelerator.scaler.get_scale() == 2.0**12
-    assert resumed.history.losses == whole.history.losses
+    assert resumed.losses == whole.losses
     for name, value in collect_weights(whole).items():
         assert torch.equal(collect_weights(resumed)[name], value), name
 
@@ -127,5 +127,5 @@ def test_compile__changes_nothing_but_the_speed(scenes, tmp_path, monkeypatch):
     trainer = create_trainer(scenes, tmp_path / "out", configure(optimization=replace(FAST, compile=True)))
     trainer.run()
     assert len(compiled) == 1
-    assert trainer.history.losses == pytest.approx(plain.history.losses, rel=1e-5)
+    assert trainer.losses == pytest.approx(plain.losses, rel=1e-5)
     assert collect_weights(trainer).keys() == collect_weights(plain).keys()

@@ -34,7 +34,7 @@ def train(scenes, folder, batch_size, accumulation=1):
 
     trainer.accelerator.clip_grad_norm_ = capture
     trainer.run()
-    return gradients, collect_weights(trainer), trainer.history.losses
+    return gradients, collect_weights(trainer), trainer.losses
 
 
 def find_scenes(folder):

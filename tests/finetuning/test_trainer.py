@@ -71,7 +71,7 @@ def test_first_step__is_masked_l1_written_out(scenes, tmp_path):
         numerator = numerator + ((tokens - target.half().float()).abs() * mask.half().float()).sum()
         denominator = denominator + mask.sum() * tokens.shape[1]
     loss = numerator / denominator
-    assert trainer.history.losses[0] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert trainer.losses[0] == pytest.approx(float(loss.detach()), rel=1e-4)
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     for name, gradient in zip(parameters, gradients, strict=True):
@@ -82,8 +82,8 @@ def test_first_step__is_masked_l1_written_out(scenes, tmp_path):
 def test_training__lowers_the_loss(scenes, tmp_path):
     trainer = create_trainer(scenes, tmp_path / "out", configure(optimization=replace(FAST, max_steps=40)))
     trainer.run()
-    first, last = trainer.history.summarise()
-    assert last < 0.9 * first and trainer.step == 40 == len(trainer.history.losses)
+    first, last = trainer.summarise_losses()
+    assert last < 0.9 * first and trainer.step == 40 == len(trainer.losses)
 
 
 def test_geometry_head__is_asked_for_depth_and_normals_and_left_out_of_the_weights(scenes, tmp_path):
@@ -100,11 +100,11 @@ def test_geometry_head__is_asked_for_depth_and_normals_and_left_out_of_the_weigh
         assert target.geometry is not None
         numerator += float((target.geometry.abs().mean(dim=-1) * target.weights).sum())
         denominator += float(target.weights.sum())
-    assert first.anchor_loss == pytest.approx(2.0 * numerator / denominator, rel=1e-4)
+    assert first["anchor_loss"] == pytest.approx(2.0 * numerator / denominator, rel=1e-4)
     backbone, head = trainer.backbone.optimizer.param_groups
     assert head["lr"] == pytest.approx(20.0 * backbone["lr"]) and len(head["params"]) == 2
     *_, (last, _) = steps
-    assert last.anchor_loss < 0.9 * first.anchor_loss
+    assert last["anchor_loss"] < 0.9 * first["anchor_loss"]
     assert not [name for name in collect_weights(trainer) if "geometry" in name]
 
 
@@ -114,7 +114,7 @@ def test_accumulation__equals_one_large_batch(scenes, tmp_path):
         optimization = replace(FAST, batch_size=batch_size, accumulation_steps=accumulation, learning_rate=1e-5)
         trainer = create_trainer(scenes, tmp_path / f"out{batch_size}", configure(optimization=optimization))
         trainer.run()
-        losses.append(trainer.history.losses)
+        losses.append(trainer.losses)
         weights.append(collect_weights(trainer)["patch_embed.proj.weight"])
     for other_losses, other_weights in zip(losses[1:], weights[1:], strict=True):
         assert other_losses == pytest.approx(losses[0], rel=1e-5)
@@ -155,7 +155,7 @@ def test_resume__gives_the_same_weights_to_the_bit(scenes, tmp_path, parts):
     resumed = create_trainer(scenes, tmp_path / "killed", replace(config, run=run))
     assert resumed.step == 4
     resumed.run()
-    assert resumed.history.losses == whole.history.losses
+    assert resumed.losses == whole.losses
     whole.backbone.swap_averages()
     resumed.backbone.swap_averages()
     for name, value in collect_weights(whole).items():
@@ -184,7 +184,7 @@ def test_signal__saves_at_the_step_boundary_and_the_same_command_goes_on(scenes,
     again.run()
     whole = create_trainer(scenes, tmp_path / "whole", configure(optimization=FAST))
     whole.run()
-    assert again.history.losses == whole.history.losses
+    assert again.losses == whole.losses
 
 
 def test_resume__refuses_another_batch_size_and_fewer_steps(scenes, tmp_path):
