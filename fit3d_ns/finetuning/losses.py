@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fit3d_ns.finetuning.optimization import AnchorConfig, TokenOutputs
 
@@ -46,16 +45,6 @@ def compute_l1_sum(
     distance = (tokens.float() - targets.float()).abs().mean(dim=-1)
     # Where nothing counts nothing may leak in either: 0 * NaN is NaN.
     return torch.where(weights > 0, distance * weights, 0.0).sum(dim=-1)
-
-
-def compute_cosine_sum(
-    tokens: Float[Tensor, "batch patches embed"],
-    targets: Float[Tensor, "batch patches embed"],
-    weights: Float[Tensor, "batch patches"],
-) -> Float[Tensor, " batch"]:
-    """Sum over tokens of weight times cosine similarity, per image, in float32."""
-    cosine = F.cosine_similarity(tokens.float(), targets.float(), dim=-1)
-    return torch.where(weights > 0, cosine * weights, 0.0).sum(dim=-1)
 
 
 def compute_token_anchors(

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
 from fit3d_ns.analysis.pca import fit_pca, map_to_colours
 from fit3d_ns.analysis.pictures import COLOUR_WORDS, LegendEntry, append_legend, compose_panel, draw_pca, save_picture
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, Sample
-from fit3d_ns.finetuning.losses import compute_cosine_sum, compute_l1_sum
+from fit3d_ns.finetuning.losses import compute_l1_sum
 from fit3d_ns.finetuning.optimization import compute_outputs
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.scene import create_depth_view
@@ -81,8 +82,11 @@ class Validation:
                 sample = self.load_sample(draw)
                 tokens = compute_tokens(sample.image[None].to(bank.device)).float()
                 target = self.targets.render(sample)
-                compared = tokens, target.features.flatten(0, 1)[None], target.weights.flatten()[None]
-                parts = compute_l1_sum(*compared).sum(), compute_cosine_sum(*compared).sum(), target.weights.sum()
+                features, weights = target.features.flatten(0, 1)[None], target.weights.flatten()[None]
+                cosine = F.cosine_similarity(tokens, features, dim=-1)
+                # Where nothing counts nothing may leak in either: 0 * NaN is NaN.
+                cosine_sum = torch.where(weights > 0, cosine * weights, 0.0).sum()
+                parts = compute_l1_sum(tokens, features, weights).sum(), cosine_sum, weights.sum()
                 own += torch.stack([part.double().cpu() for part in parts])
                 # (1, h*w, e) -> (h, w, e)
                 maps.append(tokens[0].unflatten(0, sample.patch_grid).cpu())

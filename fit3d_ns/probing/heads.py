@@ -25,18 +25,13 @@ UPSAMPLING = 4
 """Pixels of the linear head's prediction per token and axis."""
 
 
-class SegmentationHead(nn.Module):
-    """Features of the last block to class logits on the token grid."""
+class SegmentationHead(nn.Sequential):
+    """Features of the last block to class logits [batch, classes, h, w] on the token grid."""
 
     def __init__(self, assembler: Assembler, num_classes: int) -> None:
-        super().__init__()
-        self.assembler = assembler
-        self.norm = SharedBatchNorm(assembler.out_dim)
-        self.classifier = nn.Conv2d(assembler.out_dim, num_classes, kernel_size=1)
-        initialise(self.classifier)
-
-    def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch classes h w"]:
-        return self.classifier(self.norm(self.assembler(features)))
+        classifier = nn.Conv2d(assembler.out_dim, num_classes, kernel_size=1)
+        initialise(classifier)
+        super().__init__(assembler, SharedBatchNorm(assembler.out_dim), classifier)
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
@@ -181,18 +176,10 @@ def initialise(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
-class _ResidualUnit(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(dim, dim, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(dim, dim, kernel_size=3, padding=1),
-        )
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return maps + self.layers(maps)
+def _create_unit(dim: int) -> nn.Sequential:
+    """What a residual unit adds."""
+    convolutions = (nn.Conv2d(dim, dim, kernel_size=3, padding=1) for _ in range(2))
+    return nn.Sequential(*(layer for convolution in convolutions for layer in (nn.ReLU(), convolution)))
 
 
 class _Fusion(nn.Module):
@@ -200,11 +187,11 @@ class _Fusion(nn.Module):
 
     def __init__(self, dim: int, has_lateral: bool) -> None:
         super().__init__()
-        self.lateral = _ResidualUnit(dim) if has_lateral else None
-        self.refine = _ResidualUnit(dim)
+        self.lateral = _create_unit(dim) if has_lateral else None
+        self.refine = _create_unit(dim)
         self.project = nn.Conv2d(dim, dim, kernel_size=1)
 
     def forward(self, level: Tensor, coarser: Tensor | None) -> Tensor:
         if self.lateral is not None and coarser is not None:
-            level = coarser + self.lateral(level)
-        return self.project(self.refine(level))
+            level = coarser + (level + self.lateral(level))
+        return self.project(level + self.refine(level))

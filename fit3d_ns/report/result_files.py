@@ -41,11 +41,6 @@ class FinetuneResult:
     path: Path
     report: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        """The folder of the fine-tuned backbone."""
-        return self.path.absolute().parent.name
-
 
 def read_results(patterns: Sequence[str | Path]) -> tuple[list[ProbeResult], list[FinetuneResult]]:
     """Reads all results below files, folders and globs (`**` descends), each file once, in the order of the patterns.

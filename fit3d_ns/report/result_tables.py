@@ -290,7 +290,7 @@ def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, bac
     settings = [flatten(report["settings"]) for report in reports]
     differing = find_differences(settings)
     columns = {
-        "Run": [Cell(result.name) for result in group],
+        "Run": [Cell(result.path.absolute().parent.name) for result in group],
         "Scenes": [Cell(str(count := len(report.get("scenes", ()))), value=count) for report in reports],
         "Steps": [Cell(str(report["steps"]), value=report["steps"]) for report in reports],
     }

@@ -67,7 +67,7 @@ def test_segmentation_head__is_batch_norm_and_a_linear_layer() -> None:
     maps = head.assembler(features)
     mean, variance = maps.mean((0, 2, 3)), maps.var((0, 2, 3), unbiased=False)
     normalized = (maps - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
-    expected = torch.einsum("bchw,kc->bkhw", normalized, head.classifier.weight[:, :, 0, 0])
+    expected = torch.einsum("bchw,kc->bkhw", normalized, head[-1].weight[:, :, 0, 0])
     torch.testing.assert_close(head.train()(features), expected, rtol=1e-4, atol=1e-5)
     names = {name for name, _ in head.named_parameters()}
     assert names == {"norm.weight", "norm.bias", "classifier.weight", "classifier.bias"}
