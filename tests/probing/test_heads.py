@@ -64,13 +64,13 @@ def test_depth_head__upsampling_before_or_after_the_linear_layer_is_the_same(ass
 def test_segmentation_head__is_batch_norm_and_a_linear_layer() -> None:
     features = create_features(3, parts=2)
     head = SegmentationHead(Assembler("concat", 5, "none"), 7)
-    maps = head.assembler(features)
+    maps = head[0](features)
     mean, variance = maps.mean((0, 2, 3)), maps.var((0, 2, 3), unbiased=False)
     normalized = (maps - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
     expected = torch.einsum("bchw,kc->bkhw", normalized, head[-1].weight[:, :, 0, 0])
     torch.testing.assert_close(head.train()(features), expected, rtol=1e-4, atol=1e-5)
     names = {name for name, _ in head.named_parameters()}
-    assert names == {"norm.weight", "norm.bias", "classifier.weight", "classifier.bias"}
+    assert names == {"1.weight", "1.bias", "2.weight", "2.bias"}
 
 
 @pytest.mark.parametrize("assembly", ["original", "concat"])
