@@ -9,7 +9,8 @@ from pathlib import Path
 import tyro
 
 from fit3d_ns.analysis.pictures import compose_panel
-from fit3d_ns.report.scene_viewer import SceneViewer, SplatColours, ViewerConfig, create_flight
+from fit3d_ns.report.scene_viewer import SceneViewer, create_flight
+from fit3d_ns.report.splat_colours import SplatColours, ViewerConfig
 from fit3d_ns.scene import load_scene
 from fit3d_ns.utils.progress import track
 

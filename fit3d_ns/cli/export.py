@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from fit3d_ns.cli.command import Heading, create_main
-from fit3d_ns.report.scene_viewer import ColouredSplats
+from fit3d_ns.report.splat_colours import ColouredSplats
 from fit3d_ns.scene import FeatureScene, save_scene
 from fit3d_ns.scene.splat_files import write_fit3d
 from fit3d_ns.utils.files import write_json
@@ -67,7 +67,7 @@ def change_gaussians(scene: FeatureScene, color: str, world: str) -> FeatureScen
     """The scene with Gaussians in the colours of their features, or in the dataset's world (the capture stays)."""
     gaussians, capture = scene.gaussians, scene.posed_capture
     if color == "pca":
-        colours = ColouredSplats(scene).colour("features", 0, 0)
+        colours = ColouredSplats(scene).colour("features")
         gaussians = replace(gaussians, sh_dc=(colours - 0.5) * 2.0 * math.pi**0.5, sh_rest=None)
     if world == "dataset":
         rotation, translation = capture.dataparser_transform.split((3, 1), dim=1)

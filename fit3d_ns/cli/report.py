@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.markdown import Markdown
 
 from fit3d_ns.cli.command import create_main
 from fit3d_ns.report.result_files import read_results
@@ -40,9 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def report(command: ReportCommand) -> None:
     _, files = write_report(*read_results(command.results), command.output_dir, command.title)
-    text = files[0].read_text(encoding="utf-8")
-    # Programs that read this want the source.
-    Console().print(Markdown(text)) if sys.stdout.isatty() else print(text)
+    print(files[0].read_text(encoding="utf-8"))
     print("Report: " + ", ".join(map(str, files)))
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import tyro
 
 from fit3d_ns.cli.command import Heading, create_main
-from fit3d_ns.report.scene_viewer import SceneViewer, ViewerConfig, open_server
+from fit3d_ns.report.scene_viewer import SceneViewer, open_server
+from fit3d_ns.report.splat_colours import ViewerConfig
 from fit3d_ns.scene import load_scene
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 

@@ -233,8 +233,7 @@ def _finish(
         save_finetuned(folder / f"wise-ft-{share:g}", trained, mixed, card, licence, add_fit3d=add_fit3d)
     report["finetuned_weights_hash"] = describe_backbone(f"local-dir:{folder}").weights_hash
     write_json(folder / REPORT_NAME, report)
-    table = format_consistency(report["consistency"]["original"], report["consistency"]["finetuned"])
-    notice(table, is_markdown=True)
+    notice(format_consistency(*(report["consistency"][name] for name in ("original", "finetuned"))), is_markdown=True)
     _remove_targets(trainer)
 
 

@@ -1,17 +1,26 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.pca import apply_pca, fit_pca, map_to_colours
+from fit3d_ns.analysis.pca import PcaBasis, apply_pca, fit_pca, map_to_colours
+from fit3d_ns.analysis.similarity import compute_similarity
 from fit3d_ns.data.frames import Frame
+from fit3d_ns.features import FeatureExtractor
 from fit3d_ns.geometry.cameras import Lens
-from fit3d_ns.report.scene_viewer import ColouredSplats, create_flight, select_splats
+from fit3d_ns.report.scene_viewer import create_flight
+from fit3d_ns.report.splat_colours import ColouredSplats, select_splats
 from fit3d_ns.scene import FeatureScene, Gaussians, View, load_scene
 from tests.report.figure_scenes import write_photographs, write_scene
+
+ANY = torch.zeros(40)
+"""Cosines where they are not shown."""
 
 
 @pytest.fixture
@@ -65,22 +74,58 @@ def test_colours__are_those_of_the_decoded_features(scene: FeatureScene) -> None
     splats, decoded = ColouredSplats(scene), decode(scene)
     assert scene.pca is not None
     torch.testing.assert_close(
-        splats.colour("features", 8, 0), map_to_colours(apply_pca(decoded, scene.pca), scene.pca), rtol=1e-3, atol=1e-3
+        splats.colour("features", 8, ANY),
+        map_to_colours(apply_pca(decoded, scene.pca), scene.pca),
+        rtol=1e-3,
+        atol=1e-3,
     )
     centred = decoded - scene.pca.mean
     cosines = F.cosine_similarity(centred, centred[11:12].expand_as(centred))
     # Red falls below 1 where the cosine is negative, blue where it is positive.
-    red, _, blue = splats.colour("similarity", 8, 11).T
+    red, _, blue = splats.colour("similarity", 8, compute_similarity(splats.features, splats.features[11])).T
     torch.testing.assert_close(red - blue, cosines, rtol=1e-3, atol=1e-3)
     distances = [torch.cdist(rows.double(), rows.double()) for rows in (splats.features, centred)]
     torch.testing.assert_close(*distances, rtol=1e-3, atol=1e-3)
+
+
+def test_similarity__to_a_token_is_the_cosine_of_decoded_features(scene: FeatureScene) -> None:
+    """Also to a token that no splat can have."""
+    splats, centred = ColouredSplats(scene), decode(scene) - scene.pca.mean
+    token = torch.randn(scene.decoder.embed_dim, generator=torch.Generator().manual_seed(3))
+    expected = F.cosine_similarity(centred, (token - scene.pca.mean).expand_as(centred))
+    torch.testing.assert_close(splats.compare_with_token(token), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_colours__by_photographs_are_those_of_the_one_that_shows_most(tmp_path: Path) -> None:
+    """One photograph is red and one is green, tokens are their mean colours, and each splat is seen by one camera."""
+    for index, colour in enumerate(((255, 0, 0), (0, 255, 0))):
+        (tmp_path / "photographs").mkdir(exist_ok=True)
+        Image.new("RGB", (64, 48), colour).save(tmp_path / "photographs" / f"{index}.png")
+    paths = sorted((tmp_path / "photographs").iterdir())
+    loaded = load_scene(write_scene(tmp_path / "scene.safetensors", paths))
+    means = torch.tensor([[0.0, 0.0, -1.0], [10.0, 0.0, -3.0], [0.0, 0.0, 5.0]])
+    capture = loaded.capture()
+    # The second camera looks at the second splat alone.
+    moved = torch.eye(4)[:3] + torch.tensor([[0.0, 0, 0, 10.0], [0] * 4, [0] * 4])
+    object.__setattr__(capture.views[1], "camera_to_world", moved)
+    gaussians = loaded.gaussians.select(torch.arange(40) < 3)
+    basis = PcaBasis(torch.zeros(3), torch.eye(3), torch.ones(3), 3.0, torch.zeros(3), torch.ones(3))
+    scene = replace(loaded, gaussians=replace(gaussians, means=means), file=None, pca=fit_pca(decode(loaded), 3))
+    splats = ColouredSplats(scene)
+    splats.pca = basis
+
+    def extract(images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(maps=images.mean(dim=(2, 3))[:, None, None].expand(1, 3, 4, 3))
+
+    colours = splats.colour_by_photographs(MagicMock(spec=FeatureExtractor, side_effect=extract), capture)
+    torch.testing.assert_close(colours, torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.8, 0.8, 0.8]]), atol=1e-5, rtol=0)
 
 
 def test_colours__of_clusters_photograph_and_variance(scene: FeatureScene) -> None:
     sides = torch.where(torch.arange(40)[:, None] < 15, 1.0, -1.0) * torch.tensor([3.0, 0.0, 0.0, 0.0])
     noise = 0.1 * torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     grouped = replace_gaussians(scene, features=(sides + noise).half())
-    colours = ColouredSplats(replace(grouped, pca=fit_pca(decode(grouped), 3))).colour("clusters", 2, 0)
+    colours = ColouredSplats(replace(grouped, pca=fit_pca(decode(grouped), 3))).colour("clusters", 2, ANY)
     assert len(colours[:15].unique(dim=0)) == len(colours[15:].unique(dim=0)) == 1
     assert not torch.equal(colours[0], colours[39])
     coloured = replace_gaussians(
@@ -90,11 +135,11 @@ def test_colours__of_clusters_photograph_and_variance(scene: FeatureScene) -> No
     )
     splats = ColouredSplats(coloured)
     expected = 0.5 + coloured.gaussians.sh_dc.float() / (2.0 * torch.pi**0.5)
-    torch.testing.assert_close(splats.colour("photograph", 8, 0), expected.clamp(0.0, 1.0))
-    variance = splats.colour("variance", 8, 0)
+    torch.testing.assert_close(splats.colour("photograph", 8, ANY), expected.clamp(0.0, 1.0))
+    variance = splats.colour("variance", 8, ANY)
     assert bool((variance[:, 0] == 1.0).all()) and bool((torch.diff(variance[:39, 1]) < 0).all())
     # White where a lift did not measure it.
-    assert bool((ColouredSplats(scene).colour("variance", 8, 0) == 1.0).all())
+    assert bool((ColouredSplats(scene).colour("variance", 8, ANY) == 1.0).all())
 
 
 def test_covariances__are_rotated_squares_and_can_be_factored_where_splats_are_flat(scene: FeatureScene) -> None:
