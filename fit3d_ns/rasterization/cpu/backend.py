@@ -1,6 +1,6 @@
 """The CPU backend: autograd functions around the compiled kernels, float32; shapes and meaning as in `reference`.
 
-Projection, harmonics and blending are three nodes of the graph, so that `means2d` is a tensor of its own between them.
+Projection and blending are two nodes of the graph, so that `means2d` is a tensor of its own between them.
 All arrays are cut into tasks by size alone and added up in a fixed order: results repeat to the bit.
 """
 
@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from fit3d_ns.rasterization.cpu import blending as cpu_blending
 from fit3d_ns.rasterization.cpu import features as cpu_features
-from fit3d_ns.rasterization.cpu import harmonics as cpu_harmonics
 from fit3d_ns.rasterization.cpu import projection as cpu_projection
 from fit3d_ns.rasterization.cpu import tiles as cpu_tiles
 from fit3d_ns.rasterization.cpu.runtime import count_chunks, run_tasks, take_zeros
 from fit3d_ns.rasterization.cpu.tiles import CpuTiles
 from fit3d_ns.rasterization.cpu.vectors import NUM_LANES
 from fit3d_ns.rasterization.projection import ProjectedGaussians, ProjectionSettings
-from fit3d_ns.rasterization.reference import BlendGeometry, TileLists
+from fit3d_ns.rasterization.reference import COLOR_OFFSET, BlendGeometry, TileLists, compute_sh_basis
 
 
 def project_gaussians(
@@ -34,11 +34,18 @@ def project_gaussians(
 def evaluate_harmonics(
     sh_degree: int, means: Tensor, viewmats: Tensor, coefficients: Tensor, is_drawn: Tensor
 ) -> Tensor:
-    """As `reference.evaluate_harmonics`."""
+    """As `reference.evaluate_harmonics`, which also works on what is not drawn."""
     centres = torch.linalg.inv(viewmats)[:, :3, 3]
-    if coefficients.ndim == 3:
-        coefficients = coefficients[None]
-    return _Harmonics.apply(means, centres, coefficients, is_drawn, sh_degree)
+    sums = []
+    for camera, drawn in enumerate(is_drawn):
+        own = coefficients[camera % len(coefficients)] if coefficients.ndim == 4 else coefficients
+        rows = drawn.nonzero()[:, 0]
+        directions = functional.normalize(means.index_select(0, rows) - centres[camera], dim=-1)
+        basis = compute_sh_basis(sh_degree, directions)
+        found = torch.bmm(basis[:, None], own.index_select(0, rows)[:, : basis.shape[1]])[:, 0]
+        # What is added below makes black of the others.
+        sums.append(means.new_full((len(means), 3), -COLOR_OFFSET).index_put((rows,), found))
+    return (torch.stack(sums) + COLOR_OFFSET).clamp(min=0.0)
 
 
 def build_geometry(projected: ProjectedGaussians, opacities: Tensor, settings: ProjectionSettings) -> BlendGeometry:
@@ -149,35 +156,12 @@ class _Projection(torch.autograd.Function):
         return v_means, v_quats, v_scales, torch.from_numpy(v_viewmats.sum(axis=0)).to(means), None, None
 
 
-class _Harmonics(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, means, centres, coefficients, is_drawn, sh_degree: int):
-        means, centres, coefficients = (tensor.detach().contiguous() for tensor in (means, centres, coefficients))
-        colors = means.new_zeros(len(centres), len(means), 3)
-        arrays = _arrays(means, centres, coefficients, is_drawn, colors)
-        run_tasks(cpu_harmonics.evaluate, count_chunks(len(means)), sh_degree, *arrays)
-        ctx.save_for_backward(means, centres, coefficients, is_drawn, colors)
-        ctx.sh_degree = sh_degree
-        return colors
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v_colors):  # type: ignore[override]
-        means, centres, coefficients, _, _ = ctx.saved_tensors
-        num_tasks = count_chunks(len(means))
-        v_means, v_coefficients = torch.empty_like(means), torch.empty_like(coefficients)
-        v_centres = np.zeros((num_tasks, *centres.shape))
-        arrays = _arrays(*ctx.saved_tensors, v_colors, v_means, v_coefficients)
-        run_tasks(cpu_harmonics.evaluate_backward, num_tasks, ctx.sh_degree, *arrays, v_centres)
-        return v_means, torch.from_numpy(v_centres.sum(axis=0)).to(means), v_coefficients, None, None
-
-
 class _Blending(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, means2d, conics, opacities, colors, backgrounds, geometry: BlendGeometry, absgrad: bool):
         colors = colors.detach().contiguous()
         # Opacity is the blend of ones.
-        blended = _blend_rows(torch.nn.functional.pad(colors, (0, 1), value=1.0), geometry, None)
+        blended = _blend_rows(functional.pad(colors, (0, 1), value=1.0), geometry, None)
         settings = geometry.settings
         images, alphas = blended.unflatten(1, (settings.height, settings.width)).split((colors.shape[-1], 1), dim=-1)
         if backgrounds is not None:
@@ -289,7 +273,7 @@ def _pixel_rows(settings: ProjectionSettings, indices: Tensor | None) -> tuple[n
 def _pad_channels(rows: Tensor, multiple: int = NUM_LANES) -> Tensor:
     """Rows whose last axis is filled up with zeros to a multiple."""
     missing = -rows.shape[-1] % multiple
-    return torch.nn.functional.pad(rows.detach(), (0, missing)) if missing else rows
+    return functional.pad(rows.detach(), (0, missing)) if missing else rows
 
 
 def _count_bands(geometry: BlendGeometry) -> int:
