@@ -50,6 +50,8 @@ OWN_VALUES = {
     "--shard": [["1/2"]],
     "--folder": [[f"{TOY_FOLDER}/../{TOY_FOLDER.name}", "me/vit"]],
     "--name": [[str(TOY_FOLDER), "me/other"]],
+    "--root": [["scannetpp", "other"]],
+    "--dataset": [["scannetpp", "other"]],
 }
 """Values of options that want a form of their own; for one of two positional words, both."""
 NEEDED_WORDS = {("--format", "ply"): ("--output-path", "out.ply")}
@@ -142,6 +144,15 @@ COMMANDS = {
         "fit3d_ns.cli.view",
         "ViewCommand",
         ("a.safetensors", "a.safetensors --finetuned vit"),
+    ),
+    "fit3d-prepare": Command(
+        "fit3d_ns.cli.prepare",
+        "PrepareCommand",
+        ("scannetpp root",),
+        {
+            "fit3d_ns.cli.prepare.find_scenes": lambda root, names: [Path(root, name) for name in (*names, "scene")],
+            "fit3d_ns.cli.prepare.prepare_scene": {"frames": 1, "frames_made": 1, "seconds": 1.0},
+        },
     ),
     "fit3d-push": Command(
         "fit3d_ns.cli.push",

@@ -1,4 +1,4 @@
-"""The nearest triangle along the ray of every pixel of a photograph, whatever its lens.
+"""`LensPixels`: the nearest triangle along the ray of every pixel of a photograph, whatever its lens.
 
 With the corners A, B, C of a triangle in camera coordinates, the ray (x, y, 1) of a pixel has
 
@@ -11,10 +11,10 @@ one stretch of each row. Cells are squares of (x / (1 + |x|), y / (1 + |y|)), wh
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import njit
 
 from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.geometry.undistortion import find_rays
+from fit3d_ns.rasterization.cpu.runtime import compiled
 
 _WIDEST = 20.0
 """Rays farther from the axis, 87 degrees, see nothing."""
@@ -56,7 +56,7 @@ class LensPixels:
         return depth, hit
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _rasterize(points, faces, rays, starts, grid, near, nearest, numbers):
     """Fills, for the pixels in their order, the smallest depth, infinity before, and its triangle."""
     low_x, low_y, side, columns, rows = grid

@@ -1,7 +1,4 @@
-"""Makes depth and label maps for the photographs of a ScanNet++ download out of its annotated meshes.
-
-    python scripts/prepare_scannetpp.py DOWNLOAD --scenes splits/nvs_sem_val.txt
-    python scripts/prepare_scannetpp.py DOWNLOAD/data/SCENE --depth-only
+"""Depth and label maps for the photographs of a ScanNet++ download, out of its annotated meshes.
 
 Maps belong to `resized_images/`: they are what the lens of `nerfstudio/transforms.json` shows of the mesh at pixel
 centres. As in the official benchmark, a vertex has the class of the smallest annotated object that it belongs to, under
@@ -9,21 +6,17 @@ the name that `map_benchmark.csv` gives that; a triangle has that of two of its 
 """
 
 import csv
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Float, Int, UInt8
-from triangles import LensPixels
 
-from fit3d_ns.cli.command import Heading, run_command
 from fit3d_ns.data.frames import Frame
 from fit3d_ns.data.images import IGNORE_INDEX, save_depth, save_index_map
 from fit3d_ns.data.scannetpp import colmap_to_world, read_scannetpp
@@ -33,50 +26,15 @@ from fit3d_ns.lifting.surfaces import SCANNETPP_MESH
 from fit3d_ns.probing.datasets.folders import check_class_names
 from fit3d_ns.probing.datasets.frames import read_lines
 from fit3d_ns.probing.datasets.scannet import find_scannetpp_scenes, is_scannetpp_scene
+from fit3d_ns.rasterization.cpu.triangles import LensPixels
 from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, remove, write_atomically, write_json
-from fit3d_ns.utils.progress import notice, track
+from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.results import ResultRecord, load_result, save_result
 from fit3d_ns.utils.selection import load_ahead
 
 NEAR = 0.05
 """Metres from which a surface is seen, as in the official toolkit's depth."""
 _sort_pixels = lru_cache(maxsize=2)(LensPixels)
-
-
-@dataclass(frozen=True)
-class PrepareCommand:
-    """Which scenes get which maps."""
-
-    root: Annotated[Path, tyro.conf.Positional]
-    """The download (`data/`, `metadata/`), or the folder of one scene; maps go into each scene's `dslr/`."""
-    scenes: Annotated[tuple[str, ...], Heading("input")] = ()
-    """Names of scenes, or text files that list them (`splits/nvs_sem_val.txt`); all that are there without this."""
-    classes: Path | None = None
-    """Text file with the name of a class on each line; by default `metadata/semantic_benchmark/top100.txt`. Annotated
-    words are renamed as a `map_benchmark.csv` beside it says."""
-    depth_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Make no labels, for which scenes without annotation have nothing."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("output")] = False
-    """Make all maps again, also those that came with the download. Without this, maps that are there are passed over,
-    so that the same command goes on after an interruption."""
-    jobs: Annotated[int | None, Heading("machine")] = None
-    """Photographs at a time; as many as the machine has cores without this."""
-
-
-def prepare(command: PrepareCommand) -> None:
-    if command.depth_only and command.classes is not None:
-        raise ValueError("--classes changes nothing with --depth-only; leave it out.")
-    scenes, num_failed = find_scenes(command.root, command.scenes), 0
-    classes = None if command.depth_only else read_class_list(command.root, command.classes)
-    for scene in scenes:
-        try:
-            made = prepare_scene(scene, classes, command.jobs or os.cpu_count() or 1, command.overwrite)
-            print(f"{scene}: {made['frames_made']} of {made['frames']} frames in {made['seconds']:.1f} s")
-        except ValueError as error:
-            num_failed += 1
-            notice(f"{scene}: {error}")
-    if num_failed:
-        raise ValueError(f"{num_failed} of {len(scenes)} scenes failed; the reasons stand above.")
 
 
 @dataclass(frozen=True)
@@ -217,7 +175,3 @@ def _read_vertex_classes(
     for index, own in sorted(members, key=lambda member: -sizes[member[1]].sum()):
         classes[own] = index
     return classes[place]
-
-
-if __name__ == "__main__":
-    run_command(PrepareCommand, prepare, prog="prepare_scannetpp.py", description=__doc__ or "")

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from triangles import LensPixels
 
 from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.geometry.undistortion import find_rays
+from fit3d_ns.rasterization.cpu.triangles import LensPixels
 
 NEAR = 0.05
 LENSES = {

@@ -1,17 +1,17 @@
-"""`prepare_scannetpp.py` on a miniature of the official download whose depth and classes have closed forms."""
+"""`fit3d-prepare scannetpp` on a miniature of the official download whose depth and classes have closed forms."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-import prepare_scannetpp as maps
 import pytest
 import torch
 import trimesh
 from PIL import Image
 
-from fit3d_ns.cli.command import run_command
+from fit3d_ns.cli import prepare
 from fit3d_ns.probing.datasets import read_labelled_set
+from fit3d_ns.probing.datasets import scannetpp_maps as maps
 from fit3d_ns.utils.results import load_result
 
 WIDTH, HEIGHT, FOCAL, CENTRE = 96, 64, 50.0, (47.3, 32.6)
@@ -22,10 +22,6 @@ CLASSES = ["wall", "ceiling", "floor", "table"]
 WALL, CEILING, FLOOR, DESK = range(4)
 TO_WORLD = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 """From the mesh's world to that of the transforms file."""
-
-
-def prepare(words: list[str]) -> None:
-    run_command(maps.PrepareCommand, maps.prepare, prog="prepare_scannetpp.py", description="", args=words)
 
 
 def place_cameras(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -126,7 +122,7 @@ def download(tmp_path: Path) -> Path:
 
 
 def test_prepare__maps_equal_the_closed_form_and_are_read_by_the_probes(download: Path, capsys) -> None:
-    prepare([str(download)])
+    prepare.main(["scannetpp", str(download)])
     scene = download / "data/0a5c013435"
     seen = set()
     for index, camera in enumerate(place_cameras(4)):
@@ -151,7 +147,7 @@ def test_prepare__maps_equal_the_closed_form_and_are_read_by_the_probes(download
 
 
 def test_prepare__labels_lie_on_the_fisheye_pictures_where_undistorted_ones_are_there_too(download: Path) -> None:
-    prepare([str(download), "--jobs", "1"])
+    prepare.main(["scannetpp", str(download), "--jobs", "1"])
     scene = download / "data/0a5c013435"
     expected = read_labelled_set(scene, "train", "segmentation").frames[0].load_labels()
     dslr = scene / "dslr"
@@ -183,14 +179,14 @@ def test_prepare__goes_on_where_it_was_stopped(download: Path, monkeypatch: pyte
     monkeypatch.setattr(maps.AnnotatedMesh, "render", note)
     monkeypatch.setattr(maps, "save_index_map", stop)
     with pytest.raises(SystemExit):
-        prepare([str(download), "--jobs", "1"])
+        prepare.main(["scannetpp", str(download), "--jobs", "1"])
     assert [path.name for path in sorted(dslr.glob("labels/*.png"))] == ["DSC00000.png", "DSC00001.png"]
     assert not list(dslr.glob("*/.*")) and len(list(dslr.glob("render_depth/*"))) >= 3
     first = (dslr / "labels/DSC00000.png").stat().st_mtime_ns
     rendered.clear()
     monkeypatch.setattr(maps, "save_index_map", save)
     for _ in range(2):
-        prepare([str(download), "--jobs", "2"])
+        prepare.main(["scannetpp", str(download), "--jobs", "2"])
     assert sorted(rendered) == ["DSC00002", "DSC00003"]
     assert (dslr / "labels/DSC00000.png").stat().st_mtime_ns == first
     assert len(list(dslr.glob("labels/*.png"))) == len(list(dslr.glob("render_depth/*.png"))) == 4
@@ -208,24 +204,24 @@ def test_prepare__goes_on_where_it_was_stopped(download: Path, monkeypatch: pyte
 def test_prepare__says_what_is_missing(download: Path, missing: str, message: str, capsys) -> None:
     (download / missing).unlink()
     with pytest.raises(SystemExit):
-        prepare([str(download)])
+        prepare.main(["scannetpp", str(download)])
     assert message in capsys.readouterr().err
     assert not (download / "data/0a5c013435/dslr/render_depth").exists()
 
 
 def test_prepare__other_classes_are_made_only_where_that_is_asked_for(download: Path, tmp_path: Path, capsys) -> None:
-    scene, words = download / "data/0a5c013435", [str(download)]
-    prepare([*words, "--depth-only"])
+    scene, words = download / "data/0a5c013435", ["scannetpp", str(download)]
+    prepare.main([*words, "--depth-only"])
     assert not (scene / "dslr/labels").exists()
-    prepare(words)
+    prepare.main(words)
     (tmp_path / "few.txt").write_text("table\nfloor\n")
     words += ["--classes", str(tmp_path / "few.txt"), "--scenes", "0a5c013435"]
     with pytest.raises(SystemExit):
-        prepare(words)
+        prepare.main(words)
     assert "--overwrite makes it again" in capsys.readouterr().err
-    prepare([*words, "--overwrite"])
+    prepare.main([*words, "--overwrite"])
     assert set(np.unique(np.array(Image.open(scene / "dslr/labels/DSC00000.png")))) <= {1, 255}
     (scene / "scans/segments.json").write_text(json.dumps({"segIndices": [1, 2]}))
     with pytest.raises(SystemExit):
-        prepare([*words, "--overwrite"])
+        prepare.main([*words, "--overwrite"])
     assert "has 2 vertices, the mesh 756" in capsys.readouterr().err
