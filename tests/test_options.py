@@ -139,11 +139,17 @@ COMMANDS = {
     "fit3d-report predictions": Command(
         "fit3d_ns.cli.figures", "PredictionsCommand", ("predictions a b --output-path out.png",)
     ),
-    "fit3d-demo": Command("fit3d_ns.cli.demo", "DemoCommand", ("",), {"fit3d_ns.cli.demo.read_models": [Stub()]}),
+    "fit3d-demo": Command(
+        "fit3d_ns.cli.demo",
+        "DemoCommand",
+        ("",),
+        {"fit3d_ns.cli.demo.read_models": [Stub()], "fit3d_ns.cli.demo.Event": Stub()},
+    ),
     "fit3d-view": Command(
         "fit3d_ns.cli.view",
         "ViewCommand",
         ("a.safetensors", "a.safetensors --finetuned vit"),
+        {"fit3d_ns.cli.view.Event": Stub()},
     ),
     "fit3d-prepare": Command(
         "fit3d_ns.cli.prepare",
