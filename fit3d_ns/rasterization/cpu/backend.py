@@ -42,7 +42,7 @@ def evaluate_harmonics(
         rows = drawn.nonzero()[:, 0]
         directions = functional.normalize(means.index_select(0, rows) - centres[camera], dim=-1)
         basis = compute_sh_basis(sh_degree, directions)
-        found = torch.bmm(basis[:, None], own.index_select(0, rows)[:, : basis.shape[1]])[:, 0]
+        found = _Expansion.apply(basis, own, rows)
         # What is added below makes black of the others.
         sums.append(means.new_full((len(means), 3), -COLOR_OFFSET).index_put((rows,), found))
     return (torch.stack(sums) + COLOR_OFFSET).clamp(min=0.0)
@@ -154,6 +154,24 @@ class _Projection(torch.autograd.Function):
             *_arrays(v_means2d, v_depths, v_conics, v_compensations), *_arrays(v_means, v_quats, v_scales), v_viewmats,
         )  # fmt: skip
         return v_means, v_quats, v_scales, torch.from_numpy(v_viewmats.sum(axis=0)).to(means), None, None
+
+
+class _Expansion(torch.autograd.Function):
+    """Sums over a basis [n, bases] times those rows of the coefficients, without autograd's copies of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, basis: Tensor, coefficients: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(basis, coefficients, rows)
+        return torch.bmm(basis[:, None], coefficients.index_select(0, rows)[:, : basis.shape[1]])[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v_sums):  # type: ignore[override]
+        basis, coefficients, rows = ctx.saved_tensors
+        v_basis = torch.bmm(coefficients.index_select(0, rows)[:, : basis.shape[1]], v_sums[..., None])[..., 0]
+        v_coefficients = torch.zeros_like(coefficients)
+        v_coefficients[:, : basis.shape[1]].index_copy_(0, rows, basis[..., None] * v_sums[:, None])
+        return v_basis, v_coefficients, None
 
 
 class _Blending(torch.autograd.Function):
