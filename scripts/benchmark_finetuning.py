@@ -119,7 +119,7 @@ def time_training(
     """Seconds per step of the first and of the later epochs, the target's two ways, and the memory of scenes."""
     bank = SceneBank(paths, config.device)
     bank.averages = create_averages(TargetConfig(), bank, folder)
-    views = TrainingViews(bank.on_disk, [("train",)] * len(bank))
+    views = TrainingViews(bank.on_disk, [("train",)] * len(paths))
     per_epoch = limit_views(views, config.optimization.batch_size, config.max_steps)
     optimization = replace(config.optimization, max_steps=config.epochs * per_epoch, accumulation_steps=1)
     run = RunConfig(trackers=(), steps_per_validation=per_epoch, steps_per_checkpoint=10**9, resume="never")
@@ -138,7 +138,7 @@ def time_training(
     # Compiling kernels is no part of an epoch; the scene is made ready there.
     view = next(view for own in views.views for view in own)
     time_target(load_scene(paths[0]).to(config.device), view, description, repeats=1)
-    notice(f"Timing {description.label} on {len(bank)} scenes, {config.epochs} epochs of {per_epoch} steps")
+    notice(f"Timing {description.label} on {len(paths)} scenes, {config.epochs} epochs of {per_epoch} steps")
     trainer = FinetuneTrainer(token_model, targets, whole, processes, folder, {}, note_lap, timer)
     trainer.run()
     note_lap()

@@ -78,6 +78,8 @@ def finetune(
     seed_everything(config.sampling.seed)
     bank = SceneBank([*inputs.scenes, *inputs.validation_scenes], accelerator.device, run.scene_memory_gb)
     bank.averages = create_averages(config.targets, bank, output_folder, run.data_root)
+    scenes_gb = min(sum(scene.num_bytes for scene in bank.on_disk), bank.max_bytes) / 1e9
+    processes.run_on_main(lambda: notice(f"Scenes take up to {scenes_gb:.2g} GB of memory in each process."))
     # With the first scene's preprocessing; the others are checked against it.
     description = bank.on_disk[0].backbone.with_weights(inputs.weights, inputs.backbone)
     bank.check_backbones(description)

@@ -1,10 +1,10 @@
-"""Densification strategies of gsplat, made from the model's options; MCMC's relocation also without CUDA."""
+"""Densification strategies of gsplat, made from the model's options; MCMC's without kernels of CUDA."""
 
 from typing import Any
 from unittest import mock
 
 import torch
-from gsplat.strategy import DefaultStrategy, MCMCStrategy, ops
+from gsplat.strategy import DefaultStrategy, MCMCStrategy
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class InriaStrategy(DefaultStrategy):
 
 
 class PortableMCMCStrategy(MCMCStrategy):
-    """gsplat's MCMC strategy on any device: where there is no CUDA, its two kernels are replaced while it works.
+    """gsplat's MCMC strategy on any device: its two kernels are replaced by plain torch while it works.
 
     "3D Gaussian Splatting as Markov Chain Monte Carlo" (Kheradmand et al., 2024), equations 8 and 9.
     """
@@ -66,11 +66,8 @@ class PortableMCMCStrategy(MCMCStrategy):
         self, params: Any, optimizers: Any, state: dict[str, Any], step: int, info: dict[str, Any], lr: float
     ) -> None:
         """Relocates and adds Gaussians at the refinement steps, and always disturbs positions, which learn at `lr`."""
-        if params["means"].is_cuda:
-            super().step_post_backward(params, optimizers, state, step, info, lr)
-            return
         portable: Any = {"compute_relocation": compute_relocation, "quat_scale_to_covar_preci": compute_covariances}
-        with mock.patch.multiple(ops, **portable):
+        with mock.patch.multiple("gsplat.strategy.ops", **portable):
             super().step_post_backward(params, optimizers, state, step, info, lr)
 
     def _relocate_gs(self, params: Any, optimizers: Any, binoms: Tensor) -> int:

@@ -104,6 +104,8 @@ def test_help__fits_a_narrow_terminal_and_fills_its_lines(capsys, monkeypatch):
 @pytest.mark.parametrize("name", (*COMMANDS, "info"))
 def test_module__is_a_command_for_python_as_well(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, "--version"])
+    # What jaxtyping's checks made of the module would be stored where every process looks for it.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     runpy.run_module(f"fit3d_ns.cli.{name}", run_name="__main__", alter_sys=False)
     assert capsys.readouterr().out == f"fit3d-{name} {metadata.version('fit3d-ns')}\n"
 

@@ -252,7 +252,7 @@ def test_lift__says_what_a_ply_lacks(run, capture, tmp_path):
     content = ply.read_bytes()
     for name, changed, sentence in (
         ("cloud.ply", content.replace(b"float opacity", b"float opaqueX"), "has no `opacity`"),
-        ("cut.ply", content[:-100], "is cut short"),
+        ("cut.ply", content[:-100], "damaged or cut short"),
         ("rest.ply", content.replace(b"float nx", b"float f_rest_0"), "belong to no SH degree"),
     ):
         (tmp_path / name).write_bytes(changed)

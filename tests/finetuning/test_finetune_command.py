@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -92,7 +93,8 @@ def test_command__trains_and_writes_the_folder(tmp_path, capsys):
     held_out = save_new_scene(tmp_path, "other", seed=9)
     out = tmp_path / "out"
     arguments = ["--ckpts", *training, "--val-ckpts", held_out, "--output-dir", out, *SMALL]
-    code, _ = run(capsys, *arguments, "--learning-rate", "1e-3", "--wise-ft", "0", "0.5", "--format", "fit3d")
+    code, said = run(capsys, *arguments, "--learning-rate", "1e-3", "--wise-ft", "0", "0.5", "--format", "fit3d")
+    assert re.search(r"Scenes take up to [\d.e-]+ GB of memory in each process", said)
     assert code == 0
     report = json.loads((out / "report.json").read_text())
     assert report["steps"] == 6 and report["seconds"] > 0 and report["is_random"]

@@ -28,7 +28,7 @@ def test_read_results__folders_hold_other_json_too(tmp_path: Path) -> None:
     (tmp_path / "vit" / "checkpoints").mkdir()
     (tmp_path / "vit" / "checkpoints" / "state.json").write_text("{")
     probes, finetunings = read_results([tmp_path])
-    assert [run.name for run in finetunings] == ["vit"] and not probes
+    assert [run.path.parent.name for run in finetunings] == ["vit"] and not probes
 
 
 def test_read_results__records_put_aside_are_passed_over_unless_named(tmp_path: Path) -> None:
