@@ -50,6 +50,7 @@ class FinetuneTrainer:
         output_folder: Path,
         inputs: dict[str, Any],
         validate: Validate | None = None,
+        timer: PhaseTimer | None = None,
     ):
         """Freezes what is not trained, wraps the backbone, and goes on from a checkpoint where there is one.
 
@@ -58,6 +59,7 @@ class FinetuneTrainer:
             inputs: Backbone, scenes and photographs by their hashes, as plain JSON values; a checkpoint of others is
                 refused with a ValueError.
             validate: Called by the main process every `steps_per_validation` steps.
+            timer: Gets the seconds of `load`, `target`, `forward_backward` and `optimizer`.
         """
         self.targets, self.config, self.processes = targets, config, processes
         self.bank, self.views, self.accelerator = targets.bank, targets.views, processes.accelerator
@@ -65,7 +67,7 @@ class FinetuneTrainer:
         # Feature loss of each step so far, those before a resume included, and the time without validation.
         self.losses: list[float] = []
         self.seconds = 0.0
-        self.timer = PhaseTimer()
+        self.timer = timer or PhaseTimer()
         self.step = 0
         optimization, anchors = config.optimization, config.anchors
         self.sequence = DrawSequence(self.views.views_per_scene, config.sampling)
