@@ -80,25 +80,24 @@ def project_gaussians(
 ) -> ProjectedGaussians:
     """Projects every Gaussian into every camera; differentiable with respect to all but `Ks`."""
     rotations = viewmats[:, :3, :3]
-    in_camera = torch.einsum("cij,nj->cni", rotations, means) + viewmats[:, None, :3, 3]
-    depths = in_camera[..., 2]
-    in_range = (depths >= settings.near_plane) & (depths <= settings.far_plane)
+    in_camera = torch.einsum("cij,nj->icn", rotations, means) + viewmats[:, :3, 3].T[..., None]
+    in_range = (in_camera[2] >= settings.near_plane) & (in_camera[2] <= settings.far_plane)
     # Dropped rows are computed at a harmless point, so that no NaN enters their (zero) gradients.
-    in_camera = torch.where(in_range[..., None], in_camera, in_camera.new_tensor([0.0, 0.0, 1.0]))
+    x, y, z = torch.where(in_range, in_camera, in_camera.new_tensor([0.0, 0.0, 1.0])[:, None, None])
 
-    axes = rotations_from_quats(quats) * scales[:, None, :]
-    axes = torch.einsum("cij,njk->cnik", rotations, axes)
-    on_plane = _projection_jacobians(in_camera, Ks, settings) @ axes
-    covariances = on_plane @ on_plane.transpose(-1, -2)
+    # The Gaussian's half axes k in camera coordinates, and where the Jacobian brings them on the image.
+    axes_x, axes_y, axes_z = torch.einsum("cij,njk->ikcn", rotations, rotations_from_quats(quats) * scales[:, None, :])
+    fx, fy, cx, cy = (Ks[:, None, row, column] for row, column in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    on_x = fx / z * (axes_x - (x / z).clamp(*limit_slopes(fx, cx, settings.width)) * axes_z)
+    on_y = fy / z * (axes_y - (y / z).clamp(*limit_slopes(fy, cy, settings.height)) * axes_z)
+    xx, xy, yy = (on_x * on_x).sum(dim=0), (on_x * on_y).sum(dim=0), (on_y * on_y).sum(dim=0)
 
-    xx, xy, yy = covariances[..., 0, 0], covariances[..., 0, 1], covariances[..., 1, 1]
     sharp_determinants = xx * yy - xy * xy
     xx, yy = xx + settings.eps2d, yy + settings.eps2d
     determinants = xx * yy - xy * xy
     radii = _compute_radii(xx, yy, determinants)
 
-    focal_lengths = Ks[:, None, [0, 1], [0, 1]]
-    means2d = focal_lengths * in_camera[..., :2] / in_camera[..., 2:] + Ks[:, None, :2, 2]
+    means2d = torch.stack([fx * x / z + cx, fy * y / z + cy], dim=-1)
     size = means2d.new_tensor([settings.width, settings.height])
     on_image = ((means2d + radii[..., None] > 0) & (means2d - radii[..., None] < size)).all(dim=-1)
     is_drawn = in_range & (determinants > 0) & (radii > settings.radius_clip) & on_image
@@ -113,7 +112,7 @@ def project_gaussians(
     return ProjectedGaussians(
         radii=torch.where(is_drawn, radii, 0.0).int(),
         means2d=torch.where(is_drawn[..., None], means2d, 0.0),
-        depths=torch.where(is_drawn, depths, 0.0),
+        depths=torch.where(is_drawn, z, 0.0),
         conics=torch.where(is_drawn[..., None], conics, 0.0),
         compensations=compensations,
     )
@@ -123,35 +122,24 @@ def rotations_from_quats(quats: Float[Tensor, "num_gaussians 4"]) -> Float[Tenso
     """Rotation matrices of quaternions (wxyz) of any length but zero."""
     w, x, y, z = (quats / quats.norm(dim=-1, keepdim=True)).unbind(dim=-1)
     rows = [
-        torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], dim=-1),
-        torch.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)], dim=-1),
-        torch.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], dim=-1),
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
-    return torch.stack(rows, dim=-2)
+    return torch.stack([entry for row in rows for entry in row]).reshape(3, 3, -1).movedim(-1, 0)
 
 
-def _projection_jacobians(
-    in_camera: Float[Tensor, "num_cameras num_gaussians 3"],
-    Ks: Float[Tensor, "num_cameras 3 3"],
-    settings: ProjectionSettings,
-) -> Float[Tensor, "num_cameras num_gaussians 2 3"]:
-    """Derivative of the pixel position by the point, taken at a point that is moved into the widened field of view."""
-    x, y, z = in_camera.unbind(dim=-1)
-    fx, fy = Ks[:, None, 0, 0], Ks[:, None, 1, 1]
-    cx, cy = Ks[:, None, 0, 2], Ks[:, None, 1, 2]
-    margin_x = FOV_MARGIN * 0.5 * settings.width / fx
-    margin_y = FOV_MARGIN * 0.5 * settings.height / fy
-    slope_x = torch.clamp(x / z, -(cx / fx + margin_x), (settings.width - cx) / fx + margin_x)
-    slope_y = torch.clamp(y / z, -(cy / fy + margin_y), (settings.height - cy) / fy + margin_y)
-    zero = torch.zeros_like(z)
-    row_x = torch.stack([fx / z, zero, -fx * slope_x / z], dim=-1)
-    row_y = torch.stack([zero, fy / z, -fy * slope_y / z], dim=-1)
-    return torch.stack([row_x, row_y], dim=-2)
+def limit_slopes(
+    focal_lengths: Float[Tensor, "*axes"], centres: Float[Tensor, "*axes"], size: int | Float[Tensor, "*axes"]
+) -> tuple[Float[Tensor, "*axes"], Float[Tensor, "*axes"]]:
+    """Lowest and highest slope x / z (or y / z) at which the Jacobian is taken: the widened field of view."""
+    margins = FOV_MARGIN * 0.5 * size / focal_lengths
+    return -(centres / focal_lengths + margins), (size - centres) / focal_lengths + margins
 
 
 @torch.no_grad()
 def _compute_radii(xx: Tensor, yy: Tensor, determinants: Tensor) -> Tensor:
-    """Three standard deviations along the longer axis, rounded up; whole numbers in the dtype of the input."""
+    """Three standard deviations along the longer axis, rounded up: whole numbers that int32 holds."""
     half_trace = 0.5 * (xx + yy)
     gap = (half_trace * half_trace - determinants).clamp(min=MIN_EIGENVALUE_GAP).sqrt()
-    return torch.ceil(3.0 * (half_trace + gap).sqrt())
+    return torch.ceil(3.0 * (half_trace + gap).sqrt()).clamp(max=2.0**30)

@@ -12,23 +12,37 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from fit3d_ns.rasterization import projection
 from fit3d_ns.rasterization.cpu import blending as cpu_blending
 from fit3d_ns.rasterization.cpu import features as cpu_features
-from fit3d_ns.rasterization.cpu import projection as cpu_projection
 from fit3d_ns.rasterization.cpu import tiles as cpu_tiles
 from fit3d_ns.rasterization.cpu.runtime import count_chunks, run_tasks, take_zeros
 from fit3d_ns.rasterization.cpu.tiles import CpuTiles
 from fit3d_ns.rasterization.cpu.vectors import NUM_LANES
-from fit3d_ns.rasterization.projection import ProjectedGaussians, ProjectionSettings
+from fit3d_ns.rasterization.projection import MIN_EIGENVALUE_GAP, ProjectedGaussians, ProjectionSettings
 from fit3d_ns.rasterization.reference import COLOR_OFFSET, BlendGeometry, TileLists, compute_sh_basis
 
 
 def project_gaussians(
     means: Tensor, quats: Tensor, scales: Tensor, viewmats: Tensor, Ks: Tensor, settings: ProjectionSettings
 ) -> ProjectedGaussians:
-    """As `projection.project_gaussians`."""
-    radii, means2d, depths, conics, compensations = _Projection.apply(means, quats, scales, viewmats, Ks, settings)
-    return ProjectedGaussians(radii, means2d, depths, conics, compensations if settings.antialiased else None)
+    """As `projection.project_gaussians`, which here works on the Gaussians that may be in view, camera by camera."""
+    shape = (len(viewmats), len(means))
+    found, indices = [], []
+    for camera in range(shape[0]):
+        rows = _find_in_view(means, scales, viewmats[camera], Ks[camera], settings)
+        in_view = [tensor.index_select(0, rows) for tensor in (means, quats, scales)]
+        found.append(projection.project_gaussians(*in_view, viewmats[camera, None], Ks[camera, None], settings))
+        indices.append(rows + camera * shape[1])
+
+    def spread(name: str) -> Tensor:
+        """One row for each Gaussian in each camera, with zeros for those out of view."""
+        rows = torch.cat([getattr(projected, name)[0] for projected in found])
+        everything = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:])
+        return everything.index_copy_(0, torch.cat(indices), rows).unflatten(0, shape)
+
+    radii, means2d, depths, conics = map(spread, ("radii", "means2d", "depths", "conics"))
+    return ProjectedGaussians(radii, means2d, depths, conics, spread("compensations") if settings.antialiased else None)
 
 
 def evaluate_harmonics(
@@ -121,39 +135,25 @@ def backproject(feature_maps: Tensor, geometry: BlendGeometry, sums: Tensor, tot
     _backproject_rows(feature_maps.flatten(1, 2), geometry, None, sums, totals)
 
 
-class _Projection(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, means, quats, scales, viewmats, Ks, settings: ProjectionSettings):
-        inputs = [tensor.detach().contiguous() for tensor in (means, quats, scales, viewmats, Ks)]
-        shape = (len(viewmats), len(means))
-        radii, depths = means.new_zeros(shape, dtype=torch.int32), means.new_zeros(shape)
-        means2d, conics = means.new_zeros(*shape, 2), means.new_zeros(*shape, 3)
-        compensations = means.new_zeros(shape if settings.antialiased else (0, 0))
-        run_tasks(
-            cpu_projection.project, count_chunks(len(means)), *_arrays(*inputs), settings.width, settings.height,
-            *map(np.float32, (settings.near_plane, settings.far_plane, settings.radius_clip, settings.eps2d)),
-            *_arrays(radii, means2d, depths, conics, compensations),
-        )  # fmt: skip
-        ctx.save_for_backward(*inputs, radii, compensations)
-        ctx.settings = settings
-        ctx.mark_non_differentiable(radii)
-        return radii, means2d, depths, conics, compensations
+@torch.no_grad()
+def _find_in_view(means: Tensor, scales: Tensor, viewmat: Tensor, K: Tensor, settings: ProjectionSettings) -> Tensor:
+    """Rows of all Gaussians that can be drawn, and of few others: each is taken for a ball of its largest scale.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _, v_means2d, v_depths, v_conics, v_compensations):  # type: ignore[override]
-        *inputs, radii, compensations = ctx.saved_tensors
-        means, quats, scales, viewmats, _ = inputs
-        settings = ctx.settings
-        num_tasks = count_chunks(len(means))
-        v_means, v_quats, v_scales = (torch.zeros_like(tensor) for tensor in (means, quats, scales))
-        v_viewmats = np.zeros((num_tasks, *viewmats.shape))
-        run_tasks(
-            cpu_projection.project_backward, num_tasks, *_arrays(*inputs), settings.width, settings.height,
-            np.float32(settings.eps2d), *_arrays(radii, compensations),
-            *_arrays(v_means2d, v_depths, v_conics, v_compensations), *_arrays(v_means, v_quats, v_scales), v_viewmats,
-        )  # fmt: skip
-        return v_means, v_quats, v_scales, torch.from_numpy(v_viewmats.sum(axis=0)).to(means), None, None
+    J has no singular value above f / z sqrt(1 + slope_x^2 + slope_y^2), which bounds the radius.
+    """
+    in_camera = torch.addmm(viewmat[:3, 3, None], viewmat[:3, :3], means.T)
+    z = in_camera[2]
+    focal_lengths, centres, size = K.diagonal()[:2], K[:2, 2], K.new_tensor([settings.width, settings.height])
+    slopes = torch.stack(projection.limit_slopes(focal_lengths, centres, size)).abs().amax(dim=0)
+    stretch = focal_lengths.max() * (1.0 + slopes.square().sum()).sqrt()
+    # What the blur and the smallest gap of eigenvalues add, one pixel for rounding up and one for float32.
+    margin = 3.0 * (settings.eps2d + MIN_EIGENVALUE_GAP**0.5) ** 0.5 + 2.0
+    radii = 3.0 * stretch * scales.amax(dim=-1) / z + margin
+    is_in_view = (z >= settings.near_plane) & (z <= settings.far_plane)
+    for axis in range(2):
+        place = focal_lengths[axis] * in_camera[axis] / z + centres[axis]
+        is_in_view &= (place + radii > 0) & (place - radii < size[axis])
+    return is_in_view.nonzero()[:, 0]
 
 
 class _Expansion(torch.autograd.Function):
@@ -297,10 +297,6 @@ def _pad_channels(rows: Tensor, multiple: int = NUM_LANES) -> Tensor:
 def _count_bands(geometry: BlendGeometry) -> int:
     """Tasks of the kernels that handle one band of tile rows at a time."""
     return geometry.num_cameras * geometry.extra.layout.num_bands
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().contiguous().numpy() for tensor in tensors]
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
