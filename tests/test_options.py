@@ -115,7 +115,7 @@ COMMANDS = {
         "ProbeCommand",
         tuple(
             f"{task} --train a --test b --output-path out.json"
-            for task in ("segmentation", "depth", "classification", "consistency", "correspondence")
+            for task in ("segmentation", "depth", "classification", "consistency", "correspondence", "retrieval")
         ),
     ),
     "fit3d-report": Command(

@@ -1,4 +1,4 @@
-"""`fit3d-probe`: measures what features are worth: linear probes, normals, multi-view consistency, correspondence."""
+"""`fit3d-probe`: measures what features are worth: linear probes, nearest neighbours, normals, multi-view."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ class ProbeCommand:
     (depth, 1152 inputs), scaled up for fewer iterations and narrower heads; unscaled with --paper."""
     short_side: int | None = None
     """Shorter side to which images are resized, pixels; by default 512, or twice the images' own if that is smaller
-    (segmentation), or the images' own (depth)."""
+    (segmentation), or the images' own (depth); retrieval takes both."""
     head: Literal["linear", "dpt"] | None = None
     """Depth head; `linear` by default, `dpt` is Table 12's."""
     class_token: ClassTokenChoice | None = None
@@ -77,6 +77,10 @@ class ProbeCommand:
     data_root: Path | None = None
     """Where the photographs of scene files are now, if they were moved (consistency, correspondence, normals): a
     capture's folder or one above several."""
+    num_neighbours: Annotated[int | None, Heading("retrieval")] = None
+    """Patches of the training images that each patch asks; 30 by default."""
+    memory_patches: int | None = None
+    """Most patches that are asked, drawn at random of all; 1,024,000 by default."""
     data: Annotated[LabelledOptions, Heading("input")] = LabelledOptions()
     predictions: Annotated[Path | None, Heading("output")] = None
     """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth)."""

@@ -181,7 +181,6 @@ class DepthProbe(MapProbe[DepthConfig]):
 
     @torch.no_grad()
     def evaluate(self, head: nn.Module, labelled_set: LabelledSet) -> dict[str, Any]:
-        """Metrics of a head on a set; every process takes its share of the frames."""
         convention = labelled_set.depth
         metrics = DepthMetrics(convention.min_depth, convention.max_depth, convention.evaluation_window)
         for frame in self.share(labelled_set):

@@ -162,6 +162,10 @@ class MapProbe(HeadProbe[Config]):
     """A probe that predicts something for each pixel, which can be looked at."""
 
     @abstractmethod
+    def evaluate(self, head: nn.Module, labelled_set: LabelledSet) -> dict[str, Any]:
+        """Metrics of a head on a set; every process takes its share of the frames."""
+
+    @abstractmethod
     def save_prediction(self, head: nn.Module, frame: LabelledFrame, prefix: Path, units: float) -> Tensor:
         """Writes truth and prediction of a frame and returns its photograph; see `save_predictions`."""
 

@@ -6,7 +6,7 @@ depth is moved by nearest neighbour only, 0 wherever it is not known, padding in
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -48,6 +48,8 @@ class SegmentationInputs(Inputs):
     crop_side: int
     stride: int
     max_class_share: float = 0.75
+    targets_per_token: int = LABELS_PER_TOKEN
+    """Labels per token and axis that fixed pictures come with."""
     _windows: dict[Hashable, list[Window]] = field(default_factory=dict, repr=False)
 
     def list_keys(self, frame: LabelledFrame) -> list[PictureKey]:
@@ -71,7 +73,7 @@ class SegmentationInputs(Inputs):
         if key.is_flipped:
             image, labels = image[:, ::-1], labels[:, ::-1]
         fit = self.backbones.create_fit(window.height, window.width)
-        return pictures.create_whole_picture(image, labels, fit, LABELS_PER_TOKEN, IGNORE_INDEX)
+        return pictures.create_whole_picture(image, labels, fit, self.targets_per_token, IGNORE_INDEX)
 
     def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
         """The published augmentation: scale, crop without a dominating class, mirror, colours; padded to the crop."""
@@ -189,6 +191,12 @@ class DepthInputs(Inputs):
     convention: DepthConvention
     short_side: int | None
     crop_size: tuple[int, int]
+    targets_per_token: int = DEPTHS_PER_TOKEN
+    """Depths per token and axis that fixed pictures come with."""
+
+    def list_keys(self, frame: LabelledFrame) -> list[PictureKey]:
+        """What the set trains on of a frame, as it is."""
+        return [PictureKey(frame.key, part=EVALUATION if self.convention.train_crop is None else TRAINING)]
 
     def load_image(self, frame: LabelledFrame) -> UInt8[np.ndarray, "height width 3"]:
         """The photograph as the set's benchmark sees it, at its own size, which `load_depth` shares."""
@@ -203,15 +211,14 @@ class DepthInputs(Inputs):
         return _compute_size(self.load_image(frame), self.short_side)
 
     def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:
-        part = EVALUATION if self.convention.train_crop is None else TRAINING
-        return PictureKey(frame.key, bool(generator.integers(2)), part)
+        return replace(self.list_keys(frame)[0], is_flipped=bool(generator.integers(2)))
 
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
         image, depth = self._load_pair(frame, key.part)
         if key.is_flipped:
             image, depth = image[:, ::-1], depth[:, ::-1]
         fit = self.backbones.create_fit(*depth.shape)
-        return pictures.create_whole_picture(image, depth, fit, DEPTHS_PER_TOKEN, 0.0)
+        return pictures.create_whole_picture(image, depth, fit, self.targets_per_token, 0.0)
 
     def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
         """The published augmentation: training part, rotation, mirror, crop, colours; padded to the crop."""

@@ -9,14 +9,22 @@ from typing import Any, Literal
 from fit3d_ns.probing.classification import PAPER_CLASSIFICATION, ClassificationConfig, ClassificationProbe
 from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
 from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
-from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, check_same_kind, compute_data_hash, join_sets
+from fit3d_ns.probing.datasets.frames import (
+    LabelledSet,
+    LabelledSplit,
+    LabelledTask,
+    check_same_kind,
+    compute_data_hash,
+    join_sets,
+)
 from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
 from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
-from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, RunConfig, create_sets
+from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, ProbeSets, RunConfig, create_sets
 from fit3d_ns.probing.multiview import MultiviewConfig, ViewsConfig, load_views, measure_views
 from fit3d_ns.probing.normals import measure_normals
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
+from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval
 from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
 from fit3d_ns.utils.device import DeviceChoice, choose_device
@@ -24,8 +32,8 @@ from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
 
-Task = Literal["segmentation", "depth", "classification", "consistency", "correspondence", "normals"]
-TaskConfig = SegmentationConfig | DepthConfig | ClassificationConfig | ViewsConfig
+Task = Literal["segmentation", "depth", "classification", "consistency", "correspondence", "normals", "retrieval"]
+TaskConfig = SegmentationConfig | DepthConfig | ClassificationConfig | ViewsConfig | RetrievalConfig
 
 PAPER_RUNS = {
     # The last checkpoint of 40,000 iterations.
@@ -47,6 +55,7 @@ DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     "consistency": MultiviewConfig(),
     "correspondence": MultiviewConfig(),
     "normals": ViewsConfig(),
+    "retrieval": RetrievalConfig(),
 }
 _UNRECORDED = "data_root recall_pixels recall_centimetres grid_scale max_points ratio_pixels seed".split()
 """Values of the multi-view measures that are always the same, or given by task and seed."""
@@ -84,10 +93,10 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     if request.predictions is not None and not issubclass(PROBES.get(request.task, object), MapProbe):
         raise ValueError(f"--predictions means nothing to the {request.task} probe; leave it out.")
     if request.task not in PROBES:
-        return _run_multiview(request)
+        return _run_retrieval(request) if request.task == "retrieval" else _run_multiview(request)
     kind = PROBES[request.task]
     described = describe_backbones(request.backbones, norm=kind.has_norm)
-    train, test = _read_sets(request)
+    train, test = _read_sets(request, kind.labels)
     config = request.config or DEFAULT_CONFIGS[request.task]
     settings: dict[str, Any] = {
         "patch_fit": request.backbones.patch_fit,
@@ -149,12 +158,11 @@ def resolve_scene_split(path: Path, split: LabelledSplit, others: Sequence[Path]
     return None if is_scannetpp_scene(path) and not is_shared else split
 
 
-def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
-    labels = PROBES[request.task].labels
+def _read_sets(request: ProbeRequest, labels: LabelledTask) -> tuple[LabelledSet, LabelledSet]:
     for paths, flag in ((request.train, "--train"), (request.test, "--test")):
         if not paths:
             raise ValueError(f"A {request.task} probe needs data; name folders with {flag}.")
-    check_options([*request.train, *request.test], labels, request.options)
+    check_options([*request.train, *request.test], request.task, request.options)
 
     def read(paths: Sequence[Path], split: LabelledSplit, others: Sequence[Path]) -> LabelledSet:
         parts = [resolve_scene_split(path, split, others) for path in paths]
@@ -168,6 +176,44 @@ def _read_sets(request: ProbeRequest) -> tuple[LabelledSet, LabelledSet]:
     if num_common:
         notice(f"{num_common} of {len(second.frames)} test frames are trained on as well; the metrics flatter.")
     return first, second
+
+
+def _run_retrieval(request: ProbeRequest) -> ResultRecord:
+    """Asks for the classes, the depth or both, whichever the data have."""
+    if request.backbones.assembly == "linear":
+        raise ValueError("Linear fusion is trained with a head, which this probe has not; choose another assembly.")
+    sets: dict[LabelledTask, tuple[LabelledSet, LabelledSet]] = {}
+    missed = []
+    for labels in (SegmentationProbe.labels, DepthProbe.labels):
+        try:
+            sets[labels] = _read_sets(request, labels)
+        except ValueError as error:
+            missed.append(f"Retrieval leaves out {labels}: {error}")
+    if not sets:
+        raise ValueError(" ".join(missed))
+    for sentence in missed:
+        notice(sentence)
+    config = request.config or DEFAULT_CONFIGS["retrieval"]
+    assert isinstance(config, RetrievalConfig)
+    settings: dict[str, Any] = {"patch_fit": request.backbones.patch_fit, "config": asdict(config)}
+    settings["depth_scale"] = request.options.depth_scale or DEFAULT_DEPTH_SCALE
+    for index, part in enumerate(("train", "test")):
+        described = [_describe_set(pair[index]) for pair in sets.values()]
+        settings[part] = {**described[0], "data_hash": [item["data_hash"] for item in described], "labels": [*sets]}
+    file, missing, done = _open_record(request, settings, describe_backbones(request.backbones, norm=True))
+    if not missing:
+        return load_result(file.path)
+    accelerator = create_accelerator(request.device, request.precision)
+    backbones = create_frozen_backbones(request.backbones, norm=True, device=accelerator.device)
+    rest = backbones, request.backbones.assembly, accelerator
+    for labels, pair in sets.items():
+        kind, run = PROBES[labels], replace(request.run, cache="never")
+        probe: Any = kind(config.configure(labels), run, ProbeSets(*pair, None), *rest)
+        for seed, metrics in measure_retrieval(probe, config, missing).items():
+            done[seed] = {**done.get(seed, {}), **metrics}
+    if accelerator.is_main_process:
+        return file.save(done, read_costs(request.backbones))
+    return ResultRecord(file.kind, summarise_seeds(done), file.settings, file.is_random)
 
 
 def _run_multiview(request: ProbeRequest) -> ResultRecord:

@@ -114,7 +114,6 @@ class SegmentationProbe(MapProbe[SegmentationConfig]):
 
     @torch.no_grad()
     def evaluate(self, head: nn.Module, labelled_set: LabelledSet) -> dict[str, Any]:
-        """Metrics of a head on a set; every process takes its share of the frames."""
         num_classes = labelled_set.num_classes
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         for frame in self.share(labelled_set):

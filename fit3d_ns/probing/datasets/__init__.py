@@ -73,7 +73,7 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
             continue
         if not value > 0:
             raise ValueError(f"{flag} is {value}, expected a number above 0.")
-        if task != only_task:
+        if task not in (only_task, "retrieval"):
             raise ValueError(f"{flag} means nothing to the {task} probe; leave it out.")
         layout = None if options.layout == "auto" else options.layout
         found = {layout or find_labelled_layout(path, only_task) for path in paths}

@@ -1,0 +1,116 @@
+"""The retrieval probe: segmentation and depth from the nearest patches of labelled images; nothing is trained.
+
+The protocol of Balazevic et al. 2023 (Towards In-context Scene Understanding, "hummingbird"): the memory holds the
+patch tokens of the training images, scaled to length 1, with the shares of the classes among each patch's labelled
+pixels or their mean depth. A patch of a test image takes the mean over its `num_neighbours` most similar ones, weighted
+by softmax(cosine / `TEMPERATURE`), which is read between patches bilinearly. Data, sizes and metrics are those of the
+segmentation and depth probes; images are seen whole and as they are, and a patch without labelled pixels is not in the
+memory. The seed draws patches where there are more than the memory takes, the same number of each image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledTask
+from fit3d_ns.probing.depth import DepthConfig
+from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
+from fit3d_ns.probing.head_probe import MapProbe
+from fit3d_ns.probing.segmentation import SegmentationConfig
+from fit3d_ns.utils.limits import Limited, Limits
+from fit3d_ns.utils.progress import track
+from fit3d_ns.utils.selection import create_generator
+
+TEMPERATURE = 0.02
+WHOLE = 2**16
+"""Side of a window that holds every image."""
+COSINES_AT_ONCE = 2**26
+"""Cosines between patches that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(Limited):
+    """Values of the retrieval probe."""
+
+    short_side: int | None = None
+    """Images are resized to this shorter side, pixels; None: as the segmentation and depth probes do."""
+    num_neighbours: Annotated[int, Limits(at_least=1)] = 30
+    """Patches of the memory that each patch asks."""
+    memory_patches: Annotated[int, Limits(at_least=1)] = 1_024_000
+    """Most patches in the memory (published: up to ten times as many)."""
+
+    def configure(self, labels: LabelledTask) -> SegmentationConfig | DepthConfig:
+        """The probe of these labels, for images that are seen whole and as they are."""
+        if labels == "depth":
+            return DepthConfig(short_side=self.short_side, is_flip_averaged=False)
+        return SegmentationConfig(self.short_side, crop_side=WHOLE)
+
+
+class PatchMemory(nn.Module):
+    """Labelled patches, asked as heads are: features to a map [batch, classes, h, w], or of depths [batch, h, w]."""
+
+    def __init__(self, assembler: Assembler, keys: Tensor, values: Tensor, num_neighbours: int) -> None:
+        super().__init__()
+        self.assembler, self.keys, self.values = assembler, keys, values
+        self.num_neighbours = min(num_neighbours, len(keys))
+
+    def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch *classes h w"]:
+        # (b, c, h, w) -> (b, h, w, c) -> (b*h*w, c)
+        tokens = self.assembler(features).permute(0, 2, 3, 1)
+        found = []
+        for queries in F.normalize(tokens.flatten(0, 2), dim=1).split(max(COSINES_AT_ONCE // len(self.keys), 1)):
+            cosines, nearest = (queries @ self.keys.T).topk(self.num_neighbours, dim=1)
+            weights = (cosines / TEMPERATURE).softmax(dim=1)
+            found.append(torch.einsum("qk,qk...->q...", weights, self.values[nearest]))
+        # (b*h*w, *classes) -> (b, h, w, *classes) -> (b, *classes, h, w)
+        values = torch.cat(found).unflatten(0, tokens.shape[:3])
+        return values.permute(0, 3, 1, 2) if values.ndim == 4 else values
+
+
+def measure_retrieval(probe: MapProbe, config: RetrievalConfig, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The probe's metrics for each seed, its head a memory of its training set; all the same where nothing is drawn."""
+    per_seed: dict[int, dict[str, Any]] = {}
+    for seed in seeds:
+        memory, is_drawn = _create_memory(probe, config, seed)
+        per_seed[seed] = probe.evaluate(memory, probe.sets.test)
+        if not is_drawn:
+            return dict.fromkeys(seeds, per_seed[seed])
+    return per_seed
+
+
+@torch.no_grad()
+def _create_memory(probe: MapProbe, config: RetrievalConfig, seed: int) -> tuple[PatchMemory, bool]:
+    """The memory of a probe's training set, and whether patches were left out of it; ValueError without any."""
+    patch, train = probe.backbones.description.patch_size, probe.sets.train
+    inputs: Any = replace(probe.inputs, targets_per_token=patch)  # type: ignore[type-var]
+    assembler = Assembler(probe.assembly, probe.backbones.embed_dim, "none")
+    pictures = [(frame, key) for frame in train.frames for key in inputs.list_keys(frame)]
+    quota, is_drawn = max(config.memory_patches // len(pictures), 1), False
+    keys, values = [], []
+    for number, (frame, key) in enumerate(track(pictures, f"Memory of {train.name}")):
+        ((features, target),) = probe.memory.fetch([key], [frame], inputs)
+        # (1, c, h, w) -> (h*w, c)
+        tokens = assembler(features.to(probe.accelerator.device))[0].flatten(1).T
+        # (h*patch, w*patch) -> (h*w, patch*patch)
+        pixels = F.unfold(target[None, None].float(), patch, stride=patch)[0].T
+        if probe.task == "segmentation":
+            counted = pixels != IGNORE_INDEX
+            sums = torch.stack([(pixels == index).sum(dim=1) for index in range(train.num_classes)], dim=1)
+        else:
+            counted = (pixels > train.depth.min_depth) & (pixels < train.depth.max_depth)
+            sums = torch.where(counted, pixels, 0.0).sum(dim=1)
+        known = counted.any(dim=1).nonzero()[:, 0]
+        if len(known) > quota:
+            known = known[torch.randperm(len(known), generator=create_generator(seed, "memory", number))[:quota]]
+            is_drawn = True
+        keys.append(F.normalize(tokens[known.to(tokens.device)], dim=1))
+        values.append((sums[known].movedim(0, -1) / counted.sum(dim=1)[known]).movedim(-1, 0))
+    if not any(map(len, keys)):
+        raise ValueError(f"No pixel of {train.name} has a label that counts; check its maps.")
+    stored = torch.cat(values).to(probe.accelerator.device)
+    return PatchMemory(assembler, torch.cat(keys), stored, config.num_neighbours), is_drawn

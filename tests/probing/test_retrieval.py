@@ -1,0 +1,133 @@
+"""Nearest-neighbour segmentation and depth against a loop, on a toy with a known answer, and as a command."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fit3d_ns.cli.probe import main
+from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
+from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
+from fit3d_ns.probing.probe_runs import PROBES
+from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval
+from fit3d_ns.training.processes import create_accelerator
+from fit3d_ns.utils.results import load_result
+from tests.probing.probe_backbones import MeanColourBackbones
+from tests.probing.probe_scenes import BACKBONE, create_scene
+
+PATCH = 4
+SIDES = (12, 16)
+
+
+def create_set(name: str, num_frames: int, seed: int) -> LabelledSet:
+    """Pictures of noise with classes, some of which do not count, and depths, some of which are unknown."""
+    rng = np.random.default_rng(seed)
+
+    def create_frame(index: int) -> LabelledFrame:
+        image = torch.from_numpy(rng.integers(0, 256, (*SIDES, 3), dtype=np.uint8))
+        labels = torch.from_numpy(rng.integers(0, 3, SIDES, dtype=np.uint8))
+        depth = torch.from_numpy(rng.uniform(0.5, 4.0, SIDES).astype(np.float32))
+        labels[:PATCH, :PATCH], labels[5, 5:9] = 255, 255
+        depth[:PATCH, :PATCH], depth[5, 5:9] = 0.0, 0.0
+        return LabelledFrame(f"{name}{index}", *(partial(torch.clone, item) for item in (image, labels, depth)))
+
+    return LabelledSet(name, [create_frame(index) for index in range(num_frames)], ("a", "b", "c"))
+
+
+def measure(labels: str, train: LabelledSet, test: LabelledSet, config: RetrievalConfig, seeds=(0,)) -> dict:
+    rest = MeanColourBackbones(), "original", create_accelerator("cpu", "fp32")
+    run = RunConfig(cache="never")
+    probe: Any = PROBES[labels](config.configure(labels), run, ProbeSets(train, test, None), *rest)
+    return measure_retrieval(probe, config, seeds)
+
+
+@pytest.mark.parametrize("labels", ["segmentation", "depth"])
+def test_retrieval__equals_a_loop_over_patches(labels: str) -> None:
+    train, test = create_set("train", 3, 0), create_set("test", 1, 1)
+    figures = measure(labels, train, test, RetrievalConfig(short_side=SIDES[0], num_neighbours=5))[0]
+    keys, values = [], []
+    grid = [(r, c) for r in range(0, SIDES[0], PATCH) for c in range(0, SIDES[1], PATCH)]
+    for frame in train.frames:
+        image, classes, depth = (part().numpy() for part in (frame.load_image, frame.load_labels, frame.load_depth))
+        for r, c in grid:
+            patch = slice(r, r + PATCH), slice(c, c + PATCH)
+            counted = (
+                classes[patch][classes[patch] != 255] if labels == "segmentation" else depth[patch][depth[patch] > 0]
+            )
+            if len(counted):
+                token = image[patch].reshape(-1, 3).mean(axis=0) / 255
+                keys.append(token / np.linalg.norm(token))
+                values.append(
+                    [(counted == k).mean() for k in range(3)] if labels == "segmentation" else [counted.mean()]
+                )
+    assert len(keys) == 3 * (len(grid) - 1)
+    frame, predicted = test.frames[0], []
+    for r, c in grid:
+        token = frame.load_image().numpy()[r : r + PATCH, c : c + PATCH].reshape(-1, 3).mean(axis=0) / 255
+        cosines = np.array(keys) @ (token / np.linalg.norm(token))
+        nearest = np.argsort(-cosines)[:5]
+        weights = np.exp((cosines[nearest] - cosines.max()) / 0.02)
+        predicted.append(weights @ np.array(values)[nearest] / weights.sum())
+    coarse = torch.tensor(np.array(predicted).reshape(3, 4, -1)).permute(2, 0, 1)[None].float()
+    full = torch.nn.functional.interpolate(coarse, size=SIDES, mode="bilinear", align_corners=False)[0]
+    if labels == "depth":
+        truth = frame.load_depth()
+        error = (full[0] - truth)[truth > 0]
+        assert figures["rmse"] == pytest.approx(float(error.square().mean().sqrt()), rel=1e-3)
+    else:
+        truth = frame.load_labels()
+        right = (full.argmax(dim=0) == truth)[truth != 255]
+        assert figures["aacc"] == pytest.approx(float(right.float().mean()), abs=1e-6)
+
+
+def test_retrieval__patches_that_look_the_same_are_the_same() -> None:
+    # One look for each class: every patch finds its own.
+    train = create_set("train", 2, 0)
+    looks = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250]], dtype=torch.uint8)
+
+    def paint(frame: LabelledFrame, seed: int) -> LabelledFrame:
+        blocks = torch.randint(0, 3, (2, 2), generator=torch.Generator().manual_seed(seed))
+        classes = blocks.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        depth = 1.0 + classes.float()
+        return replace(
+            frame,
+            load_image=partial(torch.clone, looks[classes]),
+            load_labels=partial(torch.clone, classes.to(torch.uint8)),
+            load_depth=partial(torch.clone, depth),
+        )
+
+    train = replace(train, frames=[paint(train.frames[0], 0), paint(train.frames[1], 3)])
+    test = replace(train, frames=[paint(replace(train.frames[0], name="test"), 5)])
+    config = RetrievalConfig(short_side=64, num_neighbours=8)
+    drawn = replace(config, memory_patches=128)
+    assert measure("segmentation", train, test, config)[0]["miou"] > 0.9
+    assert measure("depth", train, test, config)[0]["abs_rel"] < 0.05
+    # Fewer patches are drawn by the seed, and do as well here; without drawing, seeds agree.
+    figures = measure("segmentation", train, test, drawn, (0, 1))
+    assert figures[0]["miou"] > 0.9 and sorted(figures) == [0, 1]
+    noise = create_set("noise", 4, 4)
+    few = measure("depth", noise, noise, RetrievalConfig(short_side=12, num_neighbours=2, memory_patches=12), (0, 1))
+    assert few[0] != few[1]
+    same = measure("depth", noise, noise, RetrievalConfig(short_side=12, num_neighbours=2), (0, 1))
+    assert same[0] == same[1]
+
+
+def test_retrieval__as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    room, other = create_scene(tmp_path / "room", 0), create_scene(tmp_path / "other", 0, num_frames=3)
+    path = tmp_path / "retrieval.json"
+    words = ["retrieval", "--train", room, "--test", other, "--backbone", BACKBONE, "--output-path", path]
+    words += ["--short-side", 32, "--seeds", 0, 1, "--device", "cpu"]
+    main([str(word) for word in words])
+    record = load_result(path)
+    assert 0 < record.metrics["miou"] <= 1 and 0 <= record.metrics["abs_rel"] < 0.1
+    assert record.settings["test"]["labels"] == ["segmentation", "depth"] and record.settings["seeds"] == [0, 1]
+    capsys.readouterr()
+    main([str(word) for word in words])
+    assert "nothing is left to run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(word) for word in [*words, "--layout", "ade20k"]])
+    assert "leaves out depth" in capsys.readouterr().err
