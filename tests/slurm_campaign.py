@@ -170,18 +170,18 @@ def check(num_scenes: int) -> None:
 
 
 def fine_tune() -> None:
-    """Stage II on two nodes by `scripts/finetune.sbatch`, told to leave in the middle, and one of its nodes lost later,
-    equals an undisturbed run to the bit."""
+    """Stage II on two nodes by `fit3d-finetune --on slurm`, told to leave, and one node lost later, equals
+    an undisturbed run to the bit."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     words = ["--ckpts", "scenes/s000.safetensors", "--max-steps", "60", "--max-validation-views", "2"]
     words += ["--steps-per-checkpoint", "10", "--device", "cpu"]
     command = shutil.which("fit3d-finetune")
     torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2", command, *words, "--output-dir", "undisturbed"]
     subprocess.run(torchrun, check=True, capture_output=True)
-    batch = ["sbatch", "--parsable", "--nodes", "2", str(ROOT / "scripts" / "finetune.sbatch"), *words]
-    environment = {**os.environ, "PROCESSES_PER_NODE": "1"}
-    found = subprocess.run([*batch, "--output-dir", "job"], check=True, capture_output=True, text=True, env=environment)
-    job, log = found.stdout.strip(), Path(f"slurm-{found.stdout.strip()}.out")
+    batch = [command, *words, "--on", "slurm", "--nodes", "2", "--output-dir", "job"]
+    found = subprocess.run(batch, check=True, capture_output=True, text=True)
+    job = re.findall(r"Slurm's job (\d+)", found.stdout)[0]
+    log = Path(f"job/slurm-{job}.log")
     blows = [
         ["scancel", "--batch", "--signal=USR2", job],
         ["scontrol", "update", "nodename=node2", "state=down", "reason=lost"],

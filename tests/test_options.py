@@ -104,8 +104,9 @@ COMMANDS = {
     "fit3d-finetune": Command(
         "fit3d_ns.cli.finetune",
         "FinetuneCommand",
-        ("--ckpts a.safetensors --output-dir out",),
+        ("--ckpts a.safetensors --output-dir out", "--ckpts a.safetensors --output-dir out --on slurm"),
         {
+            "fit3d_ns.cli.finetune._submit": None,
             "fit3d_ns.cli.finetune.find_scenes": lambda names, *rest: [Path(name) for name in names],
             "fit3d_ns.cli.finetune.prepare_scene_files": lambda group, *rest, **more: group,
         },

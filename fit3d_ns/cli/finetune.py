@@ -1,16 +1,19 @@
 """`fit3d-finetune`: many lifted scenes teach one vision transformer (stage II)."""
 
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from fit3d_ns.cli.command import Heading, create_main
+from fit3d_ns.cli.command import Heading, create_main, spell
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
 from fit3d_ns.finetuning.scene_bank import find_scenes, prepare_scene_files
@@ -18,12 +21,38 @@ from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.scene import FeatureScene
 from fit3d_ns.training.processes import Processes, create_accelerator
 from fit3d_ns.utils.device import DeviceChoice
+from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import lock_folder
 from fit3d_ns.utils.progress import notice
 
 EXPORT_FOLDER = "exported_scenes"
 """Below the output folder: scene files of nerfstudio runs that were given."""
 _PAPER_FLAG = "--paper"
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """One training on a cluster: torchrun on each node, by `finetune.sbatch`."""
+
+    on: Literal["here", "slurm"] = "here"
+    """Train in this process (`here`), or submit a job to Slurm that does, and goes on in the queue when its time is up
+    or it is preempted. Scenes and result have to lie where all nodes see them. Account: SBATCH_ACCOUNT."""
+    nodes: int = 1
+    """Nodes of the job."""
+    gpus: int = 0
+    """CUDA cards of each node, with a process each."""
+    partition: str | None = None
+    """Slurm's partition; its default one without this."""
+    time: int = 240
+    """Minutes before the job is requeued."""
+
+    def __post_init__(self) -> None:
+        if self.on == "here" and (self.nodes, self.gpus, self.partition, self.time) != (1, 0, None, 240):
+            raise ValueError(
+                "--nodes, --gpus, --partition and --time change nothing without --on slurm; leave them out."
+            )
+        if 0 in (self.nodes, self.time):
+            raise ValueError("--nodes and --time must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -44,6 +73,7 @@ class FinetuneCommand:
     """File with the backbone's weights; by default the one that the scenes were lifted with, else timm's download."""
     device: Annotated[DeviceChoice, Heading("machine")] = "auto"
     """Where to train; `auto` takes CUDA where there is one."""
+    cluster: SlurmConfig = field(default_factory=SlurmConfig)
     paper: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("optimization")] = False
     """Set every value of the paper's public code; flags that are given still win."""
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -65,6 +95,8 @@ def run_finetune(command: FinetuneCommand) -> None:
     both = sorted(set(scenes) & set(validation))
     if both:
         raise ValueError(f"{both[0]} is given to --ckpts and to --val-ckpts; take it out of one of them.")
+    if command.cluster.on == "slurm":
+        return _submit(command)
     accelerator = create_accelerator(command.device, config.optimization.precision, config.run.trackers, folder)
     processes = Processes(accelerator)
     groups, load_run = (scenes, validation), partial(_load_run, trust_config=command.trust_config)
@@ -96,6 +128,29 @@ def main(args: Sequence[str] | None = None) -> None:
     command: type[Any] = PaperFinetuneCommand if _PAPER_FLAG in arguments else FinetuneCommand
     run_main = create_main("fit3d-finetune", command, run_finetune)
     run_main([argument for argument in arguments if argument != _PAPER_FLAG])
+
+
+def _submit(command: FinetuneCommand) -> None:
+    """Hands the command to Slurm, whose job runs it on its nodes, and prints the job and its log."""
+    slurm, log = command.cluster, command.output_dir / "slurm-%j.log"
+    words = ["sbatch", "--parsable", f"--nodes={slurm.nodes}", f"--time={slurm.time}", f"--output={log}"]
+    words += [f"--gpus-per-node={slurm.gpus}"] if slurm.gpus else []
+    words += [f"--partition={slurm.partition}"] if slurm.partition else []
+    words += [str(Path(__file__).with_suffix(".sbatch")), *spell(replace(command, cluster=SlurmConfig()))]
+    words += [_PAPER_FLAG] if isinstance(command, PaperFinetuneCommand) else []
+    print(shlex.join(words))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "FIT3D_PYTHON": sys.executable}
+    try:
+        found = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        raise ValueError(
+            "--on slurm needs Slurm's sbatch, which is not here; the line above is for a machine with it."
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"Slurm does not take the job: {first_line(ValueError(error.stderr))}") from None
+    number = found.stdout.split(";")[0].strip()
+    print(f"Slurm's job {number} fine-tunes into {command.output_dir}; log: {str(log).replace('%j', number)}")
 
 
 def _load_run(config: Path, trust_config: bool) -> FeatureScene:

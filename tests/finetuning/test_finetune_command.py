@@ -254,6 +254,41 @@ def test_command__tells_in_one_sentence_what_is_wrong(tmp_path, capsys):
     expect("cut short", "--ckpts", scene)
 
 
+@pytest.mark.parametrize("paper", [(), ("--paper",)])
+def test_command__on_slurm_submits_itself(tmp_path, capsys, monkeypatch, paper):
+    scene = save_new_scene(tmp_path, "a room")
+    words = ["--ckpts", str(scene), "--output-dir", str(tmp_path / "out"), "--max-steps", "7", *paper]
+    slurm = ["--on", "slurm", "--nodes", "2", "--gpus", "4", "--partition", "big", "--time", "90"]
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    code, errors = run(capsys, *words, *slurm)
+    assert code == 1 and "--on slurm needs Slurm's sbatch" in errors
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" "$FIT3D_PYTHON" > "{tmp_path}/words"\necho "17;cluster"\n')
+    sbatch.chmod(0o755)
+    module.main([*words, *slurm])
+    said = capsys.readouterr().out
+    assert "Slurm's job 17" in said and str(tmp_path / "out" / "slurm-17.log") in said
+    *submitted, python = (tmp_path / "words").read_text().splitlines()
+    start = next(index for index, word in enumerate(submitted) if word.endswith(".sbatch"))
+    options = {"--parsable", "--nodes=2", "--gpus-per-node=4", "--partition=big", "--time=90"}
+    assert options | {f"--output={tmp_path}/out/slurm-%j.log"} == set(submitted[:start])
+    assert Path(submitted[start]).is_file() and python == sys.executable
+    # In the job the same training runs, there and then.
+    received = []
+    monkeypatch.setattr(module, "run_finetune", received.append)
+    module.main(words)
+    module.main(submitted[start + 1 :])
+    assert received[0] == received[1]
+    sbatch.write_text('#!/bin/sh\necho "sbatch: error: invalid partition specified: big" >&2\nexit 1\n')
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    code, errors = run(capsys, *words, *slurm)
+    assert code == 1 and "invalid partition" in errors
+    code, errors = run(capsys, *words, "--nodes", "2")
+    assert code == 1 and "--on slurm" in errors
+
+
 def test_command__without_nerfstudio_a_run_is_refused_with_a_way_out(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yml").touch()
     monkeypatch.setitem(sys.modules, "fit3d_ns.plugin.run_reader", None)
