@@ -28,7 +28,7 @@ from packaging.version import Version
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import create_progress, notice
 
-SUPPORTED = ">=1.4.0,<1.6"
+SUPPORTED = ">=1.4.0,<1.7"
 """Versions of gsplat; the plugin's requirement says the same."""
 _EXTENSION = "gsplat_cuda"
 _GB_PER_JOB = 3.0
@@ -58,7 +58,7 @@ def find_kernels() -> KernelState:
     found = find_version("gsplat")
     if found is None:
         return KernelState(False, f"gsplat is not installed (needed is gsplat{SUPPORTED})")
-    if found not in SpecifierSet(SUPPORTED):
+    if found not in SpecifierSet(SUPPORTED, prereleases=True):
         return KernelState(False, f"gsplat {found} is installed, needed is gsplat{SUPPORTED}")
     if getattr(sys.modules.get("gsplat.cuda._backend"), "_C", None) is not None:
         return KernelState(True, "")
