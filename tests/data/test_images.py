@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from PIL import Image
@@ -176,3 +177,14 @@ def test_load_image__heic_names_its_package(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=lambda: None))
     with pytest.raises(ValueError, match="a.HEIC is truncated or damaged"):
         load_image(tmp_path / "a.HEIC")
+
+
+def test_load_image__reads_heic_as_a_phone_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = np.mgrid[0:48, 0:64]
+    picture = np.stack([columns * 4, rows * 5, 255 - columns * 3], axis=-1).astype(np.uint8)
+    pillow_heif.from_pillow(Image.fromarray(picture)).save(tmp_path / "IMG_0001.HEIC", quality=95)
+    monkeypatch.setattr(Image, "OPEN", {name: way for name, way in Image.OPEN.items() if name != "HEIF"})
+    # HEIC turns pictures by itself, whatever EXIF says.
+    for upright in (False, True):
+        found = load_image(tmp_path / "IMG_0001.HEIC", upright=upright).numpy().astype(np.int16)
+        assert np.abs(found - picture).mean() < 3  # Compression loses some.
