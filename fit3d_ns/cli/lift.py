@@ -57,8 +57,8 @@ class LiftCommand:
     --scene."""
 
     output_path: Annotated[Path, tyro.conf.arg(aliases=["--output-dir"]), Heading("output")]
-    """The scene file to write, `.safetensors`, or a folder for several scenes (with --surface also for one). Metrics go
-    next to a scene, and so does the state of an interrupted lift, which the same command goes on from."""
+    """The scene file to write, `.safetensors`, or a folder for one or several, named as what they are lifted from.
+    Metrics go next to a scene, and so does the state of an interrupted lift, which the same command goes on from."""
     surface: Annotated[Surface | None, Heading("input")] = None
     """Geometry without training, from what the scenes of --data come with: `depth` of a sensor (`render_depth/`,
     `depth_file_path`), a triangle `mesh`, or the `points` of a dense cloud or laser scan."""
@@ -113,7 +113,8 @@ class LiftCommand:
     @property
     def is_folder(self) -> bool:
         is_packed = self.ply is not None and self.ply.suffix == ".pth"
-        if is_packed or self.train or (self.surface and self.output_path.suffix != ".safetensors"):
+        is_no_file = self.output_path.suffix != ".safetensors" if self.surface else not self.output_path.suffix
+        if is_packed or self.train or is_no_file or self.output_path.is_dir():
             return True
         return self.shared_decoder or self.num_scenes > 1 or self.cluster != ClusterConfig()
 
@@ -287,13 +288,12 @@ def _check(command: LiftCommand) -> None:
             "--data is the folder of one scene; where several moved, --data-root takes the one above them."
         )
     if command.is_folder:
-        if command.output_path.suffix == ".safetensors" or command.output_path.is_file():
+        is_named = command.output_path.suffix == ".safetensors" and not command.output_path.is_dir()
+        if is_named or command.output_path.is_file():
             raise ValueError(f"--output-path {command.output_path} must be a folder: that is where several scenes go.")
         return
     if command.output_path.suffix != ".safetensors":
         raise ValueError(f"--output-path {command.output_path} must end in .safetensors.")
-    if command.output_path.is_dir():
-        raise ValueError(f"--output-path {command.output_path} is a folder; give the name of a file in it.")
 
 
 def _report(failed: dict[str, str], command: LiftCommand) -> None:

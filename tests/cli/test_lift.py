@@ -105,6 +105,14 @@ def test_lift__finds_the_photographs_of_several_moved_scenes_below_one_folder(ru
     assert again.posed_capture.root == tmp_path / "disk" / root.name
 
 
+def test_lift__one_scene_goes_into_a_folder_too(run, capture, tmp_path):
+    _, ply, _ = capture
+    (tmp_path / "v1.0").mkdir()
+    for folder in ("new", "v1.0"):
+        assert run("--output-path", tmp_path / folder)[0] == 0
+        assert (tmp_path / folder / f"{ply.stem}.safetensors").is_file()
+
+
 @pytest.mark.parametrize("shared", [(), ("--shared-decoder",)])
 def test_lift__several_scenes_go_into_a_folder(run, tmp_path, shared):
     for name in ("a", "b"):
