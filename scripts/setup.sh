@@ -33,3 +33,4 @@ if ! command -v uv >/dev/null 2>&1; then
 fi
 # `uv sync` honours the overrides of pyproject.toml: nerfstudio's timm pin, and its second OpenCV.
 uv sync --extra nerfstudio ${python:+--python "$python"}
+echo "Done. Next: source .venv/bin/activate, then fit3d-info, or bash scripts/quickstart.sh."

@@ -63,6 +63,33 @@ def test_links__lead_to_files_and_headings_that_exist(page: Path) -> None:
             assert anchor in slugs, f"{page.name} links to {target}, which has no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_words__of_code_are_in_the_code(page: Path) -> None:
+    """What stands in backticks: flags, files, names of functions and keys; what troubleshooting.md quotes is said."""
+    kinds = ("py", "sh", "toml", "yml", "csv", "sbatch")
+    places = [ROOT / "fit3d_ns", ROOT / "scripts", ROOT / "tests", ROOT / "docs"]
+    files = [file for place in places for kind in kinds for file in place.rglob(f"*.{kind}")]
+    code = "\n".join(
+        file.read_text(encoding="utf-8") for file in (*files, ROOT / "pyproject.toml", ROOT / "hubconf.py")
+    )
+    known = set(re.findall(r"\w+", code))
+    text = page.read_text(encoding="utf-8")
+    # What changed long ago keeps the names of its time.
+    text = re.split(r"^## \d", text, flags=re.MULTILINE)[0] if page.name == "CHANGELOG.md" else text
+    rooms = "|".join(path.name for path in (ROOT / "fit3d_ns").iterdir() if path.is_dir())
+    for quoted in re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)):
+        for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9.-]*)", quoted):
+            own = flag.rpartition(".")[2].removeprefix("no-").replace("-", "_")
+            assert own in known or f"--{flag}" in code, f"{page.name}: --{flag}"
+        for path in re.findall(rf"(?<![\w./{{-])((?:scripts|tests|docs|fit3d_ns|{rooms})/[\w./-]*\w)", quoted):
+            assert (ROOT / path).exists() or (ROOT / "fit3d_ns" / path).exists(), f"{page.name}: {path}"
+        words = set(re.findall(r"(?<![\w/.<-])[a-z]+(?:_[a-z0-9]+)+(?![\w/-])", quoted))
+        assert words <= known or "_mine" in quoted or "_my_" in quoted, f"{page.name}: {words - known}"
+    if page.name == "troubleshooting.md":
+        said = re.sub(r'"\s*\n\s*f?"', "", code)
+        assert all(quote in said for quote in re.findall(r'^\| "([^"]+)"', text, re.MULTILINE))
+
+
 def test_site__has_every_page_once_and_its_links_stay_in_it() -> None:
     """What `mkdocs build --strict` of scripts/build_docs.sh would say, without mkdocs."""
     hook = runpy.run_path(str(ROOT / "scripts" / "docs_hook.py"))

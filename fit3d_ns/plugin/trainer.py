@@ -326,3 +326,4 @@ class FeatureTrainer(Trainer):
         Console(soft_wrap=True).print(table)
         # The table cuts what is long, and takes square brackets for markup.
         print(f"Metrics: {self.base_dir / SUMMARY_NAME}\nConfig: {self.base_dir / 'config.yml'}")
+        print(f"Next: fit3d-export --load-config {self.base_dir / 'config.yml'} --output-path scene.safetensors")

@@ -3,9 +3,11 @@
 Names of files and scenes stay out of the page: viser runs its texts as code, and scenes come from strangers.
 """
 
+import asyncio
 import io
 import math
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -54,8 +56,16 @@ def open_server(host: str, port: int) -> Any:
         import viser
     except ModuleNotFoundError as error:
         raise ValueError("fit3d-view needs viser, which comes with nerfstudio: `pip install viser`.") from error
+    if protocols := sys.modules.get("websockets.legacy.protocol"):
+        protocols.WebSocketCommonProtocol._drain_helper = _wait_for_browser
     with ignore_other_processes():
         return viser.ViserServer(host=host, port=port, verbose=False)
+
+
+async def _wait_for_browser(protocol: Any) -> None:
+    """Instead of websockets' own, which drops a slow browser where two of viser's senders wait for it."""
+    while protocol._paused and not protocol.connection_lost_waiter.done():
+        await asyncio.sleep(0.01)
 
 
 class SceneViewer:

@@ -136,7 +136,8 @@ def test_train__prints_paths_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
     trainer: Any = SimpleNamespace(base_dir=folder)
     FeatureTrainer._print_record(trainer, ResultRecord("stage1", {"psnr": 20.0}))
     printed = capsys.readouterr().out
-    assert f"{folder}/results.json" in printed and f"{folder}/config.yml" in printed
+    assert f"{folder}/results.json" in printed and f"Config: {folder}/config.yml\n" in printed
+    assert f"Next: fit3d-export --load-config {folder}/config.yml " in printed
 
 
 def test_viewer__starts_though_other_processes_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,27 @@ def test_viewer__pages_hold_no_words_of_files(scene_path: Path, server: Any) -> 
     assert evil not in str([vars(message) for message in messages])
 
 
+def test_open_server__a_slow_browser_keeps_its_connection(server: Any) -> None:
+    """viser sends what is for all and what is for one side by side; a browser that draws for long reads neither."""
+    server.gui.add_markdown("x" * 30_000_000)
+    clients: list[Any] = []
+    server._websock_server.on_client_connect(clients.append)
+    headers = "Host: viewer", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"
+    request = "\r\n".join(("GET / HTTP/1.1", *headers, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "", ""))
+    with socket.create_connection(("127.0.0.1", server.get_port()), timeout=5) as browser:
+        browser.sendall(request.encode())
+        wait_until(lambda: bool(clients))
+        for _ in range(2):
+            time.sleep(0.5)
+            clients[0].queue_message(viser._messages.SetCameraFovMessage(0.5))
+        time.sleep(0.5)
+        received = bytearray()
+        with suppress(TimeoutError):
+            while received.count(b"SetCameraFovMessage") < 2 and (part := browser.recv(1 << 20)):
+                received += part
+    assert len(received) > 30_000_000 and received.count(b"SetCameraFovMessage") == 2
+
+
 def test_open_server__listens_to_this_machine_alone_and_says_what_is_missing(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

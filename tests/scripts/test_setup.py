@@ -31,6 +31,6 @@ def test_setup__names_a_python_that_does_not_fit_before_uv_looks_for_another(
     command = ["bash", tmp_path / "clone" / "scripts" / "setup.sh"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
-    assert lines[-1] == f"uv {asked}" and "about 4 GB to download" in lines[-2]
+    assert "about 4 GB to download" in lines[-3] and lines[-2] == f"uv {asked}" and ".venv/bin/activate" in lines[-1]
     assert ("3.10 to 3.13" in lines[0]) != is_good
     assert is_good or ("Python 3.14.1" in lines[0] or "missing" in lines[0])
