@@ -99,12 +99,12 @@ class FeatureCache:
         """The patch tokens, or what is wrong with the file."""
         path = self.get_path(key)
         try:
-            file = open_tensors(path, known=("schema", "backbone", "checksum"))
+            file = open_tensors(path, known=("schema", "backbone"))
             file.check()
         except ValueError as error:
             return str(error)
         tensors, schema = file.tensors, file.metadata.get("schema")
-        if schema != _SCHEMA or (file.checksums is None and "checksum" not in file.metadata):
+        if schema != _SCHEMA or file.checksums is None:
             return f"{path} has {'no checksum' if schema == _SCHEMA else f'schema {schema} instead of {_SCHEMA}'}"
         description = self.description
         rows, columns = compute_patch_grid(key.height, key.width, description.patch_size)

@@ -79,11 +79,6 @@ class FinetuneConfig:
         run = content.pop("run")
         for name in ("epochs", "min_steps", "max_steps", "tf32"):
             content["optimization"].pop(name)
-        optimization = self.optimization
-        is_one_epoch = optimization.max_steps is None and optimization.epochs is not None and optimization.epochs <= 1.0
-        if optimization.schedule == "step" and is_one_epoch:
-            # Within one epoch it is constant, which earlier versions called it.
-            content["optimization"]["schedule"] = "constant"
         content["anchors"].pop("wise_ft")
         for name in ("cache", "cache_gb", "cache_folder", "average_gb"):
             content["targets"].pop(name)

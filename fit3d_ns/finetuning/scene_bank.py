@@ -60,11 +60,11 @@ def average_lifted_views(
     takes all, so that any of them can be left out of the average.
     """
     capture = scene.capture(data_root)
-    usable, num_lifted = find_usable(scene, capture), len(find_lifted(scene))
-    if len(usable) < num_lifted:
-        said = f"Features of scene {scene.scene_id} are averaged over {len(usable)} of its {num_lifted} lifted views"
+    num_usable, num_lifted = len(find_usable(scene, capture)), len(find_lifted(scene))
+    if num_usable < num_lifted:
+        said = f"Features of scene {scene.scene_id} are averaged over {num_usable} of its {num_lifted} lifted views"
         notice(f"{said}; the masks of the others are gone.")
-    return average_over_views(scene, capture, select_evenly(usable, max_views))
+    return average_over_views(scene, capture, max_views)
 
 
 def compute_scene_hash(scene: FeatureScene) -> str:

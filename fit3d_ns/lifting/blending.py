@@ -221,7 +221,7 @@ def backproject_targets(
 
 
 @torch.no_grad()
-def average_over_views(scene: FeatureScene, capture: PosedCapture, views: Sequence[View]) -> FeatureScene:
+def average_over_views(scene: FeatureScene, capture: PosedCapture, max_views: int | None) -> FeatureScene:
     """The scene in which each Gaussian's features are the mean of what the patches it appears in show.
 
     A solve fits the tokens of every lifted view, their noise included; rendered at one of those views it gives back
@@ -231,12 +231,12 @@ def average_over_views(scene: FeatureScene, capture: PosedCapture, views: Sequen
         f' = sum of R^T W P R f / sum of R^T W 1, with W = opacity times valid mask.
 
     Masked pixels neither take part in a patch's mean nor receive it: features lifted there correspond to no token.
-    Gaussians that no valid pixel shows keep theirs, and the decoder stays. `capture` has the masks of the `views`, best
-    those that were lifted.
+    Gaussians that no valid pixel shows keep theirs, and the decoder stays. At most `max_views` of the lifted views, as
+    `capture` has them, are taken, evenly spread; None takes all.
     """
     features_and_one = scene.features_and_one
     sums = torch.zeros_like(features_and_one)
-    for view in views:
+    for view in select_evenly(find_usable(scene, capture), max_views):
         patch_grid = compute_patch_grid(view.height, view.width, scene.backbone.patch_size)
         camera, eps2d = sample_camera(view.camera, scene.eps2d, patch_grid, AVERAGING_SAMPLES)
         mask = sample_mask(capture.load_valid_mask(view).to(sums.device), camera.width, camera.height)
@@ -252,16 +252,10 @@ def average_over_views(scene: FeatureScene, capture: PosedCapture, views: Sequen
 
 
 def find_lifted(scene: FeatureScene) -> list[View]:
-    """The views that a scene was lifted from, as its file says.
-
-    Files of earlier versions do not name them: then its training views, or as many of them as the lift's metrics
-    count, chosen as those versions chose.
-    """
-    if scene.lifted_views is not None:
-        return [scene.posed_capture.name_to_view[name] for name in scene.lifted_views]
-    train = scene.posed_capture.select("train")
-    number = scene.metrics.get("num_train_views")
-    return select_evenly(train, number if isinstance(number, int) else None)
+    """The views that a scene was lifted from, as its file says; its training views where somebody else lifted it."""
+    if scene.lifted_views is None:
+        return scene.posed_capture.select("train")
+    return [scene.posed_capture.name_to_view[name] for name in scene.lifted_views]
 
 
 def find_usable(scene: FeatureScene, capture: PosedCapture) -> list[View]:

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from fit3d_ns.probing.frozen_features import BackboneConfig, list_parts
-from fit3d_ns.scene import load_scene
-from fit3d_ns.scene.scene_file import read_scene_costs
 from fit3d_ns.utils.files import hash_bytes, read_json, wait_for_folder
 from fit3d_ns.utils.progress import SECONDS_PER_HOUR, notice
 from fit3d_ns.utils.results import ResultRecord, average_scene_costs, check_report, load_result, save_result
@@ -105,11 +103,7 @@ def read_costs(config: BackboneConfig) -> dict[str, Any]:
         costs["hours"] = report["seconds"] / SECONDS_PER_HOUR
     scenes = [Path(name) for name in report.get("scenes", []) if isinstance(name, str)]
     costs["scenes"] = [scene.stem for scene in scenes]
-    scene_costs = report.get("scene_costs")
-    if not isinstance(scene_costs, list):
-        # Reports of earlier versions have none; the scenes may still be there.
-        scene_costs = [read_scene_costs(load_scene(scene), scene) for scene in scenes if scene.is_file()]
-    return {"finetuning": {**costs, **average_scene_costs(scene_costs)}}
+    return {"finetuning": {**costs, **average_scene_costs(report.get("scene_costs") or [])}}
 
 
 def _combine(items: Sequence[dict[str, Any]], function: Any) -> dict[str, Any]:

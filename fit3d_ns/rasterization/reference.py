@@ -250,7 +250,7 @@ def evaluate_harmonics(
     directions = means[None] - centres[:, None]
     directions = torch.where(is_drawn[..., None], directions, directions.new_tensor([0.0, 0.0, 1.0]))
     basis = compute_sh_basis(sh_degree, torch.nn.functional.normalize(directions, dim=-1))
-    colors = (basis[..., None] * coefficients[..., : basis.shape[-1], :]).sum(dim=-2)
+    colors = (basis[..., None, :] @ coefficients[..., : basis.shape[-1], :])[..., 0, :]
     return torch.where(is_drawn[..., None], colors + COLOR_OFFSET, 0.0).clamp(min=0.0)
 
 

@@ -26,6 +26,7 @@ from fit3d_ns.analysis.pictures import compose_panel, save_picture, to_pixels
 from fit3d_ns.analysis.similarity import compute_similarity
 from fit3d_ns.features import FeatureExtractor, create_extractor
 from fit3d_ns.geometry.cameras import Camera, create_K
+from fit3d_ns.lifting.blending import average_over_views
 from fit3d_ns.rasterization.projection import rotations_from_quats
 from fit3d_ns.report.feature_figure import write_video
 from fit3d_ns.report.splat_colours import (
@@ -36,7 +37,7 @@ from fit3d_ns.report.splat_colours import (
     read_tokens,
     select_splats,
 )
-from fit3d_ns.report.token_columns import average_scene, resize
+from fit3d_ns.report.token_columns import MAX_AVERAGED_VIEWS, resize
 from fit3d_ns.scene import FeatureScene, View
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.selection import select_evenly
@@ -90,7 +91,7 @@ class SceneViewer:
         shown, share = select_splats(scene, config.max_splats)
         counts = f"{shown.gaussians.num_gaussians:,} of {scene.gaussians.num_gaussians:,}"
         notice(f"Shown are {counts} splats, which make up {share:.1%} of the lifted views (--max-splats).")
-        self.splats = splats = ColouredSplats(average_scene(shown, self.capture))
+        self.splats = splats = ColouredSplats(average_over_views(shown, self.capture, MAX_AVERAGED_VIEWS))
         self.means = splats.scene.gaussians.means
         self.middle = self.capture.views[len(self.capture.views) // 2]
         ups = torch.stack([view.camera_to_world[:, 1] for view in self.capture.views])

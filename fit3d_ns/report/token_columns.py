@@ -19,14 +19,13 @@ from torch import Tensor
 from fit3d_ns.data.images import load_image
 from fit3d_ns.features import compute_patch_grid, create_extractor
 from fit3d_ns.geometry.cameras import Camera, resize_Ks
-from fit3d_ns.lifting.blending import average_over_views, find_usable
+from fit3d_ns.lifting.blending import average_over_views
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.scene import FeatureScene, PosedCapture, View, load_scene
 from fit3d_ns.utils.progress import notice, track
-from fit3d_ns.utils.selection import select_evenly
 
 MAX_AVERAGED_VIEWS = 32
-"""A picture is as smooth with no more of them."""
+"""Pictures show features averaged over so many lifted views; with more they are no smoother."""
 MAX_DEFAULT_SIDE = 640
 """Larger pictures are reduced to this longer side unless one is asked for: tokens grow with the square of it."""
 _RENDERED = "lifted"
@@ -82,16 +81,11 @@ def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: st
     by_photograph: dict[Path, list[SceneView]] = {}
     for scene in scenes:
         capture = scene.capture(data_root)
-        get_averaged = cache(partial(average_scene, scene, capture))
+        get_averaged = cache(partial(average_over_views, scene, capture, MAX_AVERAGED_VIEWS))
         for view in capture.views:
             found = by_photograph.setdefault(view.frame.image_path.resolve(), [])
             found.append(SceneView(scene, capture, view, get_averaged))
     return SceneIndex(scenes, by_photograph)
-
-
-def average_scene(scene: FeatureScene, capture: PosedCapture) -> FeatureScene:
-    """The scene with its features averaged over the lifted views, at most 32 of them, as pictures show it."""
-    return average_over_views(scene, capture, select_evenly(find_usable(scene, capture), MAX_AVERAGED_VIEWS))
 
 
 def load_figure_image(path: Path, scene_index: SceneIndex, longest_side: int | None = None) -> FigureImage:

@@ -1,7 +1,7 @@
 """`TensorFile`: a `.safetensors` file with a checksum of each tensor, so that damaged numbers are found, not used.
 
 Checksums are CRC-32 of type, shape and content, in the metadata under `checksums`; they are no protection against
-people. Files without them, of earlier versions and of others, open as they are.
+people. Files without them, which others wrote, open as they are.
 
 `BoundedMemory` keeps values up to a budget; `TensorStore` keeps tensors in memory up to a budget and then in files.
 What has a place in memory stays there: epochs go round, where dropping the least recently used would often drop what is
@@ -31,8 +31,6 @@ Value = TypeVar("Value")
 _KEY = "checksums"
 _METADATA = "__metadata__"
 """Stands among the tensors' names for the rest of the metadata; no tensor can have this name."""
-_OLD_KEY = "checksum"
-"""In feature caches of earlier versions: one number for all tensors."""
 
 
 @dataclass
@@ -63,8 +61,6 @@ class TensorFile:
                 # Faster than `isfinite` by a factor of ten or more; NaN comes through.
                 if not all(bool(value.isfinite()) for value in torch.aminmax(tensor)):
                     raise ValueError(f"{self.path} holds NaN or infinite values in `{name}`; copy or make it again.")
-        if self.checksums is None and self.metadata.get(_OLD_KEY, (old := _compute_old(self.tensors))) != old:
-            raise ValueError(f"{self.path} is damaged: its checksum is wrong; copy or make it again.")
         self.is_checked = True
 
 
@@ -217,13 +213,6 @@ class TensorStore:
 def count_bytes(*tensors: Tensor) -> int:
     """Memory that tensors take."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _compute_old(tensors: Mapping[str, Tensor]) -> str:
-    checksum = 0
-    for name in sorted(tensors):
-        checksum = zlib.crc32(_view_bytes(tensors[name]), checksum)
-    return f"{checksum:08x}"
 
 
 def _compute_metadata_checksum(metadata: Mapping[str, str]) -> str:

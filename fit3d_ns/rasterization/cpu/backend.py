@@ -4,6 +4,7 @@ Projection and blending are two nodes of the graph, so that `means2d` is a tenso
 All arrays are cut into tasks by size alone and added up in a fixed order: results repeat to the bit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fit3d_ns.rasterization import projection
+from fit3d_ns.rasterization import projection, reference
 from fit3d_ns.rasterization.cpu import blending as cpu_blending
 from fit3d_ns.rasterization.cpu import features as cpu_features
 from fit3d_ns.rasterization.cpu import tiles as cpu_tiles
@@ -20,26 +21,21 @@ from fit3d_ns.rasterization.cpu.runtime import count_chunks, run_tasks, take_zer
 from fit3d_ns.rasterization.cpu.tiles import CpuTiles
 from fit3d_ns.rasterization.cpu.vectors import NUM_LANES
 from fit3d_ns.rasterization.projection import MIN_EIGENVALUE_GAP, ProjectedGaussians, ProjectionSettings
-from fit3d_ns.rasterization.reference import COLOR_OFFSET, BlendGeometry, TileLists, compute_sh_basis
+from fit3d_ns.rasterization.reference import BlendGeometry, TileLists
 
 
 def project_gaussians(
     means: Tensor, quats: Tensor, scales: Tensor, viewmats: Tensor, Ks: Tensor, settings: ProjectionSettings
 ) -> ProjectedGaussians:
     """As `projection.project_gaussians`, which here works on the Gaussians that may be in view, camera by camera."""
-    shape = (len(viewmats), len(means))
-    found, indices = [], []
-    for camera in range(shape[0]):
+    found = []
+    for camera in range(len(viewmats)):
         rows = _find_in_view(means, scales, viewmats[camera], Ks[camera], settings)
         in_view = [tensor.index_select(0, rows) for tensor in (means, quats, scales)]
-        found.append(projection.project_gaussians(*in_view, viewmats[camera, None], Ks[camera, None], settings))
-        indices.append(rows + camera * shape[1])
+        found.append((rows, projection.project_gaussians(*in_view, viewmats[camera, None], Ks[camera, None], settings)))
 
     def spread(name: str) -> Tensor:
-        """One row for each Gaussian in each camera, with zeros for those out of view."""
-        rows = torch.cat([getattr(projected, name)[0] for projected in found])
-        everything = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:])
-        return everything.index_copy_(0, torch.cat(indices), rows).unflatten(0, shape)
+        return _spread([(rows, getattr(projected, name)) for rows, projected in found], len(means))
 
     radii, means2d, depths, conics = map(spread, ("radii", "means2d", "depths", "conics"))
     return ProjectedGaussians(radii, means2d, depths, conics, spread("compensations") if settings.antialiased else None)
@@ -48,18 +44,14 @@ def project_gaussians(
 def evaluate_harmonics(
     sh_degree: int, means: Tensor, viewmats: Tensor, coefficients: Tensor, is_drawn: Tensor
 ) -> Tensor:
-    """As `reference.evaluate_harmonics`, which also works on what is not drawn."""
-    centres = torch.linalg.inv(viewmats)[:, :3, 3]
-    sums = []
+    """As `reference.evaluate_harmonics`, which here works on what is drawn, camera by camera."""
+    found = []
     for camera, drawn in enumerate(is_drawn):
-        own = coefficients[camera % len(coefficients)] if coefficients.ndim == 4 else coefficients
         rows = drawn.nonzero()[:, 0]
-        directions = functional.normalize(means.index_select(0, rows) - centres[camera], dim=-1)
-        basis = compute_sh_basis(sh_degree, directions)
-        found = _Expansion.apply(basis, own, rows)
-        # What is added below makes black of the others.
-        sums.append(means.new_full((len(means), 3), -COLOR_OFFSET).index_put((rows,), found))
-    return (torch.stack(sums) + COLOR_OFFSET).clamp(min=0.0)
+        own = coefficients[camera % len(coefficients)] if coefficients.ndim == 4 else coefficients
+        seen = means.index_select(0, rows), viewmats[camera, None], own.index_select(0, rows)
+        found.append((rows, reference.evaluate_harmonics(sh_degree, *seen, drawn[None, rows])))
+    return _spread(found, len(means))
 
 
 def build_geometry(projected: ProjectedGaussians, opacities: Tensor, settings: ProjectionSettings) -> BlendGeometry:
@@ -156,22 +148,12 @@ def _find_in_view(means: Tensor, scales: Tensor, viewmat: Tensor, K: Tensor, set
     return is_in_view.nonzero()[:, 0]
 
 
-class _Expansion(torch.autograd.Function):
-    """Sums over a basis [n, bases] times those rows of the coefficients, without autograd's copies of all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, basis: Tensor, coefficients: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(basis, coefficients, rows)
-        return torch.bmm(basis[:, None], coefficients.index_select(0, rows)[:, : basis.shape[1]])[:, 0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v_sums):  # type: ignore[override]
-        basis, coefficients, rows = ctx.saved_tensors
-        v_basis = torch.bmm(coefficients.index_select(0, rows)[:, : basis.shape[1]], v_sums[..., None])[..., 0]
-        v_coefficients = torch.zeros_like(coefficients)
-        v_coefficients[:, : basis.shape[1]].index_copy_(0, rows, basis[..., None] * v_sums[:, None])
-        return v_basis, v_coefficients, None
+def _spread(found: Sequence[tuple[Tensor, Tensor]], num_gaussians: int) -> Tensor:
+    """[C, N, ...] from each camera's row numbers [n] and values [1, n, ...]; zeros elsewhere."""
+    indices = torch.cat([rows + camera * num_gaussians for camera, (rows, _) in enumerate(found)])
+    values = torch.cat([values[0] for _, values in found])
+    everything = values.new_zeros(len(found) * num_gaussians, *values.shape[1:])
+    return everything.index_copy_(0, indices, values).unflatten(0, (len(found), num_gaussians))
 
 
 class _Blending(torch.autograd.Function):
