@@ -86,8 +86,6 @@ def compute_consistency(
     of a metre in the unit of the poses, metrics in centimetres are left out.
     """
     config = config or ConsistencyConfig()
-    if len(token_maps) != len(views) or not views:
-        raise ValueError(f"{len(token_maps)} token maps for {len(views)} views; give one each, at least one.")
     pairs = create_pairs(len(views)) if pairs is None else pairs
     mean = torch.cat([tokens.flatten(0, 1) for tokens in token_maps]).double().mean(dim=0).to(token_maps[0])
     samples = _Samples(config, units_per_metre)

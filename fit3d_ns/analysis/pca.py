@@ -75,11 +75,9 @@ class PcaAccumulator:
     def finish(self, num_components: int) -> PcaBasis:
         """The basis of what was added; colour ranges reach two standard deviations until `fit_colours` sets them.
 
-        ValueError where nothing was added, or more components than dimensions are asked for.
+        ValueError where nothing was added; there are at most as many components as dimensions.
         """
         mean, covariance = self.compute_covariance()
-        if not 1 <= num_components <= mean.shape[0]:
-            raise ValueError(f"{num_components} components of {mean.shape[0]}-dimensional features; take 1 to all.")
         variance, directions = _decompose(covariance)
         kept = variance[:num_components]
         reach = 2.0 * _first_three(kept).sqrt()
@@ -96,7 +94,7 @@ class PcaAccumulator:
 def fit_pca(features: Float[Tensor, "*batch embed"], num_components: int) -> PcaBasis:
     """PCA of features that fit into memory, with percentile colour ranges.
 
-    ValueError where there are none, or more components than `embed` are asked for.
+    ValueError where there are none.
     """
     accumulator = PcaAccumulator(features.shape[-1], features.device)
     accumulator.add(features)

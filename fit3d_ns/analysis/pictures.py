@@ -55,18 +55,10 @@ def compose_panel(
 ) -> Image.Image:
     """Puts images [H, W, 3] in [0, 1] into rows and columns, with a label above each of them or none.
 
-    Columns are as wide as their widest image; None leaves a place empty. ValueError where there is no image, or the
-    labels are not as many as rows or columns.
+    Columns are as wide as their widest image; None leaves a place empty.
     """
     pictures = [[None if image is None else to_pixels(image) for image in row] for row in rows]
     num_columns = max(map(len, pictures), default=0)
-    if not any(picture is not None for row in pictures for picture in row):
-        raise ValueError("No image to put into the panel.")
-    if (column_labels and len(column_labels) != num_columns) or (row_labels and len(row_labels) != len(pictures)):
-        raise ValueError(
-            f"{len(column_labels)} column and {len(row_labels)} row labels for {num_columns} columns and "
-            f"{len(pictures)} rows; give one each or none."
-        )
     columns = zip_longest(*pictures)
     widths = [max((picture.shape[1] for picture in column if picture is not None), default=1) for column in columns]
     heights = [max((picture.shape[0] for picture in row if picture is not None), default=1) for row in pictures]

@@ -53,13 +53,10 @@ class TemporalMetrics:
 def compute_temporal_consistency(
     clips: Sequence[Sequence[Float[Tensor, "..."]]], images: Sequence[UInt8[Tensor, "height width 3"]]
 ) -> list[TemporalMetrics]:
-    """Follows the tokens of several backbones through one clip, given as images of one size.
+    """Follows the tokens of several backbones through one clip, given as two or more images of one size.
 
     `clips` holds for each backbone its token maps [h, w, E] of all frames.
     """
-    if len(images) < 2 or any(len(maps) != len(images) for maps in clips):
-        problem = f"{[len(maps) for maps in clips]} token maps for {len(images)} frames"
-        raise ValueError(f"{problem}; temporal consistency needs one each, of two frames or more.")
     # Each backbone's mean token of the clip.
     means = [torch.stack([tokens.double().mean(dim=(0, 1)) for tokens in maps]).mean(dim=0).float() for maps in clips]
     grey = [cv2.cvtColor(image.cpu().numpy(), cv2.COLOR_RGB2GRAY) for image in images]

@@ -31,8 +31,6 @@ class SwinAdapter(nn.Module):
         from timm.models.swin_transformer import SwinTransformerBlock
 
         super().__init__()
-        if window_size < 1:
-            raise ValueError(f"The adapter's window is {window_size} tokens wide; it must be at least 1.")
         self.window_size = window_size
         self.block: Any = SwinTransformerBlock(
             dim=embed_dim,

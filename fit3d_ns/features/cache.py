@@ -158,14 +158,10 @@ def compute_feature_key(image: Tensor) -> FeatureKey:
     Both forms of the same image give the same key, because pixels are compared as 16-bit integers, in which v / 255 is
     exactly 257 v.
     """
-    if image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"Image has shape {list(image.shape)}, expected [height, width, 3].")
     if image.dtype == torch.uint8:
         levels = image.to(torch.int32) * 257
-    elif image.is_floating_point():
-        levels = (image.float() * 65535).round().clamp(0, 65535).to(torch.int32)
     else:
-        raise ValueError(f"Image is {image.dtype}, expected uint8, or floating point in [0, 1].")
+        levels = (image.float() * 65535).round().clamp(0, 65535).to(torch.int32)
     height, width = image.shape[:2]
     pixels = levels.cpu().numpy().astype("<u2")
     return FeatureKey(hash_bytes(f"{height}x{width}".encode(), pixels.tobytes()), height, width)

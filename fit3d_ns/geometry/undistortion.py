@@ -28,10 +28,7 @@ from fit3d_ns.geometry.cameras import Lens
 
 @dataclass(frozen=True)
 class Undistortion:
-    """A pinhole lens and, for each of its pixels, where the photograph shows the same ray.
-
-    Moving a picture of another size than the lens raises ValueError.
-    """
+    """A pinhole lens and, for each of its pixels, where the photograph, of the lens's size, shows the same ray."""
 
     lens: Lens
     """The pinhole lens after undistortion; the given lens itself where that has no distortion."""
@@ -64,10 +61,6 @@ class Undistortion:
         return inside_columns & (self.rows > -slack) & (self.rows < self.lens.height + slack)
 
     def _remap(self, picture: Tensor, interpolation: int, border: int) -> Tensor:
-        height, width = picture.shape[:2]
-        if (width, height) != (self.lens.width, self.lens.height):
-            problem = f"The picture is {width}x{height}, its camera says {self.lens.width}x{self.lens.height}"
-            raise ValueError(f"{problem}; correct the camera file or resize the pictures.")
         if self.columns is None or self.rows is None:
             return picture
         columns, rows = self.columns.numpy() - 0.5, self.rows.numpy() - 0.5

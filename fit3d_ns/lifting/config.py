@@ -63,6 +63,12 @@ class LiftConfig(SolveConfig):
     seconds_per_checkpoint: float = 60.0
     """Time between two writes of the state file, in seconds, where one is asked for."""
 
+    def check_width(self, embed_dim: int, backbone: str) -> None:
+        """ValueError where the features have more dimensions than a token."""
+        if self.feature_dim > embed_dim:
+            problem = f"feature_dim {self.feature_dim} exceeds the width {embed_dim} of {backbone}'s tokens"
+            raise ValueError(f"{problem}; choose --feature-dim {embed_dim} or less.")
+
 
 @dataclass(frozen=True)
 class LiftSceneConfig(Limited):

@@ -90,23 +90,14 @@ def fit_decoder(statistics: Iterable[DecoderStatistics], basis: PcaBasis, ridge:
     """The decoder of least squared error for all scenes that were lifted on `basis`, pulled towards the PCA decoder.
 
     `ridge` is the pull as a fraction of the mean squared regressor, 0 or above; below 1e-6 it acts as 1e-6, and
-    infinity gives the PCA decoder. ValueError where the statistics do not belong to this basis.
+    infinity gives the PCA decoder.
     """
     remaining = iter(statistics)
     total = next(remaining)
     for other in remaining:
-        if other.products.shape != total.products.shape:
-            raise ValueError("The scenes' decoder statistics differ in size; lift them on one shared basis.")
         total = DecoderStatistics(total.regressors + other.regressors, total.products + other.products)
-    num_inputs, embed_dim = total.products.shape
-    feature_dim, basis_width = basis.components.shape
-    num_weights = NUM_TAPS * feature_dim
-    if embed_dim != basis_width or num_inputs not in (num_weights, num_weights + 1):
-        raise ValueError(
-            f"Decoder statistics of {num_inputs} inputs and width {embed_dim} do not belong to a basis of "
-            f"{feature_dim} dimensions and width {basis_width}."
-        )
-    has_bias = num_inputs == num_weights + 1
+    num_weights = NUM_TAPS * len(basis.components)
+    has_bias = len(total.products) > num_weights
     # The decoder that reads the basis back: centre tap = components, bias = mean.
     start = FeatureDecoder.from_pca(basis.components, basis.mean).matrix.detach()
     start = (torch.cat([start, basis.mean[None]]) if has_bias else start).to(total.products)

@@ -53,14 +53,6 @@ class LiftSetup:
         return self.cache.description
 
 
-def check_dimensions(setup: LiftSetup) -> None:
-    """ValueError where the features have more dimensions than a token; known before anything is computed."""
-    backbone, feature_dim = setup.backbone, setup.config.feature_dim
-    if feature_dim > backbone.embed_dim:
-        problem = f"feature_dim {feature_dim} exceeds the width {backbone.embed_dim} of {backbone.label}'s tokens"
-        raise ValueError(f"{problem}; choose --feature-dim {backbone.embed_dim} or less.")
-
-
 @dataclass(frozen=True)
 class LiftForecast:
     """Predicted costs; other work on the machine changes the seconds."""
@@ -104,7 +96,6 @@ def lift_scene(
         basis: Space of the features, if other scenes share it; fitted to this scene's tokens by default.
         pca: Directions and colours of pictures, if other scenes share them; fitted by default.
     """
-    check_dimensions(setup)
     config, options, device, timer = setup.config, setup.options, setup.device, PhaseTimer()
     taught, measured = choose_views(source.capture, options.views)
     with timer.phase("photographs"):

@@ -87,9 +87,8 @@ def solve_features(
 ) -> LiftResult:
     """Lifts the tokens of `views`, all of one backbone, onto `gaussians`.
 
-    Gaussians with NaN or infinite numbers are left out, with a notice of how many. ValueError: no views; views without
-    tokens or with tokens of different widths; a basis of another size; no view sees any Gaussian under its mask; a
-    state file of another lift.
+    Gaussians with NaN or infinite numbers are left out, with a notice of how many. ValueError: no Gaussian is left;
+    more dimensions than the tokens have; no view sees any Gaussian under its mask; a state file of another lift.
 
     Args:
         basis: Space of the features, for example one that many scenes share; None fits one to these views' tokens.
@@ -97,9 +96,12 @@ def solve_features(
         state_path: Where an interrupted lift is kept and found again; removed at the end. None keeps nothing.
     """
     config = config or LiftConfig()
-    patch_grid, embed_dim = _check_sizes(gaussians, views, config, basis)
-    is_sampled = compute_stride(views[0].camera, patch_grid, config.samples_per_patch) > 1
+    height, width, embed_dim = views[0].read_tokens(gaussians.means.device).shape
+    config.check_width(embed_dim, backbone or "the backbone")
+    is_sampled = compute_stride(views[0].camera, (height, width), config.samples_per_patch) > 1
     is_valid = gaussians.find_valid()
+    if not bool(is_valid.any()):
+        raise ValueError(f"None of the {len(gaussians)} Gaussians has finite numbers; there is nothing to lift onto.")
     if not bool(is_valid.all()):
         notice(f"Left out {int((~is_valid).sum())} of {len(gaussians)} Gaussians that have NaN or infinite numbers.")
     gaussians = gaussians.select(is_valid)
@@ -162,9 +164,7 @@ class _Lift:
             return accumulator
 
         def add(index: int) -> None:
-            tokens = views[index].read_tokens(self.device)
-            self._check_width(tokens, index)
-            add_view_tokens(sums(), tokens, views[index].read_mask(self.device))
+            add_view_tokens(sums(), views[index].read_tokens(self.device), views[index].read_mask(self.device))
 
         empty = PcaAccumulator(self.embed_dim, self.device)
         new = {"token_weight": empty.sum_weights, "token_first": empty.sum_features, "token_second": empty.sum_products}
@@ -177,9 +177,8 @@ class _Lift:
         memory = zeros.new_empty(len(zeros), self.config.feature_dim + 1)
 
         def add(index: int) -> None:
-            view = self.blender.prepare(index)
-            self._check_width(view.tokens, index)
-            numerator, denominator, weight = backproject_targets(view, basis, self.config, memory.zero_())
+            found = backproject_targets(self.blender.prepare(index), basis, self.config, memory.zero_())
+            numerator, denominator, weight = found
             tensors["numerator"] += numerator
             tensors["denominator"] += denominator
             tensors["blend_weight"] += weight
@@ -317,28 +316,3 @@ class _Lift:
             seconds=self.timer.seconds,
             decoder_statistics=statistics,
         )
-
-    def _check_width(self, tokens: Float[Tensor, "h w embed"], index: int) -> None:
-        if tokens.shape[-1] != self.embed_dim:
-            problem = f"View {self.blender.views[index].name!r} has tokens of width {tokens.shape[-1]}"
-            raise ValueError(f"{problem}, the first view {self.embed_dim}; lift the tokens of one backbone at a time.")
-
-
-def _check_sizes(
-    gaussians: ActivatedGaussians, views: Sequence[LiftView], config: LiftConfig, basis: PcaBasis | None
-) -> tuple[tuple[int, int], int]:
-    """Checks what can be known before any pass; returns the first view's token grid and the tokens' width E."""
-    if not views:
-        raise ValueError("There are no views to lift from.")
-    if not bool(gaussians.find_valid().any()):
-        raise ValueError(f"None of the {len(gaussians)} Gaussians has finite numbers; there is nothing to lift onto.")
-    height, width, embed_dim = views[0].read_tokens(gaussians.means.device).shape
-    if config.feature_dim > embed_dim:
-        raise ValueError(f"feature_dim {config.feature_dim} exceeds the tokens' width {embed_dim}; take at most that.")
-    if basis is not None and basis.components.shape != (config.feature_dim, embed_dim):
-        dim, width = basis.components.shape
-        raise ValueError(
-            f"The basis has {dim} dimensions for tokens of width {width}, this lift needs {config.feature_dim} for "
-            f"width {embed_dim}; use a basis of the same backbone and feature_dim."
-        )
-    return (height, width), embed_dim

@@ -27,46 +27,29 @@ class LiftView:
     """One captured view; its tokens and mask stay on disk until they are needed."""
 
     camera: Camera
-    load_tokens: Callable[[], Float[Tensor, "h w embed"] | None]
-    """Reads the original backbone's patch tokens of this view; any float type."""
+    load_tokens: Callable[[], Float[Tensor, "h w embed"]]
+    """Reads the original backbone's patch tokens of this view: finite, of any float type."""
     load_mask: Callable[[], Bool[Tensor, "height width"] | Float[Tensor, "height width"] | None] = lambda: None
-    """Reads the valid mask, or weights of 0 and above per pixel; None uses every pixel alike."""
+    """Reads the valid mask, of the camera's size, or weights of 0 and above per pixel; None uses every pixel alike."""
     name: str = ""
     """What error messages call this view, for example the image's file name."""
 
     def read_tokens(self, device: torch.device) -> Float[Tensor, "h w embed"]:
-        """The tokens as float32 on `device`.
-
-        ValueError where the view has none, or some that are not a [h, w, E] map of finite numbers.
-        """
-        tokens = self.load_tokens()
-        if tokens is None or tokens.numel() == 0:
-            raise ValueError(f"View {self.name!r} has no patch tokens; extract features for it first or leave it out.")
-        if tokens.ndim != 3:
-            raise ValueError(f"View {self.name!r} has tokens of shape {tuple(tokens.shape)}; expected [h, w, embed].")
-        tokens = tokens.detach().to(device=device, dtype=torch.float32)
-        if not bool(torch.isfinite(tokens).all()):
-            raise ValueError(f"View {self.name!r} has tokens that are not finite; delete its cached features.")
-        return tokens
+        """The tokens as float32 on `device`."""
+        return self.load_tokens().detach().to(device=device, dtype=torch.float32)
 
     def read_mask(self, device: torch.device) -> Float[Tensor, "height width"]:
-        """Weights per pixel as float32 on `device`, ones where the view has no mask.
-
-        ValueError where it is not of the view's size.
-        """
+        """Weights per pixel as float32 on `device`, ones where the view has no mask."""
         mask = self.load_mask()
         if mask is None:
             return torch.ones(self.camera.height, self.camera.width, device=device)
-        if mask.shape != (self.camera.height, self.camera.width):
-            problem = f"The mask of view {self.name!r} is {mask.shape[-1]}x{mask.shape[0]} pixels"
-            raise ValueError(f"{problem}, its camera {self.camera.width}x{self.camera.height}; resize one of them.")
         return mask.detach().to(device=device, dtype=torch.float32)
 
 
 def create_lift_views(
     capture: PosedCapture,
     views: Sequence[View],
-    load_tokens: Callable[[View], Float[Tensor, "h w embed"] | None],
+    load_tokens: Callable[[View], Float[Tensor, "h w embed"]],
     load_mask: Callable[[View], Bool[Tensor, "height width"] | Float[Tensor, "height width"] | None] | None = None,
 ) -> list[LiftView]:
     """Views of `capture`, whose poses may be corrected ones, as a lift takes them; masks are the capture's by default.

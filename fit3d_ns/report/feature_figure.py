@@ -64,11 +64,9 @@ def save_feature_figure(
 ) -> dict[str, Any]:
     """Writes the PNG and, next to it, a JSON with what each row shows; returns the JSON's content.
 
-    With `has_scenes` there is a column of rendered features. ValueError for no pictures, or more clusters than tokens.
+    With `has_scenes` there is a column of rendered features. ValueError for more clusters than tokens.
     """
     config = config or FeatureFigureConfig()
-    if not images or not groups:
-        raise ValueError(f"{len(images)} pictures and {len(groups)} backbones; a feature figure needs one of each.")
     labels = token_columns.list_column_labels(groups, has_scenes)
     columns = [token_columns.extract_columns(group, images, labels, device) for group in groups]
     shared = [fit_colours_of(group, config) for group in columns] if config.sharing == "backbone" else None
@@ -131,15 +129,12 @@ def load_clip(
 
 
 def write_video(frames: Iterable[UInt8[np.ndarray, "height width 3"]], path: Path, fps: float) -> str:
-    """Writes RGB frames of one size as MP4, whole or not at all, and returns the codec's four letters.
+    """Writes RGB frames of one size, at least one, as MP4, whole or not at all; returns the codec's four letters.
 
-    Odd sizes are padded by a pixel, which the codecs need. ValueError without a frame, or if OpenCV has none of the
-    codecs.
+    Odd sizes are padded by a pixel, which the codecs need. ValueError if OpenCV has none of the codecs.
     """
     rest = iter(frames)
-    first = next(rest, None)
-    if first is None:
-        raise ValueError(f"No frames to write into {path}.")
+    first = next(rest)
     height, width = (side + side % 2 for side in first.shape[:2])
     with write_atomically(path) as temporary:
         # FFmpeg goes by the suffix.

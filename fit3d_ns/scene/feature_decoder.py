@@ -132,11 +132,9 @@ class FeatureDecoder(nn.Module):
     def __init__(self, feature_dim: int, embed_dim: int, bias: bool = False):
         """Starts from PyTorch's default convolution weights, as the public code does; `from_pca` is the other start.
 
-        A dimension below 1 is a ValueError. The paper's code has no bias.
+        The paper's code has no bias.
         """
         super().__init__()
-        if feature_dim < 1 or embed_dim < 1:
-            raise ValueError(f"Decoder from {feature_dim} to {embed_dim} channels: both must be at least 1.")
         convolution = nn.Conv2d(feature_dim, embed_dim, 3, padding=1, bias=bias)
         self.weight = nn.Parameter(convolution.weight.detach().clone())
         self.bias = nn.Parameter(torch.zeros(embed_dim)) if bias else None

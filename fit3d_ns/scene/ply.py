@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.data.ply import create_vertices, read_ply_elements, unpack_splats, write_ply_vertices
-from fit3d_ns.data.spz import read_spz
+from fit3d_ns.data.ply import create_vertices, read_ply_elements, read_spz, unpack_splats, write_ply_vertices
 from fit3d_ns.scene.gaussians import Gaussians
 from fit3d_ns.utils.progress import notice
 

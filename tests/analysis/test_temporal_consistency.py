@@ -74,12 +74,6 @@ def test_compute_temporal_consistency__half_precision_maps_are_taken() -> None:
     assert half.centred_cosine == pytest.approx(full.centred_cosine, abs=2e-3)  # half precision has 11 bits
 
 
-def test_compute_temporal_consistency__one_frame_is_refused() -> None:
-    images = create_clip(0, num_frames=1)
-    with pytest.raises(ValueError, match="two frames or more"):
-        compute_temporal_consistency([[extract_mean_colours(images[0])]], images)
-
-
 def test_compute_temporal_consistency__nothing_followed_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     images = create_clip(0, num_frames=2)
     maps = [extract_mean_colours(image) for image in images]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fit3d_ns.data.spz import read_spz
+from fit3d_ns.data.ply import read_spz
 
 BY_SPZ_JS = (
     "H4sIAAAAAAAAAw3Oz0uUQRgA4JeFhMDKeyADXb5LMXSSugwq9vWTSS8rWQ4e5Du4MCbsrtlhEMo1KKYQWSFqKIJvwcNAHRZCmEOHPSiMF3Gl"

@@ -171,7 +171,7 @@ def test_compute_average_hash__changes_with_masks_and_views_and_nothing_else(tmp
 
 def test_average_lifted_views__only_views_that_were_lifted_count(tmp_path):
     scene = create_scene(tmp_path, num_frames=7)
-    few = replace(scene, metrics={"num_train_views": 2})
+    few = replace(scene, lifted_views=("images/2.png", "images/6.png"))
     assert len(find_lifted(scene)) == 6 and len(find_lifted(few)) == 2
     assert not torch.equal(average_lifted_views(scene).gaussians.features, average_lifted_views(few).gaussians.features)
 

@@ -200,14 +200,6 @@ def test_apply_to_depth__takes_the_nearest_measurement() -> None:
     assert torch.equal(moved[clear], expected[clear])
 
 
-def test_apply__refuses_other_sizes() -> None:
-    undistortion = compute_undistortion(OPENCV)
-    with pytest.raises(ValueError, match="is 8x6, its camera says 160x120"):
-        undistortion.apply_to_image(torch.zeros(6, 8, 3))
-    with pytest.raises(ValueError, match="is 8x6"):
-        undistortion.apply_to_mask(torch.ones(6, 8, dtype=torch.bool))
-
-
 def test_distort_points__matches_the_slow_twin_with_rational_terms() -> None:
     rays = np.random.default_rng(0).uniform(-0.5, 0.5, (20, 2))
     for lens in LENSES:

@@ -77,14 +77,6 @@ def test_fit_decoder__without_bias():
     torch.testing.assert_close(decoder.weight.data, weight, rtol=1e-3, atol=1e-3)
 
 
-def test_fit_decoder__refuses_statistics_of_another_basis():
-    with pytest.raises(ValueError, match="do not belong to a basis of 2 dimensions and width 5"):
-        fit_decoder([DecoderStatistics.create(3, 5, bias=True)], create_basis(), ridge=0.1)
-    with pytest.raises(ValueError, match="one shared basis"):
-        scenes = [DecoderStatistics.create(dim, 5, bias=True) for dim in (2, 3)]
-        fit_decoder(scenes, create_basis(), ridge=0.1)
-
-
 def test_solve_features__decoder_is_the_weighted_ridge_solution(gaussians, views):
     """Against numpy: regress the tokens on the full convolution's unfolded patches, resized like any map."""
     from tests.lifting.lifting_scene import GRID as TOKEN_GRID

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from fit3d_ns.analysis.pca import fit_pca
 from fit3d_ns.lifting import blending
 from fit3d_ns.lifting.blending import prepare_view, prepare_views
 from fit3d_ns.lifting.config import LiftConfig
@@ -227,21 +226,7 @@ def test_solve_features__marks_unseen_gaussians_that_change_no_view(gaussians, v
 
 
 def test_solve_features__refuses_what_cannot_be_lifted(gaussians, views):
-    with pytest.raises(ValueError, match="no views to lift from"):
-        solve_features(gaussians, [], EXACT)
-    with pytest.raises(ValueError, match="frame_1.png' has no patch tokens"):
-        broken = replace(views[1], load_tokens=lambda: None)
-        solve_features(gaussians, [views[0], broken], EXACT)
-    with pytest.raises(ValueError, match="frame_1.png' has tokens of width 5"):
-        broken = replace(views[1], load_tokens=lambda: torch.zeros(*GRID, 5))
-        solve_features(gaussians, [views[0], broken], EXACT)
-    with pytest.raises(ValueError, match="mask of view 'frame_0.png' is 7x9 pixels"):
-        solve_features(gaussians, [replace(views[0], load_mask=lambda: torch.ones(9, 7))], EXACT)
-    with pytest.raises(ValueError, match="basis has 3 dimensions for tokens of width 5"):
-        solve_features(
-            gaussians, views, EXACT, basis=fit_pca(torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), 3)
-        )
-    with pytest.raises(ValueError, match=f"exceeds the tokens' width {EMBED_DIM}"):
+    with pytest.raises(ValueError, match=f"feature_dim 64 exceeds the width {EMBED_DIM} of the backbone's tokens"):
         solve_features(gaussians, views, LiftConfig(feature_dim=64))
     with pytest.raises(ValueError, match="None of the 10 Gaussians has finite numbers"):
         solve_features(replace(gaussians, opacities=gaussians.opacities * float("nan")), views, EXACT)

@@ -118,11 +118,6 @@ def test_average_windows__every_pixel_is_the_mean_of_its_windows() -> None:
     assert average_windows(numbered, windows, 4, 9)[0, 0].tolist() == [0, 0, 0, 0.5, 1, 1.5, 1.5, 2, 2]
 
 
-def test_list_windows__gaps_are_refused() -> None:
-    with pytest.raises(ValueError, match="Stride 5"):
-        list_windows(8, 8, 4, 5)
-
-
 def create_inputs(short_side: int = 16, crop: int = 16) -> SegmentationInputs:
     return SegmentationInputs(MeanColourBackbones(), short_side, crop, crop * 2 // 3)
 

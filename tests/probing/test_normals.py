@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.normals import compute_normals
 from fit3d_ns.cli.probe import main
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.multiview import SceneViews, ViewsConfig, load_views
-from fit3d_ns.probing.normals import measure_normals
+from fit3d_ns.probing.normals import compute_normals, measure_normals
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from fit3d_ns.utils.results import load_result
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fit3d_ns.analysis.correspondence import DepthView
-from fit3d_ns.analysis.normals import compute_normals, measure_angles, summarise_angles
+from fit3d_ns.probing.normals import compute_normals, measure_angles, summarise_angles
 
 K = torch.tensor([[90.0, 0.0, 41.0], [0.0, 110.0, 28.5], [0.0, 0.0, 1.0]])
 POSE = torch.eye(4)[:3]
