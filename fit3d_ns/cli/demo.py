@@ -10,10 +10,11 @@ from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.report.demo_page import ImageAnalyser, create_page
 from fit3d_ns.report.demo_server import check_gradio, keep_uploads_private, serve
 from fit3d_ns.utils.device import DeviceChoice, choose_device
+from fit3d_ns.utils.limits import Limited, Limits
 
 
 @dataclass(frozen=True)
-class DemoCommand:
+class DemoCommand(Limited):
     """Which backbones are shown, and where the page is served."""
 
     backbone: Annotated[str, Heading("backbone")] = "dinov2_small"
@@ -24,9 +25,9 @@ class DemoCommand:
     """Fine-tuned backbones to show next to it: folders that fit3d-finetune wrote, or weights files."""
     normalization: Literal["timm", "imagenet"] = "timm"
     """Whose mean and deviation normalise images."""
-    num_clusters: Annotated[int, Heading("page")] = 8
+    num_clusters: Annotated[int, Heading("page"), Limits(at_least=2, at_most=20)] = 8
     """Clusters of k-means to start with, 2 to 20; the page has a slider."""
-    longest_side: int = 640
+    longest_side: Annotated[int, Limits(at_least=112, at_most=1344)] = 640
     """Longer side in pixels that backbones see at first, 112 to 1344; the page has a slider."""
     host: str = "127.0.0.1"
     """Address to serve on. 0.0.0.0 lets everybody on your network use the page."""
@@ -38,11 +39,6 @@ class DemoCommand:
 
 def demo(command: DemoCommand) -> None:
     check_gradio()
-    if not (2 <= command.num_clusters <= 20 and 112 <= command.longest_side <= 1344):
-        raise ValueError(
-            f"--num-clusters {command.num_clusters} and --longest-side {command.longest_side} must lie in 2 to 20 and "
-            "112 to 1344."
-        )
     device = choose_device(command.device).type
     weights = () if command.backbone_weights is None else (command.backbone_weights,)
     groups = read_models([command.backbone, *command.finetuned], weights, command.normalization)

@@ -16,12 +16,13 @@ from fit3d_ns.report.feature_figure import FeatureFigureConfig, is_clip
 from fit3d_ns.report.prediction_figure import read_predictions, save_prediction_figure
 from fit3d_ns.report.token_columns import load_figure_images, open_scenes
 from fit3d_ns.utils.device import DeviceChoice, choose_device
+from fit3d_ns.utils.limits import Limited, Limits
 
 Paths = tuple[Path, ...]
 
 
 @dataclass(frozen=True)
-class FeaturesCommand:
+class FeaturesCommand(Limited):
     """Which pictures are shown, by which backbones, and where the figure goes."""
 
     images: Annotated[Paths, tyro.conf.Positional]
@@ -41,11 +42,11 @@ class FeaturesCommand:
     """Scene files; where one holds a picture as a photograph, its rendered features are the last column."""
     data_root: Path | None = None
     """Where the photographs of scene files are now, if they were moved: a capture's folder or one above several."""
-    longest_side: int | None = None
+    longest_side: Annotated[int | None, Limits(at_least=1)] = None
     """Longer side in pixels that backbones are shown; by default pictures stay as they are up to 640."""
-    max_frames: int = 240
+    max_frames: Annotated[int, Limits(at_least=2)] = 240
     """Clips end after this many frames; their tokens are kept in memory."""
-    frame_stride: int = 1
+    frame_stride: Annotated[int, Limits(at_least=1)] = 1
     """Takes every n-th frame of a clip."""
     figure: FeatureFigureConfig = field(default_factory=FeatureFigureConfig)
     fps: Annotated[float | None, Heading("output")] = None
@@ -55,16 +56,16 @@ class FeaturesCommand:
 
 
 @dataclass(frozen=True)
-class PredictionsCommand:
+class PredictionsCommand(Limited):
     """Which predictions are compared, and where the figure goes."""
 
     folders: Annotated[Paths, tyro.conf.Positional]
     """Folders of fit3d-probe --predictions, of one task and test set: the original's first, then the fine-tuned's."""
     output_path: Path
     """The PNG; a JSON with the metrics of each frame goes next to it."""
-    max_frames: int = 4
+    max_frames: Annotated[int, Limits(at_least=1)] = 4
     """Frames to show, evenly spread over those that were written."""
-    column_width: int = 320
+    column_width: Annotated[int, Limits(at_least=16)] = 320
     """Width of each picture in pixels."""
 
 
@@ -84,8 +85,6 @@ def draw_features(command: FeaturesCommand) -> None:
         raise ValueError(f"--output-path {command.output_path} must end in .png (photographs) or .mp4 (clips).")
     if not command.images:
         raise ValueError("No pictures to draw; name photographs, videos or folders of frames.")
-    if command.longest_side is not None and command.longest_side < 1:
-        raise ValueError(f"--longest-side {command.longest_side} is not a size; give pixels.")
     device = choose_device(command.device).type
     groups = read_models(command.models, command.backbone_weights, command.normalization)
     scene_index = open_scenes(command.scenes, command.data_root, device)

@@ -62,7 +62,7 @@ class ImageHeader:
 
 def read_image_header(path: Path, what: str = "Image") -> ImageHeader:
     """Reads size and pixel format without decoding; `what` is what errors call the file, for example "Mask"."""
-    with _open_image(path, what) as image:
+    with open_image(path, what) as image:
         return ImageHeader(image.width, image.height, image.mode, image.has_transparency_data)
 
 
@@ -101,7 +101,7 @@ def load_image(path: Path, *, upright: bool = False) -> UInt8[Tensor, "height wi
 
 def load_rgba(path: Path, *, upright: bool = False) -> UInt8[Tensor, "height width channels"]:
     """Loads a photograph as `load_image` does, with alpha and the colours under it where it has an alpha channel."""
-    with _open_image(path, "Image") as image:
+    with open_image(path, "Image") as image:
         deep = _read_deep(image, path)
         if deep is None:
             turned = ImageOps.exif_transpose(image) if upright else image
@@ -133,7 +133,7 @@ def load_mask(path: Path) -> Bool[Tensor, "height width"]:
     Of a mask with an alpha channel, what is transparent is not used; where its colours say nothing, because they are
     the same everywhere, alpha alone is the mask. A mask that holds values but never 255 is a ValueError.
     """
-    with _open_image(path, "Mask") as image:
+    with open_image(path, "Mask") as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"Mask {path} has pixel format {image.mode}; save it with 8 bits, 255 where pixels count.")
         if image.has_transparency_data:
@@ -150,7 +150,7 @@ def load_mask(path: Path) -> Bool[Tensor, "height width"]:
 
 def load_depth(path: Path, units_per_metre: float = MILLIMETRES_PER_METRE) -> Float[Tensor, "height width"]:
     """Loads z-depth in metres from a 16-bit PNG, in millimetres by default; 0 = no measurement."""
-    with _open_image(path, "Depth map") as image:
+    with open_image(path, "Depth map") as image:
         check_depth_mode(path, image.mode)
         values = np.array(image, dtype=np.float32)
     return torch.from_numpy(values / units_per_metre)
@@ -182,7 +182,7 @@ def save_depth(
 
 
 @contextmanager
-def _open_image(path: Path, what: str) -> Iterator[Image.Image]:
+def open_image(path: Path, what: str) -> Iterator[Image.Image]:
     """Opens an image; everything Pillow dislikes about the file becomes one sentence."""
     path = Path(path)
     if not path.is_file():

@@ -22,7 +22,7 @@ class RunConfig(Limited):
     """Where the photographs are now, if they were moved: a capture's folder or one above several."""
     strict: bool = False
     """Refuse scenes of which a photograph is gone, instead of skipping the view."""
-    scene_memory_gb: float | None = None
+    scene_memory_gb: Annotated[float | None, Limits(above=0)] = None
     """Memory for scenes on the device, 1e9 bytes; by default 8, or half of what a CUDA card has free."""
     num_workers: Annotated[int | None, Limits(at_least=0)] = None
     """Threads that load photographs ahead; 0 loads them in turn. By default 2, or up to 8 for a CUDA card."""

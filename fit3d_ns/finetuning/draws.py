@@ -85,12 +85,10 @@ class Draw:
 
 
 class DrawSequence:
-    """The endless sequence of draws; any position may be asked for. ValueError where no scene has a view."""
+    """The endless sequence of draws; any position may be asked for. Some scene has a view."""
 
     def __init__(self, views_per_scene: Sequence[int], config: SamplingConfig):
         self.num_images = sum(views_per_scene)
-        if self.num_images < 1:
-            raise ValueError("The scenes have no training views; check their splits.")
         self._has_repeats = config.sampling != "epoch"
         self._rows: EpochSequence[list[int]] = EpochSequence(
             self.num_images, lambda epoch: create_order(views_per_scene, config, epoch).tolist()

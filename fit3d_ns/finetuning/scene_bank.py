@@ -235,8 +235,6 @@ class SceneBank:
             raise ValueError("There are no scenes; give at least one with --ckpts.")
         self.device = torch.device(device)
         memory_gb = choose_budget_gb(self.device, CPU_SCENES_GB) if memory_gb is None else memory_gb
-        if not memory_gb > 0:
-            raise ValueError(f"The memory budget for scenes is {memory_gb} GB; it must be above 0.")
         self.paths = [Path(path) for path in paths]
         self.max_bytes = int(memory_gb * 1e9)
         self.on_disk = [load_scene(path) for path in self.paths]

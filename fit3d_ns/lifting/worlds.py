@@ -9,10 +9,9 @@ the direction stay right.
 """
 
 import itertools
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -73,7 +72,7 @@ def find_changes(world: PlyWorld, files: CaptureFiles, run: Path) -> list[WorldC
         return _normalise_as_gsplat(files, to_colmap or unchanged)
     if not run.is_file():
         return [_normalise_as_nerfstudio(files)]
-    training = _read_transforms(run)
+    training = read_similarity(run)[0]
     changes = [training]
     if to_colmap is not None and not torch.equal(to_colmap.transform, unchanged.transform):
         # nerfstudio's own dataparser folds `applied_transform` into what it records: its transform begins at COLMAP's
@@ -121,19 +120,6 @@ def invert_similarity(matrix: Float[Tensor, "3 4"], source: str) -> WorldChange:
         raise ValueError(f"{source} is not a rotation with one scale; correct it.")
     translation = -rotation @ matrix[:, 3].double()
     return WorldChange(torch.cat([rotation, translation[:, None]], dim=1).float(), 1.0 / scale)
-
-
-def _read_transforms(path: Path) -> WorldChange:
-    """What nerfstudio recorded."""
-    content: Any = read_json(path)
-    try:
-        matrix = torch.tensor(content["transform"], dtype=torch.float32)[:3]
-        scale = float(content["scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not what nerfstudio writes ({error!r}); give another file.") from error
-    if matrix.shape != (3, 4) or not bool(matrix.isfinite().all()) or not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{path} holds no finite 3x4 `transform` with a positive `scale`; give another file.")
-    return WorldChange(matrix, scale)
 
 
 def _collect_cameras(files: CaptureFiles) -> Float[Tensor, "frames 3 4"]:

@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +25,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from fit3d_ns.utils.files import write_atomically
-from fit3d_ns.utils.progress import create_progress, notice
+from fit3d_ns.utils.progress import notice
 
 SUPPORTED = ">=1.4.0,<1.7"
 """Versions of gsplat; the plugin's requirement says the same."""
@@ -79,7 +78,7 @@ def find_version(package: str) -> Version | None:
 
 @lru_cache(maxsize=1)
 def prepare_kernels() -> None:
-    """Loads the kernels, and compiles them first where that has not been done, with a progress bar.
+    """Loads the kernels, and compiles them first where that has not been done.
 
     ValueError, in one sentence, where that is not possible; a failed compilation leaves its output in a log file.
     """
@@ -87,9 +86,15 @@ def prepare_kernels() -> None:
     if state.problem:
         raise ValueError(f"gsplat's CUDA kernels cannot be used: {state.problem}; {_ADVICE}.")
     start = time.perf_counter()
+    if not state.is_compiled:
+        # As many compilers at once as memory allows.
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        jobs = os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, int(memory / _GB_PER_JOB)))))
+        said = f"Compiling gsplat's CUDA kernels with {state.compiler}, {jobs} at a time"
+        notice(f"{said}: once per machine and version, three minutes on 16 cores.")
     try:
-        # gsplat's own spinner would be drawn across our bar.
-        with contextlib.redirect_stdout(io.StringIO()), _show_compilation(state):
+        # gsplat shows a spinner meanwhile; standard output stays free for results.
+        with contextlib.redirect_stdout(sys.stderr):
             backend = importlib.import_module("gsplat.cuda._backend")
     except Exception as error:  # Whatever it is, it is about this machine, and gsplat is asked for no more than this.
         log = _find_build_folder().with_name(f"{_EXTENSION}.log")
@@ -161,33 +166,3 @@ def _run(*command: str, failed: str = "") -> str:
     except (OSError, subprocess.SubprocessError):
         return failed
     return done.stdout if done.returncode == 0 else failed
-
-
-@contextlib.contextmanager
-def _show_compilation(state: KernelState):  # type: ignore[no-untyped-def]
-    """A bar over the object files, as many compilers at once as memory allows; nothing where nothing is compiled."""
-    if state.is_compiled:
-        yield
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    jobs = os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, int(memory / _GB_PER_JOB)))))
-    said = f"Compiling gsplat's CUDA kernels with {state.compiler}, {jobs} at a time"
-    notice(f"{said}: once per machine and version, three minutes on 16 cores.")
-    spec = util.find_spec("gsplat")
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    sources = [path for folder in folders for path in Path(folder, "cuda", "csrc").glob("*.c*")]
-    done = threading.Event()
-    with create_progress() as bar:
-        task = bar.add_task("Compiling", total=len(sources), note="")
-
-        def watch() -> None:
-            while not done.wait(1.0):
-                bar.update(task, completed=len(list(_find_build_folder().glob("*.o"))))
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join()

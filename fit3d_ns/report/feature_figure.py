@@ -102,11 +102,9 @@ def load_clip(
     """Frames of a video file, or of a folder in the order of names, and how many of them pass in a second.
 
     Of every `frame_stride` frames one is taken, until there are `max_frames`; photographs are as scenes' views see them
-    where scenes hold them. ValueError if the path is missing or unreadable, a frame differs in size from the first,
-    there are fewer than two, or a number is out of range.
+    where scenes hold them. ValueError if the path is missing or unreadable, a frame differs in size from the first, or
+    there are fewer than two.
     """
-    if max_frames < 2 or frame_stride < 1:
-        raise ValueError(f"{max_frames} frames at a stride of {frame_stride}; take at least 2 frames, a stride of 1.")
     images: list[FigureImage] = []
     found: Sequence[Path | FigureImage]
     if path.is_dir():

@@ -108,8 +108,6 @@ def save_prediction_figure(
 
     There are at most `max_frames` frames, evenly spread, of pictures `column_width` pixels wide.
     """
-    if max_frames < 1 or column_width < 16:
-        raise ValueError(f"{max_frames} frames of {column_width} pixels; take at least one frame of 16 pixels.")
     first, labels = folders[0], label_predictions(folders)
     chosen = select_evenly(range(len(first.frames)), max_frames)
     draw = _draw_segmentation if first.task == "segmentation" else _draw_depth

@@ -74,8 +74,6 @@ class SceneViewer:
 
     def __init__(self, scene: FeatureScene, config: ViewerConfig) -> None:
         """ValueError where a backbone cannot be loaded or is not the scene's, or the scene has nothing to show."""
-        if config.max_splats < 1:
-            raise ValueError(f"--max-splats {config.max_splats} must be at least 1.")
         self._backbone, self._weights, device = scene.backbone, config.backbone_weights, scene.gaussians.means.device
         try:
             self.capture = scene.capture(config.data_root)

@@ -8,7 +8,7 @@ R [f 1] have the same cosines and distances.
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from fit3d_ns.rasterization import backproject_features
 from fit3d_ns.rasterization.projection import rotations_from_quats
 from fit3d_ns.report.token_columns import MAX_AVERAGED_VIEWS, resize
 from fit3d_ns.scene import FeatureScene, PosedCapture, View
+from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.selection import select_evenly
 
@@ -32,14 +33,14 @@ Colours = Float[Tensor, "num_gaussians 3"]
 
 
 @dataclass(frozen=True)
-class ViewerConfig:
+class ViewerConfig(Limited):
     """What of a scene is shown."""
 
     colours: SplatColours | None = None
     """What splats are coloured by at first; the page has a menu. `features` is their PCA, `clusters` their k-means,
     `similarity` to a splat in the middle, `variance` how far the lifted views disagree. `comparison` puts
     copies beside one another: features of the photographs by the original and by --finetuned, and the lifted ones."""
-    max_splats: int = 300_000
+    max_splats: Annotated[int, Limits(at_least=1)] = 300_000
     """Most splats to show, at least 1: those that make up most of the views; 32 bytes each per copy and change."""
     finetuned: tuple[str, ...] = ()
     """Fine-tuned backbones (folders of fit3d-finetune) to compare."""

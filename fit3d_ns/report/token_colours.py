@@ -73,12 +73,10 @@ TokenColours = PcaColours | ClusterColours
 
 
 def fit_pca_colours(columns: Sequence[TokenColumn]) -> PcaColours:
-    """One basis for all backbones' tokens of the columns; ValueError where no column holds any."""
+    """One basis for all backbones' tokens of the columns, one of which holds some."""
     shown = [column for column in columns if not column.is_empty]
     fitted = [column for column in shown if not column.is_rendered] or shown
     frames = [frame for column in fitted for frame in column.frames if frame is not None]
-    if not frames:
-        raise ValueError("No tokens to colour; name backbones with --models.")
     embed_dim = frames[0].tokens.shape[-1]
     accumulator = PcaAccumulator(embed_dim)
     for frame in frames:

@@ -14,5 +14,5 @@ def test_demo__needs_gradio_and_one_architecture(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("fit3d_ns.cli.demo.check_gradio", lambda: None)
     with pytest.raises(ValueError, match="compares one architecture"):
         demo(DemoCommand(backbone=BACKBONE, finetuned=("random:vit_tiny_patch16_224",), device="cpu"))
-    with pytest.raises(ValueError, match="must lie in 2 to 20"):
+    with pytest.raises(ValueError, match="num_clusters is 1; it must be at least 2 and at most 20"):
         demo(DemoCommand(backbone=BACKBONE, num_clusters=1))

@@ -120,11 +120,6 @@ def test_epoch__augmentation_hangs_on_seed_epoch_and_frame_as_ever():
         assert found.flip == (flip < 0.5) and found.window.crop_width == round(400 * (0.5 + 0.5 * side))
 
 
-def test_sequence__refuses_scenes_without_views():
-    with pytest.raises(ValueError, match="no training views"):
-        DrawSequence([0, 0], SamplingConfig())
-
-
 ALL = AugmentationConfig(flip_probability=0.5, min_crop=0.5, min_scale=0.7, max_scale=1.6, jitter=0.3)
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fit3d_ns.probing.datasets import folders, official_sets, scannet
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, LabelledTask
+from fit3d_ns.utils.limits import Limited, Limits
 
 LabelledLayout = Literal["scannetpp", "scannet", "nyu", "kitti", "ade20k", "voc", "folder", "imagefolder"]
 _TASKS: dict[LabelledLayout, tuple[LabelledTask, ...]] = {
@@ -17,16 +18,16 @@ _TASKS: dict[LabelledLayout, tuple[LabelledTask, ...]] = {
 
 
 @dataclass(frozen=True)
-class LabelledOptions:
+class LabelledOptions(Limited):
     """What a folder does not say about itself; official sets keep their own unit and range of depth."""
 
     layout: LabelledLayout | Literal["auto"] = "auto"
     """Disk layout of the folders; `auto` looks at each folder."""
     nyu_classes: Literal[13, 40] | None = None
     """Class list of NYUv2 (segmentation); 13 by default, as in the paper. Refused where no NYUv2 is given."""
-    depth_scale: float | None = None
+    depth_scale: Annotated[float | None, Limits(above=0)] = None
     """Units per metre of the depth maps of plain folders, positive; 1000 by default. Official sets have their own."""
-    max_depth: float | None = None
+    max_depth: Annotated[float | None, Limits(above=0)] = None
     """Depths of this many metres or more do not count; by default 20 for ScanNet++ scenes, 10 for plain folders."""
 
 
@@ -71,8 +72,6 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
     for flag, value, only_task, layouts, meaning in readers:
         if value is None:
             continue
-        if not value > 0:
-            raise ValueError(f"{flag} is {value}, expected a number above 0.")
         if task not in (only_task, "retrieval"):
             raise ValueError(f"{flag} means nothing to the {task} probe; leave it out.")
         layout = None if options.layout == "auto" else options.layout

@@ -15,10 +15,9 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 from torch import Tensor
 
-from fit3d_ns.data.images import IGNORE_INDEX, load_depth, load_image, read_image_header
+from fit3d_ns.data.images import IGNORE_INDEX, load_depth, load_image, open_image, read_image_header
 from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import hash_bytes, read_json
 from fit3d_ns.utils.progress import notice
@@ -132,15 +131,12 @@ def create_zero_ignoring_table(num_classes: int) -> LabelTable:
 
 def load_label_map(path: Path, table: LabelTable) -> UInt8[Tensor, "height width"]:
     """Reads an index map: 8-bit grey, palette (its indices count) or 16-bit grey."""
-    header = read_image_header(path, "Label map")
-    if header.mode not in ("L", "P", "1", "F") and not header.mode.startswith("I"):
-        problem = f"Label map {path} is a colour picture ({header.mode}), expected one index per pixel"
-        raise ValueError(f"{problem}; convert colours to class indices first.")
-    try:
-        with Image.open(path) as image:
-            return table.apply(torch.from_numpy(np.array(image).astype(np.int64)), path)
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"Label map {path} is truncated or damaged ({error}); copy the file again.") from error
+    with open_image(path, "Label map") as image:
+        if image.mode not in ("L", "P", "1", "F") and not image.mode.startswith("I"):
+            problem = f"Label map {path} is a colour picture ({image.mode}), expected one index per pixel"
+            raise ValueError(f"{problem}; convert colours to class indices first.")
+        numbers = np.array(image).astype(np.int64)
+    return table.apply(torch.from_numpy(numbers), path)
 
 
 def create_frame(
