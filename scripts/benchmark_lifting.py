@@ -33,7 +33,7 @@ from fit3d_ns.analysis.pca import PcaBasis, fit_colours, fit_pca, map_to_colours
 from fit3d_ns.data.images import save_image
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.features import create_extractor
-from fit3d_ns.lifting.blending import prepare_view
+from fit3d_ns.lifting.blending import prepare_views
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.views import LiftView, create_lift_views
@@ -192,7 +192,7 @@ def print_table(methods: dict[str, dict[str, Any]]) -> None:
 @torch.no_grad()
 def save_pictures(lifted: dict[str, Lifted], gaussians: ActivatedGaussians, view: LiftView, path: Path) -> None:
     """Tokens and all methods side by side, in the colours of the tokens' own first three components."""
-    prepared = prepare_view(gaussians, view)
+    prepared = prepare_views(gaussians, [view])
     basis: PcaBasis = fit_pca(prepared.tokens, 3)
     basis = fit_colours(basis, prepared.tokens)
     # The tokens themselves, each held constant over its patch.

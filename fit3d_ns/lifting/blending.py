@@ -103,7 +103,7 @@ class ViewBlender:
         views_per_call: int = 1,
         memory_mb: float | None = None,
     ):
-        """Keeps projections up to `memory_mb` times 1e6 bytes; `samples_per_patch` is that of `prepare_view`.
+        """Keeps projections up to `memory_mb` times 1e6 bytes; `samples_per_patch` is that of `prepare_views`.
 
         By default the memory is the configuration's, or chosen by the device. Up to `views_per_call` views in a row
         that have one size are prepared and blended together.
@@ -165,11 +165,6 @@ def _group_views(views: Sequence[LiftView], most: int) -> list[list[LiftView]]:
         else:
             groups.append([view])
     return groups
-
-
-def prepare_view(gaussians: ActivatedGaussians, view: LiftView, samples_per_patch: int = 0) -> PreparedView:
-    """`prepare_views` of one."""
-    return prepare_views(gaussians, [view], samples_per_patch)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
 from fit3d_ns.features import BackboneDescription, FeatureCache, compute_feature_key, create_extractor
-from fit3d_ns.lifting.blending import choose_cache_mb, prepare_view
+from fit3d_ns.lifting.blending import choose_cache_mb, prepare_views
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
 from fit3d_ns.lifting.passes import Progress, list_decisive
@@ -252,7 +252,7 @@ def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:
     result = solve_features(gaussians, views, one_pass, progress=passes)
     # What the conjugate gradients keep between passes, and make again where it does not fit.
     start = time.perf_counter()
-    prepared = prepare_view(gaussians, views[0], config.samples_per_patch)
+    prepared = prepare_views(gaussians, views[:1], config.samples_per_patch)
     prepare_seconds = time.perf_counter() - start
     # Views whose projections are not kept are projected again in each pass after the first that projects them. A
     # sampled solve's decoder pass projects whole views in any case, and so did the measured one.

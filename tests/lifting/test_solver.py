@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fit3d_ns.lifting import blending
-from fit3d_ns.lifting.blending import prepare_view, prepare_views
+from fit3d_ns.lifting.blending import prepare_views
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig
 from fit3d_ns.lifting.solver import solve_features
@@ -106,7 +106,7 @@ def test_prepare_view__samples_at_block_centres(gaussians, views):
         shifted[:2, 2] -= 0.5
         moved = replace(view, camera=view.camera._replace(K=shifted))
         expected = compute_dense_blending(gaussians, moved)[1].float()[::2, ::2]
-        sampled = prepare_view(gaussians, view, samples_per_patch=2)
+        sampled = prepare_views(gaussians, [view], samples_per_patch=2)
         # Lists of Gaussians per tile end at 3 sigma, and tiles lie elsewhere: up to 0.011 of an opaque Gaussian.
         torch.testing.assert_close(sampled.alphas, expected, rtol=0.0, atol=0.015)
         blocks = view.load_mask().float().reshape(HEIGHT // 2, 2, WIDTH // 2, 2).mean(dim=(1, 3))
@@ -286,7 +286,7 @@ def test_solve_features__without_a_pull_gaussians_between_samples_keep_the_weigh
     many = create_gaussians(60)
     small, views = replace(many, scales=many.scales * 0.05), views[:1]
     result = solve_features(small, views, replace(EXACT, samples_per_patch=1, regularization=0.0))
-    sampled = [prepare_view(small, view, samples_per_patch=1) for view in views]
+    sampled = [prepare_views(small, [view], samples_per_patch=1) for view in views]
     hit = sum(backproject_features(view.alphas[None, ..., None], view.info)[1] for view in sampled) > 0
     weighted_sum = solve_features(small, views, replace(EXACT, max_passes=0)).features
     between = ~hit & weighted_sum.any(dim=1)
