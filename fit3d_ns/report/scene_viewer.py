@@ -1,23 +1,25 @@
 """`SceneViewer`: a lifted scene in the browser, which draws the splats itself: viser sends them at each change.
 
-Names of files and scenes stay out of the page: viser runs its texts as code, and scenes come from strangers.
+viser runs a page's texts as code, and scenes come from strangers: no name is in them unless it has lost code's signs.
 """
 
 import asyncio
 import io
 import math
 import os
+import re
 import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 from fit3d_ns.analysis.pictures import compose_panel, save_picture, to_pixels
 from fit3d_ns.analysis.similarity import compute_similarity
 from fit3d_ns.features import FeatureExtractor, create_extractor
+from fit3d_ns.features.text_tower import load_text_tower
 from fit3d_ns.geometry.cameras import Camera, create_K
 from fit3d_ns.lifting.blending import average_over_views
 from fit3d_ns.rasterization.projection import rotations_from_quats
@@ -34,8 +37,8 @@ from fit3d_ns.report.splat_colours import (
     Colours,
     SplatColours,
     ViewerConfig,
+    find_heaviest,
     read_tokens,
-    select_splats,
 )
 from fit3d_ns.report.token_columns import MAX_AVERAGED_VIEWS, resize
 from fit3d_ns.scene import FeatureScene, View
@@ -73,20 +76,20 @@ class SceneViewer:
     """The splats, the capture's cameras, and the controls."""
 
     def __init__(self, scene: FeatureScene, config: ViewerConfig) -> None:
-        """ValueError where a backbone cannot be loaded or is not the scene's, or the scene has nothing to show."""
-        self._backbone, self._weights, device = scene.backbone, config.backbone_weights, scene.gaussians.means.device
+        """ValueError where the scene has nothing to show; what else cannot be shown, `problem` says in a sentence."""
+        self._backbone, self._weights, self._missing = scene.backbone, config.backbone_weights, ""
         try:
             self.capture = scene.capture(config.data_root)
         except ValueError as error:
+            self._missing = str(error)
             notice(f"Shown without photographs: {error}")
             self.capture = scene.posed_capture.move(Path(os.devnull))
-        self.extractors: dict[str, FeatureExtractor] = {}
-        for number, name in enumerate(config.finetuned, 1):
-            label = f"fine-tuned {number}" if len(config.finetuned) > 1 else "fine-tuned"
-            extractor = self.extractors[label] = create_extractor(name, device=device)
-            if extractor.embed_dim != scene.decoder.embed_dim:
-                raise ValueError(f"{name} is not fine-tuned from the backbone of the scene, {scene.backbone.backbone}.")
-        shown, share = select_splats(scene, config.max_splats)
+        several, names = len(config.finetuned) > 1, enumerate(config.finetuned, 1)
+        self.finetuned = {f"fine-tuned {number}" if several else "fine-tuned": name for number, name in names}
+        device, text_model = scene.gaussians.means.device, config.text_model
+        self.tower = load_text_tower(text_model, scene.backbone, device) if text_model else None
+        kept, share = find_heaviest(scene.gaussians, config.max_splats)
+        shown = replace(scene, gaussians=scene.gaussians.select(kept))
         counts = f"{shown.gaussians.num_gaussians:,} of {scene.gaussians.num_gaussians:,}"
         notice(f"Shown are {counts} splats, which make up {share:.1%} of the lifted views (--max-splats).")
         self.splats = splats = ColouredSplats(average_over_views(shown, self.capture, MAX_AVERAGED_VIEWS))
@@ -95,35 +98,57 @@ class SceneViewer:
         ups = torch.stack([view.camera_to_world[:, 1] for view in self.capture.views])
         self.up = F.normalize(ups.sum(dim=0), dim=0)
         position = self.middle.camera_to_world[:, 3]
-        picked = splats.pick(position, -self.middle.camera_to_world[:, 2]) or 0
+        _, picked = splats.pick(position, -self.middle.camera_to_world[:, 2])
         self.marker = self.means[picked].cpu()
         self.reach = max(float((self.marker - position).norm()), 0.1)
         self.cosines = compute_similarity(splats.features, splats.features[picked])
-        usual = "comparison" if config.finetuned and self.middle.frame.image_path.is_file() else "features"
-        self.colours: str = config.colours or usual
-        self.threshold, self.num_clusters, self._photographed = 0.0, 8, dict[str, Colours]()
-        self.columns = self.colour()
+        if config.text:
+            self.find_text(config.text)
+        self.threshold, self.share, self.num_clusters, self._photographed = 0.0, 1.0, 8, dict[str, Colours]()
+        self.colours: str = "features"
+        self.columns, self.problem = self.colour(), ""
+        usual = "comparison" if self.finetuned else "features"
+        self.colours = config.colours or ("similarity" if config.text else usual)
+        self.recolour()
+        if self.problem:
+            notice(self.problem)
         self._lock, self._num_changes, self._is_odd, self._is_picking = threading.Lock(), 0, False, False
         self._frusta, self._shown = dict[str, tuple[View, Any]](), list[Any]()
 
-    @cached_property
-    def original(self) -> FeatureExtractor:
-        """The backbone of the scene; ValueError where its weights are gone."""
-        return create_extractor(self._backbone.with_weights(self._weights), device=self.means.device)
+    def recolour(self) -> None:
+        """Takes the colours that are chosen; where they cannot be had, the last ones stay and `problem` says why."""
+        try:
+            self.columns, self.problem = self.colour(), ""
+        except ValueError as error:
+            self.problem = f"The {self.colours} colours cannot be shown: {error}"
 
     def colour(self) -> dict[str, Colours]:
         """The colours that are chosen, or those of each copy of a comparison; ValueError without its photographs."""
-        of_photographs = (ORIGINAL, *self.extractors)
+        of_photographs = (ORIGINAL, *self.finetuned)
         labels = (*of_photographs, LIFTED) if self.colours == "comparison" else (self.colours,)
-        for label in set(labels) & set(of_photographs) - set(self._photographed):
-            extractor = self.original if label == ORIGINAL else self.extractors[label]
+        needed = [label for label in labels if label in of_photographs and label not in self._photographed]
+        for label, extractor in [(label, self.load(label)) for label in needed]:
             self._photographed[label] = self.splats.colour_by_photographs(extractor, self.capture)
         own: Any = "features" if LIFTED in labels else self.colours
         others = {} if own in of_photographs else {labels[-1]: self.splats.colour(own, self.num_clusters, self.cosines)}
         return {label: self._photographed[label] for label in labels if label in of_photographs} | others
 
+    @cache  # noqa: B019 - one viewer is a command.
+    def load(self, label: str) -> FeatureExtractor:
+        """The original or a fine-tuned backbone; ValueError where it is gone or another's, or photographs are."""
+        if self._missing:
+            raise ValueError(self._missing)
+        name = self.finetuned.get(label) or self._backbone.with_weights(self._weights)
+        extractor = create_extractor(name, device=self.means.device)
+        own, other = (part.architecture.partition(".")[0] for part in (self._backbone, extractor.description))
+        if own != other:
+            raise ValueError(f"{name} is not fine-tuned from the scene's {self._backbone.label}.")
+        return extractor
+
     def save(self, path: Path) -> None:
         """Writes a picture (.png) from the camera in the middle of the capture, or a turntable (.mp4)."""
+        if self.problem:
+            raise ValueError(self.problem)
         if path.suffix == ".png":
             save_picture(self.draw_columns(self.middle.camera_to_world, self.middle.width / self.middle.height), path)
         else:
@@ -138,7 +163,7 @@ class SceneViewer:
 
     def draw(self, pose: Pose, aspect: float, width: int = 960, angle: float = 0.0, rgb: Any = None) -> Picture:
         """A picture in [0, 1] before white, drawn here; `angle` is the vertical one in radians, 0 for a view's own."""
-        height, kept = round(width / aspect), self.splats.opacities >= self.threshold
+        height, kept = round(width / aspect), self.find_kept()
         focal = 0.5 * height / math.tan(0.5 * (angle or field_of_view(self.middle)))
         K, shown = create_K(focal, focal, 0.5 * width, 0.5 * height), self.splats.scene.activated.select(kept)
         rgb = next(iter(self.columns.values())) if rgb is None else rgb
@@ -151,25 +176,30 @@ class SceneViewer:
 
         self.server, gui = server, server.gui
         server.scene.set_up_direction(self.up.numpy())
-        choices = [*get_args(SplatColours), ORIGINAL, *self.extractors]
+        choices = [*get_args(SplatColours), ORIGINAL, *self.finetuned]
+        self._problem = gui.add_markdown("")
         self._choice = gui.add_dropdown("Colours", choices, initial_value=self.colours)
         clusters = gui.add_slider("Clusters", min=2, max=20, step=1, initial_value=self.num_clusters)
+        self._share = gui.add_slider("Splats %", min=5, max=100, step=5, initial_value=100, hint="Fewer are faster.")
         self._opacity = gui.add_slider("Opacity from %", min=0, max=95, step=5, initial_value=0)
         cameras = self._cameras = server.scene.add_frame("/cameras", show_axes=False)
         has_cameras = gui.add_checkbox("Cameras", initial_value=True)
         pick = gui.add_button("Click a place", hint="A click on a splat or a photograph then shows what is similar.")
+        if self.tower is not None:
+            words, find = gui.add_text("Words", initial_value=""), gui.add_button("Find the words")
+            find.on_click(lambda _: self._show_similarity(self.find_text(words.value)))
         picture, turntable = gui.add_button("Screenshot"), gui.add_button("Turntable", hint="Takes a minute or more.")
         gui.add_markdown(Path(__file__).with_name("viewer_help.md").read_text(encoding="utf-8"))
 
         def change(event: Any) -> None:
             self.colours, self.num_clusters = self._choice.value, clusters.value
-            self.threshold = self._opacity.value / 100
+            self.threshold, self.share = self._opacity.value / 100, self._share.value / 100
             num_copies = len(self.columns)
             self.send_splats()
             if len(self.columns) != num_copies and event.client is not None:
                 self._fly(event.client, None if len(self.columns) > 1 else self.middle)
 
-        for control in (self._choice, clusters, self._opacity):
+        for control in (self._choice, clusters, self._share, self._opacity):
             control.on_update(change)
         has_cameras.on_update(lambda _: setattr(cameras, "visible", has_cameras.value))
         pick.on_click(self._wait_for_click)
@@ -195,8 +225,9 @@ class SceneViewer:
         with self._lock:
             if change != self._num_changes:
                 return
-            self.columns = self.colour()
-            api, count, kept = self.server.scene, len(self.columns), self.splats.opacities >= self.threshold
+            self.recolour()
+            self._problem.content = re.sub(r"[^\w\s.,:;()/'-]", "", " ".join(self.problem.split()))
+            api, count, kept = self.server.scene, len(self.columns), self.find_kept()
             # The name lost its underscore after viser 0.2.
             send = getattr(api, "add_gaussian_splats", None) or api._add_gaussian_splats
             copies = [self.means + self.find_offset(column) for column in range(count)]
@@ -215,6 +246,11 @@ class SceneViewer:
             ball = api.add_icosphere("/picked", 0.006 * self.reach, (0, 160, 60))
             ball.position, ball.visible = self.marker.numpy(), self.colours == "similarity"
 
+    def find_kept(self) -> Bool[Tensor, " num_gaussians"]:
+        """Which splats are drawn: those that make up most of the views, where they are opaque enough."""
+        count = math.ceil(self.share * len(self.means))
+        return find_heaviest(self.splats.scene.gaussians, count)[0] & (self.splats.opacities >= self.threshold)
+
     def find_offset(self, column: int) -> Float[Tensor, "3"]:
         """Where a copy is: the last, the lifted one, where the cameras are, the others to its left."""
         right = self.middle.camera_to_world[:, 0].to(self.means)
@@ -223,18 +259,26 @@ class SceneViewer:
 
     def find(self, origin: Float[Tensor, "3"], direction: Float[Tensor, "3"]) -> bool:
         """Whether a ray meets a photograph or a splat; similarities are to what it meets first from now on."""
-        picked, hit = self.splats.pick(origin, direction), self._find_pixel(origin, direction)
-        place = self.means[0 if picked is None else picked].cpu()
-        if hit is not None and (picked is None or hit[0] < (place - origin).norm() / direction.norm()):
+        starts = [origin - self.find_offset(column).cpu() for column in range(len(self.columns))]
+        nearest, picked = min(self.splats.pick(start, direction) for start in starts)
+        hit, features = self._find_pixel(origin, direction), self.splats.features
+        if hit is not None and hit[0] < nearest:
             along, view, (x, y) = hit
-            tokens = read_tokens(self.capture, view, self.original)
+            tokens = read_tokens(self.capture, view, self.load(ORIGINAL))
             row, column = int(y / view.height * tokens.shape[0]), int(x / view.width * tokens.shape[1])
             self.cosines = self.splats.compare_with_token(tokens[row, column])
             self.marker = origin + along * direction
-        elif picked is not None:
-            features, self.marker = self.splats.features, place
-            self.cosines = compute_similarity(features, features[picked])
-        return hit is not None or picked is not None
+        elif nearest < math.inf:
+            self.marker, self.cosines = self.means[picked].cpu(), compute_similarity(features, features[picked])
+        return hit is not None or nearest < math.inf
+
+    def find_text(self, words: str) -> bool:
+        """Similarities are to words from now on, and the marker is where they fit best; ValueError without a tower."""
+        if self.tower is None:
+            raise ValueError(f'--text "{words}" needs --text-model, the model that the backbone is a part of.')
+        self.cosines = self.splats.compare_with_text(self.tower, words)
+        self.marker = self.means[self.cosines.argmax()].cpu()
+        return True
 
     def _find_pixel(self, origin: Tensor, direction: Tensor) -> tuple[float, View, tuple[float, float]] | None:
         """Of the frusta whose photograph a ray meets the first: how far along the ray, and the point in pixels."""
@@ -283,13 +327,16 @@ class SceneViewer:
     def _take_click(self, event: Any) -> None:
         self.server.scene.remove_pointer_callback()
         try:
-            if self.find(torch.tensor(event.ray_origin), torch.tensor(event.ray_direction)):
-                # Another choice sends the splats itself.
-                if self._choice.value == "similarity":
-                    self.send_splats()
-                self._choice.value = "similarity"
+            self._show_similarity(self.find(torch.tensor(event.ray_origin), torch.tensor(event.ray_direction)))
         finally:
             self._is_picking = False
+
+    def _show_similarity(self, is_found: bool) -> None:
+        # Another choice sends the splats itself.
+        if is_found and self._choice.value == "similarity":
+            self.send_splats()
+        elif is_found:
+            self._choice.value = "similarity"
 
     def _take_picture(self, event: Any) -> None:
         camera, content = event.client.camera, io.BytesIO()

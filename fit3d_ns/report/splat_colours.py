@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fit3d_ns.analysis import similarity
 from fit3d_ns.analysis.pca import apply_pca, map_to_colours
 from fit3d_ns.features import FeatureExtractor
+from fit3d_ns.features.text_tower import TextTower
 from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, find_usable, sample_camera
 from fit3d_ns.lifting.token_spreading import spread_tokens
 from fit3d_ns.rasterization import backproject_features
 from fit3d_ns.rasterization.projection import rotations_from_quats
 from fit3d_ns.report.token_columns import MAX_AVERAGED_VIEWS, resize
-from fit3d_ns.scene import FeatureScene, PosedCapture, View
+from fit3d_ns.scene import FeatureScene, Gaussians, PosedCapture, View
 from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.selection import select_evenly
@@ -38,27 +39,29 @@ class ViewerConfig(Limited):
 
     colours: SplatColours | None = None
     """What splats are coloured by at first; the page has a menu. `features` is their PCA, `clusters` their k-means,
-    `similarity` to a splat in the middle, `variance` how far the lifted views disagree. `comparison` puts
+    `similarity` to a splat in the middle or --text, `variance` how far the lifted views disagree. `comparison` puts
     copies beside one another: features of the photographs by the original and by --finetuned, and the lifted ones."""
     max_splats: Annotated[int, Limits(at_least=1)] = 300_000
     """Most splats to show, at least 1: those that make up most of the views; 32 bytes each per copy and change."""
     finetuned: tuple[str, ...] = ()
     """Fine-tuned backbones (folders of fit3d-finetune) to compare."""
+    text: str = ""
+    """Words to look for, in scenes of CLIP or SigLIP with --text-model; the page can ask for others."""
+    text_model: str | None = None
+    """The model of transformers, a folder or a name on the hub, whose image tower the scene's backbone is."""
     backbone_weights: Path | None = None
     """File with the original's weights, if it is no longer where the scene says."""
     data_root: Path | None = None
     """Where the photographs are now, if they were moved: a capture's folder or one above several."""
 
 
-def select_splats(scene: FeatureScene, max_splats: int) -> tuple[FeatureScene, float]:
-    """The scene with the splats that make up most of the lifted views (or most opacity), and the share that they do."""
-    gaussians = scene.gaussians
+def find_heaviest(gaussians: Gaussians, count: int) -> tuple[Bool[Tensor, " num_gaussians"], float]:
+    """The splats that make up most of the lifted views (or most opacity), and the share that they do."""
     weight = gaussians.blend_weight.double()
     weight = weight if bool(weight.any()) else gaussians.opacity_logits.double().sigmoid()
     kept = torch.zeros_like(weight, dtype=torch.bool)
-    kept[weight.topk(min(max_splats, len(weight))).indices] = True
-    share = float(weight[kept].sum() / weight.sum())
-    return (scene if bool(kept.all()) else replace(scene, gaussians=gaussians.select(kept))), share
+    kept[weight.topk(min(count, len(weight))).indices] = True
+    return kept, float(weight[kept].sum() / weight.sum())
 
 
 class ColouredSplats:
@@ -104,6 +107,13 @@ class ColouredSplats:
         query = self._Q.T @ centred
         return similarity.compute_similarity(self.features, query) * (query.norm() / centred.norm().clamp(min=1e-12))
 
+    def compare_with_text(self, tower: TextTower, words: str) -> Float[Tensor, " num_gaussians"]:
+        """From 0 for the usual splat to 1 for those that words fit best: cosines to texts are all alike."""
+        rows = self.features.split(_MAX_SAMPLE)
+        cosines = torch.cat([tower(chunk @ self._Q.T + self.pca.mean, words) for chunk in rows])
+        usual, best = cosines.sort().values[[int(share * (len(cosines) - 1)) for share in (0.5, 0.99)]]
+        return ((cosines - usual) / (best - usual).clamp(min=1e-12)).clamp(0.0, 1.0)
+
     def colour_by_photographs(self, extractor: FeatureExtractor, capture: PosedCapture) -> Colours:
         """Each splat in the PCA colour of a backbone's token in the photograph that shows most of it.
 
@@ -122,8 +132,8 @@ class ColouredSplats:
         # Grey where no photograph looks.
         return torch.where(most > 0, map_to_colours(coefficients, self.pca), 0.8)
 
-    def pick(self, origin: Float[Tensor, "3"], direction: Float[Tensor, "3"]) -> int | None:
-        """The splat in which a ray has lost half of its light, or None where it never does."""
+    def pick(self, origin: Float[Tensor, "3"], direction: Float[Tensor, "3"]) -> tuple[float, int]:
+        """How far along a ray it has lost half of its light, and the splat; infinity and 0 where it never does."""
         # Where a splat is a unit sphere, the ray passes it most closely at `along`.
         to_sphere = (self._rotations / self._scales).transpose(1, 2)
         start = (to_sphere @ (origin.to(to_sphere) - self.scene.gaussians.means)[..., None])[..., 0]
@@ -132,7 +142,8 @@ class ColouredSplats:
         squared = (start + along[:, None] * ray).square().sum(dim=1)
         order = along.argsort()
         light = torch.cumprod(1.0 - (self.opacities * torch.exp(-0.5 * squared) * (along > 0))[order], dim=0)
-        return int(order[(light <= 0.5).int().argmax()]) if bool(light[-1] <= 0.5) else None
+        picked = int(order[(light <= 0.5).int().argmax()])
+        return (float(along[picked]), picked) if bool(light[-1] <= 0.5) else (math.inf, 0)
 
 
 def read_tokens(capture: PosedCapture, view: View, extractor: FeatureExtractor) -> Float[Tensor, "h w embed"]:

@@ -1,4 +1,5 @@
 import io
+import math
 import re
 import shutil
 import socket
@@ -23,6 +24,7 @@ from fit3d_ns.features import create_extractor
 from fit3d_ns.report.scene_viewer import SceneViewer, open_server
 from fit3d_ns.report.splat_colours import ViewerConfig
 from fit3d_ns.scene import load_scene, save_scene
+from tests.features.test_text_tower import CLIP, write_model
 from tests.report.figure_scenes import BACKBONE, HEIGHT, WIDTH, write_finetuned, write_photographs, write_scene
 from tests.report.test_splat_colours import decode, fit_pca
 
@@ -92,6 +94,8 @@ def test_viewer__sends_places_colours_and_opacities(scene_path: Path, server: An
     viewer = SceneViewer(load_scene(scene_path), ViewerConfig())
     viewer.show(server)
     gaussians = viewer.splats.scene.gaussians
+    # viser sends what belongs together from a thread.
+    wait_until(lambda: count_splats(server) == 40)
     places, rgba = read_splats(server)
     np.testing.assert_array_equal(places, gaussians.means.numpy())
     np.testing.assert_allclose(rgba[:, 3] / 255.0, gaussians.opacity_logits.float().sigmoid(), atol=0.01)
@@ -106,6 +110,11 @@ def test_viewer__sends_places_colours_and_opacities(scene_path: Path, server: An
     viewer._opacity.value = 50
     wait_until(lambda: count_splats(server) == num_opaque)
     assert read_splats(server)[1][:, 3].min() >= 127
+    viewer._opacity.value = 0
+    viewer._share.value = 50
+    wait_until(lambda: count_splats(server) == 20)
+    # The fixture's last splats make up most of its views.
+    np.testing.assert_array_equal(read_splats(server)[0], gaussians.means[20:].numpy())
     # Old colours do not pile up for browsers that come later.
     assert len(read_messages(server, "GaussianSplatsMessage")) <= 2
 
@@ -128,9 +137,9 @@ def test_viewer__click_picks_the_splat_under_the_mouse(scene_path: Path, server:
     target = viewer.splats.scene.gaussians.means[39]
     origin = target + torch.tensor([0.0, 0.0, 0.5])
     event = SimpleNamespace(ray_origin=tuple(origin.tolist()), ray_direction=(0.0, 0.0, -1.0))
-    expected = viewer.splats.pick(origin, torch.tensor([0.0, 0.0, -1.0]))
+    along, expected = viewer.splats.pick(origin, torch.tensor([0.0, 0.0, -1.0]))
     viewer._take_click(event)
-    assert expected is not None
+    assert along < math.inf
     assert viewer._choice.value == "similarity" and torch.equal(
         viewer.marker, viewer.splats.scene.gaussians.means[expected]
     )
@@ -178,6 +187,7 @@ def test_viewer__compares_copies_beside_one_another(
     viewer = SceneViewer(load_scene(scene_path), ViewerConfig(finetuned=(str(write_finetuned(tmp_path / "vit")),)))
     viewer.show(server)
     assert list(viewer.columns) == ["original", "fine-tuned", "lifted"]
+    wait_until(lambda: count_splats(server) == 120)
     places, rgba = read_splats(server)
     first, second, third = np.split(places, 3)
     np.testing.assert_array_equal(third, viewer.means.numpy())
@@ -200,6 +210,25 @@ def test_viewer__compares_copies_beside_one_another(
     viewer.save(tmp_path / "comparison.png")
     assert Image.open(tmp_path / "comparison.png").width == 3 * 480 + 4 * 6
     assert capfd.readouterr().err.count("Reading photographs: done") == 2
+
+
+def test_viewer__finds_words_with_the_model_that_the_backbone_is_of(tmp_path: Path, server: Any) -> None:
+    pytest.importorskip("transformers")
+    scene_path = write_scene(tmp_path / "scene.safetensors", write_photographs(tmp_path / "photographs"), CLIP)
+    scene = load_scene(scene_path)
+    save_scene(replace(scene, pca=fit_pca(decode(scene), 3), file=None), scene_path)
+    with pytest.raises(ValueError, match='--text "chair" needs --text-model'):
+        SceneViewer(load_scene(scene_path), ViewerConfig(text="chair"))
+    config = ViewerConfig(text="chair", text_model=str(write_model(tmp_path / "clip")))
+    viewer = SceneViewer(load_scene(scene_path), config)
+    viewer.show(server)
+    assert viewer.colours == "similarity"
+    chair = viewer.cosines
+    torch.testing.assert_close(chair, viewer.splats.compare_with_text(viewer.tower, "chair"))
+    assert torch.equal(viewer.marker, viewer.means[chair.argmax()])
+    viewer._show_similarity(viewer.find_text("lamp"))
+    assert not torch.equal(viewer.cosines, chair)
+    wait_until(lambda: find_difference(server, viewer.splats.colour("similarity", 8, viewer.cosines)) < 0.01)
 
 
 def test_viewer__a_click_on_a_camera_flies_there(scene_path: Path, server: Any) -> None:
@@ -261,9 +290,51 @@ def test_open_server__listens_to_this_machine_alone_and_says_what_is_missing(
         open_server("127.0.0.1", 0)
 
 
-def test_viewer__refuses_backbones_of_another_width(scene_path: Path) -> None:
-    with pytest.raises(ValueError, match="not fine-tuned from the backbone of the scene"):
-        SceneViewer(load_scene(scene_path), ViewerConfig(finetuned=("random:vit_tiny_patch16_224",)))
+@pytest.mark.parametrize("reason", ["backbone", "photographs", "folder"])
+def test_viewer__page_says_why_copies_cannot_be_compared(
+    scene_path: Path, server: Any, tmp_path: Path, reason: str
+) -> None:
+    """A backbone of the same width is no fine-tuned one either; and no path becomes code."""
+    folder = tmp_path / "{alert(1)}<b>"
+    if reason == "backbone":
+        write_finetuned(folder, architecture="test_vit3")
+    elif reason == "photographs":
+        write_finetuned(folder)
+        (tmp_path / "photographs").rename(tmp_path / "elsewhere")
+    viewer = SceneViewer(load_scene(scene_path), ViewerConfig(finetuned=(str(folder),)))
+    viewer.show(server)
+    expected = {
+        "backbone": r"alert\(1\)b is not fine-tuned from the scene's test_vit",
+        "photographs": "--data-root",
+        "folder": r"alert\(1\)b",
+    }[reason]
+    told = viewer._problem.content
+    assert re.search(f"^The comparison colours cannot be shown: .*{expected}", told) and not set("{}<>") & set(told)
+    wait_until(lambda: count_splats(server) == 40)
+    assert list(viewer.columns) == ["features"]
+    with pytest.raises(ValueError, match="comparison colours cannot be shown"):
+        viewer.save(tmp_path / "comparison.png")
+    viewer._choice.value = "clusters"
+    wait_until(lambda: viewer._problem.content == "")
+    assert viewer.colours == "clusters"
+    if reason == "photographs":
+        viewer._choice.value = "original"
+        wait_until(lambda: "original colours cannot" in viewer._problem.content)
+
+
+def test_viewer__a_click_on_a_copy_finds_the_splat_it_shows(scene_path: Path, server: Any, tmp_path: Path) -> None:
+    viewer = SceneViewer(load_scene(scene_path), ViewerConfig(finetuned=(str(write_finetuned(tmp_path / "vit")),)))
+    viewer.show(server)
+    down, found = torch.tensor([0.0, 0.0, -1.0]), []
+    for column in range(3):
+        assert viewer.find(viewer.means[39] + viewer.find_offset(column) + torch.tensor([0.0, 0.0, 0.5]), down)
+        found.append((viewer.marker, viewer.cosines))
+        viewer.marker, viewer.cosines = torch.zeros(3), torch.zeros(40)
+    for marker, cosines in found:
+        torch.testing.assert_close(marker, found[2][0])
+        torch.testing.assert_close(cosines, found[2][1])
+    # Between the copies is nothing.
+    assert not viewer.find(viewer.find_offset(0) * 2 + torch.tensor([0.0, 0.0, 0.5]), down)
 
 
 def test_view__writes_pictures_without_a_browser(

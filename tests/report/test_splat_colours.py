@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from fit3d_ns.data.frames import Frame
 from fit3d_ns.features import FeatureExtractor
 from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.report.scene_viewer import create_flight
-from fit3d_ns.report.splat_colours import ColouredSplats, select_splats
+from fit3d_ns.report.splat_colours import ColouredSplats, find_heaviest
 from fit3d_ns.scene import FeatureScene, Gaussians, View, load_scene
 from tests.report.figure_scenes import write_photographs, write_scene
 
@@ -56,18 +57,17 @@ def put_in_a_row(scene: FeatureScene, opacities: list[float], scales: Tensor | N
     return ColouredSplats(replace(scene, gaussians=gaussians, file=None))
 
 
-def test_select_splats__keeps_those_that_make_up_most_and_the_file(scene: FeatureScene) -> None:
+def test_find_heaviest__keeps_those_that_make_up_most(scene: FeatureScene) -> None:
     weight = torch.arange(40.0).roll(7)
-    weighted = replace(scene, gaussians=replace(scene.gaussians, blend_weight=weight))
-    kept, share = select_splats(weighted, 10)
-    assert sorted(kept.gaussians.blend_weight.tolist()) == list(range(30, 40))
+    kept, share = find_heaviest(replace(scene.gaussians, blend_weight=weight), 10)
+    assert sorted(weight[kept].tolist()) == list(range(30, 40))
     assert share == pytest.approx(sum(range(30, 40)) / sum(range(40)))
-    assert kept.file is scene.file is not None
-    assert select_splats(weighted, 40) == (weighted, 1.0)
+    kept, share = find_heaviest(replace(scene.gaussians, blend_weight=weight), 50)
+    assert bool(kept.all()) and share == 1.0
     # Without weights, opacity decides.
     logits = torch.arange(40.0).half() / 10
-    kept, _ = select_splats(replace_gaussians(scene, blend_weight=torch.zeros(40), opacity_logits=logits), 5)
-    torch.testing.assert_close(kept.gaussians.opacity_logits, logits[35:])
+    kept, _ = find_heaviest(replace(scene.gaussians, blend_weight=torch.zeros(40), opacity_logits=logits), 5)
+    torch.testing.assert_close(logits[kept], logits[35:])
 
 
 def test_colours__are_those_of_the_decoded_features(scene: FeatureScene) -> None:
@@ -167,18 +167,19 @@ def test_covariances__are_rotated_squares_and_can_be_factored_where_splats_are_f
 
 def test_pick__takes_the_splat_that_stops_half_of_the_light(scene: FeatureScene) -> None:
     origin, forward = torch.zeros(3), torch.tensor([0.0, 0.0, -1.0])
-    assert put_in_a_row(scene, [0.9, 0.9]).pick(origin, forward) == 0
-    assert put_in_a_row(scene, [0.2, 0.9]).pick(origin, forward) == 1
+    nothing = (math.inf, 0)
+    assert put_in_a_row(scene, [0.9, 0.9]).pick(origin, forward) == (pytest.approx(1.0), 0)
+    assert put_in_a_row(scene, [0.2, 0.9]).pick(origin, forward)[1] == 1
     # .8 * .7 = .56 of the light is left behind two, .28 behind three.
-    assert put_in_a_row(scene, [0.2, 0.3, 0.5]).pick(origin, 5.0 * forward) == 2
-    assert put_in_a_row(scene, [0.2, 0.2]).pick(origin, forward) is None
-    assert put_in_a_row(scene, [0.9]).pick(origin, -forward) is None
-    assert put_in_a_row(scene, [0.9, 0.9]).pick(torch.tensor([0.0, 0.0, -1.5]), forward) == 1
+    assert put_in_a_row(scene, [0.2, 0.3, 0.5]).pick(origin, 5.0 * forward)[1] == 2
+    assert put_in_a_row(scene, [0.2, 0.2]).pick(origin, forward) == nothing
+    assert put_in_a_row(scene, [0.9]).pick(origin, -forward) == nothing
+    assert put_in_a_row(scene, [0.9, 0.9]).pick(torch.tensor([0.0, 0.0, -1.5]), forward)[1] == 1
     # 0.3 beside its centre a round splat of 0.1 is gone, one that is wide in x is not.
     aside = torch.tensor([0.3, 0.0, 0.0])
     wide = torch.tensor([[0.1, 0.1, 0.1], [1.0, 0.1, 0.1]])
-    assert put_in_a_row(scene, [0.9, 0.9], wide).pick(aside, forward) == 1
-    assert put_in_a_row(scene, [0.9, 0.9], wide).pick(aside[[1, 0, 2]], forward) is None
+    assert put_in_a_row(scene, [0.9, 0.9], wide).pick(aside, forward)[1] == 1
+    assert put_in_a_row(scene, [0.9, 0.9], wide).pick(aside[[1, 0, 2]], forward) == nothing
 
 
 def create_views(poses: Tensor) -> list[View]:
