@@ -51,22 +51,6 @@ _NUM_HASHED_BLOCKS, _HASHED_ROWS = 4, 256
 """Rows that a scene's hash reads: a few whole stretches, because rows far apart would page in the whole file."""
 
 
-def average_lifted_views(
-    scene: FeatureScene, data_root: Path | None = None, max_views: int | None = MAX_AVERAGED_VIEWS
-) -> FeatureScene:
-    """A ready scene with its features averaged over the lifted views; ValueError where their capture is not there.
-
-    The capture with its masks lies in `data_root` if it was moved. At most `max_views` of the views are taken; None
-    takes all, so that any of them can be left out of the average.
-    """
-    capture = scene.capture(data_root)
-    num_usable, num_lifted = len(find_usable(scene, capture)), len(find_lifted(scene))
-    if num_usable < num_lifted:
-        said = f"Features of scene {scene.scene_id} are averaged over {num_usable} of its {num_lifted} lifted views"
-        notice(f"{said}; the masks of the others are gone.")
-    return average_over_views(scene, capture, max_views)
-
-
 def compute_scene_hash(scene: FeatureScene) -> str:
     """Hashes the decoder, stretches of all the Gaussians' tensors, and which views were lifted.
 
@@ -84,21 +68,9 @@ def compute_scene_hash(scene: FeatureScene) -> str:
     return hash_bytes(settings, *(tensor.contiguous().numpy().tobytes() for tensor in tensors))
 
 
-def compute_average_hash(
-    scene: FeatureScene, data_root: Path | None = None, max_views: int | None = MAX_AVERAGED_VIEWS
-) -> str:
-    """Hashes everything that `average_lifted_views` reads: the scene, and the cameras and masks it averages over."""
-    parts: list[object] = [AVERAGING_SAMPLES, scene.backbone.patch_size]
-    for view in select_evenly(find_usable(scene, scene.capture(data_root)), max_views):
-        mask = None if view.frame.mask_path is None else hash_file(view.frame.mask_path)
-        parts += [view.name, view.width, view.height, view.K.tolist(), view.camera_to_world.tolist(), view.lens, mask]
-    views_hash = hash_bytes(*(repr(part).encode() for part in parts))
-    return hash_bytes(compute_scene_hash(scene).encode(), views_hash.encode())
-
-
 @dataclass
 class SceneAverages:
-    """Averaged features of the scenes of one bank; `average_lifted_views` describes data root and number of views.
+    """Features of the scenes of one bank, averaged over their lifted views.
 
     They are as large as those of the files (128 MB for a million Gaussians of 64 channels), so the store keeps them in
     memory within a budget, and beyond it on disk if there is a folder; where neither has room they are computed again.
@@ -108,7 +80,9 @@ class SceneAverages:
     scenes: Sequence[FeatureScene]
     store: TensorStore
     data_root: Path | None = None
+    """Where captures with their masks lie, if they were moved."""
     max_views: int | None = MAX_AVERAGED_VIEWS
+    """At most so many views are taken; None takes all, so that any of them can be left out of the average."""
     num_averaged: int = 0
     _hashes: dict[int, str] = field(default_factory=dict)
 
@@ -121,15 +95,27 @@ class SceneAverages:
         if kept is not None:
             features = kept["features"].to(scene.gaussians.features.device)
             return replace(scene, gaussians=scene.gaussians.with_features(features))
-        averaged = average_lifted_views(scene, self.data_root, self.max_views)
+        capture = scene.capture(self.data_root)
+        num_usable, num_lifted = len(find_usable(scene, capture)), len(find_lifted(scene))
+        if num_usable < num_lifted:
+            said = f"Features of scene {scene.scene_id} are averaged over {num_usable} of its {num_lifted} lifted views"
+            notice(f"{said}; the masks of the others are gone.")
+        averaged = average_over_views(scene, capture, self.max_views)
         self.num_averaged += 1
         self.store.save(self.compute_hash(index), {"features": averaged.gaussians.features.cpu()})
         return averaged
 
     def compute_hash(self, index: int) -> str:
-        """Hashes everything that the averaged features of a scene depend on."""
+        """Hashes everything that is averaged: the scene, and the cameras and masks of the views."""
         if index not in self._hashes:
-            self._hashes[index] = compute_average_hash(self.scenes[index], self.data_root, self.max_views)
+            scene = self.scenes[index]
+            parts: list[object] = [AVERAGING_SAMPLES, scene.backbone.patch_size]
+            for view in select_evenly(find_usable(scene, scene.capture(self.data_root)), self.max_views):
+                mask = None if view.frame.mask_path is None else hash_file(view.frame.mask_path)
+                size = [view.width, view.height]
+                parts += [view.name, *size, view.K.tolist(), view.camera_to_world.tolist(), view.lens, mask]
+            views_hash = hash_bytes(*(repr(part).encode() for part in parts))
+            self._hashes[index] = hash_bytes(compute_scene_hash(scene).encode(), views_hash.encode())
         return self._hashes[index]
 
 

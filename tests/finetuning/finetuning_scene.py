@@ -11,6 +11,7 @@ from timm.models._builder import build_model_with_cfg
 
 from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.features import describe_backbone
+from fit3d_ns.finetuning.scene_bank import SceneAverages
 from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.scene import (
     FeatureDecoder,
@@ -19,6 +20,7 @@ from fit3d_ns.scene import (
     create_posed_capture,
     save_scene,
 )
+from fit3d_ns.utils.tensor_files import TensorStore
 
 __all__: list[str] = []
 
@@ -122,3 +124,8 @@ def save_new_scene(folder: Path, name: str = "room", **settings: Any) -> Path:
     path = folder / "scenes" / f"{name}.safetensors"
     save_scene(create_scene(folder, name, **settings), path)
     return path
+
+
+def average_lifted_views(scene: FeatureScene, data_root: Path | None = None) -> FeatureScene:
+    """The scene as targets are rendered from it."""
+    return SceneAverages([scene], TensorStore(0.0, None), data_root).apply(0, scene)

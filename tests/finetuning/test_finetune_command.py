@@ -22,14 +22,13 @@ from fit3d_ns.cli import lift
 from fit3d_ns.features import create_token_model
 from fit3d_ns.finetuning.backbone_folder import load_finetuned
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
-from fit3d_ns.finetuning.scene_bank import average_lifted_views
 from fit3d_ns.report.result_files import read_results
 from fit3d_ns.scene import load_scene, save_scene
 from fit3d_ns.training import processes as accelerator_module
 from fit3d_ns.training.checkpoints import CheckpointFolder
 from fit3d_ns.utils.files import lock_folder
 from tests.children import get_context
-from tests.finetuning.finetuning_scene import BACKBONE, create_scene, save_new_scene
+from tests.finetuning.finetuning_scene import BACKBONE, average_lifted_views, create_scene, save_new_scene
 from tests.lift_capture import write_capture, write_gaussians
 
 NUM_KILLS = int(os.environ.get("FIT3D_TEST_KILLS", "3"))

@@ -11,12 +11,7 @@ from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.images import save_image
 from fit3d_ns.finetuning import scene_bank, validation
 from fit3d_ns.finetuning.draws import Draw, TrainingViews
-from fit3d_ns.finetuning.scene_bank import (
-    SceneAverages,
-    SceneBank,
-    average_lifted_views,
-    compute_average_hash,
-)
+from fit3d_ns.finetuning.scene_bank import SceneAverages, SceneBank
 from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, create_averages
 from fit3d_ns.finetuning.validation import NO_AUGMENTATION, Validation
 from fit3d_ns.geometry.cameras import viewmats_from_camera_to_worlds
@@ -25,7 +20,15 @@ from fit3d_ns.lifting.blending import find_lifted
 from fit3d_ns.rasterization import project, rasterize_features
 from fit3d_ns.scene import load_scene, save_scene
 from fit3d_ns.utils.tensor_files import TensorStore
-from tests.finetuning.finetuning_scene import HEIGHT, PATCH, WIDTH, create_lens, create_scene, save_new_scene
+from tests.finetuning.finetuning_scene import (
+    HEIGHT,
+    PATCH,
+    WIDTH,
+    average_lifted_views,
+    create_lens,
+    create_scene,
+    save_new_scene,
+)
 
 
 def blend_one_hot(scene, view):
@@ -61,6 +64,10 @@ def average_by_loop(scene, views):
                 sums += np.outer(blending[pixel] * alphas[pixel], mean)
                 weights += blending[pixel] * alphas[pixel]
     return np.where(weights[:, None] > 0, sums / np.maximum(weights, 1e-12)[:, None], features)
+
+
+def compute_average_hash(scene, data_root=None, max_views=64):
+    return SceneAverages([scene], TensorStore(0.0, None), data_root, max_views).compute_hash(0)
 
 
 def test_average_lifted_views__equals_loops_over_cells_and_pixels(tmp_path, monkeypatch):
@@ -310,7 +317,7 @@ def test_validation__depth_alone_averages_nothing(tmp_path, monkeypatch):
     first, before = validate(bank)
     assert bank.averages.num_averaged == 3
     bank = open_bank(paths, TensorStore(0.0, None))
-    monkeypatch.setattr(scene_bank, "average_lifted_views", None)
+    monkeypatch.setattr(scene_bank, "average_over_views", None)
     again, after = validate(bank)
     assert bank.num_loads == 3 and bank.averages.num_averaged == 0
     assert first["feature_l1"] == again["feature_l1"]
