@@ -269,7 +269,7 @@ def main() -> None:
     finetuned = tour.teach(scenes)
     comparisons, predictions = tour.measure(scenes, others, finetuned)
     is_random = describe_backbone(tour.backbone, tour.weights).is_random
-    notes = ["One scene, one seed, a few minutes: a tour, no measurement. docs/results.md has several of each."]
+    notes = ["A scene or two, one seed, a few minutes: a tour, no measurement. docs/results.md has several of each."]
     if tour.backbone == TOY:
         notes.append(f"{TOY} is a toy that has seen synthetic rooms only; use DINOv2 or another real network next.")
     if is_random:
