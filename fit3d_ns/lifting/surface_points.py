@@ -44,26 +44,31 @@ def list_depth_views(capture: PosedCapture) -> list[View]:
     if not views:
         raise ValueError(
             f"No train frame of {capture.root} has a depth map that belongs to its photograph (`render_depth/` of the "
-            "photographs' own lens, `depth_file_path`); use --surface mesh or points, or train splats."
+            "photographs' own lens, `depth_file_path`); use --surface mesh or points, or train splats on colours alone."
         )
     return views
 
 
 def load_depth_view(capture: PosedCapture, view: View, scale: float) -> DepthView:
-    """Depth in units of the capture's frame where the mask allows, reduced to at most about 640 pixels a side.
+    """Depth as of `load_valid_depth`, reduced to at most about 640 pixels a side."""
+    depth = load_valid_depth(capture, view, scale)
+    step = _choose_step(view)
+    # Pixel centre column * step + step // 2 + 0.5 of the whole picture is column + 0.5 of the reduced one.
+    K = view.K.clone()
+    K[:2, 2] += 0.5 * step - (step // 2 + 0.5)
+    K[:2] /= step
+    return DepthView(_reduce(depth, step), K, view.camera_to_world)
+
+
+def load_valid_depth(capture: PosedCapture, view: View, scale: float) -> Float[Tensor, "height width"]:
+    """Measured depth in units of the capture's frame where the mask allows, 0 elsewhere.
 
     The map has `scale` units per unit of the dataset's world.
     """
     depth = capture.load_depth(view)
     assert depth is not None
     depth = drop_flying_pixels(torch.where(capture.load_valid_mask(view), depth, 0.0))
-    step = _choose_step(view)
-    # Pixel centre column * step + step // 2 + 0.5 of the whole picture is column + 0.5 of the reduced one.
-    K = view.K.clone()
-    K[:2, 2] += 0.5 * step - (step // 2 + 0.5)
-    K[:2] /= step
-    depth = _reduce(depth, step) * (MILLIMETRES_PER_METRE / scale * capture.dataparser_scale)
-    return DepthView(depth, K, view.camera_to_world)
+    return depth * (MILLIMETRES_PER_METRE / scale * capture.dataparser_scale)
 
 
 def drop_flying_pixels(depth: Float[Tensor, "height width"]) -> Float[Tensor, "height width"]:

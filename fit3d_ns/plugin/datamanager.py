@@ -23,6 +23,7 @@ from fit3d_ns.data.frames import Split
 from fit3d_ns.features.backbones import describe_backbone
 from fit3d_ns.features.cache import FeatureCache, FeatureKey, compute_feature_key, extract_features
 from fit3d_ns.features.tokens import compute_patch_grid
+from fit3d_ns.lifting.surface_points import find_depth_scale, load_valid_depth
 from fit3d_ns.lifting.views import LiftView, create_lift_views
 from fit3d_ns.plugin.dataset import UndistortedDataset, get_feature_mask, get_photograph
 from fit3d_ns.scene.posed_capture import View
@@ -75,6 +76,8 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
     eval_dataset: UndistortedDataset
     tokens_in_training: bool = True
     """False where no training step reads tokens, because features are solved; the pipeline knows."""
+    depth_in_training: bool = False
+    """Whether training frames with a depth map bring it as `depth` [H, W]: units of the training frame, 0 unknown."""
 
     def __init__(self, config: FeatureDatamanagerConfig, device: Any = "cpu", **kwargs: Any) -> None:
         if torch.device(device).type == "cpu":
@@ -211,9 +214,14 @@ class FeatureDatamanager(FullImageDatamanager[UndistortedDataset]):
 
     def _load_images(self, split: Literal["train", "eval"], cache_images_device: Literal["cpu", "gpu"]) -> list[Any]:
         dataset = self.train_dataset if split == "train" else self.eval_dataset
+        capture, with_depth = dataset.capture, self.depth_in_training and split == "train"
+        depth_scale = find_depth_scale(capture) if with_depth else 0.0
 
         def load(index: int) -> dict[str, Any]:
-            return dataset.get_data(index, image_type=self.config.cache_images_type)
+            frame, view = dataset.get_data(index, image_type=self.config.cache_images_type), capture.views[index]
+            if with_depth and view.frame.depth_path is not None:
+                frame["depth"] = load_valid_depth(capture, view, depth_scale)
+            return frame
 
         # Decoding releases the interpreter's lock.
         with ThreadPoolExecutor(max_workers=4) as executor:

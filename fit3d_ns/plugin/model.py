@@ -17,7 +17,7 @@ from nerfstudio.models.splatfacto import RGB2SH, SplatfactoModel, num_sh_bases, 
 from nerfstudio.utils.colors import get_color
 from pytorch_msssim import SSIM
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
 
 from fit3d_ns.geometry.cameras import create_K, viewmats_from_camera_to_worlds
 from fit3d_ns.plugin.feature_branch import FeatureBranch
@@ -170,7 +170,8 @@ class FeatureSplatfactoModel(SplatfactoModel):
         width, height = int(width), int(height)
         camera.rescale_output_resolution(factor)
         self.last_size = (height, width)
-        wants_depth = self.config.output_depth_during_training or not self.training
+        config = self.config
+        wants_depth = config.output_depth_during_training or config.depth_loss_weight > 0 or not self.training
         colors, sh_degree = self._get_colors(parameters)
         render, alpha, info = rasterization(
             means=parameters["means"],
@@ -214,8 +215,11 @@ class FeatureSplatfactoModel(SplatfactoModel):
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: Any = None
     ) -> dict[str, Tensor]:
-        """Colour loss as splatfacto's, and the feature loss where it is on at this step."""
+        """Colour loss as splatfacto's, the feature loss where it is on at this step, and the depth loss where asked."""
         losses = super().get_loss_dict(outputs, batch, metrics_dict)
+        if self.training and "depth" in batch:
+            loss = compute_depth_loss(outputs["depth"][..., 0], outputs["accumulation"][..., 0], batch["depth"])
+            losses["depth_loss"] = self.config.depth_loss_weight * loss
         if self.training and self.config.strategy == "mcmc":
             # The MCMC paper's regularisers, section 3: fewer and smaller Gaussians.
             opacities, scales = torch.sigmoid(self.opacities), torch.exp(self.scales)
@@ -299,3 +303,18 @@ class FeatureSplatfactoModel(SplatfactoModel):
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         return LearnedPerceptualImagePatchSimilarity(normalize=True).to(self.device)
+
+
+def compute_depth_loss(
+    rendered: Float[Tensor, "height width"],
+    alpha: Float[Tensor, "height width"],
+    measured: Float[Tensor, "rows columns"],
+) -> Float[Tensor, ""]:
+    """Mean of |rendered - measured| / measured over pixels that are measured (above 0) and covered (alpha above 0.5).
+
+    `measured` may be larger than the rendering, of which it is then the pixel nearest to each centre. 0 where no pixel
+    counts.
+    """
+    fitted = functional.interpolate(measured[None, None].to(rendered), rendered.shape, mode="nearest-exact")[0, 0]
+    counts = (fitted > 0) & (alpha > 0.5)
+    return ((rendered - fitted).abs() / fitted.clamp(min=1e-6) * counts).sum() / counts.sum().clamp(min=1)

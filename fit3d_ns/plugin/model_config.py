@@ -48,6 +48,9 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
     """Channels per Gaussian, D in the paper (section 3.1); 32 to 128 are usual, at least 1."""
     feature_loss_weight: float = 1.0
     """Weight of the feature loss; 0 switches the whole feature branch off. Geometry and colour never see this loss."""
+    depth_loss_weight: float = 0.0
+    """Weight of the mean relative error of rendered against measured depth, where frames have depth maps; 0 is off. It
+    shapes Gaussians where photographs leave them open, such as bare walls."""
     feature_schedule: Literal["solve", "joint"] = "solve"
     """`solve`: colour alone first, then features by least squares; `joint`: gradient steps from step 0 (paper)."""
     feature_grid_multiple: int = 1
@@ -120,6 +123,7 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
     def check_features(self) -> None:
         """Refuses feature options that are out of range, with a ValueError that names the flag."""
         smallest = {"feature_dim": 1, "feature_loss_weight": 0, "feature_grid_multiple": 0, "steps_per_solve": 0}
+        smallest["depth_loss_weight"] = 0
         for name, least in smallest.items():
             if (value := getattr(self, name)) < least:
                 flag = name.replace("_", "-")

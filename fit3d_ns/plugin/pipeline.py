@@ -126,6 +126,7 @@ class FeaturePipeline(VanillaPipeline):
         self.lift_state: dict[str, Tensor] = {}
         self.lifted_views: list[str] = []
         self.datamanager.tokens_in_training = self.branch.is_joint
+        self.datamanager.depth_in_training = self.model.config.depth_loss_weight > 0
         if not self.branch.is_on:
             self.datamanager.cache = None
         else:

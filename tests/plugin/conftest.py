@@ -23,9 +23,13 @@ BACKBONE = "random:vit_tiny_patch16_224"
 
 @pytest.fixture(scope="session")
 def mini_capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in nerfstudio's layout: 6 training and 2 test photographs of 64x48, and 60 seed points."""
+    """A folder in nerfstudio's layout: 6 training and 2 test photographs of 64x48, and 60 seed points.
+
+    In `depth` lie maps in millimetres of what is covered, which its transforms.json does not name.
+    """
     root = tmp_path_factory.mktemp("captures") / "mini_scene"
     (root / "images").mkdir(parents=True)
+    (root / "depth").mkdir()
     generator = torch.Generator().manual_seed(3)
     means = torch.randn(NUM_POINTS, 3, generator=generator) * 0.5
     colors = torch.rand(NUM_POINTS, 3, generator=generator)
@@ -35,12 +39,14 @@ def mini_capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frames = []
     for index in range(NUM_FRAMES):
         pose = look_at_origin(2 * math.pi * index / NUM_FRAMES)
-        image, _, _ = rasterization(
+        image, alpha, _ = rasterization(
             means, quats, scales, torch.full((NUM_POINTS,), 0.9), colors,
-            viewmats_from_camera_to_worlds(pose[None]), K[None], WIDTH, HEIGHT,
+            viewmats_from_camera_to_worlds(pose[None]), K[None], WIDTH, HEIGHT, render_mode="RGB+ED",
         )  # fmt: skip
         name = f"images/frame_{index:03d}.png"
-        Image.fromarray((image[0].clamp(0, 1).numpy() * 255).astype(np.uint8)).save(root / name)
+        Image.fromarray((image[0, ..., :3].clamp(0, 1).numpy() * 255).astype(np.uint8)).save(root / name)
+        depth = torch.where(alpha[0, ..., 0] > 0.9, 1000.0 * image[0, ..., 3], 0.0)
+        Image.fromarray(depth.numpy().astype(np.uint16)).save(root / "depth" / f"frame_{index:03d}.png")
         matrix = torch.cat([pose, torch.tensor([[0.0, 0.0, 0.0, 1.0]])])
         frames.append({"file_path": name, "transform_matrix": matrix.tolist()})
     points = ["ply", "format ascii 1.0", f"element vertex {NUM_POINTS}"]

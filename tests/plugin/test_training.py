@@ -1,6 +1,7 @@
 """Training on the mini capture: isolation of the two branches, exact resume, strategies, figures."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fit3d_ns.plugin import feature_branch
+from fit3d_ns.plugin.model import compute_depth_loss
 from fit3d_ns.plugin.pipeline import EARLY_SOLVE, FeaturePipeline, SolvePlan, compute_solve_budget, estimate_solve_costs
 
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
@@ -40,6 +42,43 @@ def test_feature_loss__leaves_geometry_and_colour_bit_identical(
     assert without.features.abs().sum() == 0
     for name in GEOMETRY:
         assert torch.equal(with_features.gauss_params[name], without.gauss_params[name]), name
+
+
+def test_compute_depth_loss__is_the_mean_relative_error_where_it_is_known():
+    rendered = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    alpha = torch.tensor([[1.0, 1.0], [0.6, 0.4]])
+    # Twice the size: of each square of four the nearest to the centre is read.
+    measured = torch.tensor([[2.0, 0.0], [4.0, 4.0]]).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    loss = compute_depth_loss(rendered, alpha, measured)
+    # |1 - 2| / 2 and |3 - 4| / 4; one pixel is not measured, one not covered.
+    assert loss.item() == pytest.approx((0.5 + 0.25) / 2)
+    loss.backward()
+    assert rendered.grad.tolist() == [[-0.25, 0.0], [-0.125, 0.0]]
+    assert compute_depth_loss(rendered, alpha, torch.zeros(4, 4)).item() == 0.0
+
+
+def test_depth_loss__shapes_geometry_and_wants_depth_maps(
+    make_config: Callable[..., Any], train: Callable[..., Any], mini_capture: Path, tmp_path: Path
+) -> None:
+    capture = shutil.copytree(mini_capture, tmp_path / "with_depth")
+    content = json.loads((capture / "transforms.json").read_text())
+    for frame in content["frames"]:
+        frame["depth_file_path"] = frame["file_path"].replace("images", "depth")
+    (capture / "transforms.json").write_text(json.dumps(content))
+    errors = {}
+    for weight in (0.0, 1.0):
+        config = make_config(f"weight-{weight}", 60, depth_loss_weight=weight, feature_loss_weight=0.0)
+        config.pipeline.datamanager.data = capture
+        pipeline = train(config).pipeline.eval()
+        dataset, found = pipeline.datamanager.eval_dataset, []
+        for index, view in enumerate(dataset.capture.views):
+            outputs = pipeline.model.get_outputs_for_camera(dataset.cameras[index : index + 1])
+            measured = dataset.capture.load_depth(view) * dataset.capture.dataparser_scale
+            found.append(float(compute_depth_loss(outputs["depth"][..., 0], outputs["accumulation"][..., 0], measured)))
+        errors[weight] = sum(found) / len(found)
+    assert errors[1.0] < 0.8 * errors[0.0], errors
+    with pytest.raises(ValueError, match="No train frame of .* has a depth map"):
+        train(make_config("none", 5, depth_loss_weight=1.0, feature_loss_weight=0.0))
 
 
 def test_joint_schedule__moves_features_and_decoder(make_config: Callable[..., Any], train: Callable[..., Any]) -> None:
