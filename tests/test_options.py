@@ -23,6 +23,8 @@ from unittest.mock import MagicMock
 import pytest
 import tyro
 
+from fit3d_ns.report.compared_backbones import read_models
+
 PACKAGE = Path(__file__).parents[1] / "fit3d_ns"
 TOY_FOLDER = PACKAGE / "features" / "toy_rooms_vit"
 
@@ -118,6 +120,18 @@ COMMANDS = {
             f"{task} --train a --test b --output-path out.json"
             for task in ("segmentation", "depth", "classification", "consistency", "correspondence", "retrieval")
         ),
+    ),
+    "fit3d-bench": Command(
+        "fit3d_ns.cli.bench",
+        "BenchCommand",
+        ("--backbones m --data a:b",),
+        {
+            "fit3d_ns.cli.bench.read_models": lambda models: read_models(["random:test_vit"]),
+            "fit3d_ns.cli.bench.forecast_seconds": 1.0,
+            "fit3d_ns.cli.bench.read_results": ([], []),
+            "fit3d_ns.cli.bench.write_report": lambda *given, **named: ([Stub()], []),
+            "fit3d_ns.cli.bench.save_bars": None,
+        },
     ),
     "fit3d-report": Command(
         "fit3d_ns.cli.report",

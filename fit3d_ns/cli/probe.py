@@ -107,23 +107,17 @@ def create_request(command: ProbeCommand) -> ProbeRequest:
     run = PAPER_RUNS.get(command.task, RunConfig()) if command.paper else RunConfig()
     chosen = {name: getattr(command, name) for name in ("selection", "cache") if getattr(command, name) is not None}
     backbones, paper = command.backbones, command.paper
+    same = "task output_path train test seeds device precision predictions".split()
     return ProbeRequest(
-        task=command.task,
         backbones=replace(
             backbones,
             normalization=backbones.normalization or ("imagenet" if paper else "timm"),
             patch_fit=backbones.patch_fit or ("pad-stretch" if paper else "pad"),
         ),
-        output_path=command.output_path,
-        train=command.train,
-        test=command.test,
-        seeds=command.seeds,
         config=replace(config, **given),
         run=replace(run, cache_gb=command.cache_gb, **chosen),
         options=command.data,
-        device=command.device,
-        precision=command.precision,
-        predictions=command.predictions,
+        **{name: getattr(command, name) for name in same},
     )
 
 

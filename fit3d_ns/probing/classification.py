@@ -139,12 +139,9 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
         # Of equals, which small sets have many, that with the lowest loss.
         chosen = max(range(len(top1)), key=lambda index: (top1[index], -losses[index]))
         accuracy, accuracy_top5, _ = self.evaluate(heads, self.sets.test)
-        trained.metrics = {
-            "accuracy": accuracy[chosen],
-            "accuracy_top5": accuracy_top5[chosen],
-            "learning_rate": self.config.learning_rates[chosen],
-            "num_images": len(self.sets.test.frames),
-        }
+        trained.metrics = {"accuracy": accuracy[chosen], "accuracy_top5": accuracy_top5[chosen]}
+        rate = self.config.learning_rates[chosen]
+        trained.metrics |= {"learning_rate": rate, "num_images": len(self.sets.test.frames)}
         return trained
 
     def create_optimization(self) -> OptimizationConfig:

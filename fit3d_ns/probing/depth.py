@@ -152,15 +152,10 @@ class DepthProbe(MapProbe[DepthConfig]):
 
     def create_optimization(self, source: ClassTokenSource) -> OptimizationConfig:
         warmup = round(self.config.warmup_share * self.num_iterations)
-        return OptimizationConfig(
-            Schedule("cosine", self.num_iterations, warmup, warmup_ratio=1e-3, min_ratio=1e-8),
-            self.config.batch_size,
-            self.learning_rates[source],
-            self.config.weight_decay,
-            max_gradient_norm=35.0,
-            has_one_cycle_momentum=True,
-            images_per_group=self.config.images_per_group,
-        )
+        schedule = Schedule("cosine", self.num_iterations, warmup, warmup_ratio=1e-3, min_ratio=1e-8)
+        values = self.config.batch_size, self.learning_rates[source], self.config.weight_decay
+        rest: dict[str, Any] = {"max_gradient_norm": 35.0, "images_per_group": self.config.images_per_group}
+        return OptimizationConfig(schedule, *values, has_one_cycle_momentum=True, **rest)
 
     def compute_loss(self, predictions: Tensor, targets: Float[Tensor, "batch h w"], iteration: int) -> LossSum:
         """Scale-invariant loss, with that of neighbouring pixels if it has a weight."""
@@ -300,13 +295,11 @@ class DepthMetrics:
 
 def create_window(window: EvaluationWindow, height: int, width: int) -> Bool[Tensor, "height width"]:
     """True inside the part that counts; Eigen's window is given for 480x640 and scales with the size, as Garg's."""
+    if window == "none":
+        return torch.ones(height, width, dtype=torch.bool)
     inside = torch.zeros(height, width, dtype=torch.bool)
-    if window == "eigen":
-        top, bottom, left, right = 45 / 480, 471 / 480, 41 / 640, 601 / 640
-    elif window == "garg":
-        top, bottom, left, right = 0.40810811, 0.99189189, 0.03594771, 0.96405229
-    else:
-        return ~inside
+    eigen, garg = (45 / 480, 471 / 480, 41 / 640, 601 / 640), (0.40810811, 0.99189189, 0.03594771, 0.96405229)
+    top, bottom, left, right = eigen if window == "eigen" else garg
     # The tolerance keeps 45 / 480 * 480 from becoming 44.
     rows = slice(int(top * height + 1e-6), int(bottom * height + 1e-6))
     inside[rows, int(left * width + 1e-6) : int(right * width + 1e-6)] = True

@@ -186,15 +186,10 @@ class MapProbe(HeadProbe[Config]):
             save_image(image, folder / f"{number:03d}_image.png")
         described = [extractor.description.to_metadata() for extractor in self.backbones.extractors]
         content: dict[str, Any] = {
-            "task": self.task,
-            "assembly": self.assembly,
-            "seed": seed,
-            "backbones": described,
+            **{"task": self.task, "assembly": self.assembly, "seed": seed, "backbones": described},
             "is_random": any(backbone["is_random"] for backbone in described),
-            "class_names": list(test.class_names),
-            "max_depth": test.depth.max_depth,
-            "depth_units_per_metre": units,
-            "frames": [frame.name for frame in frames],
+            **{"class_names": list(test.class_names), "max_depth": test.depth.max_depth},
+            **{"depth_units_per_metre": units, "frames": [frame.name for frame in frames]},
         }
         write_json(folder / "predictions.json", content)
 

@@ -49,7 +49,6 @@ class SegmentationInputs(Inputs):
     stride: int
     max_class_share: float = 0.75
     targets_per_token: int = LABELS_PER_TOKEN
-    """Labels per token and axis that fixed pictures come with."""
     _windows: dict[Hashable, list[Window]] = field(default_factory=dict, repr=False)
 
     def list_keys(self, frame: LabelledFrame) -> list[PictureKey]:
@@ -190,7 +189,6 @@ class DepthInputs(Inputs):
     short_side: int | None
     crop_size: tuple[int, int]
     targets_per_token: int = DEPTHS_PER_TOKEN
-    """Depths per token and axis that fixed pictures come with."""
 
     def list_keys(self, frame: LabelledFrame) -> list[PictureKey]:
         """What the set trains on of a frame, as it is."""

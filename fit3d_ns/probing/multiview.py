@@ -82,8 +82,6 @@ def load_views(
     path: Path, config: ViewsConfig, backbones: FrozenBackbones, assembly: Assembly, device: torch.device | str
 ) -> SceneViews:
     """The chosen views of a capture or scene file; ValueError where there are fewer than two."""
-    if assembly == "linear":
-        raise ValueError("Linear fusion is trained with a head, which this probe has not; choose another assembly.")
     # Tokens of a padded image would lie next to the pixels they are compared at.
     assert backbones.patch_fit == "resize"
     assembler = Assembler(assembly, backbones.embed_dim, "none")

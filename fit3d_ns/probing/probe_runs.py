@@ -1,26 +1,22 @@
 """`run_probe`: from folders, backbones and seeds to one result file; a finished seed is never run twice."""
 
+import io
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from fit3d_ns.probing.classification import PAPER_CLASSIFICATION, ClassificationConfig, ClassificationProbe
 from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
 from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
-from fit3d_ns.probing.datasets.frames import (
-    LabelledSet,
-    LabelledSplit,
-    LabelledTask,
-    check_same_kind,
-    compute_data_hash,
-    join_sets,
-)
+from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, check_same_kind, compute_data_hash, join_sets
 from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
 from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
-from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, ProbeSets, RunConfig, create_sets
+from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, ProbeSets, RunConfig, create_sets, resolve_iterations
 from fit3d_ns.probing.multiview import MultiviewConfig, ViewsConfig, load_views, measure_views
 from fit3d_ns.probing.normals import measure_normals
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
@@ -31,6 +27,7 @@ from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import ResultRecord, load_result
+from fit3d_ns.utils.selection import select_evenly
 
 Task = Literal["segmentation", "depth", "classification", "consistency", "correspondence", "normals", "retrieval"]
 TaskConfig = SegmentationConfig | DepthConfig | ClassificationConfig | ViewsConfig | RetrievalConfig
@@ -43,18 +40,11 @@ PAPER_RUNS = {
     # The best of all learning rates on the test data, every 1,250 of 12,500 iterations.
     "classification": RunConfig(cache="never", selection="test", num_evaluations=10),
 }
-PAPER_CONFIGS: dict[str, TaskConfig] = {
-    "segmentation": PAPER_SEGMENTATION,
-    "depth": PAPER_DEPTH,
-    "classification": PAPER_CLASSIFICATION,
-}
+_PAPER = PAPER_SEGMENTATION, PAPER_DEPTH, PAPER_CLASSIFICATION
+PAPER_CONFIGS: dict[str, TaskConfig] = dict(zip(PAPER_RUNS, _PAPER, strict=True))
 DEFAULT_CONFIGS: dict[str, TaskConfig] = {
-    "segmentation": SegmentationConfig(),
-    "depth": DepthConfig(),
-    "classification": ClassificationConfig(),
-    "consistency": MultiviewConfig(),
-    "correspondence": MultiviewConfig(),
-    "normals": ViewsConfig(),
+    **{"segmentation": SegmentationConfig(), "depth": DepthConfig(), "classification": ClassificationConfig()},
+    **{"consistency": MultiviewConfig(), "correspondence": MultiviewConfig(), "normals": ViewsConfig()},
     "retrieval": RetrievalConfig(),
 }
 _UNRECORDED = "data_root recall_pixels recall_centimetres grid_scale max_points ratio_pixels seed".split()
@@ -79,6 +69,8 @@ class ProbeRequest:
     """Values of the task; its defaults if None."""
     run: RunConfig = field(default_factory=RunConfig)
     options: LabelledOptions = field(default_factory=LabelledOptions)
+    max_frames: int | None = None
+    """Of each labelled set, evenly spread."""
     device: DeviceChoice = "auto"
     precision: Precision = "fp32"
     """Arithmetic of the head's training."""
@@ -93,10 +85,12 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     if request.predictions is not None and not issubclass(PROBES.get(request.task, object), MapProbe):
         raise ValueError(f"--predictions means nothing to the {request.task} probe; leave it out.")
     if request.task not in PROBES:
+        if request.backbones.assembly == "linear":
+            raise ValueError("Linear fusion is trained with a head, which this probe has not; choose another assembly.")
         return _run_retrieval(request) if request.task == "retrieval" else _run_multiview(request)
     kind = PROBES[request.task]
     described = describe_backbones(request.backbones, norm=kind.has_norm)
-    train, test = _read_sets(request, kind.labels)
+    train, test = _read_sets(request, kind)
     config = request.config or DEFAULT_CONFIGS[request.task]
     settings: dict[str, Any] = {
         "patch_fit": request.backbones.patch_fit,
@@ -129,16 +123,10 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         start = time.perf_counter()
         trained = probe.run_seed(seed)
         done[seed] = trained.metrics
-        loss_first, loss_last = trained.summarise_losses()
-        said = {
-            "iteration": trained.iteration,
-            "loss_first": loss_first,
-            "loss_last": loss_last,
-            "scores": {str(iteration): score for iteration, score in trained.scores.items()},
-            "seconds": time.perf_counter() - start,
-            **trained.choices,
-        }
-        training["training"] = {**training.get("training", {}), str(seed): said}
+        losses = dict(zip(("loss_first", "loss_last"), trained.summarise_losses(), strict=True))
+        scores = {str(iteration): score for iteration, score in trained.scores.items()}
+        said = {"iteration": trained.iteration, **losses, "scores": scores, "seconds": time.perf_counter() - start}
+        training["training"] = {**training.get("training", {}), str(seed): {**said, **trained.choices}}
         if accelerator.is_main_process:
             file.save(done, training)
             if seed == missing[0] and request.predictions is not None and isinstance(probe, MapProbe):
@@ -146,6 +134,29 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     if accelerator.is_main_process:
         return file.save(done, training)
     return ResultRecord(file.kind, summarise_seeds(done), {**file.settings, **training}, file.is_random)
+
+
+def forecast_seconds(request: ProbeRequest, few: int = 4) -> float:
+    """About how long a request takes, by one seed and by two on few images; ValueError where data lack something."""
+    config: Any = request.config or DEFAULT_CONFIGS[request.task]
+    times, repeats = [], getattr(config, "max_pairs", 0) / few
+    # Few views of a scene would not see the same places.
+    cut = {"num_iterations": 4 * few, "max_pairs": few} | ({} if repeats else {"max_views": few})
+    small = replace(config, **{name: value for name, value in cut.items() if hasattr(config, name)})
+    share = 1.0 if repeats else getattr(config, "max_views", 0) / few
+    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        for seeds in ((0,), (0, 1)):
+            start, path = time.perf_counter(), Path(folder, str(seeds))
+            record = run_probe(replace(request, config=small, max_frames=few, seeds=seeds, output_path=path))
+            times.append(time.perf_counter() - start)
+        if not isinstance(config, ViewsConfig):
+            kind = PROBES[record.settings["test"].get("labels", [request.task])[0]]
+            train, test = (labelled.frames for labelled in _read_sets(request, kind))
+            share = (len(train) + len(test)) / (2 * few)
+            if kind.task == request.task:
+                given = config.num_iterations, kind.published_iterations, len(train), config.batch_size
+                repeats = resolve_iterations(*given) / (4 * few)
+    return max(2 * times[0] - times[1], 0.0) * share + max(times[1] - times[0], 0.0) * repeats * len(request.seeds)
 
 
 def resolve_scene_split(path: Path, split: LabelledSplit, others: Sequence[Path]) -> LabelledSplit | None:
@@ -158,7 +169,7 @@ def resolve_scene_split(path: Path, split: LabelledSplit, others: Sequence[Path]
     return None if is_scannetpp_scene(path) and not is_shared else split
 
 
-def _read_sets(request: ProbeRequest, labels: LabelledTask) -> tuple[LabelledSet, LabelledSet]:
+def _read_sets(request: ProbeRequest, kind: type[HeadProbe]) -> tuple[LabelledSet, LabelledSet]:
     for paths, flag in ((request.train, "--train"), (request.test, "--test")):
         if not paths:
             raise ValueError(f"A {request.task} probe needs data; name folders with {flag}.")
@@ -167,7 +178,8 @@ def _read_sets(request: ProbeRequest, labels: LabelledTask) -> tuple[LabelledSet
     def read(paths: Sequence[Path], split: LabelledSplit, others: Sequence[Path]) -> LabelledSet:
         parts = [resolve_scene_split(path, split, others) for path in paths]
         pairs = zip(paths, parts, strict=True)
-        return join_sets([read_labelled_set(path, part, labels, request.options) for path, part in pairs])
+        found = join_sets([read_labelled_set(path, part, kind.labels, request.options) for path, part in pairs])
+        return replace(found, frames=select_evenly(found.frames, request.max_frames or len(found.frames)))
 
     first, second = read(request.train, "train", request.test), read(request.test, "test", request.train)
     check_same_kind(first, second)
@@ -179,22 +191,15 @@ def _read_sets(request: ProbeRequest, labels: LabelledTask) -> tuple[LabelledSet
 
 
 def _run_retrieval(request: ProbeRequest) -> ResultRecord:
-    """Asks for the classes, the depth or both, whichever the data have."""
-    if request.backbones.assembly == "linear":
-        raise ValueError("Linear fusion is trained with a head, which this probe has not; choose another assembly.")
-    sets: dict[LabelledTask, tuple[LabelledSet, LabelledSet]] = {}
-    missed = []
-    for labels in (SegmentationProbe.labels, DepthProbe.labels):
+    sets: dict[str, tuple[LabelledSet, LabelledSet]] = {}
+    for kind in (PROBES["segmentation"], PROBES["depth"]):
         try:
-            sets[labels] = _read_sets(request, labels)
+            sets[kind.task] = _read_sets(request, kind)
         except ValueError as error:
-            missed.append(f"Retrieval leaves out {labels}: {error}")
+            notice(missed := f"Retrieval leaves out {kind.task}: {error}")
     if not sets:
-        raise ValueError(" ".join(missed))
-    for sentence in missed:
-        notice(sentence)
-    config = request.config or DEFAULT_CONFIGS["retrieval"]
-    assert isinstance(config, RetrievalConfig)
+        raise ValueError(missed)
+    config: Any = request.config or DEFAULT_CONFIGS["retrieval"]
     settings: dict[str, Any] = {"patch_fit": request.backbones.patch_fit, "config": asdict(config)}
     settings["depth_scale"] = request.options.depth_scale or DEFAULT_DEPTH_SCALE
     for index, part in enumerate(("train", "test")):
@@ -206,14 +211,13 @@ def _run_retrieval(request: ProbeRequest) -> ResultRecord:
     accelerator = create_accelerator(request.device, request.precision)
     backbones = create_frozen_backbones(request.backbones, norm=True, device=accelerator.device)
     rest = backbones, request.backbones.assembly, accelerator
-    for labels, pair in sets.items():
-        kind, run = PROBES[labels], replace(request.run, cache="never")
-        probe: Any = kind(config.configure(labels), run, ProbeSets(*pair, None), *rest)
+    for name, pair in sets.items():
+        run = replace(request.run, cache="never")
+        probe: Any = PROBES[name](config.configure(name), run, ProbeSets(*pair, None), *rest)
         for seed, metrics in measure_retrieval(probe, config, missing).items():
             done[seed] = {**done.get(seed, {}), **metrics}
-    if accelerator.is_main_process:
-        return file.save(done, read_costs(request.backbones))
-    return ResultRecord(file.kind, summarise_seeds(done), file.settings, file.is_random)
+    is_main, unsaved = accelerator.is_main_process, (file.kind, summarise_seeds(done), file.settings, file.is_random)
+    return file.save(done, read_costs(request.backbones)) if is_main else ResultRecord(*unsaved)
 
 
 def _run_multiview(request: ProbeRequest) -> ResultRecord:

@@ -1,11 +1,10 @@
 """The retrieval probe: segmentation and depth from the nearest patches of labelled images; nothing is trained.
 
-The protocol of Balazevic et al. 2023 (Towards In-context Scene Understanding, "hummingbird"): the memory holds the
-patch tokens of the training images, scaled to length 1, with the shares of the classes among each patch's labelled
-pixels or their mean depth. A patch of a test image takes the mean over its `num_neighbours` most similar ones, weighted
-by softmax(cosine / `TEMPERATURE`), which is read between patches bilinearly. Data, sizes and metrics are those of the
-segmentation and depth probes; images are seen whole and as they are, and a patch without labelled pixels is not in the
-memory. The seed draws patches where there are more than the memory takes, the same number of each image.
+The protocol of Balazevic et al. 2023 (docs/paper_notes.md): the memory holds the patch tokens of the training images,
+scaled to length 1, with the shares of the classes among each patch's labelled pixels or their mean depth. A patch of a
+test image takes the mean over its `num_neighbours` most similar ones, weighted by softmax(cosine / `TEMPERATURE`),
+which is read between patches bilinearly. Data, sizes and metrics are those of the segmentation and depth probes. The
+seed draws patches where there are more than the memory takes, the same number of each image.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledTask
+from fit3d_ns.probing.datasets.frames import IGNORE_INDEX
 from fit3d_ns.probing.depth import DepthConfig
 from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
 from fit3d_ns.probing.head_probe import MapProbe
@@ -27,8 +26,6 @@ from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.selection import create_generator
 
 TEMPERATURE = 0.02
-WHOLE = 2**16
-"""Side of a window that holds every image."""
 COSINES_AT_ONCE = 2**26
 """Cosines between patches that are in memory at a time."""
 
@@ -44,11 +41,11 @@ class RetrievalConfig(Limited):
     memory_patches: Annotated[int, Limits(at_least=1)] = 1_024_000
     """Most patches in the memory (published: up to ten times as many)."""
 
-    def configure(self, labels: LabelledTask) -> SegmentationConfig | DepthConfig:
-        """The probe of these labels, for images that are seen whole and as they are."""
+    def configure(self, labels: str) -> SegmentationConfig | DepthConfig:
+        """The probe of these labels, for images that are seen as they are and whole: no window is smaller."""
         if labels == "depth":
             return DepthConfig(short_side=self.short_side, is_flip_averaged=False)
-        return SegmentationConfig(self.short_side, crop_side=WHOLE)
+        return SegmentationConfig(self.short_side, crop_side=2**16)
 
 
 class PatchMemory(nn.Module):
@@ -105,12 +102,10 @@ def _create_memory(probe: MapProbe, config: RetrievalConfig, seed: int) -> tuple
             counted = (pixels > train.depth.min_depth) & (pixels < train.depth.max_depth)
             sums = torch.where(counted, pixels, 0.0).sum(dim=1)
         known = counted.any(dim=1).nonzero()[:, 0]
-        if len(known) > quota:
-            known = known[torch.randperm(len(known), generator=create_generator(seed, "memory", number))[:quota]]
-            is_drawn = True
+        is_drawn |= len(known) > quota
+        known = known[torch.randperm(len(known), generator=create_generator(seed, "memory", number))[:quota]]
         keys.append(F.normalize(tokens[known.to(tokens.device)], dim=1))
         values.append((sums[known].movedim(0, -1) / counted.sum(dim=1)[known]).movedim(-1, 0))
     if not any(map(len, keys)):
         raise ValueError(f"No pixel of {train.name} has a label that counts; check its maps.")
-    stored = torch.cat(values).to(probe.accelerator.device)
-    return PatchMemory(assembler, torch.cat(keys), stored, config.num_neighbours), is_drawn
+    return PatchMemory(assembler, torch.cat(keys), torch.cat(values).to(keys[0]), config.num_neighbours), is_drawn

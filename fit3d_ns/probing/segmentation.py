@@ -122,12 +122,9 @@ class SegmentationProbe(MapProbe[SegmentationConfig]):
         occurs = confusion.sum(dim=1) > 0
         absent = [name for name, found in zip(labelled_set.class_names, occurs.tolist(), strict=True) if not found]
         if absent and self.accelerator.is_main_process:
-            named = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-            notice_once(
-                f"absent classes of {labelled_set.name}",
-                f"No label of {labelled_set.name} is {named}: such classes do not count in miou ({IGNORE_INDEX} in a "
-                "label map means that a pixel does not count).",
-            )
+            named, name = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else ""), labelled_set.name
+            said = f"No label of {name} is {named}: such classes do not count in miou ({IGNORE_INDEX} in a label map"
+            notice_once(f"absent classes of {name}", f"{said} means that a pixel does not count).")
         return summarise_pixels(confusion, labelled_set.class_names)
 
     @torch.no_grad()

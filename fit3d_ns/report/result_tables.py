@@ -41,11 +41,11 @@ _MAX_NAMES = 4
 
 
 def write_report(
-    probes: Sequence[ProbeResult], finetunings: Sequence[FinetuneResult], folder: Path, title: str
+    probes: Sequence[ProbeResult], finetunings: Sequence[FinetuneResult], folder: Path, title: str, summed: bool = False
 ) -> tuple[list[Table], list[Path]]:
     """Writes the tables of all results, those of random weights last, and returns them with the names of all files.
 
-    ValueError where two results must not stand in one table.
+    A summary of all probes comes first if asked for. ValueError where two results must not stand in one table.
     """
     for probe in probes:
         with reading(probe.path):
@@ -55,6 +55,7 @@ def write_report(
             create_finetune_tables([finetuning])
     tables = create_probe_tables(probes) + create_finetune_tables(finetunings)
     tables.sort(key=lambda table: table.is_random)
+    tables = [create_summary(probes), *tables] if summed else tables
     files = [folder / f"{STEM}{suffix}" for suffix in SUFFIXES]
     for path in files:
         with write_atomically(path) as temporary:
@@ -63,6 +64,26 @@ def write_report(
     sources = [*(str(probe.path) for probe in probes), *(str(finetuning.path) for finetuning in finetunings)]
     write_json(files[-1], {"title": title, "tables": [asdict(table) for table in tables], "sources": sources})
     return tables, files
+
+
+def create_summary(probes: Sequence[ProbeResult]) -> Table:
+    """A row for each backbone and assembly, random ones beside the others; a column for each measure and test set."""
+    groups: dict[tuple[int, str], dict[tuple[str, str], dict[str, Any]]] = {}
+    for probe in probes:
+        key = [*TASK_COLUMNS].index(probe.task), _write_title(probe.task, probe.record.settings)
+        groups.setdefault(key, {})[_name_row(probe.record)] = probe.record.metrics
+    ordered = sorted(probes, key=lambda probe: (_name_row(probe.record)[0], _order(probe)[1:]))
+    rows = list(dict.fromkeys(_name_row(probe.record) for probe in ordered))
+    names = [name for name, _ in rows]
+    columns = {"Backbone": [Cell(name) for name in names], "Features": [Cell(features) for _, features in rows]}
+    for (place, title), found in sorted(groups.items()):
+        for column in [*TASK_COLUMNS.values()][place]:
+            values = [column.find(found.get(row, {})) for row in rows]
+            if column.is_main and any(value is not None for value in values):
+                spreads = [column.find(found.get(row, {}).get("spread") or {}) for row in rows]
+                cells = map(_create_cell, [column] * len(rows), values, spreads, mark_best(column, values, names))
+                columns[f"{title}: {column.header}"] = list(cells)
+    return _create_table("All measures", columns, ["Bold: the best of each backbone; ±: deviation over seeds."], False)
 
 
 def create_probe_tables(probes: Sequence[ProbeResult]) -> list[Table]:
@@ -196,6 +217,14 @@ def _find_paper(task: str, settings: Mapping[str, Any], is_random: bool) -> Pape
     data = find_paper_data(task, train, test)
     assembly = str(settings.get("assembly"))
     return find_paper_row(task, data, architecture, assembly, _get_head(settings), read_finetuning(settings))
+
+
+def _name_row(record: ResultRecord) -> tuple[str, str]:
+    """The backbone, and what is read of it, with the name of what was fine-tuned."""
+    name, assembly = name_backbone(_get_backbone(record.settings)), str(record.settings.get("assembly"))
+    name += " (random)" if record.is_random and not name.endswith("(random)") else ""
+    finetuned = (record.settings.get("backbones") or {}).get("finetuned")
+    return name, ASSEMBLY_NAMES.get(assembly, assembly) + (f" ({finetuned['backbone']})" if finetuned else "")
 
 
 def _get_head(settings: Mapping[str, Any]) -> str:

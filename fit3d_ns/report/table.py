@@ -1,4 +1,4 @@
-"""Tables, and their Markdown, LaTeX and HTML: columns say how metrics look, rows hold texts with marks."""
+"""Tables, and their Markdown, LaTeX, HTML and bars: columns say how metrics look, rows hold texts with marks."""
 
 import html
 import re
@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.package_files import fill_template, read_table
 
 
@@ -24,6 +25,8 @@ class Column:
     """What the record's value is multiplied by to be shown."""
     digits: int = 2
     """Decimals."""
+    is_main: bool = False
+    """Whether it stands for its task in a summary."""
 
     @property
     def header(self) -> str:
@@ -46,7 +49,8 @@ class Column:
 def _read_columns() -> dict[str, tuple[Column, ...]]:
     columns: dict[str, tuple[Column, ...]] = {}
     for row in read_table(Path(__file__).with_name("columns.csv")):
-        column = Column(row["name"], row["title"], row["direction"], float(row["scale"]), int(row["digits"]))
+        numbers = float(row["scale"]), int(row["digits"])
+        column = Column(row["name"], row["title"], row["direction"], *numbers, bool(row["summary"]))
         columns[row["group"]] = (*columns.get(row["group"], ()), column)
     return columns
 
@@ -121,6 +125,25 @@ def describe_versions(versions: Sequence[Mapping[str, str]]) -> str:
         found = sorted({item[package] for item in versions if package in item})
         parts.append(f"{package} {' and '.join(found)}")
     return ", ".join(parts)
+
+
+def save_bars(table: Table, path: Path) -> None:
+    """Draws a panel for each column of values, with a bar and its spread for each row, the best ones orange."""
+    from matplotlib.figure import Figure
+
+    columns = [index for index in range(len(table.header)) if any(row[index].value is not None for row in table.rows)]
+    lines, labels = -(-len(columns) // 4), [f"{row[0].text}, {row[1].text}" for row in table.rows]
+    figure = Figure(figsize=(12, lines * (1 + 0.25 * len(labels))), layout="constrained")
+    for number, index in enumerate(columns):
+        cells, scale = [row[index] for row in table.rows], 100 if "%" in table.header[index] else 1
+        values, spreads = ([scale * (getattr(cell, name) or 0.0) for cell in cells] for name in ("value", "spread"))
+        panel = figure.add_subplot(lines, 4, number + 1)
+        panel.barh(labels, values, xerr=spreads, color=["C1" if cell.is_best else "C0" for cell in cells])
+        panel.set_title(table.header[index].replace(": ", "\n"), fontsize=7)
+        panel.tick_params(labelsize=7, labelleft=number % 4 == 0)
+        panel.invert_yaxis()
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _plain(value: Any) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from matplotlib.figure import Figure
 
 from fit3d_ns.report.result_files import read_results
 from fit3d_ns.report.result_tables import write_report
-from fit3d_ns.report.table import Column, Table, mark_best
+from fit3d_ns.report.table import Column, Table, mark_best, save_bars
 from tests.report.report_records import describe_backbone, describe_finetuning, write_finetune_report, write_probe
 
 
@@ -116,6 +117,31 @@ def test_report__paper_and_costs_stand_beside_ours(two_rows: Report) -> None:
     assert concat["Stage I (h/scene)"] == "0.50" and concat["Stage II (h)"] == "2.25"
     assert original["Stage II (h)"] == "-"
     assert concat["Stage II (h), paper"] == "8.50"
+
+
+def test_summary__a_column_for_each_measure_and_bars_of_its_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = describe_backbone(is_random=True)
+    write_probe(tmp_path / "a.json", {0: {"miou": 0.60}, 1: {"miou": 0.62}})
+    write_probe(tmp_path / "b.json", {0: {"miou": 0.70}}, assembly="concat")
+    write_probe(tmp_path / "c.json", {0: {"miou": 0.10}}, backbone=random)
+    write_probe(tmp_path / "d.json", {0: {"miou": 0.40, "rmse": 0.5}}, task="retrieval")
+    write_probe(tmp_path / "e.json", {0: {"mean": 30.0, "rmse": 35.0}}, task="normals", assembly="concat")
+    tables, _ = write_report(*read_results([tmp_path]), tmp_path / "out", "Results", summed=True)
+    summary = tables[0]
+    metrics = ["Segmentation on nyu13: mIoU (%) ↑", "Retrieval on nyu13: mIoU (%) ↑", "Retrieval on nyu13: RMSE (m) ↓"]
+    assert summary.header == ["Backbone", "Features", *metrics, "Normals on nyu13: Mean (deg) ↓"]
+    rows = {(row[0].text, row[1].text): [cell.text for cell in row[2:]] for row in summary.rows}
+    assert rows["DINOv2-S", "original"] == ["61.00 ± 1.41", "40.00", "0.5000", "-"]
+    assert rows["DINOv2-S", "original + fine-tuned, concatenated"] == ["70.00", "-", "-", "30.00"]
+    assert rows["DINOv2-S (random)", "original"] == ["10.00", "-", "-", "-"]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), Path(path).touch()))
+    save_bars(summary, tmp_path / "bars.png")
+    bars = {panel.get_title(): [bar.get_width() for bar in panel.patches] for panel in drawn[0].axes}
+    assert bars["Segmentation on nyu13\nmIoU (%) ↑"] == pytest.approx([61.0, 70.0, 10.0])
+    assert bars["Normals on nyu13\nMean (deg) ↓"] == pytest.approx([0.0, 30.0, 0.0]) and len(bars) == 4
 
 
 def test_report__html_latex_and_json_say_what_markdown_says(two_rows: Report) -> None:
