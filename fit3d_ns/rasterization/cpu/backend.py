@@ -31,7 +31,7 @@ def project_gaussians(
     found = []
     for camera in range(len(viewmats)):
         rows = _find_in_view(means, scales, viewmats[camera], Ks[camera], settings)
-        in_view = [tensor.index_select(0, rows) for tensor in (means, quats, scales)]
+        in_view = means.index_select(0, rows), quats.index_select(0, rows), scales.index_select(0, rows)
         found.append((rows, projection.project_gaussians(*in_view, viewmats[camera, None], Ks[camera, None], settings)))
 
     def spread(name: str) -> Tensor:
