@@ -11,7 +11,16 @@ from fit3d_ns.probing.datasets import LabelledOptions
 from fit3d_ns.probing.depth import ClassTokenChoice
 from fit3d_ns.probing.frozen_features import BackboneConfig
 from fit3d_ns.probing.head_probe import CacheRule, RunConfig, Selection
-from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PAPER_CONFIGS, PAPER_RUNS, ProbeRequest, Task, run_probe
+from fit3d_ns.probing.probe_runs import (
+    DEFAULT_CONFIGS,
+    DINOV3_CONFIGS,
+    DINOV3_RUN,
+    PAPER_CONFIGS,
+    PAPER_RUNS,
+    ProbeRequest,
+    Task,
+    run_probe,
+)
 from fit3d_ns.training.processes import Precision
 from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.results import ResultRecord
@@ -37,6 +46,8 @@ class ProbeCommand:
     """Seeds; one head is trained for each, and the record has mean and spread."""
     paper: bool = False
     """Takes every value of the public code; flags that are given still win."""
+    dinov3: bool = False
+    """Takes the values of DINOv3's evaluation (segmentation, depth); flags that are given still win."""
     num_iterations: int | None = None
     """Training iterations. By default 60 epochs but at least 800, and at most the published 40,000 (segmentation),
     38,400 (depth) or 12,500 (classification); the published number with --paper."""
@@ -98,13 +109,17 @@ def probe(command: ProbeCommand) -> None:
 
 def create_request(command: ProbeCommand) -> ProbeRequest:
     """Defaults or the paper's values first, flags that were given after; ValueError for one the task does not have."""
-    config: Any = (PAPER_CONFIGS if command.paper else {}).get(command.task, DEFAULT_CONFIGS[command.task])
+    if command.dinov3 and (command.paper or command.task not in DINOV3_CONFIGS):
+        raise ValueError("--dinov3 is for the segmentation and depth probes, and stands in the place of --paper.")
+    presets = PAPER_CONFIGS if command.paper else DINOV3_CONFIGS if command.dinov3 else {}
+    config: Any = presets.get(command.task, DEFAULT_CONFIGS[command.task])
     of_tasks = {item.name for each in DEFAULT_CONFIGS.values() for item in fields(each)}
     given = {name: value for name, value in vars(command).items() if name in of_tasks and value is not None}
     for name in given:
         if not hasattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} means nothing to the {command.task} probe; leave it out.")
-    run = PAPER_RUNS.get(command.task, RunConfig()) if command.paper else RunConfig()
+    runs = PAPER_RUNS if command.paper else {}
+    run = DINOV3_RUN if command.dinov3 else runs.get(command.task, RunConfig())
     chosen = {name: getattr(command, name) for name in ("selection", "cache") if getattr(command, name) is not None}
     backbones, paper = command.backbones, command.paper
     same = "task output_path train test seeds device precision predictions".split()

@@ -85,12 +85,20 @@ class DepthConfig:
     is_published: bool = False
     """The public code's two habits: its head begins with torch's own weights, uniform within 1/sqrt(inputs), instead of
     small ones, and its loss counts every depth above 0 instead of those up to the largest."""
+    is_normed: bool = False
+    """Whether tokens are read behind the backbone's final norm, and batch-normalised before the linear layer."""
 
 
 PAPER_DEPTH = DepthConfig(
     num_iterations=PUBLISHED.num_iterations, learning_rate=PUBLISHED.learning_rate, is_published=True
 )
 """The public code's values. Its gradient term is zero at two images per device, so it is left out."""
+
+
+DINOV3_DEPTH = DepthConfig(
+    num_iterations=PUBLISHED.num_iterations, learning_rate=3e-4, weight_decay=1e-4, class_token="none", is_normed=True
+)
+"""DINOv3's values."""
 
 
 class DepthProbe(MapProbe[DepthConfig]):
@@ -145,7 +153,8 @@ class DepthProbe(MapProbe[DepthConfig]):
         if config.head == "dpt":
             return DPTDepthHead(assembler, bins)
         # Where features are kept, so are the targets, at fewer places: the same map is read there and nowhere else.
-        head = LinearDepthHead(assembler, bins, DEPTHS_PER_TOKEN if self.is_cached else UPSAMPLING)
+        upsampling = DEPTHS_PER_TOKEN if self.is_cached else UPSAMPLING
+        head = LinearDepthHead(assembler, bins, upsampling, config.is_normed)
         if config.is_published:
             head.initialise_as_published()
         return head

@@ -81,14 +81,17 @@ class DepthBins(nn.Module):
 
 
 class LinearDepthHead(nn.Module):
-    """Pre-norm tokens of the last block to depth on a grid four times as fine as the tokens'.
+    """Tokens of the last block to depth on a grid four times as fine as the tokens'.
 
     Training reads the same interpolated logits at `training_upsampling` places per token and axis; fewer are cheaper.
     """
 
-    def __init__(self, assembler: Assembler, bins: DepthBins, training_upsampling: int = UPSAMPLING) -> None:
+    def __init__(
+        self, assembler: Assembler, bins: DepthBins, training_upsampling: int = UPSAMPLING, has_batch_norm: bool = False
+    ) -> None:
         super().__init__()
         self.assembler = assembler
+        self.batch_norm = SharedBatchNorm(assembler.out_dim) if has_batch_norm else nn.Identity()
         self.training_upsampling = training_upsampling
         self.bins = bins
         self.token_layer = nn.Linear(assembler.out_dim, len(bins.centers))
@@ -110,7 +113,8 @@ class LinearDepthHead(nn.Module):
     def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch height width"]:
         """Depth in metres on `UPSAMPLING` times the token grid, or `training_upsampling` times in training."""
         # (b, c, h, w) -> (b, h, w, c) -> (b, bins, h, w)
-        logits = self.token_layer(self.assembler(features).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        tokens = self.batch_norm(self.assembler(features)).permute(0, 2, 3, 1)
+        logits = self.token_layer(tokens).permute(0, 3, 1, 2)
         if self.class_layer is not None:
             logits = logits + self.class_layer(self.assembler.select_class_token(features))[:, :, None, None]
         factor = self.training_upsampling if self.training else UPSAMPLING

@@ -14,14 +14,14 @@ from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_label
 from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, check_same_kind, compute_data_hash, join_sets
 from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
-from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
+from fit3d_ns.probing.depth import DINOV3_DEPTH, PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, ProbeSets, RunConfig, create_sets, resolve_iterations
 from fit3d_ns.probing.multiview import MultiviewConfig, ViewsConfig, load_views, measure_views
 from fit3d_ns.probing.normals import measure_normals
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
 from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval
-from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.probing.segmentation import DINOV3_SEGMENTATION, PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import hash_bytes, hash_file
@@ -42,6 +42,8 @@ PAPER_RUNS = {
 }
 _PAPER = PAPER_SEGMENTATION, PAPER_DEPTH, PAPER_CLASSIFICATION
 PAPER_CONFIGS: dict[str, TaskConfig] = dict(zip(PAPER_RUNS, _PAPER, strict=True))
+DINOV3_CONFIGS: dict[str, TaskConfig] = {"segmentation": DINOV3_SEGMENTATION, "depth": DINOV3_DEPTH}
+DINOV3_RUN = RunConfig(cache="never", selection="last")
 DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     **{"segmentation": SegmentationConfig(), "depth": DepthConfig(), "classification": ClassificationConfig()},
     **{"consistency": MultiviewConfig(), "correspondence": MultiviewConfig(), "normals": ViewsConfig()},
@@ -89,15 +91,16 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
             raise ValueError("Linear fusion is trained with a head, which this probe has not; choose another assembly.")
         return _run_retrieval(request) if request.task == "retrieval" else _run_multiview(request)
     kind = PROBES[request.task]
-    described = describe_backbones(request.backbones, norm=kind.has_norm)
-    train, test = _read_sets(request, kind)
     config = request.config or DEFAULT_CONFIGS[request.task]
+    norm = kind.has_norm or getattr(config, "is_normed", False)
+    described = describe_backbones(request.backbones, norm=norm)
+    train, test = _read_sets(request, kind)
     settings: dict[str, Any] = {
         "patch_fit": request.backbones.patch_fit,
         "train": _describe_set(train),
         "test": _describe_set(test),
-        # Records from before there was `is_published` are of the same settings.
-        "config": {name: value for name, value in asdict(config).items() if name != "is_published" or value},
+        # Records from before there were these two are of the same settings.
+        "config": {n: value for n, value in asdict(config).items() if n not in ("is_published", "is_normed") or value},
         "run": {name: value for name, value in asdict(request.run).items() if name != "num_threads"},
         "precision": request.precision,
     }
@@ -113,7 +116,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     accelerator = create_accelerator(request.device, request.precision)
     num_layers = 4 if isinstance(config, DepthConfig) and config.head == "dpt" else 1
     device = accelerator.device
-    backbones = create_frozen_backbones(request.backbones, norm=kind.has_norm, num_layers=num_layers, device=device)
+    backbones = create_frozen_backbones(request.backbones, norm=norm, num_layers=num_layers, device=device)
     sets = create_sets(train, test, request.run)
     probe = kind(config, request.run, sets, backbones, request.backbones.assembly, accelerator)
     earlier = load_result(file.path).settings if file.path.is_file() else {}

@@ -5,7 +5,7 @@ acc_c = n_cc / row_c; miou and macc average over the classes that some label has
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,8 @@ PAPER_SEGMENTATION = SegmentationConfig(
     loss_average="all",
 )
 """The public code's values."""
+DINOV3_SEGMENTATION = replace(PAPER_SEGMENTATION, weight_decay=1e-3, loss_average="counted")
+"""DINOv3's values."""
 
 
 class SegmentationProbe(MapProbe[SegmentationConfig]):

@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
+from fit3d_ns.cli.probe import ProbeCommand, create_request
 from fit3d_ns.probing.classification import PAPER_CLASSIFICATION, ClassificationProbe
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
-from fit3d_ns.probing.depth import PAPER_DEPTH, DepthConfig, DepthProbe
+from fit3d_ns.probing.depth import DINOV3_DEPTH, PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.head_probe import (
     ProbeSets,
@@ -21,10 +23,10 @@ from fit3d_ns.probing.head_probe import (
 )
 from fit3d_ns.probing.head_trainer import OptimizationConfig, Schedule
 from fit3d_ns.probing.heads import LinearDepthHead
-from fit3d_ns.probing.probe_runs import PAPER_RUNS
-from fit3d_ns.probing.segmentation import PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
+from fit3d_ns.probing.probe_runs import DINOV3_RUN, PAPER_RUNS
+from fit3d_ns.probing.segmentation import DINOV3_SEGMENTATION, PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import create_accelerator
-from tests.probing.probe_backbones import MeanColourBackbones
+from tests.probing.probe_backbones import MeanColourBackbones, create_features
 from tests.probing.test_training import create_segmentation_probe, create_striped_frame
 
 
@@ -108,6 +110,7 @@ def test_paper__every_value_of_the_public_depth_and_classification_code() -> Non
     )
     assert probe.inputs.crop_size == (416, 544) and PAPER_DEPTH.loss_warmup_iterations == 100
     assert PAPER_DEPTH.num_bins == 256 and PAPER_DEPTH.is_flip_averaged
+    torch.manual_seed(0)
     head = probe.create_head("auto")
     assert isinstance(head, LinearDepthHead) and head.class_layer is not None
     inputs = head.token_layer.in_features + head.class_layer.in_features
@@ -132,6 +135,39 @@ def test_paper__every_value_of_the_public_depth_and_classification_code() -> Non
     assert classification.create_optimization() == OptimizationConfig(
         Schedule("cosine", 12_500), batch_size=128, learning_rate=0.5, weight_decay=0.0, optimizer="sgd"
     )
+
+
+def test_dinov3__every_value_of_its_evaluation() -> None:
+    probe = create_segmentation_probe("never", MeanColourBackbones())
+    probe.config, probe.num_iterations, probe.learning_rate = DINOV3_SEGMENTATION, 40_000, 1e-3
+    optimization = probe.create_optimization()
+    assert (optimization.learning_rate, optimization.weight_decay, optimization.batch_size) == (1e-3, 1e-3, 16)
+    assert (DINOV3_SEGMENTATION.crop_side, DINOV3_SEGMENTATION.stride) == (512, 341)
+    assert DINOV3_SEGMENTATION.num_iterations == 40_000 and DINOV3_SEGMENTATION.learning_rate == 1e-3
+    image, depth = torch.zeros(32, 48, 3, dtype=torch.uint8), torch.full((32, 48), 2.0)
+    frames = [LabelledFrame(str(index), lambda: image, load_depth=lambda: depth) for index in range(2)]
+    sets = ProbeSets(*[LabelledSet("toy", frames)] * 3)
+    backbones = create_frozen_backbones(BackboneConfig("original", "random:test_vit"), norm=True)
+    accelerator = create_accelerator("cpu")
+    depth_probe = DepthProbe(DINOV3_DEPTH, DINOV3_RUN, sets, backbones, "original", accelerator)
+    assert depth_probe.sources == ("none",) and DINOV3_DEPTH.gradient_loss_weight == 0 and DINOV3_DEPTH.is_flip_averaged
+    optimization = depth_probe.create_optimization("none")
+    assert (optimization.learning_rate, optimization.weight_decay, optimization.batch_size) == (3e-4, 1e-4, 16)
+    assert optimization.schedule.num_iterations == 38_400 and optimization.schedule.num_warmup_iterations == 12_800
+    head = depth_probe.create_head("none")
+    assert isinstance(head, LinearDepthHead) and head.class_layer is None
+    # In training tokens have mean 0 and deviation 1 before the linear layer, whatever they were.
+    features = create_features(0, batch=4, embed=64)
+    maps, token_layer = features.maps * 7 + 3, head.token_layer
+    seen = []
+    token_layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    head.train()(replace(features, maps=maps))
+    assert seen[0].mean(dim=(0, 1, 2)).abs().max() < 1e-5
+    torch.testing.assert_close(seen[0].std(dim=(0, 1, 2), correction=0), torch.ones(64), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="segmentation and depth"):
+        create_request(ProbeCommand("normals", Path("r.json"), (Path("a"),), dinov3=True))
+    request = create_request(ProbeCommand("depth", Path("r.json"), (Path("a"),), dinov3=True, learning_rate=1e-2))
+    assert request.config == replace(DINOV3_DEPTH, learning_rate=1e-2) and request.run.selection == "last"
 
 
 @pytest.mark.parametrize(
