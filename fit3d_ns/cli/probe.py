@@ -11,16 +11,7 @@ from fit3d_ns.probing.datasets import LabelledOptions
 from fit3d_ns.probing.depth import ClassTokenChoice
 from fit3d_ns.probing.frozen_features import BackboneConfig
 from fit3d_ns.probing.head_probe import CacheRule, RunConfig, Selection
-from fit3d_ns.probing.probe_runs import (
-    DEFAULT_CONFIGS,
-    DINOV3_CONFIGS,
-    DINOV3_RUN,
-    PAPER_CONFIGS,
-    PAPER_RUNS,
-    ProbeRequest,
-    Task,
-    run_probe,
-)
+from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PRESETS, ProbeRequest, Task, run_probe
 from fit3d_ns.training.processes import Precision
 from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.results import ResultRecord
@@ -109,17 +100,16 @@ def probe(command: ProbeCommand) -> None:
 
 def create_request(command: ProbeCommand) -> ProbeRequest:
     """Defaults or the paper's values first, flags that were given after; ValueError for one the task does not have."""
-    if command.dinov3 and (command.paper or command.task not in DINOV3_CONFIGS):
+    configs, runs = PRESETS.get("dinov3" if command.dinov3 else "paper" if command.paper else "", ({}, {}))
+    if command.dinov3 and (command.paper or command.task not in configs):
         raise ValueError("--dinov3 is for the segmentation and depth probes, and stands in the place of --paper.")
-    presets = PAPER_CONFIGS if command.paper else DINOV3_CONFIGS if command.dinov3 else {}
-    config: Any = presets.get(command.task, DEFAULT_CONFIGS[command.task])
+    config: Any = configs.get(command.task, DEFAULT_CONFIGS[command.task])
     of_tasks = {item.name for each in DEFAULT_CONFIGS.values() for item in fields(each)}
     given = {name: value for name, value in vars(command).items() if name in of_tasks and value is not None}
     for name in given:
         if not hasattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} means nothing to the {command.task} probe; leave it out.")
-    runs = PAPER_RUNS if command.paper else {}
-    run = DINOV3_RUN if command.dinov3 else runs.get(command.task, RunConfig())
+    run = runs.get(command.task, RunConfig())
     chosen = {name: getattr(command, name) for name in ("selection", "cache") if getattr(command, name) is not None}
     backbones, paper = command.backbones, command.paper
     same = "task output_path train test seeds device precision predictions".split()

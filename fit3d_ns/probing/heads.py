@@ -135,23 +135,15 @@ class DPTDepthHead(nn.Module):
         self.readouts = nn.ModuleList(nn.Sequential(nn.Linear(read_dim, in_dim), nn.GELU()) for _ in widths)
         self.projections = nn.ModuleList(nn.Conv2d(in_dim, width, kernel_size=1) for width in widths)
         # To four times, twice, once and half the token grid.
-        self.rescalings = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(widths[0], widths[0], kernel_size=4, stride=4),
-                nn.ConvTranspose2d(widths[1], widths[1], kernel_size=2, stride=2),
-                nn.Identity(),
-                nn.Conv2d(widths[3], widths[3], kernel_size=3, stride=2, padding=1),
-            ]
-        )
+        upscalings = [nn.ConvTranspose2d(widths[n], widths[n], side, stride=side) for n, side in enumerate((4, 2))]
+        halving = nn.Conv2d(widths[3], widths[3], kernel_size=3, stride=2, padding=1)
+        self.rescalings = nn.ModuleList([*upscalings, nn.Identity(), halving])
         self.reductions = nn.ModuleList(
             nn.Conv2d(width, fused_dim, kernel_size=3, padding=1, bias=False) for width in widths
         )
         self.fusions = nn.ModuleList(_Fusion(fused_dim, has_lateral=index < 3) for index in range(4))
-        self.output = nn.Sequential(
-            nn.Conv2d(fused_dim, fused_dim, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(fused_dim, len(bins.centers), kernel_size=1),
-        )
+        hidden = nn.Conv2d(fused_dim, fused_dim, kernel_size=3, padding=1)
+        self.output = nn.Sequential(hidden, nn.ReLU(), nn.Conv2d(fused_dim, len(bins.centers), kernel_size=1))
 
     def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch height width"]:
         levels = [self._reassemble(features, layer) for layer in range(4)]

@@ -44,6 +44,7 @@ _PAPER = PAPER_SEGMENTATION, PAPER_DEPTH, PAPER_CLASSIFICATION
 PAPER_CONFIGS: dict[str, TaskConfig] = dict(zip(PAPER_RUNS, _PAPER, strict=True))
 DINOV3_CONFIGS: dict[str, TaskConfig] = {"segmentation": DINOV3_SEGMENTATION, "depth": DINOV3_DEPTH}
 DINOV3_RUN = RunConfig(cache="never", selection="last")
+PRESETS = {"paper": (PAPER_CONFIGS, PAPER_RUNS), "dinov3": (DINOV3_CONFIGS, dict.fromkeys(DINOV3_CONFIGS, DINOV3_RUN))}
 DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     **{"segmentation": SegmentationConfig(), "depth": DepthConfig(), "classification": ClassificationConfig()},
     **{"consistency": MultiviewConfig(), "correspondence": MultiviewConfig(), "normals": ViewsConfig()},
@@ -96,9 +97,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     described = describe_backbones(request.backbones, norm=norm)
     train, test = _read_sets(request, kind)
     settings: dict[str, Any] = {
-        "patch_fit": request.backbones.patch_fit,
-        "train": _describe_set(train),
-        "test": _describe_set(test),
+        **{"patch_fit": request.backbones.patch_fit, "train": _describe_set(train), "test": _describe_set(test)},
         # Records from before there were these two are of the same settings.
         "config": {n: value for n, value in asdict(config).items() if n not in ("is_published", "is_normed") or value},
         "run": {name: value for name, value in asdict(request.run).items() if name != "num_threads"},
@@ -276,12 +275,8 @@ def _open_record(
     request: ProbeRequest, settings: dict[str, Any], described: dict[Any, Any]
 ) -> tuple[ResultFile, list[int], dict[int, dict[str, Any]]]:
     """The result file, the seeds that it lacks, and the metrics of those it has."""
-    settings = {
-        "task": request.task,
-        "assembly": request.backbones.assembly,
-        "backbones": {part: description.to_metadata() for part, description in described.items()},
-        **settings,
-    }
+    backbones = {part: description.to_metadata() for part, description in described.items()}
+    settings = {"task": request.task, "assembly": request.backbones.assembly, "backbones": backbones, **settings}
     is_random = any(item.is_random for item in described.values()) or is_finetuned_from_random(request.backbones)
     file = ResultFile(Path(request.output_path), f"probe/{request.task}", settings, is_random)
     done = file.load_seeds()

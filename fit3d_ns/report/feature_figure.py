@@ -77,15 +77,9 @@ def save_feature_figure(
             for colours in fit_colours_of(own, config) if shared is None else shared[number]:
                 pictures.append([image.image, *paint_row(own, 0, colours, image.size)])
                 row_labels.append(f"{image.name}, {group.label}: {_say(colours, config.sharing)}")
-                rows.append(
-                    {
-                        "image": image.name,
-                        "backbone": group.label,
-                        "colours": colours.title,
-                        "columns": [column.label for column in own if not column.is_empty],
-                        **colours.describe(),
-                    }
-                )
+                shown = [column.label for column in own if not column.is_empty]
+                facts = {"image": image.name, "backbone": group.label, "colours": colours.title, "columns": shown}
+                rows.append({**facts, **colours.describe()})
     save_picture(compose_panel(pictures, ["input", *labels], row_labels), path)
     described, is_random = [describe_group(group) for group in groups], any(group.is_random for group in groups)
     return write_facts(path, "report/features", is_random, backbones=described, rows=rows)

@@ -162,11 +162,8 @@ def _read_folder(folder: Path) -> PredictionFolder:
     content: Any = read_json(path)
     try:
         read = PredictionFolder(
-            folder=folder,
-            task=content["task"],
-            assembly=str(content["assembly"]),
-            frames=tuple(content["frames"]),
-            class_names=tuple(content["class_names"]),
+            *(folder, content["task"], str(content["assembly"])),
+            *(tuple(content["frames"]), tuple(content["class_names"])),
             is_random=bool(content.get("is_random", False)),
             depth_units_per_metre=float(content.get("depth_units_per_metre", 1000.0)),
         )
