@@ -43,7 +43,7 @@ CHECKED_SIDE = 480
 NUM_ALIGNED_VIEWS, ALIGNED_SIDE = 8, 80
 """Views, and their longer side in pixels, by which a world is moved."""
 
-ALIGNED_DB, ALIGNED_SHARES = 0.3, (0.02, 0.5)
+ALIGNED_DB, ALIGNED_SHARES = 0.3, (0.025, 0.5)
 """A splat is a little off where a world nearby fits the photographs by so many dB better, and moves the median Gaussian
 by so much of the depth; what fits far away does so by chance."""
 
