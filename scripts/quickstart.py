@@ -31,7 +31,7 @@ STEP_LINE = re.compile(r"^(\d+) \([\d.]+%\)")
 """How nerfstudio's log says which step it is at."""
 NUM_ROOMS = 3
 """The last one is in no training."""
-LEARNING_RATE, GEOMETRY_WEIGHT = 1e-4, 2
+LEARNING_RATE, GEOMETRY_WEIGHT = 1e-4, 1.5
 """Of stage II: a few steps should show, in depth as well."""
 CELL_PIXELS = 3
 """Size of the smallest Gaussians: their pictures should be sharp."""
@@ -138,7 +138,7 @@ class Quickstart:
         folder = self.output / "finetuned"
         with self.stage(f"Stage II: what was lifted teaches the backbone, {self.finetune_steps} steps"):
             steps = ["--max-steps", self.finetune_steps, "--learning-rate", LEARNING_RATE, "--resume", "never"]
-            steps += ["--geometry-weight", GEOMETRY_WEIGHT]
+            steps += ["--schedule", "cosine", "--geometry-weight", GEOMETRY_WEIGHT]
             self.run(finetune.main, "fit3d-finetune", "--ckpts", *scenes, "--output-dir", folder, *steps)
         return folder
 
@@ -247,7 +247,7 @@ def parse() -> argparse.Namespace:
                         "comes with the package where nothing can be downloaded")  # fmt: skip
     parser.add_argument("--backbone-weights", type=Path, help="its weights from a file")
     parser.add_argument("--steps", type=int, help="steps of ns-train; by default its own number, 800 in the rooms")
-    parser.add_argument("--finetune-steps", type=int, default=100, help="0 stops before stages II and III (100)")
+    parser.add_argument("--finetune-steps", type=int, default=200, help="0 stops before stages II and III (200)")
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder of all results (quickstart)")
     return parser.parse_args()
 

@@ -144,9 +144,7 @@ def _submit(command: FinetuneCommand) -> None:
     try:
         found = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
     except FileNotFoundError:
-        raise ValueError(
-            "--on slurm needs Slurm's sbatch, which is not here; the line above is for a machine with it."
-        ) from None
+        raise ValueError("--on slurm needs Slurm's sbatch; the line above is for a machine that has it.") from None
     except subprocess.CalledProcessError as error:
         raise ValueError(f"Slurm does not take the job: {first_line(ValueError(error.stderr))}") from None
     number = found.stdout.split(";")[0].strip()

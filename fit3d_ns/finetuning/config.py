@@ -79,6 +79,9 @@ class FinetuneConfig:
         run = content.pop("run")
         for name in ("epochs", "min_steps", "max_steps", "tf32"):
             content["optimization"].pop(name)
+        optimization = self.optimization
+        if optimization.schedule == "step" and optimization.max_steps is None and (optimization.epochs or 2.0) <= 1.0:
+            content["optimization"]["schedule"] = "constant"  # Which it is within one epoch, and was called.
         content["anchors"].pop("wise_ft")
         for name in ("cache", "cache_gb", "cache_folder", "average_gb"):
             content["targets"].pop(name)

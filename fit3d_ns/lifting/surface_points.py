@@ -51,13 +51,12 @@ def list_depth_views(capture: PosedCapture) -> list[View]:
 
 def load_depth_view(capture: PosedCapture, view: View, scale: float) -> DepthView:
     """Depth as of `load_valid_depth`, reduced to at most about 640 pixels a side."""
-    depth = load_valid_depth(capture, view, scale)
     step = _choose_step(view)
     # Pixel centre column * step + step // 2 + 0.5 of the whole picture is column + 0.5 of the reduced one.
     K = view.K.clone()
     K[:2, 2] += 0.5 * step - (step // 2 + 0.5)
     K[:2] /= step
-    return DepthView(_reduce(depth, step), K, view.camera_to_world)
+    return DepthView(_reduce(load_valid_depth(capture, view, scale), step), K, view.camera_to_world)
 
 
 def load_valid_depth(capture: PosedCapture, view: View, scale: float) -> Float[Tensor, "height width"]:

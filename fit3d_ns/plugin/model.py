@@ -170,8 +170,8 @@ class FeatureSplatfactoModel(SplatfactoModel):
         width, height = int(width), int(height)
         camera.rescale_output_resolution(factor)
         self.last_size = (height, width)
-        config = self.config
-        wants_depth = config.output_depth_during_training or config.depth_loss_weight > 0 or not self.training
+        is_asked = self.config.output_depth_during_training or self.config.depth_loss_weight > 0
+        wants_depth = is_asked or not self.training
         colors, sh_degree = self._get_colors(parameters)
         render, alpha, info = rasterization(
             means=parameters["means"],

@@ -123,8 +123,7 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
     def check_features(self) -> None:
         """Refuses feature options that are out of range, with a ValueError that names the flag."""
         smallest = {"feature_dim": 1, "feature_loss_weight": 0, "feature_grid_multiple": 0, "steps_per_solve": 0}
-        smallest["depth_loss_weight"] = 0
-        for name, least in smallest.items():
+        for name, least in (smallest | {"depth_loss_weight": 0}).items():
             if (value := getattr(self, name)) < least:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--pipeline.model.{flag} is {value}; it must be at least {least}.")

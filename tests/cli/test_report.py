@@ -54,7 +54,7 @@ def test_features__never_write_over_what_they_read(
         (["a.png", "--models", BACKBONE, "--output-path", "a.pdf"], "must end in .png"),
         (["absent.png", "--models", BACKBONE, "--output-path", "a.png"], "absent.png is missing"),
         (["a.png", "--models", "vit_tny", "--output-path", "a.png"], "did you mean"),
-        (["a.png", "--models", BACKBONE, "--output-path", "a.png", "--longest-side", "0"], "--longest-side 0"),
+        (["a.png", "--models", BACKBONE, "--output-path", "a.png", "--longest-side", "0"], "longest_side is 0"),
     ],
 )
 def test_features__what_is_wrong_is_one_sentence(
