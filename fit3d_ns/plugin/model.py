@@ -170,8 +170,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
         width, height = int(width), int(height)
         camera.rescale_output_resolution(factor)
         self.last_size = (height, width)
-        is_asked = self.config.output_depth_during_training or self.config.depth_loss_weight > 0
-        wants_depth = is_asked or not self.training
+        wants_depth = self.config.output_depth_during_training or self.config.depth_loss_weight > 0 or not self.training
         colors, sh_degree = self._get_colors(parameters)
         render, alpha, info = rasterization(
             means=parameters["means"],
@@ -312,8 +311,7 @@ def compute_depth_loss(
 ) -> Float[Tensor, ""]:
     """Mean of |rendered - measured| / measured over pixels that are measured (above 0) and covered (alpha above 0.5).
 
-    `measured` may be larger than the rendering, of which it is then the pixel nearest to each centre. 0 where no pixel
-    counts.
+    Of a larger map, the measurement nearest to each rendered pixel's centre is taken. 0 where no pixel counts.
     """
     fitted = functional.interpolate(measured[None, None].to(rendered), rendered.shape, mode="nearest-exact")[0, 0]
     counts = (fitted > 0) & (alpha > 0.5)

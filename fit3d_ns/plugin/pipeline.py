@@ -233,9 +233,9 @@ class FeaturePipeline(VanillaPipeline):
         device, kept = self.model.device, state["strategy"].items()
         self.model.strategy_state = {key: item.to(device) if isinstance(item, Tensor) else item for key, item in kept}
         self.passes_spent = int(state["passes_spent"])
-        self.early_cost_spent = float(state["early_cost_spent"])
+        self.early_cost_spent = float(state.get("early_cost_spent", 0.0))
         self.lift_state = state["lift"]
-        self.lifted_views = list(state["lifted_views"])
+        self.lifted_views = list(state.get("lifted_views", []))
 
     def _fit_colours(self, button: ViewerButton) -> None:
         fitted = self.branch.fit_basis_to_last_picture()

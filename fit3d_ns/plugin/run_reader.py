@@ -12,7 +12,7 @@ import torch
 from nerfstudio.models.splatfacto import SplatfactoModelConfig
 from torch import Tensor
 
-from fit3d_ns.features.backbones import BackboneDescription
+from fit3d_ns.features.backbones import BackboneDescription, describe_backbone
 from fit3d_ns.features.sources import find_backbone_folder
 from fit3d_ns.lifting.solver import LIFT_PRODUCTS
 from fit3d_ns.plugin.checkpoints import load_latest_checkpoint
@@ -173,10 +173,12 @@ def read_run_figures(config_path: Path) -> dict[str, Any]:
 
 
 def _describe_backbone(run: SplatRun) -> BackboneDescription:
-    """The backbone's identity as the run recorded it."""
+    """The backbone's identity as the run recorded it, or from the config where it was written by an older version."""
     datamanager: Any = run.config.pipeline.datamanager
+    given = datamanager.backbone, datamanager.backbone_weights, datamanager.normalization
+    recorded = run.run_state.get("backbone") or describe_backbone(*given).to_metadata()
     place = find_backbone_folder(datamanager.backbone) or datamanager.backbone_weights
-    return BackboneDescription.from_metadata(run.run_state["backbone"], None if place is None else str(place))
+    return BackboneDescription.from_metadata(recorded, None if place is None else str(place))
 
 
 def _read_capture(config: Any, state: dict[str, Tensor]) -> PosedCapture:

@@ -54,13 +54,14 @@ def capture_random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Puts back what `capture_random_states` took."""
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    numpy_keys, position, has_gauss, cached = states["numpy"]
-    state = ("MT19937", numpy_keys.numpy().astype(np.uint32), position, has_gauss, cached)
-    np.random.set_state(state)  # noqa: NPY002 - nerfstudio draws from the legacy generator.
-    torch.set_rng_state(states["torch"])
+    """Puts back what `capture_random_states` took; checkpoints of older versions of stage II hold torch's alone."""
+    if "python" in states:
+        version, keys, gauss = states["python"]
+        random.setstate((version, tuple(keys), gauss))
+        numpy_keys, position, has_gauss, cached = states["numpy"]
+        state = ("MT19937", numpy_keys.numpy().astype(np.uint32), position, has_gauss, cached)
+        np.random.set_state(state)  # noqa: NPY002 - nerfstudio draws from the legacy generator.
+    torch.set_rng_state(states["torch"] if "torch" in states else states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         # A run may go on with fewer devices than it began with.
         for index, cuda_state in enumerate(states["cuda"][: torch.cuda.device_count()]):

@@ -12,6 +12,7 @@ import yaml
 from fit3d_ns.cli import export
 from fit3d_ns.data.ply import read_ply_elements
 from fit3d_ns.features import create_extractor
+from fit3d_ns.plugin import run_reader
 from fit3d_ns.plugin.run_config import find_config
 from fit3d_ns.plugin.run_reader import load_run_scene, read_backbone, read_run
 from fit3d_ns.scene import FeatureScene, View, load_scene, save_scene
@@ -48,6 +49,27 @@ def test_read_backbone__is_what_the_run_was_told(trained: dict[str, Any]) -> Non
     datamanager = trained["trainer"].config.pipeline.datamanager
     expected = (datamanager.backbone, datamanager.backbone_weights, datamanager.normalization)
     assert read_backbone(trained["config_path"]) == read_backbone(trained["config_path"].parent) == expected
+
+
+def test_scene__of_a_run_that_recorded_less_as_older_versions_did(trained: dict[str, Any], monkeypatch: Any) -> None:
+    expected = load_run_scene(trained["config_path"])
+    load = run_reader.load_latest_checkpoint
+
+    def load_older(*args: Any) -> Any:
+        checkpoint, *others = load(*args)
+        checkpoint["fit3d"]["run"].pop("backbone")
+        return checkpoint, *others
+
+    monkeypatch.setattr(run_reader, "load_latest_checkpoint", load_older)
+    assert load_run_scene(trained["config_path"]).backbone == expected.backbone
+    pipeline = trained["trainer"].pipeline
+    state, views = pipeline.capture_run_state(), pipeline.lifted_views
+    pipeline.restore_run_state(
+        {n: value for n, value in state.items() if n not in ("early_cost_spent", "lifted_views")}
+    )
+    assert (pipeline.early_cost_spent, pipeline.lifted_views) == (0.0, [])
+    pipeline.restore_run_state(state)
+    assert pipeline.lifted_views == views
 
 
 def measure_scene(scene: FeatureScene) -> tuple[float, float, float]:

@@ -85,6 +85,14 @@ def test_random_states__continue_all_three_generators_through_a_file(tmp_path):
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected  # noqa: NPY002
 
 
+def test_random_states__of_older_checkpoints_hold_torchs_alone():
+    torch.manual_seed(3)
+    states = {"cpu": torch.get_rng_state()}
+    expected = torch.rand(4)
+    restore_random_states(states)
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_draw_some__is_seeded_and_bounded():
     drawn = draw_some(10, 4, 0, "points", 1, 2)
     assert len(drawn) == 4 and torch.equal(drawn, draw_some(10, 4, 0, "points", 1, 2))
