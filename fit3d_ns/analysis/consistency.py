@@ -129,7 +129,7 @@ class _Samples:
         self.units_per_metre = units_per_metre
         # Rows of (angle, cosine, centred cosine, l1).
         self.agreements: list[Tensor] = [torch.zeros(0, 4, dtype=torch.float64)]
-        # Rows of (angle, error in pixels, error in centimetres), the last NaN where there are no metres.
+        # Rows of (angle, error in pixels, error in the unit of the poses).
         self.errors: list[Tensor] = [torch.zeros(0, 3, dtype=torch.float64)]
         self.ratio_errors: list[Tensor] = [torch.zeros(0, 3, dtype=torch.float64)]
 
@@ -139,13 +139,9 @@ class _Samples:
         if len(points) > 0:
             own = sample_tokens(maps[0], points, *views[0].size)
             seen = sample_tokens(maps[1], other_points, *views[1].size)
-            columns = [
-                _expand_angle(views, own),
-                F.cosine_similarity(own, seen, dim=1),
-                F.cosine_similarity(own - mean, seen - mean, dim=1),
-                (own - seen).abs().mean(dim=1),
-            ]
-            self.agreements.append(torch.stack([column.double() for column in columns], dim=1).cpu())
+            cosine = F.cosine_similarity(own, seen, dim=1)
+            centred = F.cosine_similarity(own - mean, seen - mean, dim=1)
+            self.agreements.append(_stack(views, cosine, centred, (own - seen).abs().mean(dim=1)))
         return len(points)
 
     def match(self, maps: Maps, views: _Views, pair: tuple[int, int]) -> None:
@@ -157,14 +153,14 @@ class _Samples:
             matched = correspondence.find_matches(maps, views, points, self._choose_grid(maps[1], views[1]))
             _, distances = measure_match_errors(*views, points, matched)
             pixels = (matched - other_points).norm(dim=1)
-            self.errors.append(self._stack(views, pixels, distances))
+            self.errors.append(_stack(views, pixels, distances))
 
     def match_by_ratio(self, maps: Maps, views: _Views) -> None:
         """Adds the most distinct matches of the first view in the second."""
         grids = self._choose_grid(maps[0], views[0]), self._choose_grid(maps[1], views[1])
         points, matched, _ = correspondence.find_ratio_matches(maps, views, grids, self.config.ratio_matches)
         if len(points) > 0:
-            self.ratio_errors.append(self._stack(views, *measure_match_errors(*views, points, matched)))
+            self.ratio_errors.append(_stack(views, *measure_match_errors(*views, points, matched)))
 
     def summarise(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Metrics of everything, and of each bin of angles."""
@@ -193,14 +189,10 @@ class _Samples:
         # NaN, where an error is unknown, is within no distance.
         recall = {f"{name}_{limit:g}px": float((errors[:, 1] <= limit).double().mean()) for limit in pixels}
         if self.units_per_metre is not None:
+            centimetres = errors[:, 2] * (100.0 / self.units_per_metre)
             for limit in self.config.recall_centimetres:
-                recall[f"{name}_{limit:g}cm"] = float((errors[:, 2] <= limit).double().mean())
+                recall[f"{name}_{limit:g}cm"] = float((centimetres <= limit).double().mean())
         return recall
-
-    def _stack(self, views: _Views, pixels: Tensor, distances: Tensor) -> Tensor:
-        scale = float("nan") if self.units_per_metre is None else 100.0 / self.units_per_metre
-        columns = _expand_angle(views, pixels).double(), pixels.double(), distances.double() * scale
-        return torch.stack(columns, dim=1).cpu()
 
     def _choose_grid(self, tokens: Float[Tensor, "h w embed"], view: DepthView) -> tuple[int, int]:
         """(h, w) of the points that are matched in an image."""
@@ -214,9 +206,10 @@ class _Samples:
         return correspondence.find_covisible(*views, points, self.config.depth_tolerance)
 
 
-def _expand_angle(views: _Views, rows: Tensor) -> Float[Tensor, " points"]:
-    """The degrees between two cameras for each row."""
-    return correspondence.measure_rotation(views[0].camera_to_world, views[1].camera_to_world).expand(rows.shape[0])
+def _stack(views: _Views, *columns: Float[Tensor, " points"]) -> Float[Tensor, "points columns"]:
+    """Rows of the degrees between two cameras and some values of each point."""
+    angle = correspondence.measure_rotation(views[0].camera_to_world, views[1].camera_to_world)
+    return torch.stack([column.double() for column in (angle.expand_as(columns[0]), *columns)], dim=1).cpu()
 
 
 def _pool_flat(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

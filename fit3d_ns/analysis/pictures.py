@@ -99,7 +99,9 @@ def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.I
     draw = ImageDraw.Draw(whole)
     for entry, (left, top) in zip(entries, places, strict=True):
         width = _strip_width(entry)
-        whole.paste(_draw_strip(entry.colours, width), (left, top + 1))
+        steps = torch.from_numpy(np.linspace(0, len(entry.colours) - 1, width).round().astype(np.int64))
+        strip = to_pixels(entry.colours[steps][None].expand(_SWATCH, width, 3))
+        whole.paste(Image.fromarray(strip), (left, top + 1))
         draw.rectangle((left, top + 1, left + width - 1, top + _SWATCH), outline=(90, 90, 90))
         draw.text((left + width + 5, top + 1), entry.text, fill=INK, font=font)
     return whole
@@ -139,8 +141,3 @@ def _write(draw: ImageDraw.ImageDraw, label: str, left: int, y: int, width: int)
 
 def _strip_width(entry: LegendEntry) -> int:
     return _SWATCH if len(entry.colours) == 1 else _BAR_WIDTH
-
-
-def _draw_strip(colours: Float[Tensor, "steps 3"], width: int) -> Image.Image:
-    positions = torch.from_numpy(np.linspace(0, len(colours) - 1, width).round().astype(np.int64))
-    return Image.fromarray(to_pixels(colours[positions][None].expand(_SWATCH, width, 3)))

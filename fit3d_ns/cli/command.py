@@ -115,16 +115,12 @@ def create_main(prog: str, config_class: type[Config], function: Callable[[Confi
     """
 
     def main(args: Sequence[str] | None = None) -> None:
-        description, examples = _read_texts(prog)
+        texts = ConfigParser(interpolation=None)
+        texts.read(Path(__file__).with_name("commands.ini"), encoding="utf-8")
+        description, examples = texts[prog]["description"], texts[prog].get("examples", "").split("\n")[1:]
         run_command(config_class, function, prog=prog, description=description, examples=examples, args=args)
 
     return main
-
-
-def _read_texts(prog: str) -> tuple[str, Sequence[str]]:
-    texts = ConfigParser(interpolation=None)
-    texts.read(Path(__file__).with_name("commands.ini"), encoding="utf-8")
-    return texts[prog]["description"], texts[prog].get("examples", "").split("\n")[1:]
 
 
 def spell(config: Any) -> list[str]:

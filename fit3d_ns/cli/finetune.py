@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fit3d_ns.cli.command import Heading, create_main, spell
+from fit3d_ns.cli.runs import import_run_reader
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
 from fit3d_ns.finetuning.scene_bank import find_scenes, prepare_scene_files
@@ -152,13 +153,8 @@ def _submit(command: FinetuneCommand) -> None:
 
 
 def _load_run(config: Path, trust_config: bool) -> FeatureScene:
-    """Reads a nerfstudio run; imported here so that the command works where nerfstudio is not installed."""
-    try:
-        from fit3d_ns.plugin.run_reader import load_run_scene
-    except ImportError as error:
-        problem = f"{config} is a nerfstudio run, and nerfstudio cannot be imported ({error})"
-        raise ValueError(f"{problem}; export the run with fit3d-export on a machine that has it.") from error
-    return load_run_scene(config, trust_config=trust_config)
+    reader = import_run_reader(config, "export the run with fit3d-export on a machine that has it.")
+    return reader.load_run_scene(config, trust_config=trust_config)
 
 
 if __name__ == "__main__":

@@ -86,14 +86,13 @@ def verify_files(paths: Sequence[Path]) -> dict[str, str]:
 
     For each path: "whole" and what that means, or what is wrong.
     """
-    files = [path for root in paths for path in (_list_files(root) if root.is_dir() else [root])]
+    files: list[Path] = []
+    for root in paths:
+        below = (path for path in root.rglob("*") if path.suffix in _VERIFIED_SUFFIXES and path.is_file())
+        files += sorted(below) if root.is_dir() else [root]
     if not files:
         raise ValueError(f"Below {', '.join(map(str, paths))} lie no {', '.join(_VERIFIED_SUFFIXES)} files to verify.")
     return {str(path): _verify(path) for path in track(files, "Verifying files")}
-
-
-def _list_files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.suffix in _VERIFIED_SUFFIXES and path.is_file())
 
 
 def _verify(path: Path) -> str:

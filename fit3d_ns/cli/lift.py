@@ -186,17 +186,13 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
             if missing:
                 notice(waits)
             return failed
-        elif command.is_folder:
+        if command.is_folder:
             return work_on_each([task.output_path for task in tasks], lift_one)
-        else:
-            lift_one(0)
+        lift_one(0)
         return {}
     except KeyboardInterrupt:
-        for task in tasks:
-            if task.get_path("lift-state").is_file():
-                notice(
-                    f"The lift so far is kept in {task.get_path('lift-state')}; the same command goes on from there."
-                )
+        for state in filter(Path.is_file, (task.get_path("lift-state") for task in tasks)):
+            notice(f"The lift so far is kept in {state}; the same command goes on from there.")
         raise
 
 
@@ -332,11 +328,9 @@ def _find_own_backbone(command: LiftCommand) -> BackboneDescription | None:
     found = read_backbone(command.load_config[0], command.trust_config)
     if found is None:
         return None
-    name, recorded, recorded_normalization = found
-    if recorded is not None and recorded.is_file():
-        weights = weights or recorded
-    chosen: Any = normalization or recorded_normalization
-    return describe_backbone(name, weights, chosen)
+    name, recorded, usual = found
+    weights = weights or (recorded if recorded is not None and recorded.is_file() else None)
+    return describe_backbone(name, weights, normalization or usual)  # type: ignore[arg-type]
 
 
 def _read(read: Callable[[], LiftSource]) -> LiftSource:

@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from fit3d_ns.cli.cluster import HOLDING_PYTHON
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
@@ -27,16 +28,21 @@ def name_run(path: Path) -> str:
     return folder.parents[1].name if len(folder.parents) > 2 else folder.name
 
 
-def read_run_source(path: Path, data: Path | None, trust_config: bool) -> LiftSource:
-    """A nerfstudio run; imported here so that PLYs are lifted where nerfstudio is not installed."""
+def import_run_reader(path: Path, instead: str) -> Any:
+    """`plugin/run_reader.py`, imported here so that commands work where nerfstudio is not installed; ValueError, which
+    says what to do with the run at `path` instead."""
     try:
-        from fit3d_ns.plugin.run_reader import read_run, read_run_figures
+        from fit3d_ns.plugin import run_reader
     except ImportError as error:
-        raise ValueError(
-            f"{path} is a nerfstudio run, and nerfstudio cannot be imported ({error}); install it, or export the run "
-            "as a PLY and lift that."
-        ) from error
-    run = read_run(path, data, trust_config)
+        problem = f"{path} is a nerfstudio run, and nerfstudio cannot be imported ({error})"
+        raise ValueError(f"{problem}; {instead}") from error
+    return run_reader
+
+
+def read_run_source(path: Path, data: Path | None, trust_config: bool) -> LiftSource:
+    """A nerfstudio run."""
+    reader = import_run_reader(path, "install it, or export the run as a PLY and lift that.")
+    run = reader.read_run(path, data, trust_config)
     gaussians = run.create_gaussians()
     description = f"{run.config.method_name} run {run.config_path.parent.name}, step {run.step}"
     return LiftSource(
@@ -45,7 +51,7 @@ def read_run_source(path: Path, data: Path | None, trust_config: bool) -> LiftSo
         description,
         run.rasterize_mode,
         num_dropped=len(run.gauss_params["means"]) - gaussians.num_gaussians,
-        training_seconds=find_geometry_seconds(read_run_figures(run.config_path)),
+        training_seconds=find_geometry_seconds(reader.read_run_figures(run.config_path)),
     )
 
 

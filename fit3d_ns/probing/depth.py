@@ -113,10 +113,7 @@ class DepthProbe(MapProbe[DepthConfig]):
         config, train = self.config, self.sets.train
         crop_size = config.crop_size or choose_crop_size(train, config.short_side)
         self.inputs: DepthInputs = DepthInputs(self.backbones, train.depth, config.short_side, crop_size)
-        self.sources = self._list_sources()
-        self.learning_rates = {
-            source: config.learning_rate or self._choose_learning_rate(source) for source in self.sources
-        }
+        self.learning_rates = self._choose_learning_rates()
         needed_gb = estimate_memory(self.backbones, *self.inputs.compute_size(train.frames[0]), 2 * len(train.frames))
         self.is_cached = resolve_cache(self.run, needed_gb, "whole images and their mirror images")
         for labelled_set in (train, self.sets.test):
@@ -124,20 +121,20 @@ class DepthProbe(MapProbe[DepthConfig]):
 
     def describe(self) -> dict[str, Any]:
         rates = self.learning_rates
-        rate = rates[self.sources[0]] if len(rates) == 1 else dict(rates)
+        rate = next(iter(rates.values())) if len(rates) == 1 else dict(rates)
         return {**super().describe(), "learning_rate": rate, "crop_size": list(self.inputs.crop_size)}
 
     def run_seed(self, seed: int) -> TrainedHead:
         candidates: dict[ClassTokenSource, TrainedHead] = {}
-        for source in self.sources:
+        for source in self.learning_rates:
             # Each candidate starts as it would alone, so that `validated` keeps exactly what that setting gives.
             self.seed_head(seed)
-            note = f", {source}" if len(self.sources) > 1 else ""
+            note = f", {source}" if len(self.learning_rates) > 1 else ""
             candidates[source] = self.train(seed, self.create_head(source), self.create_optimization(source), note)
         chosen, trained = next(iter(candidates.items()))
         if self.config.class_token == "validated":
             scores = {source: max(candidate.scores.values()) for source, candidate in candidates.items()}
-            chosen = max(self.sources, key=lambda source: scores[source])
+            chosen = max(scores, key=lambda source: scores[source])
             trained = candidates[chosen]
             trained.choices = {"class_token": chosen, "class_token_scores": dict(scores)}
             errors = ", ".join(f"{source} {-score:.4f}" for source, score in scores.items())
@@ -216,21 +213,22 @@ class DepthProbe(MapProbe[DepthConfig]):
         save_depth(predicted.cpu(), Path(f"{prefix}_prediction.png"), units)
         return torch.from_numpy(self.inputs.load_image(frame).copy())
 
-    def _list_sources(self) -> tuple[ClassTokenSource, ...]:
+    def _choose_learning_rates(self) -> dict[ClassTokenSource, float]:
+        """By the class tokens with which heads are trained."""
         choice = self.config.class_token
         if choice == "validated" and self.run.selection != "validation":
             raise ValueError(
                 "Whether the class token helps is validated on a part of the training data, never on the test data; "
                 f"with --selection {self.run.selection} name it with --class-token, or use --selection validation."
             )
-        if not self.backbones.has_class_token:
-            return ("none",)
-        return ("auto", "none") if choice == "validated" else (choice,)
-
-    def _choose_learning_rate(self, source: ClassTokenSource) -> float:
-        assembler = Assembler(self.assembly, self.backbones.embed_dim, source)
-        rate = resolve_learning_rate(PUBLISHED, self.num_iterations, assembler.width + assembler.class_dim)
-        return min(rate, LARGEST_DPT_RATE) if self.config.head == "dpt" else rate
+        sources: tuple[ClassTokenSource, ...] = ("auto", "none") if choice == "validated" else (choice,)
+        rates: dict[ClassTokenSource, float] = {}
+        for source in sources if self.backbones.has_class_token else ("none",):
+            assembler = Assembler(self.assembly, self.backbones.embed_dim, source)
+            rate = resolve_learning_rate(PUBLISHED, self.num_iterations, assembler.width + assembler.class_dim)
+            rate = min(rate, LARGEST_DPT_RATE) if self.config.head == "dpt" else rate
+            rates[source] = self.config.learning_rate or rate
+        return rates
 
 
 def compute_sig_loss(

@@ -81,8 +81,6 @@ class HeadProbe(ABC, Generic[Config]):
     """The labels of a set that heads are trained on."""
     has_norm: ClassVar[bool] = True
     """Whether tokens are read behind the backbone's final norm."""
-    fill: ClassVar[int | float] = 0
-    """The target that does not count."""
     published_iterations: ClassVar[int]
     inputs: Inputs
     is_cached: bool
@@ -155,7 +153,7 @@ class HeadProbe(ABC, Generic[Config]):
             chosen = [frames[index] for _, index in batch]
             generators = [samples.create_numpy_generator(seed, position) for position, _ in batch]
             keys = [self.inputs.choose_key(*pair) for pair in zip(chosen, generators, strict=True)]
-            yield samples.stack_features(self.memory.fetch(keys, chosen, self.inputs), self.fill)
+            yield samples.stack_features(self.memory.fetch(keys, chosen, self.inputs), self.inputs.fill)
 
 
 class MapProbe(HeadProbe[Config]):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
 from fit3d_ns.probing import pictures
 from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, DepthConvention, LabelledFrame, LabelledSet
@@ -36,8 +37,32 @@ EVALUATION, TRAINING = 0, 1
 """Parts of a frame: the whole image, or what the set trains on."""
 
 
+class MapInputs(Inputs):
+    """Pictures with a target for each pixel, which both tasks make in the same way of an image and its targets."""
+
+    backbones: FrozenBackbones
+    targets_per_token: int
+
+    def create_whole_picture(self, image: np.ndarray, target: np.ndarray, is_flipped: bool) -> Picture:
+        """A picture whose features are kept, with the few targets per token and axis that the loss reads."""
+        if is_flipped:
+            image, target = image[:, ::-1], target[:, ::-1]
+        fit = self.backbones.create_fit(*target.shape)
+        fitted = fit.fit_targets(pictures.to_tensor(target), self.fill)
+        rows, columns = (side // fit.patch_size * self.targets_per_token for side in fitted.shape)
+        return Picture(pictures.to_image(image), pictures.sample_nearest(fitted, (rows, columns)))
+
+    def create_padded_picture(self, image: np.ndarray, target: np.ndarray, size: tuple[int, int]) -> Picture:
+        """A crop, filled up right and below to a size by the channel mean, and targets that do not count."""
+        (height, width), fit = target.shape, self.backbones.create_fit(*size)
+        padded = torch.tensor(self.backbones.description.mean)[:, None, None].repeat(1, *size)
+        padded[:, :height, :width] = pictures.to_image(image)
+        targets = F.pad(pictures.to_tensor(target), (0, size[1] - width, 0, size[0] - height), value=self.fill)
+        return Picture(padded, fit.fit_targets(targets, self.fill))
+
+
 @dataclass
-class SegmentationInputs(Inputs):
+class SegmentationInputs(MapInputs):
     """Cuts pictures out of the frames of several sets; the `part` of a key is the number of a window.
 
     Images are resized to the short side; windows and crops have `crop_side`, and windows lie `stride` pixels apart.
@@ -49,6 +74,7 @@ class SegmentationInputs(Inputs):
     stride: int
     max_class_share: float = 0.75
     targets_per_token: int = LABELS_PER_TOKEN
+    fill = IGNORE_INDEX
     _windows: dict[Hashable, list[Window]] = field(default_factory=dict, repr=False)
 
     def list_keys(self, frame: LabelledFrame) -> list[PictureKey]:
@@ -69,10 +95,7 @@ class SegmentationInputs(Inputs):
         window = self.list_windows(frame)[key.part]
         pair = self._load_pair(frame, float(self.short_side), LONG_SIDE_RATIO * self.short_side)
         image, labels = (picture[window.slices] for picture in pair)
-        if key.is_flipped:
-            image, labels = image[:, ::-1], labels[:, ::-1]
-        fit = self.backbones.create_fit(window.height, window.width)
-        return pictures.create_whole_picture(image, labels, fit, self.targets_per_token, IGNORE_INDEX)
+        return self.create_whole_picture(image, labels, key.is_flipped)
 
     def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
         """The published augmentation: scale, crop without a dominating class, mirror, colours; padded to the crop."""
@@ -85,8 +108,7 @@ class SegmentationInputs(Inputs):
         if generator.integers(2):
             image, labels = image[:, ::-1], labels[:, ::-1]
         image = distort_colours(np.ascontiguousarray(image), generator)
-        fit = self.backbones.create_fit(self.crop_side, self.crop_side)
-        return pictures.create_padded_picture(image, labels, fit, self.backbones.description.mean, IGNORE_INDEX)
+        return self.create_padded_picture(image, labels, (self.crop_side, self.crop_side))
 
     def _load_pair(
         self, frame: LabelledFrame, short_side: float, long_side: float, nearest: int = cv2.INTER_NEAREST_EXACT
@@ -178,7 +200,7 @@ def distort_colours(
 
 
 @dataclass(frozen=True)
-class DepthInputs(Inputs):
+class DepthInputs(MapInputs):
     """Makes pictures out of the frames of several sets of one convention.
 
     Images are resized to the short side, or keep their size for None; `crop_size` is (height, width) of random crops.
@@ -210,11 +232,7 @@ class DepthInputs(Inputs):
         return replace(self.list_keys(frame)[0], is_flipped=bool(generator.integers(2)))
 
     def load(self, frame: LabelledFrame, key: PictureKey) -> Picture:
-        image, depth = self._load_pair(frame, key.part)
-        if key.is_flipped:
-            image, depth = image[:, ::-1], depth[:, ::-1]
-        fit = self.backbones.create_fit(*depth.shape)
-        return pictures.create_whole_picture(image, depth, fit, self.targets_per_token, 0.0)
+        return self.create_whole_picture(*self._load_pair(frame, key.part), key.is_flipped)
 
     def augment(self, frame: LabelledFrame, generator: np.random.Generator) -> Picture:
         """The published augmentation: training part, rotation, mirror, crop, colours; padded to the crop."""
@@ -226,8 +244,7 @@ class DepthInputs(Inputs):
         window = pictures.draw_window(depth.shape[0], depth.shape[1], self.crop_size, generator)
         image, depth = image[window.slices], depth[window.slices]
         image = shift_colours(np.ascontiguousarray(image), self.convention.brightness_range, generator)
-        fit = self.backbones.create_fit(*self.crop_size)
-        return pictures.create_padded_picture(image, depth, fit, self.backbones.description.mean, 0.0)
+        return self.create_padded_picture(image, depth, self.crop_size)
 
     def _load_pair(self, frame: LabelledFrame, part: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and depth of one size, as they are shown."""

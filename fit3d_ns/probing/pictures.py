@@ -98,27 +98,6 @@ class PatchFit:
         return restored[:, :, top : top + self.height, left : left + self.width]
 
 
-def create_whole_picture(
-    image: np.ndarray, target: np.ndarray, fit: PatchFit, targets_per_token: int, fill: int | float
-) -> Picture:
-    """A picture whose features are kept, with the few targets per token and axis that the loss reads."""
-    fitted = fit.fit_targets(to_tensor(target), fill)
-    rows, columns = (side // fit.patch_size * targets_per_token for side in fitted.shape)
-    return Picture(to_image(image), sample_nearest(fitted, (rows, columns)))
-
-
-def create_padded_picture(
-    image: np.ndarray, target: np.ndarray, fit: PatchFit, mean: tuple[float, float, float], fill: int | float
-) -> Picture:
-    """A crop, filled up right and below to the size of the fit by the channel mean, and targets that do not count."""
-    height, width = target.shape
-    padded = torch.tensor(mean)[:, None, None].repeat(1, fit.height, fit.width)
-    padded[:, :height, :width] = to_image(image)
-    targets = torch.full((fit.height, fit.width), fill, dtype=to_tensor(target).dtype)
-    targets[:height, :width] = to_tensor(target)
-    return Picture(padded, fit.fit_targets(targets, fill))
-
-
 def compute_size(height: int, width: int, short_side: float | int, long_side: float = math.inf) -> tuple[int, int]:
     """The largest (height, width) of the same ratio that fits into both sides, rounded to the nearest pixel."""
     scale = min(long_side / max(height, width), short_side / min(height, width))

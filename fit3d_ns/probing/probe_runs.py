@@ -19,7 +19,7 @@ from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backb
 from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, ProbeSets, RunConfig, create_sets, resolve_iterations
 from fit3d_ns.probing.multiview import MultiviewConfig, ViewsConfig, load_views, measure_views
 from fit3d_ns.probing.normals import measure_normals
-from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs, summarise_seeds
+from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs
 from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval
 from fit3d_ns.probing.segmentation import DINOV3_SEGMENTATION, PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
@@ -129,13 +129,11 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
         scores = {str(iteration): score for iteration, score in trained.scores.items()}
         said = {"iteration": trained.iteration, **losses, "scores": scores, "seconds": time.perf_counter() - start}
         training["training"] = {**training.get("training", {}), str(seed): {**said, **trained.choices}}
-        if accelerator.is_main_process:
-            file.save(done, training)
-            if seed == missing[0] and request.predictions is not None and isinstance(probe, MapProbe):
-                probe.save_predictions(trained, seed, request.predictions)
-    if accelerator.is_main_process:
-        return file.save(done, training)
-    return ResultRecord(file.kind, summarise_seeds(done), {**file.settings, **training}, file.is_random)
+        file.save(done, training, accelerator.is_main_process)
+        wants_pictures = accelerator.is_main_process and seed == missing[0]
+        if wants_pictures and request.predictions is not None and isinstance(probe, MapProbe):
+            probe.save_predictions(trained, seed, request.predictions)
+    return file.save(done, training, accelerator.is_main_process)
 
 
 def forecast_seconds(request: ProbeRequest, few: int = 4) -> float:
@@ -218,8 +216,7 @@ def _run_retrieval(request: ProbeRequest) -> ResultRecord:
         probe: Any = PROBES[name](config.configure(name), run, ProbeSets(*pair, None), *rest)
         for seed, metrics in measure_retrieval(probe, config, missing).items():
             done[seed] = {**done.get(seed, {}), **metrics}
-    is_main, unsaved = accelerator.is_main_process, (file.kind, summarise_seeds(done), file.settings, file.is_random)
-    return file.save(done, read_costs(request.backbones)) if is_main else ResultRecord(*unsaved)
+    return file.save(done, read_costs(request.backbones), accelerator.is_main_process)
 
 
 def _run_multiview(request: ProbeRequest) -> ResultRecord:

@@ -55,8 +55,11 @@ class ResultFile:
             return {}
         return {int(seed): metrics for seed, metrics in record.metrics.get("per_seed", {}).items()}
 
-    def save(self, per_seed: dict[int, dict[str, Any]], training: dict[str, Any]) -> ResultRecord:
-        """Writes the metrics of the finished seeds beside those that other processes have finished since."""
+    def save(self, per_seed: dict[int, dict[str, Any]], training: dict[str, Any], is_main: bool = True) -> ResultRecord:
+        """Writes the metrics of the finished seeds beside those that other processes have finished since; a process
+        that is not the main one of its run only returns its own."""
+        if not is_main:
+            return ResultRecord(self.kind, summarise_seeds(per_seed), {**self.settings, **training}, self.is_random)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with wait_for_folder(self.path.parent):
             per_seed = {**self.load_seeds(), **per_seed}

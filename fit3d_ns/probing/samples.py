@@ -9,6 +9,7 @@ loads ahead in threads. Batches depend on nothing but (seed, position), whicheve
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ Draw = tuple[int, int]
 
 class Inputs(ABC):
     """How a task makes pictures of labelled frames."""
+
+    fill: ClassVar[int] = 0
+    """The target that does not count."""
 
     @abstractmethod
     def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:

@@ -70,7 +70,6 @@ class SegmentationProbe(MapProbe[SegmentationConfig]):
     """Class of each pixel."""
 
     task = labels = "segmentation"
-    fill = IGNORE_INDEX
     published_iterations = PUBLISHED.num_iterations
 
     def __init__(self, *args: Any) -> None:

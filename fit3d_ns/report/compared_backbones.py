@@ -74,27 +74,21 @@ def read_models(
     last_name: str | None = None
     for entry in models:
         name, weights = _split(entry)
-        if name is None:
-            if weights is None:
-                description = describe_backbone(entry, None, normalization)
-                label = Path(entry.removeprefix("local-dir:")).absolute().name
-            elif last_name is None:
-                raise ValueError(f"{entry} is a weights file alone; put the name of its backbone before it.")
-            else:
-                description = describe_backbone(last_name, weights, normalization)
-                label = weights.name
-            _add_finetuned(groups, NamedBackbone(label, description))
-            continue
-        if weights is None and remaining and not name.startswith(RANDOM_PREFIX):
-            weights = remaining.pop(0)
-        description = describe_backbone(name, weights, normalization)
+        if name is not None:
+            last_name = name.removeprefix(RANDOM_PREFIX)
+            weights = remaining.pop(0) if weights is None and remaining and name == last_name else weights
+        elif weights is not None and last_name is None:
+            raise ValueError(f"{entry} is a weights file alone; put the name of its backbone before it.")
+        is_folder = name is None and weights is None
+        description = describe_backbone(entry if is_folder else name or last_name or "", weights, normalization)
         original = description.architecture, description.is_random
-        if original in originals:
-            _add_finetuned(groups, NamedBackbone(name if weights is None else weights.name, description))
-        else:
+        if name is not None and original not in originals:
             originals.add(original)
             groups.append(ComparedBackbones(NamedBackbone(name, description)))
-        last_name = name.removeprefix(RANDOM_PREFIX)
+        else:
+            label = name if weights is None else weights.name
+            folder = Path(entry.removeprefix("local-dir:")).absolute()
+            _add_finetuned(groups, NamedBackbone(label or folder.name, description))
     if remaining:
         raise ValueError(f"--backbone-weights {remaining[0]} belongs to none of --models; use NAME=FILE instead.")
     return groups

@@ -101,6 +101,8 @@ _HINT = (
 )
 _BUTTONS: Any = ["download", "fullscreen"]
 """Gradio's third one would publish the picture."""
+_SHOWN: dict[str, Any] = {"interactive": False, "format": "png"}
+"""Options of a picture that is only looked at."""
 _SECONDS_TO_KEEP_UPLOADS = 3600
 
 
@@ -142,13 +144,11 @@ def create_page(analyser: ImageAnalyser, num_clusters: int = 8, longest_side: in
         analysed = gr.State(None)
         gr.Markdown(f"# fit3d-demo\n{_HINT}")
         with gr.Row():
-            with gr.Column():
-                gr.Markdown("**Input**")
-                source = _create_image("input", sources=["upload", "clipboard"])
+            source = _create_picture("Input", "input", sources=["upload", "clipboard"])
             pca = _create_maps("PCA", analyser.labels)
         # Right below what is clicked, so that the answer is on the screen.
         with gr.Row():
-            clicked = _create_map("Clicked patch", "clicked")
+            clicked = _create_picture("Clicked patch", "clicked", **_SHOWN)
             similarity = _create_maps("Similarity", analyser.labels)
         with gr.Row():
             with gr.Column():
@@ -175,22 +175,17 @@ def find_share(index: Any, shown: np.ndarray | Tensor) -> tuple[float, float]:
 
 def _create_maps(title: str, labels: list[str]) -> list[Any]:
     slug = title.lower().replace("-", "")
-    return [_create_map(f"{title}, {label}", f"{slug}-{number}") for number, label in enumerate(labels)]
+    titles = [f"{title}, {label}" for label in labels]
+    return [_create_picture(title, f"{slug}-{number}", **_SHOWN) for number, title in enumerate(titles)]
 
 
-def _create_map(title: str, elem_id: str) -> Any:
-    """A picture below its title: Gradio's own labels would cover a corner of it."""
+def _create_picture(title: str, elem_id: str, **options: Any) -> Any:
+    """A picture below its title: Gradio's own labels would cover a corner of it. What browsers send for it is judged
+    before it is decoded."""
     import gradio as gr
 
     with gr.Column():
         gr.Markdown(f"**{title}**")
-        return _create_image(elem_id, interactive=False, format="png")
-
-
-def _create_image(elem_id: str, **options: Any) -> Any:
-    """A picture without Gradio's label; what browsers send for it is judged before it is decoded."""
-    import gradio as gr
-
-    image: Any = gr.Image(show_label=False, elem_id=elem_id, buttons=_BUTTONS, **options)
+        image: Any = gr.Image(show_label=False, elem_id=elem_id, buttons=_BUTTONS, **options)
     image.preprocess = read_upload
     return image

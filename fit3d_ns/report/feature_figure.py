@@ -195,17 +195,10 @@ def measure_columns(
     groups: Sequence[Sequence[TokenColumn]], images: Sequence[FigureImage]
 ) -> list[dict[str, TemporalMetrics]]:
     """Temporal consistency of every backbone's column, by the column's label; rendered features are left out."""
-    measured = [
-        (number, column.label, [frame.tokens for frame in column.frames if frame is not None])
-        for number, columns in enumerate(groups)
-        for column in columns
-        if not (column.is_rendered or column.is_empty)
-    ]
-    metrics = compute_temporal_consistency([maps for *_, maps in measured], [image.pixels for image in images])
-    found: list[dict[str, TemporalMetrics]] = [{} for _ in groups]
-    for (number, label, _), value in zip(measured, metrics, strict=True):
-        found[number][label] = value
-    return found
+    measured = [[column for column in columns if not (column.is_rendered or column.is_empty)] for columns in groups]
+    clips = [[frame.tokens for frame in column.frames if frame] for columns in measured for column in columns]
+    metrics = iter(compute_temporal_consistency(clips, [image.pixels for image in images]))
+    return [{column.label: next(metrics) for column in columns} for columns in measured]
 
 
 def fit_colours_of(columns: Sequence[TokenColumn], config: FeatureFigureConfig) -> list[TokenColours]:

@@ -81,8 +81,7 @@ def create_summary(probes: Sequence[ProbeResult]) -> Table:
             values = [column.find(found.get(row, {})) for row in rows]
             if column.is_main and any(value is not None for value in values):
                 spreads = [column.find(found.get(row, {}).get("spread") or {}) for row in rows]
-                cells = map(_create_cell, [column] * len(rows), values, spreads, mark_best(column, values, names))
-                columns[f"{title}: {column.header}"] = list(cells)
+                columns[f"{title}: {column.header}"] = _create_cells(column, values, names, spreads)
     return _create_table("All measures", columns, ["Bold: the best of each backbone; ±: deviation over seeds."], False)
 
 
@@ -150,13 +149,9 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
         known = [{} if row is None or column.name in CHOICES else row for row in papers]
         published = [float(row[column.name]) if row.get(column.name) else None for row in known]
         if any(value is not None for value in (*values, *published)):
-            best = mark_best(column, values, backbones)
-            columns[column.header] = [
-                _create_cell(column, value, column.find(spread), is_best)
-                for value, spread, is_best in zip(values, spreads, best, strict=True)
-            ]
+            columns[column.header] = _create_cells(column, values, backbones, [column.find(item) for item in spreads])
         if any(value is not None for value in published):
-            columns[f"{column.title}, paper"] = [_create_cell(column, value) for value in published]
+            columns[f"{column.title}, paper"] = _create_cells(column, published)
     counts = [len(record.metrics.get("per_seed") or {}) or 1 for record in records]
     columns["Seeds"] = [Cell(str(count), value=count) for count in counts]
     if any(papers):
@@ -197,11 +192,17 @@ def _create_table(title: str, columns: Mapping[str, Sequence[Cell]], notes: list
     return Table((RANDOM_TITLE if is_random else "") + title, list(columns), rows, notes, is_random)
 
 
-def _create_cell(column: Column, value: float | None, spread: float | None = None, is_best: bool = False) -> Cell:
-    if value is None:
-        return Cell()
-    text = column.show(value) + ("" if spread is None else f" ± {column.show(spread)}")
-    return Cell(text, is_best, value, spread)
+_Values = Sequence[float | None]
+
+
+def _create_cells(column: Column, values: _Values, groups: Sequence[str] = (), spreads: _Values = ()) -> list[Cell]:
+    """A metric of all rows, the best of each group in bold; without groups nothing competes."""
+    best = mark_best(column, values, groups) if groups else [False] * len(values)
+    cells = []
+    for value, spread, is_best in zip(values, spreads or [None] * len(values), best, strict=True):
+        text = "" if value is None else column.show(value) + ("" if spread is None else f" ± {column.show(spread)}")
+        cells.append(Cell(text, is_best, value, spread) if text else Cell())
+    return cells
 
 
 def _find_paper(task: str, settings: Mapping[str, Any], is_random: bool) -> PaperRow | None:
@@ -330,21 +331,16 @@ def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, bac
         item["epochs"] = report.get("epochs")
         if isinstance(report.get("seconds"), (int, float)):
             item["finetune_hours"] = report["seconds"] / SECONDS_PER_HOUR
-    for column in COST_COLUMNS:
-        values = [column.find(item) for item in costs]
+    metrics = [
+        (replace(column, name=column.name.format(part=part), title=f"{column.title}, {word}"), reports, part)
+        for column in FINETUNE_COLUMNS
+        for part, word in _PARTS.items()
+    ]
+    for column, sources, part in [*((column, costs, "cost") for column in COST_COLUMNS), *metrics]:
+        values = [column.find(source) for source in sources]
         if any(value is not None for value in values):
-            columns[column.header] = [_create_cell(column, value) for value in values]
-    for template in FINETUNE_COLUMNS:
-        for part, word in _PARTS.items():
-            column = replace(template, name=template.name.format(part=part), title=f"{template.title}, {word}")
-            values = [column.find(report) for report in reports]
-            best = mark_best(column, values, [part] * len(values))
-            if any(value is not None for value in values):
-                columns[column.header] = [
-                    # The original is the same in every row; only fine-tuned ones compete.
-                    _create_cell(column, value, is_best=is_best and part == "finetuned")
-                    for value, is_best in zip(values, best, strict=True)
-                ]
+            # The original is the same in every row; only fine-tuned ones compete.
+            columns[column.header] = _create_cells(column, values, [part] * len(values) if part == "finetuned" else ())
     shared = {name: value for name, value in settings[0].items() if name not in differing and value not in (None, [])}
     notes = [
         f"Measured on {views or 'unknown views'}: target cosine against the rendered scene, centred cosine and recall "

@@ -5,11 +5,11 @@ columns never swap colours. Rendered features fade to black where the scene is e
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, fit_colours, map_to_colours
@@ -45,9 +45,7 @@ class ClusterColours:
     """Clusters by cosine, each column's own, with the colours of the first column's clusters that they cover."""
 
     clusters: list[Clusters | None]
-    """Those of each column."""
-    renamed: list[Int[Tensor, " clusters"] | None]
-    """Number in the first column of each cluster of a column."""
+    """Those of each column, numbered as the first column's."""
     agreement: list[float | None]
     """Share of tokens that have the first column's colour."""
     num_clusters: int
@@ -56,11 +54,11 @@ class ClusterColours:
 
     def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
         """A picture of one frame of a column, of `size` (height, width)."""
-        clusters, renamed = self.clusters[column], self.renamed[column]
-        assert clusters is not None and renamed is not None
+        clusters = self.clusters[column]
+        assert clusters is not None
         # The cluster with the largest cosine is the one with the largest coefficient: centres are unit vectors.
         coefficients, alphas = frame.project(clusters.centres, clusters.mean)
-        colours = map_clusters_to_colours(renamed[coefficients.argmax(dim=-1)], self.num_clusters)
+        colours = map_clusters_to_colours(coefficients.argmax(dim=-1), self.num_clusters)
         return upscale(colours if alphas is None else colours * (alphas > 0.5)[..., None], size)
 
     def describe(self) -> dict[str, Any]:
@@ -90,38 +88,26 @@ def fit_cluster_colours(columns: Sequence[TokenColumn], num_clusters: int, seed:
 
     ValueError where more clusters than tokens are asked for.
     """
-    fitted: list[tuple[Any, ...]] = []
-    reference: list[_Labelled | None] = []
+    fitted: list[Clusters | None] = []
+    agreement: list[float | None] = []
+    reference: dict[int, Tensor] = {}
     for column in columns:
-        frames = [frame for frame in column.frames if frame is not None]
-        if not any(len(frame.rows) for frame in frames):
-            fitted.append((None, None, None))
+        frames = {index: frame for index, frame in enumerate(column.frames) if frame is not None}
+        if not any(len(frame.rows) for frame in frames.values()):
+            fitted.append(None)
+            agreement.append(None)
             continue
-        clusters = fit_kmeans(_sample(frames), num_clusters, seed)
-        own: list[Any] = [frame and (frame, apply_kmeans(frame.tokens.float(), clusters)) for frame in column.frames]
+        clusters = fit_kmeans(_sample([*frames.values()]), num_clusters, seed)
+        # Of each frame the cluster of every token, -1 for those that do not count.
+        own = {i: apply_kmeans(of.tokens.float(), clusters).where(of.is_covered, -1) for i, of in frames.items()}
         reference = reference or own
-        ours, theirs = _pair(own, reference)
+        pairs = [torch.stack([own[index], reference[index]]).flatten(1) for index in own.keys() & reference.keys()]
+        joined = torch.cat([torch.zeros(2, 0, dtype=torch.int64), *pairs], dim=1)
+        ours, theirs = joined[:, (joined >= 0).all(dim=0)]
         renamed = match_clusters(ours, theirs, num_clusters)
-        fitted.append((clusters, renamed, float((renamed[ours] == theirs).double().mean())))
-    of_clusters, numbers, agreement = map(list, zip(*fitted, strict=True))
-    return ClusterColours(of_clusters, numbers, agreement, num_clusters)
-
-
-_Labelled = tuple[FrameTokens, Int[Tensor, "h w"]]
-"""A frame with the clusters of its tokens."""
-
-
-def _pair(
-    column: Sequence[_Labelled | None], reference: Sequence[_Labelled | None]
-) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Clusters of the tokens that count in both columns."""
-    pairs = [torch.zeros(2, 0, dtype=torch.int64)]
-    for own, other in zip(column, reference, strict=True):
-        if own is not None and other is not None:
-            both = own[0].is_covered & other[0].is_covered
-            pairs.append(torch.stack([own[1][both], other[1][both]]))
-    ours, theirs = torch.cat(pairs, dim=1)
-    return ours, theirs
+        fitted.append(replace(clusters, centres=clusters.centres[renamed.argsort()]))
+        agreement.append(float((renamed[ours] == theirs).double().mean()))
+    return ClusterColours(fitted, agreement, num_clusters)
 
 
 def _sample(frames: Sequence[FrameTokens]) -> Float[Tensor, "n embed"]:

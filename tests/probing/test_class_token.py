@@ -89,7 +89,7 @@ def test_class_token__backbones_without_one_train_one_head(monkeypatch: pytest.M
     monkeypatch.setattr(MeanColourBackbones, "description", FakeDescription(num_prefix_tokens=0))
     probe = create_probe("validated", False)
     outcome = probe.run_seed(0)
-    assert probe.sources == ("none",) and outcome.choices["class_token"] == "none"
+    assert tuple(probe.learning_rates) == ("none",) and outcome.choices["class_token"] == "none"
 
 
 def test_class_token__the_record_says_what_was_chosen(

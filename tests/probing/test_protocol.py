@@ -98,7 +98,7 @@ def test_paper__every_value_of_the_public_depth_and_classification_code() -> Non
     sets = ProbeSets(*[LabelledSet("toy", frames, ("a",))] * 3)
     accelerator = create_accelerator("cpu")
     probe = DepthProbe(PAPER_DEPTH, PAPER_RUNS["depth"], sets, backbones, "original", accelerator)
-    assert probe.sources == ("auto",), "the original's class token"
+    assert tuple(probe.learning_rates) == ("auto",), "the original's class token"
     assert probe.create_optimization("auto") == OptimizationConfig(
         Schedule("cosine", 38_400, 12_800, warmup_ratio=1e-3, min_ratio=1e-8),
         batch_size=16,
@@ -150,7 +150,11 @@ def test_dinov3__every_value_of_its_evaluation() -> None:
     backbones = create_frozen_backbones(BackboneConfig("original", "random:test_vit"), norm=True)
     accelerator = create_accelerator("cpu")
     depth_probe = DepthProbe(DINOV3_DEPTH, DINOV3_RUN, sets, backbones, "original", accelerator)
-    assert depth_probe.sources == ("none",) and DINOV3_DEPTH.gradient_loss_weight == 0 and DINOV3_DEPTH.is_flip_averaged
+    assert (
+        tuple(depth_probe.learning_rates) == ("none",)
+        and DINOV3_DEPTH.gradient_loss_weight == 0
+        and DINOV3_DEPTH.is_flip_averaged
+    )
     optimization = depth_probe.create_optimization("none")
     assert (optimization.learning_rate, optimization.weight_decay, optimization.batch_size) == (3e-4, 1e-4, 16)
     assert optimization.schedule.num_iterations == 38_400 and optimization.schedule.num_warmup_iterations == 12_800

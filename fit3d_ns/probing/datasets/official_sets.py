@@ -62,8 +62,6 @@ def read_kitti(root: Path, split: LabelledSplit) -> LabelledSet:
     listing = root / f"kitti_eigen_{split}.txt"
     frames: list[LabelledFrame] = []
     for image_name, depth_name in _read_depth_list(listing):
-        if depth_name == "None":
-            continue
         image = _find(root, _KITTI_IMAGE_ROOTS, image_name, listing, "raw image")
         depth = _find(root, _KITTI_DEPTH_ROOTS, depth_name, listing, "depth map")
         drive = next((part for part in Path(image_name).parts if "_drive_" in part), "")
@@ -113,9 +111,8 @@ def read_listed_depth(root: Path, listing: str, name: str, convention: labelled.
     frames: list[LabelledFrame] = []
     for names in _read_depth_list(root / listing):
         image, depth = (Path(name.lstrip("/")) for name in names)
-        if depth.name != "None":
-            title, group = image.with_suffix("").as_posix(), image.parent.as_posix()
-            frames.append(create_frame(root / image, name=title, group=group, depth_path=root / depth))
+        title, group = image.with_suffix("").as_posix(), image.parent.as_posix()
+        frames.append(create_frame(root / image, name=title, group=group, depth_path=root / depth))
     return LabelledSet(name, frames, depth=convention, is_sequence=True)
 
 
@@ -144,12 +141,14 @@ def read_voc(root: Path, split: LabelledSplit) -> LabelledSet:
 
 
 def _read_depth_list(listing: Path) -> list[tuple[str, str]]:
-    """Names of images and of their depth maps."""
-    lines = labelled.read_lines(listing, "it names an image, its depth map and the focal length on each line")
-    for line in lines:
+    """Names of images and of their depth maps, of those that have one."""
+    pairs = []
+    for line in labelled.read_lines(listing, "it names an image, its depth map and the focal length on each line"):
         if len(line.split()) < 2:
             raise ValueError(f"{listing} has the line {line!r}, expected IMAGE DEPTH FOCAL.")
-    return [(line.split()[0], line.split()[1]) for line in lines]
+        image, depth, *_ = line.split()
+        pairs += [(image, depth)] if Path(depth).name != "None" else []
+    return pairs
 
 
 def _find(root: Path, folders: tuple[str, ...], name: str, listing: Path, what: str) -> Path:
