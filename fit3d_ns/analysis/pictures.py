@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -58,15 +58,15 @@ def compose_panel(
     Columns are as wide as their widest image; None leaves a place empty.
     """
     pictures = [[None if image is None else to_pixels(image) for image in row] for row in rows]
-    num_columns = max(map(len, pictures), default=0)
     columns = zip_longest(*pictures)
     widths = [max((picture.shape[1] for picture in column if picture is not None), default=1) for column in columns]
     heights = [max((picture.shape[0] for picture in row if picture is not None), default=1) for row in pictures]
     row_strip = LABEL_HEIGHT if row_labels else 0
-    lefts = [GAP + sum(width + GAP for width in widths[:column]) for column in range(num_columns)]
+    # The last one is where the panel ends.
+    lefts = [*accumulate((width + GAP for width in widths), initial=GAP)]
     top = GAP + (LABEL_HEIGHT if column_labels else 0)
     total_height = top + sum(height + GAP + row_strip for height in heights)
-    panel = Image.new("RGB", (GAP + sum(width + GAP for width in widths), total_height), BACKGROUND)
+    panel = Image.new("RGB", (lefts[-1], total_height), BACKGROUND)
     draw = ImageDraw.Draw(panel)
     for label, left, width in zip(column_labels, lefts, widths, strict=False):
         _write(draw, label, left, GAP, width)
@@ -82,19 +82,18 @@ def compose_panel(
 
 def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.Image:
     """The panel with entries below, in lines as wide as the panel; entries wider than the panel widen it."""
-    font = _load_font()
-    measure = ImageDraw.Draw(panel)
+    if not entries:
+        return panel
+    font, measure = _load_font(), ImageDraw.Draw(panel)
     widths = [_strip_width(entry) + 5 + int(measure.textlength(entry.text, font=font)) + 14 for entry in entries]
-    total_width = max(panel.width, *(width + 2 * GAP for width in widths)) if entries else panel.width
+    total_width = max(panel.width, *(width + 2 * GAP for width in widths))
     places, x, line = [], GAP, 0
     for width in widths:
         if x > GAP and x + width > total_width:
             x, line = GAP, line + 1
         places.append((x, panel.height + line * LABEL_HEIGHT))
         x += width
-    lines = line + 1 if entries else 0
-    height = panel.height + lines * LABEL_HEIGHT + (GAP if lines else 0)
-    whole = Image.new("RGB", (total_width, height), BACKGROUND)
+    whole = Image.new("RGB", (total_width, panel.height + (line + 1) * LABEL_HEIGHT + GAP), BACKGROUND)
     whole.paste(panel, (0, 0))
     draw = ImageDraw.Draw(whole)
     for entry, (left, top) in zip(entries, places, strict=True):

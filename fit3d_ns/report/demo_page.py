@@ -27,9 +27,14 @@ class AnalysedImage:
     image: FigureImage
     columns: list[TokenColumn]
 
+    @property
+    def frames(self) -> list[FrameTokens]:
+        """The tokens of each backbone."""
+        return [frame for column in self.columns for frame in column.frames if frame is not None]
+
     def paint(self, colours: TokenColours) -> list[Picture]:
         """The tokens of each backbone in colours that were fitted to the columns."""
-        return [colours.paint(number, self._get(column), self.image.size) for number, column in enumerate(self.columns)]
+        return [colours.paint(number, frame, self.image.size) for number, frame in enumerate(self.frames)]
 
     def draw_similarity(self, point: tuple[float, float]) -> list[Picture]:
         """How alike every token is to the one at a point (x, y), given in shares of width and height.
@@ -37,8 +42,7 @@ class AnalysedImage:
         Cosine relative to the picture's mean token: blue for -1, white for 0, red for 1.
         """
         pictures = []
-        for column in self.columns:
-            tokens = self._get(column).tokens
+        for tokens in (frame.tokens for frame in self.frames):
             query = tokens[self._find_patch(point, tokens)]
             similarity = compute_similarity(tokens, query, tokens.mean(dim=(0, 1)))
             pictures.append(upscale(map_similarity_to_colours(similarity), self.image.size))
@@ -47,7 +51,7 @@ class AnalysedImage:
     def draw_point(self, point: tuple[float, float]) -> Picture:
         """The picture with the patch of a point framed."""
         height, width = self.image.size
-        tokens = self._get(self.columns[0]).tokens
+        tokens = self.frames[0].tokens
         (row, column), (rows, columns) = self._find_patch(point, tokens), tokens.shape[:2]
         top, bottom = (round(edge * height / rows) for edge in (row, row + 1))
         left, right = (round(edge * width / columns) for edge in (column, column + 1))
@@ -56,11 +60,6 @@ class AnalysedImage:
         marked[max(top - 3, 0) : bottom + 3, max(left - 3, 0) : right + 3] = torch.tensor(_MARK)
         marked[top:bottom, left:right] = inside
         return marked
-
-    def _get(self, column: TokenColumn) -> FrameTokens:
-        frame = column.frames[0]
-        assert frame is not None
-        return frame
 
     def _find_patch(self, point: tuple[float, float], tokens: Tensor) -> tuple[int, int]:
         """Row and column of the token at a point; what lies beyond an edge belongs to the last one."""

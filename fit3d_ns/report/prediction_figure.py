@@ -6,14 +6,16 @@ nothing is measured; errors are |prediction - truth| on one scale for the whole 
 """
 
 import colorsys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,14 +55,12 @@ class PredictionFolder:
         """The photograph, in [0, 1]."""
         return load_image(self.get_path(index, "image")).float() / 255.0
 
-    def load_labels(self, index: int, part: Literal["truth", "prediction"]) -> UInt8[Tensor, "height width"]:
-        """Class indices, 255 = does not count."""
+    def load_map(self, index: int, part: Literal["truth", "prediction"]) -> Shaped[Tensor, "height width"]:
+        """Class indices, 255 = does not count, or z-depth in metres, 0 = none."""
+        if self.task == "depth":
+            return load_depth(self.get_path(index, part), self.depth_units_per_metre)
         with Image.open(self.get_path(index, part)) as image:
             return torch.from_numpy(np.array(image, dtype=np.uint8))
-
-    def load_depth(self, index: int, part: Literal["truth", "prediction"]) -> Float[Tensor, "height width"]:
-        """z-depth in metres, 0 = none."""
-        return load_depth(self.get_path(index, part), self.depth_units_per_metre)
 
     def get_path(self, index: int, part: Literal["image", "truth", "prediction"]) -> Path:
         return self.folder / f"{index:03d}_{part}.png"
@@ -93,12 +93,11 @@ def read_predictions(folders: Sequence[Path]) -> list[PredictionFolder]:
 
 def label_predictions(folders: Sequence[PredictionFolder]) -> list[str]:
     """A short name for each: the assembly, and the folder's name where assemblies repeat."""
-    assemblies = [folder.assembly for folder in folders]
-    labels = [
-        assembly if assemblies.count(assembly) == 1 else f"{assembly} ({folder.folder.name})"
-        for assembly, folder in zip(assemblies, folders, strict=True)
-    ]
-    return [f"{label}, random" if folder.is_random else label for label, folder in zip(labels, folders, strict=True)]
+    counts, labels = Counter(folder.assembly for folder in folders), []
+    for folder in folders:
+        place = f" ({folder.folder.name})" if counts[folder.assembly] > 1 else ""
+        labels.append(f"{folder.assembly}{place}{', random' if folder.is_random else ''}")
+    return labels
 
 
 def save_prediction_figure(
@@ -110,8 +109,11 @@ def save_prediction_figure(
     """
     first, labels = folders[0], label_predictions(folders)
     chosen = select_evenly(range(len(first.frames)), max_frames)
-    draw = _draw_segmentation if first.task == "segmentation" else _draw_depth
-    pictures, values, notes, legend = draw(folders, chosen)
+    truths = [first.load_map(index, "truth") for index in chosen]
+    predictions = [[folder.load_map(index, "prediction") for folder in folders] for index in chosen]
+    is_depth = first.task == "depth"
+    draw = _draw_depth if is_depth else partial(_draw_labels, first.class_names)
+    pictures, values, notes, legend = draw(truths, predictions)
     rows, row_labels, metrics = [], [], []
     key, metric = _METRICS[first.task]
     for index, drawn, numbers, note in zip(chosen, pictures, values, notes, strict=True):
@@ -121,7 +123,7 @@ def save_prediction_figure(
         said = ", ".join(f"{label} {value:.3f}" for label, value in named.items())
         row_labels.append(f"{first.frames[index]}{note}: {metric} {said}")
         metrics.append({"frame": first.frames[index], key: named})
-    errors = [f"error of {label}" for label in labels] if first.task == "depth" else []
+    errors = [f"error of {label}" for label in labels] if is_depth else []
     panel = compose_panel(rows, ["input", *labels, "ground truth", *errors], row_labels)
     save_picture(append_legend(panel, legend), path)
     return write_facts(path, "report/predictions", first.is_random, task=first.task, columns=labels, frames=metrics)
@@ -183,12 +185,9 @@ _Drawn = tuple[list[list[Float[Tensor, "height width 3"]]], list[list[float]], l
 """What a task shows: of each frame the pictures after the photograph, a number for each head and a note; the legend."""
 
 
-def _draw_segmentation(folders: Sequence[PredictionFolder], chosen: Sequence[int]) -> _Drawn:
-    names = folders[0].class_names
+def _draw_labels(names: Sequence[str], truths: list[Tensor], predictions: list[list[Tensor]]) -> _Drawn:
     # The last colour, black, is for what does not count.
     palette = torch.cat([colour_classes(len(names)), torch.zeros(1, 3)])
-    truths = [folders[0].load_labels(index, "truth") for index in chosen]
-    predictions = [[folder.load_labels(index, "prediction") for folder in folders] for index in chosen]
     maps = [[*own, truth] for own, truth in zip(predictions, truths, strict=True)]
     pictures = [[palette[labelled.long().clamp(max=len(names))] for labelled in row] for row in maps]
     accuracy = [[compute_accuracy(one, truth) for one in own] for own, truth in zip(predictions, truths, strict=True)]
@@ -196,12 +195,10 @@ def _draw_segmentation(folders: Sequence[PredictionFolder], chosen: Sequence[int
     legend = [LegendEntry(palette[[index]], names[index]) for index in sorted(seen - {IGNORED})]
     if IGNORED in seen:
         legend.append(LegendEntry(palette[[-1]], "does not count"))
-    return pictures, accuracy, [""] * len(chosen), legend
+    return pictures, accuracy, [""] * len(truths), legend
 
 
-def _draw_depth(folders: Sequence[PredictionFolder], chosen: Sequence[int]) -> _Drawn:
-    truths = [folders[0].load_depth(index, "truth") for index in chosen]
-    predictions = [[folder.load_depth(index, "prediction") for folder in folders] for index in chosen]
+def _draw_depth(truths: list[Tensor], predictions: list[list[Tensor]]) -> _Drawn:
     errors = [[compute_errors(one, truth) for one in own] for own, truth in zip(predictions, truths, strict=True)]
     largest = _find_rank(torch.cat([error[where] for row in errors for error, where in row]), 0.95, otherwise=1.0)
     pictures, notes = [], []

@@ -5,18 +5,11 @@ docs/datasets.md draws them.
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fit3d_ns.data.images import is_hidden, list_images, load_image
-from fit3d_ns.probing.datasets.frames import (
-    IGNORE_INDEX,
-    DepthConvention,
-    LabelledFrame,
-    LabelledSet,
-    LabelledSplit,
-    LabelledTask,
-    LabelTable,
-    create_frame,
-)
+from fit3d_ns.data.images import IGNORE_INDEX, is_hidden, list_images, load_image
+from fit3d_ns.probing.datasets import frames as labelled
+from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, LabelledTask
 from fit3d_ns.utils.files import read_json
 
 DEFAULT_DEPTH_SCALE = 1000.0
@@ -45,25 +38,18 @@ def read_folder(
     if not (root / kind).is_dir():
         raise ValueError(f"{root} has no folder {kind}/, which a {task} probe needs.")
     class_names = read_class_names(root / "classes.json") if task == "segmentation" else ()
-    table = LabelTable(len(class_names))
+    table = labelled.LabelTable(len(class_names))
+    scale = depth_scale or DEFAULT_DEPTH_SCALE
     frames: list[LabelledFrame] = []
     for path in paths:
         relative = path.relative_to(images).with_suffix(".png")
         target = root / kind / relative
         if not target.is_file():
             raise ValueError(f"Image {path} has no {kind[:-1]} map {target}; add it or remove the image.")
-        frames.append(
-            create_frame(
-                path,
-                name=relative.with_suffix("").as_posix(),
-                group=path.parent.relative_to(top).as_posix(),
-                label_path=target if kind == "labels" else None,
-                table=table,
-                depth_path=target if kind == "depths" else None,
-                depth_scale=depth_scale or DEFAULT_DEPTH_SCALE,
-            )
-        )
-    return LabelledSet(root.name, frames, class_names, depth=DepthConvention(max_depth=max_depth or 10.0))
+        given: dict[str, Any] = {"label_path" if kind == "labels" else "depth_path": target}
+        given |= {"name": relative.with_suffix("").as_posix(), "group": path.parent.relative_to(top).as_posix()}
+        frames.append(labelled.create_frame(path, table=table, depth_scale=scale, **given))
+    return LabelledSet(root.name, frames, class_names, depth=labelled.DepthConvention(max_depth=max_depth or 10.0))
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

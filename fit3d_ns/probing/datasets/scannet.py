@@ -38,10 +38,8 @@ HALVED_FROM_WIDTH = 1600
 
 def find_scannet(root: Path) -> Path | None:
     """The folder with the scenes at or below `root`, or None."""
-    for folder in (root, root / "scannet_frames_25k"):
-        if folder.is_dir() and any((scene / "color").is_dir() for scene in folder.glob("scene*_*")):
-            return folder
-    return None
+    folders = (root, root / "scannet_frames_25k")
+    return next((folder for folder in folders if any(map(Path.is_dir, folder.glob("scene*_*/color")))), None)
 
 
 def read_scannet(root: Path, split: LabelledSplit, task: LabelledTask) -> LabelledSet:
@@ -82,10 +80,7 @@ def is_scannetpp_evaluation(path: Path) -> bool:
 
 def find_scannetpp_scenes(root: Path) -> Path | None:
     """The folder whose children are scenes, or None."""
-    for folder in (root / "data", root):
-        if folder.is_dir() and any((child / "dslr").is_dir() for child in folder.iterdir()):
-            return folder
-    return None
+    return next((folder for folder in (root / "data", root) if any(map(Path.is_dir, folder.glob("*/dslr")))), None)
 
 
 def read_scannetpp_labelled(
