@@ -17,7 +17,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from fit3d_ns.features import describe_backbone
 from fit3d_ns.report.result_files import ProbeResult, read_results
 from fit3d_ns.report.result_tables import ASSEMBLY_NAMES
-from fit3d_ns.report.table import TASK_COLUMNS
+from fit3d_ns.report.table import TASK_COLUMNS, expand_columns
 from fit3d_ns.utils.errors import explain
 
 
@@ -49,7 +49,8 @@ def list_figures(probe: ProbeResult) -> list[EvalResult]:
     settings, metrics = probe.record.settings, probe.record.metrics
     data, assembly = settings.get("test") or {}, str(settings.get("assembly"))
     name = str(data.get("name") or "+".join(map(str, data.get("scenes", ()))))
-    values = [(column, column.find(metrics)) for column in TASK_COLUMNS[probe.task]]
+    columns = [column for column, _, _ in expand_columns(TASK_COLUMNS[probe.task], [metrics])]
+    values = [(column, column.find(metrics)) for column in columns]
     return [
         EvalResult(
             task_type="image-feature-extraction",

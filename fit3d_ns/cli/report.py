@@ -20,7 +20,7 @@ class ReportCommand:
     results: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Records of fit3d-probe and report.json files of fit3d-finetune: files, folders (everything below), globs."""
     output_dir: Path = Path("report")
-    """Folder for tables.md, tables.tex, tables.html and tables.json."""
+    """Folder for tables.md, .tex, .html and .json, and angles.png where errors are known by viewing angle."""
     title: str = "Results"
     """Title of the report."""
 

@@ -19,8 +19,10 @@ from fit3d_ns.report.table import (
     Table,
     describe_settings,
     describe_versions,
+    expand_columns,
     find_differences,
     mark_best,
+    save_curves,
     write_tables,
 )
 from fit3d_ns.utils.errors import reading
@@ -31,6 +33,8 @@ from fit3d_ns.utils.results import ResultRecord, average_scene_costs, flatten
 
 STEM = "tables"
 """Name of the report's files without suffix."""
+CURVES = "angles.png"
+"""Name of the picture of errors against viewing angles, where there are any."""
 
 ASSEMBLY_NAMES = {row["assembly"]: row["name"] for row in read_table(Path(__file__).with_name("assemblies.csv"))}
 """Assemblies in the order of rows."""
@@ -56,13 +60,17 @@ def write_report(
     tables = create_probe_tables(probes) + create_finetune_tables(finetunings)
     tables.sort(key=lambda table: table.is_random)
     tables = [create_summary(probes), *tables] if summed else tables
-    files = [folder / f"{STEM}{suffix}" for suffix in SUFFIXES]
+    files, curved = [folder / f"{STEM}{suffix}" for suffix in SUFFIXES], [table for table in tables if table.curves]
     for path in files:
         with write_atomically(path) as temporary:
-            temporary.write_text(write_tables(tables, title, path.suffix), encoding="utf-8")
+            page = write_tables(tables, title, path.suffix, CURVES if curved else "")
+            temporary.write_text(page, encoding="utf-8")
     files.append(folder / f"{STEM}.json")
     sources = [*(str(probe.path) for probe in probes), *(str(finetuning.path) for finetuning in finetunings)]
     write_json(files[-1], {"title": title, "tables": [asdict(table) for table in tables], "sources": sources})
+    if curved:
+        files.append(folder / CURVES)
+        save_curves(curved, files[-1])
     return tables, files
 
 
@@ -143,13 +151,18 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
     papers = [_find_paper(task, record.settings, record.is_random) for record in records]
     costs = [read_finetuning(record.settings) for record in records]
     spreads = [record.metrics.get("spread") or {} for record in records]
-    for column in (*TASK_COLUMNS[task], *COST_COLUMNS):
+    curves: dict[str, dict[str, str]] = {}
+    for column, measure, angles in expand_columns(
+        (*TASK_COLUMNS[task], *COST_COLUMNS), [record.metrics for record in records]
+    ):
         sources = costs if column in COST_COLUMNS else [record.metrics for record in records]
         values = [column.find(source) for source in sources]
         known = [{} if row is None or column.name in CHOICES else row for row in papers]
         published = [float(row[column.name]) if row.get(column.name) else None for row in known]
         if any(value is not None for value in (*values, *published)):
             columns[column.header] = _create_cells(column, values, backbones, [column.find(item) for item in spreads])
+            if angles:
+                curves.setdefault(measure, {})[angles] = column.header
         if any(value is not None for value in published):
             columns[f"{column.title}, paper"] = _create_cells(column, published)
     counts = [len(record.metrics.get("per_seed") or {}) or 1 for record in records]
@@ -160,7 +173,7 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
     notes = _write_verdicts(TASK_COLUMNS[task][0], records, backbones, assemblies)
     notes += ["Bold: the best of each backbone."] if len(set(backbones)) > 1 else []
     notes += _write_notes(group, shared, any(papers), max(counts) > 1)
-    return _create_table(_write_title(task, first.settings), columns, notes, first.is_random)
+    return replace(_create_table(_write_title(task, first.settings), columns, notes, first.is_random), curves=curves)
 
 
 def _write_verdicts(

@@ -1,9 +1,10 @@
-"""Tables, and their Markdown, LaTeX, HTML and bars: columns say how metrics look, rows hold texts with marks."""
+"""Tables, their Markdown, LaTeX, HTML, bars and curves: columns say how metrics look, rows hold texts with marks."""
 
 import html
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ class Column:
     """One metric."""
 
     name: str
-    """Key in our records; `by_angle/0-15/recall_10px` is one of nested keys."""
+    """Key in our records; `by_angle/{angle}/recall_10px` is one of nested keys, for each bin of viewing angles."""
     title: str
     direction: str = "none"
     """Whether larger (`up`) or smaller (`down`) is better; `none` has no best."""
@@ -94,6 +95,20 @@ class Table:
     """Footnotes: settings, versions, sources."""
     is_random: bool = False
     """True if untrained backbones took part."""
+    curves: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Measures by viewing angle: for each bin, `15-30` degrees, the header of its column."""
+
+
+def expand_columns(
+    columns: Sequence[Column], metrics: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Column, str, str]]:
+    """Columns with the measure they show; one by viewing angle becomes one for each bin of the metrics, named."""
+    bins = dict.fromkeys(name for item in metrics for name in item.get("by_angle") or {})
+    for column in columns:
+        measure = column.title.replace(", {angle} deg", "")
+        for angles in bins if "{angle}" in column.name else [""]:
+            name, title = (text.format(angle=angles) for text in (column.name, column.title))
+            yield replace(column, name=name, title=title), measure, angles
 
 
 def mark_best(column: Column, values: Sequence[float | None], groups: Sequence[str]) -> list[bool]:
@@ -142,6 +157,32 @@ def save_bars(table: Table, path: Path) -> None:
         panel.set_title(table.header[index].replace(": ", "\n"), fontsize=7)
         panel.tick_params(labelsize=7, labelleft=number % 4 == 0)
         panel.invert_yaxis()
+    _save_figure(figure, path)
+
+
+def save_curves(tables: Iterable[Table], path: Path) -> None:
+    """Draws a panel for each measure by viewing angle: what it lacks to 1 over the bins' middles, with its spread."""
+    from matplotlib.figure import Figure
+
+    panels = [(table, *curve) for table in tables for curve in table.curves.items()]
+    lines = -(-len(panels) // 2)
+    figure = Figure(figsize=(12, 4 * lines), layout="constrained")
+    for number, (table, name, bins) in enumerate(panels, 1):
+        scale = 100 if "%" in name else 1
+        panel = figure.add_subplot(lines, 2, number, ylim=(0, None), xlabel="Angle between the views (degrees)")
+        panel.set_title(table.title, fontsize=9)
+        panel.set_ylabel(f"Error: {scale} - {name}")
+        middles = [sum(map(float, angles.split("-"))) / 2 for angles in bins]
+        for row in table.rows:
+            cells = [row[table.header.index(header)] for header in bins.values()]
+            errors = [math.nan if cell.value is None else scale * (1 - cell.value) for cell in cells]
+            spreads = [scale * (cell.spread or 0.0) for cell in cells]
+            panel.errorbar(middles, errors, spreads, marker="o", capsize=3, label=f"{row[0].text}, {row[1].text}")
+        panel.legend(fontsize=7)
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Any, path: Path) -> None:
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -169,7 +210,7 @@ SUFFIXES = tuple(_ESCAPES)
 """Formats of a page: pipe tables, `table` environments to input (with booktabs and graphicx), a page of its own."""
 
 
-def write_tables(tables: Sequence[Table], title: str, suffix: str) -> str:
-    """A page in one of the formats, with the notes of each table below it."""
+def write_tables(tables: Sequence[Table], title: str, suffix: str, picture: str = "") -> str:
+    """A page in one of the formats, with the notes of each table below it, and a picture's file beside it last."""
     template = Path(__file__).with_name(f"tables{suffix}.jinja")
-    return fill_template(template, _ESCAPES[suffix], tables=tables, title=title)
+    return fill_template(template, _ESCAPES[suffix], tables=tables, title=title, picture=picture)

@@ -246,6 +246,34 @@ def test_report__heads_and_tasks_have_tables_of_their_own(tmp_path: Path) -> Non
     assert titles == ["Depth with a DPT head on room", "Depth on room", "Correspondence on room"]
 
 
+def test_report__errors_against_viewing_angle_are_columns_and_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def metrics(near: float, far: float | None) -> dict:
+        return {"recall_10px": near, "by_angle": {"0-20": {"recall_10px": near}, "20-90": {"recall_10px": far}}}
+
+    room = ("room", 0, 4, 2)
+    write_probe(tmp_path / "a.json", {0: metrics(0.5, 0.2), 1: metrics(0.7, 0.4)}, task="correspondence", data=room)
+    own = metrics(0.8, None)
+    write_probe(tmp_path / "b.json", {0: own}, task="correspondence", data=room, assembly="concat")
+    write_probe(tmp_path / "c.json", {0: {"miou": 0.6}})
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), Path(path).touch()))
+    report = make(tmp_path)
+    _, header, rows = next(table for table in parse_markdown(report.markdown) if table[0].startswith("Corr"))
+    assert header[3:5] == ["10 px, 0-20 deg (%) ↑", "10 px, 20-90 deg (%) ↑"]
+    assert [row[3:5] for row in rows] == [["60.00 ± 14.14", "30.00 ± 14.14"], ["**80.00**", "-"]]
+    (panel,) = drawn[0].axes
+    assert panel.get_ylabel() == "Error: 100 - 10 px (%)" and panel.get_title() == "Correspondence on room"
+    first, second = panel.containers
+    assert [list(values) for values in first[0].get_data()] == [[10.0, 55.0], pytest.approx([40.0, 70.0])]
+    assert list(second[0].get_ydata()) == [pytest.approx(20.0), pytest.approx(float("nan"), nan_ok=True)]
+    ends = [segment[:, 1].tolist() for segment in first[2][0].get_segments()]
+    assert ends[0] == pytest.approx([40 - 200**0.5, 40 + 200**0.5])
+    assert report.files[-1] == tmp_path / "out" / "angles.png" and "](angles.png)" in report.markdown
+    assert '<img src="angles.png"' in report.files[2].read_text(encoding="utf-8")
+
+
 def test_report__reports_of_stage_two(tmp_path: Path) -> None:
     write_finetune_report(tmp_path / "all", 0.5)
     write_finetune_report(tmp_path / "adapter", 0.4, settings={"trainable": {"train": "adapter"}})
