@@ -5,7 +5,6 @@ Symbols: a *part* is one backbone, original first; `maps` are [batch, parts, lay
 have two (Tables 6, 7 and 13).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,13 +65,14 @@ class FrozenFeatures:
         return FrozenFeatures(self.maps.to(device, dtype), self.class_tokens.to(device, dtype))
 
 
+@dataclass(eq=False)
 class FrozenBackbones:
     """The backbones that an assembly needs, made by `create_frozen_backbones`."""
 
-    def __init__(self, extractors: Sequence[FeatureExtractor], layers: Sequence[int], patch_fit: PatchFitRule) -> None:
-        self.extractors = list(extractors)
-        self.layers = list(layers)
-        self.patch_fit: PatchFitRule = patch_fit
+    extractors: list[FeatureExtractor]
+    layers: list[int]
+    """Blocks that are read, counted from 0."""
+    patch_fit: PatchFitRule
 
     @property
     def description(self) -> BackboneDescription:

@@ -51,10 +51,9 @@ class ComparedBackbones:
     @property
     def label(self) -> str:
         """Architecture, which fine-tuned one is which, and a warning where weights are random."""
-        notes = [f"{number + 1}: {member.label}" for number, member in enumerate(self.finetuned)]
-        notes = notes if len(notes) > 1 else []
-        if self.is_random:
-            notes.append("random weights")
+        several = self.finetuned if len(self.finetuned) > 1 else ()
+        notes = [f"{number}: {member.label}" for number, member in enumerate(several, 1)]
+        notes += ["random weights"] if self.is_random else []
         return _bare(self.description) + (f" ({', '.join(notes)})" if notes else "")
 
 

@@ -1,6 +1,7 @@
 """The demo page: PCA, clusters and similarity maps of a picture, in Gradio; `demo_server.py` serves it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,11 +94,6 @@ class ImageAnalyser:
         return AnalysedImage(image, columns)
 
 
-_HINT = (
-    "Drop an image. **PCA**: one basis for all backbones, so equal colours mean equal features. **k-means**: clusters "
-    "by cosine of each backbone, in the colours of the first one's clusters they cover. **Similarity**: click a pixel "
-    "of the input or of any map; red is alike (cosine 1), white unrelated, blue opposite, relative to the image's mean."
-)
 _BUTTONS: Any = ["download", "fullscreen"]
 """Gradio's third one would publish the picture."""
 _SHOWN: dict[str, Any] = {"interactive": False, "format": "png"}
@@ -141,7 +137,7 @@ def create_page(analyser: ImageAnalyser, num_clusters: int = 8, longest_side: in
         fill_width=True,
     ) as page:
         analysed = gr.State(None)
-        gr.Markdown(f"# fit3d-demo\n{_HINT}")
+        gr.Markdown(Path(__file__).with_name("demo_help.md").read_text(encoding="utf-8"))
         with gr.Row():
             source = _create_picture("Input", "input", sources=["upload", "clipboard"])
             pca = _create_maps("PCA", analyser.labels)

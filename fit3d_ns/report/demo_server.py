@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -152,12 +153,12 @@ def _find_problem(picture: Image.Image) -> str | None:
     return None
 
 
+@dataclass
 class _Guard:
     """ASGI middleware: refuses other names and long requests, and sends `CONTENT_POLICY` with every answer."""
 
-    def __init__(self, app: Any, host: str) -> None:
-        self.app = app
-        self.host = host
+    app: Any
+    host: str
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from starlette.responses import PlainTextResponse

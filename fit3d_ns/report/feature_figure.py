@@ -167,11 +167,14 @@ def save_feature_video(
     columns = [token_columns.extract_columns(group, images, labels, device, torch.float16) for group in groups]
     colours = [fit_colours_of(group, config) for group in columns]
     measured = measure_columns(columns, images)
-    row_labels, row_parts = [], []
+    row_labels, row_parts, described = [], [], []
     for group, own, of, fits in zip(groups, columns, measured, colours, strict=True):
         found = ", ".join(f"{label} {value.centred_cosine:.3f}" for label, value in of.items())
         row_labels += [f"{group.label}: {fitted.title}; temporal consistency {found}" for fitted in fits]
         row_parts += [(own, fitted) for fitted in fits]
+        values = {name: asdict(value) for name, value in of.items()}
+        shown = {fitted.title: fitted.describe() for fitted in fits}
+        described.append({**describe_group(group), "temporal_consistency": values, "colours": shown})
 
     def draw() -> Iterator[np.ndarray]:
         for index, image in enumerate(track(images, "Drawing the clip")):
@@ -179,14 +182,6 @@ def save_feature_video(
             yield np.asarray(compose_panel(rows, ["input", *labels], row_labels))
 
     facts = {"clip": clip_name, "num_frames": len(images), "fps": fps, "codec": write_video(draw(), path, fps)}
-    described = [
-        {
-            **describe_group(group),
-            "temporal_consistency": {name: asdict(value) for name, value in of.items()},
-            "colours": {fitted.title: fitted.describe() for fitted in fits},
-        }
-        for group, of, fits in zip(groups, measured, colours, strict=True)
-    ]
     is_random = any(group.is_random for group in groups)
     return write_facts(path, "report/feature_video", is_random, **facts, backbones=described)
 
@@ -249,15 +244,12 @@ def _read_video(path: Path, max_frames: int, frame_stride: int) -> tuple[list[Fi
     if not capture.isOpened():
         raise ValueError(f"Video {path} cannot be read; OpenCV's FFmpeg does not know its format, or it is damaged.")
     frames: list[FigureImage] = []
-    try:
-        fps = capture.get(cv2.CAP_PROP_FPS)
-        for number in count():
-            is_read, frame = capture.read()
-            if not is_read or len(frames) > max_frames:
-                break
-            if number % frame_stride == 0:
-                pixels = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-                frames.append(FigureImage(f"frame {number}", pixels))
-    finally:
-        capture.release()
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    for number in count():
+        is_read, frame = capture.read()
+        if not is_read or len(frames) > max_frames:
+            break
+        if number % frame_stride == 0:
+            pixels = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+            frames.append(FigureImage(f"frame {number}", pixels))
     return frames, (fps if fps > 0 else DEFAULT_FPS) / frame_stride

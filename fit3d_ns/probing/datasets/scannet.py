@@ -8,7 +8,7 @@ does. Pixels that the anonymisation masks hide do not count.
 import csv
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -52,14 +52,13 @@ def read_scannet(root: Path, split: LabelledSplit, task: LabelledTask) -> Labell
     scenes = labelled.read_lines(path or root / listing, "it is in Tasks/Benchmark of the ScanNet repository")
     frames: list[LabelledFrame] = []
     nyu40 = labelled.create_zero_ignoring_table(len(NYU40_NAMES))
-    raw_ids: labelled.LabelTable | None = None
+    get_raw_ids = cache(partial(_read_table, root))
     for scene in scenes:
         if not (folder / scene / "color").is_dir():
             raise ValueError(f"{path} names {scene}, which has no color/ below {folder}; download the scene.")
         kind, table = ("depth", None) if task == "depth" else ("label", nyu40)
         if task == "segmentation" and not (folder / scene / "label").is_dir():
-            kind, table = "label-filt", raw_ids or _read_table(root)
-            raw_ids = table
+            kind, table = "label-filt", get_raw_ids()
         for image in sorted((folder / scene / "color").glob("*.jpg")):
             target = folder / scene / kind / f"{image.stem}.png"
             maps = {"depth_path": target} if task == "depth" else {"label_path": target, "table": table}
