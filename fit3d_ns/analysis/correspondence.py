@@ -135,7 +135,9 @@ def find_ratio_matches(
     Features are read at `grids` (h, w) of points in either image. Returned are (x, y) in the first and in the second
     image, and the ratios in [0, 1], lowest first.
     """
-    points, places = (_list_measured(view, grid) for view, grid in zip(views, grids, strict=True))
+    grid_points = [create_grid_points(*view.size, grid).to(view.depth) for view, grid in zip(views, grids, strict=True)]
+    pairs = zip(grid_points, views, strict=True)
+    points, places = (own[look_up(view.usable_depth, own) > 0] for own, view in pairs)
     if len(points) == 0 or len(places) < 2:
         return points[:0], places[:0], points.new_zeros(0)
     queries = F.normalize(sample_tokens(maps[0], points, *views[0].size), dim=1)
@@ -185,9 +187,3 @@ def unproject(points: Points, depth: Values, view: DepthView) -> Float[Tensor, "
     # OpenCV camera axes to OpenGL ones.
     in_camera = torch.stack([x * depth, -y * depth, -depth], dim=-1)
     return in_camera @ view.camera_to_world[:, :3].T + view.camera_to_world[:, 3]
-
-
-def _list_measured(view: DepthView, grid: tuple[int, int]) -> Points:
-    """Points of a grid whose pixel has usable depth."""
-    points = create_grid_points(*view.size, grid).to(view.depth)
-    return points[look_up(view.usable_depth, points) > 0]

@@ -23,6 +23,7 @@ BACKGROUND = (255, 255, 255)
 INK = (0, 0, 0)
 COLOUR_WORDS = "strongest three components as red, green, blue: like colours mean like features, also between columns"
 """Says what PCA pictures with one basis for a row show."""
+_FONT_SIZE = LABEL_HEIGHT - 6
 _SWATCH = 14
 _BAR_WIDTH = 160
 
@@ -84,8 +85,10 @@ def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.I
     """The panel with entries below, in lines as wide as the panel; entries wider than the panel widen it."""
     if not entries:
         return panel
-    font, measure = _load_font(), ImageDraw.Draw(panel)
-    widths = [_strip_width(entry) + 5 + int(measure.textlength(entry.text, font=font)) + 14 for entry in entries]
+    font, measure = ImageFont.load_default(size=_FONT_SIZE), ImageDraw.Draw(panel)
+    strip_widths = [_SWATCH if len(entry.colours) == 1 else _BAR_WIDTH for entry in entries]
+    lengths = [int(measure.textlength(entry.text, font=font)) for entry in entries]
+    widths = [width + 5 + length + 14 for width, length in zip(strip_widths, lengths, strict=True)]
     total_width = max(panel.width, *(width + 2 * GAP for width in widths))
     places, x, line = [], GAP, 0
     for width in widths:
@@ -96,8 +99,7 @@ def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.I
     whole = Image.new("RGB", (total_width, panel.height + (line + 1) * LABEL_HEIGHT + GAP), BACKGROUND)
     whole.paste(panel, (0, 0))
     draw = ImageDraw.Draw(whole)
-    for entry, (left, top) in zip(entries, places, strict=True):
-        width = _strip_width(entry)
+    for entry, (left, top), width in zip(entries, places, strip_widths, strict=True):
         steps = torch.from_numpy(np.linspace(0, len(entry.colours) - 1, width).round().astype(np.int64))
         strip = to_pixels(entry.colours[steps][None].expand(_SWATCH, width, 3))
         whole.paste(Image.fromarray(strip), (left, top + 1))
@@ -126,17 +128,9 @@ def to_pixels(image: Float[Tensor, "height width 3"]) -> np.ndarray:
     return (image.detach().cpu().float().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()
 
 
-def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=LABEL_HEIGHT - 6)
-
-
 def _write(draw: ImageDraw.ImageDraw, label: str, left: int, y: int, width: int) -> None:
     """Writes a label, cut with an ellipsis where it is wider than its place."""
-    font = _load_font()
+    font = ImageFont.load_default(size=_FONT_SIZE)
     while label and draw.textlength(label, font=font) > width:
         label = label[:-2] + "…" if len(label) > 2 else ""
     draw.text((left, y + 1), label, fill=INK, font=font)
-
-
-def _strip_width(entry: LegendEntry) -> int:
-    return _SWATCH if len(entry.colours) == 1 else _BAR_WIDTH

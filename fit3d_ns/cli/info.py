@@ -47,6 +47,11 @@ class InfoConfig:
 
 def collect_info() -> dict[str, Any]:
     """Versions, devices, backends, plugin registration, weight folders and missing system parts."""
+    folders = {
+        "timm's downloads": Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub",
+        "torchvision's downloads (LPIPS)": Path(torch.hub.get_dir()) / "checkpoints",
+    }
+    absent = [part for part in read_table(Path(__file__).with_name("system_parts.csv")) if not _is_there(**part)]
     return {
         "versions": collect_versions(),
         "platform": platform.platform(),
@@ -57,8 +62,8 @@ def collect_info() -> dict[str, Any]:
         "methods_registered": _list_registered("nerfstudio.method_configs"),
         "dataparsers_registered": _list_registered("nerfstudio.dataparser_configs"),
         "listed_by_ns_train": _is_listed(),
-        "weights": _describe_weight_folders(),
-        "missing": _find_missing(),
+        "weights": {name: f"{at} ({'exists' if at.is_dir() else 'empty'})" for name, at in folders.items()},
+        "missing": [f"{part['name']}: needed by {part['user']}; {part['source']}" for part in absent],
     }
 
 
@@ -144,20 +149,6 @@ def _is_listed() -> bool | str:
     except Exception as error:
         # Whatever breaks the plugin is what the reader wants to see here.
         return f"{type(error).__name__}: {error}"
-
-
-def _describe_weight_folders() -> dict[str, str]:
-    folders = {
-        "timm's downloads": Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "hub",
-        "torchvision's downloads (LPIPS)": Path(torch.hub.get_dir()) / "checkpoints",
-    }
-    return {name: f"{folder} ({'exists' if folder.is_dir() else 'empty'})" for name, folder in folders.items()}
-
-
-def _find_missing() -> list[str]:
-    """What of `system_parts.csv` is absent, what needs it, and where it comes from."""
-    parts = read_table(Path(__file__).with_name("system_parts.csv"))
-    return [f"{part['name']}: needed by {part['user']}; {part['source']}" for part in parts if not _is_there(**part)]
 
 
 def _is_there(kind: str, name: str, **_: str) -> bool:

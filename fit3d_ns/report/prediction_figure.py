@@ -51,10 +51,6 @@ class PredictionFolder:
     """True if a backbone has random weights."""
     depth_units_per_metre: float
 
-    def load_image(self, index: int) -> Float[Tensor, "height width 3"]:
-        """The photograph, in [0, 1]."""
-        return load_image(self.get_path(index, "image")).float() / 255.0
-
     def load_map(self, index: int, part: Literal["truth", "prediction"]) -> Shaped[Tensor, "height width"]:
         """Class indices, 255 = does not count, or z-depth in metres, 0 = none."""
         if self.task == "depth":
@@ -117,7 +113,7 @@ def save_prediction_figure(
     rows, row_labels, metrics = [], [], []
     key, metric = _METRICS[first.task]
     for index, drawn, numbers, note in zip(chosen, pictures, values, notes, strict=True):
-        image = _fit(first.load_image(index), column_width, "area")
+        image = _fit(load_image(first.get_path(index, "image")).float() / 255.0, column_width, "area")
         rows.append([image, *(_fit(picture, column_width) for picture in drawn)])
         named = dict(zip(labels, numbers, strict=True))
         said = ", ".join(f"{label} {value:.3f}" for label, value in named.items())
