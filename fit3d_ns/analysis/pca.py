@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_NUM_COLOURS = 3
-
 
 @dataclass(frozen=True)
 class PcaBasis:
@@ -157,8 +155,7 @@ def _decompose(covariance: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], F
 
 def _first_three(coefficients: Float[Tensor, "*batch components"]) -> Float[Tensor, "*batch 3"]:
     """The first three, zeros where there are fewer."""
-    missing = _NUM_COLOURS - coefficients.shape[-1]
-    return coefficients[..., :_NUM_COLOURS] if missing <= 0 else torch.nn.functional.pad(coefficients, (0, missing))
+    return torch.nn.functional.pad(coefficients[..., :3], (0, max(3 - coefficients.shape[-1], 0)))
 
 
 def _above(low: Tensor, high: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from fit3d_ns.features import create_extractor
 from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.demo_server import read_upload
 from fit3d_ns.report.token_colours import TokenColours, fit_cluster_colours, fit_pca_colours
-from fit3d_ns.report.token_columns import FigureImage, FrameTokens, TokenColumn, resize
+from fit3d_ns.report.token_columns import FigureImage, FrameTokens, TokenColumn, extract_tokens, resize
 
 Picture = Float[Tensor, "height width 3"]
 _MARK = (1.0, 0.1, 0.1)
@@ -79,17 +79,13 @@ class ImageAnalyser:
         self.labels += [f"fine-tuned: {member.label}" for member in group.finetuned]
         if group.is_random:
             self.labels = [f"{label} (random weights)" for label in self.labels]
-        self.device = device
-        members = group.members
-        self.extractors = [create_extractor(member.description, device=device) for member in members]
+        self.extractors = [create_extractor(member.description, device=device) for member in group.members]
 
     @torch.no_grad()
     def analyse(self, pixels: UInt8[Tensor, "height width 3"], longest_side: int | None = None) -> AnalysedImage:
         """Tokens of a picture; `longest_side` as for `resize`. A picture smaller than a patch is a ValueError."""
         image = FigureImage("picture", resize(pixels, longest_side))
-        # (h, w, 3) -> (1, 3, h, w)
-        batch = image.image.permute(2, 0, 1)[None].to(self.device)
-        maps = [extractor(batch).maps[0].cpu() for extractor in self.extractors]
+        maps = [extract_tokens(extractor, image.pixels) for extractor in self.extractors]
         columns = [TokenColumn(label, [FrameTokens(own)]) for label, own in zip(self.labels, maps, strict=True)]
         return AnalysedImage(image, columns)
 

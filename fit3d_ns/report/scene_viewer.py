@@ -32,15 +32,8 @@ from fit3d_ns.geometry.cameras import Camera, create_K
 from fit3d_ns.lifting.blending import average_over_views
 from fit3d_ns.rasterization.projection import rotations_from_quats
 from fit3d_ns.report.feature_figure import write_video
-from fit3d_ns.report.splat_colours import (
-    ColouredSplats,
-    Colours,
-    SplatColours,
-    ViewerConfig,
-    find_heaviest,
-    read_tokens,
-)
-from fit3d_ns.report.token_columns import MAX_AVERAGED_VIEWS, resize
+from fit3d_ns.report.splat_colours import ColouredSplats, Colours, SplatColours, ViewerConfig, find_heaviest
+from fit3d_ns.report.token_columns import MAX_AVERAGED_VIEWS, extract_tokens, resize
 from fit3d_ns.scene import FeatureScene, View
 from fit3d_ns.utils.progress import notice, track
 from fit3d_ns.utils.selection import select_evenly
@@ -264,7 +257,7 @@ class SceneViewer:
         hit, features = self._find_pixel(origin, direction), self.splats.features
         if hit is not None and hit[0] < nearest:
             along, view, (x, y) = hit
-            tokens = read_tokens(self.capture, view, self.load(ORIGINAL))
+            tokens = extract_tokens(self.load(ORIGINAL), resize(self.capture.load_image(view), None))
             row, column = int(y / view.height * tokens.shape[0]), int(x / view.width * tokens.shape[1])
             self.cosines = self.splats.compare_with_token(tokens[row, column])
             self.marker = origin + along * direction

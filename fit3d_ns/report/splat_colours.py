@@ -22,8 +22,8 @@ from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, find_usable, sample_cam
 from fit3d_ns.lifting.token_spreading import spread_tokens
 from fit3d_ns.rasterization import backproject_features
 from fit3d_ns.rasterization.projection import rotations_from_quats
-from fit3d_ns.report.token_columns import MAX_AVERAGED_VIEWS, resize
-from fit3d_ns.scene import FeatureScene, Gaussians, PosedCapture, View
+from fit3d_ns.report.token_columns import MAX_AVERAGED_VIEWS, extract_tokens, resize
+from fit3d_ns.scene import FeatureScene, Gaussians, PosedCapture
 from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.selection import select_evenly
@@ -122,7 +122,8 @@ class ColouredSplats:
         basis = replace(self.pca, components=self.pca.components[:3])
         coefficients, most = torch.zeros_like(self.covariances[:, 0]).float(), torch.zeros_like(self.features[:, :1])
         for view in track(select_evenly(find_usable(self.scene, capture), MAX_AVERAGED_VIEWS), "Reading photographs"):
-            tokens = apply_pca(read_tokens(capture, view, extractor).to(most), basis)
+            tokens = extract_tokens(extractor, resize(capture.load_image(view), None))
+            tokens = apply_pca(tokens.to(most), basis)
             grid: Any = tokens.shape[:2]
             camera, eps2d = sample_camera(view.camera, self.scene.eps2d, grid, AVERAGING_SAMPLES)
             spread = spread_tokens(tokens, camera.width, camera.height, "nearest")
@@ -144,10 +145,3 @@ class ColouredSplats:
         light = torch.cumprod(1.0 - (self.opacities * torch.exp(-0.5 * squared) * (along > 0))[order], dim=0)
         picked = int(order[(light <= 0.5).int().argmax()])
         return (float(along[picked]), picked) if bool(light[-1] <= 0.5) else (math.inf, 0)
-
-
-def read_tokens(capture: PosedCapture, view: View, extractor: FeatureExtractor) -> Float[Tensor, "h w embed"]:
-    """A backbone's tokens of a view's photograph."""
-    # (h, w, 3) -> (1, 3, h, w)
-    image = resize(capture.load_image(view), None).permute(2, 0, 1)[None] / 255.0
-    return extractor(image).maps[0]

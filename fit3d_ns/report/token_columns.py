@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fit3d_ns.data.images import load_image
-from fit3d_ns.features import compute_patch_grid, create_extractor
+from fit3d_ns.features import FeatureExtractor, compute_patch_grid, create_extractor
 from fit3d_ns.geometry.cameras import Camera, resize_Ks
 from fit3d_ns.lifting.blending import average_over_views
 from fit3d_ns.report.compared_backbones import ComparedBackbones
@@ -179,6 +179,12 @@ class TokenColumn:
         return TokenColumn(self.label, [self.frames[index]], self.is_rendered)
 
 
+def extract_tokens(extractor: FeatureExtractor, pixels: UInt8[Tensor, "height width 3"]) -> Float[Tensor, "h w embed"]:
+    """A backbone's tokens of a picture, on the picture's device."""
+    # (h, w, 3) -> (1, 3, h, w)
+    return extractor(pixels.permute(2, 0, 1)[None] / 255.0).maps[0]
+
+
 def list_column_labels(groups: Sequence[ComparedBackbones], has_scenes: bool) -> list[str]:
     """Labels of the columns of tokens, the same for every row of a figure."""
     most = max(len(group.finetuned) for group in groups)
@@ -207,9 +213,7 @@ def extract_columns(
         extractor = create_extractor(member.description, device=device)
         frames: list[FrameTokens | None] = []
         for image in track(images, f"Extracting tokens of {member.label}"):
-            # (h, w, 3) -> (1, 3, h, w)
-            tokens = extractor(image.image.permute(2, 0, 1)[None].to(device)).maps[0]
-            frames.append(FrameTokens(tokens.to("cpu", dtype)))
+            frames.append(FrameTokens(extract_tokens(extractor, image.pixels).to(dtype)))
         columns.append(TokenColumn(label, frames))
     if _RENDERED in labels:
         columns.append(TokenColumn(_RENDERED, [_render(group, image, dtype) for image in images], is_rendered=True))
