@@ -1,7 +1,7 @@
 """`fit3d-report features` and `fit3d-report predictions`: the commands that draw figures and videos."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,11 +72,8 @@ class PredictionsCommand(Limited):
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point; the first word chooses the figure."""
     kind, *arguments = sys.argv[1:] if args is None else args
-    command: type[Any] = PredictionsCommand
-    draw: Callable[[Any], None] = draw_predictions
-    if kind == "features":
-        command, draw = FeaturesCommand, draw_features
-    create_main(f"fit3d-report {kind}", command, draw)(arguments)
+    parts: Any = (FeaturesCommand, draw_features) if kind == "features" else (PredictionsCommand, draw_predictions)
+    create_main(f"fit3d-report {kind}", *parts)(arguments)
 
 
 def draw_features(command: FeaturesCommand) -> None:

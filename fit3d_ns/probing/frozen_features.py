@@ -156,12 +156,11 @@ class Assembler(nn.Module):
         self.assembly = assembly
         self.embed_dim = embed_dim
         self.parts = list_parts(assembly)
-        if class_token_source in ("original", "finetuned") and class_token_source not in self.parts:
+        chosen = self.parts[0] if class_token_source == "auto" else class_token_source
+        if chosen != "none" and chosen not in self.parts:
             only = f"only {', '.join(self.parts)} runs"
-            raise ValueError(f"The class token of the {class_token_source} backbone is asked for, but {only}.")
-        self.class_token_part: int | None = None
-        if class_token_source != "none":
-            self.class_token_part = 0 if class_token_source == "auto" else self.parts.index(class_token_source)
+            raise ValueError(f"The class token of the {chosen} backbone is asked for, but {only}.")
+        self.class_token_part = None if chosen == "none" else self.parts.index(chosen)
         self.fusion = nn.Linear(2 * embed_dim, embed_dim) if assembly == "linear" else None
 
     @property

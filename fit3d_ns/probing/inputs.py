@@ -4,7 +4,6 @@ Targets travel with the image. Labels are resized by nearest neighbour, and `IGN
 depth is moved by nearest neighbour only, 0 wherever it is not known, padding included.
 """
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -83,7 +82,8 @@ class SegmentationInputs(MapInputs):
 
     def list_windows(self, frame: LabelledFrame) -> list[Window]:
         if frame.key not in self._windows:
-            size = _compute_size(frame.load_image().numpy(), self.short_side, LONG_SIDE_RATIO)
+            height, width, _ = frame.load_image().shape
+            size = compute_size(height, width, self.short_side, LONG_SIDE_RATIO * self.short_side)
             self._windows[frame.key] = list_windows(*size, self.crop_side, self.stride)
         return self._windows[frame.key]
 
@@ -226,7 +226,8 @@ class DepthInputs(MapInputs):
 
     def compute_size(self, frame: LabelledFrame) -> tuple[int, int]:
         """Height and width of a whole evaluation image."""
-        return _compute_size(self.load_image(frame), self.short_side)
+        height, width, _ = self.load_image(frame).shape
+        return compute_size(height, width, self.short_side)
 
     def choose_key(self, frame: LabelledFrame, generator: np.random.Generator) -> PictureKey:
         return replace(self.list_keys(frame)[0], is_flipped=bool(generator.integers(2)))
@@ -251,7 +252,7 @@ class DepthInputs(MapInputs):
         assert frame.load_depth is not None
         pair = frame.load_image().numpy(), frame.load_depth().numpy()
         image, depth = (_crop(picture, self.convention, part) for picture in pair)
-        size = _compute_size(image, self.short_side)
+        size = compute_size(image.shape[0], image.shape[1], self.short_side)
         depth = pictures.sample_nearest(torch.from_numpy(depth.copy()), size).numpy()
         return cv2.resize(image, size[::-1]), depth
 
@@ -263,7 +264,7 @@ def choose_crop_size(labelled_set: LabelledSet, short_side: int | None) -> tuple
     published = (352, 704) if convention.bottom_crop else (416, 544)
     frames = select_evenly(labelled_set.frames, 5)
     images = (_crop(frame.load_image().numpy(), convention, TRAINING) for frame in frames)
-    sizes = [_compute_size(image, short_side) for image in images]
+    sizes = [compute_size(image.shape[0], image.shape[1], short_side) for image in images]
     return min(published[0], *(size[0] for size in sizes)), min(published[1], *(size[1] for size in sizes))
 
 
@@ -299,16 +300,6 @@ def shift_colours(
 
 def _scale(values: np.ndarray, factor: float, offset: float) -> np.ndarray:
     return np.clip(values.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
-
-
-def _compute_size(
-    picture: np.ndarray, short_side: float | int | None, long_side_ratio: float = math.inf
-) -> tuple[int, int]:
-    """The largest size that fits into the short side and a multiple of it; the picture's own without a short side."""
-    height, width = picture.shape[:2]
-    if short_side is None:
-        return height, width
-    return compute_size(height, width, short_side, short_side * long_side_ratio)
 
 
 def _crop(picture: np.ndarray, convention: DepthConvention, part: int) -> np.ndarray:

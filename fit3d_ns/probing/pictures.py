@@ -98,8 +98,13 @@ class PatchFit:
         return restored[:, :, top : top + self.height, left : left + self.width]
 
 
-def compute_size(height: int, width: int, short_side: float | int, long_side: float = math.inf) -> tuple[int, int]:
-    """The largest (height, width) of the same ratio that fits into both sides, rounded to the nearest pixel."""
+def compute_size(
+    height: int, width: int, short_side: float | int | None, long_side: float | int = math.inf
+) -> tuple[int, int]:
+    """The largest (height, width) of the same ratio that fits into both sides, rounded to the nearest pixel; the same
+    size without a short side."""
+    if short_side is None:
+        return height, width
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
