@@ -97,7 +97,13 @@ def resolve_source(backbone: str, weights: Path | None) -> BackboneSource:
         return _read_folder(TOY_FOLDER, weights)
     if weights is not None:
         return BackboneSource(architecture, _hash_weights(weights), weights=weights)
-    return BackboneSource(architecture, _hash_published_name(architecture))
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(architecture)
+    if config is None or not config.has_weights:
+        problem = f"timm publishes no weights for {architecture}"
+        raise ValueError(f"{problem}; give --backbone-weights FILE, or {RANDOM_PREFIX}{architecture} for random ones.")
+    return BackboneSource(architecture, hash_bytes("timm", architecture, str(config.hf_hub_id or config.url)))
 
 
 def find_backbone_folder(backbone: str) -> Path | None:
@@ -203,16 +209,6 @@ def _resolve_architecture(given: str) -> str:
     is_folder = not given.startswith((RANDOM_PREFIX, _HUB_PREFIX))
     beside = f" There is no folder {given} with a config.json either." if is_folder else ""
     raise ValueError(f"Unknown backbone {given!r}; did you mean {', '.join(nearest)}?{beside}")
-
-
-def _hash_published_name(architecture: str) -> str:
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(architecture)
-    if config is None or not config.has_weights:
-        problem = f"timm publishes no weights for {architecture}"
-        raise ValueError(f"{problem}; give --backbone-weights FILE, or {RANDOM_PREFIX}{architecture} for random ones.")
-    return hash_bytes(b"timm", architecture.encode(), str(config.hf_hub_id or config.url).encode())
 
 
 def _hash_weights(path: Path) -> str:

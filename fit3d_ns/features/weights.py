@@ -48,11 +48,17 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     if kernel is not None and kernel.ndim == 4 and kernel.shape[-2:] != expected.shape[-2:]:
         raise ValueError(_describe_mismatch(path, model, [_name_shapes(_EMBEDDING, kernel, expected)]))
     converted = _convert(state_dict, model)
-    _check_keys(converted, model, path)
+    targets, mismatches = model.state_dict(), []
+    for key in dict.fromkeys([*targets, *converted]):
+        in_file, in_model = converted.get(key), targets.get(key)
+        if in_file is None or in_model is None or in_file.shape != in_model.shape:
+            mismatches.append(_name_shapes(key, in_file, in_model))
+    if mismatches:
+        raise ValueError(_describe_mismatch(path, model, mismatches))
     for key, tensor in converted.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"Weights file {path} holds NaN or infinite values in `{key}`; get the file again.")
-    model.load_state_dict({key: converted[key].to(target.dtype) for key, target in model.state_dict().items()})
+    model.load_state_dict({key: converted[key].to(target.dtype) for key, target in targets.items()})
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
@@ -145,17 +151,6 @@ def _refuse_lost_biases(state_dict: dict[str, Tensor], targets: Mapping[str, Ten
         has_place = key in targets or f"{place}q_bias" in targets or f"{place}qkv.weight" not in targets
         if place != key and not has_place and bool(value.any()):
             raise ValueError(f"The weights have a bias `{key}` that the backbone lacks; give its variant `..._qkvb`.")
-
-
-def _check_keys(converted: dict[str, Tensor], model: nn.Module, path: Path) -> None:
-    targets = model.state_dict()
-    mismatches = []
-    for key in dict.fromkeys([*targets, *converted]):
-        in_file, in_model = converted.get(key), targets.get(key)
-        if in_file is None or in_model is None or in_file.shape != in_model.shape:
-            mismatches.append(_name_shapes(key, in_file, in_model))
-    if mismatches:
-        raise ValueError(_describe_mismatch(path, model, mismatches))
 
 
 def _name_shapes(key: str, in_file: Tensor | None, in_model: Tensor | None) -> str:

@@ -152,10 +152,15 @@ def _refuse_views_behind(lens: Lens) -> None:
 
 
 def _grow_focal_lengths(lens: Lens, pinhole: Lens) -> Lens:
-    """Narrows the view in steps of 0.2 % until the frame of the pinhole image is inside the photograph."""
+    """Narrows the view in steps of 0.2 % until the lens sees the outermost pixel centres of the pinhole picture."""
     step, max_steps = 1.002, 1000
+    columns, rows = np.arange(pinhole.width) + 0.5, np.arange(pinhole.height) + 0.5
+    right, bottom = pinhole.width - 0.5, pinhole.height - 0.5
+    edges: list[tuple[Any, Any]] = [(columns, 0.5), (columns, bottom), (0.5, rows), (right, rows)]
+    frame = np.concatenate([np.stack(np.broadcast_arrays(x, y), axis=-1) for x, y in edges])
     for _ in range(max_steps):
-        if _frame_is_inside(lens, pinhole):
+        seen = distort_points(lens, (frame - [pinhole.cx, pinhole.cy]) / [pinhole.fx, pinhole.fy])
+        if (seen >= 0.0).all() and (seen <= [lens.width, lens.height]).all():
             return pinhole
         pinhole = replace(pinhole, fx=pinhole.fx * step, fy=pinhole.fy * step)
     raise ValueError(_describe_failure(lens))
@@ -166,17 +171,6 @@ def _describe_failure(lens: Lens) -> str:
         f"The {lens.model} distortion {lens.distortion} of a {lens.width}x{lens.height} camera with focal length "
         f"{lens.fx:g} cannot be undone; check the coefficients, their order and the principal point in the camera file."
     )
-
-
-def _frame_is_inside(lens: Lens, pinhole: Lens) -> bool:
-    """Whether the outermost pixel centres of the pinhole picture are seen by the lens."""
-    columns, rows = np.arange(pinhole.width) + 0.5, np.arange(pinhole.height) + 0.5
-    right, bottom = pinhole.width - 0.5, pinhole.height - 0.5
-    edges: list[tuple[Any, Any]] = [(columns, 0.5), (columns, bottom), (0.5, rows), (right, rows)]
-    frame = np.concatenate([np.stack(np.broadcast_arrays(x, y), axis=-1) for x, y in edges])
-    rays = (frame - [pinhole.cx, pinhole.cy]) / [pinhole.fx, pinhole.fy]
-    seen = distort_points(lens, rays)
-    return bool((seen >= 0.0).all() and (seen <= [lens.width, lens.height]).all())
 
 
 def _opencv_K(lens: Lens) -> Float[np.ndarray, "3 3"]:

@@ -56,8 +56,7 @@ def check_geometry(
         "Ks": (Ks, (num_cameras, 3, 3)),
     }
     for name, (tensor, shape) in expected.items():
-        _check_shape(name, tensor, shape)
-        _check_like(name, tensor, "means", means)
+        _check_like(name, tensor, "means", means, shape)
     if num_cameras == 0:
         raise ValueError("`viewmats` holds no camera; pass at least one.")
 
@@ -82,8 +81,7 @@ def check_colors(
         problem = f"`sh_degree` {sh_degree} needs {(sh_degree + 1) ** 2} coefficients"
         raise ValueError(f"{problem}, but `colors` holds {colors.shape[-2]}; lower the degree.")
     if backgrounds is not None:
-        _check_shape("backgrounds", backgrounds, (num_cameras, colors.shape[-1]))
-        _check_like("backgrounds", backgrounds, "means", means)
+        _check_like("backgrounds", backgrounds, "means", means, (num_cameras, colors.shape[-1]))
 
 
 def check_features(features: Tensor, num_gaussians: int, like: Tensor) -> None:
@@ -120,18 +118,17 @@ def check_feature_maps(feature_maps: Tensor, num_cameras: int, width: int, heigh
 
 def check_sums(add_to: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Checks sums that are added to in place: they must be contiguous."""
-    _check_shape("add_to", add_to, shape)
-    _check_like("add_to", add_to, "the features", like)
+    _check_like("add_to", add_to, "the features", like, shape)
     if not add_to.is_contiguous():
         raise ValueError("`add_to` is not contiguous, and a copy would not be added to in place.")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
+def _check_like(
+    name: str, tensor: Tensor, other_name: str, other: Tensor, shape: tuple[int, ...] | None = None
+) -> None:
+    """Type and device must be those of another tensor, the shape, where one is given, that one."""
+    if shape is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"`{name}` has shape {list(tensor.shape)}, expected {list(shape)}.")
-
-
-def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.dtype != other.dtype or tensor.device != other.device:
         problem = f"`{name}` is {tensor.dtype} on {tensor.device}, but {other_name} is {other.dtype} on {other.device}"
         raise ValueError(f"{problem}; convert one of them.")

@@ -59,11 +59,9 @@ def find_kernels() -> KernelState:
         return KernelState(False, f"gsplat is not installed (needed is gsplat{SUPPORTED})")
     if found not in SpecifierSet(SUPPORTED, prereleases=True):
         return KernelState(False, f"gsplat {found} is installed, needed is gsplat{SUPPORTED}")
-    if getattr(sys.modules.get("gsplat.cuda._backend"), "_C", None) is not None:
-        return KernelState(True, "")
-    if "gsplat.csrc" in sys.modules or util.find_spec("gsplat.csrc") is not None:
-        return KernelState(True, "")
-    if (_find_build_folder() / f"{_EXTENSION}.so").is_file():
+    is_loaded = getattr(sys.modules.get("gsplat.cuda._backend"), "_C", None) is not None
+    comes_compiled = "gsplat.csrc" in sys.modules or util.find_spec("gsplat.csrc") is not None
+    if is_loaded or comes_compiled or (_find_build_folder() / f"{_EXTENSION}.so").is_file():
         return KernelState(True, "")
     return _find_compilers()
 

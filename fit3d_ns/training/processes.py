@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.errors import explain
@@ -47,16 +47,12 @@ class Processes:
 
     def gather(self, value: Value) -> list[Value]:
         """Every process's value, by rank."""
-        values = [value] * self.number
-        if self.number > 1:
-            with self.explain_deaths():
-                dist.all_gather_object(values, value)
-        return values
+        with self.explain_deaths():
+            return gather_object([value])
 
     def wait(self) -> None:
-        if self.number > 1:
-            with self.explain_deaths():
-                self.accelerator.wait_for_everyone()
+        with self.explain_deaths():
+            self.accelerator.wait_for_everyone()
 
     def run_on_main(self, work: Callable[[], None]) -> None:
         """Lets the main process work while the others wait; what goes wrong raises ValueError on every process."""

@@ -138,7 +138,8 @@ def load_torch_file(path: Path, mmap: bool = False) -> Any:
 def compute_checksum(tensor: Tensor) -> str:
     """Of a CPU tensor's type, shape and content, eight hexadecimal digits."""
     start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    return f"{zlib.crc32(_view_bytes(tensor), start):08x}"
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return f"{zlib.crc32(content, start):08x}"
 
 
 class BoundedMemory(Generic[Value]):
@@ -217,10 +218,6 @@ def count_bytes(*tensors: Tensor) -> int:
 
 def _compute_metadata_checksum(metadata: Mapping[str, str]) -> str:
     return f"{zlib.crc32(json.dumps(sorted(metadata.items())).encode()):08x}"
-
-
-def _view_bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _ends_in_header(path: Path) -> bool:
