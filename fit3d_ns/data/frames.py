@@ -6,6 +6,7 @@ missing or wrong in a file is a ValueError.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -234,11 +235,8 @@ def resolve_inside(root: Path, relative: str, source: str) -> Path:
         if not pure.is_relative_to(root.absolute().as_posix()):
             raise ValueError(f"{source} names {relative}, which is outside of {root}; use paths relative to it.")
         pure = pure.relative_to(root.absolute().as_posix())
-    depth = 0
-    for part in pure.parts:
-        depth += -1 if part == ".." else 1
-        if depth < 0:
-            raise ValueError(f"{source} names {relative}, which climbs out of {root}; use paths inside of it.")
+    if os.path.normpath(pure).split("/")[0] == "..":
+        raise ValueError(f"{source} names {relative}, which climbs out of {root}; use paths inside of it.")
     return root / pure
 
 

@@ -69,7 +69,7 @@ def read_scannetpp(path: Path, variant: Literal["auto"] | Variant = "auto") -> C
         raise ValueError(f"{path} is not a ScanNet++ scene: there is no dslr/nerfstudio folder with the camera files.")
     reason = ""
     if variant == "auto":
-        missing = _find_missing_piece(dslr, "undistorted")
+        missing = _find_missing_piece(dslr)
         variant = "fisheye" if missing else "undistorted"
         reason = f" because {missing} is missing" if missing else ""
     camera_file, images, _ = _VARIANTS[variant]
@@ -138,24 +138,18 @@ def colmap_to_world() -> Float[Tensor, "3 4"]:
     return torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]])
 
 
-def _find_missing_piece(dslr: Path, variant: Variant) -> str | None:
-    """The first thing that keeps a variant from being complete, or None."""
-    camera_file, images, masks = _VARIANTS[variant]
-    transforms = dslr / camera_file
-    if not transforms.is_file():
-        return str(transforms.relative_to(dslr))
-    meta = read_json(transforms)
+def _find_missing_piece(dslr: Path) -> str | None:
+    """The first thing that keeps the undistorted variant from being complete, or None."""
+    camera_file, images, masks = _VARIANTS["undistorted"]
+    if not (dslr / camera_file).is_file():
+        return camera_file
+    meta = read_json(dslr / camera_file)
     for folder in (images, masks) if meta.get("has_mask", True) else (images,):
         if not (dslr / folder).is_dir():
             return f"{folder}/"
-    for entry in list_entries(meta, transforms, "frames", "test_frames"):
-        if entry.get("is_bad", False):
-            continue
-        image = resolve_inside(dslr / images, entry["file_path"], str(transforms))
-        for piece in (image, _find_mask(dslr, masks, meta, entry)):
-            if piece is not None and not piece.is_file():
-                return str(piece.relative_to(dslr))
-    return None
+    frames = [frame for frame in _read_frames(dslr, "undistorted", meta)[0] if not frame.is_bad]
+    pieces = (path for frame in frames for path in (frame.image_path, frame.mask_path) if path is not None)
+    return next((str(path.relative_to(dslr)) for path in pieces if not path.is_file()), None)
 
 
 def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple[list[Frame], int]:

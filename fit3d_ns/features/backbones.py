@@ -139,21 +139,15 @@ def describe_backbone(
     parts = (source.architecture, source.model_args, source.weights_hash, mean, std, rule, norm)
     digest = hash_bytes(*(repr(part).encode() for part in parts))
     return BackboneDescription(
+        **{**vars(source), "mean": mean, "std": std},
         backbone=backbone,
-        architecture=source.architecture,
         patch_size=int(model.patch_embed.patch_size[0]),
         embed_dim=int(model.embed_dim),
         num_prefix_tokens=int(model.num_prefix_tokens),
-        mean=mean,
-        std=std,
         normalization=normalization,
         norm=norm,
-        weights_hash=source.weights_hash,
-        is_random=source.is_random,
         identity=f"{'random-' if source.is_random else ''}{source.architecture}-{digest}",
         num_blocks=len(model.blocks),
-        weights=source.weights,
-        model_args=source.model_args,
     )
 
 

@@ -69,12 +69,10 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"No such weights file: {path}; give the path of a .safetensors or .pth file.")
     refuse_lfs_pointer(path)
-    content: Any = _read_file(path)
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+    content = inner = _read_file(path)
+    while isinstance(inner, Mapping):
+        content, found = inner, [inner.get(key) for key in _WRAPPERS]
+        inner = next((value for value in found if isinstance(value, Mapping)), None)
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"Weights file {path} holds no tensors by name; give a state dict of a vision transformer.")
     state_dict = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}

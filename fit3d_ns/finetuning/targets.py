@@ -27,7 +27,7 @@ from fit3d_ns.finetuning.scene_bank import (
     compute_scene_hash,
     leave_view_out,
 )
-from fit3d_ns.scene import FeatureScene, TokenReadingRule
+from fit3d_ns.scene import TokenReadingRule
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.tensor_files import TensorStore
@@ -148,7 +148,11 @@ class TargetRenderer:
         if config.leave_one_out:
             confidence = confidence * known_share / alphas.clamp(min=1e-6)
         if config.variance_weight > 0:
-            variance = render_values(scene, *where, compute_relative_variance(scene)[:, None])[..., 0]
+            # As a multiple of the scene's mean over blend weights; 0 where nothing varies.
+            variance, weight = scene.gaussians.feature_variance.float(), scene.gaussians.blend_weight
+            mean = (variance * weight).sum() / weight.sum().clamp(min=1e-12)
+            relative = torch.where(mean > 0, variance / mean, 0.0)
+            variance = render_values(scene, *where, relative[:, None])[..., 0]
             confidence = confidence / (1.0 + config.variance_weight * variance)
         stored = {"features": features, "confidence": confidence.clamp(0.0, 1.0)}
         return {**stored, "geometry": render_geometry(scene, *where)} if config.geometry_weight > 0 else stored
@@ -166,14 +170,6 @@ class TargetRenderer:
         parts += [config.weight_by_opacity, config.variance_weight, config.leave_one_out]
         parts += ["geometry"] * (config.geometry_weight > 0)
         return hash_bytes(*(repr(part).encode() for part in parts))
-
-
-def compute_relative_variance(scene: FeatureScene) -> Float[Tensor, " num_gaussians"]:
-    """Each Gaussian's feature variance over the lifted views, as a multiple of the scene's mean over blend weights."""
-    variance = scene.gaussians.feature_variance.float()
-    weight = scene.gaussians.blend_weight
-    mean = (variance * weight).sum() / weight.sum().clamp(min=1e-12)
-    return variance / mean if bool(mean > 0) else torch.zeros_like(variance)
 
 
 def create_averages(

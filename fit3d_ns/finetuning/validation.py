@@ -149,24 +149,19 @@ def save_comparison(validation: Validation, original: ComputeTokens, finetuned: 
     by_scene = list(validation.draws.values())
     # First the first view of every scene, then the middle ones.
     chosen = [draws[0] for draws in by_scene] + [draws[len(draws) // 2] for draws in by_scene if len(draws) > 1]
-    images, maps, names, samples = [], [], [], []
-    for draw in chosen[:MAX_ROWS]:
-        sample = validation.load_sample(draw)
-        batch = sample.image[None].to(validation.targets.bank.device)
-        tokens = [compute(batch)[0].float().cpu().unflatten(0, sample.patch_grid) for compute in (original, finetuned)]
-        maps.append(tokens)
-        samples.append(sample)
-        # (3, h, w) -> (h, w, 3)
-        images.append(sample.image.permute(1, 2, 0))
-        names.append(sample.name)
+    bank, maps, rows = validation.targets.bank, [], []
+    samples = [validation.load_sample(draw) for draw in chosen[:MAX_ROWS]]
+    for sample in samples:
+        found = [compute(sample.image[None].to(bank.device)) for compute in (original, finetuned)]
+        maps.append([tokens[0].float().cpu().unflatten(0, sample.patch_grid) for tokens in found])
     basis = fit_pca(torch.cat([tokens.flatten(0, 1) for row in maps for tokens in row]), 3)
-    rows = []
-    for image, row, sample in zip(images, maps, samples, strict=True):
-        scene = validation.targets.bank[sample.draw.scene]
-        lifted, alphas = scene.render_coefficients(sample.camera, basis.components, basis.mean)
+    for sample, row in zip(samples, maps, strict=True):
+        lifted, alphas = bank[sample.draw.scene].render_coefficients(sample.camera, basis.components, basis.mean)
+        # (3, h, w) -> (h, w, 3)
+        image = sample.image.permute(1, 2, 0)
         pictures = [draw_pca(tokens, basis, (image.shape[0], image.shape[1])) for tokens in row]
         rows.append([image, *pictures, map_to_colours(lifted, basis, alphas).cpu()])
-    panel = compose_panel(rows, ["photograph", "original", "fine-tuned", "lifted"], names)
+    panel = compose_panel(rows, ["photograph", "original", "fine-tuned", "lifted"], [one.name for one in samples])
     save_picture(append_legend(panel, [LegendEntry(torch.eye(3), COLOUR_WORDS)]), path)
 
 

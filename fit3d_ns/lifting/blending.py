@@ -5,6 +5,7 @@ over each token's cell, `u` the within-patch weight (1 for the rules `bilinear` 
 over views of u W |t - R f|^2 + (1 - u) W |t - P R f|^2, so its operator is R^T W Q R with Q = u + (1 - u) P.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -158,12 +159,9 @@ def choose_views_per_call(gaussians: ActivatedGaussians, view: LiftView, config:
 
 def _group_views(views: Sequence[LiftView], most: int) -> list[list[LiftView]]:
     groups: list[list[LiftView]] = []
-    for view in views:
-        size = (view.camera.width, view.camera.height)
-        if groups and len(groups[-1]) < most and size == (groups[-1][0].camera.width, groups[-1][0].camera.height):
-            groups[-1].append(view)
-        else:
-            groups.append([view])
+    for _, same in itertools.groupby(views, key=lambda view: (view.camera.width, view.camera.height)):
+        alike = list(same)
+        groups += [alike[start : start + most] for start in range(0, len(alike), most)]
     return groups
 
 

@@ -45,18 +45,22 @@ class ConjugateGradients:
 
     def solve(self) -> Features:
         """Runs from zero until the true residual is small or passes are used up."""
-        config = self.config
+        config, numbers = self.config, self._numbers
         if "solution" not in self._tensors:
             self._start()
-        while not self._numbers["is_solved"] and self._may_go_on():
+        while not numbers["is_solved"]:
+            steps, interval = numbers["steps_since_truth"], config.steps_per_true_residual
+            is_small = numbers["relative_residual"] <= config.tolerance
+            may_begin = numbers["passes"] < config.max_passes and not (is_small and steps == 0)
+            if not may_begin and not self.passes.state.current_pass:
+                # A lift that is resumed later, in the decoder's pass, must not solve on.
+                numbers["is_solved"] = 1
+                break
             self.passes.save_if_due()
-            steps, interval = self._numbers["steps_since_truth"], config.steps_per_true_residual
-            if steps > 0 and (self._is_small() or 0 < interval <= steps):
+            if steps > 0 and (is_small or 0 < interval <= steps):
                 self._compute_true_residual()
             else:
                 self._step()
-        # A lift that is resumed later, in the decoder's pass, must not solve on.
-        self._numbers["is_solved"] = 1
         return self._tensors["solution"]
 
     def _start(self) -> None:
@@ -68,14 +72,6 @@ class ConjugateGradients:
         tensors["residual_products"] = self._right_side.new_zeros(self._right_side.shape[1])
         numbers["passes"] = numbers["is_solved"] = numbers["steps_since_truth"] = 0
         numbers["relative_residual"] = 1.0
-
-    def _is_small(self) -> bool:
-        return self._numbers["relative_residual"] <= self.config.tolerance
-
-    def _may_go_on(self) -> bool:
-        is_certainly_small = self._is_small() and self._numbers["steps_since_truth"] == 0
-        may_begin = self._numbers["passes"] < self.config.max_passes and not is_certainly_small
-        return may_begin or bool(self.passes.state.current_pass)
 
     def _step(self) -> None:
         tensors, name = self._tensors, f"solve {int(self._numbers['passes']) + 1}"

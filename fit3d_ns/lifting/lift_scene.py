@@ -253,8 +253,12 @@ def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:
     gaussians = source.activate(device)
     one_pass = replace(config, max_passes=min(config.max_passes, 1), polish_steps=min(config.polish_steps, 1))
     solve_features(gaussians, views, one_pass)
-    passes = _PassTimes()
-    result = solve_features(gaussians, views, one_pass, progress=passes)
+    result = solve_features(gaussians, views, one_pass)
+
+    def sum_seconds(*starts: str) -> float:
+        """Of the passes whose names begin so."""
+        return sum((seconds for name, seconds in result.pass_seconds.items() if name.startswith(starts)), 0.0)
+
     # What the conjugate gradients keep between passes, and make again where it does not fit.
     start = time.perf_counter()
     prepared = prepare_views(gaussians, views[:1], config.samples_per_patch)
@@ -263,11 +267,11 @@ def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:
     # sampled solve's decoder pass projects whole views in any case, and so did the measured one.
     cache_mb = choose_cache_mb(config, torch.device(device))
     num_kept = min(int(cache_mb * 1e6 / max(prepared.num_bytes, 1)), num_views)
-    num_passes = config.max_passes + int("sampled weighted sum" not in passes.seconds)
+    num_passes = config.max_passes + int("sampled weighted sum" not in result.pass_seconds)
     solve_seconds = (
-        num_views * sum(map(passes.total, ("basis", "weighted sum", "sampled weighted sum")))
-        + config.decoder_share * num_views * passes.total("decoder")
-        + num_views * config.max_passes * passes.total("solve")
+        num_views * sum_seconds("basis", "weighted sum", "sampled weighted sum")
+        + config.decoder_share * num_views * sum_seconds("decoder")
+        + num_views * config.max_passes * sum_seconds("solve")
         + (num_views - num_kept) * num_passes * prepare_seconds
         + config.polish_steps * result.seconds["polish"]
     )
@@ -283,7 +287,7 @@ def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:
         token_seconds=(num_views + num_held_out) * (read_seconds + backbone_seconds),
         is_cached=is_cached,
         solve_seconds=solve_seconds,
-        evaluation_seconds=num_held_out * (prepare_seconds + passes.total("decoder")),
+        evaluation_seconds=num_held_out * (prepare_seconds + sum_seconds("decoder")),
         memory_mb=_measure_memory_mb(device) + max(kept_mb, 0.0),
         file_mb=(stored.num_gaussians * bytes_per_gaussian + decoder_bytes) / 1e6,
     )
@@ -340,21 +344,3 @@ def _measure_memory_mb(device: str) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return measure_peak_memory_mb()
-
-
-class _PassTimes:
-    """Seconds of each pass's one view: what surrounds the passes does not grow with the views."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = 0.0
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if done == 0:
-            self._start = time.perf_counter()
-        else:
-            self.seconds[name] = time.perf_counter() - self._start
-
-    def total(self, name: str) -> float:
-        """Seconds of the passes whose names begin so."""
-        return sum((seconds for key, seconds in self.seconds.items() if key.startswith(name)), 0.0)

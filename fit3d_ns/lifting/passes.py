@@ -8,6 +8,7 @@ does the same additions in the same order as one that was never interrupted.
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.scene.gaussians import ActivatedGaussians
 from fit3d_ns.utils.files import hash_bytes, parse_json
+from fit3d_ns.utils.progress import PhaseTimer
 from fit3d_ns.utils.stopping import StopRequest
 from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
 
@@ -64,6 +66,8 @@ class ViewPasses:
     seconds_per_checkpoint: float = 60.0
     progress: Progress | None = None
     """Called before the first view of a pass and after each."""
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    """Gets the seconds of each pass."""
     _last_save: float = field(default_factory=time.perf_counter)
     _seconds_per_save: float = 0.0
 
@@ -100,27 +104,20 @@ class ViewPasses:
             state.tensors.update(sums)
         number = self.num_views if num_groups is None else num_groups
         self._report(name, number)
-        if self.state_path is not None:
-            with StopRequest() as stop:
-                self._add_views(name, add, number, stop)
-            # Only here no signal is lost: one that came while the last view's state was written is granted too.
-            if stop.is_requested:
-                self._save()
-                stop.grant()
-        else:
-            self._add_views(name, add, number, None)
+        stop = StopRequest()
+        with self.timer.phase(name), nullcontext() if self.state_path is None else stop:
+            while state.next_view < number and not stop.is_requested:
+                add(state.next_view)
+                state.next_view += 1
+                self._report(name, number)
+                if not stop.is_requested:
+                    self.save_if_due()
+        # Only here no signal is lost: one that came while the last view's state was written is granted too.
+        if stop.is_requested:
+            self._save()
+            stop.grant()
         state.finished.append(name)
         state.current_pass = ""
-
-    def _add_views(self, name: str, add: Callable[[int], None], number: int, stop: StopRequest | None) -> None:
-        state = self.state
-        while state.next_view < number:
-            add(state.next_view)
-            state.next_view += 1
-            self._report(name, number)
-            if stop is not None and stop.is_requested:
-                return
-            self.save_if_due()
 
     def _save(self) -> None:
         start = time.perf_counter()

@@ -66,6 +66,8 @@ class LiftResult:
     """Relative residual after each pass of the conjugate gradients."""
     seconds: dict[str, float]
     """Wall-clock seconds by phase; after a resume, those since then."""
+    pass_seconds: dict[str, float]
+    """The same of each pass over the views alone: what surrounds the passes does not grow with the views."""
     decoder_statistics: DecoderStatistics
     """What a decoder that several scenes share is fitted to."""
 
@@ -314,5 +316,6 @@ class _Lift:
             num_passes=sum(name != "basis" for name in self.passes.state.finished),
             residuals=list(self.passes.state.residuals),
             seconds=self.timer.seconds,
+            pass_seconds=self.passes.timer.seconds,
             decoder_statistics=statistics,
         )

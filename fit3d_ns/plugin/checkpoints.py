@@ -46,8 +46,11 @@ def load_checkpoint_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"No checkpoint {path}; check --load-dir, --load-step and --load-checkpoint.")
     try:
-        # nerfstudio's own checkpoints hold numpy numbers, which are let through by name.
-        with torch.serialization.safe_globals(_list_numpy_types()):
+        # nerfstudio's own checkpoints hold numpy numbers, which are let through by name: that of the function that
+        # pickles them, whose module moved in numpy 2, and files of either version are read.
+        scalar: Any = np.float64(0.0).__reduce__()[0]
+        names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        with torch.serialization.safe_globals([scalar, *names, np.dtype, type(np.dtype("float64"))]):
             state = load_torch_file(path)
     except Exception as error:
         raise ValueError(f"Checkpoint {path} cannot be read ({first_line(error)}); it may be cut short.") from error
@@ -87,10 +90,3 @@ def make_plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return value
-
-
-def _list_numpy_types() -> list[Any]:
-    # The function that pickles name; its module moved in numpy 2, and files of either version are read.
-    scalar = np.float64(0.0).__reduce__()[0]
-    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
-    return [scalar, *((scalar, name) for name in names), np.dtype, type(np.dtype("float64"))]

@@ -18,7 +18,7 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 from torch import Tensor
 
-from fit3d_ns.data.frames import CaptureFiles, Frame, create_lens
+from fit3d_ns.data.frames import CaptureFiles, Frame, parse_lens
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import Lens, transform_points
 from fit3d_ns.utils.progress import notice, notice_once
@@ -123,19 +123,15 @@ def create_cameras(lenses: list[Lens], camera_to_worlds: Float[Tensor, "frames 3
 
 def read_lens(cameras: Cameras, index: int) -> Lens:
     """The lens of one nerfstudio camera, whichever dataparser made it; a ValueError if it cannot be undistorted."""
-    camera_type = int(cameras.camera_type[index].item())
-    if camera_type not in (CameraType.PERSPECTIVE.value, CameraType.FISHEYE.value):
-        raise ValueError(f"Camera {index} has type {CameraType(camera_type).name}; taken are PERSPECTIVE and FISHEYE.")
-    is_fisheye = camera_type == CameraType.FISHEYE.value
-    distortion: tuple[float, ...] = ()
+    camera_type = CameraType(int(cameras.camera_type[index].item()))
+    models = {CameraType.PERSPECTIVE: "OPENCV", CameraType.FISHEYE: "OPENCV_FISHEYE"}
+    if camera_type not in models:
+        raise ValueError(f"Camera {index} has type {camera_type.name}; taken are PERSPECTIVE and FISHEYE.")
+    values, keys = [getattr(cameras, name)[index].item() for name in INTRINSICS], ("fl_x", "fl_y", "cx", "cy", "w", "h")
+    entry = {"camera_model": models[camera_type], **dict(zip(keys, values, strict=True))}
     if cameras.distortion_params is not None:
-        k1, k2, k3, k4, p1, p2 = (float(value) for value in cameras.distortion_params[index].tolist())
-        # OpenCV's rational model would read k4 as a denominator, so Brown's k4 has no equal there.
-        if not is_fisheye and k4 != 0.0:
-            raise ValueError(f"Camera {index} has Brown's k4 = {k4}; only k1 k2 k3 p1 p2 can be undistorted.")
-        distortion = (k1, k2, k3, k4) if is_fisheye else (k1, k2, p1, p2, k3)
-    fx, fy, cx, cy, width, height = (float(getattr(cameras, name)[index].item()) for name in INTRINSICS)
-    return create_lens((fx, fy, cx, cy), (width, height), distortion, is_fisheye, f"Camera {index}")
+        entry["distortion_params"] = cameras.distortion_params[index].tolist()
+    return parse_lens(entry, f"Camera {index}")
 
 
 def _distortion_parameters(lens: Lens) -> list[float]:

@@ -61,7 +61,6 @@ class FeatureBranch(nn.Module):
         self.register_buffer("is_solved", torch.zeros((), dtype=torch.bool))
         self.load_tokens: Callable[[Cameras], Tensor | None] | None = None
         self._last_picture: tuple[Tensor, dict[str, Any], Tensor] | None = None
-        self._losses: dict[tuple[int, int, tuple[int, int]], FeatureLoss] = {}
 
     def resize(self, embed_dim: int) -> None:
         """Makes a new decoder and picture basis, for tokens of another width."""
@@ -100,12 +99,9 @@ class FeatureBranch(nn.Module):
         """
         height, width = alpha.shape
         tokens = batch["patch_tokens"].to(alpha.device).float()
-        key = (width, height, (tokens.shape[0], tokens.shape[1]))
-        if key not in self._losses:
-            weighting, multiple = self.config.accumulation_weighting, self.config.feature_grid_multiple
-            config = FeatureLossConfig(multiple=multiple, alpha_weighting=weighting)
-            self._losses[key] = FeatureLoss(*key, config, alpha.device)
-        loss = self._losses[key]
+        weighting, multiple = self.config.accumulation_weighting, self.config.feature_grid_multiple
+        config = FeatureLossConfig(multiple=multiple, alpha_weighting=weighting)
+        loss = FeatureLoss(width, height, (tokens.shape[0], tokens.shape[1]), config, alpha.device)
         features_low = loss.blend(features, info)
         mask = get_feature_mask(batch)
         mask = None if mask is None else _resize_mask(mask.to(alpha.device), height, width)

@@ -141,9 +141,7 @@ class FeatureSplatfactoModelConfig(SplatfactoModelConfig):
         if self.refine_every is None:
             self.refine_every = max(round(STEPS_PER_REFINEMENT * min(scale, 1.0)), MIN_STEPS_PER_REFINEMENT)
         if self.reset_alpha_every is None:
-            steps_per_reset = REFINEMENTS_PER_RESET * STEPS_PER_REFINEMENT * scale
-            if steps_per_reset < MIN_STEPS_PER_RESET:
-                # More refinements than the run has: the strategy never comes to its first reset.
-                self.reset_alpha_every = max_num_iterations // self.refine_every + 1
-            else:
-                self.reset_alpha_every = max(round(steps_per_reset / self.refine_every), 1)
+            reset = REFINEMENTS_PER_RESET * STEPS_PER_REFINEMENT * scale
+            # More refinements than the run has: the strategy never comes to its first reset.
+            never = max_num_iterations // self.refine_every + 1
+            self.reset_alpha_every = never if reset < MIN_STEPS_PER_RESET else max(round(reset / self.refine_every), 1)

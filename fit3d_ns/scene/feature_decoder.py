@@ -56,11 +56,6 @@ class TokenReader:
     rows: TokenAxis
     columns: TokenAxis
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Token grid (h, w)."""
-        return self.rows.index.shape[0], self.columns.index.shape[0]
-
     def blend(
         self, features: Float[Tensor, "num_gaussians channels"], info: dict[str, Any]
     ) -> Float[Tensor, "num_cameras pixels channels"]:

@@ -156,7 +156,12 @@ class PosedCapture:
 
     def move(self, data_root: Path) -> "PosedCapture":
         """The same capture below another folder, all relative paths kept."""
-        return replace(self, root=data_root, views=[_move_view(view, self.root, data_root) for view in self.views])
+        views = []
+        for view in self.views:
+            paths = {name: getattr(view.frame, name) for name in ("image_path", "mask_path", "depth_path")}
+            moved = {name: data_root / path.relative_to(self.root) for name, path in paths.items() if path is not None}
+            views.append(replace(view, frame=replace(view.frame, **moved)))
+        return replace(self, root=data_root, views=views)
 
 
 def create_posed_capture(
@@ -275,12 +280,6 @@ def _create_view(frame: Frame, root: Path, transform: Tensor, scale: float, down
         split=frame.split,
         frame=frame,
     )
-
-
-def _move_view(view: View, root: Path, new_root: Path) -> View:
-    paths = {name: getattr(view.frame, name) for name in ("image_path", "mask_path", "depth_path")}
-    moved = {name: new_root / path.relative_to(root) for name, path in paths.items() if path is not None}
-    return replace(view, frame=replace(view.frame, **moved))
 
 
 def _fit(picture: Tensor, view: View, path: Path, interpolation: int, is_exact: bool = True) -> Tensor:

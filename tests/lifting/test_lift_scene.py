@@ -18,6 +18,7 @@ from fit3d_ns.lifting.sources import PlyConfig, compare_with_photographs, read_s
 from fit3d_ns.lifting.views import choose_views
 from fit3d_ns.scene import Gaussians, load_scene, save_scene
 from fit3d_ns.scene.ply import write_ply
+from fit3d_ns.utils import progress
 from tests.lift_capture import BACKBONE, COLMAP_TO_WORLD, move_gaussians, write_capture, write_gaussians
 
 CONFIG = LiftConfig(feature_dim=6, max_passes=3, seconds_per_checkpoint=0.0)
@@ -244,7 +245,8 @@ def test_lift_scene__says_when_no_view_sees_anything(source, cache):
 def test_forecast__counts_views_and_passes(source, scene, cache, monkeypatch):
     """`scene` has filled the cache. By a clock of which each look takes a second, every pass over a view takes one."""
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
-    monkeypatch.setattr(lift_scene_module, "time", clock)
+    for module in (lift_scene_module, progress):
+        monkeypatch.setattr(module, "time", clock)
     forecast = forecast_lift(source, LiftSetup(cache, CONFIG))
     assert (forecast.num_gaussians, forecast.num_views, forecast.num_held_out) == (40, 10, 2)
     assert forecast.is_cached and forecast.solve_seconds > 0 and forecast.memory_mb > 0
