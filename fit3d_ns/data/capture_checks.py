@@ -68,8 +68,7 @@ def _leave_out_missing(files: CaptureFiles, is_strict: bool) -> tuple[CaptureFil
     if is_strict or 2 * len(missing) >= usable:
         problem = f"Image {first} is missing, as {len(missing)} of {usable} photographs of {files.root} are"
         raise ValueError(f"{problem}; restore them or take their frames out of the camera file.")
-    kept = [frame for index, frame in enumerate(frames) if index not in missing]
-    return replace(files, frames=kept), (
+    return replace(files, frames=[frame for index, frame in enumerate(frames) if index not in missing]), (
         f"{len(missing)} of {usable} photographs are missing, such as {first.name}: their frames are left out."
     )
 

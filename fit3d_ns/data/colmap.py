@@ -147,9 +147,8 @@ def _load_model(model: Path) -> Any:
             raise ValueError(f"The COLMAP model {model} has no {name}{suffix}; copy the whole model.")
     for path in model.glob(f"*{suffix}"):
         refuse_lfs_pointer(path)
-    for name in ("cameras", "images", "rigs", "frames") if suffix == ".bin" else ():
-        if (model / f"{name}.bin").is_file():
-            _find_records(model / f"{name}.bin")
+        if suffix == ".bin" and path.stem in ("cameras", "images", "rigs", "frames"):
+            _find_records(path)
     try:
         return pycolmap.Reconstruction(str(model))
     except Exception as error:

@@ -217,14 +217,12 @@ def open_image(path: Path, what: str) -> Iterator[Image.Image]:
 
 def _read_deep(image: Image.Image, path: Path) -> np.ndarray | None:
     """A picture of 16 bits a channel as [H, W, 3 or 4], unscaled; None for one of 8. Pillow would cut off the rest."""
-    if image.mode.startswith("F"):
-        raise ValueError(f"Image {path} has pixel format {image.mode}; convert it to 8 bits a channel.")
     with open(path, "rb") as file:
         is_png_of_16_bits = image.format == "PNG" and file.read(25)[24] == 16
     is_tiff_of_16_bits = image.format == "TIFF" and 16 in getattr(image, "tag_v2", {}).get(_TIFF_BITS, ())
-    if not (image.mode.startswith("I") or is_png_of_16_bits or is_tiff_of_16_bits):
+    if not (image.mode.startswith(("I", "F")) or is_png_of_16_bits or is_tiff_of_16_bits):
         return None
-    values = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    values = None if image.mode.startswith("F") else cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16:
         raise ValueError(f"Image {path} has pixel format {image.mode}; convert it to 8 bits a channel.")
     if values.ndim == 2:

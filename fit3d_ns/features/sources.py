@@ -8,6 +8,7 @@ architecture of NAME with untrained weights. Nothing is random unless it is name
 
 import difflib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -198,12 +199,8 @@ def _resolve_architecture(given: str) -> str:
     if name == TOY_BACKBONE:
         return name
     if is_model(architecture):
-        try:
+        with suppress(RuntimeError):  # The model is known, the tag may not be.
             config = get_pretrained_cfg(name)
-        except RuntimeError:
-            # The model is known, the tag is not.
-            pass
-        else:
             return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
     nearest = difflib.get_close_matches(name, list_backbones(), n=3, cutoff=0.5) or list(PAPER_BACKBONES)[:3]
     is_folder = not given.startswith((RANDOM_PREFIX, _HUB_PREFIX))

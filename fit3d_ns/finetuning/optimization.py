@@ -85,10 +85,8 @@ class OptimizationConfig(Limited):
             return max(num_images // per_step, self.min_steps)
         steps = int(self.epochs * num_images) // per_step
         if steps < 1:
-            raise ValueError(
-                f"{self.epochs:g} epochs of {num_images} images make no step of {per_step} images; raise --epochs, or "
-                "lower --batch-size or --accumulation-steps."
-            )
+            problem = f"{self.epochs:g} epochs of {num_images} images make no step of {per_step} images"
+            raise ValueError(f"{problem}; raise --epochs, or lower --batch-size or --accumulation-steps.")
         return steps
 
     def compute_learning_rate(self, step: int, num_steps: int, steps_per_epoch: int | None = None) -> float:

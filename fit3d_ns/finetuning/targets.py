@@ -110,10 +110,8 @@ class TargetRenderer:
             if self.store is not None:
                 stored = {key: value.detach().to("cpu", torch.float16) for key, value in stored.items()}
             if not bool(torch.isfinite(stored["features"]).all()):
-                raise ValueError(
-                    f"The features rendered for {sample.name} are not finite or beyond half precision; lift its "
-                    "scene again."
-                )
+                problem = f"The features rendered for {sample.name} are not finite or beyond half precision"
+                raise ValueError(f"{problem}; lift its scene again.")
             if self.store is not None:
                 self.store.save(content_hash, stored)
         # Read from the rounded numbers also when rendered just now: a resumed run must not see the difference.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -75,10 +74,6 @@ class TrainStep:
     timer: PhaseTimer
     folder: Path
 
-    @property
-    def accelerator(self) -> Accelerator:
-        return self.processes.accelerator
-
     def run(self, batches: Sequence[Batch], totals: StepTotals, step: int) -> dict[str, float]:
         """Forward, backward and update for this process's batches; returns what was found, over all processes.
 
@@ -89,8 +84,8 @@ class TrainStep:
         with self.timer.phase("forward_backward"):
             loss, anchor_loss = self._accumulate(batches, totals, step)
         with self.timer.phase("optimizer"):
-            norm = self.accelerator.clip_grad_norm_(self.backbone.parameters, self.clip_norm)
-            scaler = self.accelerator.scaler
+            norm = self.processes.accelerator.clip_grad_norm_(self.backbone.parameters, self.clip_norm)
+            scaler = self.processes.accelerator.scaler
             # A scaled fp16 gradient may overflow; then the scaler skips this step and lowers its scale.
             if scaler is None and not bool(torch.isfinite(norm)):
                 self._stop("gradient", step, batches[-1])
@@ -106,7 +101,7 @@ class TrainStep:
         broken: tuple[Batch, list[Tensor]] | tuple[()] = ()
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.backbone.module):
+            with nullcontext() if is_last else self.processes.accelerator.no_sync(self.backbone.module):
                 loss, anchor, tokens = self._compute_losses(batch, totals)
                 total = loss + anchor
                 if is_last and self.backbone.original_weights:
@@ -114,7 +109,7 @@ class TrainStep:
                     pull = compute_l2_sp(self.backbone.bare, self.backbone.original_weights, self.anchors.l2_sp)
                     anchored += float(pull.detach()) / self.processes.number
                     total = total + pull / self.processes.number
-                self.accelerator.backward(total * self.processes.number)
+                self.processes.accelerator.backward(total * self.processes.number)
             # One transfer, after all work is under way: on a GPU each of them waits for everything before it.
             values = torch.stack([loss.detach(), anchor.detach()]).tolist()
             if not math.isfinite(sum(values)):
@@ -136,7 +131,7 @@ class TrainStep:
                 lost = compute_l1_sum(output.geometry, group.geometry, group.weights).sum()
                 anchored.append(self.geometry_weight * lost / max(totals.weight, SMALLEST_WEIGHT))
             if original is not None:
-                with torch.no_grad(), self.accelerator.autocast():
+                with torch.no_grad(), self.processes.accelerator.autocast():
                     reference = compute_outputs(original, group.images)
                 norm = original.model.norm
                 anchored.append(

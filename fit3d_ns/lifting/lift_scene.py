@@ -7,7 +7,7 @@ view. Metrics are those of what the scene file will hold: half-precision feature
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -218,13 +218,10 @@ def compute_lift_hash(source: LiftSource, setup: LiftSetup) -> str:
 
 def find_finished(path: Path, lift_hash: str) -> FeatureScene | None:
     """The scene in a file, if it is of the same lift."""
-    if not path.is_file():
-        return None
-    try:
+    with suppress(ValueError):
         scene = load_scene(path)
-    except ValueError:
-        return None
-    return scene if scene.metrics.get(LIFT_HASH) == lift_hash else None
+        return scene if scene.metrics.get(LIFT_HASH) == lift_hash else None
+    return None
 
 
 def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:

@@ -150,10 +150,8 @@ def load_state(path: Path, identity: dict[str, str], device: torch.device) -> Li
     tensors = {name: tensor.to(device, copy=True) for name, tensor in file.tensors.items()}
     for name, value in identity.items():
         if content["identity"].get(name) != value:
-            raise ValueError(
-                f"{path} belongs to a lift with another {name} ({content['identity'].get(name)}, not {value}); "
-                "finish that lift, or delete the file to start again."
-            )
+            problem = f"{path} belongs to a lift with another {name} ({content['identity'].get(name)}, not {value})"
+            raise ValueError(f"{problem}; finish that lift, or delete the file to start again.")
     return LiftState(**{**content, "identity": identity}, tensors=tensors)
 
 

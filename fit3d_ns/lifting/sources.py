@@ -57,10 +57,8 @@ class LiftSource:
         try:
             parse_capture(record_capture(self.capture))
         except ValueError as error:
-            raise ValueError(
-                f"The capture in {root} cannot be written into a scene file ({error}); give the folder above all "
-                "photographs and masks as --data."
-            ) from error
+            problem = f"The capture in {root} cannot be written into a scene file ({error})"
+            raise ValueError(f"{problem}; give the folder above all photographs and masks as --data.") from error
 
     def activate(self, device: torch.device | str = "cpu") -> ActivatedGaussians:
         """The Gaussians as the rasterizer takes them, from what will be stored, so that metrics are the file's."""

@@ -118,8 +118,7 @@ def invert_similarity(matrix: Float[Tensor, "3 4"], source: str) -> WorldChange:
     rotation = (linear / scale).T
     if not torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64), atol=1e-3):
         raise ValueError(f"{source} is not a rotation with one scale; correct it.")
-    translation = -rotation @ matrix[:, 3].double()
-    return WorldChange(torch.cat([rotation, translation[:, None]], dim=1).float(), 1.0 / scale)
+    return _create_change(rotation, -rotation @ matrix[:, 3].double(), 1.0 / scale)
 
 
 def _collect_cameras(files: CaptureFiles) -> Float[Tensor, "frames 3 4"]:

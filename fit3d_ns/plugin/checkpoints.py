@@ -15,7 +15,7 @@ import torch
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice
-from fit3d_ns.utils.tensor_files import load_torch_file
+from fit3d_ns.utils.tensor_files import load_torch_file, save_torch_file
 
 CHECKPOINT_PATTERN = re.compile(r"step-(\d{9})\.ckpt")
 
@@ -27,9 +27,8 @@ def save_checkpoint_file(state: dict[str, Any], path: Path, keep_older: bool = F
     the temporary name is in the folder above. The other checkpoints are deleted once this one is safe, unless
     `keep_older`; ValueError where it cannot be written, and the previous one stays whole.
     """
-    with write_atomically(path, beside=path.parent) as temporary, open(temporary, "wb") as file:
-        # Python's file says why it cannot be written, torch's own does not.
-        torch.save(state, file)
+    with write_atomically(path, beside=path.parent) as temporary:
+        save_torch_file(state, temporary)
     if not keep_older:
         remove_other_checkpoints(path, newer=True)
 

@@ -103,13 +103,7 @@ class FeatureSplatfactoModel(SplatfactoModel):
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
         """All groups, with `decoder` for the convolution."""
-        groups = super().get_param_groups()
-        groups["decoder"] = list(self.feature_branch.decoder.parameters())
-        return groups
-
-    def update_to_step(self, step: int) -> None:
-        """Called before a checkpoint is loaded; the degree of the spherical harmonics follows the step."""
-        self.step = step
+        return super().get_param_groups() | {"decoder": list(self.feature_branch.decoder.parameters())}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
         """Loads a checkpoint of any number of Gaussians.

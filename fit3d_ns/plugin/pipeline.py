@@ -206,12 +206,20 @@ class FeaturePipeline(VanillaPipeline):
                 for name, picture in pictures.items():
                     save_picture(picture.cpu(), output_path / f"eval_{name}_{index:04d}.png")
         self.train()
-        return _average(rows, get_std)
+        averages: dict[str, float] = {}
+        for key in dict.fromkeys(key for row in rows for key in row):
+            values = [row.get(key, np.nan) for row in rows]
+            # A figure that no frame has is left out.
+            if not np.isnan(values).all():
+                averages[key] = float(np.nanmean(values))
+                averages |= {f"{key}_std": float(np.nanstd(values))} if get_std else {}
+        return averages
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Loads a checkpoint, strictly: a missing key is an error and never a random feature."""
         state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
-        self.model.update_to_step(step)
+        # The degree of the spherical harmonics follows the step.
+        self.model.step = step
         model = {key.removeprefix("_model."): value for key, value in state.items() if key.startswith("_model.")}
         self.model.load_state_dict(model)
 
@@ -246,15 +254,3 @@ class FeaturePipeline(VanillaPipeline):
     def _reset_colours(self, button: ViewerButton) -> None:
         if self._scene_basis is not None:
             self.branch.set_picture_basis(self._scene_basis)
-
-
-def _average(rows: list[dict[str, float]], with_std: bool) -> dict[str, float]:
-    """Means over frames, key by key, of the frames that have the figure; a figure that none has is left out."""
-    averages: dict[str, float] = {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = [row.get(key, np.nan) for row in rows]
-        if not np.isnan(values).all():
-            averages[key] = float(np.nanmean(values))
-            if with_std:
-                averages[f"{key}_std"] = float(np.nanstd(values))
-    return averages

@@ -3,6 +3,7 @@
 Its `config.yml` is read by `run_config.py`, which runs nothing that it says unless the user trusts it.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -164,12 +165,10 @@ def read_backbone(path: Path, trust_config: bool = False) -> tuple[str, Path | N
 
 def read_run_figures(config_path: Path) -> dict[str, Any]:
     """The metrics of a run by its config.yml; none where it did not finish, or is nerfstudio's own."""
-    path = config_path.parent / SUMMARY_NAME
-    try:
-        return dict(load_result(path).metrics) if path.is_file() else {}
-    except ValueError:
-        # Other programs also write a `results.json`; ours is the only one that is known here.
-        return {}
+    # Other programs also write a `results.json`; ours is the only one that is known here.
+    with suppress(ValueError):
+        return dict(load_result(config_path.parent / SUMMARY_NAME).metrics)
+    return {}
 
 
 def _describe_backbone(run: SplatRun) -> BackboneDescription:

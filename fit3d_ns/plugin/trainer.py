@@ -194,12 +194,11 @@ class FeatureTrainer(Trainer):
 
     def _find_record(self) -> ResultRecord | None:
         """The metrics of this run, if they were written and are of as many steps."""
-        try:
+        with suppress(ValueError):
             record = load_result(self.base_dir / SUMMARY_NAME)
-            is_current = record.settings.get("max_num_iterations") == self.config.max_num_iterations
-        except (ValueError, AttributeError):
-            return None
-        return record if is_current else None
+            if record.settings.get("max_num_iterations") == self.config.max_num_iterations:
+                return record
+        return None
 
     def save_checkpoint(self, step: int) -> None:
         """Saves everything after step `step` was taken, atomically."""

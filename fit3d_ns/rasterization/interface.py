@@ -295,10 +295,8 @@ def _project(
         "opacities": opacities,
         "tile_width": settings.tile_width,
         "tile_height": settings.tile_height,
-        "tiles_per_gauss": geometry.tiles.tiles_per_gauss,
-        "isect_ids": geometry.tiles.isect_ids,
-        "flatten_ids": geometry.tiles.flatten_ids,
-        "isect_offsets": geometry.tiles.isect_offsets,
+        # `tiles_per_gauss`, `isect_ids`, `flatten_ids` and `isect_offsets`.
+        **vars(geometry.tiles),
         "width": settings.width,
         "height": settings.height,
         "tile_size": TILE_SIZE,

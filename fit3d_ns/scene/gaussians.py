@@ -70,10 +70,8 @@ class Gaussians:
         if self.features.ndim != 2 or (self.sh_rest is not None and self.sh_rest.shape[2:] != (3,)):
             raise ValueError("`features` has to be [N, D] and `sh_rest` [N, K, 3].")
         if self.sh_rest is not None and self.sh_rest.shape[1] not in (3, 8, 15, 24):
-            raise ValueError(
-                f"{self.sh_rest.shape[1]} further spherical harmonics coefficients belong to no degree; "
-                "expected 3, 8, 15 or 24."
-            )
+            problem = f"{self.sh_rest.shape[1]} further spherical harmonics coefficients belong to no degree"
+            raise ValueError(f"{problem}; expected 3, 8, 15 or 24.")
 
     @classmethod
     def from_raw(

@@ -77,10 +77,8 @@ def read_ply(path: Path) -> tuple[Gaussians, int]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; export it as a 3D Gaussian Splatting PLY.")
     num_rest = _count(names, "f_rest", path)
     if num_rest not in _NUM_REST:
-        raise ValueError(
-            f"{path} has {num_rest} f_rest properties, which belong to no SH degree (0, 9, 24, 45 or 72); "
-            "it was cut or edited: export it again."
-        )
+        problem = f"{path} has {num_rest} f_rest properties, which belong to no SH degree (0, 9, 24, 45 or 72)"
+        raise ValueError(f"{problem}; it was cut or edited: export it again.")
 
     def take(*group: str) -> Tensor:
         if not group:

@@ -33,7 +33,6 @@ _NUM_REST = (0, 3, 8, 15, 24)
 _ITERATION = "point_cloud/iteration_*/point_cloud.ply"
 _MODEL_NAME = re.compile(r"\bmodel_name='([^']+)'")
 _PACKED_ROWS = {"means3D": (3,), "rotations": (4,), "scales": (3,), "opacity": (1,)}
-_COEFFICIENTS = (1, 4, 9, 16, 25)
 
 
 class Splats(NamedTuple):
@@ -251,7 +250,7 @@ def _read_run(path: Path, keep_features: bool) -> Splats:
 
 def _unpack(scene: Mapping[str, Any], source: str, keep_features: bool) -> Splats:
     decoder = _create_decoder(scene["feat_cnn"], source)
-    num = next((num for num in _COEFFICIENTS if getattr(scene["shs"], "shape", ())[1:] == (num, 3)), 16)
+    num = 1 + next((num for num in _NUM_REST if getattr(scene["shs"], "shape", ())[1:] == (1 + num, 3)), 15)
     _check_rows(scene, {**_PACKED_ROWS, "sem": (decoder.feature_dim,), "shs": (num, 3)}, source)
     opacities = scene["opacity"].detach().float()
     if bool(((opacities < 0) | (opacities > 1)).any()):

@@ -12,15 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import read_json, remove, write_atomically, write_json
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.results import flatten
 from fit3d_ns.utils.selection import capture_random_states, restore_random_states
-from fit3d_ns.utils.tensor_files import load_torch_file
+from fit3d_ns.utils.tensor_files import load_torch_file, save_torch_file
 
 FORMAT_VERSION = 1
 _PREFIX = "step-"
@@ -78,8 +76,8 @@ class CheckpointFolder:
             with write_atomically(self.get_path(progress.step)) as temporary:
                 temporary.mkdir()
                 for rank, random_state in enumerate(random_states):
-                    _save_tensors(random_state, temporary / f"rng-{rank}.pt")
-                _save_tensors(state, temporary / "state.pt")
+                    save_torch_file(random_state, temporary / f"rng-{rank}.pt")
+                save_torch_file(state, temporary / "state.pt")
                 write_json(temporary / "progress.json", asdict(progress))
             self._damaged.discard(progress.step)
             self._remove_older()
@@ -142,9 +140,3 @@ def check_resumable(found: CheckpointProgress, wanted: CheckpointProgress, path:
             f"Checkpoint {path} was made with other settings: {'; '.join(differences[:5])} (checkpoint against now); "
             "resume with the same, or start over with --resume never."
         )
-
-
-def _save_tensors(content: dict[str, Any], path: Path) -> None:
-    # Python's file says why it cannot be written, torch's own does not.
-    with open(path, "wb") as file:
-        torch.save(content, file)

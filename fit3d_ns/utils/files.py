@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from fit3d_ns.utils.errors import explain, find_errno, first_line
 
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
@@ -77,7 +79,9 @@ def sweep_temporaries(folder: Path) -> None:
     """Removes temporary files and folders in `folder` whose writers are no longer alive on this machine."""
     for stale in folder.glob(f"*.{_HOST}.*-*.tmp"):
         process = stale.name.split(".")[-2].split("-")[0]
-        if process.isdigit() and stale.name not in _OWN and not _is_alive(int(process)):
+        # This process's own number came round again, unless the name is one that it writes to itself.
+        is_over = process.isdigit() and (int(process) == os.getpid() or not psutil.pid_exists(int(process)))
+        if is_over and stale.name not in _OWN:
             remove(stale)
 
 
@@ -230,19 +234,6 @@ def _replace(temporary: Path, path: Path) -> None:
 def _name_temporary(name: str) -> str:
     """`.NAME.HOST.PID-N.tmp`: a later writer of the same file sees whether this one is still alive."""
     return f".{name[:_MAX_NAME]}.{_HOST}.{os.getpid()}-{next(_NUMBERS)}.tmp"
-
-
-def _is_alive(process: int) -> bool:
-    if process == os.getpid():
-        # The number came round again: what this process writes itself is known.
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _finite(value: Any) -> Any:

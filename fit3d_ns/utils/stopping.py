@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any, NoReturn
 from unittest import mock
 
+import psutil
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -78,7 +80,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 @contextmanager
 def ignore_other_processes() -> Iterator[None]:
     """While viser starts: it looks for its developers' server among all processes and dies of one that ends then."""
-    import psutil  # Comes with viser.
-
     with mock.patch.object(psutil, "process_iter", lambda *_, **__: iter(())):
         yield

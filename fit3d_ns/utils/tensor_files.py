@@ -135,6 +135,12 @@ def load_torch_file(path: Path, mmap: bool = False) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
 
 
+def save_torch_file(content: Any, path: Path) -> None:
+    """Writes what `load_torch_file` reads; Python's file says why it cannot be written, torch's own does not."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
+
+
 def compute_checksum(tensor: Tensor) -> str:
     """Of a CPU tensor's type, shape and content, eight hexadecimal digits."""
     start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
