@@ -56,8 +56,7 @@ class FeatureCache:
 
     def contains(self, key: FeatureKey) -> bool:
         """True if the image's tokens are there and whole; a damaged file is reported and counts as missing."""
-        path = self.get_path(key)
-        found = self._read(key) if path.is_file() else None
+        found = self._read(key) if self.get_path(key).is_file() else None
         if isinstance(found, str):
             notice(f"Cached features are damaged and extracted again: {found}")
         return isinstance(found, Tensor)

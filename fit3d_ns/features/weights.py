@@ -92,8 +92,7 @@ def select_backbone(state_dict: dict[str, Tensor], path: Path) -> dict[str, Tens
     found = next(filter(None, map(_PATCHES.fullmatch, state_dict)), None)
     if found is not None:
         return _translate_transformers(state_dict, found.group(1))
-    prefixes = [key.removesuffix(_EMBEDDING) for key in state_dict if key.endswith(_EMBEDDING)]
-    prefixes = [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
+    prefixes = [key.removesuffix(_EMBEDDING) for key in state_dict if f".{key}".endswith(f".{_EMBEDDING}")]
     if not prefixes or "" in prefixes:
         return state_dict
     if len(prefixes) > 1:

@@ -8,7 +8,7 @@ over views of u W |t - R f|^2 + (1 - u) W |t - P R f|^2, so its operator is R^T 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,9 +85,9 @@ class PreparedView:
     @property
     def num_bytes(self) -> int:
         """Memory that keeping this view takes."""
-        tensors = [*_collect_tensors(self.info), self.alphas, self.mask, self.tokens]
+        values = [*self.info.values(), *vars(self.info["blend_geometry"]).values(), self.alphas, self.mask, self.tokens]
         # `info` shares storage between its entries; each storage counts once.
-        storages = [tensor.untyped_storage() for tensor in tensors]
+        storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -260,14 +260,3 @@ def find_usable(scene: FeatureScene, capture: PosedCapture) -> list[View]:
 def sample_mask(mask: Bool[Tensor, "height width"], width: int, height: int) -> Float[Tensor, "rows columns"]:
     """One where all pixels of a sample's block are valid, else zero, as where photographs are reduced."""
     return 1.0 - F.adaptive_max_pool2d((~mask).float()[None, None], (height, width))[0, 0]
-
-
-def _collect_tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested dictionaries and dataclasses."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _collect_tensors(item)]
-    if is_dataclass(value):
-        return [tensor for item in fields(value) for tensor in _collect_tensors(getattr(value, item.name))]
-    return []

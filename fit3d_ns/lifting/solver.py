@@ -111,8 +111,7 @@ def solve_features(
     if state_path is not None:
         identity = compute_identity(gaussians, list(views), config, backbone, basis)
         state = load_state(state_path, identity, gaussians.means.device)
-    interval = config.seconds_per_checkpoint
-    passes = ViewPasses(state, len(views), state_path=state_path, seconds_per_checkpoint=interval, progress=progress)
+    passes = ViewPasses(state, len(views), state_path, config.seconds_per_checkpoint, progress)
     # What a sampled solve keeps is used in every pass; what is kept of whole views serves the decoder and a polish.
     keeps_samples = is_sampled and config.max_passes > 0 and config.polish_steps == 0
     blender = ViewBlender(gaussians, views, config, memory_mb=0.0 if keeps_samples else None)

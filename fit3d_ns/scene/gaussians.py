@@ -18,16 +18,9 @@ from fit3d_ns.rasterization import RasterizeMode, project, rasterization
 
 # torch's uint16 lacks arithmetic, so counts are int32 in memory and uint16 in the file.
 STORED_DTYPES = {
-    "means": torch.float32,
-    "quats": torch.float16,
-    "log_scales": torch.float16,
-    "opacity_logits": torch.float16,
-    "sh_dc": torch.float16,
-    "features": torch.float16,
-    "blend_weight": torch.float32,
+    **dict.fromkeys(("means", "blend_weight"), torch.float32),
+    **dict.fromkeys("quats log_scales opacity_logits sh_dc sh_rest features feature_variance".split(), torch.float16),
     "num_views": torch.uint16,
-    "feature_variance": torch.float16,
-    "sh_rest": torch.float16,
 }
 _ROW_SHAPES = {
     **{"means": (3,), "quats": (4,), "log_scales": (3,), "sh_dc": (3,)},

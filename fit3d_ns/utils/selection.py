@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -77,16 +78,12 @@ class EpochSequence(Generic[Item]):
 
     def __init__(self, num_items: int, create_order: Callable[[int], Sequence[Item]]):
         self.num_items = num_items
-        self.create_order = create_order
-        self._orders: dict[int, Sequence[Item]] = {}
+        # Besides an epoch, only the one before it is still asked for.
+        self._get_order = lru_cache(maxsize=2)(create_order)
 
     def __getitem__(self, position: int) -> tuple[int, int, Item]:
         epoch, index = divmod(position, self.num_items)
-        if epoch not in self._orders:
-            # Besides an epoch, only the one before it is still asked for.
-            self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
-            self._orders[epoch] = self.create_order(epoch)
-        return epoch, index, self._orders[epoch][index]
+        return epoch, index, self._get_order(epoch)[index]
 
 
 def list_positions(step: int, batch_size: int, process: int, num_processes: int, num_batches: int = 1) -> list[int]:
