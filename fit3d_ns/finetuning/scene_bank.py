@@ -32,6 +32,7 @@ from torch import Tensor
 from fit3d_ns.analysis.pictures import upscale
 from fit3d_ns.data.layouts import RUN_CONFIG, find_runs
 from fit3d_ns.features import BackboneDescription, TokenModel
+from fit3d_ns.geometry.undistortion import resize_lens
 from fit3d_ns.lifting.blending import AVERAGING_SAMPLES, average_over_views, find_lifted, find_usable
 from fit3d_ns.rasterization import backproject_features, rasterize_features
 from fit3d_ns.scene import FeatureScene, PosedCapture, View, load_scene, save_scene
@@ -112,8 +113,9 @@ class SceneAverages:
             parts: list[object] = [AVERAGING_SAMPLES, scene.backbone.patch_size]
             for view in select_evenly(find_usable(scene, scene.capture(self.data_root)), self.max_views):
                 mask = None if view.frame.mask_path is None else hash_file(view.frame.mask_path)
-                size = [view.width, view.height]
-                parts += [view.name, *size, view.K.tolist(), view.camera_to_world.tolist(), view.lens, mask]
+                size = (view.width, view.height)
+                lens = resize_lens(view.frame.lens, *size)
+                parts += [view.name, *size, view.K.tolist(), view.camera_to_world.tolist(), lens, mask]
             views_hash = hash_bytes(*(repr(part).encode() for part in parts))
             self._hashes[index] = hash_bytes(compute_scene_hash(scene).encode(), views_hash.encode())
         return self._hashes[index]

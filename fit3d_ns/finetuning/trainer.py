@@ -72,6 +72,8 @@ class FinetuneTrainer:
         optimization, anchors = config.optimization, config.anchors
         self.sequence = DrawSequence(self.views.views_per_scene, config.sampling)
         self.num_steps = optimization.count_steps(self.sequence.num_images, processes.number)
+        # Of one optimizer step, over all processes.
+        self.images_per_step = optimization.batch_size * optimization.accumulation_steps * processes.number
         self.steps_per_epoch = max(self.sequence.num_images // self.images_per_step, 1)
         device = self.accelerator.device
         original = (targets.original or copy_original(token_model)).to(device) if anchors.needs_original else None
@@ -88,12 +90,6 @@ class FinetuneTrainer:
         self.train_step = TrainStep(
             self.backbone, anchors, geometry_weight, optimization.clip_norm, processes, self.timer, output_folder
         )
-
-    @property
-    def images_per_step(self) -> int:
-        """Images of one optimizer step, over all processes."""
-        optimization = self.config.optimization
-        return optimization.batch_size * optimization.accumulation_steps * self.processes.number
 
     def summarise_losses(self) -> tuple[float | None, float | None]:
         """Mean loss of the first and of the last quarter of the steps (1 to 100 steps); single steps are noisy."""

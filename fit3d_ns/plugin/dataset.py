@@ -42,7 +42,7 @@ class UndistortedDataset(InputDataset):
             raise ValueError(f"camera_res_scale_factor must be in (0, 1], not {scale_factor}.")
         root = data.parent if data.is_file() else data
         self.capture = _create_capture(outputs, scale_factor, root, split, max_side)
-        lenses = [compute_undistortion(view.lens).lens for view in self.capture.views]
+        lenses = [view.undistortion.lens for view in self.capture.views]
         self.cameras = create_cameras(lenses, outputs.cameras.camera_to_worlds)
 
     def get_numpy_image(self, image_idx: int) -> UInt8[np.ndarray, "height width channels"]:

@@ -51,9 +51,9 @@ class View:
         return Camera(self.camera_to_world, self.K, self.width, self.height)
 
     @property
-    def lens(self) -> Lens:
-        """The photograph's lens at the view's size, before undistortion."""
-        return resize_lens(self.frame.lens, self.width, self.height)
+    def undistortion(self) -> Undistortion:
+        """How the photograph, at the view's size, is moved into the view."""
+        return compute_undistortion(resize_lens(self.frame.lens, self.width, self.height))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class PosedCapture:
         A file that is missing, damaged or of another size than its camera says is a ValueError, as in the next two.
         """
         image = _fit(images.load_image(view.frame.image_path), view, view.frame.image_path, cv2.INTER_AREA)
-        return self.compute_undistortion(view).apply_to_image(image)
+        return view.undistortion.apply_to_image(image)
 
     def load_valid_mask(self, view: View) -> Bool[Tensor, "height width"]:
         """True where a pixel of `load_image` may be used: inside the photograph, not masked, not transparent."""
@@ -106,7 +106,7 @@ class PosedCapture:
     def load_mask(self, view: View) -> Bool[Tensor, "height width"]:
         """True inside the photograph where no mask file says otherwise; transparent pixels too."""
         if view.frame.mask_path is None:
-            return self.compute_undistortion(view).inside
+            return view.undistortion.inside
         return self._move_mask(images.load_mask(view.frame.mask_path), view, view.frame.mask_path)
 
     def load_opaque_mask(self, view: View) -> Bool[Tensor, "height width"] | None:
@@ -125,19 +125,18 @@ class PosedCapture:
         rgba = images.load_rgba(path)
         if rgba.shape[-1] == 3:
             return self.load_image(view)
-        undistortion = self.compute_undistortion(view)
         # OpenCV weights all channels alike: colours times alpha are moved, then divided by it again.
         premultiplied = torch.cat([images.composite_on_black(rgba), rgba[..., 3:]], dim=-1)
         fitted = _fit(premultiplied, view, path, cv2.INTER_AREA)
         parts = (fitted[..., :3].contiguous(), fitted[..., 3:].expand(-1, -1, 3).contiguous())
-        premultiplied, alpha = (undistortion.apply_to_image(part).float() for part in parts)
+        premultiplied, alpha = (view.undistortion.apply_to_image(part).float() for part in parts)
         colours = (premultiplied * 255.0 / alpha.clamp(min=1.0)).round().clamp(0.0, 255.0)
         return torch.cat([colours, alpha[..., :1]], dim=-1).to(torch.uint8)
 
     def _move_mask(self, mask: Bool[Tensor, "rows columns"], view: View, path: Path) -> Bool[Tensor, "height width"]:
         # As for the image, but a pixel that mixes valid with invalid ones is invalid.
         shares = _fit(mask.float(), view, path, cv2.INTER_AREA, is_exact=False)
-        return self.compute_undistortion(view).apply_to_mask(shares > 1.0 - 1e-4)
+        return view.undistortion.apply_to_mask(shares > 1.0 - 1e-4)
 
     def load_depth(self, view: View) -> Float[Tensor, "height width"] | None:
         """Measured z-depth in metres, undistorted, 0 = no measurement; None where the frame has no depth file.
@@ -148,11 +147,7 @@ class PosedCapture:
             return None
         depth = images.load_depth(view.frame.depth_path)
         depth = _fit(depth, view, view.frame.depth_path, cv2.INTER_NEAREST_EXACT, is_exact=False)
-        return self.compute_undistortion(view).apply_to_depth(depth)
-
-    def compute_undistortion(self, view: View) -> Undistortion:
-        """How the photograph, at the view's size, is moved into the view."""
-        return compute_undistortion(view.lens)
+        return view.undistortion.apply_to_depth(depth)
 
     def move(self, data_root: Path) -> "PosedCapture":
         """The same capture below another folder, all relative paths kept."""

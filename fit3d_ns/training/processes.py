@@ -31,10 +31,7 @@ class Processes:
         self.accelerator = accelerator
         self.rank = accelerator.process_index
         self.number = accelerator.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
+        self.is_main = accelerator.is_main_process
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fit3d_ns.training import checkpoints as module
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
 from fit3d_ns.training.processes import Processes, create_accelerator
 
@@ -61,7 +60,7 @@ def test_checkpoint__full_disk_leaves_the_previous_one_whole(tmp_path, processes
             raise error
         save(content, file)
 
-    monkeypatch.setattr(module.torch, "save", fill_up)
+    monkeypatch.setattr(torch, "save", fill_up)
 
     with pytest.raises(ValueError, match="step-00000005 cannot be written: the disk is full"):
         folder.save(replace(PROGRESS, step=5), {"step": 5}, processes)
