@@ -63,9 +63,8 @@ def list_backbones() -> list[str]:
     """The paper's names, then every timm id of a vision transformer, with and without checkpoint tags."""
     import timm
 
-    ids: list[str] = []
-    for module in _MODULES_WITH_VITS:
-        ids += timm.list_models(module=module) + timm.list_models(module=module, pretrained=True, include_tags=True)
+    modules = list(_MODULES_WITH_VITS)
+    ids = timm.list_models(module=modules) + timm.list_models(module=modules, pretrained=True, include_tags=True)
     return [*PAPER_BACKBONES, TOY_BACKBONE, *sorted(set(ids))]
 
 

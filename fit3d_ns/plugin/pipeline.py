@@ -206,14 +206,7 @@ class FeaturePipeline(VanillaPipeline):
                 for name, picture in pictures.items():
                     save_picture(picture.cpu(), output_path / f"eval_{name}_{index:04d}.png")
         self.train()
-        averages: dict[str, float] = {}
-        for key in dict.fromkeys(key for row in rows for key in row):
-            values = [row.get(key, np.nan) for row in rows]
-            # A figure that no frame has is left out.
-            if not np.isnan(values).all():
-                averages[key] = float(np.nanmean(values))
-                averages |= {f"{key}_std": float(np.nanstd(values))} if get_std else {}
-        return averages
+        return _average(rows, get_std)
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """Loads a checkpoint, strictly: a missing key is an error and never a random feature."""
@@ -254,3 +247,15 @@ class FeaturePipeline(VanillaPipeline):
     def _reset_colours(self, button: ViewerButton) -> None:
         if self._scene_basis is not None:
             self.branch.set_picture_basis(self._scene_basis)
+
+
+def _average(rows: list[dict[str, float]], with_std: bool) -> dict[str, float]:
+    """Means over frames, key by key, of the frames that have the figure; a figure that none has is left out."""
+    averages: dict[str, float] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row.get(key, np.nan) for row in rows]
+        if not np.isnan(values).all():
+            averages[key] = float(np.nanmean(values))
+            if with_std:
+                averages[f"{key}_std"] = float(np.nanstd(values))
+    return averages

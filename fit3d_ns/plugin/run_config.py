@@ -130,9 +130,9 @@ def _construct_name(loader: Any, name: str, node: Any) -> Any:
 
 
 def _construct_call(loader: Any, name: str, node: Any) -> Any:
-    arguments = loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else None
-    if arguments is None:
+    if not isinstance(node, yaml.SequenceNode):
         raise UntrustedConfig(name)
+    arguments = loader.construct_sequence(node, deep=True)
     if name.startswith("pathlib.") and name.endswith("Path"):
         return (PurePath if "Pure" in name else Path)(*map(str, arguments))
     # Debian 12's Python 3.11.2 wrote enumerations as `getattr`; only members are looked up here, no attributes.
@@ -148,11 +148,8 @@ def _construct_unknown(loader: Any, name: str, node: Any) -> Any:
 
 
 _PYTHON = "tag:yaml.org,2002:python/"
-_ConfigLoader.add_constructor(
-    _PYTHON + "tuple",
-    lambda loader, node: tuple(loader.construct_sequence(node, deep=True)),  # type: ignore[arg-type]
-)
 _CONSTRUCTORS: dict[str, Any] = {
+    "tuple": lambda loader, _, node: tuple(loader.construct_sequence(node, deep=True)),
     "object:": _construct_object,
     "object/apply:": _construct_call,
     "name:": _construct_name,

@@ -113,9 +113,7 @@ def create_accelerator(
             raise ValueError(f"--trackers {tracker}: it is not installed; install it with `pip install {tracker}`.")
     # accelerate keeps the precision of a process's first accelerator for good; a second run may want another.
     AcceleratorState._reset_state()
-    project = None
-    if output_folder is not None:
-        project = ProjectConfiguration(str(output_folder), logging_dir=str(output_folder / "tensorboard"))
+    project = output_folder and ProjectConfiguration(str(output_folder), str(output_folder / "tensorboard"))
     return Accelerator(
         cpu=chosen == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
