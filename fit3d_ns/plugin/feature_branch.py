@@ -60,6 +60,8 @@ class FeatureBranch(nn.Module):
         self.register_buffer("pca_total_variance", torch.zeros(()))
         self.register_buffer("is_solved", torch.zeros((), dtype=torch.bool))
         self.load_tokens: Callable[[Cameras], Tensor | None] | None = None
+        weighting, multiple = config.accumulation_weighting, config.feature_grid_multiple
+        self.loss_config = FeatureLossConfig(multiple=multiple, alpha_weighting=weighting)
         self._last_picture: tuple[Tensor, dict[str, Any], Tensor] | None = None
 
     def resize(self, embed_dim: int) -> None:
@@ -99,9 +101,7 @@ class FeatureBranch(nn.Module):
         """
         height, width = alpha.shape
         tokens = batch["patch_tokens"].to(alpha.device).float()
-        weighting, multiple = self.config.accumulation_weighting, self.config.feature_grid_multiple
-        config = FeatureLossConfig(multiple=multiple, alpha_weighting=weighting)
-        loss = FeatureLoss(width, height, (tokens.shape[0], tokens.shape[1]), config, alpha.device)
+        loss = FeatureLoss(width, height, (tokens.shape[0], tokens.shape[1]), self.loss_config, alpha.device)
         features_low = loss.blend(features, info)
         mask = get_feature_mask(batch)
         mask = None if mask is None else _resize_mask(mask.to(alpha.device), height, width)
