@@ -160,7 +160,10 @@ def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple
     names = [entry["file_path"] for entry in entries]
     listed, num_without_camera = _read_split_lists(dslr, set(names))
     num_train = len(meta.get("frames") or [])
-    depth_lens = _read_depth_lens(dslr)
+    # Depth maps were made with the lens of `transforms.json`; without it nothing tells whose they are.
+    fisheye = dslr / _VARIANTS["fisheye"][0]
+    has_depth = fisheye.is_file() and (dslr / "render_depth").is_dir()
+    depth_lens = parse_lens(read_json(fisheye), str(fisheye)) if has_depth else None
     frames = []
     for index, (name, entry) in enumerate(zip(names, entries, strict=True)):
         source = f"Frame {name} in {transforms}"
@@ -209,11 +212,3 @@ def _find_mask(dslr: Path, masks: str, meta: Mapping[str, Any], entry: Mapping[s
     if not meta.get("has_mask", True) or not entry.get("mask_path"):
         return None
     return resolve_inside(dslr / masks, entry["mask_path"], f"Frame {entry.get('file_path')} in {dslr}")
-
-
-def _read_depth_lens(dslr: Path) -> Lens | None:
-    """The lens that render_depth was made with, that of `transforms.json`; None if it cannot be known."""
-    transforms = dslr / _VARIANTS["fisheye"][0]
-    if not transforms.is_file() or not (dslr / "render_depth").is_dir():
-        return None
-    return parse_lens(read_json(transforms), str(transforms))

@@ -16,7 +16,6 @@ l*l + l + m holds degree l, order m.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -146,7 +145,11 @@ def blend(
         for tile_pixels, ids in _iterate_tiles(geometry, camera):
             centres = means2d[camera, ids].expand(len(tile_pixels), -1, -1)
             if absolute is not None and len(ids):
-                centres.register_hook(partial(_add_absolute, absolute[camera], ids))
+
+                def add(gradient: Tensor, sums: Tensor = absolute[camera], ids: Tensor = ids) -> None:
+                    sums.index_add_(0, ids, gradient.abs().sum(dim=0))
+
+                centres.register_hook(add)
             weights, transmittance = _blend_weights(tile_pixels, centres, conics[camera, ids], opacities[camera, ids])
             pixels.append(tile_pixels)
             values.append(weights @ colors[camera, ids])
@@ -219,11 +222,6 @@ def _iterate_tiles(geometry: BlendGeometry, camera: int) -> Iterator[tuple[Int[T
         entry = camera * settings.tile_width * settings.tile_height + tile
         ids = tiles.flatten_ids[starts[entry] : starts[entry + 1]].long() - camera * geometry.num_gaussians
         yield torch.cartesian_prod(rows, columns), ids
-
-
-def _add_absolute(absolute: Tensor, ids: Tensor, gradient: Tensor) -> None:
-    """Adds up the absolute values of the gradients by per-pixel centres: a hook, once its first arguments are given."""
-    absolute.index_add_(0, ids, gradient.abs().sum(dim=0))
 
 
 MAX_SH_DEGREE = 4

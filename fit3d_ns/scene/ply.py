@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from fit3d_ns.data.ply import create_vertices, read_ply_elements, read_spz, unpack_splats, write_ply_vertices
 from fit3d_ns.scene.gaussians import Gaussians
@@ -30,15 +31,12 @@ def write_ply(gaussians: Gaussians, path: Path, sh_degree: int | None = None) ->
     Colour has `sh_degree` 0 to 4 in the file, by default as stored; coefficients are cut or filled with zeros. FiT3D's
     and Inria's readers want 3.
     """
-    num = gaussians.num_gaussians
-    degree = gaussians.sh_degree if sh_degree is None else sh_degree
-    rest = torch.zeros(num, (degree + 1) ** 2 - 1, 3)
-    if gaussians.sh_rest is not None:
-        kept = gaussians.sh_rest[:, : rest.shape[1]].float().cpu()
-        rest[:, : kept.shape[1]] = kept
+    degree, colours = gaussians.sh_degree if sh_degree is None else sh_degree, gaussians.colours
+    # A negative number of zeros cuts.
+    rest = F.pad(colours[:, 1:], (0, 0, 0, (degree + 1) ** 2 - colours.shape[1]))
     columns = {
         ("x", "y", "z"): gaussians.means,
-        ("nx", "ny", "nz"): torch.zeros(num, 3),
+        ("nx", "ny", "nz"): torch.zeros(gaussians.num_gaussians, 3),
         _numbered("f_dc", 3): gaussians.sh_dc,
         # (n, k, 3) -> (n, 3*k), all of red first
         _numbered("f_rest", 3 * rest.shape[1]): rest.transpose(1, 2).flatten(1),
