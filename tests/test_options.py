@@ -23,6 +23,7 @@ from unittest.mock import MagicMock
 import pytest
 import tyro
 
+from fit3d_ns.probing.probe_runs import choose_values
 from fit3d_ns.report.compared_backbones import read_models
 
 PACKAGE = Path(__file__).parents[1] / "fit3d_ns"
@@ -120,6 +121,7 @@ COMMANDS = {
             f"{task} --train a --test b --output-path out.json"
             for task in ("segmentation", "depth", "classification", "consistency", "correspondence", "retrieval")
         ),
+        {"fit3d_ns.cli.probe.choose_values": choose_values},
     ),
     "fit3d-bench": Command(
         "fit3d_ns.cli.bench",
@@ -127,6 +129,7 @@ COMMANDS = {
         ("--backbones m --data a:b",),
         {
             "fit3d_ns.cli.bench.read_models": lambda models: read_models(["random:test_vit"]),
+            "fit3d_ns.cli.bench.choose_values": choose_values,
             "fit3d_ns.cli.bench.forecast_seconds": 1.0,
             "fit3d_ns.cli.bench.read_results": ([], []),
             "fit3d_ns.cli.bench.write_report": lambda *given, **named: ([Stub()], []),

@@ -72,6 +72,18 @@ def create_pairs(num_views: int, max_pairs: int | None = None, seed: int = 0) ->
     return [pairs[index] for index in draw_some(len(pairs), max_pairs, seed, "view pairs").tolist()]
 
 
+def create_pairs_within(
+    views: Sequence[DepthView], max_angle: float, max_pairs: int | None = None, seed: int = 0
+) -> list[tuple[int, int]]:
+    """Pairs (i, j) of each view with one other, drawn among those at most `max_angle` degrees away (probe3d, NAVI)."""
+    poses, pairs = [view.camera_to_world for view in views], []
+    for first, pose in enumerate(poses):
+        angles = [float(correspondence.measure_rotation(pose, other)) for other in poses]
+        near = [second for second, angle in enumerate(angles) if second != first and angle <= max_angle]
+        pairs += [(first, near[index]) for index in draw_some(len(near), 1, seed, "near view", first).tolist()]
+    return [pairs[index] for index in draw_some(len(pairs), max_pairs, seed, "view pairs").tolist()]
+
+
 @torch.no_grad()
 def compute_consistency(
     token_maps: Sequence[Float[Tensor, "..."]],
@@ -150,7 +162,8 @@ class _Samples:
         drawn = draw_some(len(seen[0]), self.config.max_points, self.config.seed, "covisible points", *pair)
         if len(drawn) > 0:
             points, other_points = (both[drawn] for both in seen)
-            matched = correspondence.find_matches(maps, views, points, self._choose_grid(maps[1], views[1]))
+            sizes = views[0].size, views[1].size
+            matched = correspondence.find_matches(maps, sizes, points, self._choose_grid(maps[1], views[1]))
             _, distances = measure_match_errors(*views, points, matched)
             pixels = (matched - other_points).norm(dim=1)
             self.errors.append(_stack(views, pixels, distances))

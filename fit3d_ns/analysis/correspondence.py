@@ -33,6 +33,8 @@ ROWS_AT_ONCE = 2048
 """Rows of cosines that are in memory at a time."""
 Points = Float[Tensor, "points 2"]
 Values = Float[Tensor, " points"]
+Size = tuple[int, int]
+"""Width and height of an image, pixels."""
 Maps = tuple[Float[Tensor, "h w embed"], Float[Tensor, "h_other w_other embed"]]
 """Token maps of a first view and of a second, other one."""
 
@@ -51,7 +53,7 @@ class DepthView:
     """True where the image may be used; everywhere by default."""
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         """Width and height in pixels."""
         return self.depth.shape[1], self.depth.shape[0]
 
@@ -116,11 +118,11 @@ def sample_tokens(
     return sampled[0, :, 0].T
 
 
-def find_matches(maps: Maps, views: tuple[DepthView, DepthView], points: Points, grid: tuple[int, int]) -> Points:
+def find_matches(maps: Maps, sizes: tuple[Size, Size], points: Points, grid: tuple[int, int]) -> Points:
     """Where features find each point (x, y) of the first image in the second, among a grid (h, w) of points there."""
-    places = create_grid_points(*views[1].size, grid).to(maps[0])
-    queries = F.normalize(sample_tokens(maps[0], points, *views[0].size), dim=1)
-    candidates = F.normalize(sample_tokens(maps[1], places, *views[1].size), dim=1)
+    places = create_grid_points(*sizes[1], grid).to(maps[0])
+    queries = F.normalize(sample_tokens(maps[0], points, *sizes[0]), dim=1)
+    candidates = F.normalize(sample_tokens(maps[1], places, *sizes[1]), dim=1)
     return places[torch.cat([(rows @ candidates.T).argmax(dim=1) for rows in queries.split(ROWS_AT_ONCE)])]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fit3d_ns.cli.command import Heading, create_main
 from fit3d_ns.probing.datasets import LabelledOptions
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig, list_parts
-from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, ProbeRequest, Task, forecast_seconds, run_probe
+from fit3d_ns.probing.probe_runs import ProbeRequest, Task, choose_values, forecast_seconds, run_probe
 from fit3d_ns.report.compared_backbones import ComparedBackbones, read_models
 from fit3d_ns.report.result_files import read_results
 from fit3d_ns.report.result_tables import write_report
@@ -67,13 +67,13 @@ def bench(command: BenchCommand) -> None:
 
 def _plan(command: BenchCommand, group: ComparedBackbones, entry: str, task: Task) -> list[tuple[ProbeRequest, float]]:
     """The requests of a group with their forecasts in seconds, 0 for finished ones; none where data lack something."""
-    config: Any = DEFAULT_CONFIGS[task]
+    first, _, second = (entry, "", "") if Path(entry).exists() else entry.partition(":")
+    train, test = (tuple(map(Path, part.split(","))) for part in (first, second or first))
+    config: Any = choose_values(task, test)[0]
     # Few views of a scene, where they are compared, would not see the same places.
     num_views = None if hasattr(config, "max_pairs") else command.max_frames
     given = {"num_iterations": command.num_iterations, "max_views": num_views}
     config = replace(config, **{name: value for name, value in given.items() if value and hasattr(config, name)})
-    first, _, second = (entry, "", "") if Path(entry).exists() else entry.partition(":")
-    train, test = (tuple(map(Path, part.split(","))) for part in (first, second or first))
     stem = command.output_dir / "records" / f"{task}-{'+'.join(dict.fromkeys(path.name for path in (*train, *test)))}"
     shared: dict[str, Any] = {"config": config, "options": command.labelled, "max_frames": command.max_frames}
     shared |= {"seeds": tuple(range(command.seeds)), "device": command.device}

@@ -7,11 +7,19 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fit3d_ns.cli.command import Heading, create_main
+from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.probing.datasets import LabelledOptions
 from fit3d_ns.probing.depth import ClassTokenChoice
 from fit3d_ns.probing.frozen_features import BackboneConfig
-from fit3d_ns.probing.head_probe import CacheRule, RunConfig, Selection
-from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PRESETS, ProbeRequest, Task, run_probe
+from fit3d_ns.probing.head_probe import CacheRule, Selection
+from fit3d_ns.probing.probe_runs import (
+    DEFAULT_CONFIGS,
+    PRESETS,
+    ProbeRequest,
+    Task,
+    choose_values,
+    run_probe,
+)
 from fit3d_ns.training.processes import Precision
 from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.results import ResultRecord
@@ -29,7 +37,8 @@ class ProbeCommand:
     """JSON record; seeds it already holds for the same settings are not run again."""
     test: Annotated[Paths, Heading("input")]
     """Folders that are measured: a ScanNet++ scene, a plain folder (images/, labels/ or depths/), or the root of an
-    official set; for consistency, correspondence and normals captures with depth, or scene files."""
+    official set; for consistency, correspondence and normals captures with depth, or scene files;
+    for correspondence also NAVI (the download, an object or one of its sets) or SPair-71k."""
     train: Paths = ()
     """Folders that heads are trained on. A single scene takes part whole, unless it is in --test as well."""
     backbones: Annotated[BackboneConfig, Heading("backbone")] = BackboneConfig()
@@ -39,6 +48,9 @@ class ProbeCommand:
     """Takes every value of the public code; flags that are given still win."""
     dinov3: bool = False
     """Takes the values of DINOv3's evaluation (segmentation, depth); flags that are given still win."""
+    probe3d: bool = False
+    """Takes probe3d's inputs (correspondence): tokens before the final norm, images padded to the patch grid, mean and
+    deviation .5 (for NAVI and SPair-71k add --normalization imagenet), and --ratio-matches 1000."""
     num_iterations: int | None = None
     """Training iterations. By default 60 epochs but at least 800, and at most the published 40,000 (segmentation),
     38,400 (depth) or 12,500 (classification); the published number with --paper."""
@@ -71,9 +83,10 @@ class ProbeCommand:
     """Pairs of views per scene (consistency, correspondence); 100 by default."""
     ratio_matches: int | None = None
     """Recall is also measured on this many most distinct matches of each pair, by Lowe's ratio test over all points of
-    the grid, as probe3d measures it with 1000 (consistency, correspondence). By default it is not."""
+    the grid, as probe3d measures it with 1000 (consistency, correspondence). By default only in NAVI."""
     angle_edges: tuple[float, ...] | None = None
-    """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 by default."""
+    """Edges of the bins of viewing angles, degrees (consistency, correspondence); 0 15 30 60 180 by default, and
+    0 30 60 90 120 for NAVI, where no wider ones are compared."""
     splits: tuple[Literal["train", "val", "test"], ...] | None = None
     """Which frames of a capture take part (consistency, correspondence, normals); all by default."""
     data_root: Path | None = None
@@ -100,24 +113,28 @@ def probe(command: ProbeCommand) -> None:
 
 def create_request(command: ProbeCommand) -> ProbeRequest:
     """Defaults or the paper's values first, flags that were given after; ValueError for one the task does not have."""
-    configs, runs = PRESETS.get("dinov3" if command.dinov3 else "paper" if command.paper else "", ({}, {}))
-    if command.dinov3 and (command.paper or command.task not in configs):
-        raise ValueError("--dinov3 is for the segmentation and depth probes, and stands in the place of --paper.")
-    config: Any = configs.get(command.task, DEFAULT_CONFIGS[command.task])
+    presets = [name for name in PRESETS if getattr(command, name)]
+    if len(presets) > 1:
+        raise ValueError(f"--{' and --'.join(presets)} stand in each other's place; choose one.")
+    preset = presets[0] if presets else ""
+    if preset in ("dinov3", "probe3d") and command.task not in PRESETS[preset][0]:
+        raise ValueError(f"--{preset} has values for {' and '.join(PRESETS[preset][0])}; leave it out.")
+    config: Any
+    config, run = choose_values(command.task, command.test, preset)
     of_tasks = {item.name for each in DEFAULT_CONFIGS.values() for item in fields(each)}
     given = {name: value for name, value in vars(command).items() if name in of_tasks and value is not None}
     for name in given:
         if not hasattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} means nothing to the {command.task} probe; leave it out.")
-    run = runs.get(command.task, RunConfig())
     chosen = {name: getattr(command, name) for name in ("selection", "cache") if getattr(command, name) is not None}
-    backbones, paper = command.backbones, command.paper
+    backbones = command.backbones
+    usual: dict[str, Normalization] = {"paper": "imagenet", "probe3d": "half"}
     same = "task output_path train test seeds device precision predictions".split()
     return ProbeRequest(
         backbones=replace(
             backbones,
-            normalization=backbones.normalization or ("imagenet" if paper else "timm"),
-            patch_fit=backbones.patch_fit or ("pad-stretch" if paper else "pad"),
+            normalization=backbones.normalization or usual.get(preset, "timm"),
+            patch_fit=backbones.patch_fit or ("pad-stretch" if command.paper else "pad"),
         ),
         config=replace(config, **given),
         run=replace(run, cache_gb=command.cache_gb, **chosen),

@@ -20,8 +20,8 @@ from fit3d_ns.features.sources import WEIGHTS_NAME, ModelArgs, find_backbone_fol
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import hash_bytes
 
-Normalization = Literal["timm", "imagenet"]
-"""`timm`: each model's own mean and deviation; `imagenet`: ImageNet's for all, as the paper's code does."""
+Normalization = Literal["timm", "imagenet", "half"]
+"""`timm`: each model's own mean and deviation; `imagenet`: ImageNet's for all, as the paper's code does; `half`: .5."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -130,8 +130,9 @@ def describe_backbone(
     """
     source = sources.resolve_source(backbone, Path(weights) if weights is not None else None)
     model = _create_meta_model(source.architecture, source.model_args)
-    mean: Any = IMAGENET_MEAN
-    std: Any = IMAGENET_STD
+    mean: Any
+    std: Any
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if normalization != "half" else ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     if normalization == "timm":
         mean = tuple(map(float, source.mean or model.pretrained_cfg.get("mean", mean)))
         std = tuple(map(float, source.std or model.pretrained_cfg.get("std", std)))

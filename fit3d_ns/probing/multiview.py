@@ -11,13 +11,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
+from fit3d_ns.analysis.consistency import (
+    ConsistencyConfig,
+    compute_consistency,
+    create_pairs,
+    create_pairs_within,
+    pool_consistency,
+)
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.frames import Split
 from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.probing.datasets.navi import find_navi_sets, read_navi
 from fit3d_ns.probing.frozen_features import Assembler, Assembly, FrozenBackbones
 from fit3d_ns.probing.pictures import to_image
 from fit3d_ns.scene import FeatureScene, create_depth_view, create_posed_capture, load_scene
@@ -46,6 +55,8 @@ class MultiviewConfig(ViewsConfig, ConsistencyConfig):
 
     max_pairs: Annotated[int, Limits(at_least=1)] = 100
     """Pairs per scene, drawn at random; every seed draws them again."""
+    is_probe3d: bool = False
+    """Tokens before the final norm, of images padded to the patch grid, which are read as if not padded (probe3d)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class SceneViews:
     token_maps: list[Tensor]
     depth_views: list[DepthView]
     units_per_metre: float | None
+    is_wild: bool = False
+    """Whether views show an object in several places (NAVI): each is compared with one other that is near enough."""
 
 
 def measure_views(
@@ -67,6 +80,8 @@ def measure_views(
     compared = replace(config, grid_scale=grid_scale, seed=seed)
     for number, views in enumerate(scenes):
         pairs = create_pairs(len(views.token_maps), config.max_pairs, seed)
+        if views.is_wild:
+            pairs = create_pairs_within(views.depth_views, config.angle_edges[-1], config.max_pairs, seed)
         name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
         seen = views.token_maps, views.depth_views
         per_scene[name] = compute_consistency(*seen, pairs, compared, views.units_per_metre)
@@ -81,11 +96,16 @@ def measure_views(
 def load_views(
     path: Path, config: ViewsConfig, backbones: FrozenBackbones, assembly: Assembly, device: torch.device | str
 ) -> SceneViews:
-    """The chosen views of a capture or scene file; ValueError where there are fewer than two."""
-    # Tokens of a padded image would lie next to the pixels they are compared at.
-    assert backbones.patch_fit == "resize"
+    """The chosen views of a capture, a scene file or a set of NAVI; ValueError where there are fewer than two."""
+    # Tokens of a padded image lie next to the pixels they are compared at, which is probe3d's way.
+    assert backbones.patch_fit != "pad"
     assembler = Assembler(assembly, backbones.embed_dim, "none")
     scene: FeatureScene | None = None
+    if path in find_navi_sets(path):
+        pictures = read_navi(path, config.splits, config.max_views)
+        name = f"{path.parent.name}/{path.name}"
+        maps = [compute_tokens(image, backbones, assembler) for image, _ in track(pictures, f"Features of {name}")]
+        return SceneViews(name, maps, [view for _, view in pictures], 1.0, is_wild=True)
     if path.suffix == ".safetensors":
         scene = load_scene(path, device=device)
         capture = scene.capture(config.data_root)
@@ -98,10 +118,16 @@ def load_views(
     token_maps, depth_views = [], []
     for view in track(chosen, f"Features of {capture.scene_id}"):
         depth_views.append(create_depth_view(capture, view, get_scene))
-        # Tokens cover exactly the image: (1, c, h, w) -> (h, w, c)
-        features = backbones(to_image(capture.load_image(view).numpy())[None])
-        token_maps.append(assembler(features.to("cpu"))[0].permute(1, 2, 0))
+        token_maps.append(compute_tokens(capture.load_image(view).numpy(), backbones, assembler))
     return SceneViews(capture.scene_id, token_maps, depth_views, capture.metric_scale)
+
+
+def compute_tokens(
+    image: UInt8[np.ndarray, "height width 3"], backbones: FrozenBackbones, assembler: Assembler
+) -> Float[Tensor, "h w channels"]:
+    """Assembled tokens of a photograph, on the CPU; they are read as if they covered it."""
+    # (1, c, h, w) -> (h, w, c)
+    return assembler(backbones(to_image(image)[None]).to("cpu"))[0].permute(1, 2, 0)
 
 
 def _keep_recalls(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from fit3d_ns.probing.classification import PAPER_CLASSIFICATION, Classification
 from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
 from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, check_same_kind, compute_data_hash, join_sets
+from fit3d_ns.probing.datasets.navi import NAVI_EDGES, find_navi_sets
 from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
 from fit3d_ns.probing.depth import DINOV3_DEPTH, PAPER_DEPTH, DepthConfig, DepthProbe
-from fit3d_ns.probing.frozen_features import BackboneConfig, create_frozen_backbones, describe_backbones
+from fit3d_ns.probing.frozen_features import Assembler, BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, ProbeSets, RunConfig, create_sets, resolve_iterations
+from fit3d_ns.probing.keypoints import is_spair, measure_keypoints
 from fit3d_ns.probing.multiview import MultiviewConfig, ViewsConfig, load_views, measure_views
 from fit3d_ns.probing.normals import measure_normals
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs
@@ -44,7 +46,16 @@ _PAPER = PAPER_SEGMENTATION, PAPER_DEPTH, PAPER_CLASSIFICATION
 PAPER_CONFIGS: dict[str, TaskConfig] = dict(zip(PAPER_RUNS, _PAPER, strict=True))
 DINOV3_CONFIGS: dict[str, TaskConfig] = {"segmentation": DINOV3_SEGMENTATION, "depth": DINOV3_DEPTH}
 DINOV3_RUN = RunConfig(cache="never", selection="last")
-PRESETS = {"paper": (PAPER_CONFIGS, PAPER_RUNS), "dinov3": (DINOV3_CONFIGS, dict.fromkeys(DINOV3_CONFIGS, DINOV3_RUN))}
+PROBE3D_MATCHES = 1000
+"""Most distinct matches of each pair that probe3d counts."""
+PROBE3D_CONFIGS: dict[str, TaskConfig] = {
+    "correspondence": MultiviewConfig(ratio_matches=PROBE3D_MATCHES, is_probe3d=True)
+}
+PRESETS: dict[str, tuple[dict[str, TaskConfig], dict[str, RunConfig]]] = {
+    "paper": (PAPER_CONFIGS, PAPER_RUNS),
+    "dinov3": (DINOV3_CONFIGS, dict.fromkeys(DINOV3_CONFIGS, DINOV3_RUN)),
+    "probe3d": (PROBE3D_CONFIGS, {}),
+}
 DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     **{"segmentation": SegmentationConfig(), "depth": DepthConfig(), "classification": ClassificationConfig()},
     **{"consistency": MultiviewConfig(), "correspondence": MultiviewConfig(), "normals": ViewsConfig()},
@@ -79,6 +90,15 @@ class ProbeRequest:
     """Arithmetic of the head's training."""
     predictions: Path | None = None
     """Folder for pictures of what the first seed's head predicts for test frames (segmentation, depth)."""
+
+
+def choose_values(task: Task, test: Sequence[Path], preset: str = "") -> tuple[TaskConfig, RunConfig]:
+    """A task's values, those of a preset where it has some; NAVI is measured as by probe3d."""
+    configs, runs = PRESETS.get(preset, ({}, {}))
+    config = configs.get(task, DEFAULT_CONFIGS[task])
+    if isinstance(config, MultiviewConfig) and any(map(find_navi_sets, test)):
+        config = replace(config, angle_edges=NAVI_EDGES, ratio_matches=PROBE3D_MATCHES)
+    return config, runs.get(task, RunConfig())
 
 
 def run_probe(request: ProbeRequest) -> ResultRecord:
@@ -220,11 +240,15 @@ def _run_retrieval(request: ProbeRequest) -> ResultRecord:
 
 
 def _run_multiview(request: ProbeRequest) -> ResultRecord:
-    # Tokens are compared at the pixels they stand for, so images are resized as stages I and II do.
-    chosen = replace(request.backbones, patch_fit="resize")
-    described = describe_backbones(chosen, norm=True)
     config = request.config or DEFAULT_CONFIGS[request.task]
     assert isinstance(config, ViewsConfig)
+    # Tokens are compared at the pixels they stand for, so images are resized as stages I and II do.
+    is_probe3d = isinstance(config, MultiviewConfig) and config.is_probe3d
+    chosen = replace(request.backbones, patch_fit="pad-stretch" if is_probe3d else "resize")
+    described = describe_backbones(chosen, norm=not is_probe3d)
+    shows_keypoints = any(map(is_spair, request.test))
+    if shows_keypoints and (request.task != "correspondence" or len(request.test) > 1):
+        raise ValueError("SPair-71k has keypoints instead of depth: the correspondence probe reads it, and alone.")
     for path in (*request.train, *request.test):
         if not path.exists():
             raise ValueError(f"No such capture or scene file: {path}; check --train and --test.")
@@ -238,9 +262,11 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         part: {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]}
         for part, paths in given.items()
     }
-    # The first two were options once; records hold them.
+    # The first two were options once; records hold them, and know of no preset.
     settings["config"] = ({"gaps": (), "angle_kind": "rotation"} if is_paired else {}) | {
-        name: value for name, value in asdict(config).items() if name not in _UNRECORDED
+        name: value
+        for name, value in asdict(config).items()
+        if name not in _UNRECORDED and (name, value) != ("is_probe3d", False)
     }
     file, missing, done = _open_record(request, settings, described)
     if not missing:
@@ -252,12 +278,16 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         said = f"The fine-tuned backbone was trained on views of {', '.join(known)}: the metrics flatter"
         notice(f"{said}; --splits val test measures on held-out views.")
     device = choose_device(request.device)
-    backbones = create_frozen_backbones(chosen, norm=True, device=device)
+    backbones = create_frozen_backbones(chosen, norm=not is_probe3d, device=device)
+    if shows_keypoints:
+        assert isinstance(config, MultiviewConfig)
+        assembler = Assembler(chosen.assembly, backbones.embed_dim, "none")
+        return file.save(done | measure_keypoints(request.test[0], config, backbones, assembler, missing), costs)
     read = {
-        path: load_views(path, config, backbones, chosen.assembly, device)
+        path: [load_views(at, config, backbones, chosen.assembly, device) for at in find_navi_sets(path) or [path]]
         for path in dict.fromkeys(path for paths in given.values() for path in paths)
     }
-    scenes = {part: [read[path] for path in paths] for part, paths in given.items()}
+    scenes = {part: [scene for path in paths for scene in read[path]] for part, paths in given.items()}
     if not isinstance(config, MultiviewConfig):
         common = [path.name for path in request.test if path in request.train]
         if common:

@@ -123,10 +123,10 @@ def test_find_matches__one_hot_tokens_find_their_shifted_place():
     points = create_grid_points(64, 48, (3, 4)).reshape(3, 4, 2)[:, 1:].reshape(-1, 2)
     truth = points - torch.tensor([16.0, 0.0])
     views = (look_at_floor(torch.eye(3), [0.0, 0.0, 3.0]),) * 2
-    torch.testing.assert_close(find_matches((tokens, shifted), views, points, (3, 4)), truth)
+    torch.testing.assert_close(find_matches((tokens, shifted), (views[0].size, views[1].size), points, (3, 4)), truth)
     # On a finer grid the candidates stand 4 pixels apart, none nearer than this to a token's centre. At the border
     # features are constant for half a token, so only inner tokens (truth in row 1, columns 1 and 2) are that exact.
-    fine = (find_matches((tokens, shifted), views, points, (12, 16)) - truth).norm(dim=1)
+    fine = (find_matches((tokens, shifted), (views[0].size, views[1].size), points, (12, 16)) - truth).norm(dim=1)
     torch.testing.assert_close(fine[4:6], torch.full((2,), math.hypot(2, 2)))
     assert (fine <= math.hypot(6, 6) + 1e-4).all()
 
