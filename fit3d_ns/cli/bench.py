@@ -47,8 +47,9 @@ class BenchCommand:
 
 def bench(command: BenchCommand) -> None:
     """Says how long it will take, measures what is missing, and writes tables and figures of all."""
+    known: dict[Any, float] = {}
     cases = product(read_models(command.backbones), command.data, command.measures)
-    plan = [planned for case in cases for planned in _plan(command, *case)]
+    plan = [planned for case in cases for planned in _plan(command, known, *case)]
     if not plan:
         raise ValueError("None of the measures can be taken on --data; the lines above say why.")
     total, start, done = sum(seconds for _, seconds in plan), time.monotonic(), 0.0
@@ -65,8 +66,11 @@ def bench(command: BenchCommand) -> None:
     print(write_tables(tables[:1], "Bench", ".md"), "Bench: " + ", ".join(map(str, files)), sep="\n")
 
 
-def _plan(command: BenchCommand, group: ComparedBackbones, entry: str, task: Task) -> list[tuple[ProbeRequest, float]]:
-    """The requests of a group with their forecasts in seconds, 0 for finished ones; none where data lack something."""
+def _plan(
+    command: BenchCommand, known: dict[Any, float], group: ComparedBackbones, entry: str, task: Task
+) -> list[tuple[ProbeRequest, float]]:
+    """The requests of a group with their forecasts in seconds, 0 for finished ones; `known` has those of each shape."""
+    shape = entry, task, group.description.num_blocks, group.description.patch_size, group.description.embed_dim
     first, _, second = (entry, "", "") if Path(entry).exists() else entry.partition(":")
     train, test = (tuple(map(Path, part.split(","))) for part in (first, second or first))
     config: Any = choose_values(task, test)[0]
@@ -85,11 +89,15 @@ def _plan(command: BenchCommand, group: ComparedBackbones, entry: str, task: Tas
     try:
         if task == "normals" and not second:
             raise ValueError("its layer is fitted on other scenes; name them as TRAIN:TEST.")
-        seconds = forecast_seconds(missing[0]) if missing else 0.0
+        if missing and shape not in known:
+            known[shape] = forecast_seconds(missing[0])
     except ValueError as error:
         notice(f"No {task} on {entry}: {error}")
         return []
-    return [(item, seconds * len(list_parts(item.backbones.assembly)) * (item in missing)) for item in requests]
+    return [
+        (item, known.get(shape, 0.0) * len(list_parts(item.backbones.assembly)) * (item in missing))
+        for item in requests
+    ]
 
 
 def _list_assemblies(group: ComparedBackbones) -> list[tuple[str, BackboneConfig]]:

@@ -157,17 +157,22 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
 
 
 def forecast_seconds(request: ProbeRequest, few: int = 4) -> float:
-    """About how long a request takes, by one seed and by two on few images; ValueError where data lack something."""
+    """About how long a request takes, by runs on few images; ValueError where data lack something.
+
+    The first run is not counted, because it loads what all need. Then come one, one with twice the iterations (or seeds
+    of few pairs), and one with twice the images: both grow with the request, and what is left is done once.
+    """
     config: Any = request.config or DEFAULT_CONFIGS[request.task]
-    times, repeats = [], getattr(config, "max_pairs", 0) / few
-    # Few views of a scene would not see the same places.
-    cut = {"num_iterations": 4 * few, "max_pairs": few} | ({} if repeats else {"max_views": few})
-    small = replace(config, **{name: value for name, value in cut.items() if hasattr(config, name)})
-    share = 1.0 if repeats else getattr(config, "max_views", 0) / few
+    times, is_paired = [], hasattr(config, "max_pairs")
+    repeats = config.max_pairs / few if is_paired else 0.0
+    share = getattr(config, "max_views", few) / few
     with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-        for seeds in ((0,), (0, 1)):
-            start, path = time.perf_counter(), Path(folder, str(seeds))
-            record = run_probe(replace(request, config=small, max_frames=few, seeds=seeds, output_path=path))
+        for number, (count, work) in enumerate(((few, 1), (few, 1), (few, 2), (2 * few, 1))):
+            # Few views of a scene, where they are compared, would not see the same places.
+            cut = {"max_pairs": few} if is_paired else {"num_iterations": 4 * few * work, "max_views": count}
+            small = replace(config, **{name: value for name, value in cut.items() if hasattr(config, name)})
+            seeds, path, start = range(work if is_paired else 1), Path(folder, str(number)), time.perf_counter()
+            record = run_probe(replace(request, config=small, max_frames=count, seeds=seeds, output_path=path))
             times.append(time.perf_counter() - start)
         if not isinstance(config, ViewsConfig):
             kind = PROBES[record.settings["test"].get("labels", [request.task])[0]]
@@ -176,7 +181,9 @@ def forecast_seconds(request: ProbeRequest, few: int = 4) -> float:
             if kind.task == request.task:
                 given = config.num_iterations, kind.published_iterations, len(train), config.batch_size
                 repeats = resolve_iterations(*given) / (4 * few)
-    return max(2 * times[0] - times[1], 0.0) * share + max(times[1] - times[0], 0.0) * repeats * len(request.seeds)
+    more_work, more_images = (max(seconds - times[1], 0.0) for seconds in times[2:])
+    once = max(times[1] - more_work - more_images, 0.0)
+    return once + more_images * share + more_work * repeats * len(request.seeds)
 
 
 def resolve_scene_split(path: Path, split: LabelledSplit, others: Sequence[Path]) -> LabelledSplit | None:

@@ -1,13 +1,26 @@
 """`fit3d-bench` on miniature rooms: what it measures, that it goes on, and that its records are fit3d-probe's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fit3d_ns.cli import probe
+from fit3d_ns.cli import bench, probe
 from fit3d_ns.cli.bench import main
+from fit3d_ns.probing.probe_runs import ProbeRequest
+from fit3d_ns.report.compared_backbones import read_models
 from fit3d_ns.utils.files import read_json
 from tests.probing.probe_scenes import BACKBONE, create_finetuned, create_scene
+
+
+def test_bench__backbones_of_one_shape_share_a_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ProbeRequest] = []
+    monkeypatch.setattr(bench, "forecast_seconds", lambda request: asked.append(request) or 5.0)
+    command = bench.BenchCommand((BACKBONE,), (str(tmp_path),), tmp_path / "bench")
+    known: dict[Any, float] = {}
+    for name, number in ((BACKBONE, 1), (BACKBONE, 1), ("random:toy_rooms_vit", 2)):
+        plan = bench._plan(command, known, read_models([name])[0], str(tmp_path), "correspondence")
+        assert [seconds for _, seconds in plan] == [5.0, 5.0] and len(asked) == number
 
 
 def test_bench__every_measure_that_the_data_allow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
