@@ -12,14 +12,7 @@ from fit3d_ns.probing.datasets import LabelledOptions
 from fit3d_ns.probing.depth import ClassTokenChoice
 from fit3d_ns.probing.frozen_features import BackboneConfig
 from fit3d_ns.probing.head_probe import CacheRule, Selection
-from fit3d_ns.probing.probe_runs import (
-    DEFAULT_CONFIGS,
-    PRESETS,
-    ProbeRequest,
-    Task,
-    choose_values,
-    run_probe,
-)
+from fit3d_ns.probing.probe_runs import DEFAULT_CONFIGS, PRESETS, ProbeRequest, Task, choose_values, run_probe
 from fit3d_ns.training.processes import Precision
 from fit3d_ns.utils.device import DeviceChoice
 from fit3d_ns.utils.results import ResultRecord

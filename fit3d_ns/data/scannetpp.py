@@ -147,9 +147,14 @@ def _find_missing_piece(dslr: Path) -> str | None:
     for folder in (images, masks) if meta.get("has_mask", True) else (images,):
         if not (dslr / folder).is_dir():
             return f"{folder}/"
-    frames = [frame for frame in _read_frames(dslr, "undistorted", meta)[0] if not frame.is_bad]
-    pieces = (path for frame in frames for path in (frame.image_path, frame.mask_path) if path is not None)
-    return next((str(path.relative_to(dslr)) for path in pieces if not path.is_file()), None)
+    # Only paths are read: cameras of a variant that is not taken may be wrong.
+    entries = list_entries(meta, dslr / camera_file, "frames", "test_frames")
+    for entry in (entry for entry in entries if not entry.get("is_bad", False)):
+        image = resolve_inside(dslr / images, entry["file_path"], str(dslr / camera_file))
+        for path in (image, _find_mask(dslr, masks, meta, entry)):
+            if path is not None and not path.is_file():
+                return str(path.relative_to(dslr))
+    return None
 
 
 def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple[list[Frame], int]:

@@ -54,6 +54,16 @@ def test_read_scannetpp__falls_back_to_the_fisheye_variant_and_says_why(scannetp
     assert f"because {piece} is missing" in capture.description
 
 
+@pytest.mark.parametrize("key, value", [("camera_model", "unknown"), ("fl_x", None), ("test_frames", [])])
+def test_read_scannetpp__falls_back_whatever_cameras_an_incomplete_variant_has(
+    scannetpp_scene: Path, key: str, value: object
+) -> None:
+    path = scannetpp_scene / "dslr" / "nerfstudio" / "transforms_undistorted.json"
+    edit_json(path, **{key: value})
+    (scannetpp_scene / "dslr" / "undistorted_images" / "DSC00000.JPG").unlink()
+    assert read_capture(scannetpp_scene).frames[0].lens.model == "fisheye"
+
+
 def test_read_scannetpp__a_bad_frame_may_lack_its_picture(scannetpp_scene: Path) -> None:
     (scannetpp_scene / "dslr" / "undistorted_images" / "DSC00003.JPG").unlink()
     assert read_capture(scannetpp_scene).frames[0].lens.model == "pinhole"
