@@ -1,5 +1,6 @@
 """nerfstudio runs that features are lifted onto: those that exist, and those that are trained first."""
 
+import importlib
 import shlex
 import subprocess
 import time
@@ -32,11 +33,10 @@ def import_run_reader(path: Path, instead: str) -> Any:
     """`plugin/run_reader.py`, imported here so that commands work where nerfstudio is not installed; ValueError, which
     says what to do with the run at `path` instead."""
     try:
-        from fit3d_ns.plugin import run_reader
+        return importlib.import_module("fit3d_ns.plugin.run_reader")
     except ImportError as error:
         problem = f"{path} is a nerfstudio run, and nerfstudio cannot be imported ({error})"
         raise ValueError(f"{problem}; {instead}") from error
-    return run_reader
 
 
 def read_run_source(path: Path, data: Path | None, trust_config: bool) -> LiftSource:
