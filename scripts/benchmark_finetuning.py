@@ -175,7 +175,7 @@ def limit_views(views: TrainingViews, batch_size: int, max_steps: int) -> int:
         for own, chosen in zip(views.views, kept, strict=True):
             if turn < len(own) and sum(map(len, kept)) < steps * batch_size:
                 chosen.append(own[turn])
-    views.views, views.views_per_scene = kept, [len(own) for own in kept]
+    views.views = kept
     return steps
 
 

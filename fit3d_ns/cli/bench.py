@@ -94,10 +94,8 @@ def _plan(
     except ValueError as error:
         notice(f"No {task} on {entry}: {error}")
         return []
-    return [
-        (item, known.get(shape, 0.0) * len(list_parts(item.backbones.assembly)) * (item in missing))
-        for item in requests
-    ]
+    each = known.get(shape, 0.0)
+    return [(item, each * len(list_parts(item.backbones.assembly)) * (item in missing)) for item in requests]
 
 
 def _list_assemblies(group: ComparedBackbones) -> list[tuple[str, BackboneConfig]]:

@@ -274,12 +274,15 @@ class TrainingViews:
             self.num_missing += len(missing)
             self.captures.append(capture)
             self.views.append([view for view in chosen if view.frame.image_path.is_file()])
-        self.views_per_scene = [len(views) for views in self.views]
         if self.num_missing:
             notice(f"Skipping {self.num_missing} views whose photographs are gone.")
         if not any(self.views):
             wanted = ", ".join(sorted({split for own in splits for split in own}))
             raise ValueError(f"The scenes have no views of split {wanted} with photographs; check --splits.")
+
+    @property
+    def views_per_scene(self) -> list[int]:
+        return [len(views) for views in self.views]
 
     @property
     def views_hash(self) -> str:
