@@ -29,6 +29,7 @@ from fit3d_ns.data.frames import (
 )
 from fit3d_ns.data.images import list_images
 from fit3d_ns.geometry.cameras import Lens, camera_to_worlds_from_viewmats
+from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import refuse_lfs_pointer, write_atomically
 
 _MODEL_FOLDERS = ("sparse", "colmap/sparse", "colmap")
@@ -48,11 +49,12 @@ def read_colmap(path: Path) -> CaptureFiles:
     models = find_colmap_models(root)
     if not models:
         raise ValueError(f"{root} has no COLMAP model: no cameras.bin or cameras.txt in {', '.join(_MODEL_FOLDERS)}.")
-    model = models[0]
     if not (root / "images").is_dir():
         raise ValueError(f"{root} has a COLMAP model but no folder `images`; put the photographs there.")
-    points = read_colmap_points(model)
-    reconstruction = _load_model(model)
+    # Points first, for the sake of their errors.
+    read = [(model, read_colmap_points(model), _load_model(model)) for model in models]
+    read.sort(key=lambda found: found[2].num_reg_images(), reverse=True)
+    model, points, reconstruction = read[0]
     images = [image for image in reconstruction.images.values() if image.has_pose]
     images.sort(key=lambda image: image.name)
     if not images:
@@ -75,7 +77,7 @@ def read_colmap(path: Path) -> CaptureFiles:
         layout="colmap",
         description=(
             f"COLMAP model {model}: {count_splits(frames)} (every {FRAMES_PER_TEST_FRAME}th is test), "
-            f"{len(points.xyz) if points else 'no'} points{_describe_left_out(root, models, images)}."
+            f"{len(points.xyz) if points else 'no'} points{_describe_left_out(root, images, read[1:])}."
         ),
         frames=frames,
         points=points,
@@ -104,35 +106,23 @@ def write_colmap_points(points: PointCloud, path: Path) -> None:
 
 
 def find_colmap_models(root: Path) -> list[Path]:
-    """The models of the first usual folder that has some, that with most registered images first."""
+    """The models of the first usual folder that has some."""
     for base in (root / folder for folder in _MODEL_FOLDERS):
         folders = [base, *sorted(path for path in base.glob("*") if path.is_dir())]
         models = [path for path in folders if any((path / f"cameras{suffix}").is_file() for suffix in (".bin", ".txt"))]
         if models:
-            return sorted(models, key=_count_images, reverse=True)
+            return models
     return []
 
 
-def _count_images(model: Path) -> int:
-    """The number of registered images that a model's file states."""
-    if (model / "cameras.bin").is_file():
-        path = model / "images.bin"
-        return int.from_bytes(path.read_bytes()[:8], "little") if path.is_file() else 0
-    path = model / "images.txt"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    # An image has a line of its own and one, perhaps empty, for its points.
-    return len([line for line in lines if not line.startswith("#")]) // 2
-
-
-def _describe_left_out(root: Path, models: list[Path], images: list[Any]) -> str:
+def _describe_left_out(root: Path, images: list[Any], others: list[tuple[Path, Any, Any]]) -> str:
     """What the description says of other models, and of photographs that no model registered."""
     names = {image.name for image in images}
     said = ""
-    if len(models) > 1:
-        others = ", ".join(f"{path.name} with {_count_images(path)} images" for path in models[1:])
-        said = f"; of {len(models)} models it has most images, left out are {others}"
-        for path in models[1:]:
-            names |= {image.name for image in _load_model(path).images.values()}
+    if others:
+        listed = ", ".join(f"{path.name} with {other.num_reg_images()} images" for path, _, other in others)
+        said = f"; of {len(others) + 1} models it has most images, left out are {listed}"
+        names |= {image.name for _, _, other in others for image in other.images.values()}
     folder = root / "images"
     num_lost = sum(path.relative_to(folder).as_posix() not in names for path in list_images(folder))
     return said + (f"; {num_lost} photographs are in none" if num_lost else "")
@@ -152,8 +142,7 @@ def _load_model(model: Path) -> Any:
     try:
         return pycolmap.Reconstruction(str(model))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"The COLMAP model {model} cannot be read ({reason}); copy it again.") from error
+        raise ValueError(f"The COLMAP model {model} cannot be read ({first_line(error)}); copy it again.") from error
 
 
 def _read_lens(camera: Any, source: str) -> Lens:

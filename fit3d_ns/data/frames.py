@@ -30,7 +30,12 @@ _PERSPECTIVE_MODELS = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "
 _FISHEYE_MODEL, _RATIONAL_MODEL = "OPENCV_FISHEYE", "FULL_OPENCV"
 _PANORAMIC_MODELS = ("EQUIRECTANGULAR", "OMNIDIRECTIONALSTEREO_L", "OMNIDIRECTIONALSTEREO_R", "VR180_L", "VR180_R")
 _COEFFICIENTS = ("k1", "k2", "k3", "k4", "p1", "p2")
-_RATIONAL_COEFFICIENTS = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")
+_ORDERS = {
+    **dict.fromkeys(_PERSPECTIVE_MODELS, ("k1", "k2", "p1", "p2", "k3")),
+    _RATIONAL_MODEL: ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6"),
+    _FISHEYE_MODEL: ("k1", "k2", "k3", "k4"),
+}
+"""Coefficients of the camera models that are known, in OpenCV's order."""
 _LARGEST_SHEAR = 1e-2
 _LARGEST_RELATIVE_FOCAL = 10.0
 """Focal lengths below it are none in pixels where the centre lies in the first one."""
@@ -128,6 +133,19 @@ def list_entries(meta: Any, source: Path, *keys: str) -> list[dict[str, Any]]:
     return entries
 
 
+def parse_frame(
+    entry: Mapping[str, Any], shared: Mapping[str, Any], image_path: Path, split: Split, source: str
+) -> Frame:
+    """The frame without mask and depth; what the entry lacks of intrinsics is in `shared`.
+
+    The camera of one that is marked as unusable may be anything and is not read.
+    """
+    if entry.get("is_bad", False):
+        return Frame(image_path, Lens(1.0, 1.0, 0.5, 0.5, 1, 1), torch.eye(4)[:3], split, is_bad=True)
+    lens = parse_lens({**shared, **entry}, source)
+    return Frame(image_path, lens, _parse_camera_to_world(entry, source), split)
+
+
 def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
     """Reads `fl_x fl_y cx cy w h camera_model k1..k4 p1 p2` (or `distortion_params`) of a transforms.json.
 
@@ -137,7 +155,7 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
     missing = [key for key in ("fl_x", "cx", "cy", "w", "h") if key not in entry]
     if missing:
         raise ValueError(f"{source} has no {', '.join(missing)}; add the intrinsics to the file or to each frame.")
-    values = {**dict.fromkeys(_COEFFICIENTS, 0.0), "fl_y": entry["fl_x"], **entry}
+    values = {**dict.fromkeys((*_COEFFICIENTS, "k5", "k6"), 0.0), "fl_y": entry["fl_x"], **entry}
     if "distortion_params" in entry:
         listed = entry["distortion_params"]
         if not isinstance(listed, list) or len(listed) != len(_COEFFICIENTS):
@@ -145,7 +163,6 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
         values.update(zip(_COEFFICIENTS, listed, strict=True))
     fx, fy, cx, cy = (_parse_number(values, key, source) for key in ("fl_x", "fl_y", "cx", "cy"))
     width, height = (_parse_number(values, key, source) for key in ("w", "h"))
-    k1, k2, k3, k4, p1, p2 = (_parse_number(values, key, source) for key in _COEFFICIENTS)
     model = str(entry.get("camera_model") or (_FISHEYE_MODEL if entry.get("is_fisheye") else "OPENCV"))
     if entry.get("is_fisheye") and model != _FISHEYE_MODEL:
         raise ValueError(f"{source} has is_fisheye with the camera model {model}; correct one of them.")
@@ -154,21 +171,15 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
             f"{source} has the camera model {model}: no flat picture shows what it sees; cut it into views with"
             " perspective by `ns-process-data images --camera-type equirectangular --images-per-equirect 8`."
         )
-    known = (*_PERSPECTIVE_MODELS, _RATIONAL_MODEL, _FISHEYE_MODEL)
-    if model not in known:
-        raise ValueError(f"{source} has the camera model {model}; known are {', '.join(known)}.")
-    if model == _RATIONAL_MODEL:
-        rational = {**dict.fromkeys(_RATIONAL_COEFFICIENTS, 0.0), **values}
-        distortion = tuple(_parse_number(rational, key, source) for key in _RATIONAL_COEFFICIENTS)
-        return create_lens((fx, fy, cx, cy), (width, height), distortion, False, source)
-    is_fisheye = model == _FISHEYE_MODEL
-    if not is_fisheye and k4 != 0.0:
+    if model not in _ORDERS:
+        raise ValueError(f"{source} has the camera model {model}; known are {', '.join(_ORDERS)}.")
+    if "k4" not in _ORDERS[model] and (k4 := _parse_number(values, "k4", source)) != 0.0:
         raise ValueError(
             f"{source} has k4 = {k4}, which the camera model {model} does not know; write {_FISHEYE_MODEL} for a "
             f"fisheye, {_RATIONAL_MODEL} if k4 to k6 are OpenCV's, else set it to 0."
         )
-    distortion = (k1, k2, k3, k4) if is_fisheye else (k1, k2, p1, p2, k3)
-    return create_lens((fx, fy, cx, cy), (width, height), distortion, is_fisheye, source)
+    distortion = [_parse_number(values, key, source) for key in _ORDERS[model]]
+    return create_lens((fx, fy, cx, cy), (width, height), distortion, model == _FISHEYE_MODEL, source)
 
 
 def create_lens(
@@ -198,7 +209,7 @@ def create_lens(
     return Lens(fx, fy, cx, cy, int(width), int(height), model, tuple(float(value) for value in distortion))
 
 
-def parse_camera_to_world(entry: Mapping[str, Any], source: str) -> Float[Tensor, "3 4"]:
+def _parse_camera_to_world(entry: Mapping[str, Any], source: str) -> Float[Tensor, "3 4"]:
     """Reads `transform_matrix`, a 4x4 or 3x4 OpenGL camera pose."""
     try:
         matrix = np.array(entry["transform_matrix"], dtype=np.float64)
@@ -238,11 +249,6 @@ def resolve_inside(root: Path, relative: str, source: str) -> Path:
     if os.path.normpath(pure).split("/")[0] == "..":
         raise ValueError(f"{source} names {relative}, which climbs out of {root}; use paths inside of it.")
     return root / pure
-
-
-def create_bad_frame(image_path: Path, split: Split) -> Frame:
-    """A frame that the dataset marks as unusable; its camera may be anything and is not read."""
-    return Frame(image_path, Lens(1.0, 1.0, 0.5, 0.5, 1, 1), torch.eye(4)[:3], split, is_bad=True)
 
 
 def choose_splits(names: Sequence[str]) -> list[Split]:

@@ -5,7 +5,7 @@ masks and depth maps are only named here; `images.py` opens them when `scene/pos
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,8 @@ from fit3d_ns.data.frames import (
     PointCloud,
     Split,
     count_splits,
-    create_bad_frame,
     list_entries,
-    parse_camera_to_world,
+    parse_frame,
     parse_lens,
     resolve_inside,
 )
@@ -174,19 +173,12 @@ def _read_frames(dslr: Path, variant: Variant, meta: Mapping[str, Any]) -> tuple
         source = f"Frame {name} in {transforms}"
         image_path = resolve_inside(dslr / images, name, source)
         split: Split = listed.get(name, "train" if index < num_train else "test")
-        if entry.get("is_bad", False):
-            frames.append(create_bad_frame(image_path, split))
-            continue
-        lens = parse_lens({**meta, **entry}, source)
+        frame = parse_frame(entry, meta, image_path, split, source)
+        if not frame.is_bad:
+            frame = replace(frame, mask_path=_find_mask(dslr, masks, meta, entry))
         depth_path = dslr / "render_depth" / f"{Path(name).stem}.png"
-        frame = Frame(
-            image_path=image_path,
-            lens=lens,
-            camera_to_world=parse_camera_to_world(entry, source),
-            split=split,
-            mask_path=_find_mask(dslr, masks, meta, entry),
-            depth_path=depth_path if lens == depth_lens and depth_path.is_file() else None,
-        )
+        if frame.lens == depth_lens and depth_path.is_file():
+            frame = replace(frame, depth_path=depth_path)
         frames.append(frame)
     return frames, num_without_camera
 

@@ -6,6 +6,7 @@ world of the poses, else from `colmap/sparse/0` moved by `applied_transform`. Fr
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,8 @@ from fit3d_ns.data.frames import (
     Split,
     choose_splits,
     count_splits,
-    create_bad_frame,
     list_entries,
-    parse_camera_to_world,
-    parse_lens,
+    parse_frame,
     resolve_inside,
 )
 from fit3d_ns.data.ply import read_ply_points
@@ -63,19 +62,13 @@ def read_transforms(path: Path) -> CaptureFiles:
 
 
 def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], split: Split, source: str) -> Frame:
-    image_path = resolve_inside(root, entry["file_path"], source)
-    if entry.get("is_bad", False):
-        return create_bad_frame(image_path, split)
-    keys = [key for key in ("mask_path", "depth_file_path") if entry.get(key)]
-    optional = {key: resolve_inside(root, entry[key], source) for key in keys}
-    return Frame(
-        image_path=image_path,
-        lens=parse_lens({**meta, **entry}, source),
-        camera_to_world=parse_camera_to_world(entry, source),
-        split=split,
-        mask_path=optional.get("mask_path"),
-        depth_path=optional.get("depth_file_path"),
+    frame = parse_frame(entry, meta, resolve_inside(root, entry["file_path"], source), split, source)
+    if frame.is_bad:
+        return frame
+    mask, depth = (
+        resolve_inside(root, entry[key], source) if entry.get(key) else None for key in ("mask_path", "depth_file_path")
     )
+    return replace(frame, mask_path=mask, depth_path=depth)
 
 
 def _read_splits(meta: Mapping[str, Any], names: list[str], transforms: Path) -> tuple[list[Split | None], str]:

@@ -96,19 +96,6 @@ def build_geometry(projected: ProjectedGaussians, opacities: Tensor, settings: P
     )
 
 
-def blend(
-    geometry: BlendGeometry,
-    means2d: Tensor,
-    conics: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    backgrounds: Tensor | None,
-    absgrad: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `reference.blend`."""
-    return _Blending.apply(means2d, conics, opacities, colors, backgrounds, geometry, absgrad)
-
-
 def blend_features(features: Tensor, geometry: BlendGeometry, pixels: Tensor | None) -> Tensor:
     """As `reference.blend_features`; with `pixels`, only their tiles are worked on."""
     settings = geometry.settings
@@ -157,8 +144,10 @@ def _spread(found: Sequence[tuple[Tensor, Tensor]], num_gaussians: int) -> Tenso
 
 
 class _Blending(torch.autograd.Function):
+    """As `reference.blend`, by the name `blend`."""
+
     @staticmethod
-    def forward(ctx: Any, means2d, conics, opacities, colors, backgrounds, geometry: BlendGeometry, absgrad: bool):
+    def forward(ctx: Any, geometry: BlendGeometry, means2d, conics, opacities, colors, backgrounds, absgrad: bool):
         colors = colors.detach().contiguous()
         # Opacity is the blend of ones.
         blended = _blend_rows(functional.pad(colors, (0, 1), value=1.0), geometry, None)
@@ -201,8 +190,11 @@ class _Blending(torch.autograd.Function):
         v_opacities = torch.where(geometry.opacities > 0.0, h / geometry.opacities, 0.0)
         if ctx.absgrad:
             means2d.absgrad = torch.stack(absolute, dim=-1)
-        v_backgrounds = (v_images * (1.0 - alphas)).sum(dim=(1, 2)) if ctx.needs_input_grad[4] else None
-        return v_means2d, v_conics, v_opacities, v_colors, v_backgrounds, None, None
+        v_backgrounds = (v_images * (1.0 - alphas)).sum(dim=(1, 2)) if ctx.needs_input_grad[5] else None
+        return None, v_means2d, v_conics, v_opacities, v_colors, v_backgrounds, None
+
+
+blend = _Blending.apply
 
 
 class _FeatureBlending(torch.autograd.Function):

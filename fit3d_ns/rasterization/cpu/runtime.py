@@ -34,9 +34,7 @@ CHUNK = 1024
 LARGEST_KEPT_BYTES = 256_000_000
 """Larger scratch arrays are allocated each time; a thread keeps at most this much under each name."""
 
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
+_pool: ThreadPoolExecutor
 _kept = threading.local()
 
 
@@ -81,7 +79,7 @@ def run_tasks(kernel: Callable[..., Any], num_tasks: int, *arguments: Any) -> No
                 return
             kernel(task, *arguments)
 
-    helpers = _submit(work, num_threads - 1)
+    helpers = [_pool.submit(work) for _ in range(num_threads - 1)]
     try:
         work()
     finally:
@@ -150,21 +148,11 @@ def _save_if_possible(save: Callable[..., None]) -> Callable[..., None]:
     return save_or_say
 
 
-def _submit(work: Callable[[], None], count: int) -> list:
-    """Starts `work` on `count` threads of the pool, which grows when more are asked for."""
-    global _pool, _pool_size
-    with _lock:
-        if _pool is None or _pool_size < count:
-            # Threads of a smaller pool finish what they were given and then end.
-            if _pool is not None:
-                _pool.shutdown(wait=False)
-            _pool, _pool_size = ThreadPoolExecutor(count, thread_name_prefix="rasterization"), count
-        return [_pool.submit(work) for _ in range(count)]
+def _create_pool() -> None:
+    global _pool
+    # Its threads start when they are first needed.
+    _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rasterization")
 
 
-def _forget_pool() -> None:
-    global _lock, _pool, _pool_size
-    _lock, _pool, _pool_size = threading.Lock(), None, 0
-
-
-os.register_at_fork(after_in_child=_forget_pool)
+_create_pool()
+os.register_at_fork(after_in_child=_create_pool)
