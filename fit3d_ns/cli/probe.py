@@ -29,7 +29,7 @@ class ProbeCommand:
     output_path: Annotated[Path, Heading("output")]
     """JSON record; seeds it already holds for the same settings are not run again."""
     test: Annotated[Paths, Heading("input")]
-    """Folders that are measured: a ScanNet++ scene, a plain folder (images/, labels/ or depths/), or the root of an
+    """Folders that are measured: a scene with depth, a plain folder (images/, labels/ or depths/), or the root of an
     official set; for consistency, correspondence and normals captures with depth, or scene files;
     for correspondence also NAVI (the download, an object or one of its sets) or SPair-71k."""
     train: Paths = ()

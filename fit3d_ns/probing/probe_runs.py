@@ -14,7 +14,7 @@ from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_label
 from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, check_same_kind, compute_data_hash, join_sets
 from fit3d_ns.probing.datasets.navi import NAVI_EDGES, find_navi_sets
-from fit3d_ns.probing.datasets.scannet import is_scannetpp_scene
+from fit3d_ns.probing.datasets.scannet import is_capture, is_scannetpp_scene
 from fit3d_ns.probing.depth import DINOV3_DEPTH, PAPER_DEPTH, DepthConfig, DepthProbe
 from fit3d_ns.probing.frozen_features import Assembler, BackboneConfig, create_frozen_backbones, describe_backbones
 from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, ProbeSets, RunConfig, create_sets, resolve_iterations
@@ -189,11 +189,11 @@ def forecast_seconds(request: ProbeRequest, few: int = 4) -> float:
 def resolve_scene_split(path: Path, split: LabelledSplit, others: Sequence[Path]) -> LabelledSplit | None:
     """Which frames of a folder take part: its train or test part, or all (None).
 
-    A single ScanNet++ scene that is only trained on, or only tested on, takes part whole; one that is among `others` as
-    well is divided by its own lists.
+    A single scene that is only trained on, or only tested on, takes part whole; one that is among `others` as well is
+    divided by its own lists.
     """
     is_shared = path.resolve() in {other.resolve() for other in others}
-    return None if is_scannetpp_scene(path) and not is_shared else split
+    return None if (is_scannetpp_scene(path) or is_capture(path)) and not is_shared else split
 
 
 def _read_sets(request: ProbeRequest, kind: type[HeadProbe]) -> tuple[LabelledSet, LabelledSet]:

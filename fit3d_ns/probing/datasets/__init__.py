@@ -9,10 +9,11 @@ from fit3d_ns.probing.datasets import folders, official_sets, scannet
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, LabelledTask
 from fit3d_ns.utils.limits import Limited, Limits
 
-LabelledLayout = Literal["scannetpp", "scannet", "nyu", "kitti", "ade20k", "voc", "folder", "imagefolder"]
+LabelledLayout = Literal["scannetpp", "scannet", "nyu", "kitti", "ade20k", "voc", "capture", "folder", "imagefolder"]
 _TASKS: dict[LabelledLayout, tuple[LabelledTask, ...]] = {
     **dict.fromkeys(("scannetpp", "scannet", "nyu", "folder"), ("segmentation", "depth")),
-    **{"kitti": ("depth",), "ade20k": ("segmentation",), "voc": ("segmentation",), "imagefolder": ("classification",)},
+    **dict.fromkeys(("kitti", "capture"), ("depth",)),
+    **{"ade20k": ("segmentation",), "voc": ("segmentation",), "imagefolder": ("classification",)},
 }
 """What each layout has targets for."""
 
@@ -28,7 +29,7 @@ class LabelledOptions(Limited):
     depth_scale: Annotated[float | None, Limits(above=0)] = None
     """Units per metre of the depth maps of plain folders, positive; 1000 by default. Official sets have their own."""
     max_depth: Annotated[float | None, Limits(above=0)] = None
-    """Depths of this many metres or more do not count; by default 20 for ScanNet++ scenes, 10 for plain folders."""
+    """Depths of this many metres or more do not count; by default 20 for captures, 10 for plain folders."""
 
 
 def find_labelled_layout(path: Path, task: LabelledTask) -> LabelledLayout:
@@ -46,6 +47,7 @@ def find_labelled_layout(path: Path, task: LabelledTask) -> LabelledLayout:
         "ade20k": official_sets.find_ade20k(path),
         "voc": official_sets.find_voc(path),
         "scannet": scannet.find_scannet(path),
+        "capture": scannet.is_capture(path),
         "folder": (path / "images").is_dir(),
     }
     found = next((layout for layout, is_there in layouts.items() if is_there), None)
@@ -53,8 +55,8 @@ def find_labelled_layout(path: Path, task: LabelledTask) -> LabelledLayout:
         return found
     raise ValueError(
         f"{path} holds no labelled set: no dslr/ (ScanNet++), scene*_*/color/ (ScanNet), nyu_depth_v2_labeled.mat or "
-        "nyu_train.txt (NYU), kitti_eigen_train.txt (KITTI), objectInfo150.txt (ADE20K), JPEGImages/ (VOC) or images/ "
-        "(plain folder); check the path."
+        "nyu_train.txt (NYU), kitti_eigen_train.txt (KITTI), objectInfo150.txt (ADE20K), JPEGImages/ (VOC), "
+        "transforms.json (a capture) or images/ (plain folder); check the path."
     )
 
 
@@ -63,10 +65,11 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
 
     One folder that reads an option is enough: a head may be trained on a plain folder and tested on an official set.
     """
-    plain, scenes = "plain folders (images/ and depths/)", "ScanNet++ scenes"
+    plain = "plain folders (images/ and depths/)"
+    ranged: tuple[LabelledLayout, ...] = ("folder", "scannetpp", "capture")
     readers: tuple[tuple[str, Any, LabelledTask, tuple[LabelledLayout, ...], str], ...] = (
         ("--depth-scale", options.depth_scale, "depth", ("folder",), f"the unit of {plain}"),
-        ("--max-depth", options.max_depth, "depth", ("folder", "scannetpp"), f"the range of {plain} and {scenes}"),
+        ("--max-depth", options.max_depth, "depth", ranged, f"the range of {plain} and captures"),
         ("--nyu-classes", options.nyu_classes, "segmentation", ("nyu",), "the class list of NYUv2"),
     )
     for flag, value, only_task, layouts, meaning in readers:
@@ -86,14 +89,14 @@ def read_labelled_set(
 ) -> LabelledSet:
     """Reads one split of a scene, a plain folder or the root of an official set; pixels are loaded later.
 
-    `split` None takes all frames of a single ScanNet++ scene and means `train` elsewhere. ValueError names a piece that
-    is missing or wrong, or a set that does not have this task.
+    `split` None takes all frames of a single scene and means `train` elsewhere. ValueError names a piece that is
+    missing or wrong, or a set that does not have this task.
     """
     path, options = Path(path), options or LabelledOptions()
     layout = find_labelled_layout(path, task) if options.layout == "auto" else options.layout
     if task not in _TASKS[layout]:
         raise ValueError(f"{path} is read as {layout}, which has no {task} but {' and '.join(_TASKS[layout])}.")
-    if layout == "scannetpp":
+    if layout in ("scannetpp", "capture"):
         return scannet.read_scannetpp_labelled(path, split, task, options.max_depth)
     part: LabelledSplit = split or "train"
     if layout == "folder":

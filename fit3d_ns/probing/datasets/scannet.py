@@ -1,4 +1,4 @@
-"""Reads ScanNet's 25k frames, which the paper's ScanNet results are about, and ScanNet++; docs/datasets.md draws them.
+"""Reads ScanNet's 25k frames, which the paper's ScanNet results are about, ScanNet++, and depth of other captures.
 
 ScanNet's photographs are reduced to the depth maps' 640x480 for depth, as published. Distorted photographs of
 ScanNet++, their depth and labels are undistorted together, those wider than 1600 pixels halved before, as the paper
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fit3d_ns.data.frames import Frame
 from fit3d_ns.data.images import IGNORE_INDEX, load_image, load_mask
+from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.probing.datasets import frames as labelled
@@ -31,7 +32,7 @@ NYU40_NAMES = labelled.CLASS_NAMES["nyu40"]
 CONVENTION = labelled.DepthConvention(max_depth=10.0, evaluation_window="eigen")
 """The public configuration evaluates ScanNet inside NYU's window."""
 MAX_DEPTH = 20.0
-"""Metres; the paper's range for ScanNet++."""
+"""Metres; the paper's range for ScanNet++, and that of other captures."""
 HALVED_FROM_WIDTH = 1600
 """Wider photographs are halved (1752x1168 becomes 876x584)."""
 
@@ -72,6 +73,11 @@ def is_scannetpp_scene(path: Path) -> bool:
     return (path / "dslr" / "nerfstudio").is_dir() or (path / "nerfstudio").is_dir()
 
 
+def is_capture(path: Path) -> bool:
+    """True for nerfstudio's layout, whose frames name their depth maps, unless a plain folder's maps are there."""
+    return (path / "transforms.json").is_file() and not any((path / name).is_dir() for name in ("labels", "depths"))
+
+
 def is_scannetpp_evaluation(path: Path) -> bool:
     """True for what FiT3D's authors evaluate on: halved, undistorted pictures with lists and 100 classes."""
     return any((path / f"scannetpp_{part}.txt").is_file() for part in ("train", "val"))
@@ -85,7 +91,7 @@ def find_scannetpp_scenes(root: Path) -> Path | None:
 def read_scannetpp_labelled(
     path: Path, split: LabelledSplit | None, task: LabelledTask, max_depth: float | None = None
 ) -> LabelledSet:
-    """Reads a scene, or the scenes of the official split list, with depth or labels, whichever the task needs.
+    """Reads a scene or capture, or the scenes of the official split list, with depth or labels, as the task needs.
 
     The split of a scene is its own train or test frames, or all for None; that of a root is `nvs_sem_train` or
     `nvs_sem_val`, whole scenes, and of the authors' evaluation folder the list of that name. From `max_depth` metres on
@@ -98,7 +104,7 @@ def read_scannetpp_labelled(
     if is_scannetpp_evaluation(path):
         found = read_annotations(path, split or "train", "scannetpp", labelled.CLASS_NAMES["scannetpp"])
         return replace(found, is_sequence=True)
-    if is_scannetpp_scene(path):
+    if is_scannetpp_scene(path) or is_capture(path):
         frames, names = _read_scene(path, split, task, path)
         return LabelledSet(path.resolve().name, frames, names, depth=convention, is_sequence=True)
     folder = find_scannetpp_scenes(path)
@@ -136,8 +142,9 @@ def _read_scene(
 ) -> tuple[list[LabelledFrame], tuple[str, ...]]:
     dslr = path / "dslr" if (path / "dslr").is_dir() else path
     find_label, class_names, on_fisheye = _find_labels(dslr, root) if task == "segmentation" else (None, (), False)
-    capture = read_scannetpp(path, "fisheye" if on_fisheye else "auto")
-    if task == "depth" and not any(frame.depth_path for frame in capture.frames):
+    is_foreign = is_capture(path)
+    capture = read_capture(path) if is_foreign else read_scannetpp(path, "fisheye" if on_fisheye else "auto")
+    if task == "depth" and not is_foreign and not any(frame.depth_path for frame in capture.frames):
         if not (dslr / "render_depth").is_dir():
             raise ValueError(f"{path} has no dslr/render_depth/, which a depth probe needs; download or render it.")
         # Depth belongs to the distorted pictures; both are undistorted here.
@@ -147,10 +154,11 @@ def _read_scene(
         if frame.is_bad or (split is not None and (frame.split == "test") != (split == "test")):
             continue
         if task == "depth" and frame.depth_path is None:
-            raise ValueError(f"{frame.image_path} has no depth in {dslr / 'render_depth'}; render or mark it.")
+            raise ValueError(f"{frame.image_path} has no depth map (render_depth/, depth_file_path); add or mark it.")
+        name = frame.image_path.relative_to(path).with_suffix("").as_posix() if is_foreign else frame.image_path.stem
         plain = create_frame(
             frame.image_path,
-            name=f"{capture.scene_id}/{frame.image_path.stem}",
+            name=f"{capture.scene_id}/{name}",
             group=capture.scene_id,
             label_path=find_label and find_label(frame.image_path),
             table=labelled.LabelTable(len(class_names)),
@@ -166,7 +174,7 @@ def _read_scene(
         )
         frames.append(read)
     if not frames:
-        raise ValueError(f"{path} has no {split or 'usable'} frames; see dslr/train_test_lists.json.")
+        raise ValueError(f"{path} has no {split or 'usable'} frames; see its train and test lists.")
     return frames, class_names
 
 

@@ -21,7 +21,8 @@ from fit3d_ns.probing.datasets.frames import (
     split_validation,
     warn_about_depth_unit,
 )
-from tests.data.miniature_captures import edit_json
+from fit3d_ns.probing.probe_runs import resolve_scene_split
+from tests.data.miniature_captures import edit_json, make_pose, write_json_file
 
 SIZE = (12, 8)
 """Width and height of the miniature pictures."""
@@ -424,6 +425,61 @@ def test_scannetpp__wide_photographs_are_halved_with_their_depth_and_labels(
     labels = read_labelled_set(scannetpp_scene, "train", "segmentation").frames[0].load_labels
     # The pixel at the centre of each two by two, rounded down: columns 1, 3, 5 ... of 0 1 1 1 0 1 1 1 ...
     assert labels is not None and set(labels()[0].tolist()) <= {0, 1} and labels().shape == (4, 6)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Path:
+    """A capture of nerfstudio's layout: ten pairs of photographs of the same names, the last one marked as bad."""
+    root = tmp_path / "rig"
+    columns = np.tile(np.arange(12) * 100 + 1000, (8, 1)).astype(np.uint16)
+    picture = np.repeat((columns[..., None] - 1000) // 10, 3, axis=-1).astype(np.uint8)
+    entries = []
+    for index, (side, number) in enumerate((side, number) for side in ("left", "right") for number in range(10)):
+        name = f"images/{side}/{number}.png"
+        write_map(root / name, picture)
+        entry = {"file_path": name, "transform_matrix": make_pose(index), "mask_path": "mask.png"}
+        entry |= {"depth_file_path": f"depth/{side}/{number}.png", "is_bad": index == 19}
+        write_map(root / f"depth/{side}/{number}.png", columns)
+        entries.append(entry)
+    mask = np.full((8, 12), 255, dtype=np.uint8)
+    mask[0] = 0
+    write_map(root / "mask.png", mask)
+    lens = {"fl_x": 6.0, "fl_y": 6.0, "cx": 6.0, "cy": 4.0, "w": 12, "h": 8, "camera_model": "OPENCV"}
+    write_json_file(root / "transforms.json", {**lens, "frames": entries})
+    return root
+
+
+def test_capture__depth_of_any_layout_with_cameras(rig: Path) -> None:
+    test = read_labelled_set(rig, "test", "depth", LabelledOptions(max_depth=3.0))
+    # Every eighth of the sorted names is held out.
+    assert [frame.name for frame in test.frames] == ["rig/images/left/0", "rig/images/left/8", "rig/images/right/6"]
+    assert test.name == "rig" and test.is_sequence and test.depth.max_depth == 3.0
+    assert len(read_labelled_set(rig, "train", "depth").frames) == 16
+    assert len(read_labelled_set(rig, None, "depth").frames) == 19
+    frame = test.frames[0]
+    assert frame.load_depth is not None
+    assert frame.load_depth()[0].tolist() == [0.0] * 12
+    torch.testing.assert_close(frame.load_depth()[1:], (1.0 + torch.arange(12) / 10).expand(7, 12))
+    assert resolve_scene_split(rig, "test", []) is None and resolve_scene_split(rig, "test", [rig]) == "test"
+    with pytest.raises(ValueError, match="capture, which has no segmentation but depth"):
+        read_labelled_set(rig, "test", "segmentation")
+    edit_json(rig / "transforms.json", k1=-0.1)
+    frame = read_labelled_set(rig, "test", "depth").frames[0]
+    assert frame.load_depth is not None
+    seen = frame.load_image()[..., 0].float() / 100
+    known = frame.load_depth() > 0
+    # Both count the photograph's columns, of which the pinhole camera sees fewer.
+    assert bool(known[2:].all()) and ((frame.load_depth() - 1.0 - seen)[known]).abs().max() < 0.075
+    assert float(frame.load_depth()[4].max()) < 2.1
+    entries = json.loads((rig / "transforms.json").read_text())["frames"]
+    del entries[8]["depth_file_path"]
+    edit_json(rig / "transforms.json", frames=entries)
+    with pytest.raises(ValueError, match=r"left/8\.png has no depth map"):
+        read_labelled_set(rig, "test", "depth")
+    # A plain folder may have cameras as well.
+    write_map(rig / "depths/left/0.png", label_map(500, dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"1\.png has no depth map"):
+        read_labelled_set(rig, "test", "depth")
 
 
 def test_image_folder__classes_by_folder_name(tmp_path: Path) -> None:
