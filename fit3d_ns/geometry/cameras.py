@@ -128,6 +128,8 @@ class Lens:
     """`opencv`: polynomial radial and tangential; `fisheye`: OpenCV's equidistant polynomial."""
     distortion: tuple[float, ...] = ()
     """`opencv`: k1 k2 p1 p2 [k3 [k4 k5 k6]], OpenCV's order; `fisheye`: k1 k2 k3 k4; `pinhole`: empty."""
+    is_centred: bool = False
+    """Whether undistortion puts the principal point into the middle of the picture (paper's preparation)."""
 
     def __post_init__(self) -> None:
         values = (self.fx, self.fy, self.cx, self.cy, self.width, self.height, *self.distortion)

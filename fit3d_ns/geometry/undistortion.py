@@ -10,7 +10,8 @@ The pinhole camera has the photograph's size, and its whole picture was seen by 
 - `fisheye` lenses: `cv2.fisheye.estimateNewCameraMatrixForUndistortRectify` at balance 0, as the paper's
   preparation of ScanNet++ does, but with the principal point where it comes out.
 
-Where OpenCV's choice still looks past the picture's edge, the focal lengths grow until it does not.
+Where OpenCV's choice still looks past the picture's edge, the focal lengths grow until it does not. Of lenses that are
+to be centred, the paper's way, they stay, and what lies past the edge is masked.
 """
 
 from dataclasses import dataclass, replace
@@ -79,7 +80,9 @@ def compute_undistortion(lens: Lens) -> Undistortion:
         return Undistortion(replace(lens, model="pinhole", distortion=()))
     if lens.model == "fisheye":
         _refuse_views_behind(lens)
-    pinhole = _grow_focal_lengths(lens, _choose_pinhole(lens))
+    pinhole = _choose_pinhole(lens)
+    centred = replace(pinhole, cx=lens.width / 2, cy=lens.height / 2)
+    pinhole = centred if lens.is_centred else _grow_focal_lengths(lens, pinhole)
     distortion = _opencv_coefficients(lens)
     size = (lens.width, lens.height)
     create_maps = (cv2.fisheye if lens.model == "fisheye" else cv2).initUndistortRectifyMap
@@ -120,7 +123,7 @@ def find_rays(lens: Lens, pixels: Float[np.ndarray, "points 2"]) -> Float[np.nda
 def resize_lens(lens: Lens, width: int, height: int) -> Lens:
     """The lens after its photograph was resized to `width` x `height`; distortion does not depend on size."""
     x, y = width / lens.width, height / lens.height
-    return Lens(lens.fx * x, lens.fy * y, lens.cx * x, lens.cy * y, width, height, lens.model, lens.distortion)
+    return replace(lens, fx=lens.fx * x, fy=lens.fy * y, cx=lens.cx * x, cy=lens.cy * y, width=width, height=height)
 
 
 def _choose_pinhole(lens: Lens) -> Lens:

@@ -4,7 +4,7 @@ nerfstudio loads this module while its own datamanagers are half imported. It mu
 dataparsers, cameras, the scene box and the registry, or every `ns-*` command of the user dies of a circular import.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,8 @@ class FeatureDataParserConfig(DataParserConfig):
     """Half the side of the scene box in scaled units, for the viewer."""
     eval_mode: Literal["split", "all"] = "split"
     """`split` trains on training frames only; `all` trains on test frames too, as the authors' public code does."""
+    center_principal_point: bool = False
+    """Undistorted photographs get their principal point in the middle, as the authors' preparation does."""
 
 
 class FeatureDataParser(DataParser):
@@ -66,7 +68,7 @@ class FeatureDataParser(DataParser):
         frames = [usable[index] for index in indices]
         metadata: dict[str, Any] = {
             "mask_paths": [frame.mask_path for frame in frames],
-            "lenses": [frame.lens for frame in frames],
+            "lenses": [replace(frame.lens, is_centred=self.config.center_principal_point) for frame in frames],
             "depth_paths": [frame.depth_path for frame in frames],
             "scene_id": files.scene_id or files.root.name,
             "metric_scale": scale if files.is_metric else None,

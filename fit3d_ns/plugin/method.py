@@ -102,9 +102,9 @@ fit3d_features = MethodSpecification(
 fit3d_features_paper = MethodSpecification(
     config=_create_config(
         "fit3d-features-paper",
-        # The public code trains on test frames too and leaves poses as they are.
+        # The public code trains on test frames too, leaves poses as they are and centres principal points.
         FeatureDatamanagerConfig(
-            dataparser=FeatureDataParserConfig(eval_mode="all"),
+            dataparser=FeatureDataParserConfig(eval_mode="all", center_principal_point=True),
             cache_images_type="uint8",
             normalization="imagenet",
             # ScanNet++'s 1752x1168 are halved.

@@ -234,7 +234,8 @@ def record_capture(capture: PosedCapture) -> dict[str, Any]:
         "dataparser_transform": _numbers(capture.dataparser_transform),
         "dataparser_scale": capture.dataparser_scale,
         "metric_scale": capture.metric_scale,
-        "lenses": [asdict(lens) for lens in lenses],
+        # Earlier versions know no centred lenses.
+        "lenses": [{k: value for k, value in asdict(lens).items() if k != "is_centred" or value} for lens in lenses],
         "views": views,
     }
 

@@ -110,6 +110,33 @@ def test_compute_undistortion__principal_point_anywhere(cx: float, model: str) -
     assert (undistortion.rows[corner] + step_y * (row % 1)).item() == pytest.approx(45.0, abs=0.02)
 
 
+def test_compute_undistortion__centred_as_the_paper_prepares_scannetpp() -> None:
+    # A lens like ScanNet++'s, halved.
+    lens = Lens(394.9, 395.2, 444.8, 296.1, 876, 584, "fisheye", (-0.029, -0.0096, -0.003, 0.0006), is_centred=True)
+    undistortion = compute_undistortion(lens)
+    pinhole = undistortion.lens
+    assert (pinhole.cx, pinhole.cy) == (438.0, 292.0)
+    assert undistortion.columns is not None and undistortion.rows is not None
+    for row, column in [(0, 300), (583, 0), (292, 438), (17, 133), (500, 800)]:
+        ray = (column + 0.5 - 438.0) / pinhole.fx, (row + 0.5 - 292.0) / pinhole.fy
+        x, y = project_slowly(lens, ray)
+        assert undistortion.columns[row, column].item() == pytest.approx(x, abs=2e-3)
+        assert undistortion.rows[row, column].item() == pytest.approx(y, abs=2e-3)
+    # The public preparation gives OpenCV, whose pixel centres are whole numbers, K as COLMAP counts: half a pixel off.
+    K, distortion = np.array([[394.9, 0.0, 444.8], [0.0, 395.2, 296.1], [0.0, 0.0, 1.0]]), np.array(lens.distortion)
+    new_K = cv2.fisheye.estimateNewCameraMatrixForUndistortRectify(K, distortion, (876, 584), np.eye(3), balance=0.0)
+    assert (pinhole.fx, pinhole.fy) == pytest.approx((new_K[0, 0], new_K[1, 1]), rel=2e-4)
+    assert compute_undistortion(replace(lens, is_centred=False)).lens.cx == pytest.approx(new_K[0, 2], abs=5.0)
+    new_K[:2, 2] = 438.0, 292.0
+    maps = cv2.fisheye.initUndistortRectifyMap(K, distortion, np.eye(3), new_K, (876, 584), cv2.CV_32FC1)
+    for ours, theirs in zip((undistortion.columns, undistortion.rows), maps, strict=True):
+        assert np.abs(ours.numpy() - 0.5 - theirs).max() < 0.5
+    # What lies past the edge, on one side, is masked.
+    assert 0.99 < undistortion.inside.float().mean().item() < 1.0
+    half = resize_lens(lens, 438, 292)
+    assert half.is_centred and compute_undistortion(half).lens.cx == 219.0
+
+
 def test_compute_undistortion__vanishing_distortion_moves_nothing() -> None:
     lens = replace(OPENCV, distortion=(1e-9, 0.0, 0.0, 0.0))
     undistortion = compute_undistortion(lens)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 
 from fit3d_ns.plugin.dataparser import FeatureDataParserConfig
 from fit3d_ns.plugin.dataset import UndistortedDataset
+from fit3d_ns.plugin.method import fit3d_features_paper
+from fit3d_ns.scene.posed_capture import parse_capture, record_capture
 
 
 def open_dataset(scene: Path) -> UndistortedDataset:
@@ -71,6 +74,25 @@ def test_full_opencv__is_undistorted_in_training_as_in_the_lift(mini_capture: Pa
     assert lens.distortion == tuple(map(float, coefficients.split()))
     without = dataset.capture.load_image(dataset.capture.views[0])
     assert torch.equal(torch.from_numpy(dataset.get_numpy_image(0)), without)
+
+
+def test_principal_point__is_in_the_middle_of_what_the_paper_method_trains_on(
+    mini_capture: Path, tmp_path: Path
+) -> None:
+    scene = Path(shutil.copytree(mini_capture, tmp_path / "scene"))
+    content = json.loads((scene / "transforms.json").read_text())
+    content |= {"camera_model": "OPENCV_FISHEYE", "fl_x": 40.0, "fl_y": 40.0, "cx": 34.0, "cy": 23.0, "k1": 0.02}
+    (scene / "transforms.json").write_text(json.dumps(content))
+    assert open_dataset(scene).cameras.cx[0].item() != 32.0
+    parser = replace(fit3d_features_paper.config.pipeline.datamanager.dataparser, data=scene)
+    dataset = UndistortedDataset(parser.setup().get_dataparser_outputs("train"), 1.0, scene, "train")
+    assert dataset.cameras.cx.unique().tolist() == [32.0] and dataset.cameras.cy.unique().tolist() == [24.0]
+    # A scene file brings pictures back as they were trained on.
+    capture = parse_capture(json.loads(json.dumps(record_capture(dataset.capture))))
+    shown, again = (item.load_image(item.views[0]) for item in (dataset.capture, capture))
+    assert torch.equal(shown, again) and torch.equal(capture.views[0].K, dataset.capture.views[0].K)
+    other = record_capture(open_dataset(scene).capture)
+    assert "is_centred" not in other["lenses"][0]
 
 
 def test_large_photographs__are_halved_until_they_fit_and_it_is_said_once(mini_capture: Path, capsys) -> None:
