@@ -112,7 +112,3 @@ def _list_assemblies(group: ComparedBackbones) -> list[tuple[str, BackboneConfig
 
 
 main = create_main("fit3d-bench", BenchCommand, bench)
-
-
-if __name__ == "__main__":
-    main()

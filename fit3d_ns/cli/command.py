@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from configparser import ConfigParser
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, make_dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import NoneType
@@ -108,18 +108,22 @@ def parse(config_class: type[Config], args: Sequence[str], *, prog: str = "", de
     return _build(config_class, {name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
+def run_named(prog: str, config_class: type[Config], function: Callable[[Config], None], args: Any = None) -> None:
+    """`run_command` with the description and the examples that stand in `commands.ini`."""
+    texts = ConfigParser(interpolation=None)
+    texts.read(Path(__file__).with_name("commands.ini"), encoding="utf-8")
+    description, examples = texts[prog]["description"], texts[prog].get("examples", "").split("\n")[1:]
+    run_command(config_class, function, prog=prog, description=description, examples=examples, args=args)
+
+
 def create_main(prog: str, config_class: type[Config], function: Callable[[Config], None]) -> Callable[..., None]:
-    """The entry point of a command: `run_command`, on the command line where it is not given other arguments.
+    """The entry point of a command: `run_named`, on the command line where it is not given other arguments.
 
-    Description and examples stand in `commands.ini`.
+    Where the module of `function` is what Python runs (`python -m`), it runs at once: a module ends with it.
     """
-
-    def main(args: Sequence[str] | None = None) -> None:
-        texts = ConfigParser(interpolation=None)
-        texts.read(Path(__file__).with_name("commands.ini"), encoding="utf-8")
-        description, examples = texts[prog]["description"], texts[prog].get("examples", "").split("\n")[1:]
-        run_command(config_class, function, prog=prog, description=description, examples=examples, args=args)
-
+    main = partial(run_named, prog, config_class, function)
+    if function.__module__ == "__main__":
+        main()
     return main
 
 

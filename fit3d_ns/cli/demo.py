@@ -54,7 +54,3 @@ def demo(command: DemoCommand) -> None:
 
 
 main = create_main("fit3d-demo", DemoCommand, demo)
-
-
-if __name__ == "__main__":
-    main()

@@ -102,7 +102,3 @@ def describe_scene(scene: FeatureScene, path: Path) -> dict[str, object]:
 
 
 main = create_main("fit3d-export", ExportConfig, export)
-
-
-if __name__ == "__main__":
-    main()

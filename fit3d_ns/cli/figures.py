@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fit3d_ns.cli.command import Heading, create_main
+from fit3d_ns.cli.command import Heading, run_named
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.report import feature_figure
 from fit3d_ns.report.compared_backbones import read_models
@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point; the first word chooses the figure."""
     kind, *arguments = sys.argv[1:] if args is None else args
     parts: Any = (FeaturesCommand, draw_features) if kind == "features" else (PredictionsCommand, draw_predictions)
-    create_main(f"fit3d-report {kind}", *parts)(arguments)
+    run_named(f"fit3d-report {kind}", *parts, arguments)
 
 
 def draw_features(command: FeaturesCommand) -> None:

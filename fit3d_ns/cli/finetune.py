@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fit3d_ns.cli.command import Heading, create_main, spell
+from fit3d_ns.cli.command import Heading, run_named, spell
 from fit3d_ns.cli.runs import import_run_reader
 from fit3d_ns.finetuning.config import PAPER, FinetuneConfig
 from fit3d_ns.finetuning.finetune import REPORT_NAME, FinetuneInputs, finetune
@@ -127,8 +127,8 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     # The flag chooses the defaults, so explicit flags win wherever they stand.
     command: type[Any] = PaperFinetuneCommand if _PAPER_FLAG in arguments else FinetuneCommand
-    run_main = create_main("fit3d-finetune", command, run_finetune)
-    run_main([argument for argument in arguments if argument != _PAPER_FLAG])
+    rest = [argument for argument in arguments if argument != _PAPER_FLAG]
+    run_named("fit3d-finetune", command, run_finetune, rest)
 
 
 def _submit(command: FinetuneCommand) -> None:

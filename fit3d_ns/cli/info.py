@@ -164,7 +164,3 @@ def _is_there(kind: str, name: str, **_: str) -> bool:
 
 
 main = create_main("fit3d-info", InfoConfig, info)
-
-
-if __name__ == "__main__":
-    main()

@@ -258,9 +258,6 @@ def describe_forecast(forecast: LiftForecast) -> str:
     )
 
 
-main = create_main("fit3d-lift", LiftCommand, lift)
-
-
 def _check(command: LiftCommand) -> None:
     """Raises ValueError for flags that do not go together."""
     names = ("surface", "train", "load_config", "ply", "scene")
@@ -367,5 +364,4 @@ def _write_metrics(scene: FeatureScene, path: Path, backbone: BackboneDescriptio
     print(f"Scene: {path}\nMetrics: {metrics_path}\n{summary}\nTo look at it: fit3d-view {path}")
 
 
-if __name__ == "__main__":
-    main()
+main = create_main("fit3d-lift", LiftCommand, lift)

@@ -51,7 +51,3 @@ def prepare(command: PrepareCommand) -> None:
 
 
 main = create_main("fit3d-prepare", PrepareCommand, prepare)
-
-
-if __name__ == "__main__":
-    main()

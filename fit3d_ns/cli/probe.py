@@ -149,7 +149,3 @@ def describe_metrics(record: ResultRecord) -> str:
 
 
 main = create_main("fit3d-probe", ProbeCommand, probe)
-
-
-if __name__ == "__main__":
-    main()

@@ -83,7 +83,3 @@ def send(folder: Path, files: Sequence[Path], name: str, private: bool, overwrit
 
 
 main = create_main("fit3d-push", PushCommand, push)
-
-
-if __name__ == "__main__":
-    main()

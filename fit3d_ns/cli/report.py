@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from fit3d_ns.cli.command import create_main
+from fit3d_ns.cli.command import run_named
 from fit3d_ns.report.result_files import read_results
 from fit3d_ns.report.result_tables import write_report
 
@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         figures.main(arguments)
     else:
-        create_main("fit3d-report", ReportCommand, report)(arguments)
+        run_named("fit3d-report", ReportCommand, report, arguments)
 
 
 def report(command: ReportCommand) -> None:

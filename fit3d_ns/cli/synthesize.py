@@ -15,7 +15,3 @@ def synthesize(config: SynthesisConfig) -> None:
 
 
 main = create_main("fit3d-synthesize", SynthesisConfig, synthesize)
-
-
-if __name__ == "__main__":
-    main()

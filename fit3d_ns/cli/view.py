@@ -48,7 +48,3 @@ def view(command: ViewCommand) -> None:
 
 
 main = create_main("fit3d-view", ViewCommand, view)
-
-
-if __name__ == "__main__":
-    main()
