@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point; the first word chooses the figure."""
     kind, *arguments = sys.argv[1:] if args is None else args
     parts: Any = (FeaturesCommand, draw_features) if kind == "features" else (PredictionsCommand, draw_predictions)
-    run_named(f"fit3d-report {kind}", *parts, arguments)
+    run_named(f"fit3d-report {kind}", *parts, args=arguments)
 
 
 def draw_features(command: FeaturesCommand) -> None:
