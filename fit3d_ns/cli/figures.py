@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -72,8 +72,10 @@ class PredictionsCommand(Limited):
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point; the first word chooses the figure."""
     kind, *arguments = sys.argv[1:] if args is None else args
-    parts: Any = (FeaturesCommand, draw_features) if kind == "features" else (PredictionsCommand, draw_predictions)
-    run_named(f"fit3d-report {kind}", *parts, args=arguments)
+    if kind == "features":
+        run_named("fit3d-report features", FeaturesCommand, draw_features, arguments)
+    else:
+        run_named("fit3d-report predictions", PredictionsCommand, draw_predictions, arguments)
 
 
 def draw_features(command: FeaturesCommand) -> None:

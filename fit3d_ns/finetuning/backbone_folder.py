@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model
 from fit3d_ns.features.adapters import ADAPTER_KEY, ADAPTER_NAME, AdaptedTokenModel
 from fit3d_ns.features.sources import TOY_BACKBONE, TOY_FOLDER, WEIGHTS_NAME, expand_architecture, find_backbone_folder
-from fit3d_ns.finetuning.validation import format_consistency
 from fit3d_ns.utils.files import read_json, write_atomically, write_json
 from fit3d_ns.utils.package_files import fill_template
 from fit3d_ns.utils.results import flatten
@@ -31,8 +30,6 @@ CONFIG_NAME = "config.json"
 
 _KEPT_CONFIG = ("input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier", "license")
 """What stays of timm's description of the original checkpoint; where it was downloaded from does not."""
-_MAX_NAMES = 20
-"""Most training scenes that the card names; the rest it only counts."""
 UNKNOWN = "unknown"
 """The hub's name for a licence that nobody has stated."""
 _LICENCES: dict[str, str] = {
@@ -117,16 +114,8 @@ def write_card(
     `list_licences`, and `scenes` names the training scenes. A share below 1 is that of the fine-tuned weights in a
     mixture with the original ones.
     """
-    settings, consistency = flatten(report["settings"]), report.get("consistency")
-    metrics = None
-    if consistency:
-        pair = consistency["original"], consistency["finetuned"]
-        keys = ("centred_cosine", "recall_10px", "effective_rank")
-        fell = [key.replace("_", " ") for key in keys if (pair[1][key] or 0.0) < (pair[0][key] or 0.0)]
-        metrics = {"views": consistency["views"], "table": format_consistency(*pair)}
-        metrics["fell"] = ", ".join(fell) or "nothing that was compared"
-        metrics["ranks"] = " → ".join(f"{part['effective_rank']:.1f}" for part in pair)
-    losses = [report[part] for part in ("loss_first", "loss_last")]
+    before, after = ((report.get("consistency") or {}).get(part) for part in ("original", "finetuned"))
+    keys = ("centred_cosine", "recall_10px", "effective_rank") if before else ()
     return fill_template(
         Path(__file__).with_name("model_card.md"),
         description=description,
@@ -134,14 +123,12 @@ def write_card(
         licence=find_strictest(licences),
         licences=licences,
         links=_LICENCES,
-        rights=[f"[{name}]({_LICENCES[name]})" if _LICENCES.get(name) else name for name in licences],
         share=share,
-        mixtures=[f"`wise-ft-{mixed:g}`" for mixed in settings["anchors.wise_ft"]],
-        settings=settings,
-        metrics=metrics,
+        settings=flatten(report["settings"]),
+        before=before,
+        after=after,
+        fell=[key.replace("_", " ") for key in keys if (after[key] or 0.0) < (before[key] or 0.0)],
         scenes=scenes,
-        max_names=_MAX_NAMES,
-        losses=["unknown" if loss is None else f"{loss:.4f}" for loss in losses],
     )
 
 

@@ -27,6 +27,7 @@ from fit3d_ns.finetuning.losses import compute_l1_sum
 from fit3d_ns.finetuning.optimization import compute_outputs
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.scene import create_depth_view
+from fit3d_ns.utils.package_files import fill_template
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.selection import select_evenly
 
@@ -167,19 +168,7 @@ def save_comparison(validation: Validation, original: ComputeTokens, finetuned: 
 
 def format_consistency(original: dict[str, Any], finetuned: dict[str, Any]) -> str:
     """A Markdown table: original against fine-tuned, one row per bin of angles."""
-    lines = [
-        "| angle (degrees) | centred cosine | cosine | L1 | recall within 10 px | points |",
-        "|---|---|---|---|---|---|",
-    ]
-    rows = [("all", original, finetuned)]
-    rows += [(name, original["by_angle"][name], finetuned["by_angle"][name]) for name in original["by_angle"]]
-    for name, before, after in rows:
-        if not before["num_points"]:
-            continue
-        keys = ("centred_cosine", "mean_cosine", "l1", "recall_10px")
-        pairs = " | ".join(f"{before[key]:.3f} → {after[key]:.3f}" for key in keys)
-        lines.append(f"| {name} | {pairs} | {before['num_points']} |")
-    return "\n".join(lines)
+    return fill_template(Path(__file__).with_name("consistency.md"), before=original, after=finetuned)
 
 
 def _divide(sums: Float[Tensor, "3"]) -> dict[str, float]:

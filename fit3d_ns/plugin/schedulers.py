@@ -3,13 +3,11 @@
 The config.yml of every run names the classes of this module.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.schedulers import ExponentialDecayScheduler, ExponentialDecaySchedulerConfig
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 ADAM_EPS = 1e-15
 """Adam's epsilon of 3D Gaussian splatting, which the paper's code also has for features and decoder."""
@@ -48,30 +46,19 @@ class FusedAdamOptimizerConfig(AdamOptimizerConfig):
 
 @dataclass
 class RunLengthDecaySchedulerConfig(ExponentialDecaySchedulerConfig):
-    """nerfstudio's exponential decay whose length is the run's unless one is given."""
+    """nerfstudio's exponential decay whose length is the run's unless one is given (`FeatureTrainerConfig.resolve`)."""
 
-    _target: type = field(default_factory=lambda: RunLengthDecayScheduler)
     max_steps: int | None = None  # type: ignore[assignment]
     """Steps after which the final rate is reached; the whole run by default."""
     warmup_share: float = 0.0
     """Share of `max_steps` over which the rate first rises, in [0, 1)."""
 
+    def resolve(self, max_num_iterations: int) -> None:
+        """Fills what is a share of the run's length."""
+        self.max_steps = self.max_steps or max_num_iterations
+        if self.warmup_share > 0:
+            self.warmup_steps = round(self.warmup_share * self.max_steps)
 
-class RunLengthDecayScheduler(ExponentialDecayScheduler):
-    """nerfstudio's, with plain floats: numpy's would make the checkpoint unreadable for `torch.load`."""
 
-    config: RunLengthDecaySchedulerConfig
-
-    def get_scheduler(self, optimizer: Optimizer, lr_init: float) -> Any:
-        """The torch scheduler; a ValueError where its length was never resolved."""
-        if self.config.max_steps is None:
-            raise ValueError("A scheduler's max_steps is open; `FeatureTrainerConfig.resolve` fills it before set-up.")
-        if self.config.warmup_share > 0:
-            self.config.warmup_steps = round(self.config.warmup_share * self.config.max_steps)
-        scheduler = super().get_scheduler(optimizer, lr_init)
-        factor = scheduler.lr_lambdas[0]
-        # A LambdaLR sets the rate when it is made; start again from the initial one.
-        for group in optimizer.param_groups:
-            group.pop("initial_lr", None)
-            group["lr"] = lr_init
-        return LambdaLR(optimizer, lr_lambda=lambda step: float(factor(step)))
+RunLengthDecayScheduler = ExponentialDecayScheduler
+"""Its name in the config.yml of older versions."""

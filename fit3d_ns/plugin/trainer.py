@@ -26,6 +26,7 @@ from rich.table import Table
 
 from fit3d_ns.features.sources import find_backbone_folder
 from fit3d_ns.plugin import checkpoints
+from fit3d_ns.plugin.schedulers import RunLengthDecaySchedulerConfig
 from fit3d_ns.rasterization import prepare_rasterizer
 from fit3d_ns.utils.errors import check_writable, install_error_sentences
 from fit3d_ns.utils.files import lock_folder, write_atomically
@@ -99,9 +100,8 @@ class FeatureTrainerConfig(TrainerConfig):
         if self.steps_per_eval_image is None:
             self.steps_per_eval_image = tenth
         for group in self.optimizers.values():
-            scheduler = group["scheduler"]
-            if scheduler is not None and getattr(scheduler, "max_steps", 0) is None:
-                scheduler.max_steps = self.max_num_iterations
+            if isinstance(group["scheduler"], RunLengthDecaySchedulerConfig):
+                group["scheduler"].resolve(self.max_num_iterations)
         if self.machine.device_type == "cpu":
             self.mixed_precision = False
 
