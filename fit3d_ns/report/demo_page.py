@@ -86,7 +86,8 @@ class ImageAnalyser:
         """Tokens of a picture; `longest_side` as for `resize`. A picture smaller than a patch is a ValueError."""
         image = FigureImage("picture", resize(pixels, longest_side))
         maps = [extract_tokens(extractor, image.pixels) for extractor in self.extractors]
-        columns = [TokenColumn(label, [FrameTokens(own)]) for label, own in zip(self.labels, maps, strict=True)]
+        frames = [FrameTokens(tokens, torch.ones(tokens.shape[:2])) for tokens in maps]
+        columns = [TokenColumn(label, [own]) for label, own in zip(self.labels, frames, strict=True)]
         return AnalysedImage(image, columns)
 
 

@@ -59,7 +59,7 @@ class ClusterColours:
         # The cluster with the largest cosine is the one with the largest coefficient: centres are unit vectors.
         coefficients, alphas = frame.project(clusters.centres, clusters.mean)
         colours = map_clusters_to_colours(coefficients.argmax(dim=-1), self.num_clusters)
-        return upscale(colours if alphas is None else colours * (alphas > 0.5)[..., None], size)
+        return upscale(colours * (alphas > 0.5)[..., None], size)
 
     def describe(self) -> dict[str, Any]:
         """Share of tokens whose colour is the first column's, for each column."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cv2
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from fit3d_ns.data.images import load_image
@@ -64,12 +64,8 @@ class FigureImage:
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
-@dataclass(frozen=True)
-class SceneIndex:
-    """Lifted scenes, and their views by the resolved path of the photograph."""
-
-    scenes: list[FeatureScene]
-    by_photograph: dict[Path, list[SceneView]]
+SceneIndex = dict[Path, list[SceneView]]
+"""Views of lifted scenes by the resolved path of the photograph."""
 
 
 def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: str = "cpu") -> SceneIndex:
@@ -77,15 +73,14 @@ def open_scenes(paths: Sequence[Path], data_root: Path | None = None, device: st
 
     ValueError where one is no scene, or its photographs are gone.
     """
-    scenes = [load_scene(path, device) for path in paths]
-    by_photograph: dict[Path, list[SceneView]] = {}
-    for scene in scenes:
+    scene_index: SceneIndex = {}
+    for scene in (load_scene(path, device) for path in paths):
         capture = scene.capture(data_root)
         get_averaged = cache(partial(average_over_views, scene, capture, MAX_AVERAGED_VIEWS))
         for view in capture.views:
-            found = by_photograph.setdefault(view.frame.image_path.resolve(), [])
+            found = scene_index.setdefault(view.frame.image_path.resolve(), [])
             found.append(SceneView(scene, capture, view, get_averaged))
-    return SceneIndex(scenes, by_photograph)
+    return scene_index
 
 
 def load_figure_image(path: Path, scene_index: SceneIndex, longest_side: int | None = None) -> FigureImage:
@@ -93,7 +88,7 @@ def load_figure_image(path: Path, scene_index: SceneIndex, longest_side: int | N
 
     ValueError where the file is missing or not an 8-bit photograph.
     """
-    found = scene_index.by_photograph.get(path.resolve(), [])
+    found = scene_index.get(path.resolve(), [])
     pixels = found[0].capture.load_image(found[0].view) if found else load_image(path, upright=True)
     return FigureImage(path.name, resize(pixels, longest_side), tuple(found))
 
@@ -103,11 +98,10 @@ def load_figure_images(
 ) -> list[FigureImage]:
     """Loads pictures as `load_figure_image` does; says so where scenes are given that hold none of them."""
     images = [load_figure_image(path, scene_index, longest_side) for path in paths]
-    if scene_index.scenes and not any(image.scene_views for image in images):
-        notice(
-            f"None of the pictures is a photograph of {', '.join(scene.scene_id for scene in scene_index.scenes)}; "
-            f'the column "{_RENDERED}" stays empty.'
-        )
+    if scene_index and not any(image.scene_views for image in images):
+        names = dict.fromkeys(own.scene.scene_id for views in scene_index.values() for own in views)
+        said = f"None of the pictures is a photograph of {', '.join(names)}"
+        notice(f'{said}; the column "{_RENDERED}" stays empty.')
     return images
 
 
@@ -130,15 +124,15 @@ class FrameTokens:
     """Tokens of one picture."""
 
     tokens: Float[Tensor, "h w embed"]
-    alphas: Float[Tensor, "h w"] | None = None
-    """How much of each token a scene covers; None: all of it."""
+    alphas: Float[Tensor, "h w"]
+    """How much of each token is covered: all of it but where a scene is shown."""
     render: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     """Where a scene is shown: takes components [c, embed] and mean [embed], and gives coefficients and opacity at every
     pixel of the picture, because a scene can be shown sharper than its tokens."""
 
     def project(
         self, components: Float[Tensor, "c embed"], mean: Float[Tensor, " embed"]
-    ) -> tuple[Float[Tensor, "height width c"], Float[Tensor, "height width"] | None]:
+    ) -> tuple[Float[Tensor, "height width c"], Float[Tensor, "height width"]]:
         """Coefficients in a basis and how much is covered, as sharp as can be drawn: by pixels, else by tokens."""
         if self.render is not None:
             coefficients, alphas = self.render(components, mean)
@@ -147,16 +141,12 @@ class FrameTokens:
 
     @property
     def rows(self) -> Float[Tensor, "n embed"]:
-        """The tokens that count, float32: all, or those that a scene covers by more than half."""
+        """The tokens that count, float32: those that are covered by more than half."""
         # (h, w, e) -> (n, e)
-        flat = self.tokens.flatten(0, 1).float()
-        return flat if self.alphas is None else flat[self.is_covered.flatten()]
+        return self.tokens[self.is_covered].float()
 
     @property
-    def is_covered(self) -> Tensor:
-        """[h, w], True where tokens count."""
-        if self.alphas is None:
-            return torch.ones(self.tokens.shape[:2], dtype=torch.bool)
+    def is_covered(self) -> Bool[Tensor, "h w"]:
         return self.alphas > 0.5
 
 
@@ -213,7 +203,8 @@ def extract_columns(
         extractor = create_extractor(member.description, device=device)
         frames: list[FrameTokens | None] = []
         for image in track(images, f"Extracting tokens of {member.label}"):
-            frames.append(FrameTokens(extract_tokens(extractor, image.pixels).to(dtype)))
+            tokens = extract_tokens(extractor, image.pixels).to(dtype)
+            frames.append(FrameTokens(tokens, torch.ones(tokens.shape[:2])))
         columns.append(TokenColumn(label, frames))
     if _RENDERED in labels:
         columns.append(TokenColumn(_RENDERED, [_render(group, image, dtype) for image in images], is_rendered=True))

@@ -28,6 +28,7 @@ from fit3d_ns.report.token_columns import (
     open_scenes,
     resize,
 )
+from fit3d_ns.scene import load_scene
 from tests.report.figure_scenes import BACKBONE, HEIGHT, WIDTH, write_finetuned, write_photographs, write_scene
 
 
@@ -36,7 +37,7 @@ def draw_map(seed: int, h: int = 5, w: int = 6, embed: int = 9) -> torch.Tensor:
 
 
 def create_column(label: str, *maps: torch.Tensor) -> TokenColumn:
-    return TokenColumn(label, [FrameTokens(tokens) for tokens in maps])
+    return TokenColumn(label, [FrameTokens(tokens, torch.ones(tokens.shape[:2])) for tokens in maps])
 
 
 def test_fit_cluster_colours__rotated_tokens_get_equal_colours() -> None:
@@ -122,8 +123,8 @@ def test_extract_columns__are_the_extractors_tokens_and_the_scenes(tmp_path: Pat
     expected = create_extractor(BACKBONE)(images[0].image.permute(2, 0, 1)[None]).maps[0]
     assert torch.equal(columns[0].frames[0].tokens, expected)
     assert not torch.allclose(columns[1].frames[0].tokens, expected, atol=1e-2)
-    view = scene_index.scenes[0].posed_capture.views[1]
-    rendered = scene_index.scenes[0].render_features(view.camera_to_world, view.K, WIDTH, HEIGHT, (3, 4))
+    view = load_scene(scene).posed_capture.views[1]
+    rendered = load_scene(scene).render_features(view.camera_to_world, view.K, WIDTH, HEIGHT, (3, 4))
     assert torch.allclose(columns[2].frames[1].tokens, rendered)
     # The Gaussians stand on the left, and the scene does not hold the third photograph.
     assert columns[2].frames[0].is_covered[:, 0].any() and not columns[2].frames[0].is_covered[:, 3].any()
