@@ -114,8 +114,9 @@ def write_card(
     `list_licences`, and `scenes` names the training scenes. A share below 1 is that of the fine-tuned weights in a
     mixture with the original ones.
     """
-    before, after = ((report.get("consistency") or {}).get(part) for part in ("original", "finetuned"))
-    keys = ("centred_cosine", "recall_10px", "effective_rank") if before else ()
+    consistency = report.get("consistency") or {"original": {}, "finetuned": {}}
+    before, after = consistency["original"], consistency["finetuned"]
+    keys = ("centred_cosine", "recall_10px", "effective_rank")
     return fill_template(
         Path(__file__).with_name("model_card.md"),
         description=description,
@@ -127,7 +128,7 @@ def write_card(
         settings=flatten(report["settings"]),
         before=before,
         after=after,
-        fell=[key.replace("_", " ") for key in keys if (after[key] or 0.0) < (before[key] or 0.0)],
+        fell=[key.replace("_", " ") for key in keys if (after.get(key) or 0.0) < (before.get(key) or 0.0)],
         scenes=scenes,
     )
 
