@@ -7,12 +7,13 @@
 # trained first, minutes a scene), or a scene file. Each round fine-tunes on the lifted scenes; the next one lifts the
 # same geometry again with the fine-tuned backbone. Finished steps are passed over and interrupted ones go on, so the
 # same command continues after any interruption.
-#   further: --rounds N (1)  --steps N (800, of each round)  --learning-rate X (1e-4, falling like a cosine)
+#   further: --rounds N (1)  --steps N (of each round: one pass over all images, at least 800 steps)
+#            --learning-rate X (1e-4, falling like a cosine)
 #            --geometry-weight X (3: how much a linear head asks the tokens for depth and normals; 0 asks for nothing)
 #            --feature-cache DIR (DIR/cache)
 set -euo pipefail
 
-scenes=() backbone="" weights="" output="" seed=42 rounds=1 steps=800 rate=1e-4 geometry=3 cache=""
+scenes=() backbone="" weights="" output="" seed=42 rounds=1 steps=(--min-steps 800) rate=1e-4 geometry=3 cache=""
 need() { [ $# -ge 2 ] || { echo "recipe.sh: $1 needs a value" >&2; exit 1; }; }
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -22,11 +23,11 @@ while [ $# -gt 0 ]; do
         --output-dir) need "$@"; output=$(realpath -m "$2"); shift 2 ;;
         --seed) need "$@"; seed="$2"; shift 2 ;;
         --rounds) need "$@"; rounds="$2"; shift 2 ;;
-        --steps) need "$@"; steps="$2"; shift 2 ;;
+        --steps) need "$@"; steps=(--max-steps "$2"); shift 2 ;;
         --learning-rate) need "$@"; rate="$2"; shift 2 ;;
         --geometry-weight) need "$@"; geometry="$2"; shift 2 ;;
         --feature-cache) need "$@"; cache=$(realpath -m "$2"); shift 2 ;;
-        -h|--help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "recipe.sh: unknown option $1; see --help" >&2; exit 1 ;;
     esac
 done
@@ -96,7 +97,7 @@ for ((round = 1; round <= rounds; round++)); do
     [ "$round" != "$rounds" ] || result="$output/vit"
     echo "== Round $round of $rounds: fine-tuning"
     fit3d-finetune --ckpts "$output/round-$round/scenes" --output-dir "$result" --seed "$seed" \
-        --max-steps "$steps" --learning-rate "$rate" --schedule cosine --geometry-weight "$geometry"
+        "${steps[@]}" --learning-rate "$rate" --schedule cosine --geometry-weight "$geometry"
     if [ "$round" -lt "$rounds" ]; then
         echo "== Round $round of $rounds: lifting the same geometry with the fine-tuned backbone"
         fit3d-lift --scene "$output/round-$round"/scenes/*.safetensors --backbone "$result" --feature-cache "$cache" \
