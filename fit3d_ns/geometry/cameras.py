@@ -7,7 +7,7 @@ A `Lens` holds intrinsics and distortion of one photograph as stored on disk.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -128,8 +128,8 @@ class Lens:
     """`opencv`: polynomial radial and tangential; `fisheye`: OpenCV's equidistant polynomial."""
     distortion: tuple[float, ...] = ()
     """`opencv`: k1 k2 p1 p2 [k3 [k4 k5 k6]], OpenCV's order; `fisheye`: k1 k2 k3 k4; `pinhole`: empty."""
-    is_centred: bool = False
-    """Whether undistortion puts the principal point into the middle of the picture (paper's preparation)."""
+    is_centred: bool = field(default=False, repr=False)
+    """Whether undistortion puts the principal point into the middle (paper's preparation); K says so too, in hashes."""
 
     def __post_init__(self) -> None:
         values = (self.fx, self.fy, self.cx, self.cy, self.width, self.height, *self.distortion)

@@ -133,6 +133,8 @@ def test_compute_undistortion__centred_as_the_paper_prepares_scannetpp() -> None
         assert np.abs(ours.numpy() - 0.5 - theirs).max() < 0.5
     # What lies past the edge, on one side, is masked.
     assert 0.99 < undistortion.inside.float().mean().item() < 1.0
+    # Hashes of averaged targets hold what a lens says of itself, and the K of its view.
+    assert repr(lens) == repr(replace(lens, is_centred=False))
     half = resize_lens(lens, 438, 292)
     assert half.is_centred and compute_undistortion(half).lens.cx == 219.0
 
