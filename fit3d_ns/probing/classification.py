@@ -1,10 +1,13 @@
-"""The image classification probe (Table 11): linear layers on the class token and the mean patch token.
+"""The image classification probe (Table 11): linear layers on class tokens and the mean patch token.
 
-As in DINOv2's evaluation, one linear layer for each of a range of learning rates is trained on the same features by
-SGD, and the best of them on the selection data counts.
+As in DINOv2's evaluation, linear layers that read the class token of the last block, or of the last four, with or
+without its mean patch token, each at a range of learning rates, are trained by SGD on the same features; the best of
+them on the selection data counts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import cv2
@@ -27,6 +30,9 @@ REFERENCE_BATCH = 256
 AREA_RANGE, RATIO_RANGE = (0.08, 1.0), (3 / 4, 4 / 3)
 """Share of the picture's area that a random crop has, and its width over its height."""
 
+Candidate = tuple[int, bool, float]
+"""Number of last blocks whose class tokens are read, whether the mean patch token is, and the learning rate."""
+
 
 @dataclass(frozen=True)
 class ClassificationConfig:
@@ -37,7 +43,10 @@ class ClassificationConfig:
     batch_size: int = 128
     """Images per iteration over all devices (the paper: one GPU)."""
     learning_rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
-    """DINOv2's range. Each trains a layer of its own; rates are for batches of 256 and scale with the batch."""
+    """DINOv2's range. Each trains layers of its own; rates are for batches of 256 and scale with the batch."""
+    class_token_blocks: tuple[int, ...] = (1, 4)
+    """Numbers of last blocks whose class tokens are read, each with and without the mean patch token (DINOv2's); of
+    backbones without class token the mean patch token is read."""
     resize_side: int = 256
     """Shorter side of test images before the crop, pixels."""
     crop_side: int = 224
@@ -58,31 +67,32 @@ class PooledBackbones(FrozenBackbones):
 
 
 class ClassificationHeads(nn.Module):
-    """One linear layer per learning rate on the same input."""
+    """One linear layer per candidate."""
 
-    def __init__(self, assembler: Assembler, num_classes: int, learning_rates: tuple[float, ...]) -> None:
+    def __init__(self, assembler: Assembler, num_classes: int, candidates: Sequence[Candidate]) -> None:
         super().__init__()
-        self.assembler = assembler
-        dim = assembler.out_dim * (2 if assembler.class_dim else 1)
-        self.layers = nn.ModuleList(nn.Linear(dim, num_classes) for _ in learning_rates)
-        self.learning_rates = learning_rates
+        self.assembler, self.candidates = assembler, candidates
+        dims = [assembler.out_dim * (blocks + has_mean) for blocks, has_mean, _ in candidates]
+        self.layers = nn.ModuleList(nn.Linear(dim, num_classes) for dim in dims)
         for layer in self.layers:
             initialise(layer)
 
     def list_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         """Parameters with the rate of each; the fusion layer takes the middle one."""
-        rates = [(list(layer.parameters()), rate) for layer, rate in zip(self.layers, self.learning_rates, strict=True)]
+        every = [rate for *_, rate in self.candidates]
+        rates = [(list(layer.parameters()), rate) for layer, rate in zip(self.layers, every, strict=True)]
         fusion = list(self.assembler.parameters())
-        middle = sorted(self.learning_rates)[len(self.learning_rates) // 2]
+        middle = sorted(every)[len(every) // 2]
         return [*rates, (fusion, middle)] if fusion else rates
 
-    def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch rates classes"]:
+    def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch candidates classes"]:
+        deepest = max(number for number, *_ in self.candidates)
+        tokens = [self.assembler.assemble(features.class_tokens[:, :, block]) for block in range(-deepest, 0)]
         # (b, c, 1, 1) -> (b, c)
-        vectors = [self.assembler(features)[:, :, 0, 0]]
-        if self.assembler.class_dim:
-            vectors.insert(0, self.assembler.assemble(features.class_tokens[:, :, -1]))
-        joined = torch.cat(vectors, dim=1)
-        return torch.stack([layer(joined) for layer in self.layers], dim=1)
+        tokens.append(self.assembler(features)[:, :, 0, 0])
+        slices = [slice(deepest - number, deepest + has_mean) for number, has_mean, _ in self.candidates]
+        pairs = zip(self.layers, slices, strict=True)
+        return torch.stack([layer(torch.cat(tokens[part], dim=1)) for layer, part in pairs], dim=1)
 
 
 @dataclass(frozen=True)
@@ -122,26 +132,32 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         backbones, num_frames = self.backbones, len(self.sets.train.frames)
-        self.backbones = PooledBackbones(backbones.extractors, backbones.layers, backbones.patch_fit)
+        layers = list(range(backbones.description.num_blocks))[-max(self.config.class_token_blocks) :]
+        numbers = {min(number, len(layers)) for number in self.config.class_token_blocks}
+        settings = [*product(sorted(numbers), (False, True))] if backbones.has_class_token else [(0, True)]
+        self.candidates = [(*setting, rate) for setting in settings for rate in self.config.learning_rates]
+        self.backbones = PooledBackbones(backbones.extractors, layers, backbones.patch_fit)
         self.memory = FeatureMemory(self.backbones, self.run.cache_gb)
         self.inputs: ClassificationInputs = ClassificationInputs(self.config.resize_side, self.config.crop_side)
-        needed_gb = 2 * 2 * num_frames * 2 * len(backbones.extractors) * backbones.embed_dim / BYTES_PER_GB
+        tokens = 2 * len(layers) * len(backbones.extractors)
+        needed_gb = 2 * 2 * num_frames * tokens * backbones.embed_dim / BYTES_PER_GB
         self.is_cached = resolve_cache(self.run, needed_gb, "central crops and their mirror images")
 
     def run_seed(self, seed: int) -> TrainedHead:
         self.seed_head(seed)
         source: ClassTokenSource = "auto" if self.backbones.has_class_token else "none"
         assembler = Assembler(self.assembly, self.backbones.embed_dim, source)
-        heads = ClassificationHeads(assembler, self.sets.train.num_classes, self.config.learning_rates)
+        heads = ClassificationHeads(assembler, self.sets.train.num_classes, self.candidates)
         trained = self.train(seed, heads, self.create_optimization())
-        # Without selection data the learning rate is chosen by what was learned.
+        # Without selection data the layer is chosen by what was learned.
         top1, _, losses = self.evaluate(heads, self.sets.selection or self.sets.train)
         # Of equals, which small sets have many, that with the lowest loss.
         chosen = max(range(len(top1)), key=lambda index: (top1[index], -losses[index]))
         accuracy, accuracy_top5, _ = self.evaluate(heads, self.sets.test)
         trained.metrics = {"accuracy": accuracy[chosen], "accuracy_top5": accuracy_top5[chosen]}
-        rate = self.config.learning_rates[chosen]
+        blocks, has_mean, rate = self.candidates[chosen]
         trained.metrics |= {"learning_rate": rate, "num_images": len(self.sets.test.frames)}
+        trained.choices = {"class_token_blocks": blocks, "has_mean_token": has_mean, "learning_rate": rate}
         return trained
 
     def create_optimization(self) -> OptimizationConfig:
@@ -160,9 +176,9 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
 
     @torch.no_grad()
     def evaluate(self, heads: nn.Module, labelled_set: LabelledSet) -> list[list[float]]:
-        """Three rows with a value per learning rate: share of images whose class is the first guess, share where it is
+        """Three rows with a value per candidate: share of images whose class is the first guess, share where it is
         among the first five, mean loss; every process takes its share of the images."""
-        counts = torch.zeros(3, len(self.config.learning_rates), dtype=torch.float64)
+        counts = torch.zeros(3, len(self.candidates), dtype=torch.float64)
         share = self.share(labelled_set)
         for start in range(0, len(share), self.config.batch_size):
             frames = share[start : start + self.config.batch_size]

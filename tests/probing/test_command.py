@@ -311,8 +311,10 @@ def test_probe__classification_record(tmp_path: Path) -> None:
     arguments = ["classification", "--train", data, "--test", data, "--output-path", str(output), "--device", "cpu"]
     arguments += ["--backbone", BACKBONE, "--num-iterations", "150", "--batch-size", "8"]
     run_command(ProbeCommand, probe, prog="fit3d-probe", description="", args=arguments)
-    metrics = json.loads(output.read_text())["metrics"]
+    record = json.loads(output.read_text())
+    metrics, chosen = record["metrics"], record["settings"]["training"]["0"]
     assert metrics["accuracy"] == 1.0 and metrics["accuracy_top5"] == 1.0 and metrics["num_images"] == 12
+    assert chosen["class_token_blocks"] in (1, 4) and chosen["has_mean_token"] in (False, True)
 
 
 @pytest.mark.parametrize(

@@ -149,18 +149,31 @@ def test_classification_probe__central_crop_of_a_resized_picture() -> None:
         torch.testing.assert_close(shown.image, torch.full((3, 8, 8), 200 / 255))
 
 
-def test_classification_heads__class_token_beside_the_mean_patch_token() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens, class_tokens = (
-        torch.randn(4, 1, 1, 3, 5, 6, generator=generator),
-        torch.randn(4, 1, 1, 6, generator=generator),
-    )
-    pooled = FrozenFeatures(tokens.mean(dim=(3, 4), keepdim=True), class_tokens)
-    heads = ClassificationHeads(Assembler("original", 6), 3, (1e-3, 1e-1))
-    logits = heads(pooled)
-    joined = torch.cat([class_tokens[:, 0, 0], tokens[:, 0, 0].flatten(1, 2).mean(dim=1)], dim=1)
-    for index, layer in enumerate(heads.layers):
-        torch.testing.assert_close(logits[:, index], joined @ layer.weight.T + layer.bias)
+def test_classification_heads__read_what_dinov2s_evaluation_reads() -> None:
+    """Class tokens of the last block or the last four, behind the norm, with or without the last mean patch token."""
+    image = torch.zeros(16, 16, 3, dtype=torch.uint8)
+    frames = [LabelledFrame(str(index), lambda: image, class_index=index) for index in range(3)]
+    probe = create_classification_probe(frames, crop_side=16)
+    images = torch.rand(4, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    features = probe.backbones(images)
+    heads = ClassificationHeads(Assembler("original", 64), 3, probe.candidates)
+    logits = heads(features)
+    model = probe.backbones.extractors[0].token_model.model
+    with torch.no_grad():
+        blocks = model.get_intermediate_layers(2 * images - 1, n=4, return_prefix_tokens=True, norm=True)
+    mean, number = blocks[-1][0].mean(dim=1), 0
+    for last in (1, 4):
+        for extra in ([], [mean]):
+            joined = torch.cat([*(prefix[:, 0] for _, prefix in blocks[-last:]), *extra], dim=1)
+            for rate in probe.config.learning_rates:
+                assert probe.candidates[number] == (last, bool(extra), rate)
+                layer = heads.layers[number]
+                torch.testing.assert_close(logits[:, number], joined @ layer.weight.T + layer.bias)  # type: ignore
+                number += 1
+    assert number == logits.shape[1] == 52
+    # Without class token there is one way to read.
+    alone = ClassificationHeads(Assembler("original", 64, "none"), 3, [(0, True, 0.1)])
+    torch.testing.assert_close(alone(features)[:, 0], alone.layers[0](mean))
 
 
 def test_classification_probe__the_best_of_all_learning_rates_counts() -> None:
@@ -173,7 +186,11 @@ def test_classification_probe__the_best_of_all_learning_rates_counts() -> None:
     outcome = probe.run_seed(0)
     metrics = probe.evaluate(outcome.head, probe.sets.test)  # type: ignore[arg-type]
     assert outcome.metrics["accuracy"] == max(metrics[0]) == 1.0
-    assert outcome.metrics["learning_rate"] in probe.config.learning_rates
+    # Of those that are always right, the surest.
+    best = min((loss, index) for index, loss in enumerate(metrics[2]) if metrics[0][index] == 1.0)[1]
+    names = ("class_token_blocks", "has_mean_token", "learning_rate")
+    assert outcome.choices == dict(zip(names, probe.candidates[best], strict=True))
+    assert outcome.metrics["learning_rate"] == probe.candidates[best][2]
     assert min(metrics[0]) < 1.0, "the smallest rates learn nothing in sixty iterations"
 
 
