@@ -50,9 +50,9 @@ def apply_kmeans(features: Features, clusters: Clusters) -> Labels:
 
 
 def map_clusters_to_colours(labels: Labels, num_clusters: int) -> Float[Tensor, "*batch 3"]:
-    """A colour in [0, 1] for each cluster, hues apart by the golden ratio."""
-    golden_ratio = 0.618034
-    palette = [colorsys.hsv_to_rgb(index * golden_ratio % 1.0, 0.65, 0.95) for index in range(num_clusters)]
+    """A colour in [0, 1] for each cluster, or class: hues apart by the golden ratio, in turn light, dark and pale."""
+    looks = ((0.75, 0.95), (0.85, 0.6), (0.45, 0.85))
+    palette = [colorsys.hsv_to_rgb(i * 0.618034 % 1.0, *looks[i % 3]) for i in range(num_clusters)]
     return torch.tensor(palette, device=labels.device)[labels]
 
 

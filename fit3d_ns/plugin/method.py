@@ -69,6 +69,8 @@ def _create_config(
     max_num_iterations: int = MAX_NUM_ITERATIONS,
 ) -> FeatureTrainerConfig:
     model._target = FeatureSplatfactoModel
+    # ScanNet++'s 1752x1168 are halved.
+    datamanager.cache_images_type, datamanager.max_image_side = "uint8", MAX_SIDE
     return FeatureTrainerConfig(
         method_name=method_name,
         max_num_iterations=max_num_iterations,
@@ -89,9 +91,7 @@ check_versions()
 fit3d_features = MethodSpecification(
     config=_create_config(
         "fit3d-features",
-        FeatureDatamanagerConfig(
-            dataparser=FeatureDataParserConfig(), cache_images_type="uint8", max_image_side=MAX_SIDE
-        ),
+        FeatureDatamanagerConfig(dataparser=FeatureDataParserConfig()),
         FeatureSplatfactoModelConfig(densify_grad_thresh=DENSIFY_THRESHOLD),
         feature_lr=0.0025,
         decoder_lr=1e-3,
@@ -105,10 +105,7 @@ fit3d_features_paper = MethodSpecification(
         # The public code trains on test frames too, leaves poses as they are and centres principal points.
         FeatureDatamanagerConfig(
             dataparser=FeatureDataParserConfig(eval_mode="all", center_principal_point=True),
-            cache_images_type="uint8",
             normalization="imagenet",
-            # ScanNet++'s 1752x1168 are halved.
-            max_image_side=MAX_SIDE,
         ),
         FeatureSplatfactoModelConfig(
             feature_schedule="joint",

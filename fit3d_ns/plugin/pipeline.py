@@ -81,11 +81,6 @@ class SolveCosts:
         return SolvePlan(0, decoder_share, max(budget, 0.0) / self.compute(smallest))
 
 
-def compute_solve_budget(num_steps: int, num_views: int, share: float) -> float:
-    """What solving features may cost after `num_steps` colour steps, in `SolveCosts`' unit: a share of their time."""
-    return share * num_steps / max(num_views, 1)
-
-
 def estimate_solve_costs(feature_dim: int, samples_per_patch: int = 4) -> SolveCosts:
     """The costs at a number of channels per Gaussian, and of samples along a patch's side (0 for every pixel).
 
@@ -157,9 +152,10 @@ class FeaturePipeline(VanillaPipeline):
         if not self.branch.is_on or config.feature_schedule != "solve":
             return
         costs = estimate_solve_costs(config.feature_dim, config.lift.samples_per_patch)
-        # A run that goes on after its end solves again; what that end cost, its own steps have paid.
-        budget = compute_solve_budget(max_num_iterations, len(self.datamanager.train_dataset), config.solve_share)
-        left = budget - self.early_cost_spent
+        # A share of the colour steps' time. A run that goes on after its end solves again; what that end cost, its own
+        # steps have paid.
+        num_views = len(self.datamanager.train_dataset)
+        left = config.solve_share * max_num_iterations / num_views - self.early_cost_spent
         done = step + 1
         if done == max_num_iterations:
             self.solve_features(costs.plan(left, config.lift.max_passes))

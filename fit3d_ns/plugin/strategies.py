@@ -62,13 +62,11 @@ class PortableMCMCStrategy(MCMCStrategy):
     "3D Gaussian Splatting as Markov Chain Monte Carlo" (Kheradmand et al., 2024), equations 8 and 9.
     """
 
-    def step_post_backward(
-        self, params: Any, optimizers: Any, state: dict[str, Any], step: int, info: dict[str, Any], lr: float
-    ) -> None:
-        """Relocates and adds Gaussians at the refinement steps, and always disturbs positions, which learn at `lr`."""
+    def step_post_backward(self, *arguments: Any, **options: Any) -> None:
+        """Relocates and adds Gaussians at the refinement steps, and always disturbs positions (which learn at `lr`)."""
         portable: Any = {"compute_relocation": compute_relocation, "quat_scale_to_covar_preci": compute_covariances}
         with mock.patch.multiple("gsplat.strategy.ops", **portable):
-            super().step_post_backward(params, optimizers, state, step, info, lr)
+            super().step_post_backward(*arguments, **options)
 
     def _relocate_gs(self, params: Any, optimizers: Any, binoms: Tensor) -> int:
         # Where none is left to copy, gsplat would draw from nothing.

@@ -5,7 +5,6 @@ colour per class, black where the truth does not count. Depth: near to far as th
 nothing is measured; errors are |prediction - truth| on one scale for the whole figure, grey where nothing is measured.
 """
 
-import colorsys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.pictures import LegendEntry, append_legend, compose_panel, save_picture
+from fit3d_ns.analysis.similarity import map_clusters_to_colours
 from fit3d_ns.data.images import load_depth, load_image, read_image_header
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.results import write_facts
@@ -125,12 +125,6 @@ def save_prediction_figure(
     return write_facts(path, "report/predictions", first.is_random, task=first.task, columns=labels, frames=metrics)
 
 
-def colour_classes(num_classes: int) -> Float[Tensor, "classes 3"]:
-    """A colour per class: hues apart by the golden ratio, in turn light, dark and pale, so that many stay apart."""
-    looks = ((0.75, 0.95), (0.85, 0.6), (0.45, 0.85))
-    return torch.tensor([colorsys.hsv_to_rgb(i * 0.618034 % 1.0, *looks[i % 3]) for i in range(num_classes)])
-
-
 def colour_values(values: Float[Tensor, "*shape"], low: float, high: float, name: str) -> Float[Tensor, "*shape 3"]:
     """Values from `low` to `high` in the colours of a matplotlib map."""
     import matplotlib
@@ -183,7 +177,7 @@ _Drawn = tuple[list[list[Float[Tensor, "height width 3"]]], list[list[float]], l
 
 def _draw_labels(names: Sequence[str], truths: list[Tensor], predictions: list[list[Tensor]]) -> _Drawn:
     # The last colour, black, is for what does not count.
-    palette = torch.cat([colour_classes(len(names)), torch.zeros(1, 3)])
+    palette = torch.cat([map_clusters_to_colours(torch.arange(len(names)), len(names)), torch.zeros(1, 3)])
     maps = [[*own, truth] for own, truth in zip(predictions, truths, strict=True)]
     pictures = [[palette[labelled.long().clamp(max=len(names))] for labelled in row] for row in maps]
     accuracy = [[compute_accuracy(one, truth) for one in own] for own, truth in zip(predictions, truths, strict=True)]

@@ -5,7 +5,6 @@ import pytest
 from fit3d_ns.plugin.pipeline import (
     MIN_VIEWS,
     SolvePlan,
-    compute_solve_budget,
     estimate_solve_costs,
 )
 
@@ -15,7 +14,7 @@ from fit3d_ns.plugin.pipeline import (
 @pytest.mark.parametrize("dim", [16, 64, 128])
 def test_plan__costs_at_most_its_share_of_the_colour_steps(steps: int, views: int, dim: int) -> None:
     costs = estimate_solve_costs(dim)
-    plan = costs.plan(compute_solve_budget(steps, views, share=0.15), max_passes=16)
+    plan = costs.plan(0.15 * steps / views, max_passes=16)
     # Spelt out: weighted sum and decoder over their views, one right-hand side and the passes.
     passes = costs.sampled_pass * (1 + plan.max_passes) if plan.max_passes else 0.0
     lifted = plan.view_share * views

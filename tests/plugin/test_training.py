@@ -11,7 +11,7 @@ import torch
 
 from fit3d_ns.plugin import feature_branch
 from fit3d_ns.plugin.model import compute_depth_loss
-from fit3d_ns.plugin.pipeline import EARLY_SOLVE, FeaturePipeline, SolvePlan, compute_solve_budget, estimate_solve_costs
+from fit3d_ns.plugin.pipeline import EARLY_SOLVE, FeaturePipeline, SolvePlan, estimate_solve_costs
 
 GEOMETRY = ("means", "scales", "quats", "opacities", "features_dc", "features_rest")
 
@@ -233,7 +233,7 @@ def test_train__solves_again_at_an_interval_for_the_viewer(
     # Three solves of two passes each (weighted sum, decoder); only the last counts, and that within its share.
     assert pipeline.passes_spent == 6 and pipeline.early_cost_spent == 0
     num_views, costs = len(pipeline.datamanager.train_dataset), estimate_solve_costs(8)
-    budget = compute_solve_budget(30, num_views, pipeline.model.config.solve_share)
+    budget = pipeline.model.config.solve_share * 30 / num_views
     assert plans == [EARLY_SOLVE, EARLY_SOLVE, costs.plan(budget, max_passes=16)]
     assert costs.compute(plans[-1]) <= budget * (1 + 1e-9)
     assert len(pipeline.lifted_views) == plans[-1].count_views(num_views) <= num_views

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fit3d_ns.analysis.similarity import map_clusters_to_colours
 from fit3d_ns.report.prediction_figure import (
-    colour_classes,
     compute_accuracy,
     compute_errors,
     label_predictions,
@@ -69,7 +69,8 @@ def test_save_prediction_figure__truth_is_black_where_it_does_not_count(tmp_path
     top, left = 6 + 18 + 18, 6 + 2 * (SIZE[1] + 6)
     truth = pixels[top : top + SIZE[0], left : left + SIZE[1]]
     labels = np.array(Image.open(folder / "000_truth.png"))
-    expected = np.concatenate([(colour_classes(3).numpy() * 255).round(), np.zeros((1, 3))])[np.minimum(labels, 3)]
+    colours = (map_clusters_to_colours(torch.arange(3), 3).numpy() * 255).round()
+    expected = np.concatenate([colours, np.zeros((1, 3))])[np.minimum(labels, 3)]
     assert np.array_equal(truth, expected.astype(np.uint8))
 
 
@@ -97,8 +98,8 @@ def test_compute_errors__leave_out_what_is_not_measured() -> None:
     assert np.isnan(compute_accuracy(torch.zeros(2, 2, dtype=torch.uint8), nothing))
 
 
-def test_colour_classes__a_hundred_classes_are_a_hundred_colours() -> None:
-    assert len((colour_classes(100) * 255).round().unique(dim=0)) == 100
+def test_colours__a_hundred_classes_are_a_hundred_colours() -> None:
+    assert len((map_clusters_to_colours(torch.arange(100), 100) * 255).round().unique(dim=0)) == 100
 
 
 def test_read_predictions__refuses_what_cannot_be_compared(tmp_path: Path) -> None:
