@@ -18,15 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.features import TokenModel
+from fit3d_ns.finetuning import scene_bank
 from fit3d_ns.finetuning.draws import Sample, TrainingViews
 from fit3d_ns.finetuning.geometry import compute_mean_distance, render_geometry, render_values
-from fit3d_ns.finetuning.scene_bank import (
-    MAX_AVERAGED_VIEWS,
-    SceneAverages,
-    SceneBank,
-    compute_scene_hash,
-    leave_view_out,
-)
+from fit3d_ns.finetuning.scene_bank import SceneAverages, SceneBank
 from fit3d_ns.scene import TokenReadingRule
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.limits import Limited, Limits
@@ -139,7 +134,7 @@ class TargetRenderer:
         if config.leave_one_out:
             assert self.original is not None
             capture = self.views.captures[sample.draw.scene]
-            scene, is_known = leave_view_out(scene, capture, sample.view, self.original)
+            scene, is_known = scene_bank.leave_view_out(scene, capture, sample.view, self.original)
             known_share = render_values(scene, *where, is_known.float()[:, None])[..., 0]
         features, alphas = scene.render_features_with_alpha(*where)
         confidence = alphas if config.weight_by_opacity else torch.ones_like(alphas)
@@ -158,10 +153,9 @@ class TargetRenderer:
     def _compute_hash(self, sample: Sample) -> str:
         scene, view, window = sample.draw.scene, sample.view, sample.augmentation.window
         if scene not in self._scene_hashes:
-            averages = self.bank.averages
-            self._scene_hashes[scene] = (
-                compute_scene_hash(self.bank.on_disk[scene]) if averages is None else averages.compute_hash(scene)
-            )
+            averages, on_disk = self.bank.averages, self.bank.on_disk[scene]
+            content_hash = scene_bank.compute_scene_hash(on_disk) if averages is None else averages.compute_hash(scene)
+            self._scene_hashes[scene] = content_hash
         config = self.config
         parts: list[object] = [self._scene_hashes[scene], view.name, window, sample.patch_grid, self.rules[scene]]
         parts += [view.camera_to_world.tolist(), view.K.tolist()]
@@ -182,7 +176,7 @@ def create_averages(
     # Averaging costs seconds a scene on any device, reading the result a tenth of one.
     store = _create_store(config, config.average_gb, config.cache in ("auto", "disk"), output_folder, "averages")
     # A view can only be left out of an average that it is part of.
-    max_views = None if config.leave_one_out else MAX_AVERAGED_VIEWS
+    max_views = None if config.leave_one_out else scene_bank.MAX_AVERAGED_VIEWS
     return SceneAverages(bank.on_disk, store, data_root, max_views)
 
 

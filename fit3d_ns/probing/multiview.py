@@ -16,13 +16,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fit3d_ns.analysis.consistency import (
-    ConsistencyConfig,
-    compute_consistency,
-    create_pairs,
-    create_pairs_within,
-    pool_consistency,
-)
+from fit3d_ns.analysis import consistency
+from fit3d_ns.analysis.consistency import ConsistencyConfig
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.frames import Split
 from fit3d_ns.data.layouts import read_capture
@@ -79,15 +74,15 @@ def measure_views(
     grid_scale = ConsistencyConfig.grid_scale if task == "correspondence" else 0.0
     compared = replace(config, grid_scale=grid_scale, seed=seed)
     for number, views in enumerate(scenes):
-        pairs = create_pairs(len(views.token_maps), config.max_pairs, seed)
+        pairs = consistency.create_pairs(len(views.token_maps), config.max_pairs, seed)
         if views.is_wild:
-            pairs = create_pairs_within(views.depth_views, config.angle_edges[-1], config.max_pairs, seed)
+            pairs = consistency.create_pairs_within(views.depth_views, config.angle_edges[-1], config.max_pairs, seed)
         name = views.scene_id if views.scene_id not in per_scene else f"{views.scene_id} ({number})"
         seen = views.token_maps, views.depth_views
-        per_scene[name] = compute_consistency(*seen, pairs, compared, views.units_per_metre)
+        per_scene[name] = consistency.compute_consistency(*seen, pairs, compared, views.units_per_metre)
     if not any(report["num_points"] for report in per_scene.values()):
         raise ValueError("No two views see a common point; check depth and poses, or take more views.")
-    pooled = pool_consistency(list(per_scene.values()))
+    pooled = consistency.pool_consistency(list(per_scene.values()))
     if task == "correspondence":
         pooled, per_scene = _keep_recalls(pooled), {name: _keep_recalls(item) for name, item in per_scene.items()}
     return {**pooled, "per_scene": per_scene}

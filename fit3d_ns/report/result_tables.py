@@ -5,26 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from fit3d_ns.report import table
 from fit3d_ns.report.paper_values import CHOICES, PaperRow, find_paper_data, find_paper_row, name_backbone
 from fit3d_ns.report.result_files import FinetuneResult, ProbeResult
-from fit3d_ns.report.table import (
-    COST_COLUMNS,
-    FINETUNE_COLUMNS,
-    NOTHING,
-    RANDOM_TITLE,
-    SUFFIXES,
-    TASK_COLUMNS,
-    Cell,
-    Column,
-    Table,
-    describe_settings,
-    describe_versions,
-    expand_columns,
-    find_differences,
-    mark_best,
-    save_curves,
-    write_tables,
-)
+from fit3d_ns.report.table import TASK_COLUMNS, Cell, Column, Table
 from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import write_atomically, write_json
 from fit3d_ns.utils.package_files import read_table
@@ -58,19 +42,19 @@ def write_report(
         with reading(finetuning.path):
             create_finetune_tables([finetuning])
     tables = create_probe_tables(probes) + create_finetune_tables(finetunings)
-    tables.sort(key=lambda table: table.is_random)
+    tables.sort(key=lambda one: one.is_random)
     tables = [create_summary(probes), *tables] if summed else tables
-    files, curved = [folder / f"{STEM}{suffix}" for suffix in SUFFIXES], [table for table in tables if table.curves]
+    files, curved = [folder / f"{STEM}{suffix}" for suffix in table.SUFFIXES], [one for one in tables if one.curves]
     for path in files:
         with write_atomically(path) as temporary:
-            page = write_tables(tables, title, path.suffix, CURVES if curved else "")
+            page = table.write_tables(tables, title, path.suffix, CURVES if curved else "")
             temporary.write_text(page, encoding="utf-8")
     files.append(folder / f"{STEM}.json")
     sources = [*(str(probe.path) for probe in probes), *(str(finetuning.path) for finetuning in finetunings)]
-    write_json(files[-1], {"title": title, "tables": [asdict(table) for table in tables], "sources": sources})
+    write_json(files[-1], {"title": title, "tables": [asdict(one) for one in tables], "sources": sources})
     if curved:
         files.append(folder / CURVES)
-        save_curves(curved, files[-1])
+        table.save_curves(curved, files[-1])
     return tables, files
 
 
@@ -143,19 +127,19 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
     }
     protocols = [_list_protocol(record.settings) for record in records]
     variants = [_list_finetuning(record.settings) for record in records]
-    differing = find_differences(protocols)
-    varied = find_differences([item for item in variants if item])
+    differing = table.find_differences(protocols)
+    varied = table.find_differences([item for item in variants if item])
     for title, names, items in (("Stage II", varied, variants), ("Probe", differing, protocols)):
         if names:
-            columns[title] = [Cell(describe_settings(item, names) or NOTHING) for item in items]
+            columns[title] = [Cell(table.describe_settings(item, names) or table.NOTHING) for item in items]
     papers = [_find_paper(task, record.settings, record.is_random) for record in records]
     costs = [read_finetuning(record.settings) for record in records]
     spreads = [record.metrics.get("spread") or {} for record in records]
     curves: dict[str, dict[str, str]] = {}
-    for column, measure, angles in expand_columns(
-        (*TASK_COLUMNS[task], *COST_COLUMNS), [record.metrics for record in records]
+    for column, measure, angles in table.expand_columns(
+        (*TASK_COLUMNS[task], *table.COST_COLUMNS), [record.metrics for record in records]
     ):
-        sources = costs if column in COST_COLUMNS else [record.metrics for record in records]
+        sources = costs if column in table.COST_COLUMNS else [record.metrics for record in records]
         values = [column.find(source) for source in sources]
         known = [{} if row is None or column.name in CHOICES else row for row in papers]
         published = [float(row[column.name]) if row.get(column.name) else None for row in known]
@@ -168,7 +152,7 @@ def _create_probe_table(group: list[ProbeResult]) -> Table:
     counts = [len(record.metrics.get("per_seed") or {}) or 1 for record in records]
     columns["Seeds"] = [Cell(str(count), value=count) for count in counts]
     if any(papers):
-        columns["Paper's tables"] = [Cell(", ".join(row["tables"].split()) if row else NOTHING) for row in papers]
+        columns["Paper's tables"] = [Cell(", ".join(row["tables"].split()) if row else table.NOTHING) for row in papers]
     shared = {name: value for name, value in protocols[0].items() if name not in differing}
     notes = _write_verdicts(TASK_COLUMNS[task][0], records, backbones, assemblies)
     notes += ["Bold: the best of each backbone."] if len(set(backbones)) > 1 else []
@@ -202,7 +186,7 @@ def _write_verdicts(
 
 def _create_table(title: str, columns: Mapping[str, Sequence[Cell]], notes: list[str], is_random: bool) -> Table:
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    return Table((RANDOM_TITLE if is_random else "") + title, list(columns), rows, notes, is_random)
+    return Table((table.RANDOM_TITLE if is_random else "") + title, list(columns), rows, notes, is_random)
 
 
 _Values = Sequence[float | None]
@@ -210,7 +194,7 @@ _Values = Sequence[float | None]
 
 def _create_cells(column: Column, values: _Values, groups: Sequence[str] = (), spreads: _Values = ()) -> list[Cell]:
     """A metric of all rows, the best of each group in bold; without groups nothing competes."""
-    best = mark_best(column, values, groups) if groups else [False] * len(values)
+    best = table.mark_best(column, values, groups) if groups else [False] * len(values)
     cells = []
     for value, spread, is_best in zip(values, spreads or [None] * len(values), best, strict=True):
         text = "" if value is None else column.show(value) + ("" if spread is None else f" ± {column.show(spread)}")
@@ -307,9 +291,9 @@ def _write_notes(group: list[ProbeResult], shared: Mapping[str, Any], has_paper:
             "Paper: Yue et al., ECCV 2024; one seed, shown where data set, backbone and method are the same; its "
             "settings are those of --paper."
         )
-    settings = describe_settings(shared, [name for name, value in shared.items() if value is not None])
+    settings = table.describe_settings(shared, [name for name, value in shared.items() if value is not None])
     notes += [f"Settings: {settings}."] if settings else []
-    notes.append(f"Versions: {describe_versions([record.versions for record in records])}.")
+    notes.append(f"Versions: {table.describe_versions([record.versions for record in records])}.")
     return notes
 
 
@@ -331,14 +315,14 @@ def _check_versions_of_data(group: Sequence[ProbeResult]) -> None:
 def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, backbone: str, views: str) -> Table:
     reports = [result.report for result in group]
     settings = [flatten(report["settings"]) for report in reports]
-    differing = find_differences(settings)
+    differing = table.find_differences(settings)
     columns = {
         "Run": [Cell(result.path.absolute().parent.name) for result in group],
         "Scenes": [Cell(str(count := len(report.get("scenes", ()))), value=count) for report in reports],
         "Steps": [Cell(str(report["steps"]), value=report["steps"]) for report in reports],
     }
     if differing:
-        columns["Settings"] = [Cell(describe_settings(item, differing) or NOTHING) for item in settings]
+        columns["Settings"] = [Cell(table.describe_settings(item, differing) or table.NOTHING) for item in settings]
     costs = [average_scene_costs(report.get("scene_costs") or []) for report in reports]
     for item, report in zip(costs, reports, strict=True):
         item["epochs"] = report.get("epochs")
@@ -346,10 +330,10 @@ def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, bac
             item["finetune_hours"] = report["seconds"] / SECONDS_PER_HOUR
     metrics = [
         (replace(column, name=column.name.format(part=part), title=f"{column.title}, {word}"), reports, part)
-        for column in FINETUNE_COLUMNS
+        for column in table.FINETUNE_COLUMNS
         for part, word in _PARTS.items()
     ]
-    for column, sources, part in [*((column, costs, "cost") for column in COST_COLUMNS), *metrics]:
+    for column, sources, part in [*((column, costs, "cost") for column in table.COST_COLUMNS), *metrics]:
         values = [column.find(source) for source in sources]
         if any(value is not None for value in values):
             # The original is the same in every row; only fine-tuned ones compete.
@@ -358,7 +342,7 @@ def _create_finetune_table(group: Sequence[FinetuneResult], is_random: bool, bac
     notes = [
         f"Measured on {views or 'unknown views'}: target cosine against the rendered scene, centred cosine and recall "
         "between views.",
-        f"Settings: {describe_settings(shared, list(shared))}.",
-        f"Versions: {describe_versions([report.get('versions', {}) for report in reports])}.",
+        f"Settings: {table.describe_settings(shared, list(shared))}.",
+        f"Versions: {table.describe_versions([report.get('versions', {}) for report in reports])}.",
     ]
     return _create_table(f"Fine-tuning (stage II) of {backbone}", columns, notes, is_random)
