@@ -14,18 +14,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fit3d_ns.data.colmap import read_colmap_points, write_colmap_points
-from fit3d_ns.data.frames import (
-    CaptureFiles,
-    Frame,
-    PointCloud,
-    Split,
-    count_splits,
-    list_entries,
-    parse_frame,
-    parse_lens,
-    resolve_inside,
-)
+from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud, Split, count_splits, resolve_inside
 from fit3d_ns.data.images import IGNORE_INDEX, save_depth, save_image, save_index_map
+from fit3d_ns.data.transforms import list_entries, parse_frame, parse_lens
 from fit3d_ns.geometry.cameras import Lens, transform_camera_to_worlds
 from fit3d_ns.utils.files import read_json, write_json
 

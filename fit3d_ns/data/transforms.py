@@ -3,6 +3,9 @@
 Intrinsics are given once for all frames or with each frame. Seed points come from `ply_file_path`, which is in the
 world of the poses, else from `colmap/sparse/0` moved by `applied_transform`. Frames that `train_filenames`,
 `val_filenames` and `test_filenames` leave out are left out here too; without these lists every 8th frame is test.
+
+ScanNet++'s camera files have the same entries. Below, `entry` is one of them, and `source` says in errors where it
+stands; whatever is missing or wrong in a file is a ValueError.
 """
 
 from collections.abc import Mapping
@@ -22,16 +25,27 @@ from fit3d_ns.data.frames import (
     Frame,
     PointCloud,
     Split,
+    check_camera_to_world,
     choose_splits,
     count_splits,
-    list_entries,
-    parse_frame,
+    create_lens,
     resolve_inside,
 )
 from fit3d_ns.data.ply import read_ply_points
+from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.utils.files import read_json
 
 _COLMAP_FOLDER = "colmap/sparse/0"
+_PERSPECTIVE_MODELS = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV")
+_FISHEYE_MODEL, _RATIONAL_MODEL = "OPENCV_FISHEYE", "FULL_OPENCV"
+_PANORAMIC_MODELS = ("EQUIRECTANGULAR", "OMNIDIRECTIONALSTEREO_L", "OMNIDIRECTIONALSTEREO_R", "VR180_L", "VR180_R")
+_COEFFICIENTS = ("k1", "k2", "k3", "k4", "p1", "p2")
+_ORDERS = {
+    **dict.fromkeys(_PERSPECTIVE_MODELS, ("k1", "k2", "p1", "p2", "k3")),
+    _RATIONAL_MODEL: ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6"),
+    _FISHEYE_MODEL: ("k1", "k2", "k3", "k4"),
+}
+"""Coefficients of the camera models that are known, in OpenCV's order."""
 
 
 def read_transforms(path: Path) -> CaptureFiles:
@@ -59,6 +73,76 @@ def read_transforms(path: Path) -> CaptureFiles:
         scene_id=root.absolute().name,
         colmap_to_world=colmap_to_world,
     )
+
+
+def list_entries(meta: Any, source: Path, *keys: str) -> list[dict[str, Any]]:
+    """All frames, each with its own `file_path`, that a camera file lists under `keys`; some lists may be missing."""
+    entries: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for key in keys:
+        listed = (meta.get(key) or []) if isinstance(meta, dict) else None
+        if not isinstance(listed, list):
+            raise ValueError(f"{source} has no list `{key}`; restore the file.")
+        for index, entry in enumerate(listed):
+            name = entry.get("file_path") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                raise ValueError(f"Entry {index} of `{key}` in {source} has no file_path; remove or correct it.")
+            if name in seen:
+                raise ValueError(f"{source} lists {name} more than once; remove the repeated frame.")
+            seen.add(name)
+            entries.append(entry)
+    if not entries:
+        raise ValueError(f"{source} lists no frames; it must hold a list `{keys[0]}` with one entry per image.")
+    return entries
+
+
+def parse_frame(
+    entry: Mapping[str, Any], shared: Mapping[str, Any], image_path: Path, split: Split, source: str
+) -> Frame:
+    """The frame without mask and depth; what the entry lacks of intrinsics is in `shared`.
+
+    The camera of one that is marked as unusable may be anything and is not read.
+    """
+    if entry.get("is_bad", False):
+        return Frame(image_path, Lens(1.0, 1.0, 0.5, 0.5, 1, 1), torch.eye(4)[:3], split, is_bad=True)
+    lens = parse_lens({**shared, **entry}, source)
+    return Frame(image_path, lens, _parse_camera_to_world(entry, source), split)
+
+
+def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
+    """Reads `fl_x fl_y cx cy w h camera_model k1..k4 p1 p2` (or `distortion_params`) of a transforms.json.
+
+    As in nerfstudio, a perspective model may carry any coefficients, whatever its name is; without `camera_model` it is
+    perspective, unless instant-ngp's `is_fisheye` is set.
+    """
+    missing = [key for key in ("fl_x", "cx", "cy", "w", "h") if key not in entry]
+    if missing:
+        raise ValueError(f"{source} has no {', '.join(missing)}; add the intrinsics to the file or to each frame.")
+    values = {**dict.fromkeys((*_COEFFICIENTS, "k5", "k6"), 0.0), "fl_y": entry["fl_x"], **entry}
+    if "distortion_params" in entry:
+        listed = entry["distortion_params"]
+        if not isinstance(listed, list) or len(listed) != len(_COEFFICIENTS):
+            raise ValueError(f"{source} has distortion_params {listed!r}; expected six: {' '.join(_COEFFICIENTS)}.")
+        values.update(zip(_COEFFICIENTS, listed, strict=True))
+    fx, fy, cx, cy = (_parse_number(values, key, source) for key in ("fl_x", "fl_y", "cx", "cy"))
+    width, height = (_parse_number(values, key, source) for key in ("w", "h"))
+    model = str(entry.get("camera_model") or (_FISHEYE_MODEL if entry.get("is_fisheye") else "OPENCV"))
+    if entry.get("is_fisheye") and model != _FISHEYE_MODEL:
+        raise ValueError(f"{source} has is_fisheye with the camera model {model}; correct one of them.")
+    if model in _PANORAMIC_MODELS:
+        raise ValueError(
+            f"{source} has the camera model {model}: no flat picture shows what it sees; cut it into views with"
+            " perspective by `ns-process-data images --camera-type equirectangular --images-per-equirect 8`."
+        )
+    if model not in _ORDERS:
+        raise ValueError(f"{source} has the camera model {model}; known are {', '.join(_ORDERS)}.")
+    if "k4" not in _ORDERS[model] and (k4 := _parse_number(values, "k4", source)) != 0.0:
+        raise ValueError(
+            f"{source} has k4 = {k4}, which the camera model {model} does not know; write {_FISHEYE_MODEL} for a "
+            f"fisheye, {_RATIONAL_MODEL} if k4 to k6 are OpenCV's, else set it to 0."
+        )
+    distortion = [_parse_number(values, key, source) for key in _ORDERS[model]]
+    return create_lens((fx, fy, cx, cy), (width, height), distortion, model == _FISHEYE_MODEL, source)
 
 
 def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], split: Split, source: str) -> Frame:
@@ -121,3 +205,23 @@ def _read_colmap_to_world(root: Path, meta: Mapping[str, Any], transforms: Path)
     if (root / _COLMAP_FOLDER).is_dir():
         return torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]])
     return None
+
+
+def _parse_camera_to_world(entry: Mapping[str, Any], source: str) -> Float[Tensor, "3 4"]:
+    """Reads `transform_matrix`, a 4x4 or 3x4 OpenGL camera pose."""
+    try:
+        matrix = np.array(entry["transform_matrix"], dtype=np.float64)
+    except KeyError as error:
+        raise ValueError(f"{source} has no transform_matrix; add the frame's pose or remove the frame.") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} has a transform_matrix that is not a 4x4 matrix of numbers; correct it.") from error
+    if matrix.shape not in ((4, 4), (3, 4)):
+        raise ValueError(f"{source} has a transform_matrix of shape {matrix.shape}; expected 4x4 or 3x4.")
+    return check_camera_to_world(matrix[:3], source)
+
+
+def _parse_number(entry: Mapping[str, Any], key: str, source: str) -> float:
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{source} has {key} = {value!r}; expected a number.")
+    return float(value)

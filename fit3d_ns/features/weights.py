@@ -64,10 +64,8 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
 def read_state_dict(path: Path) -> dict[str, Any]:
     """Reads a checkpoint without running code from it, and takes the weights out of its wrappers.
 
-    ValueError where the file is missing, damaged, holds code, or holds no weights.
+    ValueError where the file is damaged, holds code, or holds no weights.
     """
-    if not path.is_file():
-        raise ValueError(f"No such weights file: {path}; give the path of a .safetensors or .pth file.")
     refuse_lfs_pointer(path)
     content = inner = _read_file(path)
     while isinstance(inner, Mapping):

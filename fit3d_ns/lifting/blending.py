@@ -24,8 +24,7 @@ from fit3d_ns.lifting.token_spreading import average_over_cells, spread_tokens
 from fit3d_ns.lifting.views import LiftView
 from fit3d_ns.rasterization import add_normal, backproject_features, rasterize_features
 from fit3d_ns.rasterization.projection import TILE_SIZE
-from fit3d_ns.scene import FeatureScene, PosedCapture, View
-from fit3d_ns.scene.gaussians import ActivatedGaussians
+from fit3d_ns.scene import ActivatedGaussians, FeatureScene, PosedCapture, View
 from fit3d_ns.utils.device import choose_budget_gb
 from fit3d_ns.utils.selection import select_evenly
 from fit3d_ns.utils.tensor_files import BoundedMemory
@@ -193,15 +192,12 @@ def compute_weights(view: PreparedView, config: LiftConfig) -> Float[Tensor, "he
 
 @torch.no_grad()
 def backproject_targets(
-    view: PreparedView,
-    basis: PcaBasis,
-    config: LiftConfig,
-    zeros: Float[Tensor, "num_gaussians channels"] | None = None,
+    view: PreparedView, basis: PcaBasis, config: LiftConfig, zeros: Float[Tensor, "num_gaussians channels"]
 ) -> tuple[Float[Tensor, "num_gaussians dim"], Float[Tensor, " num_gaussians"], Float[Tensor, " num_gaussians"]]:
     """Prepared views' part of the weighted sum, R^T W t and R^T W 1, by a single adjoint pass with weights as one more
     channel; and R^T 1: how much of the picture each Gaussian makes up, in pixels, masked pixels included.
 
-    `zeros` is memory for the result, [N, D + 1]; new by default.
+    `zeros` is memory for the result, [N, D + 1].
     """
     height, width = view.alphas.shape
     coordinates = apply_pca(view.tokens, basis)

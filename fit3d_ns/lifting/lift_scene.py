@@ -53,11 +53,6 @@ class LiftSetup:
         return self.cache.description
 
 
-def check_dimensions(setup: LiftSetup) -> None:
-    """ValueError where the features have more dimensions than a token; known before anything is computed."""
-    setup.config.check_width(setup.backbone.embed_dim, setup.backbone.label)
-
-
 @dataclass(frozen=True)
 class LiftForecast:
     """Predicted costs; other work on the machine changes the seconds."""

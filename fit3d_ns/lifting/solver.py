@@ -29,8 +29,7 @@ from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit
 from fit3d_ns.lifting.feature_error import FeatureLoss, FeatureLossConfig
 from fit3d_ns.lifting.passes import LiftState, Progress, ViewPasses, compute_identity, load_state
 from fit3d_ns.lifting.views import LiftView
-from fit3d_ns.scene.feature_decoder import FeatureDecoder, create_token_reader
-from fit3d_ns.scene.gaussians import ActivatedGaussians
+from fit3d_ns.scene import ActivatedGaussians, FeatureDecoder, create_token_reader
 from fit3d_ns.utils.progress import PhaseTimer, notice
 from fit3d_ns.utils.selection import create_generator, select_evenly
 

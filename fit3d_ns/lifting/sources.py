@@ -10,8 +10,7 @@ from torch import Tensor
 from fit3d_ns.data.frames import CaptureFiles
 from fit3d_ns.lifting.worlds import PlyWorld
 from fit3d_ns.rasterization import RasterizeMode
-from fit3d_ns.scene import ActivatedGaussians, Gaussians, PosedCapture, View, load_scene
-from fit3d_ns.scene.feature_decoder import FeatureDecoder
+from fit3d_ns.scene import ActivatedGaussians, FeatureDecoder, Gaussians, PosedCapture, View, load_scene
 from fit3d_ns.scene.posed_capture import MAX_SIDE, choose_downscale_factor, parse_capture, record_capture
 from fit3d_ns.scene.scene_file import find_geometry_seconds
 from fit3d_ns.utils.progress import notice

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis, fit_pca
-from fit3d_ns.features import FeatureCache, FeatureKey, extract_features
+from fit3d_ns.features import FeatureCache, extract_features
 from fit3d_ns.geometry.cameras import Camera
 from fit3d_ns.lifting.config import LiftSceneConfig
 from fit3d_ns.scene import PosedCapture, View
@@ -89,12 +89,8 @@ def load_views(
     """Fills the cache with the tokens of `views`, where they are missing, and returns the views of a lift."""
     images = [partial(capture.load_image, view) for view in views]
     keys = extract_features(images, cache, device=device, batch_size=options.feature_batch_size)
-    by_name: dict[str, FeatureKey] = {view.name: key for view, key in zip(views, keys, strict=True)}
-
-    def load_tokens(view: View) -> Float[Tensor, "h w embed"]:
-        return cache.load(by_name[view.name])
-
-    return create_lift_views(capture, views, load_tokens)
+    by_name = {view.name: key for view, key in zip(views, keys, strict=True)}
+    return create_lift_views(capture, views, lambda view: cache.load(by_name[view.name]))
 
 
 def fit_picture_basis(views: Sequence[LiftView]) -> PcaBasis:

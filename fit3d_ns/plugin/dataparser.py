@@ -18,8 +18,9 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 from torch import Tensor
 
-from fit3d_ns.data.frames import CaptureFiles, Frame, parse_lens
+from fit3d_ns.data.frames import CaptureFiles, Frame
 from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.data.transforms import parse_lens
 from fit3d_ns.geometry.cameras import Lens, transform_points
 from fit3d_ns.utils.progress import notice, notice_once
 

@@ -55,22 +55,12 @@ def evaluate_harmonics(
 def build_geometry(projected: ProjectedGaussians, opacities: Tensor, settings: ProjectionSettings) -> BlendGeometry:
     """As `reference.build_geometry`."""
     means2d = projected.means2d.detach().contiguous()
-    size = (settings.tile_width, settings.tile_height)
-    tiles_per_gauss, isect_ids, flatten_ids = isect_tiles(
-        means2d, projected.radii, projected.depths.detach(), TILE_SIZE, *size
-    )
-    return BlendGeometry(
-        means2d=means2d,
-        conics=projected.conics.detach().contiguous(),
-        opacities=opacities.detach().contiguous(),
-        tiles=TileLists(
-            tiles_per_gauss=tiles_per_gauss,
-            isect_ids=isect_ids,
-            flatten_ids=flatten_ids,
-            isect_offsets=isect_offset_encode(isect_ids, len(means2d), *size),
-        ),
-        settings=settings,
-    )
+    conics, opacities = projected.conics.detach().contiguous(), opacities.detach().contiguous()
+    radii, depths, size = projected.radii, projected.depths.detach(), (settings.tile_width, settings.tile_height)
+    tiles_per_gauss, isect_ids, flatten_ids = isect_tiles(means2d, radii, depths, TILE_SIZE, *size)
+    isect_offsets = isect_offset_encode(isect_ids, len(means2d), *size)
+    tiles = TileLists(tiles_per_gauss, isect_ids, flatten_ids, isect_offsets)
+    return BlendGeometry(means2d, conics, opacities, tiles, settings)
 
 
 def blend(

@@ -27,9 +27,6 @@ _OWN: set[str] = set()
 """Temporary names that this process is writing to; several threads may write at once."""
 _LFS_MARK = b"version https://git-lfs"
 
-_MAX_DEPTH = 100
-"""Deepest nesting of JSON that is read; recursive functions bear several times that."""
-
 _MAX_NAME = 200
 """File systems allow 255 bytes for a name."""
 
@@ -178,19 +175,12 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """Parses JSON that errors call `source`; ValueError where it is none, or nested more deeply than anybody writes."""
+    """Parses JSON that errors call `source`; ValueError where it is none."""
     try:
-        value = json.loads(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
+        return json.loads(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except (ValueError, RecursionError) as error:
         reason = first_line(error)
         raise ValueError(f"{source} is not valid JSON ({reason}); restore the file or make it again.") from error
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        containers = [item for item in level if isinstance(item, (dict, list))]
-        level = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
-        if not level:
-            return value
-    raise ValueError(f"{source} is nested more than {_MAX_DEPTH} levels deep; restore the file or make it again.")
 
 
 def hash_bytes(*chunks: bytes | str) -> str:

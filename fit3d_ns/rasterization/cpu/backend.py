@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fit3d_ns.rasterization import projection, reference
-from fit3d_ns.rasterization.cpu import blending as cpu_blending
-from fit3d_ns.rasterization.cpu import features as cpu_features
+from fit3d_ns.rasterization.cpu import blending
 from fit3d_ns.rasterization.cpu import tiles as cpu_tiles
 from fit3d_ns.rasterization.cpu.runtime import count_chunks, run_tasks, take_zeros
 from fit3d_ns.rasterization.cpu.tiles import CpuTiles
@@ -168,19 +167,19 @@ class _Blending(torch.autograd.Function):
         geometry: BlendGeometry = ctx.geometry
         tiles: CpuTiles = geometry.extra
         channels = colors.shape[-1]
-        colors, padded = (_pad_channels(rows, cpu_blending.GROUP) for rows in (colors, v_images))
-        stride, num_slots = cpu_blending.MOMENTS + colors.shape[-1], int(tiles.slot_starts[-1])
+        colors, padded = (_pad_channels(rows, blending.GROUP) for rows in (colors, v_images))
+        stride, num_slots = blending.MOMENTS + colors.shape[-1], int(tiles.slot_starts[-1])
         partials = take_zeros("partials", num_slots * stride)
         behind = -v_alphas if backgrounds is None else v_images @ backgrounds[:, None, :, None] - v_alphas
         run_tasks(
-            cpu_blending.blend_backward, _count_bands(geometry), tiles, _flat(colors), colors.shape[-1],
+            blending.blend_backward, _count_bands(geometry), tiles, _flat(colors), colors.shape[-1],
             _pixel_rows(geometry.settings, None)[0], *_flats(padded, behind), ctx.absgrad, partials,
         )  # fmt: skip
         # One row for each Gaussian in each camera.
         sums = means2d.new_zeros(geometry.opacities.numel(), stride)
         _collect(tiles, 1, partials, take_zeros("weight_partials", num_slots), sums, sums.new_zeros(len(sums)))
         moments, v_colors, _ = sums.view(*geometry.opacities.shape, stride).tensor_split(
-            [cpu_blending.MOMENTS, cpu_blending.MOMENTS + channels], dim=-1
+            [blending.MOMENTS, blending.MOMENTS + channels], dim=-1
         )
         h, h_dx, h_dy, h_dxx, h_dxy, h_dyy, *absolute = moments.unbind(dim=-1)
         xx, xy, yy = geometry.conics.unbind(dim=-1)
@@ -220,7 +219,7 @@ def _blend_rows(features: Tensor, geometry: BlendGeometry, indices: Tensor | Non
     pixel_rows, num_rows = _pixel_rows(geometry.settings, indices)
     output = features.new_empty(geometry.num_cameras, num_rows, channels)
     run_tasks(
-        cpu_features.blend_features, _count_bands(geometry), geometry.extra, _flat(padded), features.ndim == 3,
+        blending.blend_features, _count_bands(geometry), geometry.extra, _flat(padded), features.ndim == 3,
         padded.shape[-1], channels, pixel_rows, num_rows, _flat(output),
     )  # fmt: skip
     return output
@@ -235,7 +234,7 @@ def _backproject_rows(
     stride, num_slots = padded.shape[-1], int(tiles.slot_starts[-1])
     partials, weight_partials = take_zeros("partials", num_slots * stride), take_zeros("weight_partials", num_slots)
     run_tasks(
-        cpu_features.backproject, _count_bands(geometry), tiles, _flat(padded), stride,
+        blending.backproject, _count_bands(geometry), tiles, _flat(padded), stride,
         *_pixel_rows(geometry.settings, indices), partials, weight_partials,
     )  # fmt: skip
     _collect(tiles, geometry.num_cameras, partials, weight_partials, sums, totals)
@@ -247,7 +246,7 @@ def _collect(
     """Adds slots, flat, to the rows that they belong to; the slots of several cameras may share the rows."""
     stride = len(partials) // max(len(weight_partials), 1)
     run_tasks(
-        cpu_features.collect_sums, count_chunks(len(sums)), num_cameras, tiles.slot_starts, partials, weight_partials,
+        blending.collect_sums, count_chunks(len(sums)), num_cameras, tiles.slot_starts, partials, weight_partials,
         stride, sums.shape[-1], *_flats(sums, totals),
     )  # fmt: skip
 
