@@ -43,10 +43,12 @@ def draw_pca(
     return upscale(map_to_colours(apply_pca(tokens, basis), basis), size)
 
 
-def upscale(image: Float[Tensor, "h w channels"], size: tuple[int, int]) -> Float[Tensor, "height width channels"]:
-    """Resizes to (height, width); every token becomes a block, exactly where its patch is."""
+def upscale(
+    image: Float[Tensor, "h w channels"], size: tuple[int, int], mode: str = "nearest-exact"
+) -> Float[Tensor, "height width channels"]:
+    """Resizes to (height, width); every token becomes a block, exactly where its patch is. `area` is for photos."""
     # (h, w, c) -> (1, c, h, w) and back
-    return F.interpolate(image.permute(2, 0, 1)[None], size=size, mode="nearest-exact")[0].permute(1, 2, 0)
+    return F.interpolate(image.permute(2, 0, 1)[None], size=size, mode=mode)[0].permute(1, 2, 0)
 
 
 def compose_panel(

@@ -10,7 +10,7 @@ or MPEG-4 part 2 where OpenCV was built without VP9.
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
@@ -100,23 +100,21 @@ def load_clip(
     there are fewer than two.
     """
     images: list[FigureImage] = []
-    found: Sequence[Path | FigureImage]
     if path.is_dir():
-        found, fps = list_images(path)[::frame_stride], DEFAULT_FPS
+        paths, fps = list_images(path)[::frame_stride], DEFAULT_FPS
+        frames = (token_columns.load_figure_image(path, scene_index, longest_side) for path in paths)
     else:
-        found, fps = _read_video(path, max_frames, frame_stride)
-    if len(found) < 2:
-        raise ValueError(f"{path} has {len(found)} frames that can be read; a clip needs two or more.")
-    if len(found) > max_frames:
-        notice(f"{path.name} is longer than {max_frames} frames; the rest is left out (--max-frames).")
-    for frame in found[:max_frames]:
-        if isinstance(frame, Path):
-            images.append(token_columns.load_figure_image(frame, scene_index, longest_side))
-        else:
-            images.append(replace(frame, pixels=token_columns.resize(frame.pixels, longest_side)))
-        if images[-1].size != images[0].size:
-            sizes = [f"{image.size[1]}x{image.size[0]}" for image in (images[-1], images[0])]
+        frames, fps = _read_video(path, frame_stride, longest_side)
+    for frame in frames:
+        if len(images) == max_frames:
+            notice(f"{path.name} is longer than {max_frames} frames; the rest is left out (--max-frames).")
+            break
+        images.append(frame)
+        if frame.size != images[0].size:
+            sizes = [f"{image.size[1]}x{image.size[0]}" for image in (frame, images[0])]
             raise ValueError(f"{path.name}: {frame.name} is {sizes[0]}, the first frame {sizes[1]}; give one size.")
+    if len(images) < 2:
+        raise ValueError(f"{path} has {len(images)} frames that can be read; a clip needs two or more.")
     return images, fps
 
 
@@ -236,20 +234,22 @@ def _open_writer(path: Path, fps: float, size: tuple[int, int]) -> tuple[cv2.Vid
     raise ValueError(f"{problem}; install opencv-python-headless from the package index.")
 
 
-def _read_video(path: Path, max_frames: int, frame_stride: int) -> tuple[list[FigureImage], float]:
-    """Frames, one more than wanted to know whether something is left out, and how many of them pass in a second."""
+def _read_video(path: Path, frame_stride: int, longest_side: int | None) -> tuple[Iterator[FigureImage], float]:
+    """Frames, and how many of them pass in a second."""
     if not path.is_file():
         raise ValueError(f"No such video: {path}.")
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     if not capture.isOpened():
         raise ValueError(f"Video {path} cannot be read; OpenCV's FFmpeg does not know its format, or it is damaged.")
-    frames: list[FigureImage] = []
     fps = capture.get(cv2.CAP_PROP_FPS)
-    for number in count():
-        is_read, frame = capture.read()
-        if not is_read or len(frames) > max_frames:
-            break
-        if number % frame_stride == 0:
-            pixels = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-            frames.append(FigureImage(f"frame {number}", pixels))
-    return frames, (fps if fps > 0 else DEFAULT_FPS) / frame_stride
+
+    def read() -> Iterator[FigureImage]:
+        for number in count():
+            is_read, frame = capture.read()
+            if not is_read:
+                return
+            if number % frame_stride == 0:
+                pixels = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+                yield FigureImage(f"frame {number}", token_columns.resize(pixels, longest_side))
+
+    return read(), (fps if fps > 0 else DEFAULT_FPS) / frame_stride

@@ -17,9 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
-from fit3d_ns.analysis.pictures import LegendEntry, append_legend, compose_panel, save_picture
+from fit3d_ns.analysis.pictures import LegendEntry, append_legend, compose_panel, save_picture, upscale
 from fit3d_ns.analysis.similarity import map_clusters_to_colours
 from fit3d_ns.data.images import load_depth, load_image, read_image_header
 from fit3d_ns.utils.files import read_json
@@ -113,8 +112,10 @@ def save_prediction_figure(
     rows, row_labels, metrics = [], [], []
     key, metric = _METRICS[first.task]
     for index, drawn, numbers, note in zip(chosen, pictures, values, notes, strict=True):
-        image = _fit(load_image(first.get_path(index, "image")).float() / 255.0, column_width, "area")
-        rows.append([image, *(_fit(picture, column_width) for picture in drawn)])
+        # Labels and depth are never mixed.
+        size = max(round(drawn[0].shape[0] * column_width / drawn[0].shape[1]), 1), column_width
+        image = upscale(load_image(first.get_path(index, "image")).float() / 255.0, size, "area")
+        rows.append([image, *(upscale(picture, size) for picture in drawn)])
         named = dict(zip(labels, numbers, strict=True))
         said = ", ".join(f"{label} {value:.3f}" for label, value in named.items())
         row_labels.append(f"{first.frames[index]}{note}: {metric} {said}")
@@ -212,11 +213,3 @@ def _draw_depth(truths: list[Tensor], predictions: list[list[Tensor]]) -> _Drawn
 def _find_rank(values: Float[Tensor, " n"], share: float, otherwise: float) -> float:
     """The value that a share of all values does not exceed; sorting has no limit on how many, as quantiles have."""
     return float(values.sort().values[int(share * (len(values) - 1))]) if len(values) else otherwise
-
-
-def _fit(
-    picture: Float[Tensor, "height width 3"], width: int, mode: Literal["nearest-exact", "area"] = "nearest-exact"
-) -> Float[Tensor, "new_height new_width 3"]:
-    """Resizes to a width; labels and depth are never mixed."""
-    height = max(round(picture.shape[0] * width / picture.shape[1]), 1)
-    return F.interpolate(picture.permute(2, 0, 1)[None], size=(height, width), mode=mode)[0].permute(1, 2, 0)
