@@ -21,6 +21,7 @@ from torch import Tensor
 from fit3d_ns.analysis.pictures import LegendEntry, append_legend, compose_panel, save_picture, upscale
 from fit3d_ns.analysis.similarity import map_clusters_to_colours
 from fit3d_ns.data.images import load_depth, load_image, read_image_header
+from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.results import write_facts
 from fit3d_ns.utils.selection import select_evenly
@@ -153,15 +154,13 @@ def _read_folder(folder: Path) -> PredictionFolder:
     if not path.is_file():
         raise ValueError(f"{folder} holds no predictions ({LISTING_NAME} is missing); run fit3d-probe --predictions.")
     content: Any = read_json(path)
-    try:
+    with reading(path):
         read = PredictionFolder(
             *(folder, content["task"], str(content["assembly"])),
             *(tuple(content["frames"]), tuple(content["class_names"])),
             is_random=bool(content.get("is_random", False)),
-            depth_units_per_metre=float(content.get("depth_units_per_metre", 1000.0)),
+            depth_units_per_metre=content.get("depth_units_per_metre", 1000.0),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} lists no predictions ({error!r}); run fit3d-probe --predictions again.") from error
     if read.task not in ("segmentation", "depth"):
         raise ValueError(f"{path} is about {read.task!r}; predictions are of segmentation or depth.")
     for index, frame in enumerate(read.frames):

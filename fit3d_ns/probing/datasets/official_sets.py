@@ -38,7 +38,7 @@ def read_nyu(root: Path, split: LabelledSplit, task: LabelledTask, num_classes: 
     if not path.is_file():
         raise ValueError(f"{root} has no {LABELLED_FILE}; download the labelled NYUv2 set (2.8 GB).")
     numbers = _read_numbers(root / "splits.mat", "trainNdxs" if split == "train" else "testNdxs")
-    with reading(path), _open_hdf5(path, "images") as file:
+    with reading(path), _open_hdf5(path) as file:
         count = int(file["images"].shape[0])
     if numbers.min() < 1 or numbers.max() > count:
         raise ValueError(f"{root / 'splits.mat'} names frame {numbers.max()}, {path} has {count}; download both again.")
@@ -170,23 +170,20 @@ def _load_labels(path: Path, index: int, table: labelled.LabelTable) -> UInt8[Te
 
 
 def _load_entry(path: Path, key: str, index: int, dtype: type) -> Shaped[Tensor, "height width *channels"]:
-    with reading(path), _open_hdf5(path, key) as file:
+    with reading(path), _open_hdf5(path) as file:
         # MATLAB stores columns first: (3, w, h) -> (h, w, 3), or (w, h) -> (h, w)
         return torch.from_numpy(np.asarray(file[key][index]).T.astype(dtype))
 
 
-def _open_hdf5(path: Path, key: str) -> Any:
+def _open_hdf5(path: Path) -> Any:
     try:
         import h5py
     except ModuleNotFoundError as error:
         raise ValueError(f"{path} is an HDF5 file; install h5py to read it (pip install h5py).") from error
     try:
-        file = h5py.File(path, "r")
+        return h5py.File(path, "r")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
-    if key not in file:
-        raise ValueError(f"{path} has no `{key}`; download it again.")
-    return file
 
 
 def _read_table(root: Path, num_classes: int) -> tuple[labelled.LabelTable, tuple[str, ...]]:
@@ -211,10 +208,8 @@ def _read_numbers(path: Path, key: str) -> np.ndarray:
     except Exception as error:
         # Of any type: scipy refuses MATLAB 7.3 by one, damage by others, zlib's own among them.
         raise ValueError(f"{path} cannot be read ({error}); download it again.") from error
-    if key not in content:
-        raise ValueError(f"{path} has no `{key}`; download it again.")
-    values = content[key]
     with reading(path):
+        values = content[key]
         while values.dtype.names or values.dtype == object:
             values = values.reshape(-1)[0]
             if isinstance(values, np.void):

@@ -27,6 +27,7 @@ from fit3d_ns.probing.datasets.folders import check_class_names
 from fit3d_ns.probing.datasets.frames import read_lines
 from fit3d_ns.probing.datasets.scannet import find_scannetpp_scenes, is_scannetpp_scene
 from fit3d_ns.rasterization.cpu.triangles import LensPixels
+from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import hash_bytes, hash_file, read_json, remove, write_atomically, write_json
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.results import ResultRecord, load_result, save_result
@@ -162,11 +163,9 @@ def _read_vertex_classes(
     indices: dict[str, int], num_vertices: int, segments_path: Path, annotation_path: Path
 ) -> UInt8[np.ndarray, " vertices"]:
     """From the annotation, whose errors are ValueErrors, and the `indices` of annotators' words."""
-    try:
+    with reading(f"{segments_path} or {annotation_path.name}"):
         vertices = np.asarray(read_json(segments_path)["segIndices"], dtype=np.int64)
         groups = [(indices.get(group["label"]), group["segments"]) for group in read_json(annotation_path)["segGroups"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{segments_path} or {annotation_path.name} lacks {error}; download both again.") from error
     if len(vertices) != num_vertices:
         raise ValueError(f"{segments_path} has {len(vertices)} vertices, the mesh {num_vertices}; download both again.")
     segments, place, sizes = np.unique(vertices, return_inverse=True, return_counts=True)
