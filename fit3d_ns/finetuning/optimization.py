@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.features.adapters import add_adapter, add_lora
-from fit3d_ns.finetuning.geometry import HEAD_RATE, NUM_CHANNELS
+from fit3d_ns.finetuning.targets import NUM_CHANNELS
 from fit3d_ns.training.processes import Precision
 from fit3d_ns.utils.limits import Limited, Limits
 
@@ -35,6 +35,8 @@ class TrainableConfig(Limited):
     """With `--train adapter`: side of the Swin block's windows in tokens, 1 and above."""
 
 
+HEAD_RATE = 20.0
+"""Times the backbone's learning rate: the geometry head begins at zero and has few steps to follow."""
 AFTER_FIRST_EPOCH = 0.1
 """What the public code multiplies the learning rate by: `MultiStepLR(optimizer, [1])`, stepped once an epoch."""
 

@@ -7,8 +7,18 @@ the rendered alpha and a factor that falls with the features' variance over the 
 Rendered targets are kept for later epochs, before mask and flip and in half precision. A target's hash covers
 everything it depends on: the scene's content, the views and masks its features were averaged over, the camera, the
 token grid, how tokens are read. So a folder that was filled on one machine serves others that have no rasterizer.
+
+A feature that all views of a point agree on cannot hold its distance to the camera, so targets that are averaged over
+views teach a backbone to forget depth. A second, linear head asks for it back. What it should read from the tokens is
+blended from the scene's Gaussians at the token grid, as the features are:
+
+    log(z / f)    z-depth of the Gaussians' centres over the focal length in pixels of the image that is shown, because
+                  an image alone tells only this ratio; about the scene's mean, because worlds have any unit
+    n             the shortest axis of the Gaussians, turned towards the camera, in OpenCV's camera axes (x right, y
+                  down, z forwards); shorter than 1 where those that are blended disagree
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,15 +30,20 @@ from torch import Tensor
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning import scene_bank
 from fit3d_ns.finetuning.draws import Sample, TrainingViews
-from fit3d_ns.finetuning.geometry import compute_mean_distance, render_geometry, render_values
 from fit3d_ns.finetuning.scene_bank import SceneAverages, SceneBank
-from fit3d_ns.scene import TokenReadingRule
+from fit3d_ns.geometry.cameras import Camera, viewmats_from_camera_to_worlds
+from fit3d_ns.rasterization.projection import rotations_from_quats
+from fit3d_ns.scene import FeatureScene, TokenReadingRule, View, create_token_reader
 from fit3d_ns.utils.files import hash_bytes
 from fit3d_ns.utils.limits import Limited, Limits
+from fit3d_ns.utils.selection import select_evenly
 from fit3d_ns.utils.tensor_files import TensorStore
 
 TARGET_FOLDER = "targets"
 """Below the output folder, with the averaged features of scenes below itself; removed when training has ended."""
+NUM_CHANNELS = 4
+"""What the geometry head reads of a token: distance and normal."""
+_NUM_VIEWS, _SMALLEST_ALPHA, _SMALLEST_DEPTH = 8, 1e-6, 1e-6
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class TargetConfig(Limited):
     """0 ignores it; k weights a token of the scene's mean feature variance by 1 / (1 + k), others accordingly."""
     geometry_weight: Annotated[float, Limits(at_least=0)] = 0.0
     """Weight of a second loss: a linear head, which is not saved, reads depth and normals of the scene's Gaussians from
-    the tokens (`geometry.py`), so that tokens keep what views do not agree on: how far away things are. 0 (off, public
+    the tokens, so that tokens keep what views do not agree on: how far away things are. 0 (off, public
     code) and above."""
     leave_one_out: bool = False
     """Render each target from features without the image's own part in the lift."""
@@ -162,6 +177,46 @@ class TargetRenderer:
         parts += [config.weight_by_opacity, config.variance_weight, config.leave_one_out]
         parts += ["geometry"] * (config.geometry_weight > 0)
         return hash_bytes(*(repr(part).encode() for part in parts))
+
+
+@torch.no_grad()
+def render_values(
+    scene: FeatureScene,
+    camera: Camera,
+    patch_grid: tuple[int, int],
+    rule: TokenReadingRule,
+    values: Float[Tensor, "num_gaussians channels"],
+) -> Float[Tensor, "h w channels"]:
+    """Values of the Gaussians, blended and read at the token grid (h, w) of a picture."""
+    size = (camera.width, camera.height, patch_grid)
+    reader = create_token_reader(*size, rule, neighbourhood=False, device=values.device)
+    return reader.read(reader.blend(values, scene.activated.project(camera)))[0]
+
+
+@torch.no_grad()
+def render_geometry(
+    scene: FeatureScene, camera: Camera, patch_grid: tuple[int, int], rule: TokenReadingRule
+) -> Float[Tensor, "h w 4"]:
+    """Log of depth over focal length, and the normal, at each token; zeros where nothing is."""
+    gaussians = scene.activated
+    viewmat = viewmats_from_camera_to_worlds(camera.camera_to_world.to(gaussians.means))
+    places = gaussians.means @ viewmat[:3, :3].T + viewmat[:3, 3]
+    # Columns of a rotation are the axes.
+    shortest = gaussians.scales.argmin(dim=1)[:, None, None].expand(-1, 3, 1)
+    normals = rotations_from_quats(gaussians.quats).gather(2, shortest)[..., 0] @ viewmat[:3, :3].T
+    normals = -normals * torch.sign((normals * places).sum(dim=1, keepdim=True))
+    distances = torch.log(places[:, 2:].clamp(min=_SMALLEST_DEPTH) / float(camera.K[0, 0]))
+    values = torch.cat([distances, normals, torch.ones_like(distances)], dim=1)
+    blended = render_values(scene, camera, patch_grid, rule, values)
+    alphas = blended[..., NUM_CHANNELS:]
+    return torch.where(alphas > _SMALLEST_ALPHA, blended[..., :NUM_CHANNELS] / alphas, 0.0)
+
+
+def compute_mean_distance(scene: FeatureScene, views: Sequence[View]) -> float:
+    """Mean of log(z / f) over a few views, evenly spread."""
+    chosen = select_evenly(views, _NUM_VIEWS)
+    maps = [render_geometry(scene, view.camera, (16, 16), "area")[..., 0] for view in chosen]
+    return float(torch.stack(maps).mean())
 
 
 def create_averages(

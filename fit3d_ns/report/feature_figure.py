@@ -100,11 +100,11 @@ def load_clip(
     there are fewer than two.
     """
     images: list[FigureImage] = []
-    if path.is_dir():
-        paths, fps = list_images(path)[::frame_stride], DEFAULT_FPS
-        frames = (token_columns.load_figure_image(path, scene_index, longest_side) for path in paths)
-    else:
+    if not path.is_dir():
         frames, fps = _read_video(path, frame_stride, longest_side)
+    else:
+        paths, fps = list_images(path)[::frame_stride], DEFAULT_FPS
+        frames = (token_columns.load_figure_image(frame_path, scene_index, longest_side) for frame_path in paths)
     for frame in frames:
         if len(images) == max_frames:
             notice(f"{path.name} is longer than {max_frames} frames; the rest is left out (--max-frames).")

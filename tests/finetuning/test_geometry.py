@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, TrainingViews
-from fit3d_ns.finetuning.geometry import compute_mean_distance, render_geometry
 from fit3d_ns.finetuning.scene_bank import SceneBank
-from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer
+from fit3d_ns.finetuning.targets import TargetConfig, TargetRenderer, compute_mean_distance, render_geometry
 from fit3d_ns.geometry.cameras import Camera
 from fit3d_ns.scene import FeatureScene, Gaussians, save_scene
 from fit3d_ns.utils.tensor_files import TensorStore
