@@ -1,4 +1,4 @@
-"""`fit3d-prepare`: what probes need and a download lacks: depth and label maps out of ScanNet++'s annotated meshes."""
+"""`fit3d-prepare`: what a folder lacks: cameras of its photographs, or depth and labels out of ScanNet++'s meshes."""
 
 import os
 from dataclasses import dataclass
@@ -8,18 +8,21 @@ from typing import Annotated, Literal
 import tyro
 
 from fit3d_ns.cli.command import Heading, create_main
+from fit3d_ns.data.photograph_poses import find_poses
 from fit3d_ns.probing.datasets.scannetpp_maps import find_scenes, prepare_scene, read_class_list
 from fit3d_ns.utils.progress import notice
 
 
 @dataclass(frozen=True)
 class PrepareCommand:
-    """Which scenes get which maps."""
+    """What is made, and of what; options but --overwrite are for ScanNet++."""
 
-    dataset: Annotated[Literal["scannetpp"], tyro.conf.Positional]
-    """Whose download it is."""
+    dataset: Annotated[Literal["scannetpp", "photos"], tyro.conf.Positional]
+    """`scannetpp`: depth and labels that probes need, for its download. `photos`: cameras of photographs that have
+    none, by COLMAP's mapping (pycolmap): minutes for some dozens of them."""
     root: Annotated[Path, tyro.conf.Positional]
-    """The download (`data/`, `metadata/`), or the folder of one scene; maps go into each scene's `dslr/`."""
+    """The download (`data/`, `metadata/`), or the folder of one scene; maps go into each scene's `dslr/`. The folder
+    of the photographs, or one with `images`; COLMAP's models go into its `sparse/`."""
     scenes: Annotated[tuple[str, ...], Heading("input")] = ()
     """Names of scenes, or text files that list them (`splits/nvs_sem_val.txt`); all that are there without this."""
     classes: Path | None = None
@@ -28,13 +31,17 @@ class PrepareCommand:
     depth_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make no labels, for which scenes without annotation have nothing."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff, Heading("output")] = False
-    """Make all maps again, also those that came with the download. Without this, maps that are there are passed over,
-    so that the same command goes on after an interruption."""
+    """Make all maps again, also those that came with the download; find cameras again. Without this, maps that are
+    there are passed over, so that the same command goes on after an interruption."""
     jobs: Annotated[int | None, Heading("machine")] = None
     """Photographs at a time; as many as the machine has cores without this."""
 
 
 def prepare(command: PrepareCommand) -> None:
+    if command.dataset == "photos":
+        registered, number = find_poses(command.root, command.overwrite)
+        print(f"{registered} of {number} photographs have cameras now; {command.root} is a capture for --data.")
+        return
     if command.depth_only and command.classes is not None:
         raise ValueError("--classes changes nothing with --depth-only; leave it out.")
     scenes, num_failed = find_scenes(command.root, command.scenes), 0

@@ -1,4 +1,4 @@
-"""Reads a COLMAP model (`sparse/0` or `colmap/sparse/0`, text or binary) with its `images` folder, or only its points.
+"""Reads a COLMAP model (`sparse/0` or `colmap/sparse/0`, text or binary) with its photographs, or only its points.
 
 Where COLMAP could not connect all photographs it writes several models; that with most photographs is taken. The
 dataset's world is COLMAP's own. Masks are `masks/<image name>.png` (COLMAP's rule) or `masks/<stem>.png`.
@@ -49,8 +49,9 @@ def read_colmap(path: Path) -> CaptureFiles:
     models = find_colmap_models(root)
     if not models:
         raise ValueError(f"{root} has no COLMAP model: no cameras.bin or cameras.txt in {', '.join(_MODEL_FOLDERS)}.")
-    if not (root / "images").is_dir():
-        raise ValueError(f"{root} has a COLMAP model but no folder `images`; put the photographs there.")
+    photographs = find_photographs(root)
+    if not list_images(photographs):
+        raise ValueError(f"{root} has a COLMAP model but no photographs; put them into its folder `images`.")
     # Points first, for the sake of their errors.
     read = [(model, read_colmap_points(model), _load_model(model)) for model in models]
     read.sort(key=lambda found: found[2].num_reg_images(), reverse=True)
@@ -65,7 +66,7 @@ def read_colmap(path: Path) -> CaptureFiles:
     for image, split in zip(images, choose_splits([image.name for image in images]), strict=True):
         source = f"Image {image.name} of {model}"
         frame = Frame(
-            image_path=resolve_inside(root / "images", image.name, source),
+            image_path=resolve_inside(photographs, image.name, source),
             lens=lenses[image.camera_id],
             camera_to_world=_read_pose(image, source),
             split=split,
@@ -105,6 +106,11 @@ def write_colmap_points(points: PointCloud, path: Path) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
+def find_photographs(root: Path) -> Path:
+    """The folder that names in a model start from: `images`, or the capture's own where there is none."""
+    return root / "images" if (root / "images").is_dir() else root
+
+
 def find_colmap_models(root: Path) -> list[Path]:
     """The models of the first usual folder that has some."""
     for base in (root / folder for folder in _MODEL_FOLDERS):
@@ -123,7 +129,7 @@ def _describe_left_out(root: Path, images: list[Any], others: list[tuple[Path, A
         listed = ", ".join(f"{path.name} with {other.num_reg_images()} images" for path, _, other in others)
         said = f"; of {len(others) + 1} models it has most images, left out are {listed}"
         names |= {image.name for _, _, other in others for image in other.images.values()}
-    folder = root / "images"
+    folder = find_photographs(root)
     num_lost = sum(path.relative_to(folder).as_posix() not in names for path in list_images(folder))
     return said + (f"; {num_lost} photographs are in none" if num_lost else "")
 

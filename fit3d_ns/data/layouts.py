@@ -86,8 +86,10 @@ def _refuse_without_cameras(files: Sequence[Path], suffixes: Sequence[str]) -> N
     """Raises ValueError at the first file with one of the suffixes, with the command that finds its cameras."""
     for file in files:
         if is_visible(file, suffixes) and file.is_file():
-            kind, source = ("video", file) if file.suffix.lower() in VIDEO_SUFFIXES else ("images", file.parent)
-            raise ValueError(
-                f"{file} has no cameras beside it; run `ns-process-data {kind} --data {shlex.quote(str(source))} "
-                "--output-dir SCENE` (needs ffmpeg and COLMAP) and give SCENE as --data."
-            )
+            if file.suffix.lower() in VIDEO_SUFFIXES:
+                video = f"ns-process-data video --data {shlex.quote(str(file))} --output-dir SCENE"
+                after = f"`{video}` (needs ffmpeg and COLMAP) and give SCENE as --data."
+            else:
+                folder = file.parent.parent if file.parent.name == "images" else file.parent
+                after = f"`fit3d-prepare photos {shlex.quote(str(folder))}`, which finds them, and then this again."
+            raise ValueError(f"{file} has no cameras beside it; run {after}")

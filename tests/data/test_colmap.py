@@ -128,7 +128,7 @@ def test_read_colmap__refuses_what_is_wrong(colmap_scene: Path) -> None:
 
 def test_read_colmap__refuses_a_model_without_an_image_folder(tmp_path: Path) -> None:
     write_model(tmp_path / "scene" / "sparse" / "0")
-    with pytest.raises(ValueError, match="no folder `images`"):
+    with pytest.raises(ValueError, match="no photographs; put them into its folder `images`"):
         read_capture(tmp_path / "scene")
 
 

@@ -209,10 +209,10 @@ def test_read_capture__refuses_no_scene_no_layout_and_broken_json(tmp_path: Path
 @pytest.mark.parametrize(
     ("files", "given", "command"),
     [
-        (["walk.MP4"], "walk.MP4", "ns-process-data video --data '{}/walk.MP4'"),
-        (["walk.mov"], ".", "ns-process-data video --data '{}/walk.mov'"),
-        (["a.JPG", "b.JPG"], ".", "ns-process-data images --data '{}'"),
-        (["images/a.png"], ".", "ns-process-data images --data '{}/images'"),
+        (["walk.MP4"], "walk.MP4", "ns-process-data video --data '{}/walk.MP4' --output-dir SCENE"),
+        (["walk.mov"], ".", "ns-process-data video --data '{}/walk.mov' --output-dir SCENE"),
+        (["a.JPG", "b.JPG"], ".", "fit3d-prepare photos '{}'"),
+        (["images/a.png"], ".", "fit3d-prepare photos '{}'"),
     ],
 )
 def test_read_capture__names_the_command_that_finds_cameras(
@@ -224,4 +224,4 @@ def test_read_capture__names_the_command_that_finds_cameras(
         (folder / name).touch()
     with pytest.raises(ValueError, match="has no cameras beside it") as error:
         read_capture(folder / given)
-    assert f"`{command.format(folder)} --output-dir SCENE`" in str(error.value)
+    assert f"`{command.format(folder)}`" in str(error.value)

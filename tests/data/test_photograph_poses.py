@@ -1,11 +1,11 @@
 """Cameras of photographs that have none: pictures of a room made here, against the cameras that took them."""
 
 import cv2
-import find_poses
 import numpy as np
 import pytest
 import torch
 
+from fit3d_ns.cli import prepare
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import camera_to_worlds_from_viewmats
 
@@ -57,13 +57,11 @@ def room(tmp_path_factory):
     return folder, viewmats
 
 
-def test_find_poses__finds_the_cameras_that_took_them(room, capsys):
+def test_prepare_photos__finds_the_cameras_that_took_them(room, capsys):
     folder, viewmats = room
-    scene = folder.parent / "scene"
-    find_poses.main(["--data", str(folder), "--output-dir", str(scene)])
+    prepare.main(["photos", str(folder)])
     assert "10 of 10 photographs have cameras" in capsys.readouterr().out
-    assert sorted(path.name for path in scene.parent.iterdir()) == ["photos", "scene"]
-    capture = read_capture(scene)
+    capture = read_capture(folder)
     names = [frame.image_path.name for frame in capture.frames]
     assert names == [f"{index}.png" for index in range(10)]
     found = torch.stack([frame.camera_to_world for frame in capture.frames]).double()
@@ -78,20 +76,18 @@ def test_find_poses__finds_the_cameras_that_took_them(room, capsys):
     focal = float(capture.frames[0].lens.fx)
     assert focal == pytest.approx(FOCAL, rel=0.02)
     with pytest.raises(SystemExit) as stopped:
-        find_poses.main(["--data", str(folder), "--output-dir", str(scene)])
-    assert "scene is there already" in capsys.readouterr().err and stopped.value.code == 1
+        prepare.main(["photos", str(folder)])
+    assert "--overwrite finds them again" in capsys.readouterr().err and stopped.value.code != 0
 
 
-def test_find_poses__says_where_nothing_can_be_connected(tmp_path, capsys):
-    photographs, words = tmp_path / "photos", ["--data", str(tmp_path / "photos"), "--output-dir", str(tmp_path / "a")]
-    photographs.mkdir()
+def test_prepare_photos__says_where_nothing_can_be_connected(tmp_path, capsys):
     for index in range(3):
-        cv2.imwrite(str(photographs / f"{index}.png"), np.full((120, 160, 3), 60 * index, np.uint8))
+        cv2.imwrite(str(tmp_path / f"{index}.png"), np.full((120, 160, 3), 60 * index, np.uint8))
     with pytest.raises(SystemExit):
-        find_poses.main(words)
+        prepare.main(["photos", str(tmp_path)])
     assert "could be connected; take more, with more overlap" in capsys.readouterr().err
-    (photographs / "2.png").unlink()
+    assert not (tmp_path / "sparse").exists()
+    (tmp_path / "2.png").unlink()
     with pytest.raises(SystemExit):
-        find_poses.main(words)
+        prepare.main(["photos", str(tmp_path)])
     assert "has 2 photographs" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
