@@ -3,7 +3,7 @@
 A folder is a run of gsplat's example trainer (`ckpts/`, one file for each GPU) or of Inria's code, and FiT3D's
 (`point_cloud/iteration_*/`); of either the newest step is taken. FiT3D's has features, `sem_*`, which a checkpoint
 decodes, and `cfg_args` with the backbone's name. Its `pretrained_feat_gaussians_*.pth` holds many scenes by id, with
-opacities, scales and rotations activated.
+opacities, scales and rotations activated; so are those of SceneSplat's folders, an array a file (`coord.npy` ...).
 """
 
 import re
@@ -13,15 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fit3d_ns.data.images import is_visible
-from fit3d_ns.data.ply import read_ply_elements
+from fit3d_ns.data.ply import SH_CONSTANT, read_ply_elements
 from fit3d_ns.scene.feature_decoder import FeatureDecoder
 from fit3d_ns.scene.feature_scene import FeatureScene
 from fit3d_ns.scene.gaussians import Gaussians
 from fit3d_ns.scene.ply import MAX_OPACITY_LOGIT, read_ply, write_ply
+from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.progress import notice
 from fit3d_ns.utils.tensor_files import load_torch_file
@@ -33,6 +35,10 @@ _NUM_REST = (0, 3, 8, 15, 24)
 _ITERATION = "point_cloud/iteration_*/point_cloud.ply"
 _MODEL_NAME = re.compile(r"\bmodel_name='([^']+)'")
 _PACKED_ROWS = {"means3D": (3,), "rotations": (4,), "scales": (3,), "opacity": (1,)}
+_ARRAY_ROWS = {"coord": (3,), "quat": (4,), "scale": (3,), "opacity": (), "color": (3,)}
+"""SceneSplat's arrays; colours are 8-bit, quaternions wxyz."""
+_OPACITY_SLACK = 1e-6
+"""Opacities of 0 and 1, which have no finite logit, are taken to be this much off."""
 
 
 class Splats(NamedTuple):
@@ -48,7 +54,8 @@ class Splats(NamedTuple):
 def read_splats(path: Path) -> tuple[Gaussians, int]:
     """Reads Gaussians; the number is of those left out because a value was NaN, infinite or too large.
 
-    Takes a PLY file, a checkpoint of gsplat's example trainer with those of its other GPUs, or a run's folder.
+    Takes a PLY file, a checkpoint of gsplat's example trainer with those of its other GPUs, a run's folder or one of
+    SceneSplat's arrays.
     ValueError as in `read_ply`, and for a checkpoint that is damaged, holds code, lacks gsplat's `splats`, or whose
     other GPUs' are missing.
     """
@@ -58,6 +65,8 @@ def read_splats(path: Path) -> tuple[Gaussians, int]:
         return _join_checkpoints(ranks)
     if not path.is_dir():
         return read_ply(path)
+    if (path / "coord.npy").is_file():
+        return _read_arrays(path)
     ply = _find_newest_ply(path)
     notice(f"Of {path}, the Gaussians in {ply.relative_to(path)} are taken.")
     return read_ply(ply)
@@ -220,6 +229,27 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         rows["shN"] = (next((num for num in _NUM_REST if getattr(splats["shN"], "shape", ())[1:] == (num, 3)), 15), 3)
     _check_rows(splats, rows, str(path))
     return {"shN": torch.zeros(len(splats["means"]), 0, 3), **{name: splats[name] for name in rows}}
+
+
+def _read_arrays(folder: Path) -> tuple[Gaussians, int]:
+    """SceneSplat's arrays of a scene, whose colours do not depend on the direction."""
+    arrays: dict[str, Tensor] = {}
+    for name in _ARRAY_ROWS:
+        try:
+            arrays[name] = torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)).float()
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{folder / name}.npy cannot be read ({first_line(error)}); copy it again.") from error
+    arrays["opacity"] = arrays["opacity"].reshape(len(arrays["opacity"]))
+    _check_rows(arrays, _ARRAY_ROWS, str(folder))
+    gaussians = Gaussians.from_raw(
+        means=arrays["coord"],
+        quats=arrays["quat"],
+        log_scales=arrays["scale"].log(),
+        opacity_logits=arrays["opacity"].logit(eps=_OPACITY_SLACK),
+        sh_dc=(arrays["color"] / 255.0 - 0.5) / SH_CONSTANT,
+        drop_invalid=True,
+    )
+    return gaussians, len(arrays["coord"]) - gaussians.num_gaussians
 
 
 def _find_decoder(path: Path) -> Path | None:

@@ -3,6 +3,7 @@
 import gzip
 import struct
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,3 +126,32 @@ def test_read_splats__says_that_a_file_is_empty(tmp_path):
     (tmp_path / "a.spz").write_bytes(gzip.compress(struct.pack("<4s2I4B", b"NGSP", 3, 0, 2, 12, 0, 0)))
     with pytest.raises(ValueError, match="a.spz holds no Gaussians"):
         read_splats(tmp_path / "a.spz")
+
+
+def test_read_splats__arrays_of_scenesplat(tmp_path, make_scene):
+    raw = make_scene().gaussians
+    colours = (raw.sh_dc.float() * 0.28209479177387814 + 0.5).clamp(0, 1)
+    arrays = {
+        "coord": raw.means,
+        "quat": raw.quats,
+        "scale": raw.log_scales.float().exp(),
+        "opacity": raw.opacity_logits.float().sigmoid()[:, None],
+        "color": (colours * 255).to(torch.uint8),
+    }
+    for name, values in arrays.items():
+        np.save(tmp_path / f"{name}.npy", values.numpy())
+    read, num_dropped = read_splats(tmp_path)
+    assert num_dropped == 0
+    for name in ("means", "quats", "log_scales", "opacity_logits"):
+        torch.testing.assert_close(getattr(read, name), getattr(raw, name), rtol=1e-3, atol=1e-3)
+    shown = read.sh_dc.float() * 0.28209479177387814 + 0.5
+    torch.testing.assert_close(shown, colours, rtol=0, atol=1 / 255)
+    opacities = np.zeros(len(raw.means), np.float32)
+    np.save(tmp_path / "opacity.npy", opacities)
+    assert read_splats(tmp_path)[1] == 0
+    np.save(tmp_path / "scale.npy", opacities)
+    with pytest.raises(ValueError, match=r"`scale` of torch.float32 .*expected floating-point \[.*, 3\]"):
+        read_splats(tmp_path)
+    (tmp_path / "color.npy").unlink()
+    with pytest.raises(ValueError, match="color.npy cannot be read"):
+        read_splats(tmp_path)
