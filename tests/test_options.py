@@ -119,7 +119,15 @@ COMMANDS = {
         "ProbeCommand",
         tuple(
             f"{task} --train a --test b --output-path out.json"
-            for task in ("segmentation", "depth", "classification", "consistency", "correspondence", "retrieval")
+            for task in (
+                "segmentation",
+                "depth",
+                "classification",
+                "consistency",
+                "correspondence",
+                "normals",
+                "retrieval",
+            )
         ),
         {"fit3d_ns.cli.probe.choose_values": choose_values},
     ),

@@ -76,7 +76,8 @@ def _plan(
     config: Any = choose_values(task, test)[0]
     # Few views of a scene, where they are compared, would not see the same places.
     num_views = None if hasattr(config, "max_pairs") else command.max_frames
-    given = {"num_iterations": command.num_iterations, "max_views": num_views}
+    # The layer that normals are read by is solved.
+    given = {"num_iterations": None if task == "normals" else command.num_iterations, "max_views": num_views}
     config = replace(config, **{name: value for name, value in given.items() if value and hasattr(config, name)})
     stem = command.output_dir / "records" / f"{task}-{'+'.join(dict.fromkeys(path.name for path in (*train, *test)))}"
     shared: dict[str, Any] = {"config": config, "options": command.labelled, "max_frames": command.max_frames}

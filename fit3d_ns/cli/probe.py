@@ -56,7 +56,7 @@ class ProbeCommand:
     """Shorter side to which images are resized, pixels; by default 512, or twice the images' own if that is smaller
     (segmentation), or the images' own (depth); retrieval takes both."""
     head: Literal["linear", "dpt"] | None = None
-    """Depth head; `linear` by default, `dpt` is Table 12's."""
+    """Head of the depth and normals probes; `linear` by default, `dpt` is Table 12's."""
     class_token: ClassTokenChoice | None = None
     """Whose class token the depth probe reads beside the patch tokens. By default `auto`, the original's as published;
     `validated` trains a head with and one without it and keeps the better one on a part of the training data."""

@@ -27,7 +27,7 @@ from fit3d_ns.probing.datasets.frames import EvaluationWindow, LabelledFrame, La
 from fit3d_ns.probing.frozen_features import Assembler, ClassTokenSource
 from fit3d_ns.probing.head_probe import MapProbe, PublishedTraining, resolve_cache, resolve_learning_rate
 from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, TrainedHead, sum_over_processes
-from fit3d_ns.probing.heads import UPSAMPLING, DepthBins, DPTDepthHead, LinearDepthHead
+from fit3d_ns.probing.heads import UPSAMPLING, DepthBins, DPTHead, LinearDepthHead
 from fit3d_ns.probing.inputs import DEPTHS_PER_TOKEN, EVALUATION, DepthInputs, choose_crop_size
 from fit3d_ns.probing.pictures import PictureKey, resize_map
 from fit3d_ns.probing.samples import estimate_memory
@@ -148,7 +148,7 @@ class DepthProbe(MapProbe[DepthConfig]):
         assembler = Assembler(self.assembly, self.backbones.embed_dim, source)
         bins = DepthBins(convention.min_depth, convention.max_depth, config.num_bins)
         if config.head == "dpt":
-            return DPTDepthHead(assembler, bins)
+            return DPTHead(assembler, bins)
         # Where features are kept, so are the targets, at fewer places: the same map is read there and nowhere else.
         upsampling = DEPTHS_PER_TOKEN if self.is_cached else UPSAMPLING
         head = LinearDepthHead(assembler, bins, upsampling, config.is_normed)

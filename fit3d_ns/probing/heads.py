@@ -122,13 +122,13 @@ class LinearDepthHead(nn.Module):
         return self.bins(resize_map(logits, (factor * height, factor * width)))
 
 
-class DPTDepthHead(nn.Module):
-    """Pre-norm tokens of four blocks to depth on a grid eight times as fine as the tokens'."""
+class DPTHead(nn.Module):
+    """Pre-norm tokens of four blocks to depth, or without bins to vectors [3], on a grid eight times as fine."""
 
-    def __init__(self, assembler: Assembler, bins: DepthBins, fused_dim: int = 256) -> None:
+    def __init__(self, assembler: Assembler, bins: DepthBins | None = None, fused_dim: int = 256) -> None:
         super().__init__()
         self.assembler = assembler
-        self.bins = bins
+        self.bins = bins or nn.Identity()
         widths = [max(fused_dim // 4, 1), max(fused_dim // 2, 1), fused_dim, fused_dim]
         in_dim = assembler.out_dim
         read_dim = in_dim + assembler.class_dim
@@ -142,10 +142,10 @@ class DPTDepthHead(nn.Module):
             nn.Conv2d(width, fused_dim, kernel_size=3, padding=1, bias=False) for width in widths
         )
         self.fusions = nn.ModuleList(_Fusion(fused_dim, has_lateral=index < 3) for index in range(4))
-        hidden = nn.Conv2d(fused_dim, fused_dim, kernel_size=3, padding=1)
-        self.output = nn.Sequential(hidden, nn.ReLU(), nn.Conv2d(fused_dim, len(bins.centers), kernel_size=1))
+        hidden, out_dim = nn.Conv2d(fused_dim, fused_dim, kernel_size=3, padding=1), len(bins.centers) if bins else 3
+        self.output = nn.Sequential(hidden, nn.ReLU(), nn.Conv2d(fused_dim, out_dim, kernel_size=1))
 
-    def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch height width"]:
+    def forward(self, features: FrozenFeatures) -> Float[Tensor, "batch *out height width"]:
         levels = [self._reassemble(features, layer) for layer in range(4)]
         fused = self.fusions[-1](levels[-1], None)
         for level, fusion in zip(levels[-2::-1], list(self.fusions)[-2::-1], strict=True):

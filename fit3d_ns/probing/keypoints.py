@@ -20,7 +20,7 @@ from fit3d_ns.analysis.correspondence import find_matches
 from fit3d_ns.data.images import load_image
 from fit3d_ns.probing.frozen_features import Assembler, FrozenBackbones
 from fit3d_ns.probing.multiview import MultiviewConfig, compute_tokens
-from fit3d_ns.probing.pictures import compute_size
+from fit3d_ns.probing.pictures import compute_size, to_image
 from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.progress import track
@@ -78,9 +78,9 @@ def _read_features(
     height, width = image.shape[:2]
     shown = compute_size(height, width, LONG_SIDE, LONG_SIDE)
     kind = cv2.INTER_AREA if shown[0] < height else cv2.INTER_CUBIC
-    tokens = compute_tokens(cv2.resize(image, shown[::-1], interpolation=kind), backbones, assembler)
+    features = backbones(to_image(cv2.resize(image, shown[::-1], interpolation=kind))[None]).to("cpu")
     rows, columns = (max(round(side * config.grid_scale), 1) for side in shown)
-    return tokens, (width, height), (rows, columns)
+    return compute_tokens(features, assembler), (width, height), (rows, columns)
 
 
 def _summarise_all(rows: Sequence[_Pair]) -> dict[str, Any]:

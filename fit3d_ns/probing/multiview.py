@@ -6,14 +6,14 @@ resolution) and reports recalls by angle, `consistency` reads them at the tokens
 centimetres are there where the capture's unit is known.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis import consistency
@@ -22,9 +22,9 @@ from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.frames import Split
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.probing.datasets.navi import find_navi_sets, read_navi
-from fit3d_ns.probing.frozen_features import Assembler, Assembly, FrozenBackbones
+from fit3d_ns.probing.frozen_features import Assembler, Assembly, FrozenBackbones, FrozenFeatures
 from fit3d_ns.probing.pictures import to_image
-from fit3d_ns.scene import FeatureScene, create_depth_view, create_posed_capture, load_scene
+from fit3d_ns.scene import create_depth_view, create_posed_capture, load_scene
 from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import track
 from fit3d_ns.utils.selection import select_evenly
@@ -64,6 +64,8 @@ class SceneViews:
     units_per_metre: float | None
     is_wild: bool = False
     """Whether views show an object in several places (NAVI): each is compared with one other that is near enough."""
+    features: list[FrozenFeatures] = field(default_factory=list)
+    """What tokens are assembled from, where several layers are read."""
 
 
 def measure_views(
@@ -94,35 +96,35 @@ def load_views(
     """The chosen views of a capture, a scene file or a set of NAVI; ValueError where there are fewer than two."""
     # Tokens of a padded image lie next to the pixels they are compared at, which is probe3d's way.
     assert backbones.patch_fit != "pad"
-    assembler = Assembler(assembly, backbones.embed_dim, "none")
-    scene: FeatureScene | None = None
-    if path in find_navi_sets(path):
-        pictures = read_navi(path, config.splits, config.max_views)
-        name = f"{path.parent.name}/{path.name}"
-        maps = [compute_tokens(image, backbones, assembler) for image, _ in track(pictures, f"Features of {name}")]
-        return SceneViews(name, maps, [view for _, view in pictures], 1.0, is_wild=True)
-    if path.suffix == ".safetensors":
-        scene = load_scene(path, device=device)
-        capture = scene.capture(config.data_root)
+    assembler, is_wild = Assembler(assembly, backbones.embed_dim, "none"), path in find_navi_sets(path)
+    pictures: Iterable[tuple[np.ndarray, DepthView]]
+    unit: float | None = 1.0
+    if is_wild:
+        name, pictures = f"{path.parent.name}/{path.name}", read_navi(path, config.splits, config.max_views)
+        count = len(pictures)
     else:
-        capture = create_posed_capture(read_capture(path))
-    chosen = select_evenly(capture.select(*config.splits), config.max_views)
-    if len(chosen) < 2:
-        raise ValueError(f"{path} has {len(chosen)} views of {', '.join(config.splits)}; two are needed.")
-    get_scene = None if scene is None else lambda: scene
-    token_maps, depth_views = [], []
-    for view in track(chosen, f"Features of {capture.scene_id}"):
-        depth_views.append(create_depth_view(capture, view, get_scene))
-        token_maps.append(compute_tokens(capture.load_image(view).numpy(), backbones, assembler))
-    return SceneViews(capture.scene_id, token_maps, depth_views, capture.metric_scale)
+        scene = load_scene(path, device=device) if path.suffix == ".safetensors" else None
+        capture = create_posed_capture(read_capture(path)) if scene is None else scene.capture(config.data_root)
+        get_scene = None if scene is None else lambda: scene
+        chosen = select_evenly(capture.select(*config.splits), config.max_views)
+        pictures = ((capture.load_image(at).numpy(), create_depth_view(capture, at, get_scene)) for at in chosen)
+        name, unit, count = capture.scene_id, capture.metric_scale, len(chosen)
+    if count < 2:
+        raise ValueError(f"{path} has {count} views of {', '.join(config.splits)}; two are needed.")
+    views = SceneViews(name, [], [], unit, is_wild)
+    for image, depth_view in track(pictures, f"Features of {name}", count):
+        features = backbones(to_image(image)[None]).to("cpu")
+        views.depth_views.append(depth_view)
+        views.token_maps.append(compute_tokens(features, assembler))
+        if len(backbones.layers) > 1:
+            views.features.append(features)
+    return views
 
 
-def compute_tokens(
-    image: UInt8[np.ndarray, "height width 3"], backbones: FrozenBackbones, assembler: Assembler
-) -> Float[Tensor, "h w channels"]:
-    """Assembled tokens of a photograph, on the CPU; they are read as if they covered it."""
+def compute_tokens(features: FrozenFeatures, assembler: Assembler) -> Float[Tensor, "h w channels"]:
+    """Assembled tokens of one photograph; they are read as if they covered it."""
     # (1, c, h, w) -> (h, w, c)
-    return assembler(backbones(to_image(image)[None]).to("cpu"))[0].permute(1, 2, 0)
+    return assembler(features)[0].permute(1, 2, 0)
 
 
 def _keep_recalls(metrics: dict[str, Any]) -> dict[str, Any]:

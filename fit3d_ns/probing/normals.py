@@ -5,15 +5,18 @@ pixels that have one; its strength is the one that is best on the last fifth of 
 it is fitted to all of them. Predictions are read between tokens bilinearly, and every pixel of the test views that has
 a normal counts. Nothing is drawn at random, so that all seeds give the same.
 
+The DPT head instead is trained on the mean angle by AdamW with probe3d's values (rate 5e-4, batches of 8, warm-up over
+15 % of the steps, then a cosine), and reads four layers before the final norm.
+
 Normals are unit vectors in OpenCV's camera axes (x right, y down, z forwards), towards the camera. They are the cross
 product of the differences between a pixel's surface points at a step to the left and right, above and below; the step
 is a few pixels, because measured depth is noisy. Along a plane 1 / z is linear in the image, so where its second
 difference is not small an edge lies between, and the pixel has no normal.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -22,8 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.correspondence import DepthView
-from fit3d_ns.probing.multiview import SceneViews
+from fit3d_ns.probing.frozen_features import Assembler, Assembly, FrozenFeatures
+from fit3d_ns.probing.head_probe import resolve_iterations
+from fit3d_ns.probing.head_trainer import LossSum, OptimizationConfig, Schedule, train_head
+from fit3d_ns.probing.heads import DPTHead
+from fit3d_ns.probing.multiview import SceneViews, ViewsConfig
 from fit3d_ns.probing.pictures import resize_map
+from fit3d_ns.probing.samples import Batch, iterate_draws
+from fit3d_ns.utils.limits import Limits
+from fit3d_ns.utils.selection import derive_seed
 
 STEPS_PER_WIDTH = 80
 """The step is this part of the width: 4 pixels of 320."""
@@ -36,9 +46,21 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 VALIDATION_SHARE = 0.2
 """Share of a training scene's views, the last ones, that choose the strength."""
 
-
+LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, WARMUP_SHARE = 5e-4, 0.01, 8, 0.15
+"""probe3d's, for the DPT head."""
+MOST_ITERATIONS, LARGEST_COSINE = 38_400, 1.0 - 1e-4
 _Samples = tuple[Float[np.ndarray, "samples channels"], Float[np.ndarray, "samples 3"], Float[np.ndarray, " samples"]]
 """Tokens, their mean normals, and the share of each token's pixels that have one."""
+
+
+@dataclass(frozen=True)
+class NormalsConfig(ViewsConfig):
+    """Which views take part, and the head."""
+
+    head: Literal["linear", "dpt"] = "linear"
+    """`dpt` is trained on four layers, as probe3d does."""
+    num_iterations: Annotated[int | None, Limits(at_least=1)] = None
+    """Steps of the DPT head's training; None: 60 epochs, at least 800 and at most 38,400."""
 
 
 def measure_normals(train: Sequence[SceneViews], test: Sequence[SceneViews]) -> dict[str, Any]:
@@ -60,13 +82,52 @@ def measure_normals(train: Sequence[SceneViews], test: Sequence[SceneViews]) -> 
     errors = {strength: score(fit(kept, strength), held) for strength in STRENGTHS}
     chosen = min(errors, key=lambda strength: errors[strength])
     layer = fit(_join(train), chosen)
-    per_scene: dict[str, dict[str, Any]] = {}
-    angles = []
-    for number, scene in enumerate(test):
-        angles.append(_measure(scene, layer))
-        name = scene.scene_id if scene.scene_id not in per_scene else f"{scene.scene_id} ({number})"
-        per_scene[name] = summarise_angles(angles[-1])
-    return {**summarise_angles(torch.cat(angles)), "ridge_strength": chosen, "per_scene": per_scene}
+
+    def predict(scene: SceneViews, index: int) -> Float[Tensor, "3 h w"]:
+        tokens = scene.token_maps[index]
+        found = torch.from_numpy(layer.predict(tokens.flatten(0, 1).double().numpy())).float()
+        # (h*w, 3) -> (3, h, w)
+        return found.T.unflatten(1, tokens.shape[:2])
+
+    return {**_measure(test, predict), "ridge_strength": chosen}
+
+
+def measure_dpt_normals(
+    train: Sequence[SceneViews],
+    test: Sequence[SceneViews],
+    config: NormalsConfig,
+    assembly: Assembly,
+    accelerator: Any,
+    seed: int,
+) -> dict[str, Any]:
+    """The same errors of a DPT head, which is trained first; the views' `features` have four layers."""
+    torch.manual_seed(derive_seed(seed, "normals head"))
+    head = DPTHead(Assembler(assembly, train[0].features[0].maps.shape[-1], "none"))
+    pairs = [pair for scene in train for pair in zip(scene.features, scene.depth_views, strict=True)]
+    known_normals = [(features, compute_normals(view)[0].permute(2, 0, 1)) for features, view in pairs]
+    num_iterations = resolve_iterations(config.num_iterations, MOST_ITERATIONS, len(pairs), BATCH_SIZE)
+
+    def iterate_batches() -> Iterator[Batch]:
+        for draws in iterate_draws(len(pairs), BATCH_SIZE, num_iterations, seed):
+            chosen = [known_normals[index] for _, index in draws]
+            # Scenes may have pictures of other sizes.
+            chosen = [item for item in chosen if item[1].shape == chosen[0][1].shape]
+            both = zip(*((features.maps, features.class_tokens) for features, _ in chosen), strict=True)
+            yield FrozenFeatures(*map(torch.cat, both)), torch.stack([normals for _, normals in chosen])
+
+    def compute_loss(predictions: Tensor, targets: Tensor, iteration: int) -> LossSum:
+        known = targets.any(dim=1)
+        restored = resize_map(predictions, (targets.shape[-2], targets.shape[-1]))
+        cosine = F.cosine_similarity(restored, targets, dim=1)[known]
+        # At 1 the angle has no gradient.
+        return LossSum(cosine.clamp(-LARGEST_COSINE, LARGEST_COSINE).acos().sum(), known.sum().float())
+
+    schedule = Schedule("cosine", num_iterations, round(WARMUP_SHARE * num_iterations))
+    optimization = OptimizationConfig(schedule, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY)
+    title = f"Normals, DPT head, seed {seed}"
+    train_head(head, iterate_batches(), compute_loss, optimization, accelerator=accelerator, title=title)
+    with torch.no_grad():
+        return _measure(test, lambda scene, index: head(scene.features[index].to(accelerator.device))[0].cpu())
 
 
 def compute_normals(view: DepthView) -> tuple[Float[Tensor, "height width 3"], Bool[Tensor, "height width"]]:
@@ -148,17 +209,20 @@ def _average_normals(view: DepthView, grid: tuple[int, int]) -> tuple[Float[Tens
     return pooled[..., :3], pooled[..., 3]
 
 
-def _measure(scene: SceneViews, layer: Any) -> Float[Tensor, " pixels"]:
-    """Errors in degrees at all pixels of a scene that have a normal."""
-    errors = []
-    for token_map, view in zip(scene.token_maps, scene.depth_views, strict=True):
-        normals, known = compute_normals(view)
-        h, w, _ = token_map.shape
-        predicted = torch.from_numpy(layer.predict(token_map.flatten(0, 1).double().numpy())).float().view(h, w, 3)
-        # (h, w, 3) -> (1, 3, h, w) -> (H, W, 3)
-        full = resize_map(predicted.permute(2, 0, 1)[None], (known.shape[0], known.shape[1]))[0].permute(1, 2, 0)
-        errors.append(measure_angles(full[known], normals[known]))
-    angles = torch.cat(errors)
-    if not len(angles):
-        raise ValueError(f"No pixel of {scene.scene_id} has a normal; check the depth.")
-    return angles
+def _measure(test: Sequence[SceneViews], predict: Callable[[SceneViews, int], Tensor]) -> dict[str, Any]:
+    """Errors at all pixels that have a normal, and below `per_scene` each scene's; views are predicted as [3, h, w]."""
+    per_scene: dict[str, dict[str, Any]] = {}
+    angles: list[Tensor] = []
+    for number, scene in enumerate(test):
+        errors = []
+        for index, view in enumerate(scene.depth_views):
+            normals, known = compute_normals(view)
+            # (3, h, w) -> (1, 3, h, w) -> (H, W, 3)
+            full = resize_map(predict(scene, index)[None], (known.shape[0], known.shape[1]))[0].permute(1, 2, 0)
+            errors.append(measure_angles(full[known], normals[known]))
+        angles.append(torch.cat(errors))
+        if not len(angles[-1]):
+            raise ValueError(f"No pixel of {scene.scene_id} has a normal; check the depth.")
+        name = scene.scene_id if scene.scene_id not in per_scene else f"{scene.scene_id} ({number})"
+        per_scene[name] = summarise_angles(angles[-1])
+    return {**summarise_angles(torch.cat(angles)), "per_scene": per_scene}

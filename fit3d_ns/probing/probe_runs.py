@@ -20,7 +20,7 @@ from fit3d_ns.probing.frozen_features import Assembler, BackboneConfig, create_f
 from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, ProbeSets, RunConfig, create_sets, resolve_iterations
 from fit3d_ns.probing.keypoints import is_spair, measure_keypoints
 from fit3d_ns.probing.multiview import MultiviewConfig, ViewsConfig, load_views, measure_views
-from fit3d_ns.probing.normals import measure_normals
+from fit3d_ns.probing.normals import NormalsConfig, measure_dpt_normals, measure_normals
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs
 from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval
 from fit3d_ns.probing.segmentation import DINOV3_SEGMENTATION, PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
@@ -58,11 +58,13 @@ PRESETS: dict[str, tuple[dict[str, TaskConfig], dict[str, RunConfig]]] = {
 }
 DEFAULT_CONFIGS: dict[str, TaskConfig] = {
     **{"segmentation": SegmentationConfig(), "depth": DepthConfig(), "classification": ClassificationConfig()},
-    **{"consistency": MultiviewConfig(), "correspondence": MultiviewConfig(), "normals": ViewsConfig()},
+    **{"consistency": MultiviewConfig(), "correspondence": MultiviewConfig(), "normals": NormalsConfig()},
     "retrieval": RetrievalConfig(),
 }
 _UNRECORDED = "data_root recall_pixels recall_centimetres grid_scale max_points ratio_pixels seed".split()
 """Values of the multi-view measures that are always the same, or given by task and seed."""
+# Left out of records where they say what was always done.
+_LATER = ("is_probe3d", False), ("head", "linear"), ("num_iterations", None)
 PROBES: dict[str, type[HeadProbe]] = {kind.task: kind for kind in (SegmentationProbe, DepthProbe, ClassificationProbe)}
 
 
@@ -251,8 +253,10 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     assert isinstance(config, ViewsConfig)
     # Tokens are compared at the pixels they stand for, so images are resized as stages I and II do.
     is_probe3d = isinstance(config, MultiviewConfig) and config.is_probe3d
+    is_dpt = isinstance(config, NormalsConfig) and config.head == "dpt"
+    norm = not (is_probe3d or is_dpt)
     chosen = replace(request.backbones, patch_fit="pad-stretch" if is_probe3d else "resize")
-    described = describe_backbones(chosen, norm=not is_probe3d)
+    described = describe_backbones(chosen, norm=norm)
     shows_keypoints = any(map(is_spair, request.test))
     if shows_keypoints and (request.task != "correspondence" or len(request.test) > 1):
         raise ValueError("SPair-71k has keypoints instead of depth: the correspondence probe reads it, and alone.")
@@ -269,11 +273,9 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         part: {"scenes": [path.name for path in paths], "sizes": [_measure(path) for path in paths]}
         for part, paths in given.items()
     }
-    # The first two were options once; records hold them, and know of no preset.
+    # The first two were options once; records hold them, and not what came later.
     settings["config"] = ({"gaps": (), "angle_kind": "rotation"} if is_paired else {}) | {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in _UNRECORDED and (name, value) != ("is_probe3d", False)
+        name: value for name, value in asdict(config).items() if name not in _UNRECORDED and (name, value) not in _LATER
     }
     file, missing, done = _open_record(request, settings, described)
     if not missing:
@@ -285,7 +287,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         said = f"The fine-tuned backbone was trained on views of {', '.join(known)}: the metrics flatter"
         notice(f"{said}; --splits val test measures on held-out views.")
     device = choose_device(request.device)
-    backbones = create_frozen_backbones(chosen, norm=not is_probe3d, device=device)
+    backbones = create_frozen_backbones(chosen, norm=norm, num_layers=4 if is_dpt else 1, device=device)
     if shows_keypoints:
         assert isinstance(config, MultiviewConfig)
         assembler = Assembler(chosen.assembly, backbones.embed_dim, "none")
@@ -295,12 +297,17 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         for path in dict.fromkeys(path for paths in given.values() for path in paths)
     }
     scenes = {part: [scene for path in paths for scene in read[path]] for part, paths in given.items()}
-    if not isinstance(config, MultiviewConfig):
+    if isinstance(config, NormalsConfig):
         common = [path.name for path in request.test if path in request.train]
         if common:
             notice(f"{', '.join(common)}: trained on and measured alike; the metrics flatter.")
-        done |= dict.fromkeys(missing, measure_normals(**scenes))
-    elif request.task in ("consistency", "correspondence"):
+        if config.head == "linear":
+            return file.save(done | dict.fromkeys(missing, measure_normals(**scenes)), costs)
+        accelerator = create_accelerator(request.device, request.precision)
+        rest = config, chosen.assembly, accelerator
+        done |= {seed: measure_dpt_normals(scenes["train"], scenes["test"], *rest, seed) for seed in missing}
+        return file.save(done, costs, accelerator.is_main_process)
+    if isinstance(config, MultiviewConfig) and request.task in ("consistency", "correspondence"):
         done |= {seed: measure_views(request.task, config, scenes["test"], seed) for seed in missing}
     return file.save(done, costs)
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fit3d_ns.probing.frozen_features import Assembler, Assembly, list_parts
-from fit3d_ns.probing.heads import DepthBins, DPTDepthHead, LinearDepthHead, SegmentationHead
+from fit3d_ns.probing.heads import DepthBins, DPTHead, LinearDepthHead, SegmentationHead
 from tests.probing.probe_backbones import create_features
 
 
@@ -79,7 +79,7 @@ def test_dpt_head__reads_every_layer_and_gives_depth_in_range(assembly, size) ->
     parts = len(list_parts(assembly))
     features = create_features(4, parts=parts, layers=4, h=size[0], w=size[1])
     torch.manual_seed(0)
-    head = DPTDepthHead(Assembler(assembly, 5), DepthBins(0.5, 4.0, num_bins=8), fused_dim=8)
+    head = DPTHead(Assembler(assembly, 5), DepthBins(0.5, 4.0, num_bins=8), fused_dim=8)
     maps = features.maps.clone().requires_grad_()
     depth = head(type(features)(maps, features.class_tokens))
     assert depth.shape == (2, 8 * size[0], 8 * size[1])

@@ -1,5 +1,6 @@
 """The normals probe against its formula, and what it says of a ViT that knows rooms and one that knows nothing."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from fit3d_ns.cli.probe import main
+from fit3d_ns.probing import normals
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig, create_frozen_backbones
+from fit3d_ns.probing.heads import DPTHead
 from fit3d_ns.probing.multiview import SceneViews, ViewsConfig, load_views
-from fit3d_ns.probing.normals import compute_normals, measure_normals
+from fit3d_ns.probing.normals import NormalsConfig, compute_normals, measure_dpt_normals, measure_normals
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
+from fit3d_ns.training.processes import create_accelerator
 from fit3d_ns.utils.results import load_result
 
 
@@ -64,6 +68,37 @@ def test_normals__the_toy_knows_more_of_them_than_random_weights(rooms: list[Pat
     assert toy["mean"] < 0.9 * random["mean"] and toy["within_22.5"] > random["within_22.5"]
     # A second copy of the same features tells nothing new.
     assert twice["mean"] == pytest.approx(toy["mean"], rel=0.03)
+
+
+def test_normals__of_a_dpt_head_beat_the_best_constant(
+    rooms: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(normals, "DPTHead", partial(DPTHead, fused_dim=16))
+    words = ["normals", "--train", rooms[0], "--test", rooms[1], "--backbone", "toy_rooms_vit", "--max-views", 6]
+    words += ["--device", "cpu", "--head", "dpt", "--num-iterations", 40, "--seeds", 0, 1, "--output-path"]
+    main([str(word) for word in [*words, tmp_path / "dpt.json"]])
+    record = load_result(tmp_path / "dpt.json")
+    assert record.settings["backbones"]["original"]["norm"] is False and record.settings["config"]["head"] == "dpt"
+    (train, test), truth = load_rooms(rooms), []
+    for scene in (train, test):
+        known = [compute_normals(view) for view in scene.depth_views]
+        truth.append(torch.cat([normal[is_known] for normal, is_known in known]).double())
+    # The one normal that is nearest to the training scene's on average; its errors in the test scene.
+    constant = F.normalize(truth[0].mean(dim=0), dim=0)
+    error = float(torch.rad2deg((truth[1] @ constant).clamp(-1, 1).acos()).mean())
+    seeds = [record.metrics["per_seed"][seed] for seed in "01"]
+    assert seeds[0]["mean"] != seeds[1]["mean"] and max(item["mean"] for item in seeds) < 0.9 * error
+    assert seeds[0]["num_pixels"] == len(truth[1])
+    # The same seed gives the same head, and one that is trained longer is better where it was trained.
+    config = BackboneConfig(backbone="toy_rooms_vit", patch_fit="resize")
+    features = create_frozen_backbones(config, norm=False, num_layers=4)
+    scene = load_views(rooms[0], ViewsConfig(max_views=4), features, "original", "cpu")
+    means = []
+    for steps in (2, 20, 20):
+        short = NormalsConfig(head="dpt", num_iterations=steps)
+        rest = short, "original", create_accelerator("cpu", "fp32"), 0
+        means.append(measure_dpt_normals([scene], [scene], *rest)["mean"])
+    assert means[1] == means[2] < means[0]
 
 
 def test_normals__as_a_command(rooms: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
