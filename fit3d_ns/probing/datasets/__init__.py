@@ -42,7 +42,7 @@ def find_labelled_layout(path: Path, task: LabelledTask) -> LabelledLayout:
         "scannetpp": scannet.is_scannetpp_scene(path)
         or scannet.is_scannetpp_evaluation(path)
         or scannet.find_scannetpp_scenes(path),
-        "nyu": any((path / name).is_file() for name in (official_sets.LABELLED_FILE, "nyu_train.txt", "nyu_test.txt")),
+        "nyu": official_sets.is_nyu(path),
         "kitti": any((path / f"kitti_eigen_{split}.txt").is_file() for split in ("train", "test")),
         "ade20k": official_sets.find_ade20k(path),
         "voc": official_sets.find_voc(path),

@@ -30,11 +30,19 @@ _KITTI_IMAGE_ROOTS = ("", "raw", "input", "raw_data")
 _KITTI_DEPTH_ROOTS = ("data_depth_annotated/train", "data_depth_annotated/val", "gt_depth", "")
 
 
+def is_nyu(root: Path) -> bool:
+    """True for the official file, published lists of depth, or the authors' evaluation folder, told by its name."""
+    is_authors = "nyu" in root.absolute().name.lower() and (root / "annotations").is_dir()
+    return is_authors or any((root / name).is_file() for name in (LABELLED_FILE, "nyu_train.txt", "nyu_test.txt"))
+
+
 def read_nyu(root: Path, split: LabelledSplit, task: LabelledTask, num_classes: int = 13) -> LabelledSet:
-    """Reads one official split, with 13 classes (the paper's) or 40; for depth the published list, if any, wins."""
+    """Reads one official split, with 13 classes (the paper's) or 40; lists of depth and the authors' labels win."""
     if task == "depth" and (root / f"nyu_{split}.txt").is_file():
         return read_listed_depth(root, f"nyu_{split}.txt", "nyu", NYU_CONVENTION)
-    path = root / LABELLED_FILE
+    name, path = f"nyu{num_classes}", root / LABELLED_FILE
+    if task == "segmentation" and (root / "annotations").is_dir():
+        return read_annotations(root, split, name, labelled.CLASS_NAMES[name])
     if not path.is_file():
         raise ValueError(f"{root} has no {LABELLED_FILE}; download the labelled NYUv2 set (2.8 GB).")
     numbers = _read_numbers(root / "splits.mat", "trainNdxs" if split == "train" else "testNdxs")
@@ -53,7 +61,7 @@ def read_nyu(root: Path, split: LabelledSplit, task: LabelledTask, num_classes: 
         )
         for number in numbers
     ]
-    name = f"nyu{num_classes}" if task == "segmentation" else "nyu-labelled"
+    name = name if task == "segmentation" else "nyu-labelled"
     return LabelledSet(name, frames, names, depth=NYU_CONVENTION)
 
 

@@ -8,7 +8,7 @@ the name that `map_benchmark.csv` gives that; a triangle has that of two of its 
 import csv
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, UInt8
 
 from fit3d_ns.data.frames import Frame
 from fit3d_ns.data.images import IGNORE_INDEX, save_depth, save_index_map
+from fit3d_ns.data.ply import read_ply_elements
 from fit3d_ns.data.scannetpp import colmap_to_world, read_scannetpp
 from fit3d_ns.geometry.cameras import transform_points, viewmats_from_camera_to_worlds
 from fit3d_ns.lifting.surface_points import read_surface_file
@@ -45,6 +46,8 @@ class ClassList:
     names: tuple[str, ...]
     indices: dict[str, int]
     """From annotators' words to indices of classes; other words have none."""
+    words: tuple[str, ...] = field(default=(), repr=False)
+    """Annotators' words in the order of the labels of `mesh_aligned_0.05_semantic.ply`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def read_class_list(root: Path, given: Path | None = None) -> ClassList:
         with open(table, encoding="utf-8", newline="") as file:
             renamed = {row["class"]: row["semantic_map_to"] for row in csv.DictReader(file) if row["semantic_map_to"]}
         indices |= {word: indices.get(name, IGNORE_INDEX) for word, name in renamed.items()}
-    return ClassList(tuple(names), indices)
+    listed = next((at for place in above if (at := place / "metadata/semantic_classes.txt").is_file()), None)
+    return ClassList(tuple(names), indices, tuple(read_lines(listed, "download metadata/")) if listed else ())
 
 
 def prepare_scene(folder: Path, classes: ClassList | None, jobs: int, overwrite: bool = False) -> dict[str, Any]:
@@ -101,6 +105,9 @@ def prepare_scene(folder: Path, classes: ClassList | None, jobs: int, overwrite:
     mesh_path, annotation = folder / SCANNETPP_MESH, []
     if classes is not None:
         annotation = [mesh_path.with_name(name) for name in ("segments.json", "segments_anno.json")]
+        of_vertices = mesh_path.with_name(f"{mesh_path.stem}_semantic.ply")
+        if of_vertices.is_file() and not all(map(Path.is_file, annotation)):
+            annotation = [of_vertices]
     for path in (mesh_path, *annotation):
         if not path.is_file():
             raise ValueError(f"{path} is missing; download the scene's scans/ (of the mesh alone: --depth-only).")
@@ -152,11 +159,25 @@ def prepare_scene(folder: Path, classes: ClassList | None, jobs: int, overwrite:
 def _read_mesh(path: Path, classes: ClassList | None, annotation: Sequence[Path]) -> AnnotatedMesh:
     file = read_surface_file(path)
     indices = np.full(len(file.xyz), IGNORE_INDEX, dtype=np.uint8)
-    if classes is not None:
+    if classes is not None and len(annotation) == 1:
+        indices = _read_vertex_labels(classes, len(indices), *annotation)
+    elif classes is not None:
         indices = _read_vertex_classes(classes.indices, len(indices), *annotation)
     first, second, third = indices[file.faces].T
     xyz = transform_points(torch.from_numpy(file.xyz), colmap_to_world(), 1.0).numpy()
     return AnnotatedMesh(xyz, file.faces, np.where(second == third, second, first))
+
+
+def _read_vertex_labels(classes: ClassList, num_vertices: int, path: Path) -> UInt8[np.ndarray, " vertices"]:
+    """From the labelled mesh: a vertex's `label` is the place of its word among all, below 0 for none."""
+    vertices = read_ply_elements(path)["vertex"]
+    labels = vertices["label"].astype(np.int64) if "label" in (vertices.dtype.names or ()) else np.empty(0, np.int64)
+    if len(labels) != num_vertices or labels.max() >= len(classes.words):
+        raise ValueError(
+            f"{path} lacks labels that metadata/semantic_classes.txt and the mesh know; download all three."
+        )
+    table = [*(classes.indices.get(word, IGNORE_INDEX) for word in classes.words), IGNORE_INDEX]
+    return np.array(table, dtype=np.uint8)[np.maximum(labels, -1)]
 
 
 def _read_vertex_classes(

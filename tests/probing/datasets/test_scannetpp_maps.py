@@ -8,6 +8,7 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from plyfile import PlyData, PlyElement
 
 from fit3d_ns.cli import prepare
 from fit3d_ns.probing.datasets import read_labelled_set
@@ -190,6 +191,31 @@ def test_prepare__goes_on_where_it_was_stopped(download: Path, monkeypatch: pyte
     assert sorted(rendered) == ["DSC00002", "DSC00003"]
     assert (dslr / "labels/DSC00000.png").stat().st_mtime_ns == first
     assert len(list(dslr.glob("labels/*.png"))) == len(list(dslr.glob("render_depth/*.png"))) == 4
+
+
+def test_prepare__labels_of_the_semantic_mesh_stand_in_for_the_annotation(download: Path, capsys) -> None:
+    """Each vertex has the number of a word, or -100; the table's word is renamed, the floor has none."""
+    scene = download / "data/0a5c013435"
+    for name in ("segments.json", "segments_anno.json"):
+        (scene / "scans" / name).unlink()
+    points, faces, sides = build_mesh()
+    labels = np.select([sides >= 6, sides == 5, sides == 4], [3, 0, -100], 2)
+    vertices = np.empty(len(points), [("x", "f4"), ("y", "f4"), ("z", "f4"), ("label", "i4")])
+    vertices["x"], vertices["y"], vertices["z"], vertices["label"] = *points.T, labels
+    triangles = np.empty(len(faces), [("vertex_indices", "i4", (3,))])
+    triangles["vertex_indices"] = faces
+    path = scene / "scans/mesh_aligned_0.05_semantic.ply"
+    PlyData([PlyElement.describe(vertices, "vertex"), PlyElement.describe(triangles, "face")]).write(path)
+    words = ["scannetpp", str(download)]
+    with pytest.raises(SystemExit):
+        prepare.main(words)
+    assert "that metadata/semantic_classes.txt and the mesh know" in capsys.readouterr().err
+    (download / "metadata/semantic_classes.txt").write_text("CEILING\nlamp\nwall\noffice desk\n")
+    prepare.main([*words, "--overwrite"])
+    for index, camera in enumerate(place_cameras(4)):
+        expected = compute_truth(*camera)[1]
+        made = np.array(Image.open(scene / f"dslr/labels/DSC{index:05d}.png"))
+        np.testing.assert_array_equal(made, np.where(expected == FLOOR, 255, expected))
 
 
 @pytest.mark.parametrize(

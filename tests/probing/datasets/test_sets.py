@@ -314,6 +314,25 @@ def test_nyu__depth_of_the_labelled_file_and_of_the_published_list(nyu: Path) ->
     assert listed.frames[0].load_depth is not None and float(listed.frames[0].load_depth()[0, 0]) == 3.0
 
 
+def test_nyu__the_authors_evaluation_folder(tmp_path: Path) -> None:
+    """Labels of 13 classes count from 1, 0 does not count; the folder is told by its name."""
+    root = tmp_path / "eval_data/nyuv2"
+    for part, name in (("training", "0003"), ("validation", "0001")):
+        write_image(root / "images" / part / f"{name}.png")
+        write_map(root / "annotations" / part / f"{name}.png", label_map(0, 1, 13))
+    labels = read_labelled_set(root, "test", "segmentation")
+    assert labels.name == "nyu13" and labels.class_names == CLASS_NAMES["nyu13"]
+    assert [frame.name for frame in labels.frames] == ["0001"] and labels_of(labels.frames[0]) == [0, 12, 255]
+    forty = LabelledOptions(nyu_classes=40)
+    assert read_labelled_set(root, "train", "segmentation", forty).class_names == CLASS_NAMES["nyu40"]
+    with pytest.raises(ValueError, match="has no nyu_depth_v2_labeled.mat"):
+        read_labelled_set(root, "test", "depth")
+    other = root.rename(tmp_path / "other")
+    with pytest.raises(ValueError, match="no folder labels/"):
+        read_labelled_set(other, "test", "segmentation")
+    assert read_labelled_set(other, "test", "segmentation", LabelledOptions(layout="nyu")).num_classes == 13
+
+
 def test_nyu__each_missing_piece_is_named(nyu: Path) -> None:
     (nyu / "class13Mapping.mat").unlink()
     with pytest.raises(ValueError, match=r"No .*class13Mapping\.mat"):
