@@ -49,6 +49,7 @@ VALIDATION_SHARE = 0.2
 LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, WARMUP_SHARE = 5e-4, 0.01, 8, 0.15
 """probe3d's, for the DPT head."""
 MOST_ITERATIONS, LARGEST_COSINE = 38_400, 1.0 - 1e-4
+_Scenes = Sequence[SceneViews]
 _Samples = tuple[Float[np.ndarray, "samples channels"], Float[np.ndarray, "samples 3"], Float[np.ndarray, " samples"]]
 """Tokens, their mean normals, and the share of each token's pixels that have one."""
 
@@ -93,12 +94,7 @@ def measure_normals(train: Sequence[SceneViews], test: Sequence[SceneViews]) -> 
 
 
 def measure_dpt_normals(
-    train: Sequence[SceneViews],
-    test: Sequence[SceneViews],
-    config: NormalsConfig,
-    assembly: Assembly,
-    accelerator: Any,
-    seed: int,
+    config: NormalsConfig, assembly: Assembly, accelerator: Any, seed: int, train: _Scenes, test: _Scenes
 ) -> dict[str, Any]:
     """The same errors of a DPT head, which is trained first; the views' `features` have four layers."""
     torch.manual_seed(derive_seed(seed, "normals head"))

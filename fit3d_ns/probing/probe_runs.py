@@ -304,8 +304,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
         if config.head == "linear":
             return file.save(done | dict.fromkeys(missing, measure_normals(**scenes)), costs)
         accelerator = create_accelerator(request.device, request.precision)
-        rest = config, chosen.assembly, accelerator
-        done |= {seed: measure_dpt_normals(scenes["train"], scenes["test"], *rest, seed) for seed in missing}
+        done |= {seed: measure_dpt_normals(config, chosen.assembly, accelerator, seed, **scenes) for seed in missing}
         return file.save(done, costs, accelerator.is_main_process)
     if isinstance(config, MultiviewConfig) and request.task in ("consistency", "correspondence"):
         done |= {seed: measure_views(request.task, config, scenes["test"], seed) for seed in missing}

@@ -97,7 +97,7 @@ def test_normals__of_a_dpt_head_beat_the_best_constant(
     for steps in (2, 20, 20):
         short = NormalsConfig(head="dpt", num_iterations=steps)
         rest = short, "original", create_accelerator("cpu", "fp32"), 0
-        means.append(measure_dpt_normals([scene], [scene], *rest)["mean"])
+        means.append(measure_dpt_normals(*rest, [scene], [scene])["mean"])
     assert means[1] == means[2] < means[0]
 
 

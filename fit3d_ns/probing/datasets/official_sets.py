@@ -61,8 +61,7 @@ def read_nyu(root: Path, split: LabelledSplit, task: LabelledTask, num_classes: 
         )
         for number in numbers
     ]
-    name = name if task == "segmentation" else "nyu-labelled"
-    return LabelledSet(name, frames, names, depth=NYU_CONVENTION)
+    return LabelledSet(name if names else "nyu-labelled", frames, names, depth=NYU_CONVENTION)
 
 
 def read_kitti(root: Path, split: LabelledSplit) -> LabelledSet:

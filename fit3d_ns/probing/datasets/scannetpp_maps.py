@@ -106,8 +106,7 @@ def prepare_scene(folder: Path, classes: ClassList | None, jobs: int, overwrite:
     if classes is not None:
         annotation = [mesh_path.with_name(name) for name in ("segments.json", "segments_anno.json")]
         of_vertices = mesh_path.with_name(f"{mesh_path.stem}_semantic.ply")
-        if of_vertices.is_file() and not all(map(Path.is_file, annotation)):
-            annotation = [of_vertices]
+        annotation = annotation if all(map(Path.is_file, annotation)) or not of_vertices.is_file() else [of_vertices]
     for path in (mesh_path, *annotation):
         if not path.is_file():
             raise ValueError(f"{path} is missing; download the scene's scans/ (of the mesh alone: --depth-only).")
@@ -159,39 +158,35 @@ def prepare_scene(folder: Path, classes: ClassList | None, jobs: int, overwrite:
 def _read_mesh(path: Path, classes: ClassList | None, annotation: Sequence[Path]) -> AnnotatedMesh:
     file = read_surface_file(path)
     indices = np.full(len(file.xyz), IGNORE_INDEX, dtype=np.uint8)
-    if classes is not None and len(annotation) == 1:
-        indices = _read_vertex_labels(classes, len(indices), *annotation)
-    elif classes is not None:
-        indices = _read_vertex_classes(classes.indices, len(indices), *annotation)
+    if classes is not None:
+        read: Any = _read_vertex_labels if len(annotation) == 1 else _read_vertex_classes
+        indices = read(classes, *annotation)
+    if len(indices) != len(file.xyz):
+        problem = f"{annotation[0]} has {len(indices)} vertices, the mesh {len(file.xyz)}"
+        raise ValueError(f"{problem}; download both again.")
     first, second, third = indices[file.faces].T
     xyz = transform_points(torch.from_numpy(file.xyz), colmap_to_world(), 1.0).numpy()
     return AnnotatedMesh(xyz, file.faces, np.where(second == third, second, first))
 
 
-def _read_vertex_labels(classes: ClassList, num_vertices: int, path: Path) -> UInt8[np.ndarray, " vertices"]:
+def _read_vertex_labels(classes: ClassList, path: Path) -> UInt8[np.ndarray, " vertices"]:
     """From the labelled mesh: a vertex's `label` is the place of its word among all, below 0 for none."""
-    vertices = read_ply_elements(path)["vertex"]
-    labels = vertices["label"].astype(np.int64) if "label" in (vertices.dtype.names or ()) else np.empty(0, np.int64)
-    if len(labels) != num_vertices or labels.max() >= len(classes.words):
-        raise ValueError(
-            f"{path} lacks labels that metadata/semantic_classes.txt and the mesh know; download all three."
-        )
     table = [*(classes.indices.get(word, IGNORE_INDEX) for word in classes.words), IGNORE_INDEX]
-    return np.array(table, dtype=np.uint8)[np.maximum(labels, -1)]
+    with reading(f"{path} or metadata/semantic_classes.txt"):
+        vertices = read_ply_elements(path)["vertex"]
+        labels = {name: vertices[name] for name in vertices.dtype.names or ()}["label"].astype(np.int64)
+        return np.array(table, dtype=np.uint8)[np.maximum(labels, -1)]
 
 
-def _read_vertex_classes(
-    indices: dict[str, int], num_vertices: int, segments_path: Path, annotation_path: Path
-) -> UInt8[np.ndarray, " vertices"]:
-    """From the annotation, whose errors are ValueErrors, and the `indices` of annotators' words."""
-    with reading(f"{segments_path} or {annotation_path.name}"):
-        vertices = np.asarray(read_json(segments_path)["segIndices"], dtype=np.int64)
-        groups = [(indices.get(group["label"]), group["segments"]) for group in read_json(annotation_path)["segGroups"]]
-    if len(vertices) != num_vertices:
-        raise ValueError(f"{segments_path} has {len(vertices)} vertices, the mesh {num_vertices}; download both again.")
+def _read_vertex_classes(classes: ClassList, *paths: Path) -> UInt8[np.ndarray, " vertices"]:
+    """From the annotation, segments and their groups, whose errors are ValueErrors."""
+    with reading(f"{paths[0]} or {paths[1].name}"):
+        vertices = np.asarray(read_json(paths[0])["segIndices"], dtype=np.int64)
+        groups = read_json(paths[1])["segGroups"]
+        known = [(classes.indices.get(group["label"], IGNORE_INDEX), group["segments"]) for group in groups]
     segments, place, sizes = np.unique(vertices, return_inverse=True, return_counts=True)
-    classes = np.full(len(segments), IGNORE_INDEX, dtype=np.uint8)
-    members = [(index, np.isin(segments, own)) for index, own in groups if index not in (None, IGNORE_INDEX)]
+    found = np.full(len(segments), IGNORE_INDEX, dtype=np.uint8)
+    members = [(index, np.isin(segments, own)) for index, own in known if index != IGNORE_INDEX]
     for index, own in sorted(members, key=lambda member: -sizes[member[1]].sum()):
-        classes[own] = index
-    return classes[place]
+        found[own] = index
+    return found[place]

@@ -209,7 +209,7 @@ def test_prepare__labels_of_the_semantic_mesh_stand_in_for_the_annotation(downlo
     words = ["scannetpp", str(download)]
     with pytest.raises(SystemExit):
         prepare.main(words)
-    assert "that metadata/semantic_classes.txt and the mesh know" in capsys.readouterr().err
+    assert "_semantic.ply or metadata/semantic_classes.txt is damaged" in capsys.readouterr().err
     (download / "metadata/semantic_classes.txt").write_text("CEILING\nlamp\nwall\noffice desk\n")
     prepare.main([*words, "--overwrite"])
     for index, camera in enumerate(place_cameras(4)):
