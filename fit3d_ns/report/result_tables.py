@@ -105,9 +105,7 @@ def create_finetune_tables(results: Sequence[FinetuneResult]) -> list[Table]:
 
 def read_finetuning(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Costs and choices of stage II of a record, by the names of the columns and of `find_paper_row`."""
-    known = settings.get("finetuning")
-    if not isinstance(known, Mapping):
-        return {}
+    known = settings.get("finetuning") or {}
     found = {name: known[name] for name in ("feature_dim", "scene_file_mb", "stage1_hours", "epochs") if name in known}
     if "hours" in known:
         found["finetune_hours"] = known["hours"]
@@ -205,8 +203,7 @@ def _create_cells(column: Column, values: _Values, groups: Sequence[str] = (), s
 def _find_paper(task: str, settings: Mapping[str, Any], is_random: bool) -> PaperRow | None:
     if is_random:
         return None
-    finetuning = settings.get("finetuning")
-    chosen = finetuning.get("settings", {}) if isinstance(finetuning, Mapping) else {}
+    chosen = (settings.get("finetuning") or {}).get("settings", {})
     if any(chosen.get("anchors", {}).values()) or chosen.get("targets", {}).get("leave_one_out"):
         # Ours, not the paper's.
         return None
@@ -235,10 +232,9 @@ def _get_backbone(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return backbones.get("original") or backbones.get("finetuned") or {}
 
 
-def _name_data(data: Any) -> str:
-    if not isinstance(data, Mapping):
-        return ""
-    return str(data["name"]) if "name" in data else "+".join(sorted(map(str, data.get("scenes", ()))))
+def _name_data(data: Mapping[str, Any] | None) -> str:
+    known = data or {}
+    return str(known["name"]) if "name" in known else "+".join(sorted(map(str, known.get("scenes", ()))))
 
 
 def _order(probe: ProbeResult) -> tuple[Any, ...]:
@@ -268,14 +264,12 @@ def _list_protocol(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _list_finetuning(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Choices of stage II that may differ between the rows of a table; empty without a fine-tuned backbone."""
-    finetuning = settings.get("finetuning")
-    if not isinstance(finetuning, Mapping):
-        return {}
+    finetuning = settings.get("finetuning") or {}
     chosen = flatten(finetuning.get("settings") or {})
     known = {"steps": finetuning["steps"]} if "steps" in finetuning else {}
     scenes = [str(scene) for scene in finetuning.get("scenes", ())]
     names = "+".join(scenes) if len(scenes) <= _MAX_NAMES else f"{len(scenes)} scenes"
-    return {**chosen, **known, "scenes": names}
+    return {**chosen, **known, "scenes": names} if finetuning else {}
 
 
 def _write_notes(group: list[ProbeResult], shared: Mapping[str, Any], has_paper: bool, has_spread: bool) -> list[str]:
