@@ -1,7 +1,6 @@
 """Pictures of feature maps: upscaling, and labelled panels with legends in one PNG. Images are [H, W, 3] in [0, 1]."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from pathlib import Path
 
@@ -19,21 +18,14 @@ GAP = 6
 """Pixels between pictures of a panel and around them."""
 LABEL_HEIGHT = 18
 """Height in pixels of the strip for a label."""
-BACKGROUND = (255, 255, 255)
-INK = (0, 0, 0)
 COLOUR_WORDS = "strongest three components as red, green, blue: like colours mean like features, also between columns"
 """Says what PCA pictures with one basis for a row show."""
 _FONT_SIZE = LABEL_HEIGHT - 6
 _SWATCH = 14
 _BAR_WIDTH = 160
 
-
-@dataclass(frozen=True)
-class LegendEntry:
-    """A strip of colours in [0, 1], one for a swatch and many for a bar, and what they mean."""
-
-    colours: Float[Tensor, "steps 3"]
-    text: str
+LegendEntry = tuple[Float[Tensor, "steps 3"], str]
+"""A strip of colours in [0, 1], one for a swatch and many for a bar, and what they mean."""
 
 
 def draw_pca(
@@ -69,7 +61,7 @@ def compose_panel(
     lefts = [*accumulate((width + GAP for width in widths), initial=GAP)]
     top = GAP + (LABEL_HEIGHT if column_labels else 0)
     total_height = top + sum(height + GAP + row_strip for height in heights)
-    panel = Image.new("RGB", (lefts[-1], total_height), BACKGROUND)
+    panel = Image.new("RGB", (lefts[-1], total_height), "white")
     draw = ImageDraw.Draw(panel)
     for label, left, width in zip(column_labels, lefts, widths, strict=False):
         _write(draw, label, left, GAP, width)
@@ -88,8 +80,8 @@ def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.I
     if not entries:
         return panel
     font, measure = ImageFont.load_default(size=_FONT_SIZE), ImageDraw.Draw(panel)
-    strip_widths = [_SWATCH if len(entry.colours) == 1 else _BAR_WIDTH for entry in entries]
-    lengths = [int(measure.textlength(entry.text, font=font)) for entry in entries]
+    strip_widths = [_SWATCH if len(colours) == 1 else _BAR_WIDTH for colours, _ in entries]
+    lengths = [int(measure.textlength(text, font=font)) for _, text in entries]
     widths = [width + 5 + length + 14 for width, length in zip(strip_widths, lengths, strict=True)]
     total_width = max(panel.width, *(width + 2 * GAP for width in widths))
     places, x, line = [], GAP, 0
@@ -98,15 +90,15 @@ def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.I
             x, line = GAP, line + 1
         places.append((x, panel.height + line * LABEL_HEIGHT))
         x += width
-    whole = Image.new("RGB", (total_width, panel.height + (line + 1) * LABEL_HEIGHT + GAP), BACKGROUND)
+    whole = Image.new("RGB", (total_width, panel.height + (line + 1) * LABEL_HEIGHT + GAP), "white")
     whole.paste(panel, (0, 0))
     draw = ImageDraw.Draw(whole)
-    for entry, (left, top), width in zip(entries, places, strip_widths, strict=True):
-        steps = torch.from_numpy(np.linspace(0, len(entry.colours) - 1, width).round().astype(np.int64))
-        strip = to_pixels(entry.colours[steps][None].expand(_SWATCH, width, 3))
+    for (colours, text), (left, top), width in zip(entries, places, strip_widths, strict=True):
+        steps = torch.from_numpy(np.linspace(0, len(colours) - 1, width).round().astype(np.int64))
+        strip = to_pixels(colours[steps][None].expand(_SWATCH, width, 3))
         whole.paste(Image.fromarray(strip), (left, top + 1))
         draw.rectangle((left, top + 1, left + width - 1, top + _SWATCH), outline=(90, 90, 90))
-        draw.text((left + width + 5, top + 1), entry.text, fill=INK, font=font)
+        draw.text((left + width + 5, top + 1), text, fill="black", font=font)
     return whole
 
 
@@ -121,7 +113,7 @@ def draw_words(text: str, size: tuple[int, int]) -> Float[Tensor, "height width 
     """A grey picture of (height, width) that says something, where there is nothing to show yet."""
     picture = Image.new("RGB", (size[1], size[0]), (90, 90, 90))
     font = ImageFont.load_default(size=max(min(size[1] // 16, 28), 8))
-    ImageDraw.Draw(picture).text((size[1] / 2, size[0] / 2), text, fill=BACKGROUND, font=font, anchor="mm")
+    ImageDraw.Draw(picture).text((size[1] / 2, size[0] / 2), text, fill="white", font=font, anchor="mm")
     return torch.from_numpy(np.array(picture)).float() / 255.0
 
 
@@ -135,4 +127,4 @@ def _write(draw: ImageDraw.ImageDraw, label: str, left: int, y: int, width: int)
     font = ImageFont.load_default(size=_FONT_SIZE)
     while label and draw.textlength(label, font=font) > width:
         label = label[:-2] + "…" if len(label) > 2 else ""
-    draw.text((left, y + 1), label, fill=INK, font=font)
+    draw.text((left, y + 1), label, fill="black", font=font)

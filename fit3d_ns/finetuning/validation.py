@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fit3d_ns.analysis.consistency import ConsistencyConfig, compute_consistency, create_pairs, pool_consistency
 from fit3d_ns.analysis.pca import fit_pca, map_to_colours
-from fit3d_ns.analysis.pictures import COLOUR_WORDS, LegendEntry, append_legend, compose_panel, draw_pca, save_picture
+from fit3d_ns.analysis.pictures import COLOUR_WORDS, append_legend, compose_panel, draw_pca, save_picture
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.draws import AugmentationConfig, Draw, Sample
 from fit3d_ns.finetuning.losses import compute_l1_sum
@@ -163,7 +163,7 @@ def save_comparison(validation: Validation, original: ComputeTokens, finetuned: 
         pictures = [draw_pca(tokens, basis, (image.shape[0], image.shape[1])) for tokens in row]
         rows.append([image, *pictures, map_to_colours(lifted, basis, alphas).cpu()])
     panel = compose_panel(rows, ["photograph", "original", "fine-tuned", "lifted"], [one.name for one in samples])
-    save_picture(append_legend(panel, [LegendEntry(torch.eye(3), COLOUR_WORDS)]), path)
+    save_picture(append_legend(panel, [(torch.eye(3), COLOUR_WORDS)]), path)
 
 
 def format_consistency(original: dict[str, Any], finetuned: dict[str, Any]) -> str:

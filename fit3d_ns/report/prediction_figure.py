@@ -182,9 +182,9 @@ def _draw_labels(names: Sequence[str], truths: list[Tensor], predictions: list[l
     pictures = [[palette[labelled.long().clamp(max=len(names))] for labelled in row] for row in maps]
     accuracy = [[compute_accuracy(one, truth) for one in own] for own, truth in zip(predictions, truths, strict=True)]
     seen = {int(value) for row in maps for labelled in row for value in labelled.unique()}
-    legend = [LegendEntry(palette[[index]], names[index]) for index in sorted(seen - {IGNORED})]
+    legend = [(palette[[index]], names[index]) for index in sorted(seen - {IGNORED})]
     if IGNORED in seen:
-        legend.append(LegendEntry(palette[[-1]], "does not count"))
+        legend.append((palette[[-1]], "does not count"))
     return pictures, accuracy, [""] * len(truths), legend
 
 
@@ -203,8 +203,8 @@ def _draw_depth(truths: list[Tensor], predictions: list[list[Tensor]]) -> _Drawn
     rmse = [[float(error[where].square().mean().sqrt()) for error, where in row] for row in errors]
     steps = torch.linspace(0.0, 1.0, 160)
     legend = [
-        LegendEntry(colour_values(steps, 0.0, 1.0, _DEPTH_MAP), "depth, near to far of each row; black: not measured"),
-        LegendEntry(colour_values(steps, 0.0, 1.0, _ERROR_MAP), f"error, 0 to {largest:.2f} m; grey: not measured"),
+        (colour_values(steps, 0.0, 1.0, _DEPTH_MAP), "depth, near to far of each row; black: not measured"),
+        (colour_values(steps, 0.0, 1.0, _ERROR_MAP), f"error, 0 to {largest:.2f} m; grey: not measured"),
     ]
     return pictures, rmse, notes, legend
 

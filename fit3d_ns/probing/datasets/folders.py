@@ -25,12 +25,8 @@ def read_folder(
     units per metre (None: 1000); from `max_depth` metres on depth does not count (None: 10, as of hand-held sensors).
     """
     images = root / "images"
-    if not images.is_dir():
-        raise ValueError(f"{root} has no folder images/; a labelled folder has images/, labels/ or depths/.")
     has_splits = (images / "train").is_dir() or (images / "test").is_dir()
     top = images / split if has_splits else images
-    if not top.is_dir():
-        raise ValueError(f"{root} has no images/{split}/ next to its other split; add it or give another folder.")
     paths = list_images(top)
     if not paths:
         raise ValueError(f"{top} holds no images (jpg, png, bmp, webp); the {split} split is empty.")
