@@ -39,20 +39,14 @@ SUPPORTED = {"nerfstudio": ">=1.1.5,<1.2", "gsplat": kernels.SUPPORTED, "timm": 
 """The versions of each package that the plugin is tried with."""
 
 
-def check_versions() -> None:
+def check_versions(supported: dict[str, str]) -> None:
     """Warns of each package that is too old or too new; a wrong guess must not stop `ns-train`."""
-    for package, versions in SUPPORTED.items():
-        if problem := describe_problem(package, versions):
-            warnings.warn(problem, stacklevel=2)
-
-
-def describe_problem(package: str, versions: str) -> str | None:
-    """What is wrong with the installed version of a package, or None."""
-    installed = kernels.find_version(package)
-    if installed is not None and installed in SpecifierSet(versions):
-        return None
-    found = "which is not installed" if installed is None else f"found {installed}; expect differences"
-    return f"fit3d_ns is tried with {package}{versions}, {found}; see the README's install section."
+    for package, versions in supported.items():
+        installed = kernels.find_version(package)
+        if installed is None or installed not in SpecifierSet(versions):
+            found = "which is not installed" if installed is None else f"found {installed}; expect differences"
+            said = f"fit3d_ns is tried with {package}{versions}, {found}; see the README's install section."
+            warnings.warn(said, stacklevel=2)
 
 
 def is_listed_by_ns_train() -> bool:
@@ -86,7 +80,7 @@ def _create_config(
     )
 
 
-check_versions()
+check_versions(SUPPORTED)
 
 fit3d_features = MethodSpecification(
     config=_create_config(

@@ -63,8 +63,6 @@ class FeatureSplatfactoModel(SplatfactoModel):
         Model.populate_modules(self)
         # A collider clips rays; a splatting model has none.
         self.collider = None
-        if self.config.refine_every is None:
-            raise ValueError("Step counts are open; `FeatureTrainerConfig.resolve` fills them before set-up.")
         self.gauss_params = torch.nn.ParameterDict(self._create_gaussians())
         self.feature_branch = FeatureBranch(self.config, self.kwargs["metadata"])
         self.camera_optimizer = self.config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")

@@ -17,7 +17,7 @@ def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> Def
 
     After an opacity reset, refinement pauses for about one epoch of the `num_views` training views, if asked for.
     """
-    assert config.refine_every is not None and config.reset_alpha_every is not None
+    assert config.refine_every is not None and config.reset_alpha_every is not None, "resolve_steps fills step counts"
     if config.strategy == "mcmc":
         return PortableMCMCStrategy(
             cap_max=config.mcmc_cap,
