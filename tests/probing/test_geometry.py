@@ -2,6 +2,7 @@
 
 import colorsys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,13 +186,19 @@ def test_colour_changes__keep_sizes_and_average_out() -> None:
     generator = np.random.default_rng(0)
     changed = np.stack([distort_colours(image, generator) for _ in range(200)])
     assert changed.dtype == np.uint8 and 90 < changed.mean() < 110 and changed.std() > 5
-    same = shift_colours(image, (1.0, 1.0), generator, 1.0, (1.0, 1.0), (1.0, 1.0))
-    np.testing.assert_array_equal(same, image)
-    assert np.array_equal(shift_colours(image, (0.5, 0.5), generator, probability=0.0), image)
-    half = shift_colours(image, (0.5, 0.5), generator, 1.0, (1.0, 1.0), (1.0, 1.0))
-    np.testing.assert_allclose(half[0, 0], [60, 50, 40], atol=1)
+
+
+def test_shift_colours__by_hand() -> None:
+    """Whether at all; gamma, brightness, and a factor for each channel."""
+    image = np.full((6, 6, 3), (120, 100, 80), dtype=np.uint8)
+    brightness = (0.5, 1.5)
+    assert np.array_equal(shift_colours(image, brightness, ScriptedDraws([], [0.49, 1.0, 1.0, 1.0])), image)
+    assert np.array_equal(shift_colours(image, brightness, ScriptedDraws([], [0.5])), image)
+    half = shift_colours(image, brightness, ScriptedDraws([], [0.0, 1.0, 0.5, 1.1]))
+    np.testing.assert_allclose(half[0, 0], [66, 55, 44], atol=1)
     # The public code raises 0..255 to the gamma: 127 ** 0.9 is 78, not 136.
-    dark = shift_colours(np.full((2, 2, 3), 127, np.uint8), (1.0, 1.0), generator, 1.0, (0.9, 0.9), (1.0, 1.0))
+    grey = np.full((2, 2, 3), 127, np.uint8)
+    dark = shift_colours(grey, brightness, ScriptedDraws([], [0.0, 0.9, 1.0, 1.0]))
     assert abs(int(dark[0, 0, 0]) - round(127**0.9)) <= 1
 
 
@@ -208,10 +215,13 @@ class ScriptedDraws(np.random.Generator):
         assert low <= value < high
         return value
 
-    def uniform(self, low: float, high: float) -> float:  # type: ignore[override]
+    def uniform(self, low: float, high: float, size: int | None = None) -> Any:  # type: ignore[override]
         value = next(self._uniforms)
         assert low <= value <= high
-        return value
+        return value if size is None else np.full(size, value)
+
+    def random(self) -> float:  # type: ignore[override]
+        return next(self._uniforms)
 
 
 @pytest.mark.parametrize(
