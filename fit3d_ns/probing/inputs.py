@@ -156,17 +156,13 @@ def average_windows(
 
 
 def draw_varied_window(
-    labels: UInt8[np.ndarray, "height width"],
-    side: int,
-    max_share: float,
-    generator: np.random.Generator,
-    num_tries: int = 10,
+    labels: UInt8[np.ndarray, "height width"], side: int, max_share: float, generator: np.random.Generator
 ) -> Window:
-    """A random window in which no class has `max_share` of the labelled pixels or more, if a few tries find one.
+    """A random window in which no class has `max_share` of the labelled pixels or more, if eleven tries find one.
 
     mmsegmentation's `RandomCrop` with `cat_max_ratio`: windows of a single class are drawn again, too.
     """
-    for _ in range(num_tries + 1):
+    for _ in range(11):
         window = pictures.draw_window(labels.shape[0], labels.shape[1], (side, side), generator)
         counts = np.bincount(labels[window.slices].reshape(-1), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
         if np.count_nonzero(counts) > 1 and counts.max() < max_share * counts.sum():

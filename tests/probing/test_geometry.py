@@ -168,9 +168,10 @@ def test_draw_varied_window__avoids_dominating_classes() -> None:
     generator = np.random.default_rng(0)
     shares = []
     for _ in range(50):
-        window = draw_varied_window(labels, 8, 0.75, generator, num_tries=50)
+        window = draw_varied_window(labels, 8, 0.75, generator)
         shares.append((labels[window.slices] == 0).mean())
-    assert max(shares) < 0.75
+    # Two of thirteen windows are varied enough: eleven tries find one of them in five cases of six.
+    assert 0.7 < np.mean(np.array(shares) < 0.75) < 1.0
 
 
 def test_rotate__a_full_turn_and_a_quarter_turn() -> None:
