@@ -15,18 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fit3d_ns.data.frames import (
-    FRAMES_PER_TEST_FRAME,
-    CaptureFiles,
-    Frame,
-    PointCloud,
-    check_camera_to_world,
-    choose_splits,
-    count_splits,
-    create_lens,
-    create_points,
-    resolve_inside,
-)
+from fit3d_ns.data import frames
+from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud
 from fit3d_ns.data.images import list_images
 from fit3d_ns.geometry.cameras import Lens, camera_to_worlds_from_viewmats
 from fit3d_ns.utils.errors import first_line
@@ -62,25 +52,25 @@ def read_colmap(path: Path) -> CaptureFiles:
         raise ValueError(f"The COLMAP model {model} has no registered images; reconstruct the capture again.")
     cameras = reconstruction.cameras.items()
     lenses = {number: _read_lens(camera, f"Camera {number} of {model}") for number, camera in cameras}
-    frames = []
-    for image, split in zip(images, choose_splits([image.name for image in images]), strict=True):
+    posed = []
+    for image, split in zip(images, frames.choose_splits([image.name for image in images]), strict=True):
         source = f"Image {image.name} of {model}"
         frame = Frame(
-            image_path=resolve_inside(photographs, image.name, source),
+            image_path=frames.resolve_inside(photographs, image.name, source),
             lens=lenses[image.camera_id],
             camera_to_world=_read_pose(image, source),
             split=split,
             mask_path=_find_mask(root / "masks", image.name),
         )
-        frames.append(frame)
+        posed.append(frame)
     return CaptureFiles(
         root=root,
         layout="colmap",
         description=(
-            f"COLMAP model {model}: {count_splits(frames)} (every {FRAMES_PER_TEST_FRAME}th is test), "
+            f"COLMAP model {model}: {frames.count_splits(posed)} (every {frames.FRAMES_PER_TEST_FRAME}th is test), "
             f"{len(points.xyz) if points else 'no'} points{_describe_left_out(root, images, read[1:])}."
         ),
-        frames=frames,
+        frames=posed,
         points=points,
         scene_id=root.absolute().name,
         colmap_to_world=torch.eye(4)[:3],
@@ -93,7 +83,7 @@ def read_colmap_points(folder: Path) -> PointCloud | None:
     if path is None:
         return None
     xyz, rgb = _parse_binary_points(path) if path.suffix == ".bin" else _parse_text_points(path)
-    return create_points(xyz, rgb, path)
+    return frames.create_points(xyz, rgb, path)
 
 
 def write_colmap_points(points: PointCloud, path: Path) -> None:
@@ -160,7 +150,7 @@ def _read_lens(camera: Any, source: str) -> Lens:
     cx, cy, *distortion = camera.params[num_focal:]
     intrinsics = camera.params[0], camera.params[num_focal - 1], cx, cy
     size = float(camera.width), float(camera.height)
-    return create_lens(intrinsics, size, distortion, model.endswith("FISHEYE"), source)
+    return frames.create_lens(intrinsics, size, distortion, model.endswith("FISHEYE"), source)
 
 
 def _read_pose(image: Any, source: str) -> torch.Tensor:
@@ -168,7 +158,7 @@ def _read_pose(image: Any, source: str) -> torch.Tensor:
     pose = image.cam_from_world() if callable(image.cam_from_world) else image.cam_from_world
     viewmat = torch.eye(4, dtype=torch.float64)
     viewmat[:3] = torch.from_numpy(np.asarray(pose.matrix(), dtype=np.float64)[:3])
-    return check_camera_to_world(camera_to_worlds_from_viewmats(viewmat).numpy(), source)
+    return frames.check_camera_to_world(camera_to_worlds_from_viewmats(viewmat).numpy(), source)
 
 
 def _find_mask(folder: Path, name: str) -> Path | None:

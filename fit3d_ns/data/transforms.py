@@ -18,19 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fit3d_ns.data import frames
 from fit3d_ns.data.colmap import read_colmap_points
-from fit3d_ns.data.frames import (
-    FRAMES_PER_TEST_FRAME,
-    CaptureFiles,
-    Frame,
-    PointCloud,
-    Split,
-    check_camera_to_world,
-    choose_splits,
-    count_splits,
-    create_lens,
-    resolve_inside,
-)
+from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud, Split
 from fit3d_ns.data.ply import read_ply_points
 from fit3d_ns.geometry.cameras import Lens
 from fit3d_ns.utils.files import read_json
@@ -57,18 +47,18 @@ def read_transforms(path: Path) -> CaptureFiles:
     entries = list_entries(meta, transforms, "frames")
     names = [entry["file_path"] for entry in entries]
     splits, how = _read_splits(meta, names, transforms)
-    frames: list[Frame] = []
+    listed: list[Frame] = []
     for name, entry, split in zip(names, entries, splits, strict=True):
         if split is None:
             continue
-        frames.append(_read_frame(root, meta, entry, split, f"Frame {name} in {transforms}"))
+        listed.append(_read_frame(root, meta, entry, split, f"Frame {name} in {transforms}"))
     colmap_to_world = _read_colmap_to_world(root, meta, transforms)
     points, origin = _read_points(root, meta, colmap_to_world, transforms)
     return CaptureFiles(
         root=path,
         layout="nerfstudio",
-        description=f"nerfstudio capture {transforms}: {count_splits(frames)} ({how}), {origin}.",
-        frames=frames,
+        description=f"nerfstudio capture {transforms}: {frames.count_splits(listed)} ({how}), {origin}.",
+        frames=listed,
         points=points,
         scene_id=root.absolute().name,
         colmap_to_world=colmap_to_world,
@@ -142,15 +132,16 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
             f"fisheye, {_RATIONAL_MODEL} if k4 to k6 are OpenCV's, else set it to 0."
         )
     distortion = [_parse_number(values, key, source) for key in _ORDERS[model]]
-    return create_lens((fx, fy, cx, cy), (width, height), distortion, model == _FISHEYE_MODEL, source)
+    return frames.create_lens((fx, fy, cx, cy), (width, height), distortion, model == _FISHEYE_MODEL, source)
 
 
 def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], split: Split, source: str) -> Frame:
-    frame = parse_frame(entry, meta, resolve_inside(root, entry["file_path"], source), split, source)
+    frame = parse_frame(entry, meta, frames.resolve_inside(root, entry["file_path"], source), split, source)
     if frame.is_bad:
         return frame
     mask, depth = (
-        resolve_inside(root, entry[key], source) if entry.get(key) else None for key in ("mask_path", "depth_file_path")
+        frames.resolve_inside(root, entry[key], source) if entry.get(key) else None
+        for key in ("mask_path", "depth_file_path")
     )
     return replace(frame, mask_path=mask, depth_path=depth)
 
@@ -159,8 +150,8 @@ def _read_splits(meta: Mapping[str, Any], names: list[str], transforms: Path) ->
     """Split of each frame, None for those to leave out, and a word on where the splits come from."""
     lists = {split: meta[f"{split}_filenames"] for split in ("train", "val", "test") if f"{split}_filenames" in meta}
     if not lists:
-        chosen: list[Split | None] = list(choose_splits(names))
-        return chosen, f"every {FRAMES_PER_TEST_FRAME}th is test"
+        chosen: list[Split | None] = list(frames.choose_splits(names))
+        return chosen, f"every {frames.FRAMES_PER_TEST_FRAME}th is test"
     # Names are compared as paths: "./images/a.png" and "images/a.png" are one file.
     positions = {Path(name): index for index, name in enumerate(names)}
     splits: list[Split | None] = [None] * len(names)
@@ -186,7 +177,7 @@ def _read_points(
     """The seed points, and for the description where they come from."""
     if meta.get("ply_file_path"):
         origin = meta["ply_file_path"]
-        points = read_ply_points(resolve_inside(root, origin, str(transforms)))
+        points = read_ply_points(frames.resolve_inside(root, origin, str(transforms)))
     else:
         origin = _COLMAP_FOLDER
         points = read_colmap_points(root / origin)
@@ -217,7 +208,7 @@ def _parse_camera_to_world(entry: Mapping[str, Any], source: str) -> Float[Tenso
         raise ValueError(f"{source} has a transform_matrix that is not a 4x4 matrix of numbers; correct it.") from error
     if matrix.shape not in ((4, 4), (3, 4)):
         raise ValueError(f"{source} has a transform_matrix of shape {matrix.shape}; expected 4x4 or 3x4.")
-    return check_camera_to_world(matrix[:3], source)
+    return frames.check_camera_to_world(matrix[:3], source)
 
 
 def _parse_number(entry: Mapping[str, Any], key: str, source: str) -> float:

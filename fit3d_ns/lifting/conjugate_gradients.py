@@ -23,13 +23,7 @@ class ConjugateGradients:
     additions and fast exponentials, is not exact to the bit and the running residual drifts away from the truth.
     """
 
-    def __init__(
-        self,
-        blender: ViewBlender,
-        passes: ViewPasses,
-        weighted_sum: Features,
-        sums: tuple[str, str] = ("numerator", "denominator"),
-    ):
+    def __init__(self, blender: ViewBlender, passes: ViewPasses, weighted_sum: Features, sums: tuple[str, str]):
         """Takes f0, and b and d from the passes' state by their names `sums`."""
         self.blender = blender
         self.passes = passes

@@ -47,12 +47,7 @@ class FeatureLoss:
     """The loss for images and token grids of one size."""
 
     def __init__(
-        self,
-        width: int,
-        height: int,
-        patch_grid: tuple[int, int],
-        config: FeatureLossConfig,
-        device: torch.device | str = "cpu",
+        self, width: int, height: int, patch_grid: tuple[int, int], config: FeatureLossConfig, device: torch.device
     ):
         self.config = config
         self.size = (height, width)

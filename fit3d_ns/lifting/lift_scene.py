@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis
-from fit3d_ns.features import BackboneDescription, FeatureCache, compute_feature_key, create_extractor
+from fit3d_ns.features import BackboneDescription, FeatureCache, compute_feature_key, create_extractor, extract_features
 from fit3d_ns.lifting.blending import choose_cache_mb, prepare_views
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
 from fit3d_ns.lifting.passes import Progress, list_decisive
 from fit3d_ns.lifting.solver import LIFT_PRODUCTS, LiftResult, solve_features
 from fit3d_ns.lifting.sources import LiftSource, compare_with_photographs, warn_of_poor_fit
-from fit3d_ns.lifting.views import LiftView, choose_views, fit_picture_basis, load_views
-from fit3d_ns.scene import FeatureScene, Gaussians, View, load_scene
+from fit3d_ns.lifting.views import LiftView, choose_views, create_lift_views, fit_picture_basis
+from fit3d_ns.scene import FeatureScene, Gaussians, PosedCapture, View, load_scene
 from fit3d_ns.scene.posed_capture import record_capture
 from fit3d_ns.scene.scene_file import TRAINING_SECONDS
 from fit3d_ns.utils.files import hash_bytes, hash_file
@@ -51,6 +52,13 @@ class LiftSetup:
     @property
     def backbone(self) -> BackboneDescription:
         return self.cache.description
+
+    def load_views(self, capture: PosedCapture, views: Sequence[View]) -> list[LiftView]:
+        """Fills the cache with the tokens of `views`, where they are missing, and returns the views of a lift."""
+        images = [partial(capture.load_image, view) for view in views]
+        keys = extract_features(images, self.cache, device=self.device, batch_size=self.options.feature_batch_size)
+        by_name = {view.name: key for view, key in zip(views, keys, strict=True)}
+        return create_lift_views(capture, views, lambda view: self.cache.load(by_name[view.name]))
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def lift_scene(
         fit = compare_with_photographs(source, device)
     warn_of_poor_fit(source, fit)
     with timer.phase("tokens"):
-        views = load_views(source.capture, [*taught, *measured], setup.cache, options, device)
+        views = setup.load_views(source.capture, [*taught, *measured])
     lifted, held_out = views[: len(taught)], views[len(taught) :]
     is_resumed = state_path is not None and state_path.is_file()
     if is_resumed:
@@ -233,7 +241,7 @@ def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:
     key = compute_feature_key(image)
     read_seconds = time.perf_counter() - start
     is_cached = cache.contains(key)
-    views = load_views(source.capture, [sample], cache, setup.options, device)
+    views = setup.load_views(source.capture, [sample])
     backbone_seconds = 0.0
     if not is_cached:
         # The first pass of a backbone also reads its weights: the second is timed, on tokens that are thrown away.

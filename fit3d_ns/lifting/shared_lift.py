@@ -27,7 +27,7 @@ from fit3d_ns.lifting.lift_scene import (
     measure_held_out,
 )
 from fit3d_ns.lifting.sources import LiftSource
-from fit3d_ns.lifting.views import MAX_PICTURE_TOKENS, choose_views, load_views, sample_tokens
+from fit3d_ns.lifting.views import MAX_PICTURE_TOKENS, choose_views, sample_tokens
 from fit3d_ns.scene import FeatureDecoder, FeatureScene, load_scene, save_scene
 from fit3d_ns.utils.files import hash_bytes, remove
 from fit3d_ns.utils.progress import notice
@@ -139,7 +139,7 @@ class _SharedLift:
         if _read(task.get_path("token-sums"), {"own": own}):
             return
         taught, device = choose_views(source.capture, setup.options.views)[0], torch.device(setup.device)
-        views = load_views(source.capture, taught, setup.cache, setup.options, device)
+        views = setup.load_views(source.capture, taught)
         sums = PcaAccumulator(setup.backbone.embed_dim, device)
         for view in views:
             add_view_tokens(sums, view.read_tokens(device), view.read_mask(device))
@@ -182,7 +182,7 @@ class _SharedLift:
             return
         scene = replace(load_scene(task.output_path), decoder=self.decoder)
         _, held_out = choose_views(scene.posed_capture, setup.options.views)
-        views = load_views(scene.posed_capture, held_out, setup.cache, setup.options, setup.device)
+        views = setup.load_views(scene.posed_capture, held_out)
         measured = measure_held_out(scene, views, self.basis.mean, setup.device)
         # The baseline's metrics stay those of the scene's own mean token.
         metrics = {name: value for name, value in measured.items() if not name.endswith("_mean_token")}

@@ -151,7 +151,32 @@ class _Lift:
         with self.timer.phase("polish"):
             if self.config.polish_steps > 0:
                 features = self._polish(features, decoder)
-        return self._assemble(features, decoder, basis, statistics, is_valid)
+
+        def scatter(values: Tensor) -> Tensor:
+            if len(values) == len(is_valid):
+                return values
+            full = values.new_zeros(len(is_valid), *values.shape[1:])
+            full[is_valid] = values
+            return full
+
+        mean_energy = compute_weighted_sum(tensors["numerator"], tensors["denominator"]).square().sum(dim=-1)
+        energy = tensors["energy"] / tensors["denominator"].clamp(min=1e-12)
+        variance = ((energy - mean_energy) / self.config.feature_dim).clamp(min=0.0)
+        return LiftResult(
+            features=scatter(features),
+            decoder=decoder,
+            basis=basis,
+            config=self.config,
+            blend_weight=scatter(tensors["blend_weight"]),
+            num_views=scatter(tensors["num_views"]),
+            feature_variance=scatter(torch.where(tensors["denominator"] > 0, variance, 0.0)),
+            is_valid=is_valid,
+            num_passes=sum(name != "basis" for name in self.passes.state.finished),
+            residuals=list(self.passes.state.residuals),
+            seconds=self.timer.seconds,
+            pass_seconds=self.passes.timer.seconds,
+            decoder_statistics=statistics,
+        )
 
     def _fit_basis(self) -> PcaBasis:
         tensors, views = self._tensors, self.blender.views
@@ -281,39 +306,3 @@ class _Lift:
             schedule.step()
         decoder.requires_grad_(False)
         return features.detach()
-
-    def _assemble(
-        self,
-        features: Features,
-        decoder: FeatureDecoder,
-        basis: PcaBasis,
-        statistics: DecoderStatistics,
-        is_valid: Bool[Tensor, " num_all"],
-    ) -> LiftResult:
-        tensors = self._tensors
-
-        def scatter(values: Tensor) -> Tensor:
-            if len(values) == len(is_valid):
-                return values
-            full = values.new_zeros(len(is_valid), *values.shape[1:])
-            full[is_valid] = values
-            return full
-
-        mean_energy = compute_weighted_sum(tensors["numerator"], tensors["denominator"]).square().sum(dim=-1)
-        energy = tensors["energy"] / tensors["denominator"].clamp(min=1e-12)
-        variance = ((energy - mean_energy) / self.config.feature_dim).clamp(min=0.0)
-        return LiftResult(
-            features=scatter(features),
-            decoder=decoder,
-            basis=basis,
-            config=self.config,
-            blend_weight=scatter(tensors["blend_weight"]),
-            num_views=scatter(tensors["num_views"]),
-            feature_variance=scatter(torch.where(tensors["denominator"] > 0, variance, 0.0)),
-            is_valid=is_valid,
-            num_passes=sum(name != "basis" for name in self.passes.state.finished),
-            residuals=list(self.passes.state.residuals),
-            seconds=self.timer.seconds,
-            pass_seconds=self.passes.timer.seconds,
-            decoder_statistics=statistics,
-        )

@@ -12,9 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaBasis, fit_pca
-from fit3d_ns.features import FeatureCache, extract_features
 from fit3d_ns.geometry.cameras import Camera
-from fit3d_ns.lifting.config import LiftSceneConfig
 from fit3d_ns.scene import PosedCapture, View
 from fit3d_ns.utils.selection import select_evenly
 
@@ -77,20 +75,6 @@ def choose_views(capture: PosedCapture, num_views: int | None) -> tuple[list[Vie
     names = {view.name for view in lifted}
     left_out = [view for view in train if view.name not in names]
     return lifted, capture.select("test") or capture.select("val") or left_out
-
-
-def load_views(
-    capture: PosedCapture,
-    views: Sequence[View],
-    cache: FeatureCache,
-    options: LiftSceneConfig,
-    device: torch.device | str,
-) -> list[LiftView]:
-    """Fills the cache with the tokens of `views`, where they are missing, and returns the views of a lift."""
-    images = [partial(capture.load_image, view) for view in views]
-    keys = extract_features(images, cache, device=device, batch_size=options.feature_batch_size)
-    by_name = {view.name: key for view, key in zip(views, keys, strict=True)}
-    return create_lift_views(capture, views, lambda view: cache.load(by_name[view.name]))
 
 
 def fit_picture_basis(views: Sequence[LiftView]) -> PcaBasis:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fit3d_ns.geometry.cameras import Camera, viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization import RasterizeMode, project, rasterization
+from fit3d_ns.utils.tensor_files import count_bytes
 
 # torch's uint16 lacks arithmetic, so counts are int32 in memory and uint16 in the file.
 STORED_DTYPES = {
@@ -150,8 +151,7 @@ class Gaussians:
     @property
     def bytes_per_gaussian(self) -> float:
         """Bytes of all tensors per Gaussian, in their present types."""
-        total = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-        return total / max(self.num_gaussians, 1)
+        return count_bytes(*self.tensors().values()) / max(self.num_gaussians, 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by field name; `sh_rest` only if there is one."""

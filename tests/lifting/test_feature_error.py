@@ -42,7 +42,9 @@ def compute_by_full_maps(rendered, size, aware):
 @pytest.mark.parametrize("multiple, size", [(1, GRID), (2, (6, 10)), (0, (HEIGHT, WIDTH))])
 def test_feature_loss__equals_resized_full_maps(rendered, multiple, size, aware):
     features_low, alphas, tokens, mask, decoder = rendered
-    loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=multiple, alpha_weighting=aware))
+    loss = FeatureLoss(
+        WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=multiple, alpha_weighting=aware), torch.device("cpu")
+    )
     expected = compute_by_full_maps(rendered, size, aware)
     assert float(loss.compute(features_low, alphas, decoder, tokens, mask)) == pytest.approx(expected, rel=1e-4)
 
@@ -51,12 +53,12 @@ def test_feature_loss__features_at_its_pixels_suffice(rendered):
     features_low, alphas, tokens, mask, decoder = rendered
     # Patches of more than four pixels, of which four in each direction are read.
     tokens = tokens[:2, :3]
-    loss = FeatureLoss(WIDTH, HEIGHT, (2, 3), FeatureLossConfig(multiple=1))
+    loss = FeatureLoss(WIDTH, HEIGHT, (2, 3), FeatureLossConfig(multiple=1), torch.device("cpu"))
     rows, columns = loss.reader.pixels.unbind(dim=1)
     assert len(rows) < WIDTH * HEIGHT
     at_pixels = loss.compute(features_low[rows, columns], alphas, decoder, tokens, mask)
     torch.testing.assert_close(at_pixels, loss.compute(features_low, alphas, decoder, tokens, mask))
-    assert FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=0)).reader is None
+    assert FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=0), torch.device("cpu")).reader is None
 
 
 def test_feature_loss__no_gradient_through_alpha(rendered):
@@ -64,7 +66,7 @@ def test_feature_loss__no_gradient_through_alpha(rendered):
     features_low.requires_grad_(True)
     alphas.requires_grad_(True)
     for multiple in (0, 1):
-        loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=multiple))
+        loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=multiple), torch.device("cpu"))
         loss.compute(features_low, alphas, decoder, tokens, mask).backward()
     assert alphas.grad is None
     assert features_low.grad.any() and decoder.weight.grad.any() and decoder.bias.grad.any()
@@ -73,7 +75,7 @@ def test_feature_loss__no_gradient_through_alpha(rendered):
 def test_feature_loss__nothing_valid_is_zero_with_zero_gradients(rendered):
     features_low, alphas, tokens, mask, decoder = rendered
     features_low.requires_grad_(True)
-    loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig())
+    loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(), torch.device("cpu"))
     value = loss.compute(features_low, alphas, decoder, tokens, torch.zeros_like(mask))
     value.backward()
     assert float(value.detach()) == 0.0 and not features_low.grad.any()

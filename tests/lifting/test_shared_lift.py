@@ -16,7 +16,7 @@ from fit3d_ns.lifting.ply_sources import read_ply_source
 from fit3d_ns.lifting.shared_lift import LiftTask, lift_together
 from fit3d_ns.lifting.solver import solve_features
 from fit3d_ns.lifting.sources import PlyConfig
-from fit3d_ns.lifting.views import choose_views, load_views
+from fit3d_ns.lifting.views import choose_views
 from fit3d_ns.scene import load_scene, save_scene
 from tests.lift_capture import BACKBONE, write_capture, write_gaussians
 
@@ -62,7 +62,8 @@ def test_lift_together__is_one_decoder_of_all_statistics_on_one_basis(tasks, cac
     reported = []
     scenes = lift(tasks, cache, on_scene=lambda scene, path: reported.append((scene.metrics["feature_l1"], path)))
     statistics, sources = [], [task.read() for task in tasks]
-    views = [load_views(s.capture, choose_views(s.capture, None)[0], cache, OPTIONS, "cpu") for s in sources]
+    setup = LiftSetup(cache, CONFIG, OPTIONS)
+    views = [setup.load_views(s.capture, choose_views(s.capture, None)[0]) for s in sources]
     sums = PcaAccumulator(192)
     for view in [view for lifted in views for view in lifted]:
         sums.add(view.read_tokens(torch.device("cpu")))

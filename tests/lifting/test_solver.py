@@ -189,7 +189,7 @@ def test_solve_features__last_residual_is_a_true_one(gaussians, views):
 
 def test_solve_features__polish_lowers_the_l1_it_descends(gaussians, views):
     config = LiftConfig(feature_dim=3, max_passes=10, polish_learning_rate=0.05)
-    loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=1, token_reading="area"))
+    loss = FeatureLoss(WIDTH, HEIGHT, GRID, FeatureLossConfig(multiple=1, token_reading="area"), torch.device("cpu"))
     losses = []
     for steps in (0, 60):
         result = solve_features(gaussians, views, replace(config, polish_steps=steps))

@@ -83,18 +83,6 @@ def store(typingctx, array, offset, lanes):
 
 
 @_vector_function
-def block_columns(typingctx):
-    """Column of each lane within its 4x4 block: 0 1 2 3 0 1 2 3 ..."""
-    return lanes_type(), lambda *_: ir.Constant(_FLOATS, [float(lane % BLOCK_SIZE) for lane in range(NUM_LANES)])
-
-
-@_vector_function
-def block_rows(typingctx):
-    """Row of each lane within its 4x4 block: 0 0 0 0 1 1 1 1 ..."""
-    return lanes_type(), lambda *_: ir.Constant(_FLOATS, [float(lane // BLOCK_SIZE) for lane in range(NUM_LANES)])
-
-
-@_vector_function
 def select(typingctx, mask, if_true, if_false):
     """Lane by lane one of two."""
     return lanes_type(mask_type, lanes_type, lanes_type), lambda _, builder, __, arguments: builder.select(*arguments)

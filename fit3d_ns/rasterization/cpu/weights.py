@@ -15,8 +15,6 @@ from fit3d_ns.rasterization.cpu.vectors import (
     BLOCK_SIZE,
     NUM_LANES,
     any_lane,
-    block_columns,
-    block_rows,
     broadcast,
     exponential,
     load,
@@ -34,6 +32,8 @@ UNROLL = 4
 
 _MAX_ALPHA, _MIN_ALPHA = np.float32(MAX_ALPHA), np.float32(MIN_ALPHA)
 _MIN_TRANSMITTANCE = np.float32(MIN_TRANSMITTANCE)
+_ROWS, _COLUMNS = np.divmod(np.arange(NUM_LANES, dtype=np.float32), np.float32(BLOCK_SIZE))
+"""Of each lane within its block."""
 
 
 class TileScratch(NamedTuple):
@@ -152,7 +152,7 @@ def weigh_block(block, params, lists, counts, open_lanes, hits, weights, alphas,
 def block_centres(block):
     """Columns and rows of the pixel centres of a block, from the tile's corner."""
     column, row = (block % BLOCKS_PER_SIDE) * BLOCK_SIZE, (block // BLOCKS_PER_SIDE) * BLOCK_SIZE
-    return block_columns() + np.float32(column + 0.5), block_rows() + np.float32(row + 0.5)
+    return load(_COLUMNS, 0) + np.float32(column + 0.5), load(_ROWS, 0) + np.float32(row + 0.5)
 
 
 @compiled
