@@ -306,7 +306,7 @@ def main(config: Config) -> None:
         counts = Counts(card, calls)
         works |= count_steps(counts, Path(folder))
         # At the paper's size one view is blended at a time.
-        with mock.patch("fit3d_ns.lifting.solver.choose_views_per_call", lambda *_: 1):
+        with mock.patch("fit3d_ns.lifting.blending.choose_views_per_call", lambda *_: 1):
             works |= count_lift(counts, Path(folder))
         for name in ("dinov2_small", "dinov2_base"):
             works |= count_backbone(counts, name)

@@ -16,13 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis
-from fit3d_ns.lifting.blending import (
-    ViewBlender,
-    backproject_targets,
-    choose_views_per_call,
-    compute_stride,
-    compute_weights,
-)
+from fit3d_ns.lifting import blending
+from fit3d_ns.lifting.blending import ViewBlender
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.lifting.conjugate_gradients import ConjugateGradients, Features, compute_weighted_sum
 from fit3d_ns.lifting.decoder_fit import DecoderStatistics, add_view_tokens, fit_decoder, fit_token_basis
@@ -99,7 +94,7 @@ def solve_features(
     config = config or LiftConfig()
     height, width, embed_dim = views[0].read_tokens(gaussians.means.device).shape
     config.check_width(embed_dim, backbone or "the backbone")
-    is_sampled = compute_stride(views[0].camera, (height, width), config.samples_per_patch) > 1
+    is_sampled = blending.compute_stride(views[0].camera, (height, width), config.samples_per_patch) > 1
     is_valid = gaussians.find_valid()
     if not bool(is_valid.any()):
         raise ValueError(f"None of the {len(gaussians)} Gaussians has finite numbers; there is nothing to lift onto.")
@@ -202,7 +197,7 @@ class _Lift:
         memory = zeros.new_empty(len(zeros), self.config.feature_dim + 1)
 
         def add(index: int) -> None:
-            found = backproject_targets(self.blender.prepare(index), basis, self.config, memory.zero_())
+            found = blending.backproject_targets(self.blender.prepare(index), basis, self.config, memory.zero_())
             numerator, denominator, weight = found
             tensors["numerator"] += numerator
             tensors["denominator"] += denominator
@@ -230,7 +225,7 @@ class _Lift:
             memory = weighted_sum.new_empty(len(weighted_sum), config.feature_dim + 1)
 
             def add(index: int) -> None:
-                found = backproject_targets(blender.prepare(index), basis, config, memory.zero_())
+                found = blending.backproject_targets(blender.prepare(index), basis, config, memory.zero_())
                 for name, part in zip(sums, found, strict=False):
                     self._tensors[name] += part
 
@@ -247,7 +242,7 @@ class _Lift:
         state, blender = self.passes.state, self.blender
         if "views_per_call" not in state.numbers:
             is_begun = state.current_pass == _SAMPLED_SUM or _SAMPLED_SUM in state.finished
-            chosen = choose_views_per_call(blender.gaussians, blender.views[0], self.config)
+            chosen = blending.choose_views_per_call(blender.gaussians, blender.views[0], self.config)
             state.numbers["views_per_call"] = 1 if is_begun else chosen
         return int(state.numbers["views_per_call"])
 
@@ -264,7 +259,7 @@ class _Lift:
             size = (width, height, view.patch_grid)
             reader = create_token_reader(*size, self.config.token_reading, device=self.device)
             features_low = reader.blend(features, view.info)[0]
-            maps = torch.stack([view.alphas, compute_weights(view, self.config)], dim=-1)
+            maps = torch.stack([view.alphas, blending.compute_weights(view, self.config)], dim=-1)
             alphas, weights = reader.read(reader.gather(maps)).unbind(dim=-1)
             sums = DecoderStatistics(tensors["regressors"], tensors["products"])
             sums.add(reader.read_neighbourhoods(features_low), alphas, view.tokens, weights)

@@ -262,7 +262,7 @@ def test_solve_features__several_views_a_call_are_the_same(gaussians, monkeypatc
     """Groups of three and two; also where the lift is interrupted after a group and goes on."""
     views, config = create_views(5), replace(EXACT, samples_per_patch=2, token_to_pixel=rule)
     expected = solve_features(gaussians, views, config)
-    monkeypatch.setattr("fit3d_ns.lifting.solver.choose_views_per_call", lambda *_: 3)
+    monkeypatch.setattr("fit3d_ns.lifting.blending.choose_views_per_call", lambda *_: 3)
 
     def stop_in(name: str, done: int, _: int) -> None:
         if name == "solve 2" and 0 < done < 5:
@@ -272,7 +272,7 @@ def test_solve_features__several_views_a_call_are_the_same(gaussians, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         solve_features(gaussians, views, config, state_path=state, progress=stop_in)
     # What was begun so goes on so, whatever would be chosen now.
-    monkeypatch.setattr("fit3d_ns.lifting.solver.choose_views_per_call", lambda *_: 1)
+    monkeypatch.setattr("fit3d_ns.lifting.blending.choose_views_per_call", lambda *_: 1)
     sizes = []
     prepare = blending.prepare_views
     monkeypatch.setattr(blending, "prepare_views", lambda *words: sizes.append(len(words[1])) or prepare(*words))
