@@ -252,8 +252,8 @@ def compute_data_hash(labelled_set: LabelledSet) -> str:
     return hash_bytes(*lines)
 
 
-def warn_about_depth_unit(labelled_set: LabelledSet) -> str | None:
-    """Prints, and returns, a warning if the median depth of a few frames looks as if it had another unit."""
+def warn_about_depth_unit(labelled_set: LabelledSet) -> None:
+    """Prints a warning if the median depth of a few frames looks as if it had another unit."""
     loaders = [frame.load_depth for frame in labelled_set.frames if frame.load_depth is not None]
     depths = [load() for load in select_evenly(loaders, 8)]
     measured = torch.cat([torch.zeros(0), *(depth[depth > 0][::17] for depth in depths)])
@@ -262,15 +262,11 @@ def warn_about_depth_unit(labelled_set: LabelledSet) -> str | None:
     median = float(measured.median())
     # Medians of real sets lie at a tenth to a half of the range (NYU 2.5 of 10 m, KITTI 15 of 80 m, ScanNet++ 2 of 20).
     high = labelled_set.depth.max_depth
-    if high / 100 <= median <= high:
-        return None
-    factor = min(_UNIT_FACTORS, key=lambda factor: abs(torch.tensor(median * factor / (high / 5)).log()))
-    sentence = (
-        f"Depth of {labelled_set.name} has a median of {median:.4g} m, outside {high / 100:.4g} to {high:.4g} m; "
-        f"it looks as if it had to be multiplied by {factor:.6g} (check --depth-scale and --max-depth)."
-    )
-    notice(sentence)
-    return sentence
+    if not high / 100 <= median <= high:
+        factor = min(_UNIT_FACTORS, key=lambda factor: abs(torch.tensor(median * factor / (high / 5)).log()))
+        found = f"a median of {median:.4g} m, outside {high / 100:.4g} to {high:.4g} m"
+        wanted = f"it looks as if it had to be multiplied by {factor:.6g} (check --depth-scale and --max-depth)"
+        notice(f"Depth of {labelled_set.name} has {found}; {wanted}.")
 
 
 _UNIT_FACTORS = (1000.0, 256.0, 100.0, 10.0, 5.0, 0.2, 0.1, 0.01, 1 / 256, 0.001, 1e-4, 1e-6)

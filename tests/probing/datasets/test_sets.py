@@ -136,11 +136,12 @@ def test_depth__eight_bit_files_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("scale", "factor"), [(1.0, "0.001"), (1000.0, None), (1e6, "1000")])
-def test_depth__a_wrong_unit_is_noticed_with_its_factor(folder: Path, scale: float, factor: str | None) -> None:
-    sentence = warn_about_depth_unit(read_labelled_set(folder, "train", "depth", LabelledOptions(depth_scale=scale)))
-    assert (sentence is None) == (factor is None)
-    if sentence is not None and factor is not None:
-        assert f"multiplied by {factor} " in sentence
+def test_depth__a_wrong_unit_is_noticed_with_its_factor(
+    folder: Path, scale: float, factor: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_about_depth_unit(read_labelled_set(folder, "train", "depth", LabelledOptions(depth_scale=scale)))
+    said = capsys.readouterr().err
+    assert said == "" if factor is None else f"multiplied by {factor} " in said
 
 
 def test_ade20k__counts_from_one_and_ignores_zero(tmp_path: Path) -> None:
