@@ -89,6 +89,9 @@ class ProbeCommand:
     """Patches of the training images that each patch asks; 30 by default."""
     memory_patches: int | None = None
     """Most patches that are asked, drawn at random of all; 1,024,000 by default."""
+    memory_views: int | None = None
+    """Only so many views of each scene, evenly spread, are asked, by all its others in --train and --test; metrics also
+    come by the angle between a view and the nearest of them."""
     data: Annotated[LabelledOptions, Heading("input")] = LabelledOptions()
     predictions: Annotated[Path | None, Heading("output")] = None
     """Folder for pictures of what the first seed's head predicts for some test frames (segmentation, depth)."""

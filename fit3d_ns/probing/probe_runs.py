@@ -22,7 +22,7 @@ from fit3d_ns.probing.keypoints import is_spair, measure_keypoints
 from fit3d_ns.probing.multiview import MultiviewConfig, ViewsConfig, load_views, measure_views
 from fit3d_ns.probing.normals import NormalsConfig, measure_dpt_normals, measure_normals
 from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs
-from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval
+from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval, split_views
 from fit3d_ns.probing.segmentation import DINOV3_SEGMENTATION, PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
 from fit3d_ns.utils.device import DeviceChoice, choose_device
@@ -64,7 +64,7 @@ DEFAULT_CONFIGS: dict[str, TaskConfig] = {
 _UNRECORDED = "data_root recall_pixels recall_centimetres grid_scale max_points ratio_pixels seed".split()
 """Values of the multi-view measures that are always the same, or given by task and seed."""
 # Left out of records where they say what was always done.
-_LATER = ("is_probe3d", False), ("head", "linear"), ("num_iterations", None)
+_LATER = ("is_probe3d", False), ("head", "linear"), ("num_iterations", None), ("memory_views", None)
 PROBES: dict[str, type[HeadProbe]] = {kind.task: kind for kind in (SegmentationProbe, DepthProbe, ClassificationProbe)}
 
 
@@ -229,7 +229,10 @@ def _run_retrieval(request: ProbeRequest) -> ResultRecord:
     if not sets:
         raise ValueError(missed)
     config: Any = request.config or DEFAULT_CONFIGS["retrieval"]
-    settings: dict[str, Any] = {"patch_fit": request.backbones.patch_fit, "config": asdict(config)}
+    if config.memory_views:
+        sets = {name: split_views(pair, config.memory_views) for name, pair in sets.items()}
+    values = {name: value for name, value in asdict(config).items() if (name, value) not in _LATER}
+    settings: dict[str, Any] = {"patch_fit": request.backbones.patch_fit, "config": values}
     settings["depth_scale"] = request.options.depth_scale or DEFAULT_DEPTH_SCALE
     for index, part in enumerate(("train", "test")):
         described = [_describe_set(pair[index]) for pair in sets.values()]
@@ -244,7 +247,9 @@ def _run_retrieval(request: ProbeRequest) -> ResultRecord:
         run = replace(request.run, cache="never")
         probe: Any = PROBES[name](config.configure(name), run, ProbeSets(*pair, None), *rest)
         for seed, metrics in measure_retrieval(probe, config, missing).items():
-            done[seed] = {**done.get(seed, {}), **metrics}
+            known, bins = done.get(seed, {}), metrics.get("by_angle", {})
+            merged = {angles: known.get("by_angle", {}).get(angles, {}) | item for angles, item in bins.items()}
+            done[seed] = known | metrics | ({"by_angle": merged} if merged else {})
     return file.save(done, read_costs(request.backbones), accelerator.is_main_process)
 
 

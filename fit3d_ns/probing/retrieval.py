@@ -5,10 +5,15 @@ scaled to length 1, with the shares of the classes among each patch's labelled p
 test image takes the mean over its `num_neighbours` most similar ones, weighted by softmax(cosine / `TEMPERATURE`),
 which is read between patches bilinearly. Data, sizes and metrics are those of the segmentation and depth probes. The
 seed draws patches where there are more than the memory takes, the same number of each image.
+
+With `memory_views` it is the multi-view protocol of Lilova et al. 2025: the memory holds a few views of each scene, its
+other views ask it, and `by_angle` has the metrics for bins of the rotation between an asked view and the scene's
+nearest one in the memory.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
@@ -16,14 +21,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fit3d_ns.probing.datasets.frames import IGNORE_INDEX
+from fit3d_ns.analysis.consistency import ConsistencyConfig
+from fit3d_ns.analysis.correspondence import measure_rotation
+from fit3d_ns.probing.datasets.frames import IGNORE_INDEX, LabelledFrame, LabelledSet
 from fit3d_ns.probing.depth import DepthConfig
 from fit3d_ns.probing.frozen_features import Assembler, FrozenFeatures
 from fit3d_ns.probing.head_probe import MapProbe
 from fit3d_ns.probing.segmentation import SegmentationConfig
 from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.progress import track
-from fit3d_ns.utils.selection import create_generator
+from fit3d_ns.utils.selection import create_generator, select_evenly
 
 TEMPERATURE = 0.02
 COSINES_AT_ONCE = 2**26
@@ -40,6 +47,8 @@ class RetrievalConfig(Limited):
     """Patches of the memory that each patch asks."""
     memory_patches: Annotated[int, Limits(at_least=1)] = 1_024_000
     """Most patches in the memory (published: up to ten times as many)."""
+    memory_views: Annotated[int | None, Limits(at_least=1)] = None
+    """Views of each scene in the memory, evenly spread; all its other views ask it, whichever set they are of."""
 
     def configure(self, labels: str) -> SegmentationConfig | DepthConfig:
         """The probe of these labels, for images that are seen as they are and whole: no window is smaller."""
@@ -69,12 +78,43 @@ class PatchMemory(nn.Module):
         return values.permute(0, 3, 1, 2) if values.ndim == 4 else values
 
 
+def split_views(sets: Sequence[LabelledSet], num_views: int) -> tuple[LabelledSet, LabelledSet]:
+    """`num_views` posed views of each group, evenly spread, and the others; ValueError where no other is left."""
+    frames = {frame.key: frame for found in sets for frame in found.frames if frame.camera_to_world is not None}
+    groups: dict[str, list[LabelledFrame]] = {}
+    for frame in sorted(frames.values(), key=lambda frame: frame.name):
+        groups.setdefault(frame.group, []).append(frame)
+    memory = [frame for group in groups.values() for frame in select_evenly(group, num_views)]
+    asked = [frame for key, frame in frames.items() if key not in {kept.key for kept in memory}]
+    if not asked:
+        raise ValueError(f"No scene of {sets[0].name} has more than {num_views} views with known poses.")
+    return replace(sets[0], frames=memory), replace(sets[1], frames=asked)
+
+
+def measure_by_angle(probe: MapProbe, memory: PatchMemory) -> dict[str, dict[str, Any]]:
+    """Metrics of the test views by the angle to the nearest view of their scene in the memory; no empty bins."""
+    own: dict[str, list[Any]] = {}
+    for frame in probe.sets.train.frames:
+        own.setdefault(frame.group, []).append(frame.camera_to_world)
+    tests: list[Any] = probe.sets.test.frames
+    angles = [min(float(measure_rotation(pose, at.camera_to_world)) for pose in own[at.group]) for at in tests]
+    edges, by_angle = ConsistencyConfig.angle_edges, {}
+    for low, high in pairwise(edges):
+        # The last bin includes its upper edge.
+        near = [at for at, angle in zip(tests, angles, strict=True) if low <= angle < high + (high == edges[-1])]
+        if near:
+            by_angle[f"{low:g}-{high:g}"] = probe.evaluate(memory, replace(probe.sets.test, frames=near))
+    return by_angle
+
+
 def measure_retrieval(probe: MapProbe, config: RetrievalConfig, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
     """The probe's metrics for each seed, its head a memory of its training set; all the same where nothing is drawn."""
     per_seed: dict[int, dict[str, Any]] = {}
     for seed in seeds:
         memory, is_drawn = _create_memory(probe, config, seed)
         per_seed[seed] = probe.evaluate(memory, probe.sets.test)
+        if config.memory_views:
+            per_seed[seed]["by_angle"] = measure_by_angle(probe, memory)
         if not is_drawn:
             return dict.fromkeys(seeds, per_seed[seed])
     return per_seed

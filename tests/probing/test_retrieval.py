@@ -1,5 +1,6 @@
 """Nearest-neighbour segmentation and depth against a loop, on a toy with a known answer, and as a command."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,9 @@ from fit3d_ns.cli.probe import main
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet
 from fit3d_ns.probing.head_probe import ProbeSets, RunConfig
 from fit3d_ns.probing.probe_runs import PROBES
-from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval
+from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval, split_views
+from fit3d_ns.report.result_files import read_results
+from fit3d_ns.report.result_tables import write_report
 from fit3d_ns.training.processes import create_accelerator
 from fit3d_ns.utils.results import load_result
 from tests.probing.probe_backbones import MeanColourBackbones
@@ -114,6 +117,63 @@ def test_retrieval__patches_that_look_the_same_are_the_same() -> None:
     assert few[0] != few[1]
     same = measure("depth", noise, noise, RetrievalConfig(short_side=12, num_neighbours=2), (0, 1))
     assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("labels", ["segmentation", "depth"])
+def test_retrieval__of_views_by_the_angle_to_the_nearest_of_the_memory(labels: str) -> None:
+    yaws = {"a": [0, 8, 40, 100, 170], "b": [5, 30, 31]}
+
+    def turn(frame: LabelledFrame, group: str, number: int) -> LabelledFrame:
+        angle = torch.deg2rad(torch.tensor(float(yaws[group][number])))
+        turned = [[angle.cos(), 0.0, angle.sin(), number], [0.0, 1.0, 0.0, 2.0], [-angle.sin(), 0.0, angle.cos(), 0.0]]
+        return replace(frame, name=f"{group}{number}", group=group, camera_to_world=torch.tensor(turned))
+
+    noise = create_set("noise", 9, 7)
+    places = [(group, number) for group, listed in yaws.items() for number in range(len(listed))]
+    frames = [turn(frame, *place) for frame, place in zip(noise.frames, places, strict=False)]
+    # The last frame has no pose.
+    given = replace(noise, frames=frames[:4]), replace(noise, frames=[*frames[4:], noise.frames[-1]])
+    config = RetrievalConfig(short_side=SIDES[0], num_neighbours=5, memory_views=1)
+    memory, asked = split_views(given, 1)
+    # The middle one of each scene: 40 and 30 degrees.
+    assert [frame.name for frame in memory.frames] == ["a2", "b1"]
+    assert sorted(frame.name for frame in asked.frames) == ["a0", "a1", "a3", "a4", "b0", "b2"]
+    found = measure(labels, memory, asked, config)[0]
+    expected = {"0-15": ["b2"], "15-30": ["b0"], "30-60": ["a0", "a1"], "60-180": ["a3", "a4"]}
+    assert list(found["by_angle"]) == list(expected)
+    for bin_name, names in expected.items():
+        part = replace(asked, frames=[frame for frame in asked.frames if frame.name in names])
+        alone = measure(labels, memory, part, replace(config, memory_views=None))[0]
+        assert found["by_angle"][bin_name] == alone
+    whole = measure(labels, memory, asked, replace(config, memory_views=None))[0]
+    assert whole == {name: value for name, value in found.items() if name != "by_angle"}
+    with pytest.raises(ValueError, match="has more than 5 views with known poses"):
+        split_views(given, 5)
+
+
+def test_retrieval__of_views_as_a_command(tmp_path: Path) -> None:
+    room = create_scene(tmp_path / "room", 0)
+    transforms = room / "dslr/nerfstudio/transforms_undistorted.json"
+    meta = json.loads(transforms.read_text())
+    # The last but one looks another way.
+    pose = np.array(meta["frames"][3]["transform_matrix"])
+    half = np.deg2rad(20.0)
+    pose[:3, :3] = pose[:3, :3] @ [[np.cos(half), 0, np.sin(half)], [0, 1, 0], [-np.sin(half), 0, np.cos(half)]]
+    meta["frames"][3]["transform_matrix"] = pose.tolist()
+    for name in ("transforms_undistorted.json", "transforms.json"):
+        (room / "dslr/nerfstudio" / name).write_text(json.dumps(meta))
+    path = tmp_path / "views.json"
+    words = ["retrieval", "--train", room, "--test", room, "--backbone", BACKBONE, "--output-path", path]
+    words += ["--memory-views", 1, "--short-side", 32, "--device", "cpu", "--seeds", 0, 1]
+    main([str(word) for word in words])
+    record = load_result(path)
+    assert record.metrics["per_seed"]["0"] == record.metrics["per_seed"]["1"]
+    assert record.settings["train"]["num_frames"] == 1 and record.settings["test"]["num_frames"] == 4
+    bins = record.metrics["by_angle"]
+    assert list(bins) == ["0-15", "15-30"] and all({"miou", "d1"} <= set(metrics) for metrics in bins.values())
+    assert bins["15-30"]["num_images"] == 1
+    tables, _ = write_report(*read_results([path]), tmp_path / "out", "Report")
+    assert (tmp_path / "out/angles.png").is_file() and "d1, 15-30 deg (%) ↑" in tables[0].header
 
 
 def test_retrieval__as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,8 @@ class LabelledFrame:
     """Scene or video the photograph belongs to; neighbours in a group look alike."""
     files: tuple[Path, ...] = ()
     """Files it is made from, for `compute_data_hash`."""
+    camera_to_world: Float[Tensor, "3 4"] | None = field(default=None, compare=False)
+    """Pose, where it is known; all of a group share the world and the directions of a camera's axes."""
 
     @property
     def key(self) -> Hashable:

@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
@@ -63,7 +64,11 @@ def read_scannet(root: Path, split: LabelledSplit, task: LabelledTask) -> Labell
         for image in sorted((folder / scene / "color").glob("*.jpg")):
             target = folder / scene / kind / f"{image.stem}.png"
             maps = {"depth_path": target} if task == "depth" else {"label_path": target, "table": table}
-            frames.append(create_frame(image, name=f"{scene}/{image.stem}", group=scene, resize_image=True, **maps))
+            frame = create_frame(image, name=f"{scene}/{image.stem}", group=scene, resize_image=True, **maps)
+            pose = folder / scene / "pose" / f"{image.stem}.txt"
+            matrix = torch.from_numpy(np.loadtxt(pose)[:3]) if pose.is_file() else torch.full((3, 4), torch.inf)
+            # Where tracking was lost, poses are not finite.
+            frames.append(replace(frame, camera_to_world=matrix if bool(matrix.isfinite().all()) else None))
     names = NYU40_NAMES if task == "segmentation" else ()
     return LabelledSet("scannet", frames, names, depth=CONVENTION, is_sequence=True)
 
@@ -168,6 +173,7 @@ def _read_scene(
         read = replace(
             plain,
             files=(*plain.files, *masks),
+            camera_to_world=frame.camera_to_world,
             load_image=partial(_load_image, frame),
             load_labels=plain.load_labels and partial(_load_map, frame, plain.load_labels, IGNORE_INDEX),
             load_depth=plain.load_depth and partial(_load_map, frame, plain.load_depth, 0),

@@ -239,6 +239,16 @@ def test_scannet__nyu40_labels_and_reduced_photographs(scannet: Path) -> None:
     assert test.frames[0].load_image().shape[:2] == test.frames[0].load_depth().shape == (8, 12)
 
 
+def test_scannet__poses_where_tracking_was_not_lost(scannet: Path) -> None:
+    pose = np.eye(4) + np.arange(16).reshape(4, 4) / 100
+    for scene, values in (("scene0000_00", pose), ("scene0001_00", np.full((4, 4), -np.inf))):
+        (scannet / "scannet_frames_25k" / scene / "pose").mkdir()
+        np.savetxt(scannet / "scannet_frames_25k" / scene / "pose/000100.txt", values)
+    first, second = (read_labelled_set(scannet, split, "depth").frames[0] for split in ("train", "test"))
+    assert first.camera_to_world is not None and second.camera_to_world is None
+    np.testing.assert_allclose(first.camera_to_world, pose[:3])
+
+
 def test_scannet__raw_ids_need_their_table(scannet: Path) -> None:
     scene = scannet / "scannet_frames_25k/scene0000_00"
     write_map(scene / "label-filt/000100.png", label_map(0, 5, 1163, dtype=np.uint16, size=(24, 16)))
@@ -473,6 +483,7 @@ def test_capture__depth_of_any_layout_with_cameras(rig: Path) -> None:
     test = read_labelled_set(rig, "test", "depth", LabelledOptions(max_depth=3.0))
     # Every eighth of the sorted names is held out.
     assert [frame.name for frame in test.frames] == ["rig/images/left/0", "rig/images/left/8", "rig/images/right/6"]
+    assert torch.equal(test.frames[1].camera_to_world, torch.tensor(make_pose(8))[:3])  # type: ignore[arg-type]
     assert test.name == "rig" and test.is_sequence and test.depth.max_depth == 3.0
     assert len(read_labelled_set(rig, "train", "depth").frames) == 16
     assert len(read_labelled_set(rig, None, "depth").frames) == 19
