@@ -22,6 +22,7 @@ from fit3d_ns.lifting.lift_scene import (
     LIFT_HASH,
     LiftForecast,
     LiftSetup,
+    check_dimensions,
     compute_lift_hash,
     find_finished,
     forecast_lift,
@@ -146,7 +147,7 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
     backbone = choose_backbone(command)
     cache = FeatureCache(command.feature_cache, backbone)
     setup = LiftSetup(cache, command.lift, command.options, device, command.include_sh)
-    command.lift.check_width(backbone.embed_dim, backbone.label)
+    check_dimensions(setup)
     if not cache.folder.exists() and not command.keeps_features:
         create_extractor(backbone)  # Weights that cannot be had are said before scenes are read.
     together = create_tasks(command, device)

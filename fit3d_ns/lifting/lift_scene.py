@@ -61,6 +61,11 @@ class LiftSetup:
         return create_lift_views(capture, views, lambda view: self.cache.load(by_name[view.name]))
 
 
+def check_dimensions(setup: LiftSetup) -> None:
+    """ValueError where the features have more dimensions than a token; known before anything is computed."""
+    setup.config.check_width(setup.backbone.embed_dim, setup.backbone.label)
+
+
 @dataclass(frozen=True)
 class LiftForecast:
     """Predicted costs; other work on the machine changes the seconds."""
