@@ -20,7 +20,9 @@ from fit3d_ns.analysis import consistency
 from fit3d_ns.analysis.consistency import ConsistencyConfig
 from fit3d_ns.analysis.correspondence import DepthView
 from fit3d_ns.data.frames import Split
+from fit3d_ns.data.images import MILLIMETRES_PER_METRE
 from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.lifting.surface_points import find_depth_scale
 from fit3d_ns.probing.datasets.navi import find_navi_sets, read_navi
 from fit3d_ns.probing.frozen_features import Assembler, Assembly, FrozenBackbones, FrozenFeatures
 from fit3d_ns.probing.pictures import to_image
@@ -105,10 +107,13 @@ def load_views(
     else:
         scene = load_scene(path, device=device) if path.suffix == ".safetensors" else None
         capture = create_posed_capture(read_capture(path)) if scene is None else scene.capture(config.data_root)
-        get_scene = None if scene is None else lambda: scene
+        get_scene, unit = None if scene is None else lambda: scene, capture.metric_scale
+        if unit is None and scene is None and any(view.frame.depth_path for view in capture.views):
+            # In which unit of the world depth is, views tell that agree on it; how long that is, nobody.
+            capture = replace(capture, metric_scale=MILLIMETRES_PER_METRE / find_depth_scale(capture))
         chosen = select_evenly(capture.select(*config.splits), config.max_views)
         pictures = ((capture.load_image(at).numpy(), create_depth_view(capture, at, get_scene)) for at in chosen)
-        name, unit, count = capture.scene_id, capture.metric_scale, len(chosen)
+        name, count = capture.scene_id, len(chosen)
     if count < 2:
         raise ValueError(f"{path} has {count} views of {', '.join(config.splits)}; two are needed.")
     views = SceneViews(name, [], [], unit, is_wild)

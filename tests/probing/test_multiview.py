@@ -1,5 +1,6 @@
 """Consistency and correspondence of captures and scene files against `fit3d_ns.analysis` called by hand."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -47,6 +48,36 @@ def test_multiview__the_toy_finds_more_points_again_than_random_weights(tmp_path
         create_probe("consistency", tmp_path / "rooms" / "room_00", backbone=name).compute(0) for name in names
     )
     assert toy["recall_10px"] > 1.5 * random["recall_10px"]
+
+
+def test_multiview__a_world_of_another_unit_says_the_same_in_pixels(tmp_path: Path) -> None:
+    """A room in nerfstudio's layout, its world shrunk five times: depth is brought to it, centimetres are unknown."""
+    synthesize_scenes(SynthesisConfig(tmp_path / "rooms", num_scenes=1, num_frames=8, seed=90))
+    room, other = tmp_path / "rooms/room_00", tmp_path / "other"
+    dslr = room / "dslr"
+    meta = json.loads((dslr / "nerfstudio/transforms_undistorted.json").read_text())
+    entries = meta["frames"] + meta["test_frames"]
+    for entry in entries:
+        for row in entry["transform_matrix"][:3]:
+            row[3] /= 5
+        name = Path(entry["file_path"]).stem
+        entry |= {"file_path": f"undistorted_images/{name}.JPG", "depth_file_path": f"render_depth/{name}.png"}
+        entry["mask_path"] = f"undistorted_anon_masks/{name}.png"
+    shutil.copytree(dslr, other, ignore=shutil.ignore_patterns("nerfstudio", "colmap"))
+    shutil.rmtree(other / "labels", ignore_errors=True)
+    write = (other / "transforms.json").write_text
+    write(json.dumps({**meta, "camera_model": "PINHOLE", "frames": entries, "test_frames": []}))
+    metric, shrunk = (create_probe("correspondence", path).compute(0) for path in (room, other))
+    assert metric["num_matches"] == shrunk["num_matches"] > 100
+    for name, value in shrunk.items():
+        if "px" in name:
+            assert value == pytest.approx(metric[name], abs=0.01)
+    assert "recall_2cm" in metric and not any("cm" in name for name in shrunk)
+    for entry in entries:
+        del entry["depth_file_path"]
+    write(json.dumps({**meta, "camera_model": "PINHOLE", "frames": entries, "test_frames": []}))
+    with pytest.raises(ValueError, match="has no depth map for"):
+        create_probe("correspondence", other)
 
 
 def test_multiview__equals_the_analysis_of_the_captures_own_tokens(room: Path) -> None:
