@@ -4,16 +4,17 @@
 #   scripts/recipe.sh --scenes SCENE... --backbone NAME --backbone-weights FILE --output-dir DIR [--seed N]
 #
 # SCENE is a capture with depth (its geometry comes from the depth, seconds a scene), a capture without (splats are
-# trained first, minutes a scene), or a scene file. Each round fine-tunes on the lifted scenes; the next one lifts the
-# same geometry again with the fine-tuned backbone. Finished steps are passed over and interrupted ones go on, so the
-# same command continues after any interruption.
-#   further: --rounds N (1)  --steps N (of each round: one pass over all images, at least 800 steps)
+# trained first, minutes a scene), or a scene file. Rooms of fit3d-synthesize join them: more rooms teach more. Each
+# round fine-tunes on the lifted scenes; the next one lifts the same geometry again with the fine-tuned backbone. Finished
+# steps are passed over and interrupted ones go on, so the same command continues after any interruption.
+#   further: --synthetic-rooms N (8)  --rounds N (1)
+#            --steps N (of each round: one pass over all images, at least 1200 steps, 800 without synthetic rooms)
 #            --learning-rate X (1e-4, falling like a cosine)
 #            --geometry-weight X (3: how much a linear head asks the tokens for depth and normals; 0 asks for nothing)
 #            --feature-cache DIR (DIR/cache)
 set -euo pipefail
 
-scenes=() backbone="" weights="" output="" seed=42 rounds=1 steps=(--min-steps 800) rate=1e-4 geometry=3 cache=""
+scenes=() backbone="" weights="" output="" seed=42 rooms=8 rounds=1 steps=() rate=1e-4 geometry=3 cache=""
 need() { [ $# -ge 2 ] || { echo "recipe.sh: $1 needs a value" >&2; exit 1; }; }
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -22,12 +23,13 @@ while [ $# -gt 0 ]; do
         --backbone-weights) need "$@"; weights=$(realpath "$2"); shift 2 ;;
         --output-dir) need "$@"; output=$(realpath -m "$2"); shift 2 ;;
         --seed) need "$@"; seed="$2"; shift 2 ;;
+        --synthetic-rooms) need "$@"; rooms="$2"; shift 2 ;;
         --rounds) need "$@"; rounds="$2"; shift 2 ;;
         --steps) need "$@"; steps=(--max-steps "$2"); shift 2 ;;
         --learning-rate) need "$@"; rate="$2"; shift 2 ;;
         --geometry-weight) need "$@"; geometry="$2"; shift 2 ;;
         --feature-cache) need "$@"; cache=$(realpath -m "$2"); shift 2 ;;
-        -h|--help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h|--help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "recipe.sh: unknown option $1; see --help" >&2; exit 1 ;;
     esac
 done
@@ -66,7 +68,17 @@ PY
 )
 [ $((${#with_depth[@]} + ${#others[@]} + ${#files[@]})) = ${#scenes[@]} ] || exit 1
 
-lifted="$output/round-1/scenes"
+lifted="$output/round-1/scenes" parts=(scenes)
+if [ "$rooms" -gt 0 ]; then
+    echo "== $rooms synthetic rooms"
+    [ -f "$output/rooms/synthesis.json" ] ||
+        fit3d-synthesize --output-dir "$output/rooms" --num-scenes "$rooms" --num-frames 32 --width 320 --height 320 --seed 7
+    fit3d-lift --surface depth --cell-pixels 3 --data "$output"/rooms/room_* "${backbone_flags[@]}" \
+        --feature-cache "$cache" --output-dir "$output/round-1/rooms"
+    parts+=(rooms)
+    [ ${#steps[@]} -gt 0 ] || steps=(--min-steps 1200)
+fi
+[ ${#steps[@]} -gt 0 ] || steps=(--min-steps 800)
 if [ ${#with_depth[@]} -gt 0 ]; then
     echo "== Geometry from depth, and features: ${#with_depth[@]} scenes"
     # Smaller Gaussians than for a picture: what they show teaches matching.
@@ -96,12 +108,14 @@ for ((round = 1; round <= rounds; round++)); do
     result="$output/round-$round/vit"
     [ "$round" != "$rounds" ] || result="$output/vit"
     echo "== Round $round of $rounds: fine-tuning"
-    fit3d-finetune --ckpts "$output/round-$round/scenes" --output-dir "$result" --seed "$seed" \
+    fit3d-finetune --ckpts "${parts[@]/#/$output/round-$round/}" --output-dir "$result" --seed "$seed" \
         "${steps[@]}" --learning-rate "$rate" --schedule cosine --geometry-weight "$geometry"
     if [ "$round" -lt "$rounds" ]; then
         echo "== Round $round of $rounds: lifting the same geometry with the fine-tuned backbone"
-        fit3d-lift --scene "$output/round-$round"/scenes/*.safetensors --backbone "$result" --feature-cache "$cache" \
-            --output-dir "$output/round-$((round + 1))/scenes/"
+        for part in "${parts[@]}"; do
+            fit3d-lift --scene "$output/round-$round/$part"/*.safetensors --backbone "$result" --feature-cache "$cache" \
+                --output-dir "$output/round-$((round + 1))/$part/"
+        done
     fi
 done
 echo

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,23 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_recipe__goes_from_captures_with_depth_to_one_backbone(tmp_path: Path) -> None:
-    synthesize_scenes(SynthesisConfig(output_dir=tmp_path / "rooms", num_scenes=1, num_frames=6, width=64, height=48))
+    small = SynthesisConfig(output_dir=tmp_path / "rooms", num_scenes=1, num_frames=6, width=64, height=48)
+    synthesize_scenes(small)
+    # Synthetic rooms that are there are taken; the script's own are too large for a test.
+    synthesize_scenes(replace(small, output_dir=tmp_path / "out" / "rooms", num_scenes=2, seed=1))
     arguments = ["--scenes", "rooms/room_00", "--backbone", "toy_rooms_vit", "--output-dir", "out", "--steps", "2"]
     first = run(arguments, tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     report = json.loads((tmp_path / "out" / "vit" / "report.json").read_text())
-    assert report["steps"] == 2 and (tmp_path / "out" / "vit" / "model.safetensors").is_file()
-    assert (tmp_path / "out" / "round-1" / "scenes" / "room_00.safetensors").is_file()
+    assert (
+        report["steps"] == 2
+        and len(report["scenes"]) == 3
+        and (tmp_path / "out" / "vit" / "model.safetensors").is_file()
+    )
+    lifted = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").glob("round-1/*/*.safetensors"))
+    assert [*map(str, lifted)] == [
+        f"round-1/{name}.safetensors" for name in ("rooms/room_00", "rooms/room_01", "scenes/room_00")
+    ]
 
 
 def test_recipe__says_what_is_missing(tmp_path: Path) -> None:
