@@ -55,6 +55,8 @@ def write_report(
     if curved:
         files.append(folder / CURVES)
         table.save_curves(curved, files[-1])
+    else:
+        (folder / CURVES).unlink(missing_ok=True)
     return tables, files
 
 

@@ -272,6 +272,9 @@ def test_report__errors_against_viewing_angle_are_columns_and_curves(
     assert ends[0] == pytest.approx([40 - 200**0.5, 40 + 200**0.5])
     assert report.files[-1] == tmp_path / "out" / "angles.png" and "](angles.png)" in report.markdown
     assert '<img src="angles.png"' in report.files[2].read_text(encoding="utf-8")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").unlink()
+    assert "angles.png" not in make(tmp_path).markdown and not report.files[-1].exists()
 
 
 def test_report__reports_of_stage_two(tmp_path: Path) -> None:
