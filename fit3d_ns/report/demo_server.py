@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -53,10 +52,14 @@ def keep_uploads_private() -> Iterator[Path]:
 
     What a killed page left goes too.
     """
-    parent = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
-    with make_temporary_folder(parent, "fit3d-demo") as folder:
-        with mock.patch.dict(os.environ, GRADIO_TEMP_DIR=str(folder)):
+    before = os.environ.get("GRADIO_TEMP_DIR", "")
+    with make_temporary_folder(Path(before or tempfile.gettempdir()), "fit3d-demo") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
+        try:
             yield folder
+        finally:
+            # gradio takes an empty one for none.
+            os.environ["GRADIO_TEMP_DIR"] = before
 
 
 def read_upload(upload: Any) -> np.ndarray | None:
