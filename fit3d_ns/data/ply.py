@@ -12,14 +12,15 @@ Compressed PLY, as SuperSplat, splat-transform and gsplat (`ply_compressed`) wri
 Positions, logarithms of scales and colours lie between the bounds of their chunk, opacity between 0 and 1. Of a
 quaternion wxyz, the largest number is left out and the first two bits say which; the others are within 1/sqrt(2).
 
-SPZ, Niantic's compact file of Gaussians: gzip around a header and tables, one after the other, little-endian.
+SPZ, Niantic's compact file of Gaussians: a header and tables, one after the other, little-endian, in gzip. In version 4
+each table is a zstd frame, and their packed and unpacked sizes (uint64) stand where a uint32 after the header says.
 
 header      "NGSP", version, number (uint32); degree of harmonics, binary places of positions, flags, 0 (bytes)
 positions   3 signed integers of 24 bits
 opacities   1 byte, of 0 to 1
 colours     3 bytes, of 0.5 + 0.15 f_dc between 0 and 1
 scales      3 bytes, 16 (logarithm + 10)
-rotations   version 2: 3 bytes, x, y, z of -1 to 1, w is positive; version 3: 32 bits, the highest 2 say which of
+rotations   version 2: 3 bytes, x, y, z of -1 to 1, w is positive; 3 and 4: 32 bits, the highest 2 say which of
             xyzw is largest and left out, then for each of the others a sign and 9 bits of 0 to 1/sqrt(2)
 harmonics   bytes, 128 (value + 1), of each coefficient red, green, blue
 """
@@ -28,9 +29,12 @@ import gzip
 import struct
 import zlib
 from collections.abc import Mapping
+from io import BufferedReader
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
+import zstandard
 from plyfile import PlyData, PlyElement
 
 from fit3d_ns.data.frames import PointCloud, create_points
@@ -185,7 +189,9 @@ def _split(packed: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
 
 
 _SPZ_HEADER = struct.Struct("<4s2I4B")
-_ROTATION_BYTES = {2: 3, 3: 4}
+_ROTATION_BYTES = {2: 3, 3: 4, 4: 4}
+_LARGEST_RATIO = 1032
+"""gzip makes nothing smaller than by this factor."""
 _SPZ_COEFFICIENTS = (0, 3, 8, 15)
 _SPZ_NAMES = tuple("x y z opacity f_dc_0 f_dc_1 f_dc_2 scale_0 scale_1 scale_2 rot_1 rot_2 rot_3 rot_0".split())
 
@@ -193,25 +199,27 @@ _SPZ_NAMES = tuple("x y z opacity f_dc_0 f_dc_1 f_dc_2 scale_0 scale_1 scale_2 r
 def read_spz(path: Path) -> np.ndarray:
     """The Gaussians as an uncompressed PLY has them: a structured array with float32 properties.
 
-    ValueError where the file is missing, damaged, cut short, or of another version than 2 and 3.
+    ValueError where the file is missing, damaged, cut short, or of another version than 2 to 4.
     """
     convert = f"make a PLY with `npx @playcanvas/splat-transform {path.name} splat.ply`"
     if not path.is_file():
         raise ValueError(f"SPZ file {path} is missing; restore it or name another one.")
     try:
-        with gzip.open(path) as file:
-            magic, version, num, degree, places, flags, _ = _SPZ_HEADER.unpack(file.read(_SPZ_HEADER.size))
+        with path.open("rb") as plain, gzip.open(plain) if plain.peek(2)[:2] == b"\x1f\x8b" else plain as file:
+            magic, version, num, degree, places, flags, num_tables = _SPZ_HEADER.unpack(file.read(_SPZ_HEADER.size))
             if magic != b"NGSP" or version not in _ROTATION_BYTES or degree >= len(_SPZ_COEFFICIENTS) or places > 23:
                 raise ValueError(f"{path} is SPZ version {version} with degree {degree}, which is not read; {convert}.")
             sizes = (9, 1, 3, 3, _ROTATION_BYTES[version], 3 * _SPZ_COEFFICIENTS[degree])
-            # gzip makes nothing more than 1032 times smaller.
-            content = file.read(min(num * sum(sizes), 1032 * path.stat().st_size))
-            if len(content) < num * sum(sizes):
+            if 9 * num > _LARGEST_RATIO * path.stat().st_size:
                 raise ValueError(f"{path} is cut short: fewer than {num} Gaussians; copy it again.")
-            while file.read(2**20):
+            num_bytes = num * sum(sizes)
+            content = _unpack_tables(file, num_tables, num_bytes) if version == 4 else file.read(num_bytes)
+            if len(content) != num_bytes:
+                raise ValueError(f"{path} is cut short: fewer than {num} Gaussians; copy it again.")
+            while version < 4 and file.read(2**20):
                 pass  # Only the end of the file says whether it is whole.
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise ValueError(f"{path} is not SPZ of version 2 or 3, or damaged ({error}); {convert}.") from error
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError, struct.error) as error:
+        raise ValueError(f"{path} is not SPZ of version 2 to 4, or damaged ({error}); {convert}.") from error
     if flags & 1:
         notice(f"{path} was trained antialiased: add --rasterize-mode antialiased.")
     parts = np.split(np.frombuffer(content, np.uint8), num * np.cumsum(sizes)[:-1])
@@ -228,6 +236,17 @@ def read_spz(path: Path) -> np.ndarray:
     return create_vertices(
         {_SPZ_NAMES: np.concatenate(values, axis=1), tuple(f"f_rest_{index}" for index in range(sizes[5])): rest}
     )
+
+
+def _unpack_tables(file: gzip.GzipFile | BufferedReader, num_tables: int, num_bytes: int) -> bytes:
+    """The tables of version 4, joined; nothing where they have not this length together."""
+    file.seek(*struct.unpack("<I", file.read(4)))
+    sizes = struct.unpack(f"<{2 * num_tables}Q", file.read(16 * num_tables))
+    if sum(sizes[1::2]) != num_bytes:
+        return b""
+    content, ends = file.read(), accumulate(sizes[::2], initial=0)
+    frames = [zstandard.ZstdDecompressor().stream_reader(content[start:end]) for start, end in pairwise(ends)]
+    return b"".join(frame.read(size) for frame, size in zip(frames, sizes[1::2], strict=True))
 
 
 def _unpack_rotations(rotations: np.ndarray) -> np.ndarray:

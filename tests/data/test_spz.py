@@ -28,6 +28,15 @@ BY_GSPLY = (
     "VGc/uyWoublPZpJRZkJ4I70phFiQ3vGrNEWcAQAA"
 )
 """Version 3, by PyPI's gsply 0.4.6."""
+BY_SPLAT_TRANSFORM = (
+    "TkdTUAQAAAAJAAAAAgwABiAAAAAAAAAAAAAAAAAAAABaAAAAAAAAAFEAAAAAAAAAEgAAAAAAAAAJAAAAAAAAACQAAAAAAAAAGwAAAAAAAAAkAAAAAAAA"
+    "ABsAAAAAAAAALQAAAAAAAAAkAAAAAAAAAKAAAAAAAAAA2AAAAAAAAAAotS/9IFGJAgACEACe7//OGwBg3P+4EQAVDQC9BgDlBQAe0f/M2f/zGwCEIACz"
+    "DgCvFwA8AwB35/+9IABnJQACDwC8IgAhHQBm8/8v4f+uJgBxIADGJgBD0v8otS/9IAlJAADuBc0j3fkepawotS/9IBvZAACGZql7n5JtnHaih6ORlICp"
+    "jXmJU22ObIp5Xm0otS/9IBvZAABtnnqHRFtMXEtfaEaCdllySXeZX4BNhVxSeEIotS/9ICQhAQCjp/OlL6Ac8zEQMaz+St3FXgFK5btqU+oyMFj4ftK4"
+    "3iPNICcotS/9INi9BACCzSQbsCU5wGdoUo2Lh24IPlRzaFy8qofaGJpURicCr5dek3Wmy1UIAUED8Bho9s7sirbuXoaLQtFi23/ILavpLvOHCyADgUj/"
+    "86x/jlodDQkIg0RBzL/ppciUTmgE0f4szF833ebbumtjW4aIwZipvcUxS55uMhgJEii4NUZbPTXZtlP4wQajUO12bK9nJytC4nqHiAEA"
+)
+"""Version 4, by the format's own library in npm's @playcanvas/splat-transform 2.7.1, which turns y and z."""
 
 
 def make_gaussians() -> dict[str, np.ndarray]:
@@ -49,9 +58,14 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("text", "step"), [(BY_SPZ_JS, 1 / 127), (BY_GSPLY, 1 / 511)])
+@pytest.mark.parametrize(("text", "step"), [(BY_SPZ_JS, 1 / 127), (BY_GSPLY, 1 / 511), (BY_SPLAT_TRANSFORM, 1 / 511)])
 def test_read_spz__is_what_was_written(tmp_path: Path, text: str, step: float) -> None:
     vertices, expected = read_spz(write(tmp_path / "a.spz", text)), make_gaussians()
+    if text == BY_SPLAT_TRANSFORM:
+        # A half turn about x. Harmonics -m..m of degree l are polynomials in x, y, z: y z x, then xy yz 3zz-1 xz xx-yy.
+        expected["xyz"] *= [1, -1, -1]
+        expected["rot"] *= [1, 1, -1, -1]
+        expected["rest"] *= np.array([-1, -1, 1, -1, 1, 1, -1, 1])[:, None]
 
     def take(*names: str) -> np.ndarray:
         return np.stack([vertices[name] for name in names], axis=1)
@@ -70,6 +84,12 @@ def test_read_spz__is_what_was_written(tmp_path: Path, text: str, step: float) -
     np.testing.assert_allclose(rest, expected["rest"], atol=1 / 16 + 1 / 128)
 
 
+def damage(text: str, place: int) -> bytes:
+    content = bytearray(base64.b64decode(text))
+    content[place] ^= 0x55
+    return bytes(content)
+
+
 def compress(version: int = 3, num: int = 9, degree: int = 2, places: int = 12, body: bytes = b"") -> bytes:
     return gzip.compress(struct.pack("<4s2I4B", b"NGSP", version, num, degree, places, 0, 0) + body, mtime=0)
 
@@ -77,10 +97,18 @@ def compress(version: int = 3, num: int = 9, degree: int = 2, places: int = 12, 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (base64.b64decode(BY_GSPLY)[:-20], "is not SPZ of version 2 or 3, or damaged"),
+        (base64.b64decode(BY_GSPLY)[:-20], "is not SPZ of version 2 to 4, or damaged"),
         (base64.b64decode(BY_GSPLY)[:-8] + bytes(8), "damaged .CRC check failed"),
-        (b"NGSP\4\0\0\0" + bytes(24), "is not SPZ of version 2 or 3, or damaged .Not a gzipped file"),
-        (gzip.compress(b"ply", mtime=0), "is not SPZ of version 2 or 3"),
+        (b"a text, not NGSP", "SPZ version"),
+        (b"NGSP\4\0\0\0" + bytes(8), "is not SPZ of version 2 to 4, or damaged"),
+        (base64.b64decode(BY_SPLAT_TRANSFORM)[:-20], "is cut short"),
+        (base64.b64decode(BY_SPLAT_TRANSFORM)[:100], "is not SPZ of version 2 to 4, or damaged"),
+        # Of a frame's first bytes, of a table's size, of the number of Gaussians.
+        (damage(BY_SPLAT_TRANSFORM, 128), "is not SPZ of version 2 to 4, or damaged"),
+        (damage(BY_SPLAT_TRANSFORM, 40), "is cut short"),
+        (damage(BY_SPLAT_TRANSFORM, 47), "is cut short"),
+        (damage(BY_SPLAT_TRANSFORM, 11), "is cut short"),
+        (gzip.compress(b"ply", mtime=0), "is not SPZ of version 2 to 4"),
         (gzip.compress(b"PK34" + bytes(12), mtime=0), "SPZ version 0"),
         (compress(version=1, body=bytes(5000)), "SPZ version 1 .*splat-transform a.spz splat.ply"),
         (compress(degree=7, body=bytes(5000)), "with degree 7, which is not read"),
