@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from fit3d_ns.utils.files import write_atomically
@@ -154,7 +155,8 @@ def save_bars(table: Table, path: Path) -> None:
         values, spreads = ([scale * (getattr(cell, name) or 0.0) for cell in cells] for name in ("value", "spread"))
         panel = figure.add_subplot(lines, 4, number + 1)
         panel.barh(labels, values, xerr=spreads, color=["C1" if cell.is_best else "C0" for cell in cells])
-        panel.set_title(table.header[index].replace(": ", "\n"), fontsize=7)
+        title = [line for part in table.header[index].split(": ") for line in wrap(part, 36)]
+        panel.set_title("\n".join(title), fontsize=7)
         panel.tick_params(labelsize=7, labelleft=number % 4 == 0)
         panel.invert_yaxis()
     _save_figure(figure, path)
@@ -169,7 +171,7 @@ def save_curves(tables: Iterable[Table], path: Path) -> None:
     figure = Figure(figsize=(12, 4 * lines), layout="constrained")
     for number, (table, name, bins) in enumerate(panels, 1):
         scale = 100 if "%" in name else 1
-        panel = figure.add_subplot(lines, 2, number, ylim=(0, None), xlabel="Angle between the views (degrees)")
+        panel = figure.add_subplot(lines, 2, number, xlabel="Angle between the views (degrees)")
         panel.set_title(table.title, fontsize=9)
         panel.set_ylabel(f"Error: {scale} - {name}")
         middles = [sum(map(float, angles.split("-"))) / 2 for angles in bins]
@@ -178,6 +180,8 @@ def save_curves(tables: Iterable[Table], path: Path) -> None:
             errors = [math.nan if cell.value is None else scale * (1 - cell.value) for cell in cells]
             spreads = [scale * (cell.spread or 0.0) for cell in cells]
             panel.errorbar(middles, errors, spreads, marker="o", capsize=3, label=f"{row[0].text}, {row[1].text}")
+        # Only now, when its upper end is known.
+        panel.set_ylim(bottom=0)
         panel.legend(fontsize=7)
     _save_figure(figure, path)
 

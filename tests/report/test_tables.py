@@ -264,6 +264,7 @@ def test_report__errors_against_viewing_angle_are_columns_and_curves(
     assert header[3:5] == ["10 px, 0-20 deg (%) ↑", "10 px, 20-90 deg (%) ↑"]
     assert [row[3:5] for row in rows] == [["60.00 ± 14.14", "30.00 ± 14.14"], ["**80.00**", "-"]]
     (panel,) = drawn[0].axes
+    assert panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > 84
     assert panel.get_ylabel() == "Error: 100 - 10 px (%)" and panel.get_title() == "Correspondence on room"
     first, second = panel.containers
     assert [list(values) for values in first[0].get_data()] == [[10.0, 55.0], pytest.approx([40.0, 70.0])]
