@@ -18,7 +18,7 @@ from fit3d_ns.report.compared_backbones import ComparedBackbones
 from fit3d_ns.report.feature_figure import FeatureFigureConfig, save_feature_figure
 from fit3d_ns.report.prediction_figure import read_predictions, save_prediction_figure
 from fit3d_ns.report.token_columns import load_figure_images, open_scenes
-from fit3d_ns.scene import FeatureScene, PosedCapture, View, create_depth_view
+from fit3d_ns.scene import FeatureScene, PosedCapture, View, create_depth_view, load_scene
 from fit3d_ns.utils.files import write_atomically
 from fit3d_ns.utils.results import load_result
 from fit3d_ns.utils.selection import select_evenly
@@ -101,7 +101,7 @@ def write_story(story: Story, backbones: ComparedBackbones, folder: Path, device
     folder.mkdir(parents=True, exist_ok=True)
     draw_corner(story.scene, backbones, folder / "features.png", device)
     scene_index = open_scenes([story.scene], device=device)
-    capture = scene_index.scenes[0].capture()
+    capture = load_scene(story.scene, device).capture()
     shown = load_figure_images([view.frame.image_path for view in select_evenly(find_whole(capture), 4)], scene_index)
     save_picture(compose_panel([[image.image for image in shown]]), folder / "room.png")
     if story.predictions:
@@ -115,7 +115,7 @@ def write_story(story: Story, backbones: ComparedBackbones, folder: Path, device
 def draw_corner(scene_path: Path, backbones: ComparedBackbones, path: Path, device: str = "cpu") -> None:
     """Writes a feature figure of two views of one corner, in one basis, the lifted scene's features included."""
     scene_index = open_scenes([scene_path], device=device)
-    views = choose_corner(scene_index.scenes[0])
+    views = choose_corner(load_scene(scene_path, device))
     images = load_figure_images([view.frame.image_path for view in views], scene_index)
     save_feature_figure(
         images, [backbones], path, FeatureFigureConfig(sharing="backbone"), has_scenes=True, device=device

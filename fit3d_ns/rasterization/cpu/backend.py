@@ -143,8 +143,6 @@ def _spread(found: Sequence[tuple[Tensor, Tensor]], num_gaussians: int) -> Tenso
 
 
 class _Blending(torch.autograd.Function):
-    """As `reference.blend`, by the name `blend`."""
-
     @staticmethod
     def forward(ctx: Any, geometry: BlendGeometry, means2d, conics, opacities, colors, backgrounds, absgrad: bool):
         colors = colors.detach().contiguous()
@@ -193,7 +191,9 @@ class _Blending(torch.autograd.Function):
         return None, v_means2d, v_conics, v_opacities, v_colors, v_backgrounds, None
 
 
-blend = _Blending.apply
+def blend(geometry: BlendGeometry, means2d, conics, opacities, colors, backgrounds, absgrad: bool) -> tuple:
+    """As `reference.blend`."""
+    return _Blending.apply(geometry, means2d, conics, opacities, colors, backgrounds, absgrad)
 
 
 class _FeatureBlending(torch.autograd.Function):
