@@ -33,6 +33,10 @@ while [ $# -gt 0 ]; do
         *) echo "recipe.sh: unknown option $1; see --help" >&2; exit 1 ;;
     esac
 done
+[[ "$rooms" =~ ^[0-9]+$ && "$rounds" =~ ^[1-9][0-9]*$ ]] ||
+    { echo "recipe.sh: --synthetic-rooms and --rounds take a number" >&2; exit 1; }
+twice=$(for scene in ${scenes[@]+"${scenes[@]}"}; do basename "${scene%.safetensors}"; done | sort | uniq -d | head -n 1)
+[ -z "$twice" ] || { echo "recipe.sh: several scenes are called $twice; rename one" >&2; exit 1; }
 for name in scenes backbone output; do
     flag="--$name"; [ "$name" = output ] && flag="--output-dir"
     [ -n "${!name:-}" ] || { echo "recipe.sh: $flag is missing; see --help" >&2; exit 1; }
@@ -63,7 +67,7 @@ for name in sys.argv[1:]:
         frames = read_capture(Path(name)).frames
     except ValueError as error:
         sys.exit(f"recipe.sh: {error}")
-    print("depth" if all(frame.depth_path for frame in frames) else "photographs", name, sep="\t")
+    print("depth" if all(frame.depth_path for frame in frames if not frame.is_bad) else "photographs", name, sep="\t")
 PY
 )
 [ $((${#with_depth[@]} + ${#others[@]} + ${#files[@]})) = ${#scenes[@]} ] || exit 1
@@ -73,7 +77,9 @@ if [ "$rooms" -gt 0 ]; then
     echo "== $rooms synthetic rooms"
     [ -f "$output/rooms/synthesis.json" ] ||
         fit3d-synthesize --output-dir "$output/rooms" --num-scenes "$rooms" --num-frames 32 --width 320 --height 320 --seed 7
-    fit3d-lift --surface depth --cell-pixels 3 --data "$output"/rooms/room_* "${backbone_flags[@]}" \
+    found=("$output"/rooms/room_*)
+    [ "${#found[@]}" = "$rooms" ] || echo "recipe.sh: taking the ${#found[@]} rooms that are in $output/rooms" >&2
+    fit3d-lift --surface depth --cell-pixels 3 --data "${found[@]}" "${backbone_flags[@]}" \
         --feature-cache "$cache" --output-dir "$output/round-1/rooms"
     parts+=(rooms)
     [ ${#steps[@]} -gt 0 ] || steps=(--min-steps 1200)

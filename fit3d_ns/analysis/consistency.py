@@ -137,8 +137,7 @@ class _Samples:
     """Measurements at single points, gathered over pairs of views."""
 
     def __init__(self, config: ConsistencyConfig, units_per_metre: float | None):
-        self.config = config
-        self.units_per_metre = units_per_metre
+        self.config, self.units_per_metre = config, units_per_metre
         # Rows of (angle, cosine, centred cosine, l1).
         self.agreements: list[Tensor] = [torch.zeros(0, 4, dtype=torch.float64)]
         # Rows of (angle, error in pixels, error in the unit of the poses).

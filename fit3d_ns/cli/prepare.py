@@ -39,6 +39,8 @@ class PrepareCommand:
 
 def prepare(command: PrepareCommand) -> None:
     if command.dataset == "photos":
+        if command.scenes or command.classes or command.depth_only or command.jobs:
+            raise ValueError("--scenes, --classes, --depth-only and --jobs are for ScanNet++; leave them out.")
         registered, number = find_poses(command.root, command.overwrite)
         print(f"{registered} of {number} photographs have cameras now; {command.root} is a capture for --data.")
         return

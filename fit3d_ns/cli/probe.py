@@ -122,6 +122,8 @@ def create_request(command: ProbeCommand) -> ProbeRequest:
     for name in given:
         if not hasattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')} means nothing to the {command.task} probe; leave it out.")
+    if command.task == "normals" and command.num_iterations is not None and command.head != "dpt":
+        raise ValueError("--num-iterations trains the head of --head dpt; the linear one is solved: leave it out.")
     chosen = {name: getattr(command, name) for name in ("selection", "cache") if getattr(command, name) is not None}
     backbones = command.backbones
     usual: dict[str, Normalization] = {"paper": "imagenet", "probe3d": "half"}

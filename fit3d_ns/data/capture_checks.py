@@ -116,6 +116,8 @@ def _fit_lens(frame: Frame) -> Frame:
     for path, what in ((frame.mask_path, "Mask"), (frame.depth_path, "Depth map")):
         if path is None:
             continue
+        if path.suffix == ".npy":
+            raise ValueError(f"{what} {path} is an array; write 16-bit grey PNGs in millimetres.")
         header = read_image_header(path, what)
         if (header.width, header.height) not in (size, (lens.width, lens.height)):
             problem = f"{what} {path} is {header.width}x{header.height}, its image {size[0]}x{size[1]}"

@@ -52,8 +52,7 @@ class Validation:
     """What `evaluate` found of it; set by `measure_original`."""
 
     def __init__(self, targets: TargetRenderer, patch_size: int, max_views: int, kind: str = "views"):
-        self.targets = targets
-        self.patch_size = patch_size
+        self.targets, self.patch_size = targets, patch_size
         self.draws = {
             scene: [Draw(0, scene, view) for view in select_evenly(range(number), max_views)]
             for scene, number in enumerate(targets.views.views_per_scene)

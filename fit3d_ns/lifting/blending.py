@@ -108,10 +108,7 @@ class ViewBlender:
         By default the memory is the configuration's, or chosen by the device. Up to `views_per_call` views in a row
         that have one size are prepared and blended together.
         """
-        self.gaussians = gaussians
-        self.views = views
-        self.config = config
-        self.samples_per_patch = samples_per_patch
+        self.gaussians, self.views, self.config, self.samples_per_patch = gaussians, views, config, samples_per_patch
         self.groups = _group_views(views, views_per_call)
         memory_mb = choose_cache_mb(config, gaussians.means.device) if memory_mb is None else memory_mb
         self._kept: BoundedMemory[PreparedView] = BoundedMemory(int(memory_mb * 1e6))

@@ -25,8 +25,7 @@ class ConjugateGradients:
 
     def __init__(self, blender: ViewBlender, passes: ViewPasses, weighted_sum: Features, sums: tuple[str, str]):
         """Takes f0, and b and d from the passes' state by their names `sums`."""
-        self.blender = blender
-        self.passes = passes
+        self.blender, self.passes = blender, passes
         self.config = blender.config
         self._tensors = passes.state.tensors
         self._numbers = passes.state.numbers

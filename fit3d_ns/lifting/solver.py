@@ -121,9 +121,7 @@ class _Lift:
 
     def __init__(self, blender: ViewBlender, passes: ViewPasses, embed_dim: int, is_sampled: bool):
         """With `is_sampled` the solve looks at fewer pixels than the weighted sum and the decoder."""
-        self.blender = blender
-        self.is_sampled = is_sampled
-        self.passes = passes
+        self.blender, self.is_sampled, self.passes = blender, is_sampled, passes
         self.config = blender.config
         self.embed_dim = embed_dim
         self.timer = PhaseTimer()

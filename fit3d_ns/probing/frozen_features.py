@@ -153,8 +153,7 @@ class Assembler(nn.Module):
 
     def __init__(self, assembly: Assembly, embed_dim: int, class_token_source: ClassTokenSource = "auto") -> None:
         super().__init__()
-        self.assembly = assembly
-        self.embed_dim = embed_dim
+        self.assembly, self.embed_dim = assembly, embed_dim
         self.parts = list_parts(assembly)
         chosen = self.parts[0] if class_token_source == "auto" else class_token_source
         if chosen != "none" and chosen not in self.parts:

@@ -92,8 +92,7 @@ class LinearDepthHead(nn.Module):
         super().__init__()
         self.assembler = assembler
         self.batch_norm = SharedBatchNorm(assembler.out_dim) if has_batch_norm else nn.Identity()
-        self.training_upsampling = training_upsampling
-        self.bins = bins
+        self.training_upsampling, self.bins = training_upsampling, bins
         self.token_layer = nn.Linear(assembler.out_dim, len(bins.centers))
         # The class token is the same for all tokens: its share of the linear layer is computed once per image.
         dim, num_bins = assembler.class_dim, len(bins.centers)

@@ -101,10 +101,13 @@ def measure_dpt_normals(
     head = DPTHead(Assembler(assembly, train[0].features[0].maps.shape[-1], "none"))
     pairs = [pair for scene in train for pair in zip(scene.features, scene.depth_views, strict=True)]
     known_normals = [(features, compute_normals(view)[0].permute(2, 0, 1)) for features, view in pairs]
-    num_iterations = resolve_iterations(config.num_iterations, MOST_ITERATIONS, len(pairs), BATCH_SIZE)
+    known_normals = [pair for pair in known_normals if bool(pair[1].any())]
+    if not known_normals:
+        raise ValueError(f"No pixel of {', '.join(scene.scene_id for scene in train)} has a normal; check the depth.")
+    num_iterations = resolve_iterations(config.num_iterations, MOST_ITERATIONS, len(known_normals), BATCH_SIZE)
 
     def iterate_batches() -> Iterator[Batch]:
-        for draws in iterate_draws(len(pairs), BATCH_SIZE, num_iterations, seed):
+        for draws in iterate_draws(len(known_normals), BATCH_SIZE, num_iterations, seed):
             chosen = [known_normals[index] for _, index in draws]
             # Scenes may have pictures of other sizes.
             chosen = [item for item in chosen if item[1].shape == chosen[0][1].shape]

@@ -79,12 +79,12 @@ class PatchMemory(nn.Module):
 
 
 def split_views(sets: Sequence[LabelledSet], num_views: int) -> tuple[LabelledSet, LabelledSet]:
-    """`num_views` posed views of each group, evenly spread, and the others; ValueError where no other is left."""
+    """`num_views` posed views of each scene, evenly spread, and the others; ValueError where no other is left."""
     frames = {frame.key: frame for found in sets for frame in found.frames if frame.camera_to_world is not None}
-    groups: dict[str, list[LabelledFrame]] = {}
-    for frame in sorted(frames.values(), key=lambda frame: frame.name):
-        groups.setdefault(frame.group, []).append(frame)
-    memory = [frame for group in groups.values() for frame in select_evenly(group, num_views)]
+    worlds: dict[Any, list[LabelledFrame]] = {}
+    for frame in sorted(frames.values(), key=lambda frame: frame.files):
+        worlds.setdefault(frame.world, []).append(frame)
+    memory = [frame for world in worlds.values() for frame in select_evenly(world, num_views)]
     asked = [frame for key, frame in frames.items() if key not in {kept.key for kept in memory}]
     if not asked:
         raise ValueError(f"No scene of {sets[0].name} has more than {num_views} views with known poses.")
@@ -93,11 +93,11 @@ def split_views(sets: Sequence[LabelledSet], num_views: int) -> tuple[LabelledSe
 
 def measure_by_angle(probe: MapProbe, memory: PatchMemory) -> dict[str, dict[str, Any]]:
     """Metrics of the test views by the angle to the nearest view of their scene in the memory; no empty bins."""
-    own: dict[str, list[Any]] = {}
+    own: dict[Any, list[Any]] = {}
     for frame in probe.sets.train.frames:
-        own.setdefault(frame.group, []).append(frame.camera_to_world)
+        own.setdefault(frame.world, []).append(frame.camera_to_world)
     tests: list[Any] = probe.sets.test.frames
-    angles = [min(float(measure_rotation(pose, at.camera_to_world)) for pose in own[at.group]) for at in tests]
+    angles = [min(float(measure_rotation(pose, at.camera_to_world)) for pose in own[at.world]) for at in tests]
     edges, by_angle = ConsistencyConfig.angle_edges, {}
     for low, high in pairwise(edges):
         # The last bin includes its upper edge.

@@ -85,7 +85,8 @@ def create_probe_tables(probes: Sequence[ProbeResult]) -> list[Table]:
     for probe in probes:
         settings = probe.record.settings
         names = [_name_data(settings.get(part)) for part in ("train", "test")]
-        key = (probe.record.is_random, [*TASK_COLUMNS].index(probe.task), names[1], names[0], _get_head(settings))
+        place, choices = [*TASK_COLUMNS].index(probe.task), _describe_choices(settings)
+        key = (probe.record.is_random, place, names[1], names[0], not choices, choices)
         groups.setdefault(key, []).append(probe)
     for group in groups.values():
         _check_versions_of_data(group)
@@ -203,17 +204,15 @@ def _create_cells(column: Column, values: _Values, groups: Sequence[str] = (), s
 
 
 def _find_paper(task: str, settings: Mapping[str, Any], is_random: bool) -> PaperRow | None:
-    if is_random:
-        return None
     chosen = (settings.get("finetuning") or {}).get("settings", {})
-    if any(chosen.get("anchors", {}).values()) or chosen.get("targets", {}).get("leave_one_out"):
-        # Ours, not the paper's.
+    is_ours = any(chosen.get("anchors", {}).values()) or chosen.get("targets", {}).get("leave_one_out")
+    if is_random or is_ours:
         return None
     train, test = settings.get("train") or {}, settings.get("test") or {}
     architecture = str(_get_backbone(settings).get("architecture"))
     data = find_paper_data(task, train, test)
-    assembly = str(settings.get("assembly"))
-    return find_paper_row(task, data, architecture, assembly, _get_head(settings), read_finetuning(settings))
+    assembly, head = str(settings.get("assembly")), str((settings.get("config") or {}).get("head", "linear"))
+    return find_paper_row(task, data, architecture, assembly, head, read_finetuning(settings))
 
 
 def _name_row(record: ResultRecord) -> tuple[str, str]:
@@ -224,8 +223,11 @@ def _name_row(record: ResultRecord) -> tuple[str, str]:
     return name, ASSEMBLY_NAMES.get(assembly, assembly) + (f" ({finetuned['backbone']})" if finetuned else "")
 
 
-def _get_head(settings: Mapping[str, Any]) -> str:
-    return str((settings.get("config") or {}).get("head", "linear"))
+def _describe_choices(settings: Mapping[str, Any]) -> str:
+    """What keeps results of the same data apart, for titles."""
+    config = settings.get("config") or {}
+    memory = f" from {config['memory_views']} views of each scene" if config.get("memory_views") else ""
+    return (" with a DPT head" if config.get("head") == "dpt" else "") + memory
 
 
 def _get_backbone(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -249,8 +251,7 @@ def _order(probe: ProbeResult) -> tuple[Any, ...]:
 
 def _write_title(task: str, settings: Mapping[str, Any]) -> str:
     train, test = settings.get("train"), settings.get("test")
-    head = " with a DPT head" if _get_head(settings) == "dpt" else ""
-    title = f"{task.capitalize()}{head} on {_name_data(test)}"
+    title = f"{task.capitalize()}{_describe_choices(settings)} on {_name_data(test)}"
     if isinstance(train, Mapping) and _name_data(train) != _name_data(test):
         title += f", trained on {_name_data(train)}"
     return title

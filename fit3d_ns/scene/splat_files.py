@@ -35,10 +35,8 @@ _NUM_REST = (0, 3, 8, 15, 24)
 _ITERATION = "point_cloud/iteration_*/point_cloud.ply"
 _MODEL_NAME = re.compile(r"\bmodel_name='([^']+)'")
 _PACKED_ROWS = {"means3D": (3,), "rotations": (4,), "scales": (3,), "opacity": (1,)}
-_ARRAY_ROWS = {"coord": (3,), "quat": (4,), "scale": (3,), "opacity": (), "color": (3,)}
-"""SceneSplat's arrays; colours are 8-bit, quaternions wxyz."""
-_OPACITY_SLACK = 1e-6
-"""Opacities of 0 and 1, which have no finite logit, are taken to be this much off."""
+_ARRAY_ROWS = {"coord": (3,), "quat": (4,), "scale": (3,), "opacity": (1,), "color": (3,)}
+"""SceneSplat's arrays, in the same order; colours are 8-bit, quaternions wxyz."""
 
 
 class Splats(NamedTuple):
@@ -237,18 +235,13 @@ def _read_arrays(folder: Path) -> tuple[Gaussians, int]:
     for name in _ARRAY_ROWS:
         try:
             arrays[name] = torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)).float()
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, TypeError, EOFError) as error:
             raise ValueError(f"{folder / name}.npy cannot be read ({first_line(error)}); copy it again.") from error
-    arrays["opacity"] = arrays["opacity"].reshape(len(arrays["opacity"]))
+    arrays["opacity"] = arrays["opacity"].reshape(-1, 1)
     _check_rows(arrays, _ARRAY_ROWS, str(folder))
-    gaussians = Gaussians.from_raw(
-        means=arrays["coord"],
-        quats=arrays["quat"],
-        log_scales=arrays["scale"].log(),
-        opacity_logits=arrays["opacity"].logit(eps=_OPACITY_SLACK),
-        sh_dc=(arrays["color"] / 255.0 - 0.5) / SH_CONSTANT,
-        drop_invalid=True,
-    )
+    activated = {packed: arrays[name] for packed, name in zip(_PACKED_ROWS, _ARRAY_ROWS, strict=False)}
+    activated["shs"] = (arrays["color"][:, None] / 255.0 - 0.5) / SH_CONSTANT
+    gaussians = _undo_activations(activated, str(folder))
     return gaussians, len(arrays["coord"]) - gaussians.num_gaussians
 
 
@@ -282,20 +275,25 @@ def _unpack(scene: Mapping[str, Any], source: str, keep_features: bool) -> Splat
     decoder = _create_decoder(scene["feat_cnn"], source)
     num = 1 + next((num for num in _NUM_REST if getattr(scene["shs"], "shape", ())[1:] == (1 + num, 3)), 15)
     _check_rows(scene, {**_PACKED_ROWS, "sem": (decoder.feature_dim,), "shs": (num, 3)}, source)
+    gaussians = _undo_activations({**scene, "sem": scene["sem"] if keep_features else None}, source)
+    return Splats(gaussians, len(scene["opacity"]) - gaussians.num_gaussians, decoder if keep_features else None)
+
+
+def _undo_activations(scene: Mapping[str, Any], source: str) -> Gaussians:
+    """Of FiT3D's names; ValueError where an opacity is none."""
     opacities = scene["opacity"].detach().float()
     if bool(((opacities < 0) | (opacities > 1)).any()):
-        raise ValueError(f"{source} has opacities outside of 0 to 1, which FiT3D's packed scenes have not.")
-    gaussians = Gaussians.from_raw(
+        raise ValueError(f"{source} has opacities outside of 0 to 1, which such scenes have not.")
+    return Gaussians.from_raw(
         means=scene["means3D"],
         quats=scene["rotations"],
         log_scales=scene["scales"].detach().float().log(),
-        opacity_logits=opacities.logit().clamp(max=MAX_OPACITY_LOGIT),
+        opacity_logits=opacities.logit().clamp(-MAX_OPACITY_LOGIT, MAX_OPACITY_LOGIT),
         sh_dc=scene["shs"][:, 0],
-        sh_rest=scene["shs"][:, 1:],
-        features=scene["sem"] if keep_features else None,
+        sh_rest=scene["shs"][:, 1:] if scene["shs"].shape[1] > 1 else None,
+        features=scene.get("sem"),
         drop_invalid=True,
     )
-    return Splats(gaussians, len(opacities) - gaussians.num_gaussians, decoder if keep_features else None)
 
 
 def _create_decoder(state: Any, source: Path | str) -> FeatureDecoder:

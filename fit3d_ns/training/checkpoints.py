@@ -48,8 +48,7 @@ class CheckpointFolder:
     """The checkpoints of one run; the `keep` newest stay."""
 
     def __init__(self, folder: Path, keep: int):
-        self.folder = folder
-        self.keep = keep
+        self.folder, self.keep = folder, keep
         self._damaged: set[int] = set()
 
     def find_steps(self) -> list[int]:

@@ -39,17 +39,10 @@ def notice_once(subject: str, message: str) -> None:
 def create_progress() -> Progress:
     """The bar that every command shows: what, how far, how long, how much longer; silent where there is no terminal."""
     console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    what, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
+    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    columns = what, BarColumn(), MofNCompleteColumn(), *times, note
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

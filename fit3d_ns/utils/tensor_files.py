@@ -152,8 +152,7 @@ class BoundedMemory(Generic[Value]):
     """Values by key; the first ones that fit the budget stay for good."""
 
     def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
+        self.max_bytes, self.num_bytes = max_bytes, 0
         self._kept: dict[Hashable, Value] = {}
 
     def get(self, key: Hashable) -> Value | None:
@@ -180,8 +179,7 @@ class TensorStore:
     """
 
     def __init__(self, memory_gb: float, folder: Path | None, *, keep_on_disk: bool = False):
-        self.folder = folder
-        self.keep_on_disk = keep_on_disk
+        self.folder, self.keep_on_disk = folder, keep_on_disk
         self.memory: BoundedMemory[dict[str, Tensor]] = BoundedMemory(int(memory_gb * 1e9))
 
     def load(self, content_hash: str, *names: str) -> dict[str, Tensor] | None:

@@ -144,6 +144,14 @@ def test_resized_photographs__scale_their_lens(seen_scene: Path) -> None:
     assert (lens.fx, lens.fy, lens.cx, lens.cy, lens.width, lens.height) == (FOCAL / 2, FOCAL / 2, 3.0, 2.0, 6, 4)
 
 
+def test_depth_as_arrays__is_refused_with_what_to_write(seen_scene: Path) -> None:
+    frames = json.loads((seen_scene / "transforms.json").read_text())["frames"]
+    np.save(seen_scene / "depth.npy", np.ones((HEIGHT, WIDTH)))
+    edit_json(seen_scene / "transforms.json", frames=[frame | {"depth_file_path": "depth.npy"} for frame in frames])
+    with pytest.raises(ValueError, match="is an array; write 16-bit grey PNGs in millimetres"):
+        read_capture(seen_scene)
+
+
 @pytest.mark.parametrize(
     ("size", "sentence"), [((12, 7), "correct w and h"), ((8, 12), "turned upright"), ((6, 6), "w and h")]
 )

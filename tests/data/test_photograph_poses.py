@@ -75,6 +75,7 @@ def test_prepare_photos__finds_the_cameras_that_took_them(room, capsys):
     assert float(ratios.std() / ratios.mean()) < 0.01
     focal = float(capture.frames[0].lens.fx)
     assert focal == pytest.approx(FOCAL, rel=0.02)
+    assert {frame.lens for frame in capture.frames} == {capture.frames[0].lens}
     with pytest.raises(SystemExit) as stopped:
         prepare.main(["photos", str(folder)])
     assert "--overwrite finds them again" in capsys.readouterr().err and stopped.value.code != 0
@@ -87,7 +88,19 @@ def test_prepare_photos__says_where_nothing_can_be_connected(tmp_path, capsys):
         prepare.main(["photos", str(tmp_path)])
     assert "could be connected; take more, with more overlap" in capsys.readouterr().err
     assert not (tmp_path / "sparse").exists()
-    (tmp_path / "2.png").unlink()
-    with pytest.raises(SystemExit):
-        prepare.main(["photos", str(tmp_path)])
-    assert "has 2 photographs" in capsys.readouterr().err
+    for name, words, sentence in (
+        ("a.webp", [], "COLMAP does not read a.webp; convert"),
+        ("transforms.json", ["--overwrite"], "transforms.json is there already: cameras are known; move it away first"),
+        ("notes.txt", ["--depth-only"], "--depth-only and --jobs are for ScanNet++"),
+    ):
+        (tmp_path / name).write_bytes((tmp_path / "2.png").read_bytes())
+        with pytest.raises(SystemExit):
+            prepare.main(["photos", str(tmp_path), *words])
+        assert sentence in capsys.readouterr().err
+        (tmp_path / name).unlink()
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "2.png").rename(tmp_path / "masks/2.png")
+    for folder, sentence in ((tmp_path, "has 2 photographs"), (tmp_path / "absent", "absent does not exist")):
+        with pytest.raises(SystemExit):
+            prepare.main(["photos", str(folder)])
+        assert sentence in capsys.readouterr().err

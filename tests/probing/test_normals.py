@@ -1,5 +1,6 @@
 """The normals probe against its formula, and what it says of a ViT that knows rooms and one that knows nothing."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -99,6 +100,9 @@ def test_normals__of_a_dpt_head_beat_the_best_constant(
         rest = short, "original", create_accelerator("cpu", "fp32"), 0
         means.append(measure_dpt_normals(*rest, [scene], [scene])["mean"])
     assert means[1] == means[2] < means[0]
+    hidden = [replace(view, depth=torch.zeros_like(view.depth)) for view in scene.depth_views]
+    with pytest.raises(ValueError, match="No pixel of room_00 has a normal"):
+        measure_dpt_normals(*rest, [replace(scene, depth_views=hidden)], [scene])
 
 
 def test_normals__as_a_command(rooms: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,3 +118,6 @@ def test_normals__as_a_command(rooms: list[Path], tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         main([str(word) for word in words[:1] + words[3:]])
     assert "--train" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*map(str, words), "--num-iterations", "9"])
+    assert "--num-iterations trains the head of --head dpt" in capsys.readouterr().err

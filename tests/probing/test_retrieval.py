@@ -126,7 +126,7 @@ def test_retrieval__of_views_by_the_angle_to_the_nearest_of_the_memory(labels: s
     def turn(frame: LabelledFrame, group: str, number: int) -> LabelledFrame:
         angle = torch.deg2rad(torch.tensor(float(yaws[group][number])))
         turned = [[angle.cos(), 0.0, angle.sin(), number], [0.0, 1.0, 0.0, 2.0], [-angle.sin(), 0.0, angle.cos(), 0.0]]
-        return replace(frame, name=f"{group}{number}", group=group, camera_to_world=torch.tensor(turned))
+        return replace(frame, name=f"{group}{number}", world=Path(group), camera_to_world=torch.tensor(turned))
 
     noise = create_set("noise", 9, 7)
     places = [(group, number) for group, listed in yaws.items() for number in range(len(listed))]
@@ -149,6 +149,10 @@ def test_retrieval__of_views_by_the_angle_to_the_nearest_of_the_memory(labels: s
     assert whole == {name: value for name, value in found.items() if name != "by_angle"}
     with pytest.raises(ValueError, match="has more than 5 views with known poses"):
         split_views(given, 5)
+    # A set that was joined with others has its name before the frames' own: they are the same frames all the same.
+    joined = replace(given[0], frames=[replace(frame, name=f"noise/{frame.name}") for frame in given[0].frames])
+    memory, asked = split_views((joined, given[1]), 1)
+    assert [frame.name.rpartition("/")[2] for frame in memory.frames] == ["a2", "b1"] and len(asked.frames) == 6
 
 
 def test_retrieval__of_views_as_a_command(tmp_path: Path) -> None:

@@ -81,6 +81,18 @@ def test_report__same_settings_twice(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "a.json" in sentence and "b.json" in sentence and "the same settings" in sentence
 
 
+def test_report__memories_of_several_sizes_stand_apart(tmp_path: Path) -> None:
+    for views in (3, 5):
+        settings = {"num_neighbours": 30, "memory_views": views}
+        path = write_probe(tmp_path / f"{views}.json", {0: {"miou": 0.5}}, task="retrieval", config=settings)
+        record = read_json(path)
+        # The memory is what is trained on.
+        record["settings"]["train"]["data_hash"] = str(views)
+        write_json(path, record)
+    tables, _ = write_report(*read_results([tmp_path]), tmp_path / "out", "Results")
+    assert [table.title for table in tables] == [f"Retrieval from {n} views of each scene on nyu13" for n in (3, 5)]
+
+
 def test_report__different_versions_of_the_data(tmp_path: Path) -> None:
     write_probe(tmp_path / "a.json", {0: {"miou": 0.5}}, data_hash="old")
     write_probe(tmp_path / "b.json", {0: {"miou": 0.5}}, assembly="duplicate", data_hash="new")

@@ -149,6 +149,14 @@ def test_read_splats__arrays_of_scenesplat(tmp_path, make_scene):
     opacities = np.zeros(len(raw.means), np.float32)
     np.save(tmp_path / "opacity.npy", opacities)
     assert read_splats(tmp_path)[1] == 0
+    for wrong, sentence in ((opacities + 1.5, "opacities outside of 0 to 1"), (np.float32(0.5), "`opacity` of")):
+        np.save(tmp_path / "opacity.npy", wrong)
+        with pytest.raises(ValueError, match=sentence):
+            read_splats(tmp_path)
+    np.save(tmp_path / "opacity.npy", np.array(["text"]))
+    with pytest.raises(ValueError, match=r"opacity\.npy cannot be read"):
+        read_splats(tmp_path)
+    np.save(tmp_path / "opacity.npy", opacities)
     np.save(tmp_path / "scale.npy", opacities)
     with pytest.raises(ValueError, match=r"`scale` of torch.float32 .*expected floating-point \[.*, 3\]"):
         read_splats(tmp_path)

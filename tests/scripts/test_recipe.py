@@ -24,11 +24,17 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def test_recipe__goes_from_captures_with_depth_to_one_backbone(tmp_path: Path) -> None:
     small = SynthesisConfig(output_dir=tmp_path / "rooms", num_scenes=1, num_frames=6, width=64, height=48)
     synthesize_scenes(small)
+    # A frame that its capture marks as bad has no depth; the others' is taken all the same.
+    cameras = tmp_path / "rooms/room_00/dslr/nerfstudio/transforms_undistorted.json"
+    content = json.loads(cameras.read_text())
+    content["frames"][0]["is_bad"] = True
+    cameras.write_text(json.dumps(content))
     # Synthetic rooms that are there are taken; the script's own are too large for a test.
     synthesize_scenes(replace(small, output_dir=tmp_path / "out" / "rooms", num_scenes=2, seed=1))
     arguments = ["--scenes", "rooms/room_00", "--backbone", "toy_rooms_vit", "--output-dir", "out", "--steps", "2"]
     first = run(arguments, tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
+    assert "taking the 2 rooms" in first.stderr
     report = json.loads((tmp_path / "out" / "vit" / "report.json").read_text())
     assert (
         report["steps"] == 2
@@ -44,4 +50,10 @@ def test_recipe__goes_from_captures_with_depth_to_one_backbone(tmp_path: Path) -
 def test_recipe__says_what_is_missing(tmp_path: Path) -> None:
     assert "--scenes is missing" in run(["--backbone", "a", "--output-dir", "out"], tmp_path).stderr
     absent = run(["--scenes", "absent", "--backbone", "a", "--output-dir", "out"], tmp_path)
+    rest = ["--backbone", "a", "--output-dir", "out"]
+    for words, sentence in (
+        (["--scenes", "room", "room.safetensors"], "several scenes are called room"),
+        (["--scenes", "room", "--synthetic-rooms", "eight"], "--synthetic-rooms and --rounds take a number"),
+    ):
+        assert sentence in run([*words, *rest], tmp_path).stderr
     assert absent.returncode != 0 and "No such scene" in absent.stderr and not (tmp_path / "out" / "vit").exists()

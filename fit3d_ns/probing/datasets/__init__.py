@@ -27,7 +27,8 @@ class LabelledOptions(Limited):
     nyu_classes: Literal[13, 40] | None = None
     """Class list of NYUv2 (segmentation); 13 by default, as in the paper. Refused where no NYUv2 is given."""
     depth_scale: Annotated[float | None, Limits(above=0)] = None
-    """Units per metre of the depth maps of plain folders, positive; 1000 by default. Official sets have their own."""
+    """Units per metre of the depth maps of plain folders and captures, positive; 1000 by default. Official sets have
+    their own."""
     max_depth: Annotated[float | None, Limits(above=0)] = None
     """Depths of this many metres or more do not count; by default 20 for captures, 10 for plain folders."""
 
@@ -68,7 +69,7 @@ def check_options(paths: Sequence[Path], task: str, options: LabelledOptions) ->
     plain = "plain folders (images/ and depths/)"
     ranged: tuple[LabelledLayout, ...] = ("folder", "scannetpp", "capture")
     readers: tuple[tuple[str, Any, LabelledTask, tuple[LabelledLayout, ...], str], ...] = (
-        ("--depth-scale", options.depth_scale, "depth", ("folder",), f"the unit of {plain}"),
+        ("--depth-scale", options.depth_scale, "depth", ("folder", "capture"), f"the unit of {plain} and captures"),
         ("--max-depth", options.max_depth, "depth", ranged, f"the range of {plain} and captures"),
         ("--nyu-classes", options.nyu_classes, "segmentation", ("nyu",), "the class list of NYUv2"),
     )
@@ -97,7 +98,8 @@ def read_labelled_set(
     if task not in _TASKS[layout]:
         raise ValueError(f"{path} is read as {layout}, which has no {task} but {' and '.join(_TASKS[layout])}.")
     if layout in ("scannetpp", "capture"):
-        return scannet.read_scannetpp_labelled(path, split, task, options.max_depth)
+        scale = options.depth_scale if layout == "capture" else None
+        return scannet.read_scannetpp_labelled(path, split, task, options.max_depth, scale)
     part: LabelledSplit = split or "train"
     if layout == "folder":
         return folders.read_folder(path, part, task, options.depth_scale, options.max_depth)

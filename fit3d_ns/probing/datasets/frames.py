@@ -51,12 +51,14 @@ class LabelledFrame:
     files: tuple[Path, ...] = ()
     """Files it is made from, for `compute_data_hash`."""
     camera_to_world: Float[Tensor, "3 4"] | None = field(default=None, compare=False)
-    """Pose, where it is known; all of a group share the world and the directions of a camera's axes."""
+    """Pose, where it is known; all of a `world` share that and the directions of a camera's axes."""
+    world: Path | None = field(default=None, compare=False)
+    """Folder of the scene that poses are relative to, whatever the group is called where sets are joined."""
 
     @property
     def key(self) -> Hashable:
-        """Names the frame across sets."""
-        return (self.files, self.name)
+        """Names the frame across sets; joined ones have the sets' names before the frames' own."""
+        return (self.files, self.name.rpartition("/")[2])
 
 
 @dataclass(frozen=True)

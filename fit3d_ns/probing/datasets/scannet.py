@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from fit3d_ns.data.frames import Frame
@@ -23,7 +23,7 @@ from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.probing.datasets import frames as labelled
-from fit3d_ns.probing.datasets.folders import read_class_names
+from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE, read_class_names
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, LabelledTask, create_frame
 from fit3d_ns.probing.datasets.official_sets import read_annotations, read_listed_depth
 from fit3d_ns.utils.files import read_json
@@ -65,12 +65,19 @@ def read_scannet(root: Path, split: LabelledSplit, task: LabelledTask) -> Labell
             target = folder / scene / kind / f"{image.stem}.png"
             maps = {"depth_path": target} if task == "depth" else {"label_path": target, "table": table}
             frame = create_frame(image, name=f"{scene}/{image.stem}", group=scene, resize_image=True, **maps)
-            pose = folder / scene / "pose" / f"{image.stem}.txt"
-            matrix = torch.from_numpy(np.loadtxt(pose)[:3]) if pose.is_file() else torch.full((3, 4), torch.inf)
-            # Where tracking was lost, poses are not finite.
-            frames.append(replace(frame, camera_to_world=matrix if bool(matrix.isfinite().all()) else None))
+            pose = _read_pose(folder / scene / "pose" / f"{image.stem}.txt")
+            frames.append(replace(frame, camera_to_world=pose, world=(folder / scene).resolve()))
     names = NYU40_NAMES if task == "segmentation" else ()
     return LabelledSet("scannet", frames, names, depth=CONVENTION, is_sequence=True)
+
+
+def _read_pose(path: Path) -> Float[Tensor, "3 4"] | None:
+    """Camera to world; None where the file is missing or damaged, or where tracking was lost: not finite then."""
+    try:
+        values = np.array(path.read_text(encoding="utf-8").split(), dtype=float)
+    except (OSError, ValueError):
+        return None
+    return torch.from_numpy(values[:12].reshape(3, 4)) if len(values) == 16 and np.isfinite(values).all() else None
 
 
 def is_scannetpp_scene(path: Path) -> bool:
@@ -94,13 +101,17 @@ def find_scannetpp_scenes(root: Path) -> Path | None:
 
 
 def read_scannetpp_labelled(
-    path: Path, split: LabelledSplit | None, task: LabelledTask, max_depth: float | None = None
+    path: Path,
+    split: LabelledSplit | None,
+    task: LabelledTask,
+    max_depth: float | None = None,
+    depth_scale: float | None = None,
 ) -> LabelledSet:
     """Reads a scene or capture, or the scenes of the official split list, with depth or labels, as the task needs.
 
     The split of a scene is its own train or test frames, or all for None; that of a root is `nvs_sem_train` or
     `nvs_sem_val`, whole scenes, and of the authors' evaluation folder the list of that name. From `max_depth` metres on
-    (None: 20) depth does not count.
+    (None: 20) depth does not count; a capture's maps have `depth_scale` units a metre (None: 1000).
     """
     convention = labelled.DepthConvention(max_depth=max_depth or MAX_DEPTH)
     if is_scannetpp_evaluation(path) and task == "depth":
@@ -110,7 +121,7 @@ def read_scannetpp_labelled(
         found = read_annotations(path, split or "train", "scannetpp", labelled.CLASS_NAMES["scannetpp"])
         return replace(found, is_sequence=True)
     if is_scannetpp_scene(path) or is_capture(path):
-        frames, names = _read_scene(path, split, task, path)
+        frames, names = _read_scene(path, split, task, path, depth_scale or DEFAULT_DEPTH_SCALE)
         return LabelledSet(path.resolve().name, frames, names, depth=convention, is_sequence=True)
     folder = find_scannetpp_scenes(path)
     if folder is None:
@@ -143,7 +154,7 @@ def _read_table(root: Path) -> labelled.LabelTable:
 
 
 def _read_scene(
-    path: Path, split: LabelledSplit | None, task: LabelledTask, root: Path
+    path: Path, split: LabelledSplit | None, task: LabelledTask, root: Path, depth_scale: float = DEFAULT_DEPTH_SCALE
 ) -> tuple[list[LabelledFrame], tuple[str, ...]]:
     dslr = path / "dslr" if (path / "dslr").is_dir() else path
     find_label, class_names, on_fisheye = _find_labels(dslr, root) if task == "segmentation" else (None, (), False)
@@ -168,12 +179,14 @@ def _read_scene(
             label_path=find_label and find_label(frame.image_path),
             table=labelled.LabelTable(len(class_names)),
             depth_path=None if find_label else frame.depth_path,
+            depth_scale=depth_scale,
         )
         masks = (frame.mask_path,) if frame.mask_path else ()
         read = replace(
             plain,
             files=(*plain.files, *masks),
             camera_to_world=frame.camera_to_world,
+            world=path.resolve(),
             load_image=partial(_load_image, frame),
             load_labels=plain.load_labels and partial(_load_map, frame, plain.load_labels, IGNORE_INDEX),
             load_depth=plain.load_depth and partial(_load_map, frame, plain.load_depth, 0),

@@ -247,6 +247,10 @@ def test_scannet__poses_where_tracking_was_not_lost(scannet: Path) -> None:
     first, second = (read_labelled_set(scannet, split, "depth").frames[0] for split in ("train", "test"))
     assert first.camera_to_world is not None and second.camera_to_world is None
     np.testing.assert_allclose(first.camera_to_world, pose[:3])
+    assert first.world == scannet.resolve() / "scannet_frames_25k/scene0000_00"
+    for damaged in ("", "1 2 x", "1 2 3"):
+        (scannet / "scannet_frames_25k/scene0000_00/pose/000100.txt").write_text(damaged)
+        assert read_labelled_set(scannet, "train", "depth").frames[0].camera_to_world is None
 
 
 def test_scannet__raw_ids_need_their_table(scannet: Path) -> None:
@@ -491,6 +495,10 @@ def test_capture__depth_of_any_layout_with_cameras(rig: Path) -> None:
     assert frame.load_depth is not None
     assert frame.load_depth()[0].tolist() == [0.0] * 12
     torch.testing.assert_close(frame.load_depth()[1:], (1.0 + torch.arange(12) / 10).expand(7, 12))
+    coarse = read_labelled_set(rig, "test", "depth", LabelledOptions(depth_scale=500.0)).frames[0]
+    check_options([rig], "depth", LabelledOptions(depth_scale=500.0))
+    assert coarse.load_depth is not None and torch.equal(coarse.load_depth(), 2.0 * frame.load_depth())
+    assert coarse.world == rig.resolve()
     assert resolve_scene_split(rig, "test", []) is None and resolve_scene_split(rig, "test", [rig]) == "test"
     with pytest.raises(ValueError, match="capture, which has no segmentation but depth"):
         read_labelled_set(rig, "test", "segmentation")
