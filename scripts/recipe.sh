@@ -10,7 +10,7 @@
 #   further: --synthetic-rooms N (8)  --rounds N (1)
 #            --steps N (of each round: one pass over all images, at least 1200 steps, 800 without synthetic rooms)
 #            --learning-rate X (1e-4, falling like a cosine)
-#            --geometry-weight X (3: how much a linear head asks the tokens for depth and normals; 0 asks for nothing)
+#            --geometry-weight X (3: how much a linear head asks the tokens for depth and normals; 0 matches best)
 #            --feature-cache DIR (DIR/cache)
 set -euo pipefail
 
