@@ -35,8 +35,6 @@ while [ $# -gt 0 ]; do
 done
 [[ "$rooms" =~ ^[0-9]+$ && "$rounds" =~ ^[1-9][0-9]*$ ]] ||
     { echo "recipe.sh: --synthetic-rooms and --rounds take a number" >&2; exit 1; }
-twice=$(for scene in ${scenes[@]+"${scenes[@]}"}; do basename "${scene%.safetensors}"; done | sort | uniq -d | head -n 1)
-[ -z "$twice" ] || { echo "recipe.sh: several scenes are called $twice; rename one" >&2; exit 1; }
 for name in scenes backbone output; do
     flag="--$name"; [ "$name" = output ] && flag="--output-dir"
     [ -n "${!name:-}" ] || { echo "recipe.sh: $flag is missing; see --help" >&2; exit 1; }
@@ -57,8 +55,13 @@ done < <(python - "${scenes[@]}" <<'PY'
 import sys
 from pathlib import Path
 
+from fit3d_ns.cli.lift import name_capture
 from fit3d_ns.data.layouts import read_capture
 
+called = [Path(name).stem if name.endswith(".safetensors") else name_capture(Path(name)) for name in sys.argv[1:]]
+for name in called:
+    if called.count(name) > 1:
+        sys.exit(f"recipe.sh: several scenes are called {name}; rename one")
 for name in sys.argv[1:]:
     if Path(name).suffix == ".safetensors":
         print("file", name, sep="\t")
@@ -96,7 +99,8 @@ if [ ${#files[@]} -gt 0 ]; then
     fit3d-lift --scene "${files[@]}" "${backbone_flags[@]}" --feature-cache "$cache" --output-dir "$lifted/"
 fi
 for scene in ${others[@]+"${others[@]}"}; do
-    name=$(basename "$scene")
+    folder="${scene%/*.json}"
+    name=$(basename "${folder%/dslr}")
     [ ! -f "$lifted/$name.safetensors" ] || continue
     echo "== Splats of $name"
     run="$output/splats/$name/fit3d-features/run"

@@ -116,7 +116,7 @@ def _fit_lens(frame: Frame) -> Frame:
     for path, what in ((frame.mask_path, "Mask"), (frame.depth_path, "Depth map")):
         if path is None:
             continue
-        if path.suffix == ".npy":
+        if path.suffix == ".npy" and what == "Depth map":
             raise ValueError(f"{what} {path} is an array; write 16-bit grey PNGs in millimetres.")
         header = read_image_header(path, what)
         if (header.width, header.height) not in (size, (lens.width, lens.height)):

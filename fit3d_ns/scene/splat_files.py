@@ -290,7 +290,7 @@ def _undo_activations(scene: Mapping[str, Any], source: str) -> Gaussians:
         log_scales=scene["scales"].detach().float().log(),
         opacity_logits=opacities.logit().clamp(-MAX_OPACITY_LOGIT, MAX_OPACITY_LOGIT),
         sh_dc=scene["shs"][:, 0],
-        sh_rest=scene["shs"][:, 1:] if scene["shs"].shape[1] > 1 else None,
+        sh_rest=scene["shs"][:, 1:],
         features=scene.get("sem"),
         drop_invalid=True,
     )

@@ -51,8 +51,11 @@ def test_recipe__says_what_is_missing(tmp_path: Path) -> None:
     assert "--scenes is missing" in run(["--backbone", "a", "--output-dir", "out"], tmp_path).stderr
     absent = run(["--scenes", "absent", "--backbone", "a", "--output-dir", "out"], tmp_path)
     rest = ["--backbone", "a", "--output-dir", "out"]
+    for name in ("room", "a", "b"):
+        (tmp_path / name).mkdir()
     for words, sentence in (
-        (["--scenes", "room", "room.safetensors"], "several scenes are called room"),
+        (["--scenes", "room/dslr", "room.safetensors"], "several scenes are called room"),
+        (["--scenes", "a/dslr", "b/dslr"], "No such scene: "),
         (["--scenes", "room", "--synthetic-rooms", "eight"], "--synthetic-rooms and --rounds take a number"),
     ):
         assert sentence in run([*words, *rest], tmp_path).stderr
