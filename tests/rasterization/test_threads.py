@@ -109,7 +109,7 @@ print([torch.equal(image, expected) for image in loader])
 
 
 def test_cpu__loader_workers_can_render_after_the_parent_did():
-    # In a fresh process: torch refuses gradients in forked children once its engine has threads (torch.compile starts some).
+    # In a fresh process: torch refuses gradients in forks once its engine has threads (torch.compile starts some).
     code = _LOAD.format(folder=os.path.dirname(__file__))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.stdout.strip() == str([True] * 4), (result.stdout, result.stderr[-2000:])
