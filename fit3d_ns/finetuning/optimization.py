@@ -276,7 +276,7 @@ class TrainedBackbone:
             [{"params": list(own.values())}, *([{"params": heads}] if heads else [])],
             lr=optimization.learning_rate,
             weight_decay=optimization.weight_decay,
-            fused=self.parameters[0].is_cuda or None,
+            fused=True,
         )
 
     def set_learning_rate(self, rate: float) -> None:
