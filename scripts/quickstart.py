@@ -123,7 +123,7 @@ class Quickstart:
                 self.run(lift.main, "fit3d-lift", "--surface", "depth", "--data", *lifted, "--output-path", scenes,
                          "--cell-pixels", CELL_PIXELS, "--max-passes", LIFT_PASSES, *self.flags)  # fmt: skip
             return [scenes / f"{room.name}.safetensors" for room in lifted], [other]
-        name = self.data.resolve().name
+        name = lift.name_capture(self.data)
         run, path = (
             self.output / "runs" / name / "fit3d-features" / "latest",
             self.output / "scenes" / f"{name}.safetensors",

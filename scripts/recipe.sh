@@ -18,9 +18,9 @@ scenes=() backbone="" weights="" output="" seed=42 rooms=8 rounds=1 steps=() rat
 need() { [ $# -ge 2 ] || { echo "recipe.sh: $1 needs a value" >&2; exit 1; }; }
 while [ $# -gt 0 ]; do
     case "$1" in
-        --scenes) shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do scenes+=("$(realpath "$1")"); shift; done ;;
+        --scenes) shift; while [ $# -gt 0 ] && [[ "$1" != --* ]]; do scenes+=("$(realpath -s "$1")"); shift; done ;;
         --backbone) need "$@"; backbone="$2"; shift 2 ;;
-        --backbone-weights) need "$@"; weights=$(realpath "$2"); shift 2 ;;
+        --backbone-weights) need "$@"; weights=$(realpath -s "$2"); shift 2 ;;
         --output-dir) need "$@"; output=$(realpath -m "$2"); shift 2 ;;
         --seed) need "$@"; seed="$2"; shift 2 ;;
         --synthetic-rooms) need "$@"; rooms="$2"; shift 2 ;;

@@ -80,7 +80,9 @@ def _find_other_suffix(frame: Frame) -> Frame:
     if path.is_file() or not path.parent.is_dir():
         return frame
     suffixes = [suffix for lower in IMAGE_SUFFIXES for suffix in (lower, lower.upper())]
-    found = next((path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).is_file()), None)
+    # What follows a dot may be a part of the name: `frame.0001`.
+    others = (path.with_name(stem + suffix) for stem in (path.name, path.stem) for suffix in suffixes)
+    found = next(filter(Path.is_file, others), None)
     return frame if found is None else replace(frame, image_path=found)
 
 
@@ -116,12 +118,13 @@ def _fit_lens(frame: Frame) -> Frame:
     for path, what in ((frame.mask_path, "Mask"), (frame.depth_path, "Depth map")):
         if path is None:
             continue
-        if path.suffix == ".npy" and what == "Depth map":
+        if path.suffix in (".npy", ".npz", ".exr") and what == "Depth map":
             raise ValueError(f"{what} {path} is an array; write 16-bit grey PNGs in millimetres.")
         header = read_image_header(path, what)
-        if (header.width, header.height) not in (size, (lens.width, lens.height)):
-            problem = f"{what} {path} is {header.width}x{header.height}, its image {size[0]}x{size[1]}"
-            raise ValueError(f"{problem}; make it again at the image's size or remove it.")
+        own = header.width, header.height
+        if own not in (size, (lens.width, lens.height)) and not has_aspect(own, size):
+            problem = f"{what} {path} is {own[0]}x{own[1]}, its image {size[0]}x{size[1]}"
+            raise ValueError(f"{problem}; make it again with the image's aspect or remove it.")
         if what == "Depth map":
             check_depth_mode(path, header.mode)
     return frame
@@ -143,7 +146,8 @@ def _move_to_origin(files: CaptureFiles) -> tuple[CaptureFiles, str]:
     if points is not None:
         points = replace(points, xyz=(points.xyz.double() - offset).float())
     colmap_to_world = None if files.colmap_to_world is None else _shift(files.colmap_to_world, offset)
-    return replace(files, frames=frames, points=points, colmap_to_world=colmap_to_world), said
+    origin = tuple(offset.tolist())
+    return replace(files, frames=frames, points=points, colmap_to_world=colmap_to_world, origin=origin), said
 
 
 def _shift(matrix: Float[Tensor, "3 4"], offset: Float[Tensor, " 3"]) -> Float[Tensor, "3 4"]:

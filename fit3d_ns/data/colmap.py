@@ -1,7 +1,7 @@
 """Reads a COLMAP model (`sparse/0` or `colmap/sparse/0`, text or binary) with its photographs, or only its points.
 
 Where COLMAP could not connect all photographs it writes several models; that with most photographs is taken. The
-dataset's world is COLMAP's own. Masks are `masks/<image name>.png` (COLMAP's rule) or `masks/<stem>.png`.
+dataset's world is COLMAP's own. Masks are `masks/<image name>.png` (COLMAP's rule) or `masks/<stem>` with any suffix.
 Every 8th image in order of names is test. Models go through pycolmap. Points are read here: pycolmap has no reader
 for them alone, and gives those of a model in an order of its own.
 """
@@ -17,7 +17,7 @@ import torch
 
 from fit3d_ns.data import frames
 from fit3d_ns.data.frames import CaptureFiles, Frame, PointCloud
-from fit3d_ns.data.images import list_images
+from fit3d_ns.data.images import IMAGE_SUFFIXES, list_images
 from fit3d_ns.geometry.cameras import Lens, camera_to_worlds_from_viewmats
 from fit3d_ns.utils.errors import first_line
 from fit3d_ns.utils.files import refuse_lfs_pointer, write_atomically
@@ -26,10 +26,10 @@ _MODEL_FOLDERS = ("sparse", "colmap/sparse", "colmap")
 """Where models lie, or folders of models with a number each."""
 _NUM_FOCAL_LENGTHS = {
     **{"SIMPLE_PINHOLE": 1, "PINHOLE": 2, "SIMPLE_RADIAL": 1, "RADIAL": 1, "OPENCV": 2, "FULL_OPENCV": 2},
-    **{"SIMPLE_RADIAL_FISHEYE": 1, "RADIAL_FISHEYE": 1, "OPENCV_FISHEYE": 2},
+    **{"SIMPLE_RADIAL_FISHEYE": 1, "RADIAL_FISHEYE": 1, "OPENCV_FISHEYE": 2, "SIMPLE_FISHEYE": 1, "FISHEYE": 2},
 }
 """Focal lengths of the camera models that are read. Principal point and distortion, in OpenCV's order, follow them."""
-_NUM_PARAMETERS = (3, 4, 4, 5, 8, 8, 12, 5, 4, 5, 12, 16)
+_NUM_PARAMETERS = (3, 4, 4, 5, 8, 8, 12, 5, 4, 5, 12, 16, 4, 5, 3, 4, 6, 2)
 """How many parameters each of COLMAP's camera models has, by the model's number."""
 
 
@@ -50,6 +50,8 @@ def read_colmap(path: Path) -> CaptureFiles:
     images.sort(key=lambda image: image.name)
     if not images:
         raise ValueError(f"The COLMAP model {model} has no registered images; reconstruct the capture again.")
+    if not (photographs / images[0].name).is_file() and (root / images[0].name).is_file():
+        photographs = root  # Where COLMAP was told that the photographs' folder is the capture's own.
     cameras = reconstruction.cameras.items()
     lenses = {number: _read_lens(camera, f"Camera {number} of {model}") for number, camera in cameras}
     posed = []
@@ -68,7 +70,7 @@ def read_colmap(path: Path) -> CaptureFiles:
         layout="colmap",
         description=(
             f"COLMAP model {model}: {frames.count_splits(posed)} (every {frames.FRAMES_PER_TEST_FRAME}th is test), "
-            f"{len(points.xyz) if points else 'no'} points{_describe_left_out(root, images, read[1:])}."
+            f"{len(points.xyz) if points else 'no'} points{_describe_left_out(root, photographs, posed, read[1:])}."
         ),
         frames=posed,
         points=points,
@@ -111,17 +113,26 @@ def find_colmap_models(root: Path) -> list[Path]:
     return []
 
 
-def _describe_left_out(root: Path, images: list[Any], others: list[tuple[Path, Any, Any]]) -> str:
-    """What the description says of other models, and of photographs that no model registered."""
-    names = {image.name for image in images}
-    said = ""
+def _describe_left_out(root: Path, photographs: Path, posed: list[Frame], others: list[tuple[Path, Any, Any]]) -> str:
+    """What the description says of other models, of photographs that no model registered, and of few masks.
+
+    ValueError where there are masks and none belongs to a photograph.
+    """
+    known, said, masks = {frame.image_path.with_suffix("") for frame in posed}, "", root / "masks"
     if others:
         listed = ", ".join(f"{path.name} with {other.num_reg_images()} images" for path, _, other in others)
         said = f"; of {len(others) + 1} models it has most images, left out are {listed}"
-        names |= {image.name for _, _, other in others for image in other.images.values()}
-    folder = find_photographs(root)
-    num_lost = sum(path.relative_to(folder).as_posix() not in names for path in list_images(folder))
-    return said + (f"; {num_lost} photographs are in none" if num_lost else "")
+        names = [image.name for _, _, other in others for image in other.images.values()]
+        known |= {(photographs / name).with_suffix("") for name in names}
+    lost = [
+        path for path in list_images(photographs) if path.with_suffix("") not in known and masks not in path.parents
+    ]
+    num_masks = sum(frame.mask_path is not None for frame in posed)
+    if num_masks < len(posed) and list_images(masks):
+        if not num_masks:
+            raise ValueError(f"No mask in {masks} has a photograph's name, as {posed[0].image_path.name}.png would.")
+        said += f"; {num_masks} have masks"
+    return said + (f"; {len(lost)} photographs are in none" if lost else "")
 
 
 def _load_model(model: Path) -> Any:
@@ -162,7 +173,8 @@ def _read_pose(image: Any, source: str) -> torch.Tensor:
 
 
 def _find_mask(folder: Path, name: str) -> Path | None:
-    candidates = [folder / f"{name}.png", (folder / name).with_suffix(".png")]
+    path = folder / name.replace("\\", "/")
+    candidates = [Path(f"{path}.png"), *(path.with_suffix(suffix) for suffix in (".png", *IMAGE_SUFFIXES))]
     return next((path for path in candidates if path.is_file()), None)
 
 

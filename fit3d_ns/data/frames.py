@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -24,7 +24,6 @@ Layout = Literal["scannetpp", "nerfstudio", "colmap"]
 
 FRAMES_PER_TEST_FRAME = 8
 """Without lists, every 8th frame in order of names is held out, as the splatting literature does."""
-
 _LARGEST_SHEAR = 1e-2
 _LARGEST_RELATIVE_FOCAL = 10.0
 """Focal lengths below it are none in pixels where the centre lies in the first one."""
@@ -84,6 +83,8 @@ class CaptureFiles:
     """Name of the scene, the folder's name by default."""
     colmap_to_world: Float[Tensor, "3 4"] | None = None
     """Moves points of the capture's COLMAP world into the dataset's world; None where no COLMAP world is known."""
+    origin: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """Where the dataset's world begins in that of its files: not at 0 if it was moved to the cameras."""
 
 
 def create_points(
@@ -147,14 +148,11 @@ def resolve_inside(root: Path, relative: str, source: str) -> Path:
     """The path `relative` below `root`; links inside the folder are followed, climbing out of it is refused."""
     if not isinstance(relative, str) or not relative:
         raise ValueError(f"{source} names a file by {relative!r}; expected a path relative to {root}.")
-    pure = PurePosixPath(relative.replace("\\", "/"))
-    if pure.is_absolute():
-        if not pure.is_relative_to(root.absolute().as_posix()):
-            raise ValueError(f"{source} names {relative}, which is outside of {root}; use paths relative to it.")
-        pure = pure.relative_to(root.absolute().as_posix())
-    if os.path.normpath(pure).split("/")[0] == "..":
-        raise ValueError(f"{source} names {relative}, which climbs out of {root}; use paths inside of it.")
-    return root / pure
+    for top in (os.path.abspath(root), os.path.realpath(root)):
+        path = Path(os.path.normpath(Path(top, relative.replace("\\", "/"))))
+        if path.is_relative_to(top):
+            return root / path.relative_to(top)
+    raise ValueError(f"{source} names {relative}, which climbs out of {root}; use paths inside of it.")
 
 
 def choose_splits(names: Sequence[str]) -> list[Split]:

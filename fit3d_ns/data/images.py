@@ -6,6 +6,7 @@ are black. Sixteen bits a channel become eight; where no value needs more than 1
 Reading a header (`read_image_header`) is cheap and finds wrong sizes early; other damage shows when loading.
 """
 
+import os
 import struct
 import warnings
 import zlib
@@ -42,8 +43,6 @@ _LARGEST_RATIO = 0.95
 _MAX_12_BITS, _MAX_16_BITS = 4095, 65535
 _TIFF_BITS = 258
 """Tag of a TIFF that says how many bits each channel has."""
-
-
 _DAMAGED = (OSError, SyntaxError, EOFError, TypeError, IndexError, KeyError, struct.error, zlib.error, OverflowError)
 """What Pillow's readers raise for files that are not what they seem."""
 
@@ -67,9 +66,13 @@ def read_image_header(path: Path, what: str = "Image") -> ImageHeader:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Photographs below a folder, in the order of names; hidden files (`._x.jpg` of macOS) are none."""
-    found = [path for path in folder.rglob("*") if is_visible(path, IMAGE_SUFFIXES) and path.is_file()]
-    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(folder).parts[:-1])))
+    """Photographs below a folder, by links too, in the order of names; hidden files (`._x.jpg` of macOS) are none."""
+    found: list[Path] = []
+    for top, folders, names in os.walk(folder, followlinks=True):
+        is_loop = any(os.path.samefile(top, above) for above in Path(top).parents)
+        folders[:] = [name for name in folders if not is_loop and not is_hidden(name)]
+        found += [Path(top, name) for name in names if not is_loop]
+    return sorted(path for path in found if is_visible(path, IMAGE_SUFFIXES) and path.is_file())
 
 
 def is_visible(path: Path, suffixes: Sequence[str]) -> bool:

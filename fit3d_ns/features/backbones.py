@@ -22,7 +22,6 @@ from fit3d_ns.utils.files import hash_bytes
 
 Normalization = Literal["timm", "imagenet", "half"]
 """`timm`: each model's own mean and deviation; `imagenet`: ImageNet's for all, as the paper's code does; `half`: .5."""
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Channel means and deviations of ImageNet's images in [0, 1]."""

@@ -36,22 +36,17 @@ from fit3d_ns.utils.selection import select_evenly
 
 CLEARLY_BETTER_DB = 3.0
 """A world that fits better by this much is the right one."""
-
 CHECKED_SIDE = 480
 """Photographs of the check are reduced to about this longer side, in pixels."""
-
 NUM_ALIGNED_VIEWS, ALIGNED_SIDE = 8, 80
 """Views, and their longer side in pixels, by which a world is moved."""
-
 ALIGNED_DB, ALIGNED_SHARES = 0.3, (0.025, 0.5)
 """A splat is a little off where a world nearby fits the photographs by so many dB better, and moves the median Gaussian
 by so much of the depth; what fits far away does so by chance."""
-
 _LEVELS = ((8, 20), (4, 10), (2, 10))
 
 OTHER_ORDER_DB = 1.0
 """Quaternions are taken as xyzw where they fit better by this much."""
-
 _HALF_TURN = WorldChange(torch.diag(torch.tensor([1.0, -1.0, -1.0, 0.0]))[:3], 1.0)
 _NUDGES = np.array([0.01] * 6 + [0.02])
 """Differences for derivatives on squares of 4 pixels; on others in proportion."""

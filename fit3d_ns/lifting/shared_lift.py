@@ -37,7 +37,6 @@ NUM_SHARED_ROUNDS = 3
 """How often each of the processes that share out the scenes has to be run, one after the other, at most."""
 _OWN_HASH = "own_lift_hash"
 """Metric of a scene that shares a decoder: `LIFT_HASH` without what the other scenes come from."""
-
 Tensors: TypeAlias = dict[str, Tensor]
 Described: TypeAlias = dict[str, str]
 AddUp: TypeAlias = Callable[[Iterable[Tensors]], Tensors]

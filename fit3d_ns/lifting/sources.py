@@ -18,7 +18,6 @@ from fit3d_ns.utils.selection import select_evenly
 
 NUM_CHECKED_VIEWS = 3
 """Views that are rendered and compared with their photographs before a lift."""
-
 SMALLEST_PSNR = 12.0
 """Mean PSNR in dB over them, below which Gaussians and photographs hardly belong together."""
 

@@ -35,6 +35,8 @@ _NEAR_PERCENTILE = 25.0
 """This share of the points is seen from nearer than what the smallest cells are made for."""
 _DEPTH_SCALES = (1000.0, 5000.0, 4000.0, 10000.0, 256.0, 100.0)
 """Units per metre that depth maps of sensors and data sets have."""
+_ANY_SCALES, _FINE_STEPS = np.geomspace(1.0, 1e6, 146), np.geomspace(1 / 1.1, 1.1, 21)
+"""A tenth and a hundredth apart."""
 _SAMPLED_VIEWS = 8
 
 
@@ -80,20 +82,32 @@ def drop_flying_pixels(depth: Float[Tensor, "height width"]) -> Float[Tensor, "h
 
 
 def find_depth_scale(capture: PosedCapture, given: float | None = None) -> float:
-    """Units of the depth maps per unit of the dataset's world: the one, usual or `given`, at which most pixels
-    of a view agree with the next view; 1000 if it is about as good as any. ValueError where another scale than
-    the given one fits by far better.
+    """Units of the depth maps per unit of the dataset's world, by how many pixels of a view agree with the next view.
+
+    That is 1000 or another usual one, unless many more agree at one between them: poses that were found from
+    photographs have a unit of their own. ValueError where another scale than the given one fits by far better.
     """
-    views = list_depth_views(capture)
-    starts = select_evenly(range(len(views) - 1), _SAMPLED_VIEWS) if len(views) > 1 else []
-    shares = dict.fromkeys([*_DEPTH_SCALES, *([given] if given else [])], 0.0)
-    for scale in shares:
-        for index in starts:
-            first, second = (load_depth_view(capture, view, scale) for view in views[index : index + 2])
-            _, depth, measured = observe(_list_points(first)[0][::16], second)
-            agrees = (measured > 0) & ((measured - depth).abs() <= _LARGEST_STEP * depth)
-            shares[scale] += float(agrees.float().sum() / max(len(agrees), 1)) / len(starts)
+    views, pairs = list_depth_views(capture), []
+    for index in select_evenly(range(len(views) - 1), _SAMPLED_VIEWS) if len(views) > 1 else []:
+        first, second = (load_depth_view(capture, view, MILLIMETRES_PER_METRE) for view in views[index : index + 2])
+        pairs.append((_list_points(first)[0][::32], first.camera_to_world[:, 3], second))
+
+    def measure(scale: float, step: float = _LARGEST_STEP) -> float:
+        factor, share = MILLIMETRES_PER_METRE / scale, 0.0
+        for xyz, centre, second in pairs:
+            _, depth, measured = observe(centre + factor * (xyz - centre), second)
+            agrees = (measured > 0) & ((factor * measured - depth).abs() <= step * depth)
+            share += float(agrees.float().sum() / max(len(agrees), 1)) / len(pairs)
+        return share
+
+    shares = {scale: measure(scale) for scale in (*_DEPTH_SCALES, *([given] if given else []))}
     best = max(shares, key=lambda scale: shares[scale])
+    tried = np.array([measure(scale) for scale in _ANY_SCALES])
+    peak = int(tried.argmax())
+    # Only a peak tells: where views agree at any scale, as of one place, so they do far away.
+    if tried[peak] > 1.2 * max(shares[best], *tried[[max(peak - 4, 0), min(peak + 4, len(tried) - 1)]]):
+        best = float(f"{max(_ANY_SCALES[peak] * _FINE_STEPS, key=lambda scale: measure(scale, 0.01)):.4g}")
+        shares[best] = tried[peak]
     if given is not None:
         if shares[given] < 0.5 * shares[best]:
             raise ValueError(

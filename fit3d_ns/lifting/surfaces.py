@@ -45,7 +45,7 @@ class SurfaceConfig(Limited):
     points."""
     depth_scale: Annotated[float | None, Limits(above=0)] = None
     """With --surface depth: units of the depth maps per unit of the capture's world, 1000 where depth is in millimetres
-    and poses are in metres. By default the usual unit at which views agree."""
+    and poses are in metres. By default the unit at which views agree, a usual one if it can be."""
     cell_pixels: Annotated[float, Limits(above=0)] = 5.0
     """With --surface: side of the smallest Gaussians' cells in pixels of a near photograph, above 0. Smaller cells
     follow edges better and cost time and memory."""
@@ -100,7 +100,8 @@ def _read_file_source(
     def create(name: PlyWorld, cell_pixels: float) -> LiftSource:
         change = find_changes(name, files, path)[0]
         capture = create_posed_capture(files, change.transform, change.scale, world.choose_factor(files))
-        find_points = partial(surface_points.sample_surface, file, capture, cell_pixels)
+        placed = replace(file, xyz=file.xyz - files.origin) if name == "dataset" else file
+        find_points = partial(surface_points.sample_surface, placed, capture, cell_pixels)
         return _build(capture, find_points, recipe, config, device)
 
     # ScanNet++'s meshes lie in the world of its COLMAP model.

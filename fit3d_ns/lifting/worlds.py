@@ -25,10 +25,8 @@ from fit3d_ns.utils.files import read_json
 
 TRANSFORMS_NAME = "dataparser_transforms.json"
 """nerfstudio writes it into every run's folder."""
-
 _FEWEST_POINTS = 4
 """Fewer points have no principal axes."""
-
 PlyWorld = Literal["dataset", "colmap", "training", "gsplat"]
 WORLDS: tuple[PlyWorld, ...] = ("dataset", "colmap", "training", "gsplat")
 
@@ -58,8 +56,11 @@ def find_changes(world: PlyWorld, files: CaptureFiles, run: Path) -> list[WorldC
     are taken. ValueError where the capture knows no COLMAP world, or the transforms are wrong.
     """
     unchanged = WorldChange(torch.eye(4)[:3], 1.0)
+    # A world that was moved to the cameras: files of the capture were not, what was made of it was.
+    moved = WorldChange(torch.cat([torch.eye(3), torch.tensor(files.origin)[:, None]], dim=1), 1.0)
+    dataset = [unchanged, moved] if any(files.origin) else [unchanged]
     if world == "dataset":
-        return [unchanged]
+        return dataset
     to_colmap = None
     if files.colmap_to_world is not None:
         to_colmap = invert_similarity(files.colmap_to_world, f"The applied_transform of {files.root}")
@@ -69,16 +70,14 @@ def find_changes(world: PlyWorld, files: CaptureFiles, run: Path) -> list[WorldC
             raise ValueError(f"{problem}; use --ply-world dataset or training.")
         return [to_colmap]
     if world == "gsplat":
-        return _normalise_as_gsplat(files, to_colmap or unchanged)
+        return _normalise_as_gsplat(files, to_colmap or dataset[-1])
     if not run.is_file():
         return [_normalise_as_nerfstudio(files)]
-    training = read_similarity(run)[0]
-    changes = [training]
     if to_colmap is not None and not torch.equal(to_colmap.transform, unchanged.transform):
         # nerfstudio's own dataparser folds `applied_transform` into what it records: its transform begins at COLMAP's
         # world. Ours and others begin at the dataset's. The file does not tell which it is; the photographs do.
-        changes.append(training.after(to_colmap))
-    return changes
+        dataset.append(to_colmap)
+    return [read_similarity(run)[0].after(first) for first in dataset]
 
 
 def read_similarity(path: Path) -> list[WorldChange]:

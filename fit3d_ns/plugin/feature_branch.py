@@ -25,10 +25,8 @@ from fit3d_ns.utils.selection import create_generator
 Features = Float[Tensor, "num_gaussians dim"]
 FEATURE_SEED = 0
 """Seed of the feature branch's own random numbers."""
-
 INITIAL_FEATURE_SCALE = 0.01
 """Standard deviation of `feature_init="random"`; the paper's text gives none."""
-
 PICTURE_BUFFERS = {
     "pca_mean": "mean",
     "pca_components": "components",
@@ -38,7 +36,6 @@ PICTURE_BUFFERS = {
     "pca_high": "colour_high",
 }
 """Buffers of the state dict, and the part of the picture basis that each holds."""
-
 MAX_COLOUR_ROWS = 20_000
 """Pixels whose decoded features a refitted basis is fitted to."""
 

@@ -23,18 +23,14 @@ from fit3d_ns.scene.posed_capture import MAX_SIDE
 
 HAS_CUDA = torch.cuda.is_available()
 """Asked once: decides the default device and the default length of a run."""
-
 PAPER_ITERATIONS = 30_000
 """Length of a run in the public code, and with `fit3d-features-paper` on any machine."""
 MAX_NUM_ITERATIONS = PAPER_ITERATIONS if HAS_CUDA else 3_000
 """Two CPU cores give a first result in minutes; docs/results.md has the quality of both lengths."""
-
 DENSIFY_THRESHOLD = 0.0008 if HAS_CUDA else 0.002
 """splatfacto's; short runs have the same held-out PSNR and features with 2.5 times fewer Gaussians (see the README)."""
-
 PAPER_FEATURE_LR = 0.0025 / 40
 """Learning rate of features and decoder in the paper's code."""
-
 SUPPORTED = {"nerfstudio": ">=1.1.5,<1.2", "gsplat": kernels.SUPPORTED, "timm": ">=1.0.26,<2"}
 """The versions of each package that the plugin is tried with."""
 

@@ -29,10 +29,8 @@ from fit3d_ns.utils.progress import notice
 
 VISER_BACKGROUND = (0.1490, 0.1647, 0.2157)
 """Colour behind the splats in the viewer when training uses random backgrounds, as in splatfacto."""
-
 INITIAL_OPACITY = 0.1
 """splatfacto's opacity of a seed point."""
-
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 """Name under which torch's hub cache keeps torchvision's AlexNet, which LPIPS needs."""
 

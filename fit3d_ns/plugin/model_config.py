@@ -23,16 +23,12 @@ MODEL_STEPS = {
     "early_solve_at": 1_500,
 }
 """Defaults of a 30,000-step run; a shorter run scales them in proportion."""
-
 STEPS_PER_REFINEMENT = 100
 """splatfacto's interval between densifications."""
-
 MIN_STEPS_PER_REFINEMENT = 25
 """Gradient statistics of fewer views than this are too noisy to densify on."""
-
 REFINEMENTS_PER_RESET = 30
 """splatfacto resets opacities every 30 densifications."""
-
 MIN_STEPS_PER_RESET = 1_500
 """Opacities need some hundreds of steps to recover; shorter runs are not reset at all."""
 

@@ -30,10 +30,8 @@ from fit3d_ns.utils.selection import select_evenly
 PASSES_WITH_ALL_VIEWS = 6
 """Below this many passes of the conjugate gradients, half of the decoder's views are worth less than two more passes
 (held-out cosine .0018 against .003 from the fourth pass to the sixth, 109 views, 64 channels)."""
-
 PASSES_WITH_HALF = 3
 """Below this many passes, the same holds for half of the views that are left."""
-
 MIN_VIEWS = 8
 """However short a run is, its features are solved from this many views, or all there are."""
 
@@ -94,7 +92,6 @@ def estimate_solve_costs(feature_dim: int, samples_per_patch: int = 4) -> SolveC
 
 EARLY_SOLVE = SolvePlan(max_passes=0, decoder_share=0.5)
 """The early solve, for the viewer."""
-
 LAST_SOLVE = SolvePlan(max_passes=6)
 """What early solves must leave to the last one."""
 

@@ -87,8 +87,8 @@ class FeatureTrainerConfig(TrainerConfig):
         if not data.exists():
             raise ValueError(f"No such scene: {data}; check the path given as --data.")
         if datamanager.backbone_weights is not None:
-            # A relative path would be lost to commands that start in another folder.
-            datamanager.backbone_weights = Path(datamanager.backbone_weights).resolve()
+            # A relative path would be lost to commands that start in another folder, a link's suffix by following it.
+            datamanager.backbone_weights = Path(datamanager.backbone_weights).absolute()
         folder = find_backbone_folder(datamanager.backbone)
         if folder is not None:
             datamanager.backbone = str(folder.resolve())

@@ -20,16 +20,12 @@ from fit3d_ns.utils.files import make_temporary_folder
 
 CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 """The browser fetches nothing from another host; inline parts are how Gradio builds its page."""
-
 MAX_BYTES = 20_000_000
 """Largest uploaded file; a photograph of 50 million pixels has about 15 million bytes."""
-
 MAX_PIXELS = 50_000_000
 """Largest uploaded picture: a small file may hold very many pixels, and they are decoded at once."""
-
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """What browsers show; Pillow's other decoders stay out of reach."""
-
 _BYTES_AROUND_FILE = 100_000
 
 

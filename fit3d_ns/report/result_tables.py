@@ -19,10 +19,8 @@ STEM = "tables"
 """Name of the report's files without suffix."""
 CURVES = "angles.png"
 """Name of the picture of errors against viewing angles, where there are any."""
-
 ASSEMBLY_NAMES = {row["assembly"]: row["name"] for row in read_table(Path(__file__).with_name("assemblies.csv"))}
 """Assemblies in the order of rows."""
-
 _PARTS = {"original": "original", "finetuned": "fine-tuned"}
 _MAX_NAMES = 4
 """Scenes of a row are named up to this number, then counted."""

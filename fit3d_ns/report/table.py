@@ -63,10 +63,8 @@ COST_COLUMNS = TASK_COLUMNS.pop("costs")
 """What a fine-tuned backbone took, as Tables 5 and 8 have it."""
 FINETUNE_COLUMNS = TASK_COLUMNS.pop("finetuning")
 """Metrics of a report of stage II, for `original` and for `finetuned`."""
-
 RANDOM_TITLE = "RANDOM WEIGHTS, no measure of quality: "
 """In front of the title of tables about untrained backbones."""
-
 NOTHING = "-"
 """Shown where there is no value."""
 

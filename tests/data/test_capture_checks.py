@@ -12,6 +12,7 @@ from PIL import Image
 
 from fit3d_ns.data.images import list_images
 from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.scene import create_posed_capture
 from tests.data.miniature_captures import HEIGHT, WIDTH, edit_json, write_picture
 
 NUM_FRAMES, NUM_POINTS, FOCAL = 10, 400, 40.0
@@ -132,6 +133,16 @@ def test_converted_photographs__are_found_by_their_name(seen_scene: Path) -> Non
     assert read_capture(seen_scene, is_strict=True).frames[3].image_path.name == "3.JPG"
 
 
+def test_names_without_suffix__may_have_dots(seen_scene: Path) -> None:
+    frames = json.loads((seen_scene / "transforms.json").read_text())["frames"]
+    for index, frame in enumerate(frames):
+        (seen_scene / frame["file_path"]).rename(seen_scene / f"images/frame.{index:04d}.png")
+        frame["file_path"] = f"images/frame.{index:04d}"
+    edit_json(seen_scene / "transforms.json", frames=frames)
+    found = [frame.image_path.name for frame in read_capture(seen_scene).frames]
+    assert found == [f"frame.{index:04d}.png" for index in range(NUM_FRAMES)]
+
+
 def test_resized_photographs__scale_their_lens(seen_scene: Path) -> None:
     for path in (seen_scene / "images").iterdir():
         write_picture(path, 9, (WIDTH // 2, HEIGHT // 2))
@@ -149,6 +160,19 @@ def test_depth_as_arrays__is_refused_with_what_to_write(seen_scene: Path) -> Non
     np.save(seen_scene / "depth.npy", np.ones((HEIGHT, WIDTH)))
     edit_json(seen_scene / "transforms.json", frames=[frame | {"depth_file_path": "depth.npy"} for frame in frames])
     with pytest.raises(ValueError, match="is an array; write 16-bit grey PNGs in millimetres"):
+        read_capture(seen_scene)
+
+
+def test_depth_of_a_coarser_sensor__is_enlarged(seen_scene: Path) -> None:
+    frames = json.loads((seen_scene / "transforms.json").read_text())["frames"]
+    values = np.arange(1, 7, dtype=np.uint16).reshape(2, 3) * 1000
+    Image.fromarray(values).save(seen_scene / "depth.png")
+    edit_json(seen_scene / "transforms.json", frames=[frame | {"depth_file_path": "depth.png"} for frame in frames])
+    capture = create_posed_capture(read_capture(seen_scene))
+    depth = capture.load_depth(capture.views[0])
+    assert depth is not None and np.array_equal(depth.numpy(), np.kron(values / 1000, np.ones((4, 4))))
+    Image.fromarray(np.zeros((6, 6), np.uint16)).save(seen_scene / "depth.png")
+    with pytest.raises(ValueError, match="Depth map .*depth.png is 6x6, its image 12x8; make it again"):
         read_capture(seen_scene)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fit3d_ns.data.colmap import read_colmap_points, write_colmap_points
+from fit3d_ns.data.colmap import _NUM_PARAMETERS, read_colmap_points, write_colmap_points
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.geometry.cameras import project_points, viewmats_from_camera_to_worlds
@@ -66,13 +66,32 @@ def test_read_colmap__poses_see_points_where_colmap_does(colmap_scene: Path) -> 
         ("OPENCV 12 8 10 10 6 4 0.1 0.2 0.3 0.4", "opencv", (0.1, 0.2, 0.3, 0.4)),
         ("OPENCV_FISHEYE 12 8 10 10 6 4 0.1 0.2 0.3 0.4", "fisheye", (0.1, 0.2, 0.3, 0.4)),
         ("SIMPLE_RADIAL_FISHEYE 12 8 10 6 4 0.1", "fisheye", (0.1,)),
+        ("SIMPLE_FISHEYE 12 8 10 6 4", "fisheye", ()),
+        ("FISHEYE 12 8 10 10 6 4", "fisheye", ()),
     ],
 )
 def test_read_colmap__camera_models(colmap_scene: Path, camera: str, model: str, distortion: tuple[float, ...]) -> None:
-    write_model(colmap_scene / "sparse" / "0", camera)
-    lens = read_capture(colmap_scene).frames[0].lens
-    assert (lens.model, lens.distortion) == (model, distortion)
-    assert (lens.fx, lens.fy, lens.cx, lens.cy) == (10.0, 10.0, 6.0, 4.0)
+    import pycolmap
+
+    if not hasattr(pycolmap.CameraModelId, camera.split()[0]):
+        pytest.skip("COLMAP 4 brought this model.")
+    folder = colmap_scene / "sparse" / "0"
+    write_model(folder, camera)
+    for _ in range(2):
+        lens = read_capture(colmap_scene).frames[0].lens
+        assert (lens.model, lens.distortion) == (model, distortion)
+        assert (lens.fx, lens.fy, lens.cx, lens.cy) == (10.0, 10.0, 6.0, 4.0)
+        # The same as COLMAP writes it by default.
+        pycolmap.Reconstruction(str(folder)).write_binary(str(folder))
+
+
+def test_read_colmap__every_camera_model_has_its_number_of_parameters() -> None:
+    import pycolmap
+
+    for name, number in pycolmap.CameraModelId.__members__.items():
+        if int(number.value) >= 0:
+            camera = pycolmap.Camera.create_from_model_name(1, name, 10.0, WIDTH, HEIGHT)
+            assert len(camera.params) == _NUM_PARAMETERS[int(number.value)], name
 
 
 def test_read_colmap__binary_model_under_colmap(colmap_scene: Path) -> None:
@@ -100,10 +119,55 @@ def test_read_colmap__binary_model_under_colmap(colmap_scene: Path) -> None:
 def test_read_colmap__masks_by_name_or_stem(colmap_scene: Path) -> None:
     write_picture(colmap_scene / "masks" / "0.png.png", 255, mode="L")
     write_picture(colmap_scene / "masks" / "upper" / "9.png", 255, mode="L")
-    frames = read_capture(colmap_scene).frames
+    write_picture(colmap_scene / "masks" / "3.jpg", 255, mode="L")
+    capture = read_capture(colmap_scene)
+    frames = capture.frames
     assert frames[0].mask_path == colmap_scene / "masks" / "0.png.png"
     assert frames[1].mask_path is None
+    assert frames[3].mask_path == colmap_scene / "masks" / "3.jpg"
     assert frames[9].mask_path == colmap_scene / "masks" / "upper" / "9.png"
+    assert "; 3 have masks" in capture.description
+    # Windows writes names of photographs in folders so.
+    images = colmap_scene / "sparse" / "0" / "images.txt"
+    images.write_text(images.read_text().replace("upper/9.png", "upper\\9.png"))
+    assert read_capture(colmap_scene).frames[9].mask_path == colmap_scene / "masks" / "upper" / "9.png"
+
+
+def test_read_colmap__refuses_masks_that_belong_to_no_photograph(colmap_scene: Path) -> None:
+    write_picture(colmap_scene / "masks" / "mask_0.png", 255, mode="L")
+    with pytest.raises(ValueError, match=r"No mask in .*masks has a photograph's name, as 0.png.png would"):
+        read_capture(colmap_scene)
+
+
+def test_read_colmap__photographs_in_linked_folders_and_with_other_suffixes(colmap_scene: Path) -> None:
+    (colmap_scene / "images").rename(colmap_scene.parent / "drive")
+    for name in ("left", "right"):
+        (colmap_scene / "images").mkdir(exist_ok=True)
+        (colmap_scene / "images" / name).symlink_to(
+            colmap_scene.parent / "drive" / ("upper" if name == "right" else "")
+        )
+    (colmap_scene / "images" / "left" / "8.png").rename(colmap_scene / "images" / "left" / "8.JPG")
+    # A link in a circle ends somewhere.
+    (colmap_scene.parent / "drive" / "round").symlink_to(colmap_scene.parent / "drive")
+    images = colmap_scene / "sparse" / "0" / "images.txt"
+    text = images.read_text().replace("upper/", "right/")
+    for index in range(9):
+        text = text.replace(f" {index}.png", f" left/{index}.png")
+    images.write_text(text)
+    capture = read_capture(colmap_scene)
+    assert len(capture.frames) == 10 and "missing" not in capture.description
+    # By the other link, `left/upper/9.png` is one more photograph.
+    assert capture.description.endswith("; 1 photographs are in none.")
+
+
+def test_read_colmap__names_may_begin_at_the_capture_itself(colmap_scene: Path) -> None:
+    images = colmap_scene / "sparse" / "0" / "images.txt"
+    expected = [frame.image_path for frame in read_capture(colmap_scene).frames]
+    text = images.read_text().replace("upper/", "images/upper/")
+    for index in range(9):
+        text = text.replace(f" {index}.png", f" images/{index}.png")
+    images.write_text(text)
+    assert [frame.image_path for frame in read_capture(colmap_scene).frames] == expected
 
 
 def test_read_colmap__refuses_what_is_wrong(colmap_scene: Path) -> None:

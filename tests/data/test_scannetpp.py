@@ -108,9 +108,9 @@ def test_read_scannetpp__refuses_names_that_leave_the_folder(scannetpp_scene: Pa
         read_capture(scannetpp_scene)
 
 
-def test_read_scannetpp__refuses_masks_of_another_size(scannetpp_scene: Path) -> None:
-    write_picture(scannetpp_scene / "dslr" / "undistorted_anon_masks" / "DSC00002.png", 255, (6, 4), "L")
-    with pytest.raises(ValueError, match=r"Mask .*DSC00002.png is 6x4, its image 12x8"):
+def test_read_scannetpp__refuses_masks_of_another_shape(scannetpp_scene: Path) -> None:
+    write_picture(scannetpp_scene / "dslr" / "undistorted_anon_masks" / "DSC00002.png", 255, (6, 6), "L")
+    with pytest.raises(ValueError, match=r"Mask .*DSC00002.png is 6x6, its image 12x8"):
         read_capture(scannetpp_scene)
 
 

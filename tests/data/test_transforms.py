@@ -9,6 +9,7 @@ import torch
 from fit3d_ns.data.colmap import write_colmap_points
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.scene import create_posed_capture
 from tests.data.miniature_captures import edit_json, make_pose, write_picture
 
 POINTS = PointCloud(torch.tensor([[1.0, 2.0, 3.0], [-4.0, 5.0, 0.5]]), torch.tensor([[1, 2, 3], [4, 5, 6]]).byte())
@@ -171,7 +172,13 @@ def test_read_transforms__accepts_linked_images_and_absolute_paths_inside(nerfst
     os.rename(nerfstudio_scene / "images", nerfstudio_scene.parent / "elsewhere")
     (nerfstudio_scene / "images").symlink_to(nerfstudio_scene.parent / "elsewhere")
     edit_frame(nerfstudio_scene, 0, file_path=str(nerfstudio_scene / "images" / "00.png"))
-    assert len(read_capture(nerfstudio_scene).frames) == 10
+    edit_frame(nerfstudio_scene, 1, file_path=f"../{nerfstudio_scene.name}/images/01.png")
+    edit_frame(nerfstudio_scene, 2, file_path="./images/../images/02.png")
+    link = nerfstudio_scene.parent / "link"
+    link.symlink_to(nerfstudio_scene)
+    for scene in (nerfstudio_scene, link):
+        capture = create_posed_capture(read_capture(scene))
+        assert [view.name for view in capture.views[:3]] == [f"images/0{index}.png" for index in range(3)]
 
 
 def test_read_transforms__refuses_missing_empty_and_repeated_images(nerfstudio_scene: Path) -> None:

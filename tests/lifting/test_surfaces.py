@@ -146,6 +146,27 @@ def test_depth__finds_its_unit(depth_source, room, tmp_path, scale):
     assert np.median(measure_depth_errors(given, room)[0]) < LIMIT
 
 
+@pytest.mark.parametrize("unit", [0.37, 2.7])
+def test_depth__poses_of_any_unit_are_found_to_be_such(room, tmp_path, unit):
+    """Poses that COLMAP made are in a unit of their own, depth maps in millimetres."""
+    shutil.copytree(room, tmp_path / "room")
+    for path in (tmp_path / "room" / "dslr" / "nerfstudio").iterdir():
+        move_poses(path, lambda centre: centre * unit)
+    capture = create_posed_capture(read_capture(tmp_path / "room"))
+    assert find_depth_scale(capture) == pytest.approx(1000.0 / unit, rel=0.01)
+    with pytest.raises(ValueError, match="--depth-scale 1000 and on .* use that"):
+        find_depth_scale(capture, 1000.0)
+
+
+def move_poses(cameras: Path, change) -> None:
+    content = json.loads(cameras.read_text())
+    for frame in (*content["frames"], *content["test_frames"]):
+        matrix = np.array(frame["transform_matrix"])
+        matrix[:3, 3] = change(matrix[:3, 3])
+        frame["transform_matrix"] = matrix.tolist()
+    cameras.write_text(json.dumps(content))
+
+
 def test_depth__masks_are_kept_out(room, tmp_path):
     masks = {path.stem: np.asarray(Image.open(path)) for path in (room / "dslr" / "undistorted_anon_masks").iterdir()}
     assert any((mask == 0).any() for mask in masks.values())
@@ -212,6 +233,23 @@ def test_mesh__of_a_file_may_lie_in_either_world(room, tmp_path):
     for name in ("mesh.ply", "turned.obj"):
         source = read_surface_source(room, "mesh", SurfaceConfig(cell_pixels=2.0, mesh=tmp_path / name), PlyConfig())
         assert np.median(measure_depth_errors(source, room)[0]) < LIMIT
+
+
+def test_mesh__lies_far_away_with_its_cameras(room, tmp_path):
+    """In UTM: millions of metres, which single precision tells apart by quarters."""
+    offset = np.array([500_000.0, 4_649_776.0, 120.0])
+    shutil.copytree(room, tmp_path / "room", ignore=shutil.ignore_patterns("colmap"))
+    move_poses(tmp_path / "room/dslr/nerfstudio/transforms_undistorted.json", lambda centre: centre + offset)
+    mesh = write_mesh(room, tmp_path / "mesh.ply")
+    matrix = np.eye(4)
+    matrix[:3], matrix[:3, 3] = colmap_to_world().numpy(), offset
+    mesh.apply_transform(matrix).export(tmp_path / "far.obj", digits=4)
+    config = SurfaceConfig(cell_pixels=2.0, mesh=tmp_path / "far.obj")
+    source = read_surface_source(tmp_path / "room", "mesh", config, PlyConfig())
+    # Its views are those of the room, moved as little as whole numbers allow.
+    assert compare_with_photographs(source).psnr > 16.0
+    errors, share = measure_depth_errors(source, room)
+    assert share > 0.97 and np.median(errors) < LIMIT
 
 
 def test_points__of_the_capture_or_a_file(room, tmp_path):

@@ -65,6 +65,20 @@ ROTATION = np.array([[math.cos(ANGLE), -math.sin(ANGLE), 0], [0, 0, -1], [math.s
 MATRIX = np.vstack([np.column_stack([SCALE * ROTATION, SCALE * SHIFT]), [0, 0, 0, 1]])
 
 
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_far_world__takes_splats_of_its_own_place_and_of_ours(tmp_path, is_moved):
+    """A splat beside cameras that are far from the origin, and one that was exported from what we made of them."""
+    raw, offset = write_capture(tmp_path / "room"), np.array([5000.0, 3000.0, 0.0])
+    content = json.loads((tmp_path / "room/transforms.json").read_text())
+    for frame in content["frames"]:
+        for row, shift in zip(frame["transform_matrix"], offset, strict=False):
+            row[3] += shift
+    (tmp_path / "room/transforms.json").write_text(json.dumps(content))
+    ply = write_gaussians(tmp_path / "far.ply", move_gaussians(raw, np.eye(3), offset * is_moved, 1.0))
+    source = read_ply_source(ply, tmp_path / "room", PlyConfig())
+    assert compare_with_photographs(source).psnr > 40
+
+
 @pytest.mark.parametrize("name", ["m.txt", "m.npy", "m.json"])
 @pytest.mark.parametrize("is_inverse", [False, True])
 def test_ply_transform__takes_the_splat_to_its_photographs(capture, tmp_path, name, is_inverse):

@@ -49,6 +49,11 @@ def test_recipe__goes_from_captures_with_depth_to_one_backbone(tmp_path: Path) -
 
 def test_recipe__says_what_is_missing(tmp_path: Path) -> None:
     assert "--scenes is missing" in run(["--backbone", "a", "--output-dir", "out"], tmp_path).stderr
+    # Hubs keep files under their hashes, and links to them under their names.
+    (tmp_path / "0a1b2c").touch()
+    (tmp_path / "linked.safetensors").symlink_to("0a1b2c")
+    linked = run(["--scenes", "linked.safetensors", "nowhere", "--backbone", "a", "--output-dir", "out"], tmp_path)
+    assert "No such scene" in linked.stderr and "0a1b2c" not in linked.stderr
     absent = run(["--scenes", "absent", "--backbone", "a", "--output-dir", "out"], tmp_path)
     rest = ["--backbone", "a", "--output-dir", "out"]
     for name in ("room", "a", "b"):
