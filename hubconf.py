@@ -23,11 +23,7 @@ _PUBLISHED = "https://huggingface.co/yuanwenyue/FiT3D/resolve/main/{}_finetuned.
 
 def fit3d(backbone: str, weights: str | None = None) -> nn.Module:
     """A backbone by name or folder, `weights` being a file with others than its own; in training mode, as timm's."""
-    token_model = create_token_model(backbone, weights)
-    mean, std = token_model.description.mean, token_model.description.std
-    token_model.model.pretrained_cfg = {**token_model.model.pretrained_cfg, "mean": mean, "std": std}
-    model: nn.Module = token_model.model
-    return model
+    return create_token_model(backbone, weights).to_timm()
 
 
 def _publish(name: str) -> Callable[..., nn.Module]:

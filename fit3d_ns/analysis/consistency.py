@@ -120,8 +120,7 @@ def pool_consistency(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `compute_consistency` found in several scenes, with the same bins of angles, as one; nothing for no scene.
 
     Cosines and L1 are weighted by compared points and recalls by their matches, the effective rank is a plain mean, and
-    counts are added. Metrics in centimetres are those of the scenes that have them. So the result says what a random
-    co-visible token, or a random match, of all scenes sees.
+    counts are added. Metrics in centimetres are those of the scenes that have them.
     """
     if not reports:
         return {}

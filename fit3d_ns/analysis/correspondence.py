@@ -80,8 +80,7 @@ def find_covisible(
     """Which image points of `view` the `other` view sees, and where in its own image.
 
     A point (x, y) counts if its pixel has depth, it falls inside the other image, the other image has depth at the
-    pixel it falls into, and the two depths differ by at most the share `depth_tolerance`: otherwise something stands in
-    between or the point moved.
+    pixel it falls into, and the two depths differ by at most the share `depth_tolerance`: else something is in between.
     """
     depth = look_up(view.usable_depth, points)
     other_points, other_depth, measured = observe(unproject(points, depth, view), other)

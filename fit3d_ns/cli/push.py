@@ -63,7 +63,10 @@ def push(command: PushCommand) -> None:
     if get_token() is None:
         raise ValueError("There is no token for the hub; `hf auth login` stores one, or set HF_TOKEN (write access).")
     url = send(folder, files, name, command.private, command.overwrite)
-    print(f'Sent: {url}\nTo use it: timm.create_model("hf-hub:{name}", pretrained=True)')
+    use = f'timm.create_model("hf-hub:{name}", pretrained=True)'
+    if (folder / ADAPTER_NAME).is_file():
+        use = "fit3d_ns.features.create_extractor(FOLDER), once it is downloaded; timm knows no adapters"
+    print(f"Sent: {url}\nTo use it: {use}")
 
 
 def send(folder: Path, files: Sequence[Path], name: str, private: bool, overwrite: bool) -> str:

@@ -60,6 +60,9 @@ class AdaptedTokenModel(TokenModel):
         self.model.requires_grad_(False)
         self.adapter = adapter
 
+    def to_timm(self) -> nn.Module:
+        raise ValueError(f"{self.description.backbone} has an adapter, which timm does not know; use create_extractor.")
+
     def apply_norm(self, tokens: Tokens) -> Tokens:
         """The backbone's final norm, then the adapter on the patch tokens."""
         normed = super().apply_norm(tokens)

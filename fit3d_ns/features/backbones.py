@@ -63,8 +63,7 @@ class BackboneDescription:
     num_blocks: int = field(default=0, compare=False)
     """Number of transformer blocks; 0 where the description was read from a file."""
     weights: Path | None = field(default=None, compare=False)
-    """The file the weights come from; None for timm's download, for random weights, and where read from a file that
-    does not say."""
+    """The file the weights come from; None for timm's download, for random ones, and where a file does not say."""
     model_args: ModelArgs = field(default=(), compare=False)
     """Arguments of timm's constructor that a fine-tuned folder recorded; empty where read from a file."""
 
@@ -157,6 +156,7 @@ def create_timm_model(architecture: str, model_args: ModelArgs = (), **kwargs: A
     ValueError where it is no `VisionTransformer` or `Eva`.
     """
     import timm
+    from timm.layers import PatchEmbed
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
@@ -174,7 +174,7 @@ def create_timm_model(architecture: str, model_args: ModelArgs = (), **kwargs: A
             f"({first_line(error)}); "
             "choose a `VisionTransformer` or `Eva` id of timm."
         ) from error
-    if not isinstance(model, (VisionTransformer, Eva)):
+    if not isinstance(model, (VisionTransformer, Eva)) or not isinstance(model.patch_embed, PatchEmbed):
         problem = f"Backbone {architecture} is a {type(model).__name__}, not a plain vision transformer"
         raise ValueError(f"{problem}; choose a `VisionTransformer` or `Eva` id of timm, for example dinov2_small.")
     return model

@@ -154,8 +154,7 @@ def _extract_batches(
 def compute_feature_key(image: Tensor) -> FeatureKey:
     """Names an image [height, width, 3], 8-bit or floating point in [0, 1], by its content.
 
-    Both forms of the same image give the same key, because pixels are compared as 16-bit integers, in which v / 255 is
-    exactly 257 v.
+    Both forms of an image give the same key: pixels are compared as 16-bit integers, in which v / 255 is exactly 257 v.
     """
     if image.dtype == torch.uint8:
         levels = image.to(torch.int32) * 257

@@ -58,6 +58,11 @@ class TokenModel(nn.Module):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False)
 
+    def to_timm(self) -> nn.Module:
+        """timm's module, its `pretrained_cfg` with the mean and deviation in use; ValueError where it is not all."""
+        self.model.pretrained_cfg |= {"mean": self.description.mean, "std": self.description.std}
+        return self.model  # type: ignore[no-any-return]
+
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Tokens:
         """Tokens of the last block, after the final norm if the description says so."""
         return self.forward_layers(images, [self.description.num_blocks - 1])[0]

@@ -27,7 +27,7 @@ from fit3d_ns.utils.files import refuse_lfs_pointer
 from fit3d_ns.utils.package_files import read_table
 from fit3d_ns.utils.tensor_files import load_torch_file, open_tensors
 
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "teacher")
 """Where checkpoints keep the weights, best first: averaged weights are what their authors evaluate."""
 _UNREAD = ("head.", "head_dist.", "fc_norm.", "lm_head.", "mask_token", "decoder_", "projectors.", "pre_logits.")
 """Parts of published checkpoints that no token passes through: classifiers and what pretraining alone needs."""
@@ -38,8 +38,7 @@ _MAX_NAMED = 3
 def load_weights(model: nn.Module, path: Path | str) -> None:
     """Loads a file into a timm `VisionTransformer` or `Eva`; every parameter of the model must be in it.
 
-    ValueError where it cannot be read, or is of another architecture: then the first keys that differ are named with
-    both shapes.
+    ValueError where it cannot be read, or is of another architecture: the first keys that differ are named.
     """
     path = Path(path)
     state_dict = select_backbone(read_state_dict(path), path)

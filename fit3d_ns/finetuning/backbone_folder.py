@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fit3d_ns.features import BackboneDescription, TokenModel, create_token_model
 from fit3d_ns.features.adapters import ADAPTER_KEY, ADAPTER_NAME, AdaptedTokenModel
 from fit3d_ns.features.sources import TOY_BACKBONE, TOY_FOLDER, WEIGHTS_NAME, expand_architecture, find_backbone_folder
-from fit3d_ns.utils.files import read_json, write_atomically, write_json
+from fit3d_ns.utils.files import read_json, remove, write_atomically, write_json
 from fit3d_ns.utils.package_files import fill_template
 from fit3d_ns.utils.results import flatten
 from fit3d_ns.utils.tensor_files import save_tensors
@@ -48,6 +48,8 @@ def save_finetuned(
     `weights` is timm's state dict, and `licence` theirs; architecture, preprocessing and adapter are those of
     `token_model`. ValueError where the disk is full.
     """
+    for leftover in (ADAPTER_NAME, "fit3d.pth"):  # Of an earlier run in this folder.
+        remove(folder / leftover)
     save_tensors(folder / WEIGHTS_NAME, weights, {"format": "pt"})
     if isinstance(token_model, AdaptedTokenModel):
         save_tensors(folder / ADAPTER_NAME, token_model.adapter.state_dict())
@@ -96,13 +98,7 @@ def load_finetuned(folder: Path | str) -> nn.Module:
     Its `pretrained_cfg` names the mean and deviation to normalise images with. ValueError where the folder holds no
     fine-tuned backbone, or one with an adapter, which timm does not know.
     """
-    token_model = create_token_model(f"local-dir:{folder}")
-    if isinstance(token_model, AdaptedTokenModel):
-        problem = f"{folder} holds a backbone with an adapter, which is not a timm model"
-        raise ValueError(f"{problem}; use fit3d_ns.features.create_extractor with this folder.")
-    model, description = token_model.model, token_model.description
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": description.mean, "std": description.std}
-    return model.eval()
+    return create_token_model(f"local-dir:{folder}").to_timm().eval()
 
 
 def write_card(
@@ -143,7 +139,8 @@ def _describe_folder(token_model: TokenModel, licence: str) -> dict[str, Any]:
         "architecture": architecture.split(".")[0],
         "num_classes": 0,
         "num_features": description.embed_dim,
-        "model_args": {**model_args, "dynamic_img_size": True},
+        # Of positions; timm's default for a folder is not what it builds the architecture with.
+        "model_args": {"img_size": token_model.model.patch_embed.img_size, **model_args, "dynamic_img_size": True},
         "pretrained_cfg": {
             **{key: published[key] for key in _KEPT_CONFIG if published.get(key) is not None},
             "mean": list(description.mean),

@@ -104,5 +104,4 @@ PAPER = FinetuneConfig(
     optimization=OptimizationConfig(epochs=1.0, schedule="step", tf32=False),
     run=RunConfig(splits=("train", "val", "test")),
 )
-"""The public code's values: held-out frames are trained on too, images come one by one from any scene. What is not
-named here is the default."""
+"""The public code's values, else the default: held-out frames are trained on too, images come from any scene."""

@@ -286,9 +286,11 @@ class TrainingViews:
 
     @property
     def views_hash(self) -> str:
-        """Number and hash of the views that are drawn from, by scene and photograph."""
+        """Number and hash of the views drawn from, by scene and photograph, and after a dash of their files' sizes."""
         names = [f"{scene}/{view.name}" for scene, views in enumerate(self.views) for view in views]
-        return f"{len(names)} images {hash_bytes(*names)}"
+        frames = [view.frame for views in self.views for view in views]
+        files = [path for frame in frames for path in (frame.image_path, frame.mask_path) if path and path.is_file()]
+        return f"{len(names)} images {hash_bytes(*names)}-{hash_bytes(*(str(path.stat().st_size) for path in files))}"
 
     def load_sample(
         self, draw: Draw, config: AugmentationConfig, patch_size: int, seed: int, rule: TokenReadingRule

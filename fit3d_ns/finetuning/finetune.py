@@ -229,11 +229,13 @@ def _finish(
     weights: dict[str, Tensor] = trained.model.state_dict()
     card = write_card(original.description, report, licences, names)
     save_finetuned(folder, trained, weights, card, licence, add_fit3d=add_fit3d)
+    report["finetuned_weights_hash"] = describe_backbone(f"local-dir:{folder}").weights_hash
+    for leftover in folder.glob("wise-ft-*"):  # Perhaps of other weights.
+        remove(leftover)
     for share in config.anchors.wise_ft:
         mixed = interpolate_weights(original.model.state_dict(), weights, share)
         card = write_card(original.description, report, licences, names, share)
         save_finetuned(folder / f"wise-ft-{share:g}", trained, mixed, card, licence, add_fit3d=add_fit3d)
-    report["finetuned_weights_hash"] = describe_backbone(f"local-dir:{folder}").weights_hash
     write_json(folder / REPORT_NAME, report)
     notice(format_consistency(*(report["consistency"][name] for name in ("original", "finetuned"))), is_markdown=True)
     _remove_targets(trainer)

@@ -115,11 +115,9 @@ class AnchorConfig(Limited):
     feature_anchor: Annotated[float, Limits(at_least=0)] = 0.0
     """Feature anchor: weight of the L1 between patch tokens and the original's of the same image; 0 (off) and above."""
     prefix_anchor: Annotated[float, Limits(at_least=0)] = 0.0
-    """Prefix anchor: weight of the L1 between class token and registers and the original's, before and after the final
-    norm; 0 (off) and above."""
+    """Weight of the L1 of class token and registers to the original's, also before the final norm; 0 (off) or more."""
     pre_norm: Annotated[float, Limits(at_least=0)] = 0.0
-    """Weight of the L1 between patch tokens before the final norm, which depth probes read, and the target moved there;
-    0 (off) and above."""
+    """Weight of the L1 of patch tokens to the target before the final norm, where depth is read; 0 (off) and above."""
     wise_ft: Annotated[tuple[float, ...], Limits(at_least=0, at_most=1)] = ()
     """WiSE-FT: also saves mixtures of original and fine-tuned weights, in a folder `wise-ft-SHARE` for each of these
     shares of the fine-tuned ones; each 0 to 1, none by default."""
@@ -145,8 +143,7 @@ class TokenOutputs(NamedTuple):
 
 
 class TokenModule(nn.Module):
-    """What accelerate wraps: a backbone with its preprocessing, and a geometry head if asked for, for batches of images
-    of several sizes.
+    """What accelerate wraps: a backbone with its preprocessing, and maybe a geometry head, for images of several sizes.
 
     Everything the losses need comes out of the one `forward`, because calling another method of a wrapped module skips
     the synchronisation of gradients in silence.

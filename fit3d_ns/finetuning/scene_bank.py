@@ -53,10 +53,10 @@ _NUM_HASHED_BLOCKS, _HASHED_ROWS = 4, 256
 
 
 def compute_scene_hash(scene: FeatureScene) -> str:
-    """Hashes the decoder, stretches of all the Gaussians' tensors, and which views were lifted.
+    """Hashes the decoder, stretches of all the Gaussians' tensors, and which views were lifted; after a dash, the
+    checksums that its file has of all tensors.
 
-    Every tensor counts: whatever a target is rendered or weighted from must change the hash. Of the scene,
-    on the CPU as opened, only the stretches are read.
+    Whatever a target is made from must change the hash; of the scene, as opened, only the stretches are read.
     """
     count = scene.gaussians.num_gaussians
     starts = sorted({count * block // _NUM_HASHED_BLOCKS for block in range(_NUM_HASHED_BLOCKS)})
@@ -66,7 +66,9 @@ def compute_scene_hash(scene: FeatureScene) -> str:
     settings = f"{count} {scene.rasterize_mode} {scene.eps2d}"
     if scene.lifted_views is not None:
         settings += f" {' '.join(scene.lifted_views)}"
-    return hash_bytes(settings, *(tensor.contiguous().numpy().tobytes() for tensor in tensors))
+    content_hash = hash_bytes(settings, *(tensor.contiguous().numpy().tobytes() for tensor in tensors))
+    checksums = scene.file.checksums if scene.file else None
+    return f"{content_hash}-{hash_bytes(repr(sorted(checksums.items())))}" if checksums else content_hash
 
 
 @dataclass

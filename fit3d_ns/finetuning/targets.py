@@ -34,7 +34,7 @@ from fit3d_ns.finetuning.scene_bank import SceneAverages, SceneBank
 from fit3d_ns.geometry.cameras import Camera, viewmats_from_camera_to_worlds
 from fit3d_ns.rasterization.projection import rotations_from_quats
 from fit3d_ns.scene import FeatureScene, TokenReadingRule, View, create_token_reader
-from fit3d_ns.utils.files import hash_bytes
+from fit3d_ns.utils.files import hash_bytes, hash_file
 from fit3d_ns.utils.limits import Limited, Limits
 from fit3d_ns.utils.selection import select_evenly
 from fit3d_ns.utils.tensor_files import TensorStore
@@ -65,8 +65,7 @@ class TargetConfig(Limited):
     """0 ignores it; k weights a token of the scene's mean feature variance by 1 / (1 + k), others accordingly."""
     geometry_weight: Annotated[float, Limits(at_least=0)] = 0.0
     """Weight of a second loss: a linear head, which is not saved, reads depth and normals of the scene's Gaussians from
-    the tokens, so that tokens keep what views do not agree on: how far away things are. 0 (off, public
-    code) and above."""
+    the tokens, so that they keep what views do not agree on: how far away things are. 0 (off, public code) or more."""
     leave_one_out: bool = False
     """Render each target from features without the image's own part in the lift."""
     cache: Literal["auto", "none", "memory", "disk"] = "auto"
@@ -176,6 +175,8 @@ class TargetRenderer:
         parts += [view.camera_to_world.tolist(), view.K.tolist()]
         parts += [config.weight_by_opacity, config.variance_weight, config.leave_one_out]
         parts += ["geometry"] * (config.geometry_weight > 0)
+        if config.leave_one_out:  # Which needs the image's own tokens.
+            parts += [hash_file(path) for path in (view.frame.image_path, view.frame.mask_path) if path is not None]
         return hash_bytes(*(repr(part).encode() for part in parts))
 
 

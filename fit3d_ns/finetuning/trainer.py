@@ -6,6 +6,7 @@ so a run that was killed goes on to the same weights.
 """
 
 import errno
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -216,6 +217,9 @@ class FinetuneTrainer:
             return None
         progress, state = found
         path = self.checkpoints.get_path(progress.step)
+        for name, now in self._inputs.items():  # Earlier versions lack the hashes after a dash.
+            if re.sub(r"-\w+", "", repr(now)) == repr(progress.settings.get(name)):
+                progress.settings[name] = now
         check_resumable(progress, self.describe_progress(), path)
         if progress.step > self.num_steps:
             problem = f"Checkpoint {path} has {progress.step} steps, this run ends at {self.num_steps}"

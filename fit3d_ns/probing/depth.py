@@ -65,8 +65,7 @@ class DepthConfig:
     batch_size: int = 16
     """Images per iteration over all devices (published: 8 GPUs of 2)."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW; None: `resolve_learning_rate` of the published 1e-4 for a width of 1152, and at most
-    5e-4 for `dpt`."""
+    """Peak learning rate of AdamW; None: `resolve_learning_rate` of 1e-4 at a width of 1152; at most 5e-4 for `dpt`."""
     weight_decay: float = 0.01
     warmup_share: float = 1 / 3
     """Share of the iterations with a linear warm-up (12,800 of 38,400)."""

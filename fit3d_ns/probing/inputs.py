@@ -278,8 +278,7 @@ def rotate(
 def shift_colours(
     image: UInt8[np.ndarray, "height width 3"], brightness_range: tuple[float, float], generator: np.random.Generator
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The public depth evaluation's `ColorAug`, with probability one half: gamma 0.9 to 1.1, brightness, and a factor
-    0.9 to 1.1 for each channel.
+    """The public depth evaluation's `ColorAug`, half of the time: gamma 0.9 to 1.1, brightness, 0.9 to 1.1 a channel.
 
     It raises values of 0 to 255 to the gamma, not of 0 to 1: a gamma of .9 darkens a grey of 127 to 78.
     """

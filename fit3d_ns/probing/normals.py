@@ -169,7 +169,7 @@ def summarise_angles(angles: Float[Tensor, " pixels"]) -> dict[str, float]:
     shares = {f"within_{threshold:g}": float((values < threshold).double().mean()) for threshold in THRESHOLDS}
     return {
         "mean": float(values.mean()),
-        "median": float(values.median()),
+        "median": float(np.median(values)),
         "rmse": float(values.square().mean().sqrt()),
         **shares,
         "num_pixels": len(values),

@@ -191,8 +191,7 @@ def forecast_seconds(request: ProbeRequest, few: int = 4) -> float:
 def resolve_scene_split(path: Path, split: LabelledSplit, others: Sequence[Path]) -> LabelledSplit | None:
     """Which frames of a folder take part: its train or test part, or all (None).
 
-    A single scene that is only trained on, or only tested on, takes part whole; one that is among `others` as well is
-    divided by its own lists.
+    A single scene that is only trained on, or only tested on, takes part whole; its lists divide one of `others`.
     """
     is_shared = path.resolve() in {other.resolve() for other in others}
     return None if (is_scannetpp_scene(path) or is_capture(path)) and not is_shared else split
@@ -303,7 +302,7 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     }
     scenes = {part: [scene for path in paths for scene in read[path]] for part, paths in given.items()}
     if isinstance(config, NormalsConfig):
-        common = [path.name for path in request.test if path in request.train]
+        common = [path.name for path in request.test if path.resolve() in map(Path.resolve, request.train)]
         if common:
             notice(f"{', '.join(common)}: trained on and measured alike; the metrics flatter.")
         if config.head == "linear":

@@ -3,8 +3,7 @@
 metrics:  the means by name (`miou`, `rmse`, ...), nested metrics alike
           spread      standard deviation over seeds (n - 1 in the denominator), absent for one seed
           per_seed    {"0": {...}, "1": {...}}
-settings: what the metrics depend on, `key` (a hash of that), `seeds`, and facts about the training and the cost of the
-          fine-tuned backbone
+settings: what the metrics depend on, `key` (a hash of that), `seeds`, and facts about training and fine-tuning
 """
 
 import math

@@ -7,8 +7,7 @@ which is read between patches bilinearly. Data, sizes and metrics are those of t
 seed draws patches where there are more than the memory takes, the same number of each image.
 
 With `memory_views` it is the multi-view protocol of Lilova et al. 2025: the memory holds a few views of each scene, its
-other views ask it, and `by_angle` has the metrics for bins of the rotation between an asked view and the scene's
-nearest one in the memory.
+other views ask it, and `by_angle` has the metrics by the rotation between a view and its nearest one in the memory.
 """
 
 from collections.abc import Sequence

@@ -172,8 +172,7 @@ def _create_maps(title: str, labels: list[str]) -> list[Any]:
 
 
 def _create_picture(title: str, elem_id: str, **options: Any) -> Any:
-    """A picture below its title: Gradio's own labels would cover a corner of it. What browsers send for it is judged
-    before it is decoded."""
+    """A picture below its title, which Gradio would put over a corner; what browsers send is judged undecoded."""
     import gradio as gr
 
     with gr.Column():

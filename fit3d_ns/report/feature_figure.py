@@ -96,8 +96,7 @@ def load_clip(
     """Frames of a video file, or of a folder in the order of names, and how many of them pass in a second.
 
     Of every `frame_stride` frames one is taken, until there are `max_frames`; photographs are as scenes' views see them
-    where scenes hold them. ValueError if the path is missing or unreadable, a frame differs in size from the first, or
-    there are fewer than two.
+    where scenes hold them. ValueError where the path cannot be read, sizes differ, or there are fewer than two.
     """
     images: list[FigureImage] = []
     if not path.is_dir():

@@ -33,12 +33,10 @@ def write_report(
 
     A summary of all probes comes first if asked for. ValueError where two results must not stand in one table.
     """
-    for probe in probes:
-        with reading(probe.path):
-            create_probe_tables([probe])
-    for finetuning in finetunings:
-        with reading(finetuning.path):
-            create_finetune_tables([finetuning])
+    results: list[ProbeResult | FinetuneResult] = [*probes, *finetunings]
+    for result in results:
+        with reading(result.path):
+            create_probe_tables([result]) if isinstance(result, ProbeResult) else create_finetune_tables([result])
     tables = create_probe_tables(probes) + create_finetune_tables(finetunings)
     tables.sort(key=lambda one: one.is_random)
     tables = [create_summary(probes), *tables] if summed else tables

@@ -131,8 +131,7 @@ def track_run(
 ) -> Iterator[None]:
     """Starts the accelerator's trackers, and closes them however the block ends: only then are all curves written.
 
-    Curves of an interrupted run are dropped from `first_step` on. ValueError where wandb does not start, for example
-    because nobody is logged in.
+    Curves of an interrupted run are dropped from `first_step` on. ValueError where wandb does not start.
     """
     if not trackers:
         yield

@@ -17,7 +17,10 @@ import timm
 import torch
 
 from fit3d_ns.cli import push as module
+from fit3d_ns.features import create_token_model
+from fit3d_ns.features.adapters import add_adapter
 from fit3d_ns.features.sources import TOY_FOLDER
+from fit3d_ns.finetuning.backbone_folder import save_finetuned
 
 NAME = "somebody/vit"
 
@@ -159,6 +162,17 @@ def test_push__says_what_would_be_sent_and_asks_nobody(
     (folder / "README.md").write_text(card.replace("license: apache-2.0\n", ""))
     module.main([str(folder), NAME])
     assert "The card names no licence" in capsys.readouterr().out
+
+
+def test_push__does_not_send_people_to_timm_with_an_adapter(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted = add_adapter(create_token_model("toy_rooms_vit"))
+    save_finetuned(tmp_path / "vit", adapted, adapted.model.state_dict(), "---\nlicense: mit\n---\n", "mit")
+    module.main([str(tmp_path / "vit"), NAME, "--yes"])
+    printed = capsys.readouterr().out
+    assert "adapter.safetensors" in hub.files[NAME] and "timm.create_model" not in printed
+    assert "create_extractor" in printed
 
 
 def test_push__takes_a_name_that_exists_only_when_told(

@@ -113,6 +113,8 @@ def test_random_backbones__say_so_everywhere():
         ("random:vit_tiny_patch16_225", r"did you mean vit_tiny_patch16_224.*\?$"),
         ("vit_small_patch14_dinov2.nonsense", "did you mean vit_small_patch14_dinov2"),
         ("resnet50", "choose a `VisionTransformer` or `Eva` id"),
+        # Its patches are of a ResNet's map, 16 pixels each.
+        ("random:vit_tiny_r_s16_p8_224", "not a plain vision transformer"),
         ("./nowhere", "has no config.json"),
         ("local-dir:nowhere", "has no config.json"),
     ],

@@ -34,6 +34,7 @@ WRAPPERS = {
         "state_dict": {key: value * 0 for key, value in state.items()},
         "state_dict_ema": state,
     },
+    "DeepSpeed": lambda state: {"module": state},
     "DDP": lambda state: {"module." + key: value for key, value in state.items()},
     "compiled DDP": lambda state: {"_orig_mod.module." + key: value for key, value in state.items()},
     "teacher": lambda state: {"teacher": {"backbone." + key: value for key, value in state.items()}},

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+import hubconf
 from fit3d_ns.features import TokenModel, create_extractor, create_token_model, describe_backbone
 from fit3d_ns.features.adapters import add_adapter
 from fit3d_ns.finetuning.backbone_folder import (
@@ -49,6 +50,24 @@ def test_folder__timm_loads_it_to_the_bit_for_another_non_square_size(tmp_path, 
     assert model.pretrained_cfg["mean"] == [0.4, 0.5, 0.6] and model.num_classes == 0
     data = timm.data.resolve_model_data_config(model)
     assert tuple(data["mean"]) == (0.4, 0.5, 0.6) and tuple(data["std"]) == (0.2, 0.25, 0.3)
+
+
+def test_folder__timm_builds_it_with_the_positions_that_it_has(tmp_path):
+    """timm's checkpoint of this size has 10x10 positions, its constructor alone would make 14x14 of them."""
+    token_model = create_token_model("random:test_vit").eval()
+    save(tmp_path / "out", token_model)
+    images = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+    opened = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(opened.forward_features(images), token_model.model.forward_features(images))
+    assert opened.pos_embed.shape[1] == token_model.description.num_prefix_tokens + 100
+
+
+def test_folder__keeps_nothing_of_an_earlier_run(tmp_path, trained):
+    save(tmp_path / "out", add_adapter(create_token_model(BACKBONE), window_size=2), add_fit3d=True)
+    save(tmp_path / "out", trained)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    create_extractor(str(tmp_path / "out"))
 
 
 def test_folder__timm_puts_a_new_classifier_on_it(tmp_path, trained):
@@ -125,7 +144,7 @@ def test_folder__weights_are_safetensors_alone_and_nothing_points_elsewhere(tmp_
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == trained.model.state_dict().keys()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "finetuning_vit" and config["num_classes"] == 0
-    assert config["model_args"] == {"dynamic_img_size": True}
+    assert config["model_args"] == {"img_size": [32, 32], "dynamic_img_size": True}
     assert "nobody" not in json.dumps(config) and "hf_hub_id" not in json.dumps(config)
 
 
@@ -216,8 +235,9 @@ def test_folder__with_an_adapter_opens_in_our_tools_and_never_as_the_original(tm
     torch.nn.init.normal_(adapted.adapter.block.mlp.fc2.weight)
     save(tmp_path / "out", adapted)
     assert describe_backbone(str(tmp_path / "out")).identity != before
-    with pytest.raises(ValueError, match="create_extractor"):
-        load_finetuned(tmp_path / "out")
+    for load in (load_finetuned, hubconf.fit3d):
+        with pytest.raises(ValueError, match="create_extractor"):
+            load(str(tmp_path / "out"))
     (tmp_path / "out" / "adapter.safetensors").unlink()
     with pytest.raises(ValueError, match="has no adapter.safetensors"):
         describe_backbone(str(tmp_path / "out"))

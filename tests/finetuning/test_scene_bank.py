@@ -174,7 +174,11 @@ def test_fingerprint__changes_with_everything_a_target_is_made_from(tmp_path):
     moved = FeatureDecoder.from_weights(decoder.weight, decoder.bias + 1.0)
     names.append(name(replace(scene, decoder=moved)))
     names.append(name(replace(scene, lifted_views=("images/0.png",))))
-    assert len(set(names)) == len(names) == 13
+    one = gaussians.features.clone()
+    # Far from the stretches that are read.
+    one[600] += 1.0
+    names.append(name(replace(scene, gaussians=replace(gaussians, features=one))))
+    assert len(set(names)) == len(names) == 14
     assert name(scene) == names[0]
 
 

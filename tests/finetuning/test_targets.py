@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from fit3d_ns.data.images import load_image
@@ -257,6 +258,15 @@ def test_leave_one_out__moves_towards_a_lift_without_the_view(tmp_path):
     before = (plain.render(sample).features - goal).norm()
     after = (leaving.render(sample).features - goal).norm()
     assert float(after) < 0.5 * float(before)
+    # What is kept of it is of this photograph.
+    kept = replace(leaving, store=TensorStore(1.0, None), num_rendered=0)
+    for turn in (0, 90, 90):
+        photograph = Image.open(sample.view.frame.image_path)
+        photograph.rotate(turn).save(sample.view.frame.image_path)
+        kept.render(sample)
+    assert kept.num_rendered == 3
+    kept.render(sample)
+    assert kept.num_rendered == 3
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fit3d_ns.finetuning.optimization import (
     TrainableConfig,
     freeze_unreachable,
 )
-from fit3d_ns.finetuning.scene_bank import SceneBank
+from fit3d_ns.finetuning.scene_bank import SceneBank, compute_scene_hash
 from fit3d_ns.finetuning.targets import TargetConfig
 from fit3d_ns.finetuning.trainer import Interrupted
 from fit3d_ns.scene import FeatureScene, PosedCapture, load_scene
@@ -267,8 +267,30 @@ def test_resume__refuses_another_list_of_photographs(scenes, tmp_path):
 
     create(lambda views: {"views": views.views_hash}).run()
     (tmp_path / "data" / "small" / "images" / "3.png").unlink()
-    with pytest.raises(ValueError, match=r"views 10 images \w+ against 9 images \w+"):
+    with pytest.raises(ValueError, match=r"views 10 images \S+ against 9 images \S+"):
         create(lambda views: {"views": views.views_hash})
+
+
+def test_resume__refuses_other_masks_and_knows_what_earlier_versions_recorded(scenes, tmp_path):
+    bank = SceneBank(scenes)
+    views = TrainingViews(bank.on_disk, [("train",)] * 2)
+
+    def read():
+        return {"views": views.views_hash, "scenes": [compute_scene_hash(scene) for scene in bank.on_disk]}
+
+    now = read()
+    earlier = {"views": now["views"].split("-")[0], "scenes": [name.split("-")[0] for name in now["scenes"]]}
+    config = configure(optimization=FAST)
+    create_trainer(scenes, tmp_path / "earlier", config, inputs=earlier).run()
+    create_trainer(scenes, tmp_path / "out", config, inputs=now).run()
+    for folder in ("earlier", "out"):
+        assert create_trainer(scenes, tmp_path / folder, config, inputs=now).step > 0
+    mask = next(view.frame.mask_path for view in views.views[0] if view.frame.mask_path)
+    mask.write_bytes(mask.read_bytes() + b"another")
+    with pytest.raises(ValueError, match=r"views 10 images \S+ against 10 images \S+"):
+        create_trainer(scenes, tmp_path / "out", config, inputs=read())
+    with pytest.raises(ValueError, match="scenes"):
+        create_trainer(scenes, tmp_path / "earlier", config, inputs={**now, "scenes": ["0-1", "2-3"]})
 
 
 def test_workers__load_and_never_render(scenes, tmp_path, monkeypatch):

@@ -149,7 +149,18 @@ def test_probe__training_on_test_frames_is_said(
     for name in "ab":
         Image.fromarray(np.full((32, 48), 1500, dtype=np.uint16)).save(tmp_path / f"plain/depths/{name}.png")
     plain = str(tmp_path / "plain")
-    arguments = ["depth", "--train", plain, "--test", plain, "--backbone", BACKBONE, "--num-iterations", "2"]
+    (tmp_path / "alias").symlink_to(plain)
+    arguments = [
+        "depth",
+        "--train",
+        plain,
+        "--test",
+        str(tmp_path / "alias"),
+        "--backbone",
+        BACKBONE,
+        "--num-iterations",
+        "2",
+    ]
     arguments += ["--batch-size", "2", "--device", "cpu", "--output-path", str(tmp_path / "r.json")]
     run_command(ProbeCommand, probe, prog="fit3d-probe", description="", args=arguments)
     assert "2 of 2 test frames are trained on as well" in capsys.readouterr().err

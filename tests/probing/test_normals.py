@@ -14,7 +14,13 @@ from fit3d_ns.probing import normals
 from fit3d_ns.probing.frozen_features import Assembly, BackboneConfig, create_frozen_backbones
 from fit3d_ns.probing.heads import DPTHead
 from fit3d_ns.probing.multiview import SceneViews, ViewsConfig, load_views
-from fit3d_ns.probing.normals import NormalsConfig, compute_normals, measure_dpt_normals, measure_normals
+from fit3d_ns.probing.normals import (
+    NormalsConfig,
+    compute_normals,
+    measure_dpt_normals,
+    measure_normals,
+    summarise_angles,
+)
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from fit3d_ns.training.processes import create_accelerator
 from fit3d_ns.utils.results import load_result
@@ -58,6 +64,8 @@ def test_normals__are_those_of_weighted_ridge_regression(rooms: list[Path]) -> N
         cosine = (F.normalize(full[known], dim=-1) * true[known]).sum(dim=-1)
         errors.append(torch.rad2deg(torch.acos(cosine.clamp(-1, 1))))
     assert figures["mean"] == pytest.approx(float(torch.cat(errors).mean()), rel=1e-3)
+    # Of an even number it is the mean of the two in the middle.
+    assert summarise_angles(torch.tensor([1.0, 2.0, 4.0, 9.0]))["median"] == 3.0
     assert (
         figures["num_pixels"] == len(torch.cat(errors)) and figures["per_scene"]["room_01"]["mean"] == figures["mean"]
     )

@@ -27,8 +27,7 @@ class LabelledOptions(Limited):
     nyu_classes: Literal[13, 40] | None = None
     """Class list of NYUv2 (segmentation); 13 by default, as in the paper. Refused where no NYUv2 is given."""
     depth_scale: Annotated[float | None, Limits(above=0)] = None
-    """Units per metre of the depth maps of plain folders and captures, positive; 1000 by default. Official sets have
-    their own."""
+    """Units per metre of the depth maps of plain folders and captures, 1000 by default; official sets know theirs."""
     max_depth: Annotated[float | None, Limits(above=0)] = None
     """Depths of this many metres or more do not count; by default 20 for captures, 10 for plain folders."""
 

@@ -6,7 +6,7 @@ metres, 0 where nothing was measured. Pixels are loaded when asked for; every er
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
@@ -55,10 +55,10 @@ class LabelledFrame:
     world: Path | None = field(default=None, compare=False)
     """Folder of the scene that poses are relative to, whatever the group is called where sets are joined."""
 
-    @property
+    @cached_property
     def key(self) -> Hashable:
-        """Names the frame across sets; joined ones have the sets' names before the frames' own."""
-        return (self.files, self.name.rpartition("/")[2])
+        """Names the frame across sets, however they were named; joined ones have the sets' names before their own."""
+        return tuple(path.resolve() for path in self.files), self.name.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
