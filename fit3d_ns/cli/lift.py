@@ -267,9 +267,16 @@ def _check(command: LiftCommand) -> None:
         raise ValueError(f"Give one of --surface, --train, --load-config, --ply and --scene to lift from; {what}.")
     if command.ply is not None and not command.data:
         raise ValueError(f"A PLY has no cameras: give the folder of the photographs of {command.ply} with --data.")
-    for name in ("ply_world", "ply_transform", "dataparser_transforms"):
-        if command.ply is None and getattr(command.from_ply, name) != getattr(PlyConfig(), name):
-            raise ValueError(f"--{name.replace('_', '-')} belongs to --ply, which is not given.")
+    ply, surface = command.from_ply, command.from_surface
+    for owner, is_given, config, names in (
+        ("--ply", command.ply, ply, "ply_world ply_transform align dataparser_transforms rasterize_mode"),
+        ("--surface", command.surface, surface, "cell_pixels refine_steps"),
+        ("--surface depth", command.surface == "depth", surface, "depth_scale"),
+        ("--surface mesh or points", command.surface in ("mesh", "points"), surface, "mesh"),
+    ):
+        for name in names.split() if not is_given else ():
+            if getattr(config, name) != getattr(type(config)(), name):
+                raise ValueError(f"--{name.replace('_', '-')} belongs to {owner}, which is not given.")
     if command.is_captured and not command.data:
         raise ValueError(f"{given[0]} needs the folders of the scenes with --data.")
     if command.train and command.dry_run:

@@ -27,7 +27,6 @@ from fit3d_ns.utils.tensor_files import open_tensors, save_tensors
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a pass, the views done and their number."""
-
 _FORMAT = "fit3d-lift-state-2"
 
 

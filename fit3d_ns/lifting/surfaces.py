@@ -81,7 +81,7 @@ def read_surface_source(
     else:
         source = _read_file_source(path, files, surface, config, world, device)
     fit = compare_with_photographs(source, device)
-    if not fit.is_seen or fit.psnr < world.smallest_psnr:
+    if world.smallest_psnr > 0 and not (fit.is_seen and fit.psnr >= world.smallest_psnr):
         raise ValueError(
             f"The {surface} of {data} does not show what its photographs show ({fit.psnr:.1f} dB, "
             f"{world.smallest_psnr:g} dB are needed); check poses and, for depth, --depth-scale."

@@ -84,7 +84,7 @@ def smooth_along_normals(points: SurfacePoints, cell: float) -> SurfacePoints:
     reach = 2.5 * np.maximum(points.spacing, cell)
     xyz, normals = points.xyz, points.normals
     for _ in range(_NUM_ROUNDS):
-        distances, indices = cKDTree(xyz).query(xyz, min(_NUM_NEIGHBOURS, len(xyz)))
+        distances, indices = cKDTree(xyz).query(xyz, range(1, min(_NUM_NEIGHBOURS, len(xyz)) + 1))
         weights = np.exp(-2.0 * (distances / reach[:, None]) ** 2)
         # Neighbours around a corner or on the back of a thin wall do not count.
         weights *= np.clip(np.einsum("nki,ni->nk", normals[indices], normals) - 0.5, 0.0, None)

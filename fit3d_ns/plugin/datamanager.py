@@ -31,7 +31,6 @@ from fit3d_ns.utils.progress import notice, track
 
 KEY = "feature_key"
 """Under this name a loaded frame remembers the hash of its pixels, which is its name in the feature cache."""
-
 SAME_POSE_TOLERANCE = 1e-4
 """A viewer camera counts as a captured one if no number of its pose differs by more, in training units."""
 

@@ -17,7 +17,6 @@ MAX_ROOTS = 1000
 """Confirmed roots that are remembered; the oldest are forgotten."""
 MAX_NOTICES = 3
 """Roots that one process names before it stops naming them."""
-
 _said: list[Path] = []
 
 

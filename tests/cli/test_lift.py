@@ -358,8 +358,10 @@ def test_surface__lifts_several_scenes_without_training_and_goes_on(tmp_path, ca
     assert code == 0 and "lifted already" not in err
     for arguments, message in [
         (("--data", rooms[0], "--ply-world", "colmap"), "--ply-world belongs to --ply"),
+        (("--data", rooms[0], "--rasterize-mode", "antialiased"), "--rasterize-mode belongs to --ply"),
+        (("--data", rooms[0], "--mesh", "a.ply"), "--mesh belongs to --surface mesh or points"),
         ((), "--surface needs the folders of the scenes with --data"),
-        (("--data", *rooms, "--mesh", "a.ply"), "--mesh is the file of one scene"),
+        (("--data", *rooms, "--surface", "mesh", "--mesh", "a.ply"), "--mesh is the file of one scene"),
         (("--data", rooms[0], "--ply", "a.ply"), "--surface and --ply are given"),
         (("--data", rooms[0], rooms[0]), "Two scenes would be written as room_00.safetensors"),
     ]:

@@ -268,6 +268,15 @@ def test_points__of_the_capture_or_a_file(room, tmp_path):
         read_surface_source(room, "mesh", SurfaceConfig(cell_pixels=2.0, mesh=tmp_path / "scan.ply"), PlyConfig())
 
 
+def test_points__a_single_one_is_taken_where_nothing_is_checked(room, tmp_path):
+    points = read_capture(room).points
+    trimesh.PointCloud(points.xyz[:1].numpy()).export(tmp_path / "one.ply")
+    config = SurfaceConfig(cell_pixels=2.0, mesh=tmp_path / "one.ply")
+    with pytest.raises(ValueError, match="does not show what its photographs show"):
+        read_surface_source(room, "points", config, PlyConfig())
+    assert read_surface_source(room, "points", config, PlyConfig(smallest_psnr=0.0)).gaussians.num_gaussians == 1
+
+
 def create_plane(noise: float, edge: bool) -> SurfacePoints:
     """A square metre of points every 1 cm, tilted, with noise along its normal; white beyond a line if `edge`."""
     numbers = np.random.default_rng(1)

@@ -29,7 +29,6 @@ LabelledSplit = Literal["train", "test"]
 EvaluationWindow = Literal["none", "eigen", "garg"]
 """Which part of a depth map counts: all of it, Eigen's window of NYU (rows 45-471, columns 41-601 of 480x640), or
 Garg's of KITTI, which is relative to the size."""
-
 CLASS_NAMES = {name: tuple(names) for name, names in read_json(Path(__file__).with_name("class_names.json")).items()}
 """Classes of official sets in the order of their ids; `nyu13` are those of the paper's NYUv2 results."""
 

@@ -39,7 +39,6 @@ GROUP = 4
 """Channels of colours that are handled together."""
 MOMENTS = 8
 """Sums per Gaussian before those of the colours: h, h dx, h dy, h dx^2, h dx dy, h dy^2, and the two of `absgrad`."""
-
 _MAX_ALPHA = np.float32(MAX_ALPHA)
 
 
