@@ -1,8 +1,7 @@
 """Principal components of feature maps: exact, over any number of batches, with colours that never flicker.
 
 Moments are summed in float64; with centred weighted covariance `C = V diag(variance) V^T`, `components` are the rows of
-`V^T` by falling variance, each with the sign that makes its entry of largest magnitude positive. Coefficients are
-`(x - mean) @ components.T`.
+`V^T` by falling variance, the entry of largest magnitude positive. Coefficients are `(x - mean) @ components.T`.
 """
 
 import math
@@ -44,8 +43,7 @@ class PcaBasis:
 class PcaAccumulator:
     """Sums the moments of weighted features; batches, views and processes may come in any order.
 
-    `sum_weights`, `sum_features` and `sum_products` are float64 tensors on the given device: a process group adds them
-    up, a checkpoint stores them.
+    `sum_weights`, `sum_features` and `sum_products` are float64 tensors on the given device, to be added up or stored.
     """
 
     def __init__(self, embed_dim: int, device: torch.device | str = "cpu"):

@@ -27,8 +27,7 @@ def fit_kmeans(features: Features, num_clusters: int, seed: int = 0, centre: boo
     """Groups features by direction with scikit-learn's k-means (k-means++ start) on unit vectors.
 
     On the unit sphere squared distance is 2 - 2 cosine, so assignments go by cosine. With `centre` the mean is
-    subtracted first, so that what all features share does not hide what tells them apart. ValueError where more
-    clusters than features are asked for.
+    subtracted first, which all features share. ValueError for more clusters than features.
     """
     from sklearn.cluster import KMeans
 

@@ -16,8 +16,7 @@ from fit3d_ns.utils.errors import first_line
 
 _CARD = "README.md"
 _PUSHED = (_CARD, "config.json", WEIGHTS_NAME, ADAPTER_NAME, "fit3d.pth", "LICENSE", "LICENSE.md")
-"""Files of a fine-tuned folder, and of its mixtures, that others need; the report names folders of this machine, the
-comparison shows photographs."""
+"""Files of a fine-tuned folder, and of its mixtures, that others need; report and comparison are of this machine."""
 _REFUSALS = {
     401: "it does not know the token (any more); `hf auth login` stores another",
     403: "the token may not write there; make one with write access, or choose a name of your own account",

@@ -110,8 +110,7 @@ class AnchorConfig(Limited):
     """Strengths relative to the feature loss; 0 switches a term off."""
 
     l2_sp: Annotated[float, Limits(at_least=0)] = 0.0
-    """L2-SP: adds half this times the squared distance of the trained weights from where they began to the loss; 0
-    (off) and above."""
+    """L2-SP: adds half this times the squared distance of trained weights from where they began; 0 (off) and above."""
     feature_anchor: Annotated[float, Limits(at_least=0)] = 0.0
     """Feature anchor: weight of the L1 between patch tokens and the original's of the same image; 0 (off) and above."""
     prefix_anchor: Annotated[float, Limits(at_least=0)] = 0.0

@@ -1,8 +1,7 @@
 """The image classification probe (Table 11): linear layers on class tokens and the mean patch token.
 
 As in DINOv2's evaluation, linear layers that read the class token of the last block, or of the last four, with or
-without its mean patch token, each at a range of learning rates, are trained by SGD on the same features; the best of
-them on the selection data counts.
+without its mean patch token, each at a range of learning rates, are trained by SGD on the features; the best counts.
 """
 
 from collections.abc import Sequence

@@ -27,8 +27,7 @@ CacheRule = Literal["auto", "always", "never"]
 `never`: the published random augmentation, every picture through the backbones every time; `auto`: `always` where all
 variants fit into `cache_gb`."""
 Selection = Literal["validation", "last", "test"]
-"""Which checkpoint counts: the best on a validation part of the training data, the last, or the best on the test data
-(as in the public depth code)."""
+"""Which checkpoint counts: the best on a part of the training data, the last, or the best on the test data (paper)."""
 MIN_ITERATIONS = 800
 EPOCHS_OF_SMALL_SETS = 60
 """Sets that the published number of iterations would see more often are trained for this many epochs."""

@@ -61,8 +61,7 @@ class OptimizationConfig:
     images_per_group: int = 1
     """Images that share one loss value."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """SGD has momentum 0.9. A head's method `list_rates`, if it has one, gives its parameters with a factor of the
-    learning rate for each group."""
+    """SGD has momentum 0.9. A head's `list_rates`, if it has one, groups its parameters with factors of the rate."""
 
 
 @dataclass(frozen=True)

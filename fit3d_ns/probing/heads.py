@@ -37,8 +37,7 @@ class SegmentationHead(nn.Sequential):
 class SharedBatchNorm(nn.BatchNorm2d):
     """Batch normalisation by the statistics of all processes, on any device; otherwise `nn.BatchNorm2d`.
 
-    torch's SyncBatchNorm needs CUDA; this one sums over whatever process group is there, so that two CPU processes
-    equal one with twice the batch.
+    torch's SyncBatchNorm needs CUDA; this one sums over any process group: two processes equal one of twice the batch.
     """
 
     def forward(self, input: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch channels h w"]:

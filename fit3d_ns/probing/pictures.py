@@ -101,8 +101,7 @@ class PatchFit:
 def compute_size(
     height: int, width: int, short_side: float | int | None, long_side: float | int = math.inf
 ) -> tuple[int, int]:
-    """The largest (height, width) of the same ratio that fits into both sides, rounded to the nearest pixel; the same
-    size without a short side."""
+    """The largest (height, width) of the same ratio that fits into both sides, rounded; the same for None."""
     if short_side is None:
         return height, width
     scale = min(long_side / max(height, width), short_side / min(height, width))

@@ -142,7 +142,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     probe = kind(config, request.run, sets, backbones, request.backbones.assembly, accelerator)
     earlier = load_result(file.path).settings if file.path.is_file() else {}
     training: dict[str, Any] = {name: earlier[name] for name in ("training", "chosen", "finetuning") if name in earlier}
-    training |= {"chosen": probe.describe(), **read_costs(request.backbones)}
+    training |= {"chosen": probe.describe(), **_read_costs(request.backbones, _list_tested(train, test))}
     for seed in missing:
         start = time.perf_counter()
         trained = probe.run_seed(seed)
@@ -239,6 +239,7 @@ def _run_retrieval(request: ProbeRequest) -> ResultRecord:
     file, missing, done = _open_record(request, settings, describe_backbones(request.backbones, norm=True))
     if not missing:
         return load_result(file.path)
+    costs = _read_costs(request.backbones, _list_tested(*next(iter(sets.values()))))
     accelerator = create_accelerator(request.device, request.precision)
     backbones = create_frozen_backbones(request.backbones, norm=True, device=accelerator.device)
     rest = backbones, request.backbones.assembly, accelerator
@@ -249,7 +250,7 @@ def _run_retrieval(request: ProbeRequest) -> ResultRecord:
             known, bins = done.get(seed, {}), metrics.get("by_angle", {})
             merged = {angles: known.get("by_angle", {}).get(angles, {}) | item for angles, item in bins.items()}
             done[seed] = known | metrics | ({"by_angle": merged} if merged else {})
-    return file.save(done, read_costs(request.backbones), accelerator.is_main_process)
+    return file.save(done, costs, accelerator.is_main_process)
 
 
 def _run_multiview(request: ProbeRequest) -> ResultRecord:
@@ -284,12 +285,8 @@ def _run_multiview(request: ProbeRequest) -> ResultRecord:
     file, missing, done = _open_record(request, settings, described)
     if not missing:
         return load_result(file.path)
-    costs = read_costs(chosen)
-    taught = {str(name) for name in costs.get("finetuning", {}).get("scenes", [])}
-    known = sorted(path.name for path in request.test if taught & {path.name, path.stem})
-    if known and chosen.assembly != "original" and "train" in config.splits:
-        said = f"The fine-tuned backbone was trained on views of {', '.join(known)}: the metrics flatter"
-        notice(f"{said}; --splits val test measures on held-out views.")
+    names = {path.stem if path.is_file() else path.name for path in request.test} if "train" in config.splits else set()
+    costs = _read_costs(chosen, names, "; --splits val test measures on held-out views")
     device = choose_device(request.device)
     backbones = create_frozen_backbones(chosen, norm=norm, num_layers=4 if is_dpt else 1, device=device)
     if shows_keypoints:
@@ -330,6 +327,20 @@ def _open_record(
         rest = f"running {', '.join(map(str, missing))}" if missing else "nothing is left to run"
         notice(f"{file.path} already holds seeds {held} of these settings; {rest}.")
     return file, missing, done
+
+
+def _list_tested(train: LabelledSet, test: LabelledSet) -> set[str]:
+    """Scenes that are tested on alone; those in both sets are divided."""
+    tested, trained = ({frame.group.rpartition("/")[2] for frame in part.frames} for part in (test, train))
+    return tested - trained
+
+
+def _read_costs(chosen: BackboneConfig, tested: set[str], advice: str = "") -> dict[str, Any]:
+    """What `read_costs` says; a notice names the tested scenes that taught the fine-tuned backbone."""
+    costs = read_costs(chosen)
+    if known := sorted(tested.intersection(costs.get("finetuning", {}).get("scenes", []))):
+        notice(f"The fine-tuned backbone was trained on views of {', '.join(known)}: the metrics flatter{advice}.")
+    return costs
 
 
 def _describe_set(labelled_set: LabelledSet) -> dict[str, Any]:

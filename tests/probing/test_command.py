@@ -1,6 +1,7 @@
 """The command from folders to a record, with an untrained backbone on scenes of a few pixels."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
@@ -164,6 +165,21 @@ def test_probe__training_on_test_frames_is_said(
     arguments += ["--batch-size", "2", "--device", "cpu", "--output-path", str(tmp_path / "r.json")]
     run_command(ProbeCommand, probe, prog="fit3d-probe", description="", args=arguments)
     assert "2 of 2 test frames are trained on as well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["depth", "segmentation", "retrieval", "consistency"])
+def test_probe__scenes_that_taught_the_backbone_are_said(
+    rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    shutil.copytree(rooms / "finetuned", tmp_path / "vit")
+    report = json.loads((tmp_path / "vit/report.json").read_text())
+    report["scenes"] = [f"scenes/room_{index}.safetensors" for index in range(3)]
+    (tmp_path / "vit/report.json").write_text(json.dumps(report))
+    train = ("--train", str(rooms / "room_0"), "--finetuned", str(tmp_path / "vit"), "--device", "cpu")
+    run(rooms, tmp_path / "r.json", task, *train, "--assembly", "finetuned")
+    assert "fine-tuned backbone was trained on views of room_1: the metrics flatter" in capsys.readouterr().err
+    run(rooms, tmp_path / "o.json", task, *train, "--assembly", "original")
+    assert "flatter" not in capsys.readouterr().err
 
 
 def test_probe__other_settings_put_the_old_record_aside(rooms: Path, tmp_path: Path) -> None:
