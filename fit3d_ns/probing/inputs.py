@@ -130,8 +130,7 @@ def choose_short_side(labelled_set: LabelledSet, patch_size: int) -> int:
 def list_windows(height: int, width: int, side: int, stride: int) -> list[Window]:
     """Windows of `side` every `stride` pixels, row by row; the last ones are moved inwards to end at the border.
 
-    mmsegmentation's slide inference. Windows are cut down to the image where that is smaller; the stride is at most the
-    side, so that every pixel is covered.
+    mmsegmentation's slide inference. Windows are cut down to smaller images; the stride is at most the side.
     """
     rows, columns = min(side, height), min(side, width)
     tops = [min(top, height - rows) for top in range(0, height - rows + stride, stride)]
