@@ -179,9 +179,9 @@ class Quickstart:
                       *map(shorten, weights))  # fmt: skip
         return [
             (
-                "Photographs or a video become a scene (needs ffmpeg and COLMAP; skip it for ScanNet++, nerfstudio and "
-                "COLMAP folders):",
-                "ns-process-data images --data MY_PHOTOGRAPHS --output-dir MY_SCENE",
+                "A folder of photographs gets cameras and is a scene (skip it for ScanNet++, nerfstudio and COLMAP "
+                "folders):",
+                "fit3d-prepare photos MY_SCENE",
             ),
             ("Stage I, live in the viewer; it prints where its config.yml is:", train),
             (
@@ -246,7 +246,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backbone", help="name of a vision transformer; by default dinov2_small, or the toy that "
                         "comes with the package where nothing can be downloaded")  # fmt: skip
     parser.add_argument("--backbone-weights", type=Path, help="its weights from a file")
-    parser.add_argument("--steps", type=int, help="steps of ns-train; by default its own number, 800 in the rooms")
+    parser.add_argument("--steps", type=int, help="steps of ns-train for --data; by default its own number")
     parser.add_argument("--finetune-steps", type=int, default=200, help="0 stops before stages II and III (200)")
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder of all results (quickstart)")
     return parser.parse_args()

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NewType, TypeVar, get_args, get_orig
 import tyro
 
 from fit3d_ns.utils.errors import allow_any_letter, check_writable, explain, explain_thread_errors, shows_tracebacks
-from fit3d_ns.utils.stopping import interrupt_on_signals
+from fit3d_ns.utils.stopping import EXIT_INTERRUPTED, interrupt_on_signals
 
 Config = TypeVar("Config")
 
@@ -29,7 +29,6 @@ _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 _LARGEST_NUMBER = 1e30
 """Products of larger ones leave what 32 bits can hold."""
 EXIT_USER_ERROR = 1
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

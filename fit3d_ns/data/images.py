@@ -189,7 +189,7 @@ def open_image(path: Path, what: str) -> Iterator[Image.Image]:
     """Opens an image; everything Pillow dislikes about the file becomes one sentence."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{what} {path} is missing; restore the file or take its frame out of the camera file.")
+        raise ValueError(f"{what} {path} is missing; check its name, or restore the file.")
     if path.stat().st_size == 0:
         raise ValueError(f"{what} {path} is empty; copy the file again.")
     refuse_lfs_pointer(path)

@@ -3,10 +3,11 @@
 Every `ns-*` command of every method imports this module, so it imports no kernels and no timm.
 """
 
+import sys
 import warnings
 
 import torch
-from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, MachineConfig, ViewerConfig
 from nerfstudio.plugins.registry import discover_methods
 from nerfstudio.plugins.types import MethodSpecification
 from packaging.specifiers import SpecifierSet
@@ -28,7 +29,7 @@ PAPER_ITERATIONS = 30_000
 MAX_NUM_ITERATIONS = PAPER_ITERATIONS if HAS_CUDA else 3_000
 """Two CPU cores give a first result in minutes; docs/results.md has the quality of both lengths."""
 DENSIFY_THRESHOLD = 0.0008 if HAS_CUDA else 0.002
-"""splatfacto's; short runs have the same held-out PSNR and features with 2.5 times fewer Gaussians (see the README)."""
+"""splatfacto's; short runs have the same held-out metrics with 2.5 times fewer Gaussians (docs/results.md)."""
 PAPER_FEATURE_LR = 0.0025 / 40
 """Learning rate of features and decoder in the paper's code."""
 SUPPORTED = {"nerfstudio": ">=1.1.5,<1.2", "gsplat": kernels.SUPPORTED, "timm": ">=1.0.26,<2"}
@@ -70,6 +71,8 @@ def _create_config(
         mixed_precision=False,
         pipeline=FeaturePipelineConfig(datamanager=datamanager, model=model),
         optimizers=create_optimizers(feature_lr, decoder_lr),
+        # A file would be flooded by a table that is drawn again, with the terminal's codes, at every tenth step.
+        logging=LoggingConfig(local_writer=LocalWriterConfig(enable=True, max_log_size=10 * sys.stdout.isatty())),
         # nerfstudio's default, 0.0.0.0, lets everybody on the network look and click.
         viewer=ViewerConfig(websocket_host="127.0.0.1", num_rays_per_chunk=1 << 15),
         vis="viewer+tensorboard",

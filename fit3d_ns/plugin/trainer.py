@@ -33,9 +33,7 @@ from fit3d_ns.utils.files import lock_folder, write_atomically
 from fit3d_ns.utils.progress import PhaseTimer, measure_peak_memory_mb, notice
 from fit3d_ns.utils.results import ResultRecord, load_result, save_result
 from fit3d_ns.utils.selection import capture_random_states, restore_random_states
-from fit3d_ns.utils.stopping import StopRequest, ignore_other_processes, interrupt_on_signals
-
-EXIT_INTERRUPTED = 130
+from fit3d_ns.utils.stopping import EXIT_INTERRUPTED, StopRequest, ignore_other_processes, interrupt_on_signals
 
 SUMMARY_NAME = "results.json"
 """File next to config.yml with what a finished run reports: metrics, time per phase, memory, size."""
@@ -221,8 +219,7 @@ class FeatureTrainer(Trainer):
         checkpoints.save_checkpoint_file(checkpoints.make_plain(state), path, keep_older)
 
     def _load_checkpoint(self) -> None:
-        if self.config.load_checkpoint is not None:
-            path = self.config.load_checkpoint
+        if (path := self.config.load_checkpoint) is not None:
             state = checkpoints.load_checkpoint_file(path)
         elif self.config.load_dir is not None:
             state, path = checkpoints.load_latest_checkpoint(self.config.load_dir, self.config.load_step)

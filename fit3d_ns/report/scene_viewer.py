@@ -308,9 +308,9 @@ class SceneViewer:
             # What the mouse turns about.
             client.camera.look_at = target.double().numpy()
             client.camera.fov = field_of_view(view or self.middle)
-        # Its own photograph would hide what the camera sees.
+        # Photographs so near would hide what the camera sees.
         for own, frustum in self._frusta.values():
-            frustum.visible = own is not view
+            frustum.visible = bool((own.camera_to_world[:, 3] - position).norm() > 5 * _FRUSTUM * self.reach)
 
     def _wait_for_click(self, _: Any) -> None:
         """For one click only: while viser waits for clicks, the mouse does not turn the scene."""

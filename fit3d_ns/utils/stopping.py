@@ -15,6 +15,7 @@ from unittest import mock
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_INTERRUPTED = 130
 
 
 def interrupt_on_signals() -> None:

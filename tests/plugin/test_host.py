@@ -95,6 +95,8 @@ def parsed() -> subprocess.CompletedProcess[str]:
         "for method in ('fit3d-features', 'fit3d-features-paper'):\n"
         "    print(parse(method).viewer.websocket_host)\n"
         "print(parse('fit3d-features', '--viewer.websocket-host', '0.0.0.0').viewer.websocket_host)\n"
+        "writer = parse('fit3d-features').logging.local_writer\n"
+        "print(writer.enable, writer.max_log_size)\n"
         "weights = ('--pipeline.datamanager.backbone-weights', 'FILE')\n"
         "print(parse('fit3d-features', *weights).pipeline.datamanager.backbone_weights)\n"
         "parse('fit3d-features').set_timestamp()\n"
@@ -102,7 +104,9 @@ def parsed() -> subprocess.CompletedProcess[str]:
 
 
 def test_train__parses_what_its_errors_and_documents_name(parsed: subprocess.CompletedProcess[str]) -> None:
-    assert parsed.stdout.splitlines()[-4:] == ["127.0.0.1", "127.0.0.1", "0.0.0.0", "FILE"], parsed.stderr
+    # Into a file or a pipe, nerfstudio's log is a line for each report instead of a table that is drawn again.
+    expected = ["127.0.0.1", "127.0.0.1", "0.0.0.0", "True 0", "FILE"]
+    assert parsed.stdout.splitlines()[-5:] == expected, parsed.stderr
     assert "fit3d: error: --data is missing; give the scene's folder." in parsed.stderr
 
 

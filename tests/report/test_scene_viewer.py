@@ -235,12 +235,17 @@ def test_viewer__a_click_on_a_camera_flies_there(scene_path: Path, server: Any) 
     viewer = SceneViewer(load_scene(scene_path), ViewerConfig())
     viewer.show(server)
     target = viewer.capture.views[2]
+    for (other, frustum), share in zip([*viewer._frusta.values()][:2], (0.2, 0.3), strict=True):
+        other.camera_to_world[:, 3] += torch.tensor([share * viewer.reach, 0.0, 0.0])
+        assert frustum.visible
     camera = SimpleNamespace(up_direction=None, position=None, look_at=None, fov=None)
     client = SimpleNamespace(camera=camera, atomic=server.atomic)
     viewer._visit(target, SimpleNamespace(client=client))
     np.testing.assert_allclose(camera.position, target.camera_to_world[:, 3])
     forward = camera.look_at - camera.position
     np.testing.assert_allclose(forward / np.linalg.norm(forward), -target.camera_to_world[:, 2], atol=1e-6)
+    # Its own photograph and near ones would hide what it sees.
+    assert [frustum.visible for _, frustum in viewer._frusta.values()] == [False, True, False]
 
 
 def test_viewer__pages_hold_no_words_of_files(scene_path: Path, server: Any) -> None:
