@@ -91,6 +91,7 @@ COMMANDS = {
             "--load-config run --output-path out.safetensors",
             "--ply a.ply --data scene --output-path out.safetensors",
             "--surface depth --data scene --output-path out.safetensors",
+            "--surface mesh --data scene --output-path out.safetensors",
             "--train 9 --data scene --output-path out",
             "--scene a.safetensors b.safetensors --backbone m --output-path out --on slurm",
         ),

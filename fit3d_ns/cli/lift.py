@@ -268,13 +268,13 @@ def _check(command: LiftCommand) -> None:
     if command.ply is not None and not command.data:
         raise ValueError(f"A PLY has no cameras: give the folder of the photographs of {command.ply} with --data.")
     ply, surface = command.from_ply, command.from_surface
-    for owner, is_given, config, names in (
+    for owner, is_given, config, options in (
         ("--ply", command.ply, ply, "ply_world ply_transform align dataparser_transforms rasterize_mode"),
         ("--surface", command.surface, surface, "cell_pixels refine_steps"),
         ("--surface depth", command.surface == "depth", surface, "depth_scale"),
         ("--surface mesh or points", command.surface in ("mesh", "points"), surface, "mesh"),
     ):
-        for name in names.split() if not is_given else ():
+        for name in options.split() if not is_given else ():
             if getattr(config, name) != getattr(type(config)(), name):
                 raise ValueError(f"--{name.replace('_', '-')} belongs to {owner}, which is not given.")
     if command.is_captured and not command.data:
