@@ -261,11 +261,11 @@ def test_report__errors_against_viewing_angle_are_columns_and_curves(
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), Path(path).touch()))
     report = make(tmp_path)
     _, header, rows = next(table for table in parse_markdown(report.markdown) if table[0].startswith("Corr"))
-    assert header[3:5] == ["10 px, 0-20 deg (%) ↑", "10 px, 20-90 deg (%) ↑"]
+    assert header[3:5] == ["Recall 10 px, 0-20 deg (%) ↑", "Recall 10 px, 20-90 deg (%) ↑"]
     assert [row[3:5] for row in rows] == [["60.00 ± 14.14", "30.00 ± 14.14"], ["**80.00**", "-"]]
     (panel,) = drawn[0].axes
     assert panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > 84
-    assert panel.get_ylabel() == "Error: 100 - 10 px (%)" and panel.get_title() == "Correspondence on room"
+    assert panel.get_ylabel() == "Error: 100 - Recall 10 px (%)" and panel.get_title() == "Correspondence on room"
     first, second = panel.containers
     assert [list(values) for values in first[0].get_data()] == [[10.0, 55.0], pytest.approx([40.0, 70.0])]
     assert list(second[0].get_ydata()) == [pytest.approx(20.0), pytest.approx(float("nan"), nan_ok=True)]
