@@ -243,7 +243,8 @@ def create_tasks(command: LiftCommand, device: str) -> list[LiftTask]:
 
 def name_capture(path: Path) -> str:
     """The name of a captured scene's folder, that of ScanNet++'s scene for its `dslr`."""
-    folder = path.absolute() if path.suffix != ".json" else path.absolute().parent
+    folder = path.parent if path.suffix == ".json" else path
+    folder = folder.resolve() if folder.name == ".." else folder.absolute()
     return folder.parent.name if folder.name == "dslr" else folder.name
 
 

@@ -29,7 +29,7 @@ def read_capture(path: Path, layout: Literal["auto"] | Layout = "auto", is_stric
             `colmap/` COLMAP, `transforms_train.json` with `images/` ScanNet++ as FiT3D's authors prepare it.
         is_strict: Refuse a missing photograph; otherwise its frame is left out where most are there.
     """
-    path = Path(path)
+    path = Path(path).resolve() if Path(path).name == ".." else Path(path)  # Scenes are called as their folders.
     if not path.exists():
         raise ValueError(f"No such scene: {path}; check the path given as --data.")
     chosen = _find_layout(path) if layout == "auto" else layout

@@ -22,7 +22,6 @@ from fit3d_ns.utils.progress import notice
 Assembly = Literal["original", "finetuned", "concat", "duplicate", "add", "linear"]
 """`concat` is the paper's; `finetuned` is the fine-tuned backbone alone; `duplicate` is the control of Table 13, the
 original next to itself; `add` and `linear` (a trained layer back to the original's size) are Table 7's."""
-
 Part = Literal["original", "finetuned"]
 
 ClassTokenSource = Literal["auto", "original", "finetuned", "none"]

@@ -27,7 +27,6 @@ GaussianFeatures = Float[Tensor, "num_gaussians channels"]
 
 ALPHA_FLOOR_OF_EXPECTED_DEPTH = 1e-10
 """Expected depth is divided by at least this alpha, as in gsplat."""
-
 _MODULES = {"reference": "reference", "cpu": "cpu.backend", "gsplat": "gsplat_backend"}
 
 

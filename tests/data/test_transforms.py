@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from fit3d_ns.cli.lift import name_capture
 from fit3d_ns.data.colmap import write_colmap_points
 from fit3d_ns.data.frames import PointCloud
 from fit3d_ns.data.layouts import read_capture
@@ -176,7 +177,9 @@ def test_read_transforms__accepts_linked_images_and_absolute_paths_inside(nerfst
     edit_frame(nerfstudio_scene, 2, file_path="./images/../images/02.png")
     link = nerfstudio_scene.parent / "link"
     link.symlink_to(nerfstudio_scene)
-    for scene in (nerfstudio_scene, link):
+    (nerfstudio_scene / "masks").mkdir(exist_ok=True)
+    for scene in (nerfstudio_scene, link, nerfstudio_scene / "masks" / ".."):
+        assert name_capture(scene) == scene.name.replace("..", nerfstudio_scene.name)
         capture = create_posed_capture(read_capture(scene))
         assert [view.name for view in capture.views[:3]] == [f"images/0{index}.png" for index in range(3)]
 

@@ -112,3 +112,14 @@ def test_find_runs__knows_nerfstudios_layout_at_every_level(tmp_path: Path) -> N
     for folder in (run.parents[2], run.parents[1], run.parents[0]):
         assert find_runs(folder) == [run / "config.yml"], folder
     assert find_runs(tmp_path) == []
+
+
+def test_resolve__keeps_the_name_by_which_weights_are_linked(tmp_path: Path) -> None:
+    """Hubs keep files under their hashes, and links to them, whose suffix says what they are."""
+    (tmp_path / "0a1b2c").touch()
+    (tmp_path / "model.safetensors").symlink_to("0a1b2c")
+    config = copy.deepcopy(fit3d_features.config)
+    config.pipeline.datamanager.data, config.machine.device_type = tmp_path, "cpu"
+    config.pipeline.datamanager.backbone_weights = tmp_path / "model.safetensors"
+    config.resolve()
+    assert config.pipeline.datamanager.backbone_weights == tmp_path / "model.safetensors"
