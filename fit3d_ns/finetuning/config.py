@@ -64,8 +64,8 @@ class FinetuneConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.trainable.train == "adapter" and self.anchors.wise_ft:
-            raise ValueError("--wise-ft mixes backbone weights, which --train adapter leaves alone; drop one of them.")
+        if self.trainable.train == "adapter" and (self.anchors.wise_ft or self.run.format == "fit3d"):
+            raise ValueError("--wise-ft and --format fit3d write backbone weights, which --train adapter leaves alone.")
         if self.trainable.train == "adapter" and max(self.anchors.prefix_anchor, self.anchors.pre_norm) > 0:
             raise ValueError("--prefix-anchor and --pre-norm do nothing with --train adapter; drop one of them.")
 

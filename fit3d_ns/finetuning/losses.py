@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fit3d_ns.finetuning.optimization import AnchorConfig, TokenOutputs
 
 SMALLEST_WEIGHT = 1e-8
-"""Steps of less total weight have no valid token; their loss is zero."""
+"""Steps of less total weight have no valid token; it counts instead, and their loss is zero."""
 
 
 @dataclass(frozen=True)

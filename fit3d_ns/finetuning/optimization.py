@@ -110,11 +110,11 @@ class AnchorConfig(Limited):
     """Strengths relative to the feature loss; 0 switches a term off."""
 
     l2_sp: Annotated[float, Limits(at_least=0)] = 0.0
-    """L2-SP: adds half this times the squared distance of trained weights from where they began; 0 (off) and above."""
+    """L2-SP: adds half this times the squared distance of the trained weights from their start; 0 (off) and above."""
     feature_anchor: Annotated[float, Limits(at_least=0)] = 0.0
     """Feature anchor: weight of the L1 between patch tokens and the original's of the same image; 0 (off) and above."""
     prefix_anchor: Annotated[float, Limits(at_least=0)] = 0.0
-    """Weight of the L1 of class token and registers to the original's, also before the final norm; 0 (off) or more."""
+    """Prefix anchor: weight of the L1 of class token and registers before and after the norm; 0 (off) and above."""
     pre_norm: Annotated[float, Limits(at_least=0)] = 0.0
     """Weight of the L1 of patch tokens to the target before the final norm, where depth is read; 0 (off) and above."""
     wise_ft: Annotated[tuple[float, ...], Limits(at_least=0, at_most=1)] = ()

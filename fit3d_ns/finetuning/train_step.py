@@ -129,7 +129,7 @@ class TrainStep:
             tokens.append(output.patch_tokens.detach())
             if output.geometry is not None and group.geometry is not None:
                 lost = compute_l1_sum(output.geometry, group.geometry, group.weights).sum()
-                anchored.append(self.geometry_weight * lost / max(totals.weight, SMALLEST_WEIGHT))
+                anchored.append(self.geometry_weight * lost / totals.weight)
             if original is not None:
                 with torch.no_grad(), self.processes.accelerator.autocast():
                     reference = compute_outputs(original, group.images)
@@ -137,7 +137,7 @@ class TrainStep:
                 anchored.append(
                     compute_token_anchors(output, reference, group.targets, group.weights, self.anchors, totals, norm)
                 )
-        loss = torch.stack(sums).sum() / max(totals.weight, SMALLEST_WEIGHT)
+        loss = torch.stack(sums).sum() / totals.weight
         return loss, torch.stack(anchored).sum() if anchored else loss.new_zeros(()), tokens
 
     def _stop(self, what: str, step: int, batch: Batch | None = None, tokens: Sequence[Tensor] = ()) -> None:
@@ -197,4 +197,4 @@ def sum_totals(batches: Sequence[Batch], processes: Processes, stop: bool, probl
     *totals, wishes, problems = processes.sum(local)
     if problems > 0:
         processes.agree(problem)
-    return StepTotals(*totals), wishes > 0
+    return StepTotals(max(totals[0], SMALLEST_WEIGHT), *totals[1:]), wishes > 0

@@ -64,7 +64,8 @@ def test_folder__timm_builds_it_with_the_positions_that_it_has(tmp_path):
 
 
 def test_folder__keeps_nothing_of_an_earlier_run(tmp_path, trained):
-    save(tmp_path / "out", add_adapter(create_token_model(BACKBONE), window_size=2), add_fit3d=True)
+    save(tmp_path / "out", trained, add_fit3d=True)
+    save(tmp_path / "out", add_adapter(create_token_model(BACKBONE), window_size=2))
     save(tmp_path / "out", trained)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     create_extractor(str(tmp_path / "out"))

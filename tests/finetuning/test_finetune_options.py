@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from fit3d_ns.cli import finetune as module
 from fit3d_ns.features import create_token_model
-from fit3d_ns.finetuning.config import FinetuneConfig
+from fit3d_ns.finetuning.config import FinetuneConfig, RunConfig
 from fit3d_ns.finetuning.optimization import AnchorConfig, TrainableConfig, compute_outputs
 from tests.finetuning import finetuning_runs
 from tests.finetuning.finetuning_scene import BACKBONE, save_new_scene
@@ -141,6 +141,8 @@ def test_help__explains_each_flag_in_a_sentence_with_its_range(capsys):
         (lambda: TrainableConfig(lora_alpha=0.0), "lora_alpha"),
         (lambda: FinetuneConfig(trainable=TrainableConfig(train="adapter"), anchors=AnchorConfig(wise_ft=(0.5,))),
          "--wise-ft"),
+        (lambda: FinetuneConfig(trainable=TrainableConfig(train="adapter"), run=RunConfig(format="fit3d")),
+         "--format fit3d"),
         (lambda: FinetuneConfig(trainable=TrainableConfig(train="adapter"), anchors=AnchorConfig(prefix_anchor=1.0)),
          "--prefix-anchor"),
         (lambda: FinetuneConfig(trainable=TrainableConfig(train="adapter"), anchors=AnchorConfig(pre_norm=1.0)),

@@ -7,8 +7,10 @@ import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from fit3d_ns.features import create_token_model
@@ -291,6 +293,22 @@ def test_resume__refuses_other_masks_and_knows_what_earlier_versions_recorded(sc
         create_trainer(scenes, tmp_path / "out", config, inputs=read())
     with pytest.raises(ValueError, match="scenes"):
         create_trainer(scenes, tmp_path / "earlier", config, inputs={**now, "scenes": ["0-1", "2-3"]})
+
+
+def test_steps__without_a_valid_token_move_nothing_whatever_the_anchors(scenes, tmp_path):
+    for scene in SceneBank(scenes).on_disk:
+        for view in scene.posed_capture.views:
+            if view.frame.mask_path is not None:
+                Image.fromarray(np.zeros((view.height, view.width), np.uint8)).save(view.frame.mask_path)
+    optimization = replace(FAST, weight_decay=0.0)
+    config = configure(
+        optimization=optimization, anchors=AnchorConfig(pre_norm=1.0), targets=TargetConfig(geometry_weight=1.0)
+    )
+    trainer = create_trainer(scenes, tmp_path / "out", config)
+    before = collect_weights(trainer)
+    trainer.run()
+    assert set(trainer.losses) == {0.0}
+    assert all(torch.equal(value, before[name]) for name, value in collect_weights(trainer).items())
 
 
 def test_workers__load_and_never_render(scenes, tmp_path, monkeypatch):
