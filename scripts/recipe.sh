@@ -47,22 +47,26 @@ cache="${cache:-$output/cache}"
 [ ! -d "$backbone" ] || backbone=$(realpath "$backbone")
 backbone_flags=(--backbone "$backbone" ${weights:+--backbone-weights "$weights"})
 
-# What each scene brings.
-with_depth=() others=() files=()
-while IFS=$'\t' read -r kind scene; do
-    case "$kind" in depth) with_depth+=("$scene") ;; file) files+=("$scene") ;; *) others+=("$scene") ;; esac
-done < <(python - "${scenes[@]}" <<'PY'
+# How many channels the backbone has, and what each scene brings.
+channels="" with_depth=() others=() files=()
+while IFS=$'\t' read -r kind value; do
+    case "$kind" in
+        channels) channels="$value" ;; depth) with_depth+=("$value") ;; file) files+=("$value") ;; *) others+=("$value") ;;
+    esac
+done < <(python - "$backbone" "$weights" "${scenes[@]}" <<'PY'
 import sys
 from pathlib import Path
 
 from fit3d_ns.cli.lift import name_capture
 from fit3d_ns.data.layouts import read_capture
+from fit3d_ns.features import describe_backbone
 
-called = [Path(name).stem if name.endswith(".safetensors") else name_capture(Path(name)) for name in sys.argv[1:]]
+backbone, weights, *names = sys.argv[1:]
+called = [Path(name).stem if name.endswith(".safetensors") else name_capture(Path(name)) for name in names]
 for name in called:
     if called.count(name) > 1:
         sys.exit(f"recipe.sh: several scenes are called {name}; rename one")
-for name in sys.argv[1:]:
+for name in names:
     if Path(name).suffix == ".safetensors":
         print("file", name, sep="\t")
         continue
@@ -71,9 +75,16 @@ for name in sys.argv[1:]:
     except ValueError as error:
         sys.exit(f"recipe.sh: {error}")
     print("depth" if all(frame.depth_path for frame in frames if not frame.is_bad) else "photographs", name, sep="\t")
+try:
+    print("channels", describe_backbone(backbone, Path(weights) if weights else None).embed_dim, sep="\t")
+except ValueError as error:
+    sys.exit(f"recipe.sh: {error}")
 PY
 )
-[ $((${#with_depth[@]} + ${#others[@]} + ${#files[@]})) = ${#scenes[@]} ] || exit 1
+[ -n "$channels" ] || exit 1
+# All channels of a small backbone, most of what a large one holds: what 64 leave out teaches as well. Nothing is solved,
+# because fine-tuning takes features averaged over views.
+lift_flags=(--feature-dim $((channels < 192 ? channels : 192)) --max-passes 0 --feature-cache "$cache")
 
 lifted="$output/round-1/scenes" parts=(scenes)
 if [ "$rooms" -gt 0 ]; then
@@ -83,7 +94,7 @@ if [ "$rooms" -gt 0 ]; then
     found=("$output"/rooms/room_*)
     [ "${#found[@]}" = "$rooms" ] || echo "recipe.sh: taking the ${#found[@]} rooms that are in $output/rooms" >&2
     fit3d-lift --surface depth --cell-pixels 3 --data "${found[@]}" "${backbone_flags[@]}" \
-        --feature-cache "$cache" --output-dir "$output/round-1/rooms"
+        "${lift_flags[@]}" --output-dir "$output/round-1/rooms"
     parts+=(rooms)
     [ ${#steps[@]} -gt 0 ] || steps=(--min-steps 1200)
 fi
@@ -92,11 +103,11 @@ if [ ${#with_depth[@]} -gt 0 ]; then
     echo "== Geometry from depth, and features: ${#with_depth[@]} scenes"
     # Smaller Gaussians than for a picture: what they show teaches matching.
     fit3d-lift --surface depth --cell-pixels 3 --data "${with_depth[@]}" "${backbone_flags[@]}" \
-        --feature-cache "$cache" --output-dir "$lifted"
+        "${lift_flags[@]}" --output-dir "$lifted"
 fi
 if [ ${#files[@]} -gt 0 ]; then
     echo "== Features of ${#files[@]} scene files"
-    fit3d-lift --scene "${files[@]}" "${backbone_flags[@]}" --feature-cache "$cache" --output-dir "$lifted/"
+    fit3d-lift --scene "${files[@]}" "${backbone_flags[@]}" "${lift_flags[@]}" --output-dir "$lifted/"
 fi
 for scene in ${others[@]+"${others[@]}"}; do
     folder="${scene%/*.json}"
@@ -111,7 +122,7 @@ for scene in ${others[@]+"${others[@]}"}; do
     ns-train fit3d-features --data "$scene" --output-dir "$output/splats" --experiment-name "$name" --timestamp run \
         --vis tensorboard "${train_flags[@]}" --pipeline.datamanager.feature-cache "$cache" ${resume[@]+"${resume[@]}"}
     mkdir -p "$lifted"
-    fit3d-lift --load-config "$run" --feature-cache "$cache" --output-path "$lifted/$name.safetensors"
+    fit3d-lift --load-config "$run" "${lift_flags[@]}" --output-path "$lifted/$name.safetensors"
 done
 
 for ((round = 1; round <= rounds; round++)); do
@@ -123,7 +134,7 @@ for ((round = 1; round <= rounds; round++)); do
     if [ "$round" -lt "$rounds" ]; then
         echo "== Round $round of $rounds: lifting the same geometry with the fine-tuned backbone"
         for part in "${parts[@]}"; do
-            fit3d-lift --scene "$output/round-$round/$part"/*.safetensors --backbone "$result" --feature-cache "$cache" \
+            fit3d-lift --scene "$output/round-$round/$part"/*.safetensors --backbone "$result" "${lift_flags[@]}" \
                 --output-dir "$output/round-$((round + 1))/$part/"
         done
     fi
