@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fit3d_ns.scene import load_scene
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "recipe.sh"
@@ -45,6 +46,8 @@ def test_recipe__goes_from_captures_with_depth_to_one_backbone(tmp_path: Path) -
     assert [*map(str, lifted)] == [
         f"round-1/{name}.safetensors" for name in ("rooms/room_00", "rooms/room_01", "scenes/room_00")
     ]
+    scenes = [load_scene(tmp_path / "out" / path) for path in lifted]
+    assert {scene.gaussians.feature_dim for scene in scenes} == {192}, "all channels of the toy"
 
 
 def test_recipe__says_what_is_missing(tmp_path: Path) -> None:
