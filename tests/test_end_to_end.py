@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(2400)  # Three minutes on a quiet core, and others may take most of it.
 def test_quickstart__goes_from_synthetic_rooms_to_a_page_that_says_fine_tuning_helped(tmp_path: Path) -> None:
     command = ["bash", "scripts/quickstart.sh", "--output", tmp_path / "out", "--backbone", "toy_rooms_vit"]
     command += ["--finetune-steps", "48"]
