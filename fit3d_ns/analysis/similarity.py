@@ -27,7 +27,7 @@ def fit_kmeans(features: Features, num_clusters: int, seed: int = 0, centre: boo
     """Groups features by direction with scikit-learn's k-means (k-means++ start) on unit vectors.
 
     On the unit sphere squared distance is 2 - 2 cosine, so assignments go by cosine. With `centre` the mean is
-    subtracted first, which all features share. ValueError for more clusters than features.
+    subtracted first: what all features share hides differences. ValueError for more clusters than features.
     """
     from sklearn.cluster import KMeans
 

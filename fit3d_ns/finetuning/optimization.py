@@ -114,7 +114,7 @@ class AnchorConfig(Limited):
     feature_anchor: Annotated[float, Limits(at_least=0)] = 0.0
     """Feature anchor: weight of the L1 between patch tokens and the original's of the same image; 0 (off) and above."""
     prefix_anchor: Annotated[float, Limits(at_least=0)] = 0.0
-    """Prefix anchor: weight of the L1 of class token and registers before and after the norm; 0 (off) and above."""
+    """Prefix anchor: weight of the L1 between class token and registers and the original's; 0 (off) and above."""
     pre_norm: Annotated[float, Limits(at_least=0)] = 0.0
     """Weight of the L1 of patch tokens to the target before the final norm, where depth is read; 0 (off) and above."""
     wise_ft: Annotated[tuple[float, ...], Limits(at_least=0, at_most=1)] = ()
