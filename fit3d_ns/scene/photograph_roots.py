@@ -10,11 +10,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from fit3d_ns.utils.files import read_json, write_json
+from fit3d_ns.utils.files import hash_bytes, read_json
 from fit3d_ns.utils.progress import notice
 
-MAX_ROOTS = 1000
-"""Confirmed roots that are remembered; the oldest are forgotten."""
 MAX_NOTICES = 3
 """Roots that one process names before it stops naming them."""
 _said: list[Path] = []
@@ -22,10 +20,10 @@ _said: list[Path] = []
 
 def confirm_root(root: Path) -> None:
     """Remembers that this user reads photographs below `root`; where nothing can be remembered, nothing happens."""
-    root = root.resolve()
-    roots = [known for known in _read_roots() if known != root]
+    record = _locate_record(root.resolve())
     with suppress(OSError, ValueError):
-        write_json(_get_path(), {"roots": [str(known) for known in [*roots[-MAX_ROOTS + 1 :], root]]})
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(f"{root.resolve()}\n", encoding="utf-8")
 
 
 def check_root(root: Path, scene_file: Path) -> None:
@@ -34,8 +32,9 @@ def check_root(root: Path, scene_file: Path) -> None:
     ValueError where the root is neither below the file's folder nor confirmed, and nobody can be asked.
     """
     resolved = root.resolve()
-    own = scene_file.resolve().parent
-    if not (_is_below(resolved, own) or any(_is_below(resolved, known) for known in _read_roots())):
+    # Without the top of the file system, which would allow all of it.
+    above = (resolved, *resolved.parents)[:-1]
+    if not (scene_file.resolve().parent in above or _is_confirmed(above)):
         _ask(root, scene_file)
     if resolved not in _said:
         _said.append(resolved)
@@ -53,16 +52,18 @@ def _ask(root: Path, scene_file: Path) -> None:
     raise ValueError(f"{question} and was not confirmed on this machine; if that is right, add --data-root {root}.")
 
 
-def _is_below(path: Path, folder: Path) -> bool:
-    # A file at the top of the file system would otherwise allow all of it.
-    return path.is_relative_to(folder) and folder != Path(folder.anchor)
-
-
-def _read_roots() -> list[Path]:
+def _is_confirmed(folders: tuple[Path, ...]) -> bool:
+    # A file for each root, so that tasks which lift side by side all leave theirs; one JSON file held all before.
+    if any(_locate_record(folder).is_file() for folder in folders):
+        return True
     with suppress(ValueError, TypeError, KeyError, OSError):
-        return [Path(root) for root in read_json(_get_path())["roots"]]
-    return []
+        return any(Path(known) in folders for known in read_json(_get_folder().with_suffix(".json"))["roots"])
+    return False
 
 
-def _get_path() -> Path:
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "fit3d_ns" / "photograph_roots.json"
+def _locate_record(root: Path) -> Path:
+    return _get_folder() / hash_bytes(str(root))
+
+
+def _get_folder() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "fit3d_ns" / "photograph_roots"

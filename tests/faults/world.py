@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 from fit3d_ns.features import create_token_model
-from fit3d_ns.scene import photograph_roots
 from fit3d_ns.synthetic.synthesize import SynthesisConfig, synthesize_scenes
 from tests.faults.harness import call_main, call_ns_train
 from tests.finetuning.finetuning_scene import BACKBONE, save_new_scene
@@ -21,9 +20,6 @@ from tests.lift_capture import write_capture, write_gaussians
 from tests.report.report_records import write_probe
 
 __all__ = ["CANARY", "COMMANDS", "RUN", "Command", "build", "build_foreign", "collect_results", "find_differences"]
-
-photograph_roots.MAX_ROOTS = 1_000_000
-"""Of the world's first folder it must still be known at the end of a night that its photographs may be read."""
 
 CANARY = "code-ran"
 """A file that strangers' code would make."""

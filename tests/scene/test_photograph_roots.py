@@ -3,7 +3,9 @@
 import json
 import shutil
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -76,6 +78,30 @@ def test_check_root__asks_a_person_once(nobody: None, tmp_path: Path, monkeypatc
         check_root(tmp_path / "photographs", tmp_path / "scenes" / "a.safetensors")
     check_root(tmp_path / "photographs", tmp_path / "scenes" / "a.safetensors")
     check_root(tmp_path / "photographs" / "inner", tmp_path / "scenes" / "b.safetensors")
+
+
+def test_confirm_root__tasks_side_by_side_lose_nobodys_root(nobody: None, tmp_path: Path) -> None:
+    roots = [tmp_path / f"room_{index}" for index in range(1200)]
+    together = Barrier(8)
+
+    def confirm(task: int) -> None:
+        together.wait()
+        for root in roots[task::8]:
+            confirm_root(root)
+
+    with ThreadPoolExecutor(8) as tasks:
+        list(tasks.map(confirm, range(8)))
+    for root in roots:
+        check_root(root, tmp_path / "scenes" / "a.safetensors")
+
+
+def test_check_root__knows_what_was_confirmed_when_one_file_held_all(nobody: None, tmp_path: Path) -> None:
+    memory = tmp_path / "config" / "fit3d_ns" / "photograph_roots.json"
+    memory.parent.mkdir(parents=True)
+    memory.write_text(json.dumps({"roots": [str(tmp_path / "a")]}))
+    check_root(tmp_path / "a" / "inner", tmp_path / "scenes" / "a.safetensors")
+    with pytest.raises(ValueError):
+        check_root(tmp_path / "b", tmp_path / "scenes" / "a.safetensors")
 
 
 def test_confirm_root__a_damaged_or_read_only_memory_is_no_obstacle(nobody: None, tmp_path: Path) -> None:
