@@ -82,7 +82,10 @@ class FinetuneConfig:
         optimization = self.optimization
         if optimization.schedule == "step" and optimization.max_steps is None and (optimization.epochs or 2.0) <= 1.0:
             content["optimization"]["schedule"] = "constant"  # Which it is within one epoch, and was called.
-        content["anchors"].pop("wise_ft")
+        for name in ("wise_ft", "photographs"):  # What the folders hold is among the inputs.
+            content["anchors"].pop(name)
+        if not self.anchors.photographs:
+            content["anchors"].pop("photograph_share")
         for name in ("cache", "cache_gb", "cache_folder", "average_gb"):
             content["targets"].pop(name)
         if not self.targets.geometry_weight:

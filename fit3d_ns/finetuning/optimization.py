@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -117,6 +118,10 @@ class AnchorConfig(Limited):
     """Prefix anchor: weight of the L1 between class token and registers and the original's; 0 (off) and above."""
     pre_norm: Annotated[float, Limits(at_least=0)] = 0.0
     """Weight of the L1 of patch tokens to the target before the final norm, where depth is read; 0 (off) and above."""
+    photographs: tuple[Path, ...] = ()
+    """Folders of photographs of anything else, such as streets beside rooms, whose original tokens are to be kept."""
+    photograph_share: Annotated[float, Limits(above=0, below=1)] = 0.1
+    """With `--photographs`: their share of the images of all steps, above 0 and below 1."""
     wise_ft: Annotated[tuple[float, ...], Limits(at_least=0, at_most=1)] = ()
     """WiSE-FT: also saves mixtures of original and fine-tuned weights, in a folder `wise-ft-SHARE` for each of these
     shares of the fine-tuned ones; each 0 to 1, none by default."""

@@ -35,6 +35,7 @@ class Group:
     geometry head, what it should read."""
 
     samples: list[Sample]
+    """None of photographs beside the scenes."""
     images: Float[Tensor, "batch 3 height width"]
     targets: Float[Tensor, "batch patches embed"]
     weights: Float[Tensor, "batch patches"]
@@ -130,7 +131,7 @@ class TrainStep:
             if output.geometry is not None and group.geometry is not None:
                 lost = compute_l1_sum(output.geometry, group.geometry, group.weights).sum()
                 anchored.append(self.geometry_weight * lost / totals.weight)
-            if original is not None:
+            if original is not None and self.anchors.needs_original:
                 with torch.no_grad(), self.processes.accelerator.autocast():
                     reference = compute_outputs(original, group.images)
                 norm = original.model.norm
@@ -163,7 +164,7 @@ def find_broken(batch: Batch, tokens: Sequence[Tensor]) -> list[Sample]:
     broken = [
         sample
         for group, own in zip(batch, tokens, strict=False)
-        for sample, loss in zip(group.samples, compute_l1_sum(own, group.targets, group.weights), strict=True)
+        for sample, loss in zip(group.samples, compute_l1_sum(own, group.targets, group.weights), strict=False)
         if not bool(torch.isfinite(loss))
     ]
     return broken or [sample for group in batch for sample in group.samples]

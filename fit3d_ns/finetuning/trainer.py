@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.draws import Draw, DrawSequence, Sample
-from fit3d_ns.finetuning.optimization import TrainedBackbone, copy_original
+from fit3d_ns.finetuning.optimization import TrainedBackbone, compute_outputs, copy_original
+from fit3d_ns.finetuning.photographs import Photographs
 from fit3d_ns.finetuning.targets import TargetRenderer
-from fit3d_ns.finetuning.train_step import Batch, TrainStep, create_batch, sum_totals
+from fit3d_ns.finetuning.train_step import Batch, Group, TrainStep, create_batch, sum_totals
 from fit3d_ns.training.checkpoints import CheckpointFolder, CheckpointProgress, check_resumable
 from fit3d_ns.training.processes import Processes
 from fit3d_ns.utils.device import choose_num_workers, fast_matmul
@@ -77,7 +79,12 @@ class FinetuneTrainer:
         self.images_per_step = optimization.batch_size * optimization.accumulation_steps * processes.number
         self.steps_per_epoch = max(self.sequence.num_images // self.images_per_step, 1)
         device = self.accelerator.device
-        original = (targets.original or copy_original(token_model)).to(device) if anchors.needs_original else None
+        first = next(view for views in self.views.views for view in views)
+        self.photographs = Photographs(anchors, (first.width, first.height), config.sampling.seed)
+        if anchors.photographs:
+            self._inputs = {**inputs, "photographs": self.photographs.hash}
+        needs_original = anchors.needs_original or bool(anchors.photographs)
+        original = (targets.original or copy_original(token_model)).to(device) if needs_original else None
         geometry_weight = config.targets.geometry_weight
         token_model, has_geometry = token_model.to(device), geometry_weight > 0
         self.backbone = TrainedBackbone(token_model, original, config.trainable, anchors, optimization, has_geometry)
@@ -169,7 +176,7 @@ class FinetuneTrainer:
         finally:
             samples.close()  # type: ignore[attr-defined]
 
-    def _collect(self, samples: Iterator[Sample]) -> tuple[list[Batch], str]:
+    def _collect(self, samples: Iterator[tuple[Sample, Tensor]]) -> tuple[list[Batch], str]:
         """This process's batches of the next step, or the problem that kept it from them."""
         optimization = self.config.optimization
         batches = []
@@ -178,19 +185,23 @@ class FinetuneTrainer:
                 with self.timer.phase("load"):
                     loaded = list(islice(samples, optimization.batch_size))
                 with self.timer.phase("target"):
-                    rendered = [self.targets.render(sample) for sample in loaded]
-                    batches.append(create_batch(loaded, rendered, self.accelerator.device))
+                    rendered = [self.targets.render(sample) for sample, _ in loaded]
+                    batches.append(create_batch([sample for sample, _ in loaded], rendered, self.accelerator.device))
+                    if any(len(photographs) for _, photographs in loaded):
+                        batches[-1].append(self._keep_tokens(torch.cat([photographs for _, photographs in loaded])))
         except (ValueError, OSError) as error:
             return [], str(error) or type(error).__name__
         return batches, ""
 
-    def _load(self, draw: Draw) -> Sample:
-        config, patch_size = self.config, self.bare.token_model.description.patch_size
+    def _load(self, place: tuple[int, Draw]) -> tuple[Sample, Tensor]:
+        """A draw, and the photographs that join it."""
+        config, patch_size, (position, draw) = self.config, self.bare.token_model.description.patch_size, place
         rule = self.targets.rules[draw.scene]
-        return self.views.load_sample(draw, config.augmentation, patch_size, config.sampling.seed, rule)
+        sample = self.views.load_sample(draw, config.augmentation, patch_size, config.sampling.seed, rule)
+        return sample, self.photographs.load(position)
 
-    def _draw(self) -> Iterator[Draw]:
-        """This process's draws from the present step on; scenes are announced before they are read."""
+    def _draw(self) -> Iterator[tuple[int, Draw]]:
+        """This process's positions and draws from the present step on; scenes are announced before they are read."""
         optimization, announced = self.config.optimization, -1
         size, share = optimization.batch_size, (self.processes.rank, self.processes.number)
         for step in range(self.step, self.num_steps):
@@ -199,7 +210,15 @@ class FinetuneTrainer:
                 if draw.scene != announced:
                     self.bank.announce(draw.scene)
                     announced = draw.scene
-                yield draw
+                yield position, draw
+
+    def _keep_tokens(self, images: Tensor) -> Group:
+        """Photographs beside the scenes, with the original's tokens for targets."""
+        assert self.backbone.original is not None
+        images = images.to(self.accelerator.device)
+        with torch.no_grad():
+            tokens = compute_outputs(self.backbone.original, images).patch_tokens
+        return Group([], images, tokens, tokens.new_ones(tokens.shape[:2]))
 
     def _resume(self) -> dict[str, Any] | None:
         """Loads the newest checkpoint if the configuration wants it; returns the scaler's state."""

@@ -98,7 +98,7 @@ def test_geometry_head__is_asked_for_depth_and_normals_and_left_out_of_the_weigh
     # It begins at zero.
     numerator = denominator = 0.0
     for position in range(config.optimization.batch_size):
-        target = trainer.targets.render(trainer._load(trainer.sequence[position]))
+        target = trainer.targets.render(trainer._load((position, trainer.sequence[position]))[0])
         assert target.geometry is not None
         numerator += float((target.geometry.abs().mean(dim=-1) * target.weights).sum())
         denominator += float(target.weights.sum())
@@ -139,8 +139,12 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("parts", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("parts", [*CONFIGS.values(), "photographs"], ids=[*CONFIGS, "photographs"])
 def test_resume__gives_the_same_weights_to_the_bit(scenes, tmp_path, parts):
+    if parts == "photographs":
+        # Those of another scene.
+        save_new_scene(tmp_path / "others", "room", seed=5)
+        parts = {"anchors": AnchorConfig(photographs=(tmp_path / "others",), photograph_share=0.3)}
     config = configure(**{"optimization": OptimizationConfig(max_steps=7, learning_rate=1e-3), **parts})
     torch.manual_seed(0)
     whole = create_trainer(scenes, tmp_path / "whole", config)
@@ -253,7 +257,7 @@ def test_draws__of_all_processes_show_each_image_once_an_epoch_and_drop_the_rest
     drawn = []
     for rank in range(number):
         trainer.processes = SimpleNamespace(number=number, rank=rank)
-        drawn += [(draw.epoch, draw.scene, draw.view) for draw in trainer._draw()]
+        drawn += [(draw.epoch, draw.scene, draw.view) for _, draw in trainer._draw()]
     every = {(0, scene, view) for scene in range(2) for view in range(5)}
     assert num_images == len(every)
     assert len(drawn) == len(set(drawn)) == 10 // per_step * per_step and set(drawn) <= every
