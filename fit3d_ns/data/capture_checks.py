@@ -102,8 +102,7 @@ def _fit_lenses(frames: Sequence[Frame]) -> tuple[list[Frame], str]:
 def _fit_lens(frame: Frame) -> Frame:
     """Reads the headers of a frame's files, which must have the shape that the camera says."""
     lens = frame.lens
-    image = read_image_header(frame.image_path)
-    size = image.width, image.height
+    size = read_image_header(frame.image_path).size
     if size != (lens.width, lens.height):
         sizes = f"Image {frame.image_path} is {size[0]}x{size[1]}, its camera says {lens.width}x{lens.height}"
         if not has_aspect(size, (lens.width, lens.height)):
@@ -121,9 +120,8 @@ def _fit_lens(frame: Frame) -> Frame:
         if path.suffix in (".npy", ".npz", ".exr") and what == "Depth map":
             raise ValueError(f"{what} {path} is an array; write 16-bit grey PNGs in millimetres.")
         header = read_image_header(path, what)
-        own = header.width, header.height
-        if own not in (size, (lens.width, lens.height)) and not has_aspect(own, size):
-            problem = f"{what} {path} is {own[0]}x{own[1]}, its image {size[0]}x{size[1]}"
+        if header.size not in (size, (lens.width, lens.height)) and not has_aspect(header.size, size):
+            problem = f"{what} {path} is {header.width}x{header.height}, its image {size[0]}x{size[1]}"
             raise ValueError(f"{problem}; make it again with the image's aspect or remove it.")
         if what == "Depth map":
             check_depth_mode(path, header.mode)

@@ -12,7 +12,6 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -47,22 +46,10 @@ _DAMAGED = (OSError, SyntaxError, EOFError, TypeError, IndexError, KeyError, str
 """What Pillow's readers raise for files that are not what they seem."""
 
 
-@dataclass(frozen=True)
-class ImageHeader:
-    """What the first bytes of an image file say."""
-
-    width: int
-    height: int
-    mode: str
-    """Pillow's name of the pixel format, for example `RGB`, `L` or `I;16`."""
-    has_alpha: bool = False
-    """Whether pixels may be transparent."""
-
-
-def read_image_header(path: Path, what: str = "Image") -> ImageHeader:
+def read_image_header(path: Path, what: str = "Image") -> Image.Image:
     """Reads size and pixel format without decoding; `what` is what errors call the file, for example "Mask"."""
     with open_image(path, what) as image:
-        return ImageHeader(image.width, image.height, image.mode, image.has_transparency_data)
+        return image
 
 
 def list_images(folder: Path) -> list[Path]:

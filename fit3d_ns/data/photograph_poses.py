@@ -43,8 +43,7 @@ def find_poses(folder: Path, overwrite: bool = False) -> tuple[int, int]:
         again = "--overwrite finds them again" if models in (known, known.parent) else "move it away first"
         raise ValueError(f"{known} is there already: cameras are known; {again}.")
     pycolmap.logging.minloglevel = pycolmap.logging.Level.ERROR.value
-    headers = map(read_image_header, map(root.joinpath, names))
-    is_one_size = len({(header.width, header.height) for header in headers}) == 1
+    is_one_size = len({read_image_header(root / name).size for name in names}) == 1
     mode = pycolmap.CameraMode.SINGLE if is_one_size else pycolmap.CameraMode.AUTO
     extraction, mapping = pycolmap.FeatureExtractionOptions(), pycolmap.IncrementalPipelineOptions()
     reader, pairing = pycolmap.ImageReaderOptions(), pycolmap.SequentialPairingOptions()

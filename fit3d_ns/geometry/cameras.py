@@ -57,10 +57,7 @@ def resize_Ks(
 
 def crop_Ks(Ks: Float[Tensor, "*batch 3 3"], left: float, top: float) -> Float[Tensor, "*batch 3 3"]:
     """Intrinsics after `left` columns and `top` rows of pixels were cut off."""
-    shift = torch.zeros_like(Ks)
-    shift[..., 0, 2] = left
-    shift[..., 1, 2] = top
-    return Ks - shift
+    return Ks - Ks.new_tensor([[0.0, 0.0, left], [0.0, 0.0, top], [0.0, 0.0, 0.0]])
 
 
 def project_points(

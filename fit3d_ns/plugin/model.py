@@ -128,14 +128,6 @@ class FeatureSplatfactoModel(SplatfactoModel):
             self.gauss_params[name] = Parameter(torch.zeros(shape, device=parameter.device))
         return Model.load_state_dict(self, state, strict=strict, **kwargs)
 
-    def step_post_backward(self, step: int) -> None:
-        """Lets the strategy densify, prune or relocate."""
-        assert step == self.step
-        is_mcmc = self.config.strategy == "mcmc"
-        rate = {"lr": float(self.optimizers["means"].param_groups[0]["lr"])} if is_mcmc else {}
-        parts = self.gauss_params, self.optimizers, self.strategy_state
-        self.strategy.step_post_backward(*parts, step, self.info, **rate)
-
     def get_outputs(self, camera: Cameras) -> Mapping[str, Any]:  # type: ignore[override]
         """Renders `rgb` [H, W, 3], `depth` [H, W, 1] (None in training unless asked for), `accumulation` [H, W, 1] and
         `background`; outside training also `features_pca` and `features_pca_original`, both [H, W, 3].

@@ -48,12 +48,10 @@ def create_strategy(config: FeatureSplatfactoModelConfig, num_views: int) -> Def
 class InriaStrategy(DefaultStrategy):
     """Densification as Inria's code has it: without gsplat's opacity reset at step 0."""
 
-    def step_post_backward(
-        self, params: Any, optimizers: Any, state: dict[str, Any], step: int, info: dict[str, Any], packed: bool = False
-    ) -> None:
+    def step_post_backward(self, params: Any, optimizers: Any, state: Any, step: int, *rest: Any, **named: Any) -> None:
         """As gsplat's."""
         if step > 0:
-            super().step_post_backward(params, optimizers, state, step, info, packed)
+            super().step_post_backward(params, optimizers, state, step, *rest, **named)
 
 
 class PortableMCMCStrategy(MCMCStrategy):
@@ -62,11 +60,15 @@ class PortableMCMCStrategy(MCMCStrategy):
     "3D Gaussian Splatting as Markov Chain Monte Carlo" (Kheradmand et al., 2024), equations 8 and 9.
     """
 
-    def step_post_backward(self, *arguments: Any, **options: Any) -> None:
-        """Relocates and adds Gaussians at the refinement steps, and always disturbs positions (which learn at `lr`)."""
+    def step_post_backward(self, *, optimizers: Any, packed: bool = False, **parts: Any) -> None:
+        """Relocates and adds Gaussians at the refinement steps, and always disturbs positions, as far as these learn.
+
+        Called as splatfacto calls the default strategy, which has `packed` and not the positions' learning rate.
+        """
+        rate = float(optimizers["means"].param_groups[0]["lr"])
         portable: Any = {"compute_relocation": compute_relocation, "quat_scale_to_covar_preci": compute_covariances}
         with mock.patch.multiple("gsplat.strategy.ops", **portable):
-            super().step_post_backward(*arguments, **options)
+            super().step_post_backward(optimizers=optimizers, lr=rate, **parts)
 
     def _relocate_gs(self, params: Any, optimizers: Any, binoms: Tensor) -> int:
         # Where none is left to copy, gsplat would draw from nothing.

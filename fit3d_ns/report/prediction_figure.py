@@ -166,7 +166,7 @@ def _read_folder(folder: Path) -> PredictionFolder:
     for index, frame in enumerate(read.frames):
         _, truth, prediction = (read_image_header(read.get_path(index, part), "Prediction picture") for part in _PARTS)
         # Photographs of some sets are larger than their labels; truth and prediction never differ.
-        if (truth.width, truth.height) != (prediction.width, prediction.height):
+        if truth.size != prediction.size:
             raise ValueError(f"{folder}: truth and prediction of {frame} differ in size; probe again.")
     return read
 

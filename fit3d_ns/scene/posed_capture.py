@@ -112,7 +112,7 @@ class PosedCapture:
     def load_opaque_mask(self, view: View) -> Bool[Tensor, "height width"] | None:
         """True where the photograph is not transparent; None where it has no alpha channel, or is gone."""
         path = view.frame.image_path
-        if not path.is_file() or not images.read_image_header(path).has_alpha:
+        if not path.is_file() or not images.read_image_header(path).has_transparency_data:
             return None
         opaque = images.find_opaque(images.load_rgba(path))
         if not bool(opaque.all()):

@@ -164,13 +164,13 @@ def create_frame(
         if path is None:
             continue
         header = read_image_header(path, what)
-        if (header.width, header.height) != (image.width, image.height):
+        if header.size != image.size:
             if not resize_image:
                 raise ValueError(
                     f"{what} {path} is {header.width}x{header.height}, its image {image_path} is "
                     f"{image.width}x{image.height}; they must have one size."
                 )
-            size = (header.width, header.height)
+            size = header.size
     return LabelledFrame(
         name,
         load_image=partial(_load_image, image_path, size),
