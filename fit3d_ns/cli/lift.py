@@ -18,29 +18,13 @@ from fit3d_ns.cli.runs import name_run, read_run_source, train_splats
 from fit3d_ns.features import BackboneDescription, FeatureCache, create_extractor, describe_backbone
 from fit3d_ns.features.backbones import Normalization
 from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
-from fit3d_ns.lifting.lift_scene import (
-    LIFT_HASH,
-    LiftForecast,
-    LiftSetup,
-    check_dimensions,
-    compute_lift_hash,
-    find_finished,
-    forecast_lift,
-    keep_features,
-    lift_scene,
-)
+from fit3d_ns.lifting.lift_scene import LiftForecast, LiftSetup, forecast_lift, lift_to_file
 from fit3d_ns.lifting.ply_sources import read_ply_source
 from fit3d_ns.lifting.shared_lift import NUM_SHARED_ROUNDS, LiftTask, lift_together
-from fit3d_ns.lifting.sources import (
-    LiftSource,
-    PlyConfig,
-    compare_with_photographs,
-    read_scene_source,
-    warn_of_poor_fit,
-)
+from fit3d_ns.lifting.sources import LiftSource, PlyConfig, check_photographs, read_scene_source
 from fit3d_ns.lifting.surfaces import Surface, SurfaceConfig, read_surface_source
 from fit3d_ns.rasterization import prepare_rasterizer
-from fit3d_ns.scene import FeatureScene, load_scene, save_scene
+from fit3d_ns.scene import FeatureScene, load_scene
 from fit3d_ns.scene.splat_files import has_features, list_splats, read_model_name
 from fit3d_ns.utils.device import DeviceChoice, choose_device
 from fit3d_ns.utils.files import write_json
@@ -147,7 +131,7 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
     backbone = choose_backbone(command)
     cache = FeatureCache(command.feature_cache, backbone)
     setup = LiftSetup(cache, command.lift, command.options, device, command.include_sh)
-    check_dimensions(setup)
+    command.lift.check_width(backbone.embed_dim, backbone.label)
     if not cache.folder.exists() and not command.keeps_features:
         create_extractor(backbone)  # Weights that cannot be had are said before scenes are read.
     together = create_tasks(command, device)
@@ -157,7 +141,7 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
         forecasts = []
         for task in tasks:
             source = task.read()
-            warn_of_poor_fit(source, compare_with_photographs(source, device))
+            check_photographs(source, device)
             if source.decoder is None:
                 forecasts.append(forecast_lift(source, setup))
         print("\n".join(map(describe_forecast, forecasts)) or "The features are kept as they are: nothing is lifted.")
@@ -167,13 +151,7 @@ def lift_here(command: LiftCommand, cluster: ClusterConfig) -> dict[str, str]:
 
     def lift_one(index: int) -> None:
         task = tasks[index]
-        source = task.read()
-        lift_hash = compute_lift_hash(source, setup)
-        scene = None if command.overwrite else find_finished(task.output_path, lift_hash)
-        if scene is None:
-            lifted = keep_features(source, setup) or lift_scene(source, setup, task.get_path("lift-state"))[0]
-            scene = dataclasses.replace(lifted, metrics={**lifted.metrics, LIFT_HASH: lift_hash})
-            save_scene(scene, task.output_path, include_sh=setup.include_sh)
+        scene = lift_to_file(task.read(), setup, task.output_path, task.get_path("lift-state"), command.overwrite)
         finish(scene, task.output_path)
 
     try:

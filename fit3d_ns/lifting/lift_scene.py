@@ -24,9 +24,9 @@ from fit3d_ns.lifting.config import LiftConfig, LiftSceneConfig
 from fit3d_ns.lifting.feature_error import evaluate_features
 from fit3d_ns.lifting.passes import Progress, list_decisive
 from fit3d_ns.lifting.solver import LIFT_PRODUCTS, LiftResult, solve_features
-from fit3d_ns.lifting.sources import LiftSource, compare_with_photographs, warn_of_poor_fit
+from fit3d_ns.lifting.sources import LiftSource, check_photographs, compare_with_photographs
 from fit3d_ns.lifting.views import LiftView, choose_views, create_lift_views, fit_picture_basis
-from fit3d_ns.scene import FeatureScene, Gaussians, PosedCapture, View, load_scene
+from fit3d_ns.scene import FeatureScene, Gaussians, PosedCapture, View, load_scene, save_scene
 from fit3d_ns.scene.posed_capture import record_capture
 from fit3d_ns.scene.scene_file import TRAINING_SECONDS
 from fit3d_ns.utils.files import hash_bytes, hash_file
@@ -59,11 +59,6 @@ class LiftSetup:
         keys = extract_features(images, self.cache, device=self.device, batch_size=self.options.feature_batch_size)
         by_name = {view.name: key for view, key in zip(views, keys, strict=True)}
         return create_lift_views(capture, views, lambda view: self.cache.load(by_name[view.name]))
-
-
-def check_dimensions(setup: LiftSetup) -> None:
-    """ValueError where the features have more dimensions than a token; known before anything is computed."""
-    setup.config.check_width(setup.backbone.embed_dim, setup.backbone.label)
 
 
 @dataclass(frozen=True)
@@ -112,8 +107,7 @@ def lift_scene(
     config, options, device, timer = setup.config, setup.options, setup.device, PhaseTimer()
     taught, measured = choose_views(source.capture, options.views)
     with timer.phase("photographs"):
-        fit = compare_with_photographs(source, device)
-    warn_of_poor_fit(source, fit)
+        fit = check_photographs(source, device)
     with timer.phase("tokens"):
         views = setup.load_views(source.capture, [*taught, *measured])
     lifted, held_out = views[: len(taught)], views[len(taught) :]
@@ -230,6 +224,17 @@ def find_finished(path: Path, lift_hash: str) -> FeatureScene | None:
         scene = load_scene(path)
         return scene if scene.metrics.get(LIFT_HASH) == lift_hash else None
     return None
+
+
+def lift_to_file(source: LiftSource, setup: LiftSetup, path: Path, state_path: Path, overwrite: bool) -> FeatureScene:
+    """The scene of a source, written to a file unless it is there already and not to be lifted again."""
+    lift_hash = compute_lift_hash(source, setup)
+    scene = None if overwrite else find_finished(path, lift_hash)
+    if scene is None:
+        lifted = keep_features(source, setup) or lift_scene(source, setup, state_path)[0]
+        scene = replace(lifted, metrics={**lifted.metrics, LIFT_HASH: lift_hash})
+        save_scene(scene, path, include_sh=setup.include_sh)
+    return scene
 
 
 def forecast_lift(source: LiftSource, setup: LiftSetup) -> LiftForecast:

@@ -170,11 +170,11 @@ def compare_views(
         yield rendered - photograph, mask, alphas
 
 
-def warn_of_poor_fit(source: LiftSource, fit: PhotoFit) -> None:
-    """A notice where Gaussians and cameras belong together and renderings still do not look like the photographs."""
-    if fit.is_seen and fit.psnr >= SMALLEST_PSNR:
-        return
-    notice(
-        f"Renderings of {source.description} are {fit.psnr:.1f} dB from their photographs (below {SMALLEST_PSNR:g}); "
-        "was it trained to its end, and does --data hold the same photographs?"
-    )
+def check_photographs(source: LiftSource, device: str) -> PhotoFit:
+    """How renderings agree with photographs, as `compare_with_photographs` finds; a notice where they hardly do."""
+    fit = compare_with_photographs(source, device)
+    if not fit.is_seen or fit.psnr < SMALLEST_PSNR:
+        said = f"Renderings of {source.description} are {fit.psnr:.1f} dB from their photographs"
+        asked = "was it trained to its end, and does --data hold the same photographs?"
+        notice(f"{said} (below {SMALLEST_PSNR:g}); {asked}")
+    return fit

@@ -12,6 +12,7 @@ import torch
 from fit3d_ns.cli import lift as module
 from fit3d_ns.cli.command import create_main
 from fit3d_ns.features import describe_backbone
+from fit3d_ns.lifting import lift_scene
 from fit3d_ns.lifting.config import LiftConfig
 from fit3d_ns.scene import Gaussians, load_scene
 from fit3d_ns.scene.ply import write_ply
@@ -179,17 +180,17 @@ def test_lift__dry_run_predicts_and_writes_nothing(run, tmp_path):
 def test_lift__interrupted_goes_on(run, tmp_path, monkeypatch):
     arguments = ("--feature-dim", 4, "--seconds-per-checkpoint", 0)
     assert run(*arguments, name="whole.safetensors")[0] == 0
-    solve = module.lift_scene
+    solve = lift_scene.lift_scene
 
     def interrupt(name, done, total):
         if name == "solve 1" and done == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "lift_scene", lambda *args, **kwargs: solve(*args, **kwargs, progress=interrupt))
+    monkeypatch.setattr(lift_scene, "lift_scene", lambda *args, **kwargs: solve(*args, **kwargs, progress=interrupt))
     code, _, err = run(*arguments)
     assert code == 130 and "the same command goes on from there" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["ring.safetensors.lift-state"]
-    monkeypatch.setattr(module, "lift_scene", solve)
+    monkeypatch.setattr(lift_scene, "lift_scene", solve)
     code, _, err = run(*arguments, "--normalization", "imagenet")
     assert code == 1 and "belongs to a lift with another backbone" in err
     code, _, err = run(*arguments)
