@@ -90,12 +90,10 @@ def read_colmap_points(folder: Path) -> PointCloud | None:
 
 def write_colmap_points(points: PointCloud, path: Path) -> None:
     """Writes a `points3D.txt` without tracks; positions to four decimals, a tenth of a millimetre."""
-    lines = ["# POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[] as (IMAGE_ID, POINT2D_IDX)"]
-    rows = zip(points.xyz.tolist(), points.rgb.tolist(), strict=True)
-    for index, ((x, y, z), (red, green, blue)) in enumerate(rows, start=1):
-        lines.append(f"{index} {x:.4f} {y:.4f} {z:.4f} {red} {green} {blue} 0")
+    header = "POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[] as (IMAGE_ID, POINT2D_IDX)"
+    rows = np.column_stack([np.arange(1, len(points.xyz) + 1), points.xyz.numpy(), points.rgb.numpy()])
     with write_atomically(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
+        np.savetxt(temporary, rows, "%d %.4f %.4f %.4f %d %d %d 0", header=header)
 
 
 def find_photographs(root: Path) -> Path:

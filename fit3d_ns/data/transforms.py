@@ -51,7 +51,15 @@ def read_transforms(path: Path) -> CaptureFiles:
     for name, entry, split in zip(names, entries, splits, strict=True):
         if split is None:
             continue
-        listed.append(_read_frame(root, meta, entry, split, f"Frame {name} in {transforms}"))
+        source = f"Frame {name} in {transforms}"
+        frame = parse_frame(entry, meta, frames.resolve_inside(root, name, source), split, source)
+        if not frame.is_bad:
+            mask, depth = (
+                frames.resolve_inside(root, entry[key], source) if entry.get(key) else None
+                for key in ("mask_path", "depth_file_path")
+            )
+            frame = replace(frame, mask_path=mask, depth_path=depth)
+        listed.append(frame)
     colmap_to_world = _read_colmap_to_world(root, meta, transforms)
     points, origin = _read_points(root, meta, colmap_to_world, transforms)
     return CaptureFiles(
@@ -133,17 +141,6 @@ def parse_lens(entry: Mapping[str, Any], source: str) -> Lens:
         )
     distortion = [_parse_number(values, key, source) for key in _ORDERS[model]]
     return frames.create_lens((fx, fy, cx, cy), (width, height), distortion, model == _FISHEYE_MODEL, source)
-
-
-def _read_frame(root: Path, meta: Mapping[str, Any], entry: Mapping[str, Any], split: Split, source: str) -> Frame:
-    frame = parse_frame(entry, meta, frames.resolve_inside(root, entry["file_path"], source), split, source)
-    if frame.is_bad:
-        return frame
-    mask, depth = (
-        frames.resolve_inside(root, entry[key], source) if entry.get(key) else None
-        for key in ("mask_path", "depth_file_path")
-    )
-    return replace(frame, mask_path=mask, depth_path=depth)
 
 
 def _read_splits(meta: Mapping[str, Any], names: list[str], transforms: Path) -> tuple[list[Split | None], str]:

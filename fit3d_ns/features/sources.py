@@ -209,12 +209,10 @@ def _resolve_architecture(given: str) -> str:
 
 def _hash_weights(path: Path) -> str:
     status = path.stat()
-    return _hash_unchanged_file(str(path.resolve()), status.st_size, status.st_mtime_ns)
+    return _hash_unchanged_file(path.resolve(), status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=64)
-def _hash_unchanged_file(path: str, size: int, modified_ns: int) -> str:
-    return hash_file(Path(path))
+_hash_unchanged_file = lru_cache(maxsize=64)(lambda path, size, modified_ns: hash_file(path))
 
 
 def _read_channels(config: Any, key: str, folder: Path) -> tuple[float, float, float] | None:

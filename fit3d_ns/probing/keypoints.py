@@ -19,7 +19,7 @@ import torch
 from fit3d_ns.analysis.correspondence import find_matches
 from fit3d_ns.data.images import load_image
 from fit3d_ns.probing.frozen_features import Assembler, FrozenBackbones
-from fit3d_ns.probing.multiview import MultiviewConfig, compute_tokens
+from fit3d_ns.probing.multiview import MultiviewConfig
 from fit3d_ns.probing.pictures import compute_size, to_image
 from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import read_json
@@ -80,7 +80,7 @@ def _read_features(
     kind = cv2.INTER_AREA if shown[0] < height else cv2.INTER_CUBIC
     features = backbones(to_image(cv2.resize(image, shown[::-1], interpolation=kind))[None]).to("cpu")
     rows, columns = (max(round(side * config.grid_scale), 1) for side in shown)
-    return compute_tokens(features, assembler), (width, height), (rows, columns)
+    return assembler.assemble(features.maps[:, :, -1])[0], (width, height), (rows, columns)
 
 
 def _summarise_all(rows: Sequence[_Pair]) -> dict[str, Any]:

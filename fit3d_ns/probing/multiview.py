@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis import consistency
@@ -120,16 +119,10 @@ def load_views(
     for image, depth_view in track(pictures, f"Features of {name}", count):
         features = backbones(to_image(image)[None]).to("cpu")
         views.depth_views.append(depth_view)
-        views.token_maps.append(compute_tokens(features, assembler))
+        views.token_maps.append(assembler.assemble(features.maps[:, :, -1])[0])
         if len(backbones.layers) > 1:
             views.features.append(features)
     return views
-
-
-def compute_tokens(features: FrozenFeatures, assembler: Assembler) -> Float[Tensor, "h w channels"]:
-    """Assembled tokens of one photograph; they are read as if they covered it."""
-    # (1, c, h, w) -> (h, w, c)
-    return assembler(features)[0].permute(1, 2, 0)
 
 
 def _keep_recalls(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -188,24 +188,18 @@ def _join(scenes: Sequence[SceneViews]) -> _Samples:
     tokens, normals, weights = [], [], []
     for scene in scenes:
         for token_map, view in zip(scene.token_maps, scene.depth_views, strict=True):
-            mean, share = _average_normals(view, (token_map.shape[0], token_map.shape[1]))
-            is_known = share > 0
+            known_normals, known = compute_normals(view)
+            # (H, W, 4) -> (1, 4, H, W) -> (h, w, 4): each token's mean normal, and the share of pixels that have one.
+            stacked = torch.cat([known_normals, known[..., None].float()], dim=-1).permute(2, 0, 1)[None]
+            pooled = F.adaptive_avg_pool2d(stacked, (token_map.shape[0], token_map.shape[1]))[0].permute(1, 2, 0)
+            is_known = pooled[..., 3] > 0
             tokens.append(token_map[is_known])
-            normals.append(F.normalize(mean[is_known], dim=-1))
-            weights.append(share[is_known])
+            normals.append(F.normalize(pooled[is_known, :3], dim=-1))
+            weights.append(pooled[is_known, 3])
     joined: Any = tuple(torch.cat(values).double().numpy() for values in (tokens, normals, weights))
     if not len(joined[0]):
         raise ValueError(f"No pixel of {', '.join(scene.scene_id for scene in scenes)} has a normal; check the depth.")
     return joined
-
-
-def _average_normals(view: DepthView, grid: tuple[int, int]) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w"]]:
-    """Mean over each token's pixels of the known normals, and the share of pixels that have one."""
-    normals, known = compute_normals(view)
-    # (H, W, 4) -> (1, 4, H, W) -> (h, w, 4)
-    stacked = torch.cat([normals, known[..., None].float()], dim=-1).permute(2, 0, 1)[None]
-    pooled = F.adaptive_avg_pool2d(stacked, grid)[0].permute(1, 2, 0)
-    return pooled[..., :3], pooled[..., 3]
 
 
 def _measure(test: Sequence[SceneViews], predict: Callable[[SceneViews, int], Tensor]) -> dict[str, Any]:

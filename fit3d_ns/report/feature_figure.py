@@ -57,7 +57,7 @@ def save_feature_figure(
     images: Sequence[FigureImage],
     groups: Sequence[ComparedBackbones],
     path: Path,
-    config: FeatureFigureConfig | None = None,
+    config: FeatureFigureConfig,
     *,
     has_scenes: bool = False,
     device: str = "cpu",
@@ -66,7 +66,6 @@ def save_feature_figure(
 
     With `has_scenes` there is a column of rendered features. ValueError for more clusters than tokens.
     """
-    config = config or FeatureFigureConfig()
     labels = token_columns.list_column_labels(groups, has_scenes)
     columns = [token_columns.extract_columns(group, images, labels, device) for group in groups]
     shared = [fit_colours_of(group, config) for group in columns] if config.sharing == "backbone" else None
@@ -146,7 +145,7 @@ def save_feature_video(
     images: Sequence[FigureImage],
     groups: Sequence[ComparedBackbones],
     path: Path,
-    config: FeatureFigureConfig | None = None,
+    config: FeatureFigureConfig,
     *,
     fps: float,
     has_scenes: bool = False,
@@ -158,7 +157,6 @@ def save_feature_video(
     The configuration's `sharing` has no meaning here: colours are always the clip's. ValueError for fewer than two
     frames, more clusters than tokens, or no codec.
     """
-    config = config or FeatureFigureConfig()
     labels = token_columns.list_column_labels(groups, has_scenes)
     # Half precision: a clip's tokens are kept until its colours are known.
     columns = [token_columns.extract_columns(group, images, labels, device, torch.float16) for group in groups]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fit3d_ns.analysis.pictures import LegendEntry, append_legend, compose_panel, save_picture, upscale
 from fit3d_ns.analysis.similarity import map_clusters_to_colours
-from fit3d_ns.data.images import load_depth, load_image, read_image_header
+from fit3d_ns.data.images import IGNORE_INDEX, load_depth, load_image, read_image_header
 from fit3d_ns.utils.errors import reading
 from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.results import write_facts
@@ -28,7 +28,6 @@ from fit3d_ns.utils.selection import select_evenly
 
 LISTING_NAME = "predictions.json"
 _PARTS: tuple[Literal["image", "truth", "prediction"], ...] = ("image", "truth", "prediction")
-IGNORED = 255
 _DEPTH_MAP = "viridis"
 _ERROR_MAP = "magma"
 _UNMEASURED = 0.6
@@ -137,7 +136,7 @@ def colour_values(values: Float[Tensor, "*shape"], low: float, high: float, name
 
 def compute_accuracy(prediction: UInt8[Tensor, "height width"], truth: UInt8[Tensor, "height width"]) -> float:
     """Share of pixels that count whose class is right; NaN where none counts."""
-    counts = truth != IGNORED
+    counts = truth != IGNORE_INDEX
     return float((prediction[counts] == truth[counts]).double().mean())
 
 
@@ -182,8 +181,8 @@ def _draw_labels(names: Sequence[str], truths: list[Tensor], predictions: list[l
     pictures = [[palette[labelled.long().clamp(max=len(names))] for labelled in row] for row in maps]
     accuracy = [[compute_accuracy(one, truth) for one in own] for own, truth in zip(predictions, truths, strict=True)]
     seen = {int(value) for row in maps for labelled in row for value in labelled.unique()}
-    legend = [(palette[[index]], names[index]) for index in sorted(seen - {IGNORED})]
-    if IGNORED in seen:
+    legend = [(palette[[index]], names[index]) for index in sorted(seen - {IGNORE_INDEX})]
+    if IGNORE_INDEX in seen:
         legend.append((palette[[-1]], "does not count"))
     return pictures, accuracy, [""] * len(truths), legend
 

@@ -9,6 +9,7 @@ than its number of steps, and two processes see what one with twice the batch se
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -104,18 +105,16 @@ def load_ahead(items: Iterable[Item], load: Callable[[Item], Loaded], num_worker
     if num_workers == 0:
         yield from map(load, items)
         return
-    with ThreadPoolExecutor(max_workers=num_workers) as executor:
-        waiting: list[Future[Loaded]] = []
-        try:
-            for item in items:
-                waiting.append(executor.submit(load, item))
-                if len(waiting) > depth:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    executor, waiting = ThreadPoolExecutor(num_workers), deque[Future[Loaded]]()
+    try:
+        for item in items:
+            waiting.append(executor.submit(load, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def draw_some(number: int, most: int | None, seed: int, *purpose: str | int) -> torch.Tensor:
