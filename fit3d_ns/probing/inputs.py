@@ -21,6 +21,8 @@ from fit3d_ns.probing.pictures import Picture, PictureKey, Window, compute_size
 from fit3d_ns.probing.samples import Inputs
 from fit3d_ns.utils.selection import select_evenly
 
+Photo = UInt8[np.ndarray, "height width 3"]
+DepthMap = Float[np.ndarray, "height width"]
 PUBLISHED_SHORT_SIDE = 512
 LONG_SIDE_RATIO = 4.0
 """Images are at most this many times longer than the short side asked for (2048 to 512)."""
@@ -169,9 +171,7 @@ def draw_varied_window(
     return window
 
 
-def distort_colours(
-    image: UInt8[np.ndarray, "height width 3"], generator: np.random.Generator
-) -> UInt8[np.ndarray, "height width 3"]:
+def distort_colours(image: Photo, generator: np.random.Generator) -> Photo:
     """mmsegmentation's `PhotoMetricDistortion`: each with probability one half, brightness +-32, contrast 0.5 to 1.5
     (before or after the rest), saturation 0.5 to 1.5, hue +-18 of 180."""
     image = image.copy()
@@ -211,7 +211,7 @@ class DepthInputs(MapInputs):
         """What the set trains on of a frame, as it is."""
         return [PictureKey(frame.key, part=EVALUATION if self.convention.train_crop is None else TRAINING)]
 
-    def load_image(self, frame: LabelledFrame) -> UInt8[np.ndarray, "height width 3"]:
+    def load_image(self, frame: LabelledFrame) -> Photo:
         """The photograph as the set's benchmark sees it, at its own size, which `load_depth` shares."""
         return _crop(frame.load_image().numpy(), self.convention, EVALUATION)
 
@@ -263,9 +263,7 @@ def choose_crop_size(labelled_set: LabelledSet, short_side: int | None) -> tuple
     return min(published[0], *(size[0] for size in sizes)), min(published[1], *(size[1] for size in sizes))
 
 
-def rotate(
-    image: UInt8[np.ndarray, "height width 3"], depth: Float[np.ndarray, "height width"], degrees: float
-) -> tuple[UInt8[np.ndarray, "height width 3"], Float[np.ndarray, "height width"]]:
+def rotate(image: Photo, depth: DepthMap, degrees: float) -> tuple[Photo, DepthMap]:
     """Turns both about the middle; new corners are black and have no depth."""
     height, width = depth.shape
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), -degrees, 1.0)
@@ -274,9 +272,7 @@ def rotate(
     return turned, cv2.warpAffine(depth, matrix, (width, height), flags=cv2.INTER_NEAREST)
 
 
-def shift_colours(
-    image: UInt8[np.ndarray, "height width 3"], brightness_range: tuple[float, float], generator: np.random.Generator
-) -> UInt8[np.ndarray, "height width 3"]:
+def shift_colours(image: Photo, brightness_range: tuple[float, float], generator: np.random.Generator) -> Photo:
     """The public depth evaluation's `ColorAug`, half of the time: gamma 0.9 to 1.1, brightness, 0.9 to 1.1 a channel.
 
     It raises values of 0 to 255 to the gamma, not of 0 to 1: a gamma of .9 darkens a grey of 127 to 78.

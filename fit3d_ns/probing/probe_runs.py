@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from fit3d_ns.data.images import MILLIMETRES_PER_METRE
 from fit3d_ns.probing.classification import PAPER_CLASSIFICATION, ClassificationConfig, ClassificationProbe
 from fit3d_ns.probing.datasets import LabelledOptions, check_options, read_labelled_set
-from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE
 from fit3d_ns.probing.datasets.frames import LabelledSet, LabelledSplit, check_same_kind, compute_data_hash, join_sets
 from fit3d_ns.probing.datasets.navi import NAVI_EDGES, find_navi_sets
 from fit3d_ns.probing.datasets.scannet import is_capture, is_scannetpp_scene
@@ -21,7 +21,7 @@ from fit3d_ns.probing.head_probe import HeadProbe, MapProbe, ProbeSets, RunConfi
 from fit3d_ns.probing.keypoints import is_spair, measure_keypoints
 from fit3d_ns.probing.multiview import MultiviewConfig, ViewsConfig, load_views, measure_views
 from fit3d_ns.probing.normals import NormalsConfig, measure_dpt_normals, measure_normals
-from fit3d_ns.probing.result_records import ResultFile, is_finetuned_from_random, read_costs
+from fit3d_ns.probing.result_records import ResultFile, read_costs, read_report
 from fit3d_ns.probing.retrieval import RetrievalConfig, measure_retrieval, split_views
 from fit3d_ns.probing.segmentation import DINOV3_SEGMENTATION, PAPER_SEGMENTATION, SegmentationConfig, SegmentationProbe
 from fit3d_ns.training.processes import Precision, create_accelerator
@@ -128,7 +128,7 @@ def run_probe(request: ProbeRequest) -> ResultRecord:
     if request.task == "depth":
         # An option once; records hold it.
         settings["config"]["bin_normalization"] = "linear"
-    if request.options.depth_scale not in (None, DEFAULT_DEPTH_SCALE):
+    if request.options.depth_scale not in (None, MILLIMETRES_PER_METRE):
         # The hash of the data reads no pixel, so another unit has to be named here.
         settings["depth_scale"] = request.options.depth_scale
     file, missing, done = _open_record(request, settings, described)
@@ -232,7 +232,7 @@ def _run_retrieval(request: ProbeRequest) -> ResultRecord:
         sets = {name: split_views(pair, config.memory_views) for name, pair in sets.items()}
     values = {name: value for name, value in asdict(config).items() if (name, value) not in _LATER}
     settings: dict[str, Any] = {"patch_fit": request.backbones.patch_fit, "config": values}
-    settings["depth_scale"] = request.options.depth_scale or DEFAULT_DEPTH_SCALE
+    settings["depth_scale"] = request.options.depth_scale or MILLIMETRES_PER_METRE
     for index, part in enumerate(("train", "test")):
         described = [_describe_set(pair[index]) for pair in sets.values()]
         settings[part] = {**described[0], "data_hash": [item["data_hash"] for item in described], "labels": [*sets]}
@@ -318,7 +318,9 @@ def _open_record(
     """The result file, the seeds that it lacks, and the metrics of those it has."""
     backbones = {part: description.to_metadata() for part, description in described.items()}
     settings = {"task": request.task, "assembly": request.backbones.assembly, "backbones": backbones, **settings}
-    is_random = any(item.is_random for item in described.values()) or is_finetuned_from_random(request.backbones)
+    # What fine-tuning began with random weights stays of no worth.
+    report = read_report(request.backbones) or {}
+    is_random = bool(report.get("is_random", False)) or any(item.is_random for item in described.values())
     file = ResultFile(Path(request.output_path), f"probe/{request.task}", settings, is_random)
     done = file.load_seeds()
     missing = [seed for seed in dict.fromkeys(request.seeds) if seed not in done]

@@ -86,26 +86,31 @@ def summarise_seeds(per_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return {**summary, "per_seed": by_seed}
 
 
-def is_finetuned_from_random(config: BackboneConfig) -> bool:
-    """True if a fine-tuned folder takes part whose report says that it began with random weights."""
-    report = _read_report(config)
-    return bool(report and report.get("is_random", False))
-
-
 def read_costs(config: BackboneConfig) -> dict[str, Any]:
     """`{"finetuning": {...}}`: what a fine-tuned backbone has cost by its report, if it has one (Tables 5, 6 and 8).
 
     `hours` are stage II's, `stage1_hours` and `scene_file_mb` means over scenes, `feature_dim` that of all scenes.
     """
-    report = _read_report(config)
+    report = read_report(config)
     if report is None:
         return {}
     costs: dict[str, Any] = {name: report[name] for name in _COSTS if name in report}
     if isinstance(report.get("seconds"), (int, float)):
         costs["hours"] = report["seconds"] / SECONDS_PER_HOUR
-    scenes = [Path(name) for name in report.get("scenes", []) if isinstance(name, str)]
-    costs["scenes"] = [scene.stem for scene in scenes]
+    costs["scenes"] = [Path(name).stem for name in report.get("scenes", []) if isinstance(name, str)]
     return {"finetuning": {**costs, **average_scene_costs(report.get("scene_costs") or [])}}
+
+
+def read_report(config: BackboneConfig) -> dict[str, Any] | None:
+    """What fit3d-finetune reports of the fine-tuned folder that takes part; None where there is no such report."""
+    folder = config.finetuned
+    if folder is None or "finetuned" not in list_parts(config.assembly) or not (folder / "report.json").is_file():
+        return None
+    report = read_json(folder / "report.json")
+    if not isinstance(report, dict):
+        return None
+    check_report(report, folder / "report.json")
+    return report
 
 
 def _combine(items: Sequence[dict[str, Any]], function: Any) -> dict[str, Any]:
@@ -137,14 +142,3 @@ def _sorted(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_sorted(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _read_report(config: BackboneConfig) -> dict[str, Any] | None:
-    folder = config.finetuned
-    if folder is None or "finetuned" not in list_parts(config.assembly) or not (folder / "report.json").is_file():
-        return None
-    report = read_json(folder / "report.json")
-    if not isinstance(report, dict):
-        return None
-    check_report(report, folder / "report.json")
-    return report

@@ -7,13 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fit3d_ns.data.images import IGNORE_INDEX, is_hidden, list_images, load_image
+from fit3d_ns.data.images import IGNORE_INDEX, MILLIMETRES_PER_METRE, is_hidden, list_images, load_image
 from fit3d_ns.probing.datasets import frames as labelled
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, LabelledTask
 from fit3d_ns.utils.files import read_json
-
-DEFAULT_DEPTH_SCALE = 1000.0
-"""Units per metre of 16-bit depth maps, unless the user says otherwise."""
 
 
 def read_folder(
@@ -35,7 +32,7 @@ def read_folder(
         raise ValueError(f"{root} has no folder {kind}/, which a {task} probe needs.")
     class_names = read_class_names(root / "classes.json") if task == "segmentation" else ()
     table = labelled.LabelTable(len(class_names))
-    scale = depth_scale or DEFAULT_DEPTH_SCALE
+    scale = depth_scale or MILLIMETRES_PER_METRE
     frames: list[LabelledFrame] = []
     for path in paths:
         relative = path.relative_to(images).with_suffix(".png")

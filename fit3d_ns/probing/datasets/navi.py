@@ -6,7 +6,7 @@ object, at 512 pixels, as probe3d sees it, with two differences: the photograph 
 and pixels are averaged where it takes the nearest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,32 +50,31 @@ def read_navi(
     with reading(folder / ANNOTATIONS):
         entries = sorted(read_json(folder / ANNOTATIONS), key=lambda entry: str(entry["filename"]))
         chosen = select_evenly([entry for entry in entries if entry.get("split", "train") in splits], max_views)
-        return list(_load_views(folder, chosen))
+        return [_load_view(folder, entry) for entry in chosen]
 
 
-def _load_views(folder: Path, entries: Sequence[dict[str, Any]]) -> Iterator[tuple[np.ndarray, DepthView]]:
-    for entry in entries:
-        path, camera = folder / "images" / entry["filename"], entry["camera"]
-        image = load_image(path, upright=True).numpy()
-        values = load_depth(folder / "depth" / f"{path.stem}.png", 1.0)
-        height, width = image.shape[:2]
-        if values.shape != (height, width) or not bool((values > 0).any()):
-            raise ValueError(f"the depth map of {path} shows no object, or has another size; download it again")
-        ranges = [(values > 0).any(dim=axis).nonzero()[[0, -1], 0].tolist() for axis in (1, 0)]
-        side = min(max(last - first + 1 for first, last in ranges), height, width)
-        top, left = (
-            min(max((first + last + 1 - side) // 2, 0), size - side)
-            for (first, last), size in zip(ranges, (height, width), strict=True)
-        )
-        window = Window(top, left, side, side).slices
-        depth = sample_nearest(torch.where(values > 0, DEPTH_UNITS / values, 0.0)[window], (SIDE, SIDE))
-        focal = camera["focal_length"] * width / entry["image_size"][1]
-        K = create_K(focal, focal, width / 2 - left, height / 2 - top)
-        K = resize_Ks(K, (side, side), (SIDE, SIDE))
-        rotation = rotations_from_quats(torch.tensor([camera["q"]]))[0]
-        # World to camera, in millimetres.
-        viewmat = torch.eye(4)
-        viewmat[:3] = torch.cat([rotation, torch.tensor(camera["t"])[:, None] / 1000], dim=1)
-        kind = cv2.INTER_AREA if side > SIDE else cv2.INTER_CUBIC
-        shown = cv2.resize(image[window], (SIDE, SIDE), interpolation=kind)
-        yield shown, DepthView(depth, K, camera_to_worlds_from_viewmats(viewmat))
+def _load_view(folder: Path, entry: dict[str, Any]) -> tuple[np.ndarray, DepthView]:
+    path, camera = folder / "images" / entry["filename"], entry["camera"]
+    image = load_image(path, upright=True).numpy()
+    values = load_depth(folder / "depth" / f"{path.stem}.png", 1.0)
+    height, width = image.shape[:2]
+    if values.shape != (height, width) or not bool((values > 0).any()):
+        raise ValueError(f"the depth map of {path} shows no object, or has another size; download it again")
+    ranges = [(values > 0).any(dim=axis).nonzero()[[0, -1], 0].tolist() for axis in (1, 0)]
+    side = min(max(last - first + 1 for first, last in ranges), height, width)
+    top, left = (
+        min(max((first + last + 1 - side) // 2, 0), size - side)
+        for (first, last), size in zip(ranges, (height, width), strict=True)
+    )
+    window = Window(top, left, side, side).slices
+    depth = sample_nearest(torch.where(values > 0, DEPTH_UNITS / values, 0.0)[window], (SIDE, SIDE))
+    focal = camera["focal_length"] * width / entry["image_size"][1]
+    K = create_K(focal, focal, width / 2 - left, height / 2 - top)
+    K = resize_Ks(K, (side, side), (SIDE, SIDE))
+    rotation = rotations_from_quats(torch.tensor([camera["q"]]))[0]
+    # World to camera, in millimetres.
+    viewmat = torch.eye(4)
+    viewmat[:3] = torch.cat([rotation, torch.tensor(camera["t"])[:, None] / 1000], dim=1)
+    kind = cv2.INTER_AREA if side > SIDE else cv2.INTER_CUBIC
+    shown = cv2.resize(image[window], (SIDE, SIDE), interpolation=kind)
+    return shown, DepthView(depth, K, camera_to_worlds_from_viewmats(viewmat))

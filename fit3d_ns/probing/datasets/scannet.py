@@ -18,12 +18,12 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from fit3d_ns.data.frames import Frame
-from fit3d_ns.data.images import IGNORE_INDEX, load_image, load_mask
+from fit3d_ns.data.images import IGNORE_INDEX, MILLIMETRES_PER_METRE, load_image, load_mask
 from fit3d_ns.data.layouts import read_capture
 from fit3d_ns.data.scannetpp import read_scannetpp
 from fit3d_ns.geometry.undistortion import Undistortion, compute_undistortion, resize_lens
 from fit3d_ns.probing.datasets import frames as labelled
-from fit3d_ns.probing.datasets.folders import DEFAULT_DEPTH_SCALE, read_class_names
+from fit3d_ns.probing.datasets.folders import read_class_names
 from fit3d_ns.probing.datasets.frames import LabelledFrame, LabelledSet, LabelledSplit, LabelledTask, create_frame
 from fit3d_ns.probing.datasets.official_sets import read_annotations, read_listed_depth
 from fit3d_ns.utils.files import read_json
@@ -121,7 +121,7 @@ def read_scannetpp_labelled(
         found = read_annotations(path, split or "train", "scannetpp", labelled.CLASS_NAMES["scannetpp"])
         return replace(found, is_sequence=True)
     if is_scannetpp_scene(path) or is_capture(path):
-        frames, names = _read_scene(path, split, task, path, depth_scale or DEFAULT_DEPTH_SCALE)
+        frames, names = _read_scene(path, split, task, path, depth_scale or MILLIMETRES_PER_METRE)
         return LabelledSet(path.resolve().name, frames, names, depth=convention, is_sequence=True)
     folder = find_scannetpp_scenes(path)
     if folder is None:
@@ -154,7 +154,7 @@ def _read_table(root: Path) -> labelled.LabelTable:
 
 
 def _read_scene(
-    path: Path, split: LabelledSplit | None, task: LabelledTask, root: Path, depth_scale: float = DEFAULT_DEPTH_SCALE
+    path: Path, split: LabelledSplit | None, task: LabelledTask, root: Path, depth_scale: float = MILLIMETRES_PER_METRE
 ) -> tuple[list[LabelledFrame], tuple[str, ...]]:
     dslr = path / "dslr" if (path / "dslr").is_dir() else path
     find_label, class_names, on_fisheye = _find_labels(dslr, root) if task == "segmentation" else (None, (), False)
