@@ -24,13 +24,12 @@ _FONT_SIZE = LABEL_HEIGHT - 6
 _SWATCH = 14
 _BAR_WIDTH = 160
 
+Picture = Float[Tensor, "height width 3"]
 LegendEntry = tuple[Float[Tensor, "steps 3"], str]
 """A strip of colours in [0, 1], one for a swatch and many for a bar, and what they mean."""
 
 
-def draw_pca(
-    tokens: Float[Tensor, "h w embed"], basis: PcaBasis, size: tuple[int, int]
-) -> Float[Tensor, "height width 3"]:
+def draw_pca(tokens: Float[Tensor, "h w embed"], basis: PcaBasis, size: tuple[int, int]) -> Picture:
     """Token map in the basis' fixed colours, upscaled to (height, width)."""
     return upscale(map_to_colours(apply_pca(tokens, basis), basis), size)
 
@@ -102,14 +101,14 @@ def append_legend(panel: Image.Image, entries: Sequence[LegendEntry]) -> Image.I
     return whole
 
 
-def save_picture(image: Float[Tensor, "height width 3"] | Image.Image, path: Path) -> None:
+def save_picture(image: Picture | Image.Image, path: Path) -> None:
     """Writes a PNG atomically."""
     picture = Image.fromarray(to_pixels(image)) if isinstance(image, Tensor) else image
     with write_atomically(Path(path)) as temporary:
         picture.save(temporary, format="PNG")
 
 
-def draw_words(text: str, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
+def draw_words(text: str, size: tuple[int, int]) -> Picture:
     """A grey picture of (height, width) that says something, where there is nothing to show yet."""
     picture = Image.new("RGB", (size[1], size[0]), (90, 90, 90))
     font = ImageFont.load_default(size=max(min(size[1] // 16, 28), 8))
@@ -117,7 +116,7 @@ def draw_words(text: str, size: tuple[int, int]) -> Float[Tensor, "height width 
     return torch.from_numpy(np.array(picture)).float() / 255.0
 
 
-def to_pixels(image: Float[Tensor, "height width 3"]) -> np.ndarray:
+def to_pixels(image: Picture) -> np.ndarray:
     """[0, 1] to 8 bits, rounded; NaN becomes black."""
     return (image.detach().cpu().float().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()
 

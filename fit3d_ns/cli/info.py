@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from fit3d_ns.cli.command import create_main
 from fit3d_ns.rasterization import available_backends
@@ -119,9 +119,7 @@ def _verify(path: Path) -> str:
 
 
 def _print_table(content: dict[str, Any]) -> None:
-    table = Table(title="fit3d-info", show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
+    table = Table(Column(overflow="fold"), Column(overflow="fold"), title="fit3d-info", show_header=False)
     for name, value in content.items():
         # Without this, rich reads the `[demo]` of `pip install '.[demo]'` as markup.
         table.add_row(escape(name if os.sep in name else name.replace("_", " ")), escape(_spell(value)))

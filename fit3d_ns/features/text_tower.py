@@ -6,7 +6,6 @@ token goes through these layers alone, which it never learned. So finds are roug
 
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,15 +35,16 @@ def load_text_tower(name: str, description: BackboneDescription, device: torch.d
     if (images.hidden_size, images.patch_size) != (description.embed_dim, description.patch_size):
         problem = f"--text-model {name} reads images by width {images.hidden_size} and patch {images.patch_size}"
         raise ValueError(f"{problem}, not {description.embed_dim} and {description.patch_size} as {description.label}.")
-    return partial(_compare, model, tokenizer, texts.max_position_embeddings)
+    filled: Any = {"padding": "max_length", "max_length": texts.max_position_embeddings, "truncation": True}
 
+    @torch.no_grad()
+    def compare(tokens: Tensor, phrase: str) -> Tensor:
+        # SigLIP has only seen texts that were filled up, and no mask; for CLIP nothing depends on either.
+        words = tokenizer([phrase], return_tensors="pt", **filled)
+        found = model.get_text_features(input_ids=words["input_ids"].to(tokens.device))
+        text = found if isinstance(found, Tensor) else found.pooler_output
+        is_clip = hasattr(model, "visual_projection")
+        seen = model.visual_projection(tokens) if is_clip else model.vision_model.head(tokens[:, None])
+        return F.cosine_similarity(seen, text.expand_as(seen), dim=1)
 
-@torch.no_grad()
-def _compare(model: Any, tokenizer: Any, length: int, tokens: Tensor, phrase: str) -> Tensor:
-    # SigLIP has only seen texts that were filled up, and no mask; for CLIP nothing depends on either.
-    words = tokenizer([phrase], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    found = model.get_text_features(input_ids=words["input_ids"].to(tokens.device))
-    text = found if isinstance(found, Tensor) else found.pooler_output
-    is_clip = hasattr(model, "visual_projection")
-    images = model.visual_projection(tokens) if is_clip else model.vision_model.head(tokens[:, None])
-    return F.cosine_similarity(images, text.expand_as(images), dim=1)
+    return compare

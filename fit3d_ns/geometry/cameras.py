@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+Points = Float[Tensor, "points 3"]
+
 
 def viewmats_from_camera_to_worlds(camera_to_worlds: Float[Tensor, "*batch 3 4"]) -> Float[Tensor, "*batch 4 4"]:
     """World-to-camera matrices of OpenGL camera poses. Differentiable; the rotation part must be orthonormal."""
@@ -61,7 +63,7 @@ def crop_Ks(Ks: Float[Tensor, "*batch 3 3"], left: float, top: float) -> Float[T
 
 
 def project_points(
-    points: Float[Tensor, "points 3"], viewmat: Float[Tensor, "4 4"], K: Float[Tensor, "3 3"]
+    points: Points, viewmat: Float[Tensor, "4 4"], K: Float[Tensor, "3 3"]
 ) -> tuple[Float[Tensor, "points 2"], Float[Tensor, " points"]]:
     """Pixel coordinates (x, y) and z-depth of world points; only depth > 0 is in front of the camera."""
     in_camera = points @ viewmat[:3, :3].T + viewmat[:3, 3]
@@ -87,9 +89,7 @@ def transform_camera_to_worlds(
     return torch.cat([moved[..., :3, :3], moved[..., :3, 3:] * scale], dim=-1)
 
 
-def transform_points(
-    points: Float[Tensor, "points 3"], transform: Float[Tensor, "3 4"], scale: float
-) -> Float[Tensor, "points 3"]:
+def transform_points(points: Points, transform: Float[Tensor, "3 4"], scale: float) -> Points:
     """World points under the same change of world as `transform_camera_to_worlds`."""
     transform = transform.to(points)
     return (points @ transform[:, :3].T + transform[:, 3]) * scale

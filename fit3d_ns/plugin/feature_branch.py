@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fit3d_ns.analysis.pca import PcaBasis, fit_pca, map_to_colours
-from fit3d_ns.analysis.pictures import draw_pca, draw_words
+from fit3d_ns.analysis.pictures import Picture, draw_pca, draw_words
 from fit3d_ns.lifting.feature_error import COVERED, FeatureLoss, FeatureLossConfig, FeatureMetrics, sum_view_errors
 from fit3d_ns.plugin.dataset import get_feature_mask
 from fit3d_ns.plugin.model_config import FeatureSplatfactoModelConfig
@@ -126,7 +126,7 @@ class FeatureBranch(nn.Module):
     @torch.no_grad()
     def render_picture(
         self, features: Features, info: dict[str, Any], alpha: Float[Tensor, "height width 1"]
-    ) -> Float[Tensor, "height width 3"]:
+    ) -> Picture:
         """PCA colours of the features; words before they are solved, black without a backbone."""
         basis = self.picture_basis if self.is_on else None
         if basis is None:
@@ -142,7 +142,7 @@ class FeatureBranch(nn.Module):
         return map_to_colours(coefficients, basis, alpha[..., 0])
 
     @torch.no_grad()
-    def draw_tokens(self, camera: Cameras, height: int, width: int) -> Float[Tensor, "height width 3"]:
+    def draw_tokens(self, camera: Cameras, height: int, width: int) -> Picture:
         """PCA colours of the backbone's own tokens where the camera is a captured one; black elsewhere."""
         basis = self.picture_basis if self.is_on else None
         device = self.decoder.weight.device

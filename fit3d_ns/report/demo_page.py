@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
-from fit3d_ns.analysis.pictures import to_pixels, upscale
+from fit3d_ns.analysis.pictures import Picture, to_pixels, upscale
 from fit3d_ns.analysis.similarity import compute_similarity, map_similarity_to_colours
 from fit3d_ns.features import create_extractor
 from fit3d_ns.report.compared_backbones import ComparedBackbones
@@ -17,7 +17,6 @@ from fit3d_ns.report.demo_server import read_upload
 from fit3d_ns.report.token_colours import TokenColours, fit_cluster_colours, fit_pca_colours
 from fit3d_ns.report.token_columns import FigureImage, FrameTokens, TokenColumn, extract_tokens, resize
 
-Picture = Float[Tensor, "height width 3"]
 _MARK = (1.0, 0.1, 0.1)
 
 

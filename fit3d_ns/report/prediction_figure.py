@@ -26,6 +26,7 @@ from fit3d_ns.utils.files import read_json
 from fit3d_ns.utils.results import write_facts
 from fit3d_ns.utils.selection import select_evenly
 
+DepthMap = Float[Tensor, "height width"]
 LISTING_NAME = "predictions.json"
 _PARTS: tuple[Literal["image", "truth", "prediction"], ...] = ("image", "truth", "prediction")
 _DEPTH_MAP = "viridis"
@@ -140,9 +141,7 @@ def compute_accuracy(prediction: UInt8[Tensor, "height width"], truth: UInt8[Ten
     return float((prediction[counts] == truth[counts]).double().mean())
 
 
-def compute_errors(
-    prediction: Float[Tensor, "height width"], truth: Float[Tensor, "height width"]
-) -> tuple[Float[Tensor, "height width"], Bool[Tensor, "height width"]]:
+def compute_errors(prediction: DepthMap, truth: DepthMap) -> tuple[DepthMap, Bool[Tensor, "height width"]]:
     """|prediction - truth| in metres, and where both have a value."""
     is_measured = (truth > 0) & (prediction > 0)
     return torch.where(is_measured, (prediction - truth).abs(), 0.0), is_measured

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fit3d_ns.analysis.pictures import compose_panel, save_picture, to_pixels
+from fit3d_ns.analysis.pictures import Picture, compose_panel, save_picture, to_pixels
 from fit3d_ns.analysis.similarity import compute_similarity
 from fit3d_ns.features import FeatureExtractor, create_extractor
 from fit3d_ns.features.text_tower import load_text_tower
@@ -42,7 +42,6 @@ from fit3d_ns.utils.stopping import ignore_other_processes
 ORIGINAL, LIFTED = "original", "lifted"
 _MAX_CAMERAS, _THUMBNAIL, _FRUSTUM, _NUM_FRAMES, _FPS = 40, 160, 0.05, 96, 24.0
 Pose = Float[Tensor, "3 4"]
-Picture = Float[Tensor, "height width 3"]
 _OPENCV_AXES = torch.tensor([1.0, -1.0, -1.0])
 """OpenGL's cameras look along -z with y up, viser's along z with y down."""
 

@@ -134,11 +134,9 @@ def describe_settings(settings: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def describe_versions(versions: Sequence[Mapping[str, str]]) -> str:
     """Packages with their versions; several where rows differ."""
-    parts = []
-    for package in dict.fromkeys(name for item in versions for name in item):
-        found = sorted({item[package] for item in versions if package in item})
-        parts.append(f"{package} {' and '.join(found)}")
-    return ", ".join(parts)
+    packages = dict.fromkeys(name for item in versions for name in item)
+    found = {package: sorted({item[package] for item in versions if package in item}) for package in packages}
+    return ", ".join(f"{package} {' and '.join(own)}" for package, own in found.items())
 
 
 def save_bars(table: Table, path: Path) -> None:

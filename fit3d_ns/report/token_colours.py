@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fit3d_ns.analysis.pca import PcaAccumulator, PcaBasis, fit_colours, map_to_colours
-from fit3d_ns.analysis.pictures import upscale
+from fit3d_ns.analysis.pictures import Picture, upscale
 from fit3d_ns.analysis.similarity import Clusters, apply_kmeans, fit_kmeans, map_clusters_to_colours, match_clusters
 from fit3d_ns.report.token_columns import FrameTokens, TokenColumn
 
@@ -30,7 +30,7 @@ class PcaColours:
     title: str = "PCA"
     """What labels call it."""
 
-    def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
+    def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Picture:
         """A picture of one frame of any column, of `size` (height, width)."""
         coefficients, alphas = frame.project(self.basis.components, self.basis.mean)
         return upscale(map_to_colours(coefficients, self.basis, alphas), size)
@@ -52,7 +52,7 @@ class ClusterColours:
     title: str = "k-means"
     """What labels call it."""
 
-    def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Float[Tensor, "height width 3"]:
+    def paint(self, column: int, frame: FrameTokens, size: tuple[int, int]) -> Picture:
         """A picture of one frame of a column, of `size` (height, width)."""
         clusters = self.clusters[column]
         assert clusters is not None
