@@ -23,6 +23,7 @@ from unittest.mock import MagicMock
 import pytest
 import tyro
 
+from fit3d_ns.features import BackboneDescription
 from fit3d_ns.probing.probe_runs import choose_values
 from fit3d_ns.report.compared_backbones import read_models
 
@@ -44,10 +45,12 @@ class Stub(MagicMock):
 
 
 FakeGaussians = dataclasses.make_dataclass("FakeGaussians", ["sh_rest"])
-FakeLiftedScene = dataclasses.make_dataclass("FakeLiftedScene", ["metrics"])
 FakeScene = dataclasses.make_dataclass("FakeScene", ["gaussians"])
 """A scene with the part that `fit3d-export` can leave out."""
 
+
+BACKBONE = BackboneDescription("m", "m", 14, 384, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 16)
+"""What `fit3d-lift` holds the number of features against."""
 
 OWN_VALUES = {
     "--shard": [["1/2"]],
@@ -99,8 +102,7 @@ COMMANDS = {
             "fit3d_ns.cli.lift._write_metrics": None,
             "fit3d_ns.plugin.run_reader.read_backbone": ("m", None, "timm"),
             "fit3d_ns.cli.lift.describe_forecast": "",
-            "fit3d_ns.cli.lift.lift_scene": (FakeLiftedScene({}), None),
-            "fit3d_ns.cli.lift.keep_features": None,
+            "fit3d_ns.cli.lift.describe_backbone": BACKBONE,
             "fit3d_ns.cli.lift.has_features": False,
             "fit3d_ns.cli.lift.list_splats": lambda path, data, keep: [("a", data, None)],
         },

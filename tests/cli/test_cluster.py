@@ -113,7 +113,7 @@ def test_lift__a_failed_scene_stops_no_other_and_is_repeated_by_the_command_that
     code, _, err = run_main(capsys, words)
     assert code == 0 and err.count("lifted already") == 3
     # A bug is no reason to stop either.
-    monkeypatch.setattr(lift, "lift_scene", lambda *_, **__: 1 // 0)
+    monkeypatch.setattr(lift, "lift_to_file", lambda *_: 1 // 0)
     code, out, err = run_main(capsys, [*words, "--overwrite"])
     assert code == 1 and out.count("ZeroDivisionError") == 3 and "Traceback" in (tmp_path / "out" / "a.log").read_text()
 
