@@ -7,6 +7,7 @@ without its mean patch token, each at a range of learning rates, are trained by 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import cv2
 import numpy as np
@@ -127,8 +128,8 @@ class ClassificationProbe(HeadProbe[ClassificationConfig]):
     task = labels = "classification"
     published_iterations = PUBLISHED_ITERATIONS
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         backbones, num_frames = self.backbones, len(self.sets.train.frames)
         layers = list(range(backbones.description.num_blocks))[-max(self.config.class_token_blocks) :]
         numbers = {min(number, len(layers)) for number in self.config.class_token_blocks}

@@ -107,8 +107,8 @@ class DepthProbe(MapProbe[DepthConfig]):
     has_norm = False
     published_iterations = PUBLISHED.num_iterations
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         config, train = self.config, self.sets.train
         crop_size = config.crop_size or choose_crop_size(train, config.short_side)
         self.inputs: DepthInputs = DepthInputs(self.backbones, train.depth, config.short_side, crop_size)

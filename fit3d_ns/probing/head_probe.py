@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -71,7 +71,6 @@ class ProbeSets:
     selection: LabelledSet | None
 
 
-@dataclass(eq=False)
 class HeadProbe(ABC, Generic[Config]):
     """One data set and one assembly; a head is trained for each seed, and all seeds share the frozen features."""
 
@@ -81,20 +80,24 @@ class HeadProbe(ABC, Generic[Config]):
     has_norm: ClassVar[bool] = True
     """Whether tokens are read behind the backbone's final norm."""
     published_iterations: ClassVar[int]
-    config: Config
-    run: RunConfig
-    sets: ProbeSets
-    backbones: FrozenBackbones
-    assembly: Assembly
-    accelerator: Any
-    inputs: Inputs = field(init=False)
-    is_cached: bool = field(init=False)
+    inputs: Inputs
+    is_cached: bool
 
-    def __post_init__(self) -> None:
-        self.memory = FeatureMemory(self.backbones, self.run.cache_gb)
-        values: Any = self.config
+    def __init__(
+        self,
+        config: Config,
+        run: RunConfig,
+        sets: ProbeSets,
+        backbones: FrozenBackbones,
+        assembly: Assembly,
+        accelerator: Any,
+    ) -> None:
+        self.config, self.run, self.sets = config, run, sets
+        self.backbones, self.assembly, self.accelerator = backbones, assembly, accelerator
+        self.memory = FeatureMemory(backbones, run.cache_gb)
+        values: Any = config
         self.num_iterations = resolve_iterations(
-            values.num_iterations, self.published_iterations, len(self.sets.train.frames), values.batch_size
+            values.num_iterations, self.published_iterations, len(sets.train.frames), values.batch_size
         )
 
     def describe(self) -> dict[str, Any]:

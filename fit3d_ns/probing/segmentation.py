@@ -72,8 +72,8 @@ class SegmentationProbe(MapProbe[SegmentationConfig]):
     task = labels = "segmentation"
     published_iterations = PUBLISHED.num_iterations
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         config, frames = self.config, self.sets.train.frames
         short_side = config.short_side or choose_short_side(self.sets.train, self.backbones.description.patch_size)
         crop_side = config.crop_side or min(short_side, PUBLISHED_SHORT_SIDE)
