@@ -56,7 +56,7 @@ def list_images(folder: Path) -> list[Path]:
     """Photographs below a folder, by links too, in the order of names; hidden files (`._x.jpg` of macOS) are none."""
     found: list[Path] = []
     for top, folders, names in os.walk(folder, followlinks=True):
-        is_loop = any(os.path.samefile(top, above) for above in Path(top).parents)
+        is_loop = any(os.path.samefile(top, folder / above) for above in Path(top).relative_to(folder).parents)
         folders[:] = [name for name in folders if not is_loop and not is_hidden(name)]
         found += [Path(top, name) for name in names if not is_loop]
     return sorted(path for path in found if is_visible(path, IMAGE_SUFFIXES) and path.is_file())

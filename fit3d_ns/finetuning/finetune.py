@@ -192,6 +192,7 @@ def _summarise(
         "num_images": trainer.sequence.num_images,
         "num_novel_images": len(novel),
         "num_missing_images": trainer.views.num_missing,
+        "num_photographs": len(trainer.photographs.paths),
         "num_missing_validation_images": validation.targets.views.num_missing,
         "num_processes": trainer.processes.number,
         "num_trained_parameters": sum(parameter.numel() for parameter in trainer.backbone.parameters),

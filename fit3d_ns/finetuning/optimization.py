@@ -129,6 +129,11 @@ class AnchorConfig(Limited):
     @property
     def needs_original(self) -> bool:
         """True if the original backbone has to run next to the trained one."""
+        return self.holds_tokens or bool(self.photographs)
+
+    @property
+    def holds_tokens(self) -> bool:
+        """True if it has to on the scenes' images."""
         return max(self.feature_anchor, self.prefix_anchor, self.pre_norm) > 0
 
 

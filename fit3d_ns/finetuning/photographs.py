@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fit3d_ns.data.images import list_images, load_image
+from fit3d_ns.data.images import list_images, load_image, read_image_header
 from fit3d_ns.finetuning.draws import ImageWindow
 from fit3d_ns.finetuning.optimization import AnchorConfig
 from fit3d_ns.utils.files import hash_bytes
@@ -19,13 +19,15 @@ class Photographs:
     """Which photographs join a draw of the scenes, cut to the size of their images; functions of seed and position."""
 
     def __init__(self, config: AnchorConfig, size: tuple[int, int], seed: int):
-        """`size` is width and height in pixels. ValueError for a folder without photographs."""
-        self.paths = [path for folder in config.photographs for path in list_images(folder)]
-        for folder in config.photographs:
-            if not any(path.is_relative_to(folder) for path in self.paths):
+        """`size` is width and height in pixels. ValueError for a folder without photographs, or with damaged ones."""
+        found = {folder: list_images(folder) for folder in config.photographs}
+        for folder, paths in found.items():
+            if not paths:
                 raise ValueError(f"--photographs: there are no photographs in {folder}; name a folder of images.")
-        share = config.photograph_share if self.paths else 0.0
-        self._per_draw = share / (1.0 - share)
+        self.paths = list({path.resolve(): path for paths in found.values() for path in paths}.values())
+        for path in self.paths:
+            read_image_header(path)
+        self._per_draw = config.photograph_share / (1.0 - config.photograph_share) if self.paths else 0.0
         self._size, self._seed = size, seed
 
     @property
@@ -41,10 +43,11 @@ class Photographs:
         width, height = self._size
         chosen = []
         for place, x, y in torch.rand(number, 3, generator=generator, dtype=torch.float64).tolist():
+            image = load_image(self.paths[int(place * len(self.paths))], upright=True)
+            factor = min(image.shape[1] / width, image.shape[0] / height)
+            cut = max(round(width * factor), 1), max(round(height * factor), 1)
+            left, top = round(x * (image.shape[1] - cut[0])), round(y * (image.shape[0] - cut[1]))
             # (h, w, 3) -> (3, h, w)
-            image = load_image(self.paths[int(place * len(self.paths))], upright=True).permute(2, 0, 1).float() / 255.0
-            factor = min(image.shape[2] / width, image.shape[1] / height)
-            crop_width, crop_height = round(width * factor), round(height * factor)
-            left, top = round(x * (image.shape[2] - crop_width)), round(y * (image.shape[1] - crop_height))
-            chosen.append(ImageWindow(left, top, crop_width, crop_height, width, height).apply_to_map(image))
+            image = image[top : top + cut[1], left : left + cut[0]].permute(2, 0, 1).float() / 255.0
+            chosen.append(ImageWindow(0, 0, *cut, width, height).apply_to_map(image))
         return torch.stack(chosen) if chosen else torch.empty(0, 3, height, width)

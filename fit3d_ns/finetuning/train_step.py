@@ -35,7 +35,7 @@ class Group:
     geometry head, what it should read."""
 
     samples: list[Sample]
-    """None of photographs beside the scenes."""
+    """None of photographs beside the scenes, which have empty targets and weights as well."""
     images: Float[Tensor, "batch 3 height width"]
     targets: Float[Tensor, "batch patches embed"]
     weights: Float[Tensor, "batch patches"]
@@ -126,18 +126,21 @@ class TrainStep:
         outputs = self.backbone.module([group.images for group in batch])
         sums, anchored, tokens = [], [], []
         for group, output in zip(batch, outputs, strict=True):
-            sums.append(compute_l1_sum(output.patch_tokens, group.targets, group.weights).sum())
             tokens.append(output.patch_tokens.detach())
+            if original is not None and (self.anchors.holds_tokens or not group.samples):
+                with torch.no_grad(), self.processes.accelerator.autocast():
+                    reference = compute_outputs(original, group.images)
+                if not group.samples:
+                    ones = torch.ones_like(reference.patch_tokens[..., 0])
+                    kept = compute_l1_sum(output.patch_tokens, reference.patch_tokens, ones).sum()
+                    anchored.append(kept / totals.num_tokens)
+                    continue
+                of_tokens = output, reference, group.targets, group.weights
+                anchored.append(compute_token_anchors(*of_tokens, self.anchors, totals, original.model.norm))
+            sums.append(compute_l1_sum(output.patch_tokens, group.targets, group.weights).sum())
             if output.geometry is not None and group.geometry is not None:
                 lost = compute_l1_sum(output.geometry, group.geometry, group.weights).sum()
                 anchored.append(self.geometry_weight * lost / totals.weight)
-            if original is not None and self.anchors.needs_original:
-                with torch.no_grad(), self.processes.accelerator.autocast():
-                    reference = compute_outputs(original, group.images)
-                norm = original.model.norm
-                anchored.append(
-                    compute_token_anchors(output, reference, group.targets, group.weights, self.anchors, totals, norm)
-                )
         loss = torch.stack(sums).sum() / totals.weight
         return loss, torch.stack(anchored).sum() if anchored else loss.new_zeros(()), tokens
 
@@ -164,7 +167,8 @@ def find_broken(batch: Batch, tokens: Sequence[Tensor]) -> list[Sample]:
     broken = [
         sample
         for group, own in zip(batch, tokens, strict=False)
-        for sample, loss in zip(group.samples, compute_l1_sum(own, group.targets, group.weights), strict=False)
+        if group.samples
+        for sample, loss in zip(group.samples, compute_l1_sum(own, group.targets, group.weights), strict=True)
         if not bool(torch.isfinite(loss))
     ]
     return broken or [sample for group in batch for sample in group.samples]
@@ -192,7 +196,7 @@ def sum_totals(batches: Sequence[Batch], processes: Processes, stop: bool, probl
     """
     # Summed batch by batch: the order decides the last bit.
     sums = [sum(float(group.weights.sum(dtype=torch.float64)) for group in batch) for batch in batches]
-    groups = [group for batch in batches for group in batch]
+    groups = [group for batch in batches for group in batch if group.samples]
     num_tokens, num_images = sum(group.weights.numel() for group in groups), sum(len(group.images) for group in groups)
     local = [float(value) for value in (sum(sums), num_tokens, num_images, stop, bool(problem))]
     *totals, wishes, problems = processes.sum(local)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fit3d_ns.features import TokenModel
 from fit3d_ns.finetuning.config import FinetuneConfig
 from fit3d_ns.finetuning.draws import Draw, DrawSequence, Sample
-from fit3d_ns.finetuning.optimization import TrainedBackbone, compute_outputs, copy_original
+from fit3d_ns.finetuning.optimization import TrainedBackbone, copy_original
 from fit3d_ns.finetuning.photographs import Photographs
 from fit3d_ns.finetuning.targets import TargetRenderer
 from fit3d_ns.finetuning.train_step import Batch, Group, TrainStep, create_batch, sum_totals
@@ -83,8 +83,7 @@ class FinetuneTrainer:
         self.photographs = Photographs(anchors, (first.width, first.height), config.sampling.seed)
         if anchors.photographs:
             self._inputs = {**inputs, "photographs": self.photographs.hash}
-        needs_original = anchors.needs_original or bool(anchors.photographs)
-        original = (targets.original or copy_original(token_model)).to(device) if needs_original else None
+        original = (targets.original or copy_original(token_model)).to(device) if anchors.needs_original else None
         geometry_weight = config.targets.geometry_weight
         token_model, has_geometry = token_model.to(device), geometry_weight > 0
         self.backbone = TrainedBackbone(token_model, original, config.trainable, anchors, optimization, has_geometry)
@@ -188,7 +187,8 @@ class FinetuneTrainer:
                     rendered = [self.targets.render(sample) for sample, _ in loaded]
                     batches.append(create_batch([sample for sample, _ in loaded], rendered, self.accelerator.device))
                     if any(len(photographs) for _, photographs in loaded):
-                        batches[-1].append(self._keep_tokens(torch.cat([photographs for _, photographs in loaded])))
+                        images = torch.cat([photographs for _, photographs in loaded]).to(self.accelerator.device)
+                        batches[-1].append(Group([], images, images[:, 0, :0, :0], images[:, 0, 0, :0]))
         except (ValueError, OSError) as error:
             return [], str(error) or type(error).__name__
         return batches, ""
@@ -211,14 +211,6 @@ class FinetuneTrainer:
                     self.bank.announce(draw.scene)
                     announced = draw.scene
                 yield position, draw
-
-    def _keep_tokens(self, images: Tensor) -> Group:
-        """Photographs beside the scenes, with the original's tokens for targets."""
-        assert self.backbone.original is not None
-        images = images.to(self.accelerator.device)
-        with torch.no_grad():
-            tokens = compute_outputs(self.backbone.original, images).patch_tokens
-        return Group([], images, tokens, tokens.new_ones(tokens.shape[:2]))
 
     def _resume(self) -> dict[str, Any] | None:
         """Loads the newest checkpoint if the configuration wants it; returns the scaler's state."""

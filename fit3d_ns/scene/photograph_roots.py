@@ -54,8 +54,9 @@ def _ask(root: Path, scene_file: Path) -> None:
 
 def _is_confirmed(folders: tuple[Path, ...]) -> bool:
     # A file for each root, so that tasks which lift side by side all leave theirs; one JSON file held all before.
-    if any(_locate_record(folder).is_file() for folder in folders):
-        return True
+    with suppress(OSError):
+        if any(_locate_record(folder).is_file() for folder in folders):
+            return True
     with suppress(ValueError, TypeError, KeyError, OSError):
         return any(Path(known) in folders for known in read_json(_get_folder().with_suffix(".json"))["roots"])
     return False

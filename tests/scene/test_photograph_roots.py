@@ -104,6 +104,17 @@ def test_check_root__knows_what_was_confirmed_when_one_file_held_all(nobody: Non
         check_root(tmp_path / "b", tmp_path / "scenes" / "a.safetensors")
 
 
+def test_check_root__a_memory_of_somebody_else_is_no_obstacle(
+    nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(ValueError, match="--data-root"):
+        check_root(tmp_path / "a", tmp_path / "scenes" / "a.safetensors")
+
+
 def test_confirm_root__a_damaged_or_read_only_memory_is_no_obstacle(nobody: None, tmp_path: Path) -> None:
     memory = tmp_path / "config" / "fit3d_ns" / "photograph_roots.json"
     memory.parent.mkdir(parents=True)
