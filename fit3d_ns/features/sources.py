@@ -212,7 +212,9 @@ def _hash_weights(path: Path) -> str:
     return _hash_unchanged_file(path.resolve(), status.st_size, status.st_mtime_ns)
 
 
-_hash_unchanged_file = lru_cache(maxsize=64)(lambda path, size, modified_ns: hash_file(path))
+@lru_cache(maxsize=64)
+def _hash_unchanged_file(path: Path, size: int, modified_ns: int) -> str:
+    return hash_file(path)
 
 
 def _read_channels(config: Any, key: str, folder: Path) -> tuple[float, float, float] | None:
